@@ -1,0 +1,12 @@
+"""CascadeExit: adaptive early-exit decoding with exact caches, lossless when asked."""
+
+from cascadeexit.engine import DecodeConfig, Engine, Generation, Mode
+from cascadeexit.events import Status, TokenEvent
+from cascadeexit.exits import ExitBank, ExitConfig
+from cascadeexit.hub import load
+from cascadeexit.metrics import RunStats, summarize
+from cascadeexit.model import SegmentedModel
+from cascadeexit.race import race
+
+__all__ = ["DecodeConfig", "Engine", "ExitBank", "ExitConfig", "Generation", "Mode", "RunStats", "SegmentedModel",
+           "Status", "TokenEvent", "load", "race", "summarize"]

@@ -1,0 +1,64 @@
+"""KVCache: preallocated keys and values with one length per layer.
+
+It knows positions and masks; it does not know what a layer computes. A decoder layer touches it only
+through `update`, as transformers' attention does. Rollback is subtraction: lengths move, tensors stay.
+
+Letters: B sequences, H key-value heads, N rows in this pass, C capacity in positions, d head size.
+"""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    def __init__(self, num_layers: int, num_heads: int, head_dim: int, capacity: int, *,
+                 batch: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+        # Zeros, not empty: slots past a layer's length are masked, but NaN times zero would still be NaN.
+        shape = (num_layers, batch, num_heads, capacity, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)      # (L, B, H, C, d)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)    # (L, B, H, C, d)
+        self.lengths = [0] * num_layers
+        self._slots = torch.arange(capacity, device=device)             # (C,)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def length(self, layer_idx: int) -> int:
+        """Positions of this layer that hold real tokens."""
+        return self.lengths[layer_idx]
+
+    def positions(self, layer_idx: int, n: int) -> Tensor:
+        """The n positions that follow what this layer holds: (1, N)."""
+        start = self.lengths[layer_idx]
+        if start + n > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions, {start} are used and {n} more were asked for: "
+                             "make it with a larger capacity")
+        return self._slots[None, start:start + n]
+
+    def mask(self, layer_idx: int, n: int) -> Tensor:
+        """True where row i may look: every slot up to its own position. Shape (1, 1, N, C).
+
+        Always explicit and always over the whole buffer: transformers' SDPA path with no mask keeps only the
+        first N keys, and slicing the buffer to its length makes kernels round differently from step to step.
+        """
+        return (self._slots[None] <= self.positions(layer_idx, n).T)[None, None]
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, H, N, d) after what the layer holds; return its whole buffers (B, H, C, d).
+
+        The length does not move: padded rows are written too, and only `advance` makes rows real.
+        """
+        start, n = self.lengths[layer_idx], keys.shape[2]
+        self.keys[layer_idx, :, :, start:start + n] = keys
+        self.values[layer_idx, :, :, start:start + n] = values
+        return self.keys[layer_idx], self.values[layer_idx]
+
+    def advance(self, layers: range, n: int) -> None:
+        """The first n rows written last in these layers are real."""
+        for layer_idx in layers:
+            self.lengths[layer_idx] += n
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from `length` on, in every layer."""
+        self.lengths = [min(held, length) for held in self.lengths]

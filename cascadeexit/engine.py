@@ -1,0 +1,298 @@
+"""Engine: one decoding loop for `full`, `cascade` and `verified`.
+
+It knows token ids, segments and exits; it knows nothing of text, pages or files. Positions enter each segment in
+order, so how deep each position is computed is a staircase: filled[0] >= filled[1] >= ... Hidden states wait on
+each step; `Staircase.run(s)` takes everything waiting at segment s through its layers in one pass. Prefill, a
+decode step, catch-up of skipped layers and verification are all that one call.
+
+Letters: N rows in a pass, D hidden size, V vocabulary, S segments (the last one ends in the full model).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from cascadeexit.events import Status, TokenEvent
+from cascadeexit.exits import ExitBank
+from cascadeexit.metrics import Costs, RunStats, summarize
+from cascadeexit.model import SegmentedModel
+from cascadeexit.sampling import Sampler
+
+_MAX_ROWS = 256             # rows of one prefill or catch-up pass: bounds the memory of masks and activations
+_CAPACITY_STEP = 128        # cache sizes come in steps, so that runs of like length share kernels and buffers
+
+
+class Mode(StrEnum):
+    FULL = "full"           # every token from the last layer
+    CASCADE = "cascade"     # every token from the first exit that is confident enough
+    VERIFIED = "verified"   # exits draft, the full model confirms: exactly what `full` says
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to decode. Refuses contradictions when it is made (ValueError)."""
+
+    mode: Mode = Mode.CASCADE
+    max_new_tokens: int = 256
+    max_draft: int = 4
+    """verified: the most tokens drafted before the full model looks at them."""
+    thresholds: float | Sequence[float | None] = 0.7
+    """Confidence in [0, 1] from which an exit is taken: one for all exits, or one each; None closes an exit."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        try:
+            object.__setattr__(self, "mode", Mode(self.mode))
+        except ValueError:
+            raise ValueError(f"mode must be one of {', '.join(Mode)}, got '{self.mode}'") from None
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.max_draft < 1:
+            raise ValueError(f"max_draft must be at least 1, got {self.max_draft}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        each = [self.thresholds] if isinstance(self.thresholds, (int, float)) else list(self.thresholds)
+        if any(t is not None and not 0 <= t <= 1 for t in each):
+            raise ValueError(f"thresholds must be in [0, 1] or None, got {self.thresholds}")
+
+    def threshold_per_exit(self, num_exits: int) -> tuple[float | None, ...]:
+        """One threshold per exit; raises ValueError when another number was given."""
+        if isinstance(self.thresholds, (int, float)):
+            return (self.thresholds,) * num_exits
+        if len(self.thresholds) != num_exits:
+            raise ValueError(f"this model has {num_exits} exits, got {len(self.thresholds)} thresholds")
+        return tuple(self.thresholds)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished run."""
+
+    token_ids: list[int]
+    events: list[TokenEvent]
+    stats: RunStats
+
+
+class Staircase:
+    """One sequence: its tokens, the cache, and the hidden states waiting at each segment."""
+
+    def __init__(self, model: SegmentedModel, capacity: int):
+        self.model = model
+        self.cache = model.new_cache(capacity)
+        self.tokens: list[int] = []
+        self.waiting: list[Tensor | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
+        self.weight_bytes = 0
+
+    def filled(self, s: int) -> int:
+        """Positions that segment s has computed."""
+        return self.cache.length(self.model.bounds[s])
+
+    def run(self, s: int) -> Tensor:
+        """Everything waiting at segment s, through its layers: (1, N, D), the newest row last."""
+        if s == 0:
+            rows = self.model.embed(self.tokens[self.filled(0):])
+        else:
+            rows, self.waiting[s] = self.waiting[s], None
+        parts = rows.split(_MAX_ROWS, dim=1)
+        out = [self.model.run_segment(s, part, self.cache) for part in parts]
+        self.weight_bytes += len(parts) * self.model.segment_bytes[s]
+        out = out[0] if len(out) == 1 else torch.cat(out, dim=1)
+        if s + 1 < self.model.num_segments:
+            before = self.waiting[s + 1]
+            self.waiting[s + 1] = out if before is None else torch.cat([before, out], dim=1)
+        return out
+
+    def prefill(self, tokens: Sequence[int]) -> Tensor | None:
+        """Add tokens and take them through every segment at once: the last segment's rows (1, N, D)."""
+        self.tokens.extend(tokens)
+        out = None
+        for s in range(self.model.num_segments if len(tokens) else 0):
+            out = self.run(s)
+        return out
+
+    def truncate(self, length: int) -> None:
+        """Forget the positions from `length` on. Only right after a full-depth pass, when nothing waits."""
+        assert all(w is None for w in self.waiting), "rows are waiting: truncate only after the last segment ran"
+        del self.tokens[length:]
+        self.cache.truncate(length)
+
+
+class _Stopwatch:
+    """Engine time: runs only while the engine works, not while a consumer holds the generator."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._spent, self._since = device, 0.0, time.perf_counter()
+
+    def read(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._spent + time.perf_counter() - self._since
+
+    def pause(self) -> None:
+        self._spent = self.read()
+
+    def resume(self) -> None:
+        self._since = time.perf_counter()
+
+
+class Engine:
+    """Decodes with one model and its exits. Holds no state between runs, so runs may interleave."""
+
+    def __init__(self, model: SegmentedModel, bank: ExitBank):
+        self.model, self.bank = model, bank.attach(model)
+        self.costs = Costs(full_token_bytes=sum(model.segment_bytes) + model.head_bytes,
+                           depths=tuple(b / model.num_layers for b in model.bounds[1:]))
+
+    @property
+    def num_exits(self) -> int:
+        return self.model.num_segments - 1
+
+    def check(self, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
+        """Raise ValueError when this run cannot work; called before any work by `generate`."""
+        if len(prompt_ids) == 0:
+            raise ValueError("the prompt is empty: give at least one token")
+        bad = [i for i in prompt_ids if not 0 <= i < self.model.vocab_size]
+        if bad:
+            raise ValueError(f"token ids must be in 0..{self.model.vocab_size - 1}, got {bad[:5]}")
+        needed = len(prompt_ids) + config.max_new_tokens
+        if needed > self.model.max_positions:
+            raise ValueError(f"{len(prompt_ids)} prompt tokens and {config.max_new_tokens} new ones need {needed} "
+                             f"positions; {self.model.name} has {self.model.max_positions}. Shorten one of them.")
+        if config.mode is Mode.VERIFIED and config.max_draft >= self.model.max_verify_rows:
+            raise ValueError(f"max_draft must be below {self.model.max_verify_rows} on this device (drafts are verified "
+                             f"in one pass of that many rows), got {config.max_draft}")
+        config.threshold_per_exit(self.num_exits)
+
+    def run(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Generation:
+        """Generate to the end. Raises ValueError as `generate` does."""
+        events = list(self.generate(prompt_ids, config))
+        return Generation([e.token_id for e in events if e.final], events, summarize(events, self.costs))
+
+    def generate(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Iterator[TokenEvent]:
+        """Yield a TokenEvent for each token (and, in verified mode, for each draft) as it happens.
+
+        Bad input raises ValueError here, before the first event is asked for.
+        """
+        prompt_ids = list(map(int, prompt_ids))
+        self.check(prompt_ids, config)
+        return self._timed(prompt_ids, config)
+
+    @torch.inference_mode()
+    def _timed(self, prompt_ids: list[int], config: DecodeConfig) -> Iterator[TokenEvent]:
+        watch = _Stopwatch(self.model.device)
+        for event in self._decode(prompt_ids, config, watch):
+            watch.pause()
+            yield event
+            watch.resume()
+
+    def _decode(self, prompt: list[int], config: DecodeConfig, watch: _Stopwatch) -> Iterator[TokenEvent]:
+        model, bank, last = self.model, self.bank, self.num_exits
+        verified = config.mode is Mode.VERIFIED
+        thresholds = (None,) * last if config.mode is Mode.FULL else config.threshold_per_exit(last)
+        sampler = Sampler(config.temperature, config.top_p, config.seed, model.vocab_size, model.device)
+        stairs = Staircase(model, self._capacity(len(prompt) + config.max_new_tokens))
+        drafts: list[_Draft] = []                                # tokens not yet confirmed, oldest first
+        end = len(prompt) + config.max_new_tokens
+
+        def event(position: int, token: int, exit: int, confidences, status: Status) -> TokenEvent:
+            read, stairs.weight_bytes = stairs.weight_bytes, 0
+            return TokenEvent(position - len(prompt), token, exit, confidences, status, watch.read(), read)
+
+        # 1. Prefill: all but the newest token, through every segment, in every mode with the same shapes.
+        stairs.prefill(prompt[:-1])
+        stairs.tokens.append(prompt[-1])
+        stairs.weight_bytes = 0
+        unasked = (None,) * last
+
+        while True:
+            finished = len(stairs.tokens) > len(prompt) and (
+                len(stairs.tokens) >= end or stairs.tokens[-1] in model.eos_ids)
+            if finished and not drafts:
+                return
+
+            # 2. Climb: deeper until an exit is sure enough, or to the top.
+            may_exit = not finished and len(drafts) < config.max_draft
+            survival = drafts[-1].survival if drafts else 1.0    # chance that every pending draft is right
+            asked, exit_hidden = unasked, None
+            for s in range(last + 1):
+                rows = stairs.run(s)                                                        # (1, N, D)
+                if s == last or not may_exit or thresholds[s] is None:
+                    continue
+                hidden = bank.hidden(s, rows[0, -1:])                                       # (1, D)
+                confidence = float(bank.confidence(s, hidden))
+                stairs.weight_bytes += bank.try_bytes(s)
+                asked = (*asked[:s], confidence, *asked[s + 1:])
+                if survival * confidence >= thresholds[s]:
+                    exit_hidden = hidden
+                    break
+
+            # 3. An exit was taken: its head names the token; deeper layers catch up when somebody next climbs there.
+            if exit_hidden is not None:
+                token, probs = sampler.choose(bank.logits(exit_hidden)[0], bank.head_ids)
+                stairs.weight_bytes += bank.head_bytes
+                stairs.tokens.append(token)
+                if verified:
+                    drafts.append(_Draft(token, s, asked, probs, survival * confidence))
+                yield event(len(stairs.tokens) - 1, token, s, asked, Status.DRAFT if verified else Status.EMITTED)
+                continue
+
+            # 4. The top: row i predicts the token after it. The last len(drafts) + 1 rows judge the drafts.
+            logits = model.logits(rows[:, -len(drafts) - 1:])[0]                            # (drafts + 1, V)
+            stairs.weight_bytes += model.head_bytes
+            confirmed, token = len(stairs.tokens) - len(drafts), None
+            for i, draft in enumerate(drafts):
+                accepted, standing = sampler.judge(draft.token, draft.probs, logits[i])
+                if not accepted:
+                    token = standing
+                    break
+                yield event(confirmed + i, draft.token, draft.exit, draft.confidences, Status.ACCEPTED)
+            if token is not None:                                # 5. Rollback: lengths move, the correction stands
+                stairs.truncate(confirmed + i)
+                for j, draft in enumerate(drafts[i:], confirmed + i):
+                    yield event(j, draft.token, draft.exit, draft.confidences, Status.REJECTED)
+            elif not finished:
+                token, _ = sampler.choose(logits[-1])            # 6. All drafts stand: the top row adds one token
+            drafts = []
+            if token is not None:
+                stairs.tokens.append(token)
+                yield event(len(stairs.tokens) - 1, token, last, asked, Status.EMITTED)
+
+    @torch.inference_mode()
+    def full_choices(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[int]:
+        """What the full model would greedily say at each position of token_ids, given the tokens before it.
+
+        One parallel pass over the finished text, for teacher-forced agreement. The rows run in the buckets of
+        decoding, so on a text that `full` wrote the choices are that text.
+        """
+        if not token_ids:
+            return []
+        stairs = Staircase(self.model, self._capacity(len(prompt_ids) + len(token_ids)))
+        stairs.prefill(prompt_ids[:-1])
+        rows = [prompt_ids[-1], *token_ids[:-1]]
+        choices = []
+        for a in range(0, len(rows), self.model.max_verify_rows):
+            h = stairs.prefill(rows[a:a + self.model.max_verify_rows])
+            choices += self.model.logits(h)[0].argmax(-1).tolist()
+        return choices
+
+    def _capacity(self, positions: int) -> int:
+        """Cache slots for a run: room for the padding of the last pass, rounded up."""
+        return -(-(positions + self.model.row_multiple) // _CAPACITY_STEP) * _CAPACITY_STEP
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    token: int
+    exit: int
+    confidences: tuple[float | None, ...]
+    probs: Tensor | None            # the distribution it was drawn from (V,), None when greedy
+    survival: float                 # product of confidences up to here: chance that no draft so far is wrong

@@ -1,0 +1,196 @@
+"""Exits: a small adapter and a confidence estimator behind each exit layer, and the artifact that holds them.
+
+An adapter turns a hidden state into one that the frozen, shared head can read; it never sees the vocabulary. The
+estimator says how likely that head's choice equals the full model's, from the hidden state alone, so that the one
+vocabulary projection of a token is paid by the exit that is taken. Artifact: config.json + exits.safetensors.
+
+Letters: N rows, D hidden size, V vocabulary, K words of a trimmed head.
+"""
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cascadeexit.model import SegmentedModel
+
+log = logging.getLogger(__name__)
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "exits.safetensors"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ExitConfig:
+    """What is saved beside the weights: the shape of the exits and the model they belong to."""
+
+    base_model: str
+    """Short name of the base model."""
+    hidden_size: int
+    num_layers: int
+    """Layers of the base model."""
+    vocab_size: int
+    layers: tuple[int, ...]
+    """Layers after which an exit sits."""
+    width: int = 512
+    """Inner width of the SwiGLU adapter; 512 as published."""
+    confidence_width: int = 256
+    """Inner width of the estimator; 256 as published."""
+    confidence: str = "mlp"
+    """'mlp': the trained estimator. 'softmax': the largest probability of the exit's head, for untrained exits."""
+    head_size: int = 0
+    """Words in the exits' trimmed head; 0 = the whole vocabulary."""
+    norm_eps: float = 1e-5
+    head_fingerprint: str = ""
+    """SHA-256 of the base model's head, or '' when unknown."""
+    trained: bool = False
+    format: int = _FORMAT
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.confidence not in ("mlp", "softmax"):
+            raise ValueError(f"confidence must be 'mlp' or 'softmax', got '{self.confidence}'")
+        if not all(a < b for a, b in zip((0, *self.layers), (*self.layers, self.num_layers), strict=True)):
+            raise ValueError(f"exit layers must ascend within 1..{self.num_layers - 1}, got {self.layers}")
+        if self.format != _FORMAT:
+            raise ValueError(f"these exits have format {self.format}; this version reads format {_FORMAT}")
+
+
+class ExitAdapter(nn.Module):
+    """h + up(silu(gate h) * down h), then a norm of its own: (..., D) -> (..., D), ready for the shared head."""
+
+    def __init__(self, hidden_size: int, width: int, norm_eps: float):
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, width, bias=False)
+        self.down = nn.Linear(hidden_size, width, bias=False)
+        self.up = nn.Linear(width, hidden_size, bias=False)
+        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        # Identity at the start: training begins at the logit lens, and decay pulls towards it, not towards zero.
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.norm(h + self.up(nn.functional.silu(self.gate(h)) * self.down(h)))
+
+
+class ConfidenceHead(nn.Module):
+    """Will this exit's choice equal the full model's? Adapted hidden (..., D) -> logit (...,), always in fp32."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, width)
+        self.outer = nn.Linear(width, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = nn.functional.silu(self.inner(hidden.to(self.inner.weight.dtype)))
+        return self.outer(inner).squeeze(-1).float()
+
+
+class ExitBank(nn.Module):
+    """All exits of one model. `attach` it to the model before asking it for logits."""
+
+    def __init__(self, config: ExitConfig):
+        super().__init__()
+        self.config = config
+        self.adapters = nn.ModuleList(ExitAdapter(config.hidden_size, config.width, config.norm_eps)
+                                      for _ in config.layers)
+        self.confidence_heads = nn.ModuleList(ConfidenceHead(config.hidden_size, config.confidence_width)
+                                              for _ in config.layers) if config.confidence == "mlp" else None
+        self.register_buffer("head_ids", torch.arange(config.head_size) if config.head_size else None)
+        self._head: Tensor | None = None
+
+    @classmethod
+    def untrained(cls, model: SegmentedModel, *, confidence: str = "softmax", **shape) -> Self:
+        """Exits that start as the logit lens of this model: identity adapters with the model's final norm."""
+        config = ExitConfig(base_model=model.name, hidden_size=model.hidden_size, num_layers=model.num_layers,
+                            vocab_size=model.vocab_size, layers=model.exit_layers, confidence=confidence,
+                            norm_eps=getattr(model.config, "rms_norm_eps", 1e-5),
+                            head_fingerprint=model.head_fingerprint, **shape)
+        bank = cls(config)
+        for adapter in bank.adapters:
+            adapter.norm.weight.data.copy_(model.norm.weight)
+        return bank
+
+    def attach(self, model: SegmentedModel) -> Self:
+        """Move to the model's device and dtype and share its head.
+
+        Raises ValueError when the exits belong to another architecture; warns when only the weights differ.
+        """
+        c = self.config
+        theirs = (c.hidden_size, c.num_layers, c.vocab_size, c.layers)
+        ours = (model.hidden_size, model.num_layers, model.vocab_size, model.exit_layers)
+        if theirs != ours:
+            raise ValueError(f"these exits were made for {c.base_model} (hidden, layers, vocabulary, exits = {theirs}); "
+                             f"{model.name} has {ours}. Use exits of this model, or none for untrained ones.")
+        if c.head_fingerprint and c.head_fingerprint != model.head_fingerprint:
+            log.warning("The exits were trained on other weights of %s than the ones loaded (the heads differ): "
+                        "verified stays lossless, but confidences may be wrong.", c.base_model)
+        self.to(model.device, model.dtype).eval().requires_grad_(False)
+        if self.confidence_heads is not None:
+            self.confidence_heads.float()
+        self._head = model.head_weight if self.head_ids is None else model.head_weight[self.head_ids]
+        return self
+
+    # -- one exit, hidden rows in --------------------------------------------------------------------------------
+
+    def hidden(self, s: int, h: Tensor) -> Tensor:
+        """Hidden rows after segment s (..., D) -> adapted hidden (..., D)."""
+        return self.adapters[s](h)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Adapted hidden (..., D) -> logits over the exits' head (..., V) or (..., K); see `token_id`."""
+        return nn.functional.linear(hidden, self._head)
+
+    def confidence(self, s: int, hidden: Tensor) -> Tensor:
+        """Probability that exit s chooses what the full model would: adapted hidden (..., D) -> (...,) in [0, 1]."""
+        if self.confidence_heads is None:
+            return self.logits(hidden).float().softmax(-1).amax(-1)
+        return self.confidence_heads[s](hidden).sigmoid()
+
+    # -- bytes, for the cost metric ------------------------------------------------------------------------------
+
+    @property
+    def head_bytes(self) -> int:
+        """Weight bytes that one vocabulary projection of an exit reads."""
+        return self._head.nbytes
+
+    def try_bytes(self, s: int) -> int:
+        """Weight bytes read to ask exit s how sure it is."""
+        read = sum(p.nbytes for p in self.adapters[s].parameters())
+        if self.confidence_heads is None:
+            return read + self.head_bytes
+        return read + sum(p.nbytes for p in self.confidence_heads[s].parameters())
+
+    # -- artifact -------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and exits.safetensors; a reader never sees half a file."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, config = folder / (WEIGHTS_FILE + ".tmp"), folder / (CONFIG_FILE + ".tmp")
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, weights)
+        config.write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+        os.replace(weights, folder / WEIGHTS_FILE)
+        os.replace(config, folder / CONFIG_FILE)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read an artifact written by `save`.
+
+        Raises FileNotFoundError when a file is missing, ValueError when the two files do not fit together.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"no {name} in {folder}: an exits folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+        fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        try:
+            bank = cls(ExitConfig(**fields))
+            bank.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"{folder} holds no exits that this version can read: {error}") from error
+        return bank

@@ -1,0 +1,180 @@
+"""SegmentedModel: a frozen transformers decoder cut at its exits.
+
+The only file of the core that knows transformers' module layout. Exits after layers 9, 17, 24 of 30 give the
+bounds (0, 9, 17, 24, 30) and four segments. A segment takes hidden rows in and gives hidden rows out; embedding
+and vocabulary projection are separate calls, so their cost is visible where they are made.
+
+Row results depend on how many rows a pass has, because kernels are chosen by shape. Passes padded to the same
+row bucket over one masked buffer agree bitwise, so decoding and verification always use those buckets.
+
+Letters: N rows in the pass, D hidden size, V vocabulary, C cache capacity, S segments.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cascadeexit.cache import KVCache
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def check_supported(config) -> None:
+    """Raise ValueError with the reason when this architecture cannot be cut (a transformers config)."""
+    kind = getattr(config, "model_type", type(config).__name__)
+    if kind not in SUPPORTED:
+        raise ValueError(f"model type '{kind}' is not supported: CascadeExit runs decoder layers one by one and knows "
+                         f"the layout of {', '.join(SUPPORTED)}. Pick a model of one of these types.")
+    sliding = any(t != "full_attention" for t in getattr(config, "layer_types", None) or ())
+    if sliding or (kind == "mistral" and getattr(config, "sliding_window", None)):
+        raise ValueError(f"this {kind} model uses sliding-window attention, which is not supported: its layers would "
+                         "need masks of different widths. Pick one with full attention in every layer.")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in _STATIC_ROPE:
+        raise ValueError(f"rotary embedding type '{rope}' is not supported: its angles change with the length of the "
+                         f"text, so cached keys would go stale. Supported: {', '.join(_STATIC_ROPE)}.")
+
+
+class SegmentedModel:
+    """A causal language model whose layers run in segments between exits.
+
+    Args:
+        model: a transformers *ForCausalLM of a supported type, loaded with sdpa attention; it is put in eval mode
+            and frozen.
+        exit_layers: numbers of layers after which an exit sits, ascending, each in 1..num_layers-1.
+        name: short name for messages and artifacts.
+
+    Raises ValueError for an unsupported architecture, another attention implementation or bad exit layers.
+    """
+
+    def __init__(self, model, exit_layers: Sequence[int], *, name: str = ""):
+        check_supported(model.config)
+        if model.config._attn_implementation != "sdpa":
+            raise ValueError(f"attention must be 'sdpa', got '{model.config._attn_implementation}': the boolean masks "
+                             "used here are added, not applied, by other paths. Load with attn_implementation='sdpa'.")
+        num_layers = model.config.num_hidden_layers
+        bounds = (0, *exit_layers, num_layers)
+        if any(a >= b for a, b in zip(bounds, bounds[1:])):
+            raise ValueError(f"exit layers must ascend within 1..{num_layers - 1}, got {tuple(exit_layers)}")
+        self.name = name or model.config.model_type
+        self.bounds = bounds
+        self.config = model.config
+        self.base = model.eval().requires_grad_(False)
+        # CPU: every multiple of 4 rows up to 40 agrees bitwise. GPU kernels vary more with shape: one bucket for all.
+        self.row_multiple, self.max_verify_rows = (16, 16) if self.device.type == "cuda" else (4, 32)
+
+    # -- shape and place ------------------------------------------------------------------------------------------
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        return self.bounds[1:-1]
+
+    @property
+    def num_layers(self) -> int:
+        return self.bounds[-1]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head_weight.shape[0]
+
+    @property
+    def max_positions(self) -> int:
+        return self.config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight.dtype
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection, shared by every exit: (V, D)."""
+        return self.base.lm_head.weight
+
+    @property
+    def norm(self) -> torch.nn.Module:
+        return self.base.model.norm
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        ids = self.base.generation_config.eos_token_id
+        if ids is None:
+            ids = self.config.eos_token_id
+        return frozenset(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+
+    # -- bytes, for the cost metric -------------------------------------------------------------------------------
+
+    @cached_property
+    def segment_bytes(self) -> tuple[int, ...]:
+        """Weight bytes that one pass through each segment reads."""
+        layers = self.base.model.layers
+        return tuple(sum(p.nbytes for layer in layers[a:b] for p in layer.parameters())
+                     for a, b in zip(self.bounds, self.bounds[1:]))
+
+    @property
+    def head_bytes(self) -> int:
+        return self.head_weight.nbytes
+
+    @cached_property
+    def head_fingerprint(self) -> str:
+        """SHA-256 of the head in bf16: tells which weights exits were trained on, whatever dtype is loaded."""
+        weight = self.head_weight.detach().to("cpu", torch.bfloat16).contiguous()
+        return hashlib.sha256(weight.view(torch.uint8).numpy()).hexdigest()
+
+    # -- computing ------------------------------------------------------------------------------------------------
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """An empty cache for `capacity` positions; rows of padding need room too (see `pad`)."""
+        heads = self.config.num_key_value_heads
+        head_dim = getattr(self.config, "head_dim", None) or self.hidden_size // self.config.num_attention_heads
+        return KVCache(self.num_layers, heads, head_dim, capacity, batch=batch, dtype=self.dtype, device=self.device)
+
+    def pad(self, n: int) -> int:
+        """n rounded up to the row bucket."""
+        return -(-n // self.row_multiple) * self.row_multiple
+
+    def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Token ids (N,) -> hidden rows (1, N, D)."""
+        return self.base.model.embed_tokens(torch.as_tensor(ids, device=self.device).view(1, -1))
+
+    def run_layers(self, layers: range, h: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+        """Hidden rows (B, N, D) through some layers, writing their keys and values into the cache."""
+        angles = self.base.model.rotary_emb(h, position_ids=positions)
+        for layer_idx in layers:
+            h = self.base.model.layers[layer_idx](h, attention_mask=mask, position_ids=positions,
+                                                  position_embeddings=angles, past_key_values=cache)
+        return h
+
+    def run_segment(self, s: int, h: Tensor, cache: KVCache) -> Tensor:
+        """The next N rows (1, N, D) of segment s, in order, through its layers: (1, N, D).
+
+        Rows are padded to the bucket; padding is written past the real rows, masked, and overwritten later.
+        """
+        n, layers = h.shape[1], range(self.bounds[s], self.bounds[s + 1])
+        padded = self._pad_rows(h)
+        positions = cache.positions(layers[0], padded.shape[1])
+        out = self.run_layers(layers, padded, positions, cache.mask(layers[0], padded.shape[1]), cache)
+        cache.advance(layers, n)
+        return out[:, :n]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Hidden rows after the last layer (1, N, D) -> the full model's logits (1, N, V)."""
+        return self.base.lm_head(self.norm(self._pad_rows(h)))[:, :h.shape[1]]
+
+    def _pad_rows(self, h: Tensor) -> Tensor:
+        return torch.nn.functional.pad(h, (0, 0, 0, self.pad(h.shape[1]) - h.shape[1]))

@@ -1,0 +1,50 @@
+"""Tiny random models of each family, built from configs: no weights, no network, CPU, seconds."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from cascadeexit.engine import Engine
+from cascadeexit.exits import ExitBank
+from cascadeexit.model import SegmentedModel
+
+SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+FAMILIES = {
+    "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama-untied": LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
+}
+EXIT_LAYERS = (2, 3, 5)
+
+
+def tiny_base(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = torch.float32):
+    """A random model whose text depends on its context: larger weights than the default make sharp choices."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="sdpa")
+    for parameter in base.parameters():
+        if parameter.ndim == 2:
+            parameter.data.normal_(std=0.25)
+    return base.to(dtype).eval()
+
+
+def tiny_engine(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = torch.float32, **shape) -> Engine:
+    """Random exits over a random model: adapters that differ from the identity, estimators that say anything."""
+    model = SegmentedModel(tiny_base(family, seed, dtype), EXIT_LAYERS, name=family)
+    bank = ExitBank.untrained(model, confidence="mlp", width=8, confidence_width=8, **shape)
+    torch.manual_seed(seed + 1)
+    for adapter in bank.adapters:
+        adapter.up.weight.data.normal_(std=0.1)
+    for head in bank.confidence_heads:
+        head.outer.weight.data.normal_(std=2.0)
+    return Engine(model, bank)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return tiny_engine()

@@ -1,0 +1,250 @@
+"""Training text: conversations that the model writes itself, and local text.
+
+    python -m training.data policy --tokens 500000 --prompts prompts.jsonl --out data/policy
+    python -m training.data text --files book.txt notes.jsonl --out data/text
+
+`policy` lets the frozen model write through its chat template. With --prompts, a share of the user turns comes from
+JSONL rows {"prompt": ...}; the other conversations it invents whole, the user's turn too. Exits are trained on the
+distribution they will decode. `text` only tokenizes: plain files (documents divided by blank lines) or JSONL rows
+{"text": ...} or {"prompt": ...}.
+
+A shard holds documents as flat token ids with offsets, a flag per token (1 = the model chose it) and a key per
+document by which training and held-out documents are divided. Finished shards are kept when a run is started again.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from cascadeexit.hub import DEFAULT_MODEL, load_model, resolve
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from cascadeexit.model import SegmentedModel
+from training.provenance import provenance, save_json
+
+HELD_OUT_ONE_IN = 25
+MIN_TOKENS = 16
+TOP_K = 50
+
+
+@dataclass
+class Document:
+    ids: list[int] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)     # 1 where the model picked the token
+    key: int = 0
+
+    @property
+    def held_out(self) -> bool:
+        return self.key % HELD_OUT_ONE_IN == 0
+
+
+def key_of(content: str) -> int:
+    """A stable 48-bit key: equal content lands on the same side of the train / held-out split."""
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=6).digest(), "big")
+
+
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+
+def save_shard(path: Path, documents: list[Document]) -> None:
+    offsets = torch.tensor([0] + [len(d.ids) for d in documents]).cumsum(0)
+    tensors = {
+        "ids": torch.tensor([i for d in documents for i in d.ids], dtype=torch.int32),
+        "chosen": torch.tensor([c for d in documents for c in d.chosen], dtype=torch.uint8),
+        "offsets": offsets,
+        "keys": torch.tensor([d.key for d in documents]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    temporary.rename(path)
+
+
+def load_documents(folders: list[Path]) -> list[Document]:
+    """Every document of these folders, duplicates (equal token ids) dropped, in a fixed order.
+
+    Raises FileNotFoundError when a folder holds no shard.
+    """
+    documents, seen = [], set()
+    for folder in folders:
+        shards = sorted(Path(folder).glob("shard-*.safetensors"))
+        if not shards:
+            raise FileNotFoundError(f"no shard-*.safetensors in {folder}: write them with python -m training.data")
+        for shard in shards:
+            t = load_file(shard)
+            ids, chosen, offsets = t["ids"].tolist(), t["chosen"].tolist(), t["offsets"].tolist()
+            for a, b, key in zip(offsets, offsets[1:], t["keys"].tolist()):
+                fingerprint = hash(tuple(ids[a:b]))
+                if fingerprint not in seen:
+                    seen.add(fingerprint)
+                    documents.append(Document(ids[a:b], chosen[a:b], key))
+    return documents
+
+
+# -- text the model writes --------------------------------------------------------------------------------------------
+
+
+class ChatTemplate:
+    """The chat template around one user turn, as token ids: opening, the turn, closing up to the reply."""
+
+    def __init__(self, tokenizer):
+        sentinel = "\u241f"
+        text = tokenizer.apply_chat_template([{"role": "user", "content": sentinel}], tokenize=False,
+                                             add_generation_prompt=True)
+        opening, closing = text.split(sentinel)
+        self._encode = lambda s: tokenizer(s, add_special_tokens=False)["input_ids"]
+        self.opening, self.closing = self._encode(opening), self._encode(closing)
+
+    def prompt(self, turn: str) -> list[int]:
+        return self.opening + self._encode(turn) + self.closing
+
+
+class Row:
+    """One lane of the batch: what it must say next, and the conversation it is writing."""
+
+    def __init__(self, template: ChatTemplate, prompts: Iterator[str], rng: random.Random, own_share: float):
+        self.template, self.prompts, self.rng, self.own_share = template, prompts, rng, own_share
+        self.finished: list[Document] = []
+        self.begin(0)
+
+    def begin(self, slot: int) -> None:
+        """Start a new conversation at this slot of the cache."""
+        self.start, self.document = slot, Document()
+        prompt = None if self.rng.random() < self.own_share else next(self.prompts, None)
+        self.invents_user = prompt is None
+        self.document.key = key_of(prompt) if prompt is not None else 0
+        self.forced = list(self.template.opening if prompt is None else self.template.prompt(prompt))
+        self.reply_greedy = self.rng.random() < 0.5
+
+    @property
+    def greedy(self) -> bool:
+        return self.reply_greedy and not self.invents_user
+
+    def next_token(self, sampled: int, best: int, eos: frozenset[int], slot: int) -> int:
+        """The token for this slot, given what the model would say; the lane's bookkeeping moves on."""
+        forced = bool(self.forced)
+        token = self.forced.pop(0) if forced else best if self.greedy else sampled
+        self.document.ids.append(token)
+        self.document.chosen.append(0 if forced else 1)
+        if not forced and token in eos:
+            if self.invents_user:
+                self.invents_user = False
+                self.forced = self.template.closing[1:] if self.template.closing[:1] == [token] \
+                    else list(self.template.closing)
+            else:
+                self.close()
+                self.begin(slot + 1)
+        return token
+
+    def close(self) -> None:
+        if sum(self.document.chosen) >= MIN_TOKENS:
+            self.document.key = self.document.key or key_of(str(self.document.ids))
+            self.finished.append(self.document)
+
+
+@torch.inference_mode()
+def write_round(model: SegmentedModel, rows: list[Row], steps: int, temperature: float, bar: tqdm) -> list[Document]:
+    """Run all lanes in lock-step for `steps` slots of one static cache; a finished lane starts its next conversation."""
+    cache, layers = model.new_cache(steps, batch=len(rows)), range(model.num_layers)
+    slots = torch.arange(steps, device=model.device)
+    best = sampled = [0] * len(rows)
+    for slot in range(steps):
+        tokens = torch.tensor([row.next_token(s, b, model.eos_ids, slot)
+                               for row, s, b in zip(rows, sampled, best, strict=True)], device=model.device)
+        # A lane sees only its own conversation: from where it began up to this slot.
+        start = torch.tensor([min(row.start, slot) for row in rows], device=model.device)
+        mask = ((slots >= start[:, None]) & (slots <= slot))[:, None, None]                     # (B, 1, 1, C)
+        h = model.base.model.embed_tokens(tokens[:, None])                                      # (B, 1, D)
+        h = model.run_layers(layers, h, slots[None, slot:slot + 1], mask, cache)
+        cache.advance(layers, 1)
+        top, ids = model.base.lm_head(model.norm(h[:, 0])).float().topk(TOP_K)                  # (B, K)
+        pick = torch.multinomial((top / temperature).softmax(-1), 1)
+        best, sampled = ids[:, 0].tolist(), ids.gather(1, pick)[:, 0].tolist()
+        bar.update(len(rows))
+    for row in rows:
+        row.close()
+    return [d for row in rows for d in row.finished]
+
+
+def write_policy(args) -> None:
+    base, tokenizer, name = load_model(args.model)
+    model, template = SegmentedModel(base, (), name=name), ChatTemplate(tokenizer)
+    prompts = [json.loads(line)["prompt"] for file in args.prompts for line in open(file, encoding="utf-8")]
+    prompts = sorted({p.strip() for p in prompts if len(p) <= args.max_prompt_chars})
+    per_round = args.batch * args.steps
+    rounds = -(-args.tokens // per_round)
+    save_json(args.out / "provenance.json", provenance(args.seed) | {"model": name, "prompts": len(prompts)})
+    with tqdm(total=rounds * per_round, unit="token", unit_scale=True, smoothing=0.05) as bar:
+        for index in range(rounds):
+            path = args.out / f"shard-{index:05d}.safetensors"
+            if path.exists():
+                bar.update(per_round)
+                continue
+            rng = random.Random(f"{args.seed}-{index}")
+            torch.manual_seed(rng.randrange(2**31))
+            turns = iter(rng.sample(prompts, len(prompts)))
+            own = args.own_share if prompts else 1.0
+            rows = [Row(template, turns, rng, own) for _ in range(args.batch)]
+            save_shard(path, write_round(model, rows, args.steps, args.temperature, bar))
+
+
+# -- local text -------------------------------------------------------------------------------------------------------
+
+
+def read_texts(file: Path) -> Iterator[str]:
+    if file.suffix == ".jsonl":
+        for line in file.open(encoding="utf-8"):
+            row = json.loads(line)
+            yield row.get("text") or row["prompt"]
+    else:
+        yield from file.read_text(encoding="utf-8").split("\n\n")
+
+
+def write_text(args) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve(args.model))
+    texts = [t.strip() for file in args.files for t in read_texts(file) if t.strip()]
+    random.Random(args.seed).shuffle(texts)
+    documents, total = [], 0
+    for text in tqdm(texts, unit="document"):
+        ids = tokenizer(text)["input_ids"][:args.max_length]
+        if len(ids) >= MIN_TOKENS and total < args.tokens:
+            documents.append(Document(ids, [0] * len(ids), key_of(text)))
+            total += len(ids)
+    save_shard(args.out / "shard-00000.safetensors", documents)
+    save_json(args.out / "provenance.json", provenance(args.seed) | {"files": [f.name for f in args.files]})
+    print(f"{len(documents)} documents, {total} tokens in {args.out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(required=True, metavar="{policy,text}")
+    policy = kinds.add_parser("policy", help="let the model write conversations")
+    policy.add_argument("--prompts", type=Path, nargs="*", default=[], help='JSONL files with rows {"prompt": ...}')
+    policy.add_argument("--own-share", type=float, default=0.4, help="part of the conversations invented whole")
+    policy.add_argument("--max-prompt-chars", type=int, default=400, help="leave out longer prompts")
+    policy.add_argument("--batch", type=int, default=64, help="conversations written at once")
+    policy.add_argument("--steps", type=int, default=384, help="cache slots a round; no conversation is longer")
+    policy.add_argument("--temperature", type=float, default=0.8, help="of sampled replies; half of them are greedy")
+    policy.set_defaults(run=write_policy, tokens=500_000)
+    text = kinds.add_parser("text", help="tokenize local text")
+    text.add_argument("--files", type=Path, nargs="+", required=True, help="text or JSONL files")
+    text.add_argument("--max-length", type=int, default=256, help="tokens kept of a document")
+    text.set_defaults(run=write_text)
+    for kind in (policy, text):
+        kind.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
+        kind.add_argument("--out", type=Path, required=True, help="folder for the shards")
+        kind.add_argument("--tokens", type=int, default=500_000, help="stop after about this many")
+        kind.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Where an artifact or a result comes from: the command, the code, the versions, the machine, the day."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def provenance(seed: int | None = None) -> dict:
+    """A JSON-ready record of this run, to lie beside what it made."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name}" if spec else sys.argv[0]
+    return {
+        "command": " ".join([program, *sys.argv[1:]]),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "date": datetime.date.today().isoformat(),
+        "seed": seed,
+        "machine": _machine(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers")},
+    }
+
+
+def save_json(path: Path, content: dict) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}"
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip()
