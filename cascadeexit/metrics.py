@@ -25,7 +25,7 @@ class RunStats:
     tokens: int
     routing_share: tuple[float, ...]    # part of the tokens each segment produced
     average_depth: float | None         # mean depth of the segment that produced each token, layers only
-    cost: float | None                  # weight bytes read per token / those of the full model; heads and exits included
+    cost: float | None                  # weight bytes read per token / the full model's; heads and exits included
     drafted: int
     acceptance: float | None            # accepted / judged drafts
     tokens_per_verification: float | None

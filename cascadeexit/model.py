@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cascadeexit.cache import KVCache
+from cascadeexit.linear import pack
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -44,7 +45,7 @@ class SegmentedModel:
 
     Args:
         model: a transformers *ForCausalLM of a supported type, loaded with sdpa attention; it is put in eval mode
-            and frozen.
+            and frozen, and on a CPU its layers' linear modules are replaced by packed ones.
         exit_layers: numbers of layers after which an exit sits, ascending, each in 1..num_layers-1.
         name: short name for messages and artifacts.
 
@@ -64,6 +65,15 @@ class SegmentedModel:
         self.bounds = bounds
         self.config = model.config
         self.base = model.eval().requires_grad_(False)
+        layers = model.model.layers
+        self.segment_bytes = tuple(sum(p.nbytes for layer in layers[a:b] for p in layer.parameters())
+                                   for a, b in zip(bounds, bounds[1:]))
+        self._head = pack(model.lm_head)
+        for layer in layers:
+            for block in (layer.self_attn, layer.mlp):
+                for child, module in list(block.named_children()):
+                    if isinstance(module, torch.nn.Linear):
+                        setattr(block, child, pack(module))
         # CPU: every multiple of 4 rows up to 40 agrees bitwise. GPU kernels vary more with shape: one bucket for all.
         self.row_multiple, self.max_verify_rows = (16, 16) if self.device.type == "cuda" else (4, 32)
 
@@ -117,17 +127,9 @@ class SegmentedModel:
             ids = self.config.eos_token_id
         return frozenset(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
 
-    # -- bytes, for the cost metric -------------------------------------------------------------------------------
-
-    @cached_property
-    def segment_bytes(self) -> tuple[int, ...]:
-        """Weight bytes that one pass through each segment reads."""
-        layers = self.base.model.layers
-        return tuple(sum(p.nbytes for layer in layers[a:b] for p in layer.parameters())
-                     for a, b in zip(self.bounds, self.bounds[1:]))
-
     @property
     def head_bytes(self) -> int:
+        """Weight bytes that one vocabulary projection reads; `segment_bytes` holds those of each segment's layers."""
         return self.head_weight.nbytes
 
     @cached_property
@@ -174,7 +176,7 @@ class SegmentedModel:
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden rows after the last layer (1, N, D) -> the full model's logits (1, N, V)."""
-        return self.base.lm_head(self.norm(self._pad_rows(h)))[:, :h.shape[1]]
+        return self._head(self.norm(self._pad_rows(h)))[:, :h.shape[1]]
 
     def _pad_rows(self, h: Tensor) -> Tensor:
         return torch.nn.functional.pad(h, (0, 0, 0, self.pad(h.shape[1]) - h.shape[1]))

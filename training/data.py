@@ -9,7 +9,7 @@ distribution they will decode. `text` only tokenizes: plain files (documents div
 {"text": ...} or {"prompt": ...}.
 
 A shard holds documents as flat token ids with offsets, a flag per token (1 = the model chose it) and a key per
-document by which training and held-out documents are divided. Finished shards are kept when a run is started again.
+document by which training, calibration and test documents are divided. Finished shards are kept when a run is started again.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 
 import torch
@@ -29,9 +30,14 @@ from transformers import AutoTokenizer
 from cascadeexit.model import SegmentedModel
 from training.provenance import provenance, save_json
 
-HELD_OUT_ONE_IN = 25
 MIN_TOKENS = 16
 TOP_K = 50
+
+
+class Split(IntEnum):
+    TRAIN = 0
+    CALIBRATION = 1
+    TEST = 2
 
 
 @dataclass
@@ -41,12 +47,13 @@ class Document:
     key: int = 0
 
     @property
-    def held_out(self) -> bool:
-        return self.key % HELD_OUT_ONE_IN == 0
+    def split(self) -> "Split":
+        """Of 25 documents one tests, two calibrate, the rest train. By key, so a prompt never changes sides."""
+        return {0: Split.TEST, 1: Split.CALIBRATION, 2: Split.CALIBRATION}.get(self.key % 25, Split.TRAIN)
 
 
 def key_of(content: str) -> int:
-    """A stable 48-bit key: equal content lands on the same side of the train / held-out split."""
+    """A stable 48-bit key: equal content lands in the same split."""
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=6).digest(), "big")
 
 
@@ -151,7 +158,7 @@ class Row:
 
 @torch.inference_mode()
 def write_round(model: SegmentedModel, rows: list[Row], steps: int, temperature: float, bar: tqdm) -> list[Document]:
-    """Run all lanes in lock-step for `steps` slots of one static cache; a finished lane starts its next conversation."""
+    """Run all lanes in lock-step for `steps` slots of one static cache; a finished lane starts anew."""
     cache, layers = model.new_cache(steps, batch=len(rows)), range(model.num_layers)
     slots = torch.arange(steps, device=model.device)
     best = sampled = [0] * len(rows)
