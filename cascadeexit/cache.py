@@ -32,8 +32,8 @@ class KVCache:
         """The n positions that follow what this layer holds: (1, N)."""
         start = self.lengths[layer_idx]
         if start + n > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions, {start} are used and {n} more were asked for: "
-                             "make it with a larger capacity")
+            raise ValueError(f"the cache holds {self.capacity} positions, {start} are used and {n} more were asked "
+                             "for: make it with a larger capacity")
         return self._slots[None, start:start + n]
 
     def mask(self, layer_idx: int, n: int) -> Tensor:

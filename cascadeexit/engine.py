@@ -168,8 +168,8 @@ class Engine:
             raise ValueError(f"{len(prompt_ids)} prompt tokens and {config.max_new_tokens} new ones need {needed} "
                              f"positions; {self.model.name} has {self.model.max_positions}. Shorten one of them.")
         if config.mode is Mode.VERIFIED and config.max_draft >= self.model.max_verify_rows:
-            raise ValueError(f"max_draft must be below {self.model.max_verify_rows} on this device (drafts are verified "
-                             f"in one pass of that many rows), got {config.max_draft}")
+            raise ValueError(f"max_draft must be below {self.model.max_verify_rows} on this device (one pass of that "
+                             f"many rows verifies the drafts), got {config.max_draft}")
         config.threshold_per_exit(self.num_exits)
 
     def run(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Generation:

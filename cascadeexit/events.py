@@ -20,7 +20,7 @@ class TokenEvent:
 
     index: int                                  # position in the generated text, from 0
     token_id: int
-    exit: int                                   # segment that produced it: 0 is the first exit, the last is the full model
+    exit: int                                   # segment that produced it: 0 the first exit, the last the full model
     confidences: tuple[float | None, ...]       # one per exit, in [0, 1]; None where the exit was not asked
     status: Status
     seconds: float                              # engine time since the run began, prefill included; waiting excluded

@@ -7,9 +7,11 @@ vocabulary projection of a token is paid by the exit that is taken. Artifact: co
 Letters: N rows, D hidden size, V vocabulary, K words of a trimmed head.
 """
 
+import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cascadeexit.linear import pack
 from cascadeexit.model import SegmentedModel
 
 log = logging.getLogger(__name__)
@@ -101,7 +104,7 @@ class ExitBank(nn.Module):
         self.confidence_heads = nn.ModuleList(ConfidenceHead(config.hidden_size, config.confidence_width)
                                               for _ in config.layers) if config.confidence == "mlp" else None
         self.register_buffer("head_ids", torch.arange(config.head_size) if config.head_size else None)
-        self._head: Tensor | None = None
+        self._project: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def untrained(cls, model: SegmentedModel, *, confidence: str = "softmax", **shape) -> Self:
@@ -116,7 +119,7 @@ class ExitBank(nn.Module):
         return bank
 
     def attach(self, model: SegmentedModel) -> Self:
-        """Move to the model's device and dtype and share its head.
+        """Move to the model's device and dtype and share its head; `head_bytes` is what one projection reads.
 
         Raises ValueError when the exits belong to another architecture; warns when only the weights differ.
         """
@@ -124,15 +127,17 @@ class ExitBank(nn.Module):
         theirs = (c.hidden_size, c.num_layers, c.vocab_size, c.layers)
         ours = (model.hidden_size, model.num_layers, model.vocab_size, model.exit_layers)
         if theirs != ours:
-            raise ValueError(f"these exits were made for {c.base_model} (hidden, layers, vocabulary, exits = {theirs}); "
-                             f"{model.name} has {ours}. Use exits of this model, or none for untrained ones.")
+            raise ValueError(f"these exits were made for {c.base_model} (hidden, layers, vocabulary, exits = "
+                             f"{theirs}); {model.name} has {ours}. Use exits of this model, or none for untrained ones.")
         if c.head_fingerprint and c.head_fingerprint != model.head_fingerprint:
             log.warning("The exits were trained on other weights of %s than the ones loaded (the heads differ): "
                         "verified stays lossless, but confidences may be wrong.", c.base_model)
         self.to(model.device, model.dtype).eval().requires_grad_(False)
         if self.confidence_heads is not None:
             self.confidence_heads.float()
-        self._head = model.head_weight if self.head_ids is None else model.head_weight[self.head_ids]
+        weight = model.head_weight.detach() if self.head_ids is None else model.head_weight.detach()[self.head_ids]
+        # A bound method, not a module: the head belongs to the base model and must not be saved with the exits.
+        self._project, self.head_bytes = pack(weight).forward, weight.nbytes
         return self
 
     # -- one exit, hidden rows in --------------------------------------------------------------------------------
@@ -143,7 +148,7 @@ class ExitBank(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Adapted hidden (..., D) -> logits over the exits' head (..., V) or (..., K); see `token_id`."""
-        return nn.functional.linear(hidden, self._head)
+        return self._project(hidden)
 
     def confidence(self, s: int, hidden: Tensor) -> Tensor:
         """Probability that exit s chooses what the full model would: adapted hidden (..., D) -> (...,) in [0, 1]."""
@@ -153,17 +158,19 @@ class ExitBank(nn.Module):
 
     # -- bytes, for the cost metric ------------------------------------------------------------------------------
 
-    @property
-    def head_bytes(self) -> int:
-        """Weight bytes that one vocabulary projection of an exit reads."""
-        return self._head.nbytes
-
     def try_bytes(self, s: int) -> int:
         """Weight bytes read to ask exit s how sure it is."""
         read = sum(p.nbytes for p in self.adapters[s].parameters())
         if self.confidence_heads is None:
             return read + self.head_bytes
         return read + sum(p.nbytes for p in self.confidence_heads[s].parameters())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names and fp32 bytes of the exits' weights: tells which exits made a result."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     # -- artifact -------------------------------------------------------------------------------------------------
 
@@ -186,7 +193,7 @@ class ExitBank(nn.Module):
         folder = Path(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"no {name} in {folder}: an exits folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+                raise FileNotFoundError(f"no {name} in {folder}; exits are two files: {CONFIG_FILE}, {WEIGHTS_FILE}")
         fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         try:
             bank = cls(ExitConfig(**fields))

@@ -17,9 +17,14 @@ def can_pack(weight: Tensor) -> bool:
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack(linear: nn.Linear) -> nn.Module:
-    """This linear layer, packed where that is possible, else as it is."""
-    return PackedLinear(linear.weight, linear.bias) if can_pack(linear.weight) else linear
+def pack(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """A frozen linear layer with this weight (O, I), packed where that is possible."""
+    if can_pack(weight):
+        return PackedLinear(weight, bias)
+    linear = nn.Linear(*weight.T.shape, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 class PackedLinear(nn.Module):

@@ -68,12 +68,12 @@ class SegmentedModel:
         layers = model.model.layers
         self.segment_bytes = tuple(sum(p.nbytes for layer in layers[a:b] for p in layer.parameters())
                                    for a, b in zip(bounds, bounds[1:]))
-        self._head = pack(model.lm_head)
+        self._head = pack(model.lm_head.weight, model.lm_head.bias)
         for layer in layers:
             for block in (layer.self_attn, layer.mlp):
                 for child, module in list(block.named_children()):
                     if isinstance(module, torch.nn.Linear):
-                        setattr(block, child, pack(module))
+                        setattr(block, child, pack(module.weight, module.bias))
         # CPU: every multiple of 4 rows up to 40 agrees bitwise. GPU kernels vary more with shape: one bucket for all.
         self.row_multiple, self.max_verify_rows = (16, 16) if self.device.type == "cuda" else (4, 32)
 

@@ -85,9 +85,6 @@ class _Side:
     def ids(self) -> list[int]:
         return [e.token_id for e in self.final]
 
-    def done(self, config: DecodeConfig, engine: Engine) -> bool:
-        return len(self.final) == config.max_new_tokens or self.final[-1].token_id in engine.model.eos_ids
-
     def piece(self, event: TokenEvent) -> str:
         """This event's text: for good when it is final, a first guess when it is a draft."""
         self.events.append(event)
@@ -104,8 +101,8 @@ class _Side:
 class TokenStream:
     """A race as one string of JSON lines that only grows: the page's input, and a record of the run.
 
-    Lines by `type`: model, run, token, text, stats, versus, then one of end, stopped, error. The string is ASCII and has
-    no '<', so it survives any transport, HTML included; a reader may take it in pieces or whole, and gets the same.
+    Lines by `type`: model, run, token, text, stats, versus, then one of end, stopped, error. The string is ASCII and
+    has no '<', so it survives any transport; a reader may take it in pieces or whole, and gets the same.
     """
 
     def __init__(self, engine: Engine, tokenizer, config: DecodeConfig, num_prompt_tokens: int):
@@ -117,58 +114,58 @@ class TokenStream:
                     thresholds=config.threshold_per_exit(engine.num_exits), prompt_tokens=num_prompt_tokens,
                     max_new_tokens=config.max_new_tokens)
 
-    def add(self, side: str, event: TokenEvent) -> None:
-        """One more event of one side."""
-        state = self.sides[side]
-        piece = state.piece(event)
-        record = dict(side=side, i=event.index, id=event.token_id, status=event.status)
+    def add(self, name: str, event: TokenEvent) -> None:
+        """One more event of the side with this name."""
+        side = self.sides[name]
+        piece = side.piece(event)
+        record = dict(side=name, i=event.index, id=event.token_id, status=event.status)
         if event.status is not Status.REJECTED:
-            record |= dict(text=piece, exit=event.exit, t=round(event.seconds, 5),
-                           conf=[c if c is None else round(c, 3) for c in event.confidences])
-        if event.final and len(state.final) > 1:
-            record["ms"] = round(1000 * metrics.token_seconds(state.final[-2:])[0], 2)
+            record |= dict(text=piece, exit=event.exit, t=event.seconds, conf=event.confidences)
+        if event.final and len(side.final) > 1:
+            record["ms"] = 1000 * metrics.token_seconds(side.final[-2:])[0]
         if event.token_id in self._special:
             record["special"] = True
-        elif event.final and state.decoder.holding:
-            record["part"] = True           # its character is finished by a later token
-        self._write("token", **record)
+        elif event.final and side.decoder.holding:
+            record["part"] = True           # a later token finishes its character
+        self._write("token", **_rounded(record))
 
     def add_stats(self) -> None:
         """The numbers so far, of both sides, and how far their texts are the same."""
-        for side, state in self.sides.items():
-            if state.final:
-                stats = metrics.summarize(state.events, self.engine.costs)
-                self._write("stats", side=side, seconds=round(state.final[-1].seconds, 5), done=state.done(self.config, self.engine),
-                            **_rounded(asdict(stats)))
-        ours, theirs = (self.sides[s].ids for s in (CASCADE, FULL))
+        speed = {}
+        for name, side in self.sides.items():
+            if side.final:
+                stats = metrics.summarize(side.events, self.engine.costs)
+                speed[name] = stats.tokens_per_second
+                self._write("stats", side=name, seconds=round(side.final[-1].seconds, 5),
+                            done=self._done(side), **_rounded(asdict(stats)))
+        ours, theirs = (side.ids for side in self.sides.values())
         n = min(len(ours), len(theirs))
         if n:
             so_far = metrics.match(ours[:n], theirs[:n])
             recent = metrics.match(ours[max(0, n - ROLLING):n], theirs[max(0, n - ROLLING):n])
-            self._write("versus", n=n, speedup=self._speedup(), positional=round(so_far.positional, 4),
-                        rolling=round(recent.positional, 4), first_divergence=so_far.first_divergence)
+            speedup = speed[CASCADE] / speed[FULL] if all(speed.values()) else None
+            self._write("versus", n=n, speedup=_rounded(speedup), positional=_rounded(so_far.positional),
+                        rolling=_rounded(recent.positional), first_divergence=so_far.first_divergence)
 
-    def _speedup(self) -> float | None:
-        """Tokens per second against the full model in the same race."""
-        ours, theirs = (metrics.summarize(s.events, self.engine.costs).tokens_per_second for s in self.sides.values())
-        return round(ours / theirs, 3) if ours and theirs else None
+    def _done(self, side: _Side) -> bool:
+        return (len(side.final) == self.config.max_new_tokens
+                or side.final[-1].token_id in self.engine.model.eos_ids)
 
     def close_text(self) -> None:
         """Both sides are done: give the last token of each the text that was held back for it, and final numbers."""
-        for side, state in self.sides.items():
-            rest = state.decoder.flush()
+        for name, side in self.sides.items():
+            rest = side.decoder.flush()
             if rest:
-                self._write("text", side=side, i=state.final[-1].index, text=rest)
+                self._write("text", side=name, i=side.final[-1].index, text=rest)
         self.add_stats()
 
     def end(self, full_choices: Sequence[int]) -> None:
         """The verdict. `full_choices`: what the full model would say after each prefix of the cascade's own text."""
-        ours, theirs = (self.sides[s].ids for s in (CASCADE, FULL))
+        ours, theirs = (side.ids for side in self.sides.values())
         match = metrics.match(ours, theirs)
-        agreement = metrics.agreement(ours, full_choices)
         lossless = self.config.mode is Mode.VERIFIED and self.config.temperature == 0
-        self._write("end", agreement=agreement if agreement is None else round(agreement, 4),
-                    positional=round(match.positional, 4), first_divergence=match.first_divergence,
+        self._write("end", agreement=_rounded(metrics.agreement(ours, full_choices)),
+                    positional=_rounded(match.positional), first_divergence=match.first_divergence,
                     sequence=match.sequence, identical=match.sequence if lossless else None)
 
     def fail(self, message: str) -> None:
@@ -182,8 +179,8 @@ def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> It
     """Feed a race to a stream; yields its text when the page is due for another frame, the first token at once."""
     next_frame = 0.0
     next_stats = time.monotonic() + STATS_SECONDS
-    for side, event in contest:
-        stream.add(side, event)
+    for name, event in contest:
+        stream.add(name, event)
         now = time.monotonic()
         if now >= next_stats:
             stream.add_stats()
@@ -230,12 +227,13 @@ def _line(type: str, **record) -> str:
     return text.replace("<", "\\u003c") + "\n"
 
 
-def _rounded(record: dict) -> dict:
-    def short(value):
-        if isinstance(value, float):
-            return round(value, 5)
-        return [short(v) for v in value] if isinstance(value, tuple) else value
-    return {key: short(value) for key, value in record.items()}
+def _rounded(value):
+    """Floats in any nesting, to as many digits as a page can show."""
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, (tuple, list)):
+        return [_rounded(v) for v in value]
+    return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 # -- figures of a finished run ----------------------------------------------------------------------------------------
@@ -244,13 +242,13 @@ def routing_figure(stream: TokenStream) -> go.Figure:
     """Which exit wrote how much of the text."""
     engine, final = stream.engine, stream.sides[CASCADE].final
     share = metrics.routing_share(final, engine.model.num_segments)
-    names = [exit_name(s, engine) for s in range(len(share))]
+    names = [exit_name(s, engine).partition(" (")[0] for s in range(len(share))]
     figure = go.Figure(go.Bar(
-        x=share, y=names, orientation="h", text=[f"{part:.0%}" for part in share], textposition="auto",
+        x=share, y=names, orientation="h", text=[f"{part:.0%}" for part in share], textposition="outside", cliponaxis=False,
         marker=dict(color=colours(engine.num_exits), line=dict(color=_OUTLINE, width=1)),
-        textfont=dict(color="#000000"), hovertemplate="%{y}: %{x:.1%} of the tokens<extra></extra>"))
-    figure.update_yaxes(autorange="reversed", ticklabelstandoff=8)
-    figure.update_xaxes(tickformat=".0%", range=[0, 1], title="part of the tokens")
+        hovertemplate="%{y}: %{x:.1%} of the tokens<extra></extra>"))
+    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(tickformat=".0%", range=[0, 1.08])
     return _styled(figure, "Where the tokens left the model", legend=False)
 
 
@@ -263,27 +261,28 @@ def latency_figure(stream: TokenStream) -> go.Figure:
         figure.add_scatter(x=list(range(1, len(waits) + 1)), y=waits, name=name, mode="lines", line=line,
                            hovertemplate="token %{x}: %{y:.1f} ms<extra>" + name + "</extra>")
     figure.update_xaxes(title="token")
-    figure.update_yaxes(title="milliseconds", rangemode="tozero")
+    figure.update_yaxes(ticksuffix=" ms", rangemode="tozero")
     return _styled(figure, "How long each token took")
 
 
 def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Figure:
     """How sure the exit was that wrote each token; crosses where the full model would have said something else."""
     engine, figure = stream.engine, go.Figure()
-    palette = colours(engine.num_exits)
-    final = stream.sides[CASCADE].final
+    final, palette = stream.sides[CASCADE].final, colours(stream.engine.num_exits)
     for s in range(engine.num_exits):
-        points = [(e.index, e.confidences[s], e.token_id == choice)
-                  for e, choice in zip(final, full_choices) if e.exit == s]
+        points = [e for e in final if e.exit == s]
         figure.add_scatter(
-            x=[p[0] for p in points], y=[p[1] for p in points], mode="markers", name=f"Exit {s + 1}",
-            marker=dict(color=palette[s], size=[8 if p[2] else 10 for p in points],
-                        symbol=["circle" if p[2] else "x" for p in points], line=dict(color=_OUTLINE, width=1)),
-            customdata=["the full model agrees" if p[2] else "the full model would differ" for p in points],
-            hovertemplate="token %{x}: %{y:.0%} sure, %{customdata}<extra>" + f"Exit {s + 1}</extra>")
+            x=[e.index for e in points], y=[e.confidences[s] for e in points], mode="markers", name=f"Exit {s + 1}",
+            marker=dict(color=palette[s], size=9, line=dict(color=_OUTLINE, width=1)),
+            hovertemplate="token %{x}: %{y:.0%} sure<extra>" + f"Exit {s + 1}</extra>")
+    others = [e for e, choice in zip(final, full_choices) if e.exit < engine.num_exits and e.token_id != choice]
+    figure.add_scatter(
+        x=[e.index for e in others], y=[e.confidences[e.exit] for e in others], mode="markers",
+        name="full model differs", marker=dict(color="#D55E00", size=8, symbol="x-thin-open", line_width=2),
+        hovertemplate="token %{x}: the full model would say something else<extra></extra>")
     figure.update_xaxes(title="token")
-    figure.update_yaxes(title="confidence", range=[-0.03, 1.03], tickformat=".0%")
-    return _styled(figure, "How sure the exits were (× = the full model would differ)")
+    figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
+    return _styled(figure, "How sure the exits were")
 
 
 def _styled(figure: go.Figure, title: str, legend: bool = True) -> go.Figure:
@@ -292,7 +291,8 @@ def _styled(figure: go.Figure, title: str, legend: bool = True) -> go.Figure:
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     figure.update_layout(
-        title=dict(text=title, x=0, xref="paper", font=dict(size=14)), template="none", height=300, showlegend=legend,
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(color=_OUTLINE, size=12),
-        margin=dict(l=48, r=12, t=44, b=72), legend=dict(orientation="h", y=-0.28, x=0))
+        title=dict(text=f"<b>{title}</b>", x=0, y=0.97, yanchor="top", xref="container", font=dict(size=14)), template="none", height=300,
+        showlegend=legend,
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(family="IBM Plex Sans, system-ui, sans-serif", color=_OUTLINE, size=12),
+        margin=dict(l=8, r=8, t=76, b=8), legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0))
     return figure

@@ -9,7 +9,8 @@ distribution they will decode. `text` only tokenizes: plain files (documents div
 {"text": ...} or {"prompt": ...}.
 
 A shard holds documents as flat token ids with offsets, a flag per token (1 = the model chose it) and a key per
-document by which training, calibration and test documents are divided. Finished shards are kept when a run is started again.
+document by which training, calibration and test documents are divided. A run that is started again keeps the shards
+it finds.
 """
 
 import argparse

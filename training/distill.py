@@ -74,7 +74,8 @@ def rescale(bank: ExitBank, scales: list[float]) -> None:
             linear.weight.data.mul_(factor)
 
 
-def train(bank: ExitBank, head: Tensor, features: Features, choices: Tensor, args, log) -> None:
+def train(bank: ExitBank, head: Tensor, features: Features, choices: Tensor, args, log) -> int:
+    """Train the adapters in place; returns the number of steps they have had."""
     train_rows, held_out = features.rows(Split.TRAIN), features.rows(Split.TEST, policy_only=True)
     local = torch.full((int(choices.max()) + 1 if bank.head_ids is None else bank.config.vocab_size,), -1)
     ids = torch.arange(len(local)) if bank.head_ids is None else bank.head_ids
@@ -91,12 +92,19 @@ def train(bank: ExitBank, head: Tensor, features: Features, choices: Tensor, arg
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         first = state["step"]
+
+    def save(step: int) -> None:
+        torch.save({"bank": bank.state_dict(), "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(), "step": step}, checkpoint.with_suffix(".tmp"))
+        checkpoint.with_suffix(".tmp").rename(checkpoint)
+
     bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", desc="distill")
     started = time.perf_counter()
     for step in bar:
         if time.perf_counter() - started > args.minutes * 60:
             bar.write(f"stopped by --minutes at step {step} of {steps}; --resume goes on")
-            break
+            save(step)
+            return step
         # Rows depend on seed and step alone, so a resumed run sees what an uninterrupted one would.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         part = train_rows[torch.randint(len(train_rows), (args.batch,), generator=generator)].sort().values
@@ -117,12 +125,11 @@ def train(bank: ExitBank, head: Tensor, features: Features, choices: Tensor, arg
             log(step=step, kl=[t[0] for t in terms], ce=[t[1] for t in terms], lr=schedule.get_last_lr()[0])
             bar.set_postfix(kl="/".join(f"{t[0]:.2f}" for t in terms), tokens=f"{step * args.batch / 1e6:.2f}M")
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
-            torch.save({"bank": bank.state_dict(), "optimizer": optimizer.state_dict(),
-                        "schedule": schedule.state_dict(), "step": step + 1}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").rename(checkpoint)
+            save(step + 1)
             rates = agreement(bank, head, features, held_out[:8000], choices)
             log(step=step, held_out_agreement=rates)
             bar.write(f"step {step + 1}: held-out agreement " + " / ".join(f"{r:.1%}" for r in rates))
+    return steps
 
 
 def main() -> None:
@@ -130,6 +137,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by training.data")
     parser.add_argument("--out", type=Path, required=True, help="folder for the artifact, log and checkpoint")
+    parser.add_argument("--data-note", default="", help="what the data is, in words, for the model card")
     parser.add_argument("--layers", type=int, nargs="+", help="exit layers; default 30, 57 and 80%% of the depth")
     parser.add_argument("--width", type=int, default=512, help="inner width of the adapters")
     parser.add_argument("--head-size", type=int, default=8192, help="words in the exits' head; 0 = all")
@@ -148,7 +156,8 @@ def main() -> None:
 
     base, _, name = load_model(args.model)
     model = SegmentedModel(base, args.layers or default_exit_layers(base.config.num_hidden_layers), name=name)
-    features = compute(model, load_documents(args.data), args.out / "features", args.feature_gb)
+    documents = load_documents(args.data)
+    features = compute(model, documents, args.out / "features", args.feature_gb)
     choices = full_choices(features.top, model.head_weight)
     bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=args.head_size)
     if args.head_size:
@@ -169,14 +178,16 @@ def main() -> None:
             file.flush()
         before = agreement(bank, head, features, held_out[:8000], choices)
         log(step=-1, held_out_agreement=before, head_coverage=covered, scales=scales)
-        train(bank, head, features, choices, args, log)
+        steps = train(bank, head, features, choices, args, log)
     after = agreement(bank, head, features, held_out, choices)
     rescale(bank, scales)
     bank.save(args.out)
     save_json(args.out / "distill.json", {
         "provenance": provenance(args.seed), "rows": len(features.rows(Split.TRAIN)), "held_out_rows": len(held_out),
-        "head_coverage": covered, "untrained_agreement": before, "held_out_agreement": after})
-    print("held-out agreement, untrained -> trained: " + ", ".join(f"{b:.1%} -> {a:.1%}" for b, a in zip(before, after)))
+        "documents": len(documents), "data_note": args.data_note, "steps": steps, "batch": args.batch,
+        "hard": args.hard, "head_coverage": covered, "untrained_agreement": before, "held_out_agreement": after})
+    changes = ", ".join(f"{b:.1%} -> {a:.1%}" for b, a in zip(before, after))
+    print(f"held-out agreement, untrained -> trained: {changes}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def compute(model: SegmentedModel, documents: list[Document], folder: Path, budg
         for batch in _chunks(documents):
             rows = sum(map(_num_rows, batch))
             if total + rows > budget:
-                bar.write(f"feature budget of {budget_gb} GB is used: {total} rows kept, the rest of the text is left out")
+                bar.write(f"the feature budget of {budget_gb} GB is used: {total} rows kept, the rest is left out")
                 break
             chunks.append(_chunk(model, batch, folder))
             total += rows

@@ -1,0 +1,154 @@
+"""The page: layout and events only. What is shown comes from cascadeexit.views, what is computed from the engine.
+
+    python app.py                        the bundled model on this machine
+    python app.py --model my-model       any Llama-like model: a Hub id or a local folder
+"""
+
+import argparse
+import html
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")     # read when gradio is imported
+
+import gradio as gr  # noqa: E402
+
+from cascadeexit import hub, views  # noqa: E402
+from cascadeexit.engine import DecodeConfig, Engine, Mode  # noqa: E402
+from cascadeexit.race import race  # noqa: E402
+
+log = logging.getLogger("cascadeexit.app")
+ASSETS = Path(__file__).parent / "assets"
+EXAMPLES = ("Explain why the sky is blue.", "Write a Python function that reverses a string.",
+            "List five fruits and their colours.", "Tell a short story about a lighthouse.")
+MODES = [("Cascade: fast, keeps what a sure exit says", Mode.CASCADE),
+         ("Verified: exact, the full model checks every guess", Mode.VERIFIED)]
+MAX_PROMPT_CHARACTERS = 20_000
+NEVER = 1.0             # a threshold slider at its end closes the exit
+
+
+def token_view(value: str) -> gr.HTML:
+    """Both texts, live numbers and charts, drawn in the browser from one growing string of JSON lines.
+
+    The template is constant on purpose: gradio runs template values as code, and model text is not to be trusted.
+    """
+    return gr.HTML(value, html_template="<div class='ce'></div>", apply_default_css=False, elem_id="ce-view",
+                   js_on_load=(ASSETS / "app.js").read_text(encoding="utf-8"))
+
+
+# -- what happens -----------------------------------------------------------------------------------------------------
+
+def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
+    """The visitor's words as token ids. Raises ValueError with a message for the visitor."""
+    prompt = (prompt or "").encode("utf-8", "replace").decode()     # lone surrogates are not text
+    if not prompt.strip():
+        raise ValueError("Please write a prompt first.")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"This prompt has {len(prompt):,} characters; the limit is {MAX_PROMPT_CHARACTERS:,}.")
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(prompt, add_special_tokens=not (chat and tokenizer.chat_template)).input_ids
+
+
+def compare(engine: Engine, tokenizer, prompt, mode, chat, max_new_tokens, max_draft, temperature, top_p, seed,
+            *thresholds) -> Iterator[tuple]:
+    """Race the exits against the full model: yields (stream, routing, latency and confidence figure)."""
+    wait = (gr.skip(),) * 3
+    try:
+        sampling = dict(max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p, seed=int(seed))
+        config = DecodeConfig(mode=mode, max_draft=int(max_draft), **sampling,
+                              thresholds=[None if t >= NEVER else t for t in thresholds])
+        ids = prompt_ids(tokenizer, prompt, chat)
+        contest = race({views.CASCADE: engine.generate(ids, config),
+                        views.FULL: engine.generate(ids, DecodeConfig(mode=Mode.FULL, **sampling))})
+    except (ValueError, TypeError) as error:
+        gr.Warning(html.escape(str(error)), title="That did not work")
+        yield views.error_line(str(error)), *wait
+        return
+
+    stream = views.TokenStream(engine, tokenizer, config, len(ids))
+    try:
+        yield stream.text, *wait
+        for text in views.frames(stream, contest):
+            yield text, *wait
+        stream.close_text()
+        yield stream.text, *wait
+        choices = engine.full_choices(ids, stream.sides[views.CASCADE].ids)
+        stream.end(choices)
+        yield stream.text, *(gr.Plot(figure, visible=True) for figure in (
+            views.routing_figure(stream), views.latency_figure(stream), views.confidence_figure(stream, choices)))
+    except Exception:
+        log.exception("a run failed")
+        stream.fail("Something went wrong while the model was running. The server's log tells what.")
+        yield stream.text, *wait
+    finally:
+        contest.close()                                         # also when the visitor stops or leaves
+
+
+# -- what it looks like -----------------------------------------------------------------------------------------------
+
+def build_demo(engine: Engine, tokenizer) -> gr.Blocks:
+    """The page around one model."""
+    with gr.Blocks(title="CascadeExit", analytics_enabled=False, elem_id="cascadeexit") as demo:
+        gr.HTML("<h1>CascadeExit</h1><p>A language model that stops early when it is already sure, racing itself.</p>",
+                elem_id="ce-title", apply_default_css=False)
+        with gr.Row(elem_id="ce-controls"):
+            prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, max_lines=8, elem_id="ce-prompt", scale=6,
+                                placeholder="Ask something, or give a text to continue", min_width=300)
+            with gr.Accordion("How sure must an exit be?", elem_id="ce-sure"):
+        gr.HTML("<p>A token leaves at the first exit that is at least this sure. Lower is faster, higher stays closer"
+                " to the full model, 1 closes the exit.</p>", elem_id="ce-hint", apply_default_css=False)
+        with gr.Row():
+            thresholds = [gr.Slider(0, NEVER, 0.7, step=0.01, label=views.exit_name(s, engine), buttons=[],
+                                    min_width=220) for s in range(engine.num_exits)]
+    with gr.Accordion("More settings", open=False, elem_id="ce-more"):
+        longest = min(1024, engine.model.max_positions // 2)
+        most_drafts = engine.model.max_verify_rows - 1
+        with gr.Row():
+            tokens = gr.Slider(1, longest, min(200, longest), step=1, label="Most new tokens", buttons=[])
+            draft = gr.Slider(1, min(16, most_drafts), min(4, most_drafts), step=1, label="Guesses per check", buttons=[],
+                              info="Verified: the most tokens guessed before the full model looks")
+            chat = gr.Checkbox(bool(tokenizer.chat_template), label="Chat", interactive=bool(tokenizer.chat_template),
+                               info="Off: the model continues your text instead of answering it")
+        with gr.Row():
+            temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest token",
+                                    buttons=[])
+            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="Sample from the likeliest part only", buttons=[])
+            seed = gr.Number(0, label="Seed", info="Same seed, same text", precision=0)
+    return [chat, tokens, draft, temperature, top_p, seed, *thresholds]
+
+
+def launch_options() -> dict:
+    """How this page is served: no outside request, our own looks; tests and scripts start it the same way."""
+    # Bold, not gradio's usual semi-bold: the semi-bold file that gradio serves lacks most letters.
+    font = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=font)
+    return dict(theme=theme, css_paths=ASSETS / "app.css", ssr_mode=False, run_history=False, footer_links=[])
+
+
+# -- start ------------------------------------------------------------------------------------------------------------
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="CascadeExit: watch a model leave early, next to itself in full.")
+    parser.add_argument("--model", help=f"a Hub id, a local folder, or {hub.DEFAULT_MODEL} (default: $CASCADEEXIT_MODEL,"
+                                        " else the bundled model)")
+    parser.add_argument("--exits", help="folder of trained exits (default: those that belong to the model, if any)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
+    parser.add_argument("--dtype", help="bfloat16 or float32 (default: what suits the device)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 for every network (%(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="%(default)s")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        engine, tokenizer = hub.load(args.model, args.exits, device=args.device, dtype=args.dtype, progress=print)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"app.py: {error}") from error
+    engine.run([0], DecodeConfig(max_new_tokens=4))             # warm up: the first visitor's clock should not pay for it
+    build_demo(engine, tokenizer).launch(server_name=args.host, server_port=args.port, **launch_options())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""The promises of the engine, on tiny random models: exact caches, lossless when asked, ours equals transformers'."""
+
+import itertools
+import time
+
+import pytest
+import torch
+from conftest import tiny_base, tiny_engine
+
+from cascadeexit.engine import DecodeConfig, Engine, Mode, Staircase
+from cascadeexit.events import Status
+from cascadeexit.exits import ExitBank
+from cascadeexit.metrics import summarize
+from cascadeexit.model import SegmentedModel
+from cascadeexit.sampling import Sampler
+
+PROMPTS = ([5], [5, 6, 7], [11, 3, 60, 22, 9, 41, 77, 30, 2])
+TOKENS = 32
+
+
+def generate(base, prompt: list[int], tokens: int = TOKENS) -> list[int]:
+    return base.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)[0, len(prompt):].tolist()
+
+
+def final_ids(events) -> list[int]:
+    return [e.token_id for e in events if e.final]
+
+
+# -- full ------------------------------------------------------------------------------------------------------------
+
+
+def test_full_equals_transformers_greedy_generate(family):
+    base, engine = tiny_base(family), tiny_engine(family)
+    for prompt in PROMPTS:
+        assert engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids == generate(base, prompt)
+
+
+def test_cached_equals_uncached(family):
+    base, engine = tiny_base(family), tiny_engine(family)
+    stairs = Staircase(engine.model, 128)
+    tokens = list(PROMPTS[2])
+    with torch.inference_mode():
+        for chunk in (tokens[:4], tokens[4:5], tokens[5:]):
+            h = stairs.prefill(chunk)
+        ours, theirs = engine.model.logits(h)[0, -1], base(torch.tensor([tokens])).logits[0, -1]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_full_stops_at_end_of_sequence():
+    base, engine = tiny_base(), tiny_engine()
+    eos = engine.run(PROMPTS[1], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids[7]
+    base.generation_config.eos_token_id = eos
+    engine.model.eos_ids = frozenset([eos])
+    out = engine.run(PROMPTS[1], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
+    assert out == generate(base, PROMPTS[1]) and out[-1] == eos and len(out) <= 8
+
+
+def test_full_choices_of_a_full_text_are_that_text(engine):
+    for prompt in PROMPTS:
+        out = engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
+        assert engine.full_choices(prompt, out) == out
+    assert engine.full_choices([5], []) == []
+
+
+# -- verified --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_verified_equals_full_for_every_threshold_and_draft_length(family, dtype):
+    engine = tiny_engine(family, dtype=dtype)
+    for prompt in PROMPTS[::2]:
+        full = engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
+        for threshold in (0, 0.3, 0.6, 0.9, (None, 0, None), (0.9, 0.5, 0)):
+            for max_draft in (1, 3, 7):
+                config = DecodeConfig(mode="verified", max_new_tokens=TOKENS, thresholds=threshold, max_draft=max_draft)
+                assert engine.run(prompt, config).token_ids == full, (threshold, max_draft)
+
+
+def test_verified_equals_full_with_a_trimmed_head():
+    engine = tiny_engine(head_size=20)
+    engine.bank.head_ids.copy_(torch.arange(20) * 4)
+    engine.bank.attach(engine.model)
+    full = engine.run(PROMPTS[1], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
+    run = engine.run(PROMPTS[1], DecodeConfig(mode="verified", max_new_tokens=TOKENS, thresholds=0))
+    assert run.token_ids == full
+    assert all(e.token_id % 4 == 0 and e.token_id < 80 for e in run.events if e.status is Status.DRAFT)
+
+
+def test_verified_logits_are_bitwise_those_of_full():
+    """One row in a bucket of four gives bitwise what it gives among more rows, whatever they hold."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_engine(dtype=dtype).model
+        tokens = [7, 3, 9, 12, 50, 44, 8, 21, 33, 5, 6]
+        with torch.inference_mode():
+            one, many = Staircase(model, 128), Staircase(model, 128)
+            for stairs in (one, many):
+                stairs.prefill(tokens[:3])
+            single = torch.cat([model.logits(one.prefill([t])) for t in tokens[3:]], 1)
+            together = model.logits(many.prefill(tokens[3:]))
+        assert torch.equal(single, together)
+
+
+def test_end_of_sequence_inside_a_draft():
+    engine = tiny_engine()
+    full = engine.run(PROMPTS[2], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
+    for eos in set(full):
+        engine.model.eos_ids = frozenset([eos])
+        expected = full[:full.index(eos) + 1]
+        for max_draft in (1, 2, 5):
+            config = DecodeConfig(mode="verified", max_new_tokens=TOKENS, thresholds=0, max_draft=max_draft)
+            assert engine.run(PROMPTS[2], config).token_ids == expected
+
+
+@pytest.mark.parametrize("limit", range(1, 9))
+def test_token_limit_inside_a_draft(engine, limit):
+    full = engine.run(PROMPTS[2], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
+    config = DecodeConfig(mode="verified", max_new_tokens=limit, thresholds=0, max_draft=5)
+    assert engine.run(PROMPTS[2], config).token_ids == full[:limit]
+
+
+@pytest.mark.parametrize("shift, acceptance", [(0, 1.0), (1, 0.0)], ids=["always-right", "never-right"])
+def test_scripted_exits_are_accepted_or_rejected(shift, acceptance):
+    """Exits that always (never) say what the full model will say: the output is the same, the acceptance 1 (0)."""
+    engine = tiny_engine()
+    full = engine.run(PROMPTS[2], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
+    position = 0
+
+    def scripted_logits(hidden):
+        return torch.nn.functional.one_hot(torch.tensor([(full[position] + shift) % 97]), 97).float()
+
+    engine.bank.logits = scripted_logits
+    events = []
+    for event in engine.generate(PROMPTS[2], DecodeConfig(mode="verified", max_new_tokens=TOKENS, thresholds=0)):
+        events.append(event)
+        position = min(event.index + (event.status is not Status.REJECTED), TOKENS - 1)
+    assert final_ids(events) == full
+    assert summarize(events, engine.costs).acceptance == acceptance
+
+
+# -- cascade ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_cache_after_a_cascade_equals_a_plain_prefill(family, threshold, monkeypatch):
+    """What a deeper token reads is exact: no hole, no approximation, in any layer, for the positions filled."""
+    engine, caches = tiny_engine(family), []
+    new_cache = engine.model.new_cache
+    monkeypatch.setattr(engine.model, "new_cache", lambda capacity: caches.append(new_cache(capacity)) or caches[-1])
+    run = engine.run(PROMPTS[2], DecodeConfig(mode="cascade", max_new_tokens=TOKENS, thresholds=threshold))
+    plain, text = Staircase(engine.model, 128), PROMPTS[2] + run.token_ids
+    with torch.inference_mode():
+        plain.prefill(text)
+    cascade, filled = caches[0], caches[0].lengths
+    assert all(a >= b for a, b in zip(filled, filled[1:])) and filled[0] >= len(text) - 1
+    for layer, n in enumerate(filled):
+        for ours, theirs in ((cascade.keys, plain.cache.keys), (cascade.values, plain.cache.values)):
+            torch.testing.assert_close(ours[layer, ..., :n, :], theirs[layer, ..., :n, :], atol=1e-4, rtol=1e-4)
+
+
+def test_cascade_with_closed_exits_is_full(engine):
+    full = engine.run(PROMPTS[1], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
+    config = DecodeConfig(mode="cascade", max_new_tokens=TOKENS, thresholds=(None, None, None))
+    assert engine.run(PROMPTS[1], config).token_ids == full
+
+
+def test_cascade_at_threshold_zero_leaves_at_the_first_open_exit(engine):
+    config = DecodeConfig(mode="cascade", max_new_tokens=TOKENS, thresholds=(None, 0, 0))
+    assert {e.exit for e in engine.run(PROMPTS[1], config).events} == {1}
+
+
+def test_identity_exits_of_the_last_layer_but_one_read_as_the_logit_lens():
+    base = tiny_base()
+    model = SegmentedModel(tiny_base(), (5,))
+    engine = Engine(model, ExitBank.untrained(model))
+    run = engine.run(PROMPTS[2], DecodeConfig(mode="cascade", max_new_tokens=1, thresholds=0))
+    with torch.inference_mode():
+        hidden = base(torch.tensor([PROMPTS[2]]), output_hidden_states=True).hidden_states[5]
+        expected = base.lm_head(base.model.norm(hidden))[0, -1].argmax()
+    assert run.token_ids == [expected]
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_repeats_with_its_seed(engine):
+    for mode in Mode:
+        runs = [engine.run(PROMPTS[1], DecodeConfig(mode=mode, max_new_tokens=TOKENS, temperature=1.0, top_p=0.9,
+                                                    seed=seed, thresholds=0.4)).token_ids for seed in (1, 1, 2)]
+        assert runs[0] == runs[1] != runs[2]
+
+
+def test_verified_sampling_follows_the_full_models_distribution():
+    """The second token's distribution over many seeds: total variation as small as sampling noise allows."""
+    engine, draws = tiny_engine(), 400
+    counts = {mode: torch.zeros(97) for mode in (Mode.FULL, Mode.VERIFIED)}
+    for mode, seed in itertools.product(counts, range(draws)):
+        config = DecodeConfig(mode=mode, max_new_tokens=2, temperature=0.3, top_p=0.9, seed=seed, thresholds=0)
+        counts[mode][engine.run([5, 6], config).token_ids[1]] += 1
+    distance = (counts[Mode.FULL] - counts[Mode.VERIFIED]).abs().sum() / 2 / draws
+    # Two samples of n from one distribution over k words are about sqrt(k / (pi n)) apart: 0.13 for k = 20.
+    assert distance < 0.2
+
+
+def test_judged_drafts_follow_p_exactly():
+    """The speculative-sampling rule with a q far from p: accepted and corrected tokens together follow p."""
+    logits_p, logits_q = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.tensor([-1.0, 0.5, 2.0, 0.0])
+    sampler, draws, counts = Sampler(1.0, 1.0, 0, 4, torch.device("cpu")), 20_000, torch.zeros(4)
+    for _ in range(draws):
+        draft, q = sampler.choose(logits_q)
+        counts[sampler.judge(draft, q, logits_p)[1]] += 1
+    torch.testing.assert_close(counts / draws, logits_p.softmax(0), atol=0.015, rtol=0)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    sampler = Sampler(1.0, 0.6, 0, 4, torch.device("cpu"))
+    probs = sampler.distribution(torch.tensor([0.1, 0.5, 0.3, 0.1]).log())
+    torch.testing.assert_close(probs, torch.tensor([0, 0.625, 0.375, 0]))
+
+
+# -- events and time -------------------------------------------------------------------------------------------------
+
+
+def test_final_positions_arrive_in_order_and_time_never_runs_back(engine):
+    for mode in Mode:
+        config = DecodeConfig(mode=mode, max_new_tokens=TOKENS, thresholds=0.4, max_draft=3)
+        events = engine.run(PROMPTS[2], config).events
+        assert [e.index for e in events if e.final] == list(range(TOKENS))
+        assert all(a.seconds <= b.seconds for a, b in zip(events, events[1:]))
+
+
+def test_waiting_for_the_consumer_is_not_engine_time(engine):
+    stream = engine.generate(PROMPTS[1], DecodeConfig(mode="full", max_new_tokens=3))
+    first = next(stream)
+    time.sleep(0.5)
+    assert next(stream).seconds - first.seconds < 0.4
+
+
+def test_runs_may_interleave(engine):
+    config = DecodeConfig(mode="cascade", max_new_tokens=TOKENS, thresholds=0.5)
+    alone = [engine.run(p, config).token_ids for p in PROMPTS[1:]]
+    together = list(zip(*(engine.generate(p, config) for p in PROMPTS[1:])))
+    assert [final_ids(events) for events in zip(*together)] == alone
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt, config, message", [
+    ([], {}, "empty"),
+    ([97], {}, "token ids"),
+    ([-1], {}, "token ids"),
+    ([5] * 500, {"max_new_tokens": 13}, "512"),
+    ([5], {"thresholds": (0.5, 0.5)}, "3 exits"),
+    ([5], {"mode": "verified", "max_draft": 32}, "max_draft"),
+])
+def test_bad_input_is_refused_before_any_work(engine, prompt, config, message):
+    with pytest.raises(ValueError, match=message):
+        engine.generate(prompt, DecodeConfig(**config))
+
+
+@pytest.mark.parametrize("config", [
+    {"mode": "fast"}, {"max_new_tokens": 0}, {"max_draft": 0}, {"temperature": -1}, {"top_p": 0}, {"thresholds": 1.5},
+])
+def test_contradictory_configs_are_refused(config):
+    with pytest.raises(ValueError):
+        DecodeConfig(**config)
+
+
+def test_the_longest_run_that_fits_is_right():
+    base, engine = tiny_base(), tiny_engine()
+    prompt = [3 + i % 90 for i in range(500)]
+    out = engine.run(prompt, DecodeConfig(mode="verified", max_new_tokens=12, thresholds=0.3)).token_ids
+    assert out == generate(base, prompt, 12)

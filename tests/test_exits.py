@@ -1,0 +1,91 @@
+"""Exits: the published shape, the identity at the start, and an artifact that fits or says why not."""
+
+import json
+import logging
+
+import pytest
+import torch
+from conftest import EXIT_LAYERS, tiny_base, tiny_engine
+
+from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.exits import ExitBank, ExitConfig
+from cascadeexit.model import SegmentedModel
+
+PUBLISHED = ExitConfig(base_model="Llama-3.2-3B", hidden_size=3072, num_layers=28, vocab_size=128256,
+                       layers=(8, 16, 22))
+
+
+def segmented(**kwargs) -> SegmentedModel:
+    return SegmentedModel(tiny_base(**kwargs), EXIT_LAYERS, name="tiny")
+
+
+def test_published_widths_give_the_published_parameter_count():
+    with torch.device("meta"):
+        bank = ExitBank(PUBLISHED)
+    assert sum(p.numel() for p in bank.parameters()) == 16_525_827
+
+
+def test_untrained_adapters_are_the_logit_lens(family):
+    model = segmented(family=family)
+    bank = ExitBank.untrained(model).attach(model)
+    h = torch.randn(5, model.hidden_size)
+    for s in range(len(EXIT_LAYERS)):
+        torch.testing.assert_close(bank.hidden(s, h), model.norm(h))
+    assert not bank.config.trained
+
+
+def test_untrained_confidence_is_the_largest_probability_of_the_head():
+    model = segmented()
+    bank = ExitBank.untrained(model).attach(model)
+    hidden = bank.hidden(0, torch.randn(5, model.hidden_size))
+    torch.testing.assert_close(bank.confidence(0, hidden), bank.logits(hidden).softmax(-1).amax(-1))
+
+
+@pytest.mark.parametrize("shape", [{}, {"head_size": 20}], ids=["whole-head", "trimmed-head"])
+def test_saved_exits_decode_the_same_when_loaded(tmp_path, shape):
+    engine = tiny_engine(**shape)
+    engine.bank.save(tmp_path)
+    again = Engine(segmented(), ExitBank.load(tmp_path))
+    config = DecodeConfig(mode="cascade", max_new_tokens=30, thresholds=0.4)
+    a, b = engine.run([5, 6, 7], config), again.run([5, 6, 7], config)
+    assert a.token_ids == b.token_ids
+    assert [e.confidences for e in a.events] == [e.confidences for e in b.events]
+    assert {f.name for f in tmp_path.iterdir()} == {"config.json", "exits.safetensors"}
+    assert engine.bank.fingerprint() == again.bank.fingerprint()
+
+
+def test_confidence_stays_in_range_for_extreme_hidden_states(engine):
+    for scale in (0.0, 1e-6, 1e4):
+        c = engine.bank.confidence(0, torch.full((3, engine.model.hidden_size), scale))
+        assert ((c >= 0) & (c <= 1)).all()
+
+
+def test_exits_of_another_architecture_are_refused(tmp_path):
+    tiny_engine().bank.save(tmp_path)
+    other = SegmentedModel(tiny_base(), (2, 4))
+    with pytest.raises(ValueError, match="were made for"):
+        Engine(other, ExitBank.load(tmp_path))
+
+
+def test_exits_of_other_weights_warn_and_stay_lossless(tmp_path, caplog):
+    tiny_engine().bank.save(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        engine = Engine(segmented(seed=7), ExitBank.load(tmp_path))
+    assert "other weights" in caplog.text
+    full = engine.run([5, 6], DecodeConfig(mode="full", max_new_tokens=20)).token_ids
+    assert engine.run([5, 6], DecodeConfig(mode="verified", max_new_tokens=20, thresholds=0)).token_ids == full
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        ExitBank.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"format": 99}, {"layers": [5, 3]}, {"confidence": "guess"}, {"colour": "red"},
+                                    {"width": 9}])
+def test_a_config_that_does_not_fit_is_refused(tmp_path, change):
+    tiny_engine().bank.save(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError):
+        ExitBank.load(tmp_path)

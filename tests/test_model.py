@@ -1,0 +1,115 @@
+"""Cutting a model at its exits changes nothing; what cannot be cut is refused with the reason."""
+
+import pytest
+import torch
+from conftest import EXIT_LAYERS, SHAPE, tiny_base
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+from cascadeexit.cache import KVCache
+from cascadeexit.linear import PackedLinear, can_pack, pack
+from cascadeexit.model import SegmentedModel, check_supported
+
+
+def test_segments_in_turn_are_the_whole_model(family):
+    base, model = tiny_base(family), SegmentedModel(tiny_base(family), EXIT_LAYERS)
+    ids = [5, 9, 33, 2, 71, 8, 15]
+    with torch.inference_mode():
+        cache, h = model.new_cache(16), model.embed(ids)
+        for s in range(model.num_segments):
+            h = model.run_segment(s, h, cache)
+        torch.testing.assert_close(model.logits(h), base(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
+    assert cache.lengths == [len(ids)] * model.num_layers
+
+
+@pytest.mark.parametrize("kind", [MistralConfig, Qwen2Config])
+def test_other_supported_families_decode_as_transformers_does(kind):
+    torch.manual_seed(0)
+    config = kind(**SHAPE, sliding_window=None) if kind is MistralConfig else kind(**SHAPE)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
+    with torch.inference_mode():
+        expected = base(ids).logits
+        model = SegmentedModel(base, (3,))
+        cache, h = model.new_cache(16), model.embed(ids)
+        for s in range(2):
+            h = model.run_segment(s, h, cache)
+        torch.testing.assert_close(model.logits(h), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config, reason", [
+    (GPT2Config(), "gpt2.*llama"),
+    (MistralConfig(**SHAPE, sliding_window=128), "sliding-window"),
+    (Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=64, max_window_layers=2), "sliding-window"),
+    (LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
+], ids=["gpt2", "mistral", "qwen2", "dynamic-rope"])
+def test_unsupported_architectures_name_the_reason(config, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_supported(config)
+
+
+def test_eager_attention_is_refused():
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), attn_implementation="eager")
+    with pytest.raises(ValueError, match="sdpa"):
+        SegmentedModel(base, EXIT_LAYERS)
+
+
+@pytest.mark.parametrize("layers", [(0, 3), (3, 3), (4, 2), (3, 6)])
+def test_exit_layers_must_ascend_inside_the_model(layers):
+    with pytest.raises(ValueError, match="ascend"):
+        SegmentedModel(tiny_base(), layers)
+
+
+def test_fingerprint_does_not_depend_on_the_loaded_dtype():
+    bf16 = tiny_base(dtype=torch.bfloat16)
+    fp32 = tiny_base(dtype=torch.bfloat16).float()
+    other = tiny_base(seed=1)
+    prints = [SegmentedModel(base, EXIT_LAYERS).head_fingerprint for base in (bf16, fp32, other)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_truncate_is_subtraction_and_advance_makes_rows_real():
+    cache = KVCache(2, 1, 4, capacity=8)
+    rows = torch.randn(1, 1, 4, 4)
+    keys, _ = cache.update(rows, rows, 0)
+    assert cache.lengths == [0, 0] and torch.equal(keys[:, :, :4], rows)
+    cache.advance(range(2), 3)
+    cache.truncate(2)
+    assert cache.lengths == [2, 2]
+    assert cache.positions(0, 2).tolist() == [[2, 3]]
+    assert cache.mask(0, 2).int().tolist() == [[[[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]]]
+
+
+def test_a_full_cache_says_how_much_it_holds():
+    cache = KVCache(1, 1, 4, capacity=4)
+    cache.advance(range(1), 3)
+    with pytest.raises(ValueError, match="holds 4 positions, 3 are used and 2 more"):
+        cache.positions(0, 2)
+
+
+# -- packed weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_packed_linear_is_the_linear_it_replaces(dtype, tolerance):
+    linear = torch.nn.Linear(48, 96, dtype=dtype)
+    if not can_pack(linear.weight):
+        pytest.skip(f"no packed kernels for {dtype} on this CPU")
+    packed, x = pack(linear.weight, linear.bias), torch.randn(1, 4, 48, dtype=dtype)
+    assert isinstance(packed, PackedLinear)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), linear(x), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_rows_agree_bitwise_across_row_buckets(dtype):
+    weight = torch.randn(1536, 576, dtype=dtype)
+    if not can_pack(weight):
+        pytest.skip(f"no packed kernels for {dtype} on this CPU")
+    packed, x = PackedLinear(weight), torch.randn(32, 576, dtype=dtype)
+    with torch.inference_mode():
+        reference = packed(x[:4])
+        for rows in range(8, 33, 4):
+            assert torch.equal(packed(x[:rows])[:4], reference), rows
