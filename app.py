@@ -21,7 +21,7 @@ from cascadeexit.race import race  # noqa: E402
 
 log = logging.getLogger("cascadeexit.app")
 ASSETS = Path(__file__).parent / "assets"
-EXAMPLES = ("Explain why the sky is blue.", "Write a Python function that reverses a string.",
+EXAMPLES = ("Explain why the sky is blue.", "Reverse a string in Python.",
             "List five fruits and their colours.", "Tell a short story about a lighthouse.")
 MODES = [("Cascade: fast, keeps what a sure exit says", Mode.CASCADE),
          ("Verified: exact, the full model checks every guess", Mode.VERIFIED)]
@@ -88,37 +88,68 @@ def compare(engine: Engine, tokenizer, prompt, mode, chat, max_new_tokens, max_d
         contest.close()                                         # also when the visitor stops or leaves
 
 
-# -- what it looks like -----------------------------------------------------------------------------------------------
+# -- what it looks like -------------------------------------------------------------------------------------
 
 def build_demo(engine: Engine, tokenizer) -> gr.Blocks:
     """The page around one model."""
-    with gr.Blocks(title="CascadeExit", analytics_enabled=False, elem_id="cascadeexit") as demo:
-        gr.HTML("<h1>CascadeExit</h1><p>A language model that stops early when it is already sure, racing itself.</p>",
-                elem_id="ce-title", apply_default_css=False)
+    with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
+        gr.HTML("<h1>CascadeExit</h1><p>A language model that stops early when it is already sure,"
+                " racing itself.</p>", elem_id="ce-title", apply_default_css=False)
         with gr.Row(elem_id="ce-controls"):
-            prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, max_lines=8, elem_id="ce-prompt", scale=6,
-                                placeholder="Ask something, or give a text to continue", min_width=300)
-            with gr.Accordion("How sure must an exit be?", elem_id="ce-sure"):
-        gr.HTML("<p>A token leaves at the first exit that is at least this sure. Lower is faster, higher stays closer"
-                " to the full model, 1 closes the exit.</p>", elem_id="ce-hint", apply_default_css=False)
+            prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, max_lines=8, scale=6, min_width=300,
+                                placeholder="Ask something, or give a text to continue", elem_id="ce-prompt")
+            mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", scale=5, min_width=300, elem_id="ce-mode")
+        with gr.Row(elem_id="ce-actions"):
+            run = gr.Button("Run", variant="primary", size="md", scale=0, elem_id="ce-run")
+            stop = gr.Button("Stop", size="md", scale=0, elem_id="ce-stop")
+            clear = gr.Button("Clear", size="md", scale=0, elem_id="ce-clear")
+            gr.Examples([[text] for text in EXAMPLES], prompt, label="Examples", elem_id="ce-examples")
+        thresholds = _threshold_sliders(engine)
+        settings = [mode, *_more_settings(engine, tokenizer), *thresholds]
+        view = token_view(views.model_line(engine))
+        with gr.Row(elem_id="ce-figures"):
+            figures = [gr.Plot(visible=False, show_label=False, container=False, min_width=300)
+                       for _ in range(3)]
+
+        def respond(*values):
+            yield from compare(engine, tokenizer, *values)
+
+        # One model, one queue: everything that computes shares this id, so runs never share the device.
+        quiet = dict(show_progress="hidden", api_visibility="private")
+        running = gr.on([run.click, prompt.submit], respond, [prompt, *settings], [view, *figures], **quiet,
+                        concurrency_id="model", concurrency_limit=1)
+        stop.click(None, cancels=[running]).then(views.stopped, view, view, queue=False, **quiet)
+        clear.click(lambda: ("", views.model_line(engine), *[gr.Plot(None, visible=False)] * 3), None,
+                    [prompt, view, *figures], cancels=[running], queue=False, **quiet)
+    return demo.queue(max_size=20)
+
+
+def _threshold_sliders(engine: Engine) -> list[gr.Slider]:
+    with gr.Accordion("How sure must an exit be?  Lower is faster, higher stays closer to the full model, 1 closes it",
+                      elem_id="ce-sure"):
         with gr.Row():
-            thresholds = [gr.Slider(0, NEVER, 0.7, step=0.01, label=views.exit_name(s, engine), buttons=[],
-                                    min_width=220) for s in range(engine.num_exits)]
+            return [gr.Slider(0, NEVER, 0.7, step=0.01, label=views.exit_name(s, engine), buttons=[],
+                              min_width=220) for s in range(engine.num_exits)]
+
+
+def _more_settings(engine: Engine, tokenizer) -> list[gr.components.Component]:
+    """The controls that `compare` takes between mode and thresholds, in its order."""
+    can_chat = bool(tokenizer.chat_template)
+    longest, most_drafts = min(1024, engine.model.max_positions // 2), engine.model.max_verify_rows - 1
     with gr.Accordion("More settings", open=False, elem_id="ce-more"):
-        longest = min(1024, engine.model.max_positions // 2)
-        most_drafts = engine.model.max_verify_rows - 1
         with gr.Row():
-            tokens = gr.Slider(1, longest, min(200, longest), step=1, label="Most new tokens", buttons=[])
-            draft = gr.Slider(1, min(16, most_drafts), min(4, most_drafts), step=1, label="Guesses per check", buttons=[],
-                              info="Verified: the most tokens guessed before the full model looks")
-            chat = gr.Checkbox(bool(tokenizer.chat_template), label="Chat", interactive=bool(tokenizer.chat_template),
+            chat = gr.Checkbox(can_chat, label="Chat", interactive=can_chat,
                                info="Off: the model continues your text instead of answering it")
+            tokens = gr.Slider(1, longest, min(200, longest), step=1, label="Most new tokens", buttons=[])
+            draft = gr.Slider(1, min(16, most_drafts), min(4, most_drafts), step=1, label="Guesses per check",
+                              info="Verified mode: the most guesses before the full model looks", buttons=[])
         with gr.Row():
-            temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest token",
-                                    buttons=[])
-            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="Sample from the likeliest part only", buttons=[])
-            seed = gr.Number(0, label="Seed", info="Same seed, same text", precision=0)
-    return [chat, tokens, draft, temperature, top_p, seed, *thresholds]
+            temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", buttons=[],
+                                    info="0: always the likeliest token")
+            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", buttons=[],
+                              info="Below 1: choose among the likeliest tokens only")
+            seed = gr.Number(0, label="Seed", precision=0, info="Same seed, same text")
+    return [chat, tokens, draft, temperature, top_p, seed]
 
 
 def launch_options() -> dict:

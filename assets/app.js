@@ -164,9 +164,9 @@ function verdictStrip() {
   parts.status.setAttribute('role', 'status');
   parts.badge = make('p', 'ce-badge');
   parts.badge.hidden = true;
-  const tiles = make('dl', 'ce-tiles', null, tile('speed', 'speed', 'the full model’s speed'),
-    tile('agreement', 'agreement', 'known at the end'), tile('same', 'same text', 'so far'),
-    tile('cost', 'weights read', 'of what the full model reads'));
+  const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'the full model’s speed'),
+    tile('agreement', 'Agreement', 'known at the end'), tile('same', 'Same text', 'so far'),
+    tile('cost', 'Weights read', 'of what the full model reads'));
   return make('section', 'ce-verdict', null, tiles, parts.badge, parts.status);
 }
 
@@ -185,6 +185,8 @@ function panel(name) {
   text.setAttribute('role', 'region');
   text.setAttribute('aria-label', name === 'full' ? 'Text of the full model' : 'Text with early exits');
   text.dataset.side = name;
+  text.dataset.hint = name === 'full' ? 'The same model without exits answers here, for comparison.'
+    : 'Press Run. Each token appears in the colour of the exit that wrote it.';
   const speed = make('b', null, '–'), first = make('b', null, '–'), total = make('b', null, '–');
   const facts = make('p', 'ce-facts', null, speed, ' tokens/s', make('i'), 'first token ', first, make('i'), total);
   const toggle = make('button', 'ce-toggle');
@@ -298,7 +300,6 @@ function drawBadge() {
 function drawMatch() {
   const last = match.length ? match[match.length - 1] : null;
   put(parts.matchChart.now, last ? percent(last[1]) : '');
-  put(parts.matchChart.top, '100%');
   line(parts.matchChart.paths.cascade, match, last ? last[0] : 1, 1);
 }
 

@@ -128,7 +128,7 @@ class ExitBank(nn.Module):
         ours = (model.hidden_size, model.num_layers, model.vocab_size, model.exit_layers)
         if theirs != ours:
             raise ValueError(f"these exits were made for {c.base_model} (hidden, layers, vocabulary, exits = "
-                             f"{theirs}); {model.name} has {ours}. Use exits of this model, or none for untrained ones.")
+                             f"{theirs}); {model.name} has {ours}. Use exits of this model, or none.")
         if c.head_fingerprint and c.head_fingerprint != model.head_fingerprint:
             log.warning("The exits were trained on other weights of %s than the ones loaded (the heads differ): "
                         "verified stays lossless, but confidences may be wrong.", c.base_model)

@@ -291,8 +291,9 @@ def _styled(figure: go.Figure, title: str, legend: bool = True) -> go.Figure:
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     figure.update_layout(
-        title=dict(text=f"<b>{title}</b>", x=0, y=0.97, yanchor="top", xref="container", font=dict(size=14)), template="none", height=300,
-        showlegend=legend,
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(family="IBM Plex Sans, system-ui, sans-serif", color=_OUTLINE, size=12),
-        margin=dict(l=8, r=8, t=76, b=8), legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0))
+        title=dict(text=f"<b>{title}</b>", x=0, xref="container", y=0.97, yanchor="top", font=dict(size=14)),
+        template="none", height=300, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        font=dict(family="IBM Plex Sans, system-ui, sans-serif", color=_OUTLINE, size=12),
+        margin=dict(l=8, r=8, t=76, b=8), showlegend=legend,
+        legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0))
     return figure

@@ -17,17 +17,18 @@ import argparse
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
 import torch
-from cascadeexit.hub import DEFAULT_MODEL, load_model, resolve
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from cascadeexit.hub import DEFAULT_MODEL, load_model, resolve
 from cascadeexit.model import SegmentedModel
 from training.provenance import provenance, save_json
 
@@ -212,7 +213,7 @@ def read_texts(file: Path) -> Iterator[str]:
             row = json.loads(line)
             yield row.get("text") or row["prompt"]
     else:
-        yield from file.read_text(encoding="utf-8").split("\n\n")
+        yield from re.split(r"\n\s*\n", file.read_text(encoding="utf-8"))
 
 
 def write_text(args) -> None:
@@ -221,10 +222,12 @@ def write_text(args) -> None:
     random.Random(args.seed).shuffle(texts)
     documents, total = [], 0
     for text in tqdm(texts, unit="document"):
-        ids = tokenizer(text)["input_ids"][:args.max_length]
-        if len(ids) >= MIN_TOKENS and total < args.tokens:
-            documents.append(Document(ids, [0] * len(ids), key_of(text)))
-            total += len(ids)
+        whole = tokenizer(text)["input_ids"]
+        for a in range(0, len(whole), args.max_length):
+            ids = whole[a:a + args.max_length]
+            if len(ids) >= MIN_TOKENS and total < args.tokens:
+                documents.append(Document(ids, [0] * len(ids), key_of(text)))
+                total += len(ids)
     save_shard(args.out / "shard-00000.safetensors", documents)
     save_json(args.out / "provenance.json", provenance(args.seed) | {"files": [f.name for f in args.files]})
     print(f"{len(documents)} documents, {total} tokens in {args.out}")
@@ -243,7 +246,7 @@ def main() -> None:
     policy.set_defaults(run=write_policy, tokens=500_000)
     text = kinds.add_parser("text", help="tokenize local text")
     text.add_argument("--files", type=Path, nargs="+", required=True, help="text or JSONL files")
-    text.add_argument("--max-length", type=int, default=256, help="tokens kept of a document")
+    text.add_argument("--max-length", type=int, default=256, help="cut longer documents into pieces of this size")
     text.set_defaults(run=write_text)
     for kind in (policy, text):
         kind.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")

