@@ -46,13 +46,14 @@ class ModelUnavailable(RuntimeError):
 
 
 def load(model: str | None = None, exits: str | Path | None = None, *, device: str | None = None,
-         dtype: torch.dtype | None = None, progress: Progress | None = None) -> tuple[Engine, object]:
+         dtype: torch.dtype | str | None = None, progress: Progress | None = None) -> tuple[Engine, object]:
     """An engine and its tokenizer, ready to decode.
 
     Args:
         model: the bundled name, a Hub id or a local folder; default $CASCADEEXIT_MODEL, else the bundled model.
         exits: an exits folder; default the ones shipped for this model, else untrained ones.
-        device: default a GPU when there is one; dtype: default bfloat16.
+        device: default a GPU when there is one.
+        dtype: a torch dtype or its name; default bfloat16.
         progress: called with short lines about slow steps; default the log.
 
     Raises ModelUnavailable, ValueError (unsupported model, exits of another model), FileNotFoundError (no exits there).
@@ -66,7 +67,7 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
     return Engine(SegmentedModel(base, bank.config.layers, name=name), bank), tokenizer
 
 
-def load_model(model: str | None = None, *, device: str | None = None, dtype: torch.dtype | None = None,
+def load_model(model: str | None = None, *, device: str | None = None, dtype: torch.dtype | str | None = None,
                progress: Progress | None = None) -> tuple[object, object, str]:
     """A frozen transformers model, its tokenizer and its short name. Arguments and errors as for `load`."""
     model = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL
@@ -74,7 +75,7 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     try:
         # The config first: an unsupported model is refused before its weights are fetched.
         check_supported(AutoConfig.from_pretrained(source))
-        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.bfloat16, attn_implementation="sdpa")
+        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "bfloat16", attn_implementation="sdpa")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
         raise _explained(model, error) from error

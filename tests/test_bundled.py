@@ -1,0 +1,55 @@
+"""The promises on the bundled real model with its shipped exits: a fast sample of `training.evaluate lossless`."""
+
+import logging
+
+import pytest
+import torch
+
+from cascadeexit import hub
+from cascadeexit.engine import DecodeConfig
+from training.prompts import chat_ids, load_prompts
+
+pytestmark = pytest.mark.bundled
+TOKENS = 24
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def loaded(request):
+    return hub.load(hub.DEFAULT_MODEL, dtype=request.param, device="cpu")
+
+
+def test_verified_equals_full_bitwise(loaded):
+    engine, tokenizer = loaded
+    drafted = 0
+    for _, prompt in load_prompts(count=2):
+        ids = chat_ids(tokenizer, prompt)
+        full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
+        for threshold, max_draft in ((0, 7), (0.3, 3), (0.6, 7), (0.9, 1)):
+            config = DecodeConfig(mode="verified", max_new_tokens=TOKENS, thresholds=threshold, max_draft=max_draft)
+            run = engine.run(ids, config)
+            assert run.token_ids == full, (prompt, threshold, max_draft)
+            drafted += run.stats.drafted
+    assert drafted > 0
+
+
+def test_full_equals_transformers_generate_in_fp32():
+    engine, tokenizer = hub.load(hub.DEFAULT_MODEL, dtype=torch.float32, device="cpu")
+    base, _, _ = hub.load_model(hub.DEFAULT_MODEL, dtype=torch.float32, device="cpu")
+    for _, prompt in load_prompts(count=2):
+        ids = chat_ids(tokenizer, prompt)
+        expected = base.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0, len(ids):].tolist()
+        assert engine.run(ids, DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids == expected
+
+
+def test_shipped_exits_belong_to_the_bundled_model(caplog):
+    with caplog.at_level(logging.WARNING):
+        engine, _ = hub.load(hub.DEFAULT_MODEL, device="cpu")
+    assert "other weights" not in caplog.text
+    assert engine.bank.config.trained and engine.model.exit_layers == (9, 17, 24)
+
+
+def test_a_cascade_of_the_shipped_exits_uses_several_of_them(loaded):
+    engine, tokenizer = loaded
+    ids = chat_ids(tokenizer, "Explain why the sky is blue.")
+    run = engine.run(ids, DecodeConfig(mode="cascade", max_new_tokens=64))
+    assert len({e.exit for e in run.events}) >= 3

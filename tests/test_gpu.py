@@ -1,0 +1,44 @@
+"""The equality promises on CUDA: one row bucket for decoding and verification makes them bitwise there too."""
+
+import pytest
+import torch
+from conftest import tiny_base, tiny_engine
+
+from cascadeexit import hub
+from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.exits import ExitBank
+from cascadeexit.model import SegmentedModel
+from training.prompts import chat_ids, load_prompts
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+PROMPT = [11, 3, 60, 22, 9, 41, 77, 30, 2]
+
+
+def on_gpu(family: str, dtype: torch.dtype) -> Engine:
+    tiny = tiny_engine(family, dtype=dtype)
+    model = SegmentedModel(tiny_base(family, dtype=dtype).cuda(), tiny.model.exit_layers)
+    bank = ExitBank(tiny.bank.config)
+    bank.load_state_dict(tiny.bank.state_dict())
+    return Engine(model, bank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_verified_equals_full_on_tiny_models(family, dtype):
+    engine = on_gpu(family, dtype)
+    full = engine.run(PROMPT, DecodeConfig(mode="full", max_new_tokens=60)).token_ids
+    for threshold in (0, 0.3, 0.6, 0.9):
+        for max_draft in (1, 3, 7, 15):
+            config = DecodeConfig(mode="verified", max_new_tokens=60, thresholds=threshold, max_draft=max_draft)
+            assert engine.run(PROMPT, config).token_ids == full, (threshold, max_draft)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.bundled
+def test_verified_equals_full_on_the_bundled_model(dtype):
+    engine, tokenizer = hub.load(hub.DEFAULT_MODEL, dtype=dtype, device="cuda")
+    for _, prompt in load_prompts(count=8):
+        ids = chat_ids(tokenizer, prompt)
+        full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=128)).token_ids
+        for threshold in (0, 0.3, 0.6, 0.9):
+            config = DecodeConfig(mode="verified", max_new_tokens=128, thresholds=threshold, max_draft=7)
+            assert engine.run(ids, config).token_ids == full, (prompt, threshold)
