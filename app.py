@@ -1,4 +1,4 @@
-"""The page: layout and events only. What is shown comes from cascadeexit.views, what is computed from the engine.
+"""The page: layout and events only. cascadeexit.views says what is shown, the engine computes it.
 
     python app.py                        the bundled model on this machine
     python app.py --model my-model       any Llama-like model: a Hub id or a local folder
@@ -9,11 +9,13 @@ import html
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")     # read when gradio is imported
 
 import gradio as gr  # noqa: E402
+import torch  # noqa: E402
 
 from cascadeexit import hub, views  # noqa: E402
 from cascadeexit.engine import DecodeConfig, Engine, Mode  # noqa: E402
@@ -32,41 +34,43 @@ NEVER = 1.0             # a threshold slider at its end closes the exit
 def token_view(value: str) -> gr.HTML:
     """Both texts, live numbers and charts, drawn in the browser from one growing string of JSON lines.
 
-    The template is constant on purpose: gradio runs template values as code, and model text is not to be trusted.
+    The template is constant on purpose: gradio runs template values as code, and model text is not trusted.
     """
     return gr.HTML(value, html_template="<div class='ce'></div>", apply_default_css=False, elem_id="ce-view",
                    js_on_load=(ASSETS / "app.js").read_text(encoding="utf-8"))
 
 
-# -- what happens -----------------------------------------------------------------------------------------------------
+# -- what happens -------------------------------------------------------------------------------------------
 
 def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
     """The visitor's words as token ids. Raises ValueError with a message for the visitor."""
-    prompt = (prompt or "").encode("utf-8", "replace").decode()     # lone surrogates are not text
+    prompt = (prompt or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # half characters
     if not prompt.strip():
         raise ValueError("Please write a prompt first.")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise ValueError(f"This prompt has {len(prompt):,} characters; the limit is {MAX_PROMPT_CHARACTERS:,}.")
+        raise ValueError(f"This prompt has {len(prompt):,} characters, the limit {MAX_PROMPT_CHARACTERS:,}.")
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(prompt, add_special_tokens=not (chat and tokenizer.chat_template)).input_ids
 
 
-def compare(engine: Engine, tokenizer, prompt, mode, chat, max_new_tokens, max_draft, temperature, top_p, seed,
-            *thresholds) -> Iterator[tuple]:
+def compare(engine: Engine, tokenizer, prompt, mode, chat, max_new_tokens, max_draft, temperature, top_p,
+            seed, *thresholds) -> Iterator[tuple]:
     """Race the exits against the full model: yields (stream, routing, latency and confidence figure)."""
     wait = (gr.skip(),) * 3
     try:
-        sampling = dict(max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p, seed=int(seed))
-        config = DecodeConfig(mode=mode, max_draft=int(max_draft), **sampling,
+        shared = dict(max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p,
+                      seed=int(seed or 0) % 2**63)
+        config = DecodeConfig(mode=mode, max_draft=int(max_draft), **shared,
                               thresholds=[None if t >= NEVER else t for t in thresholds])
         ids = prompt_ids(tokenizer, prompt, chat)
         contest = race({views.CASCADE: engine.generate(ids, config),
-                        views.FULL: engine.generate(ids, DecodeConfig(mode=Mode.FULL, **sampling))})
+                        views.FULL: engine.generate(ids, DecodeConfig(mode=Mode.FULL, **shared))})
     except (ValueError, TypeError) as error:
-        gr.Warning(html.escape(str(error)), title="That did not work")
-        yield views.error_line(str(error)), *wait
+        message = str(error) if isinstance(error, ValueError) else "A setting is empty: give it a value."
+        gr.Warning(html.escape(message), title="Not started")       # gradio renders it as HTML
+        yield views.error_line(message), *wait
         return
 
     stream = views.TokenStream(engine, tokenizer, config, len(ids))
@@ -78,8 +82,7 @@ def compare(engine: Engine, tokenizer, prompt, mode, chat, max_new_tokens, max_d
         yield stream.text, *wait
         choices = engine.full_choices(ids, stream.sides[views.CASCADE].ids)
         stream.end(choices)
-        yield stream.text, *(gr.Plot(figure, visible=True) for figure in (
-            views.routing_figure(stream), views.latency_figure(stream), views.confidence_figure(stream, choices)))
+        yield stream.text, *(gr.Plot(figure, visible=True) for figure in views.figures(stream, choices))
     except Exception:
         log.exception("a run failed")
         stream.fail("Something went wrong while the model was running. The server's log tells what.")
@@ -98,7 +101,8 @@ def build_demo(engine: Engine, tokenizer) -> gr.Blocks:
         with gr.Row(elem_id="ce-controls"):
             prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, max_lines=8, scale=6, min_width=300,
                                 placeholder="Ask something, or give a text to continue", elem_id="ce-prompt")
-            mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", scale=5, min_width=300, elem_id="ce-mode")
+            mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", scale=5, min_width=300,
+                            elem_id="ce-mode")
         with gr.Row(elem_id="ce-actions"):
             run = gr.Button("Run", variant="primary", size="md", scale=0, elem_id="ce-run")
             stop = gr.Button("Stop", size="md", scale=0, elem_id="ce-stop")
@@ -125,8 +129,8 @@ def build_demo(engine: Engine, tokenizer) -> gr.Blocks:
 
 
 def _threshold_sliders(engine: Engine) -> list[gr.Slider]:
-    with gr.Accordion("How sure must an exit be?  Lower is faster, higher stays closer to the full model, 1 closes it",
-                      elem_id="ce-sure"):
+    hint = "How sure must an exit be? Lower is faster, higher is closer to the full model, 1 closes it"
+    with gr.Accordion(hint, elem_id="ce-sure"):
         with gr.Row():
             return [gr.Slider(0, NEVER, 0.7, step=0.01, label=views.exit_name(s, engine), buttons=[],
                               min_width=220) for s in range(engine.num_exits)]
@@ -160,25 +164,31 @@ def launch_options() -> dict:
     return dict(theme=theme, css_paths=ASSETS / "app.css", ssr_mode=False, run_history=False, footer_links=[])
 
 
-# -- start ------------------------------------------------------------------------------------------------------------
+# -- start --------------------------------------------------------------------------------------------------
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="CascadeExit: watch a model leave early, next to itself in full.")
-    parser.add_argument("--model", help=f"a Hub id, a local folder, or {hub.DEFAULT_MODEL} (default: $CASCADEEXIT_MODEL,"
-                                        " else the bundled model)")
-    parser.add_argument("--exits", help="folder of trained exits (default: those that belong to the model, if any)")
+    parser = argparse.ArgumentParser(description="CascadeExit: a model leaving early, beside itself in full.")
+    parser.add_argument("--model", help="a Hub id, a local folder, or the bundled model's name"
+                                        f" (default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
+    parser.add_argument("--exits", help="folder of trained exits (default: those shipped for the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
-    parser.add_argument("--dtype", help="bfloat16 or float32 (default: what suits the device)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 for every network (%(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="%(default)s")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16")
+    parser.add_argument("--host", help="address to serve on, 0.0.0.0 for every network (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    say = partial(print, flush=True)
     try:
-        engine, tokenizer = hub.load(args.model, args.exits, device=args.device, dtype=args.dtype, progress=print)
-    except (ValueError, OSError) as error:
+        engine, tokenizer = hub.load(args.model, args.exits, device=args.device, progress=say,
+                                     dtype=getattr(torch, args.dtype) if args.dtype else None)
+        engine.run([0], DecodeConfig(max_new_tokens=4))     # warm: no visitor's clock pays for it
+        demo = build_demo(engine, tokenizer)
+        demo.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True,
+                    **launch_options())
+    except (RuntimeError, ValueError, OSError) as error:
         raise SystemExit(f"app.py: {error}") from error
-    engine.run([0], DecodeConfig(max_new_tokens=4))             # warm up: the first visitor's clock should not pay for it
-    build_demo(engine, tokenizer).launch(server_name=args.host, server_port=args.port, **launch_options())
+    say(f"{engine.model.name} is ready: open {demo.local_url}")
+    demo.block_thread()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ const SVG = 'http://www.w3.org/2000/svg';
 const SIDES = ['cascade', 'full'];
 const MAX_POINTS = 240;                      // of a live chart; longer lines keep the peak of each step
 
+const over = new Set();                      // runs that were stopped or cleared: frames still under way are too late
+
 let offset, consumed, model, run, sides, versus, verdict, match, parts, dirty;
 
 // -- small helpers ---------------------------------------------------------------------------------------------------
@@ -50,7 +52,12 @@ function update() {
     if (!model) return;
     return status(JSON.parse(value.slice(0, value.indexOf('\n'))).message, 'error');
   }
-  if (!value.startsWith(consumed)) reset();
+  const id = (value.match(/"run":"(\w+)"/) || [])[1];
+  if (over.has(id)) return;
+  if (!value.startsWith(consumed)) {
+    if (run && !id) over.add(run.run);
+    reset();
+  }
   const end = value.lastIndexOf('\n') + 1;
   const pinned = parts ? SIDES.filter(name => atBottom(parts[name].text)) : [];
   for (const line of value.slice(offset, end).split('\n')) if (line) read(JSON.parse(line));
@@ -69,7 +76,7 @@ const readers = {
   stats(record) { sides[record.side].stats = record; dirty = true; },
   versus(record) { versus = record; match.push([record.n, record.rolling]); dirty = true; },
   end(record) { verdict = record; dirty = true; status('Done.', 'done'); },
-  stopped() { dirty = true; status('Stopped. The text so far is kept.', 'stopped'); },
+  stopped() { over.add(run.run); dirty = true; status('Stopped. The text so far is kept.', 'stopped'); },
   error(record) { dirty = true; status(record.message, 'error'); },
 };
 

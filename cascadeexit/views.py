@@ -1,7 +1,7 @@
 """Views: what a run looks like. TokenEvents become text, a stream of JSON lines, and Plotly figures.
 
-It knows tokens, numbers and colours; it knows no page and no server. Every number comes from `metrics`, so the page
-and the benchmark cannot disagree about what a word means.
+It knows tokens, numbers and colours; it knows no page and no server. Every number comes from `metrics`, so
+the page and the benchmark cannot disagree about what a word means.
 """
 
 import copy
@@ -36,16 +36,16 @@ def colours(num_exits: int) -> tuple[str, ...]:
 
 
 class TextDecoder:
-    """Token ids in, text pieces out, such that the pieces add up to what the tokenizer decodes for all of them.
+    """Token ids in, text pieces out, such that the pieces add up to what the tokenizer decodes for them all.
 
-    A token that ends inside a character gets '' and its text comes with the token that completes the character.
-    (Tokenizers with byte fallback rewrite a finished character when invalid bytes follow it; that is not undone.)
+    A token that ends inside a character gets '', and the token that completes the character brings its text.
+    (Tokenizers with byte fallback rewrite a character when invalid bytes follow it; that is not undone.)
     """
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        self._context: list[int] = []       # the last finished tokens: decoders treat the first token of a text apart
-        self._held: list[int] = []          # tokens whose text is not finished
+        self._context: list[int] = []   # the last finished tokens: decoders treat the first of a text apart
+        self._held: list[int] = []      # tokens whose text is not finished
 
     @property
     def holding(self) -> bool:
@@ -101,8 +101,8 @@ class _Side:
 class TokenStream:
     """A race as one string of JSON lines that only grows: the page's input, and a record of the run.
 
-    Lines by `type`: model, run, token, text, stats, versus, then one of end, stopped, error. The string is ASCII and
-    has no '<', so it survives any transport; a reader may take it in pieces or whole, and gets the same.
+    Lines by `type`: model, run, token, text, stats, versus, then one of end, stopped, error. The string is
+    ASCII and has no '<', so it survives any transport; read in pieces or whole, it says the same.
     """
 
     def __init__(self, engine: Engine, tokenizer, config: DecodeConfig, num_prompt_tokens: int):
@@ -152,7 +152,7 @@ class TokenStream:
                 or side.final[-1].token_id in self.engine.model.eos_ids)
 
     def close_text(self) -> None:
-        """Both sides are done: give the last token of each the text that was held back for it, and final numbers."""
+        """Both sides are done: give each last token the text held back for it, and the final numbers."""
         for name, side in self.sides.items():
             rest = side.decoder.flush()
             if rest:
@@ -160,7 +160,7 @@ class TokenStream:
         self.add_stats()
 
     def end(self, full_choices: Sequence[int]) -> None:
-        """The verdict. `full_choices`: what the full model would say after each prefix of the cascade's own text."""
+        """The verdict. `full_choices`: what the full model would say after each prefix of the left text."""
         ours, theirs = (side.ids for side in self.sides.values())
         match = metrics.match(ours, theirs)
         lossless = self.config.mode is Mode.VERIFIED and self.config.temperature == 0
@@ -176,7 +176,7 @@ class TokenStream:
 
 
 def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> Iterator[str]:
-    """Feed a race to a stream; yields its text when the page is due for another frame, the first token at once."""
+    """Feed a race to a stream; yields its text when a frame is due, and for the first token at once."""
     next_frame = 0.0
     next_stats = time.monotonic() + STATS_SECONDS
     for name, event in contest:
@@ -190,7 +190,7 @@ def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> It
             next_frame = now + FRAME_SECONDS
 
 
-# -- single lines -----------------------------------------------------------------------------------------------------
+# -- single lines -------------------------------------------------------------------------------------------
 
 def model_line(engine: Engine) -> str:
     """What runs here, as the first line of a stream; alone, it is a stream in which nothing has run yet."""
@@ -236,7 +236,12 @@ def _rounded(value):
     return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-# -- figures of a finished run ----------------------------------------------------------------------------------------
+# -- figures of a finished run ------------------------------------------------------------------------------
+
+def figures(stream: TokenStream, full_choices: Sequence[int]) -> list[go.Figure]:
+    """All of them, in the order in which the page shows them."""
+    return [routing_figure(stream), latency_figure(stream), confidence_figure(stream, full_choices)]
+
 
 def routing_figure(stream: TokenStream) -> go.Figure:
     """Which exit wrote how much of the text."""
@@ -244,7 +249,8 @@ def routing_figure(stream: TokenStream) -> go.Figure:
     share = metrics.routing_share(final, engine.model.num_segments)
     names = [exit_name(s, engine).partition(" (")[0] for s in range(len(share))]
     figure = go.Figure(go.Bar(
-        x=share, y=names, orientation="h", text=[f"{part:.0%}" for part in share], textposition="outside", cliponaxis=False,
+        x=share, y=names, orientation="h", cliponaxis=False,
+        text=[f"{part:.0%}" for part in share], textposition="outside",
         marker=dict(color=colours(engine.num_exits), line=dict(color=_OUTLINE, width=1)),
         hovertemplate="%{y}: %{x:.1%} of the tokens<extra></extra>"))
     figure.update_yaxes(autorange="reversed")
@@ -266,16 +272,18 @@ def latency_figure(stream: TokenStream) -> go.Figure:
 
 
 def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Figure:
-    """How sure the exit was that wrote each token; crosses where the full model would have said something else."""
+    """How sure the exit was that wrote each token; crosses where the full model would have differed."""
     engine, figure = stream.engine, go.Figure()
     final, palette = stream.sides[CASCADE].final, colours(stream.engine.num_exits)
     for s in range(engine.num_exits):
         points = [e for e in final if e.exit == s]
         figure.add_scatter(
-            x=[e.index for e in points], y=[e.confidences[s] for e in points], mode="markers", name=f"Exit {s + 1}",
-            marker=dict(color=palette[s], size=9, line=dict(color=_OUTLINE, width=1)),
+            x=[e.index for e in points], y=[e.confidences[s] for e in points],
+            mode="markers", name=f"Exit {s + 1}",
+            marker=dict(color=palette[s], size=8, line=dict(color=_OUTLINE, width=0.6)),
             hovertemplate="token %{x}: %{y:.0%} sure<extra>" + f"Exit {s + 1}</extra>")
-    others = [e for e, choice in zip(final, full_choices) if e.exit < engine.num_exits and e.token_id != choice]
+    others = [e for e, choice in zip(final, full_choices)
+              if e.exit < engine.num_exits and e.token_id != choice]
     figure.add_scatter(
         x=[e.index for e in others], y=[e.confidences[e.exit] for e in others], mode="markers",
         name="full model differs", marker=dict(color="#D55E00", size=8, symbol="x-thin-open", line_width=2),
@@ -286,7 +294,7 @@ def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Fi
 
 
 def _styled(figure: go.Figure, title: str, legend: bool = True) -> go.Figure:
-    """Readable on a light and on a dark page: nothing behind the marks, neutral lines; the page colours the text."""
+    """Readable on light and dark: nothing behind the marks, neutral lines; the page colours the text."""
     axis = dict(gridcolor="rgba(128,128,128,0.22)", zerolinecolor="rgba(128,128,128,0.45)", automargin=True)
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)

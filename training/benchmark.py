@@ -137,13 +137,13 @@ def table(rows: dict[str, dict]) -> str:
     for name, r in rows.items():
         low, high = r["quartiles"]
         lines.append(f"{name:<22}{r['tokens_per_second']:>9.1f}{f'{low:.1f}-{high:.1f}':>15}{r['over_generate']:>11.2f}"
-                     f"{r['over_full']:>8.2f}{r['roofline_multiple']:>9.2f}{_show(r.get('agreement'), '.1%'):>11}"
-                     f"{_show(r['sequence_match'], '.0%'):>11}{_show(r.get('average_depth'), '.2f'):>7}"
-                     f"{_show(r.get('cost'), '.2f'):>6}")
+                     f"{r['over_full']:>8.2f}{r['roofline_multiple']:>9.2f}{show(r.get('agreement'), '.1%'):>11}"
+                     f"{show(r['sequence_match'], '.0%'):>11}{show(r.get('average_depth'), '.2f'):>7}"
+                     f"{show(r.get('cost'), '.2f'):>6}")
     return "\n".join(lines)
 
 
-def _show(value: float | None, form: str) -> str:
+def show(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from training.benchmark import _show as show
+from training.benchmark import show
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "assets" / "results"

@@ -1,0 +1,78 @@
+"""A real page in a real Chromium: the app runs in this process around a tiny random model, on a free port."""
+
+import os
+from urllib.parse import urlparse
+
+import pytest
+from conftest import tiny_engine
+
+from tests.browser.server import CHROMIUM_ARGS, find_chromium, serve
+from tests.browser.tiny_text import tiny_tokenizer
+
+SEED = 39           # of a tiny model whose text holds every hostile token and every exit within 200 tokens
+
+
+def _unavailable(reason: str) -> None:
+    """Skip on a developer's machine, fail where the tests are the point."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = find_chromium()
+    if path is None:
+        _unavailable("no Chromium here: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_ARGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium):
+    """Opens pages that may talk to this machine only and must not complain; checked when the test is over."""
+    contexts, complaints = [], []
+
+    def check(route):
+        host = urlparse(route.request.url).hostname
+        if host in ("127.0.0.1", "localhost"):
+            return route.continue_()
+        complaints.append(f"request to {route.request.url}")
+        return route.abort()
+
+    def open_(url: str, width: int = 1280, height: int = 900, **options):
+        context = chromium.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        page.route("**/*", check)
+        page.on("console", lambda m: complaints.append(f"console: {m.text}") if m.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(f"page error: {error}"))
+        page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.goto(url)
+        page.wait_for_selector(".ce-legend")
+        page.wait_for_selector("#ce-sure")
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(engine, tokenizer) behind the page; a test may slow the engine down."""
+    return tiny_engine(seed=SEED), tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_url(tiny):
+    with serve(*tiny) as url:
+        yield url
+
+
+@pytest.fixture
+def page(open_page, tiny_url):
+    return open_page(tiny_url)

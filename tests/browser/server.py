@@ -1,0 +1,31 @@
+"""The app in this process on a free port, and the browser that looks at it: for tests and screenshots."""
+
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import app
+
+CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+                 "--disable-background-networking", "--disable-component-update"]
+
+
+def find_chromium() -> str | None:
+    """Path of an installed Chromium: playwright's own download is not asked for."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@contextmanager
+def serve(engine, tokenizer) -> Iterator[str]:
+    """The app's address, while it runs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    demo = app.build_demo(engine, tokenizer)
+    demo.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True,
+                **app.launch_options())
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        demo.close(verbose=False)
