@@ -83,6 +83,7 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     Arguments and errors as for `load`; `token` opens gated and private Hub models, default $HF_TOKEN.
     """
     model, dtype = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, _torch_dtype(dtype)
+    place = _device(device)
     source = resolve(model, progress)
     hub = dict(token=token, trust_remote_code=False)    # unset, transformers would ask on the console to run code
     _check_config(model, source, hub)
@@ -91,8 +92,20 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     except Exception as error:      # the readers of these files raise errors of many kinds, KeyError and Rust's too
         raise _explained(model, source, error) from error
-    base = base.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return base.eval().requires_grad_(False), tokenizer, Path(os.path.abspath(source)).name.lower()
+    return base.to(place).eval().requires_grad_(False), tokenizer, Path(os.path.abspath(source)).name.lower()
+
+
+def _device(wanted: str | None) -> torch.device:
+    """The device asked for, else a GPU when there is one. Raises ValueError when there is no such device."""
+    gpus = torch.cuda.device_count()
+    try:
+        device = torch.device(wanted or ("cuda" if gpus else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device '{wanted}' is unknown: give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
+        raise ValueError(f"device '{wanted}' is not here: this torch ({torch.__version__}) sees {gpus} CUDA devices. "
+                         "Use cpu, or cuda or cuda:N where there are some.")
+    return device
 
 
 def resolve(model: str, progress: Progress | None = None) -> str:

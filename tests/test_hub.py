@@ -133,6 +133,12 @@ def test_a_dtype_that_torch_does_not_have_is_refused_before_any_work():
         hub.load("owner/name", dtype="bf16")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "fridge"])
+def test_a_device_that_is_not_here(device):
+    with pytest.raises(ValueError, match=device):
+        hub.load(device=device)
+
+
 def test_missing_exits_name_the_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="exits.safetensors"):
         hub.find_exits("tiny", tmp_path)
