@@ -2,10 +2,11 @@
 
     python -m training.confidence --exits runs/smollm2 --data data/policy data/text
 
-The estimator learns from training documents whether its exit's choice equals the full model's (binary cross-entropy,
-averaged over rows). Adapters have seen those documents, so its scale is then refitted on the calibration documents
-(Platt scaling, folded into the last layer) and measured on the test documents: ECE, AUROC, beside the largest
-softmax probability of the exit's head as a baseline. The estimators are written into the exits folder.
+The estimator learns in two steps, by binary cross-entropy averaged over rows. First, on the training documents, to
+tell the largest softmax probability of its exit's head without computing it: whether the exit is right cannot be
+learned there, since the adapters have seen these documents. Then, on the calibration documents, which no adapter has
+seen, whether the exit's choice equals the full model's. The test documents measure it: ECE and AUROC, beside the
+softmax probability as a baseline. The estimators are written into the exits folder.
 """
 
 import argparse
@@ -59,38 +60,20 @@ def adapted(bank: ExitBank, s: int, features: Features, choices: Tensor) -> tupl
     return torch.cat(hidden), torch.cat(right), torch.cat(softmax)
 
 
-def fit(head: ConfidenceHead, hidden: Tensor, right: Tensor, rows: Tensor, args) -> None:
-    """Binary cross-entropy over the training rows, AdamW with a cosine schedule."""
-    steps = max(1, round(args.epochs * len(rows) / args.batch))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=args.lr, weight_decay=0.01)
+def fit(head: ConfidenceHead, hidden: Tensor, target: Tensor, rows: Tensor, *, epochs: float, lr: float,
+        weight_decay: float, batch: int, seed: int) -> None:
+    """Binary cross-entropy against a probability or a label (n,), over these rows; AdamW with a cosine schedule."""
+    steps = max(1, round(epochs * len(rows) / batch))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(steps), unit="step", desc="estimator", leave=False):
-        part = rows[torch.randint(len(rows), (args.batch,), generator=generator)]
-        loss = F.binary_cross_entropy_with_logits(head(hidden[part]), right[part].float())
+        part = rows[torch.randint(len(rows), (batch,), generator=generator)]
+        loss = F.binary_cross_entropy_with_logits(head(hidden[part]), target[part].float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-
-
-def platt(head: ConfidenceHead, hidden: Tensor, right: Tensor) -> tuple[float, float]:
-    """Scale and shift of the logit that fit these rows best (Platt 1999), folded into the head's last layer."""
-    with torch.no_grad():
-        logit = head(hidden).double()
-    scale, shift = torch.ones((), dtype=torch.double), torch.zeros((), dtype=torch.double)
-    optimizer = torch.optim.LBFGS([scale.requires_grad_(), shift.requires_grad_()], max_iter=100)
-
-    def loss():
-        optimizer.zero_grad()
-        value = F.binary_cross_entropy_with_logits(scale * logit + shift, right.double())
-        value.backward()
-        return value
-    optimizer.step(loss)
-    with torch.no_grad():
-        head.outer.weight.mul_(scale.float())
-        head.outer.bias.mul_(scale.float()).add_(shift.float())
-    return scale.item(), shift.item()
 
 
 def main() -> None:
@@ -99,9 +82,8 @@ def main() -> None:
     parser.add_argument("--exits", type=Path, required=True, help="exits folder written by training.distill")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="the folders given to training.distill")
     parser.add_argument("--feature-gb", type=float, default=6.0, help="disk and memory budget for hidden states")
-    parser.add_argument("--epochs", type=float, default=4)
-    parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=float, default=6, help="passes over the training rows, first step")
+    parser.add_argument("--calibration-epochs", type=float, default=2, help="passes over the calibration rows")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -118,8 +100,10 @@ def main() -> None:
     for s, layer in enumerate(bank.config.layers):
         hidden, right, softmax = adapted(bank, s, features, choices)
         head = ConfidenceHead(bank.config.hidden_size, bank.config.confidence_width)
-        fit(head, hidden, right, splits["train"], args)
-        scale, shift = platt(head, hidden[splits["calibration"]], right[splits["calibration"]])
+        fit(head, hidden, softmax, splits["train"], epochs=args.epochs, lr=1e-3, weight_decay=0.01, batch=1024,
+            seed=args.seed)
+        fit(head, hidden, right, splits["calibration"], epochs=args.calibration_epochs, lr=1e-4, weight_decay=0.1,
+            batch=256, seed=args.seed)
         bank.confidence_heads[s] = head.requires_grad_(False)
         test = splits["test"]
         with torch.no_grad():
@@ -128,7 +112,7 @@ def main() -> None:
             "layer": layer, "agreement": right[test].float().mean().item(),
             "ece": expected_calibration_error(confidence, right[test]), "auroc": auroc(confidence, right[test]),
             "softmax_ece": expected_calibration_error(softmax[test], right[test]),
-            "softmax_auroc": auroc(softmax[test], right[test]), "platt_scale": scale, "platt_shift": shift})
+            "softmax_auroc": auroc(softmax[test], right[test])})
         print(json.dumps(report[-1]))
     bank.config = dataclasses.replace(bank.config, trained=True)
     bank.save(args.exits)

@@ -107,16 +107,17 @@ SmolLM2-135M-Instruct that CascadeExit bundles (the 4-bit GGUF of the `llm-smoll
 `{config['head_fingerprint'][:16]}`). Adapter: h + up(silu(gate h) * down h) of width {config['width']} and an RMSNorm
 of its own, then the model's head trimmed to the {config['head_size']:,} words it chooses most often (they cover
 {distill['head_coverage']:.1%} of its choices on held-out text). Estimator: an MLP of width {config['confidence_width']}
-on the adapted hidden state, calibrated by Platt scaling.
+on the adapted hidden state, fitted last on calibration documents.
 
 {exits_table(distill, confidence)}
 
 - **Data**: {distill['rows']:,} training tokens in {distill['documents']:,} documents: {distill['data_note']}
 - **Split** by document: 22 of 25 train, 2 calibrate, 1 tests. The figures above are from {distill['held_out_rows']:,}
   test tokens that the model chose itself.
-- **Training**: {distill['steps']:,} steps of {distill['batch']:,} tokens, AdamW, KL to the full model plus
+- **Adapters**: {distill['steps']:,} steps of {distill['batch']:,} tokens, AdamW, KL to the full model plus
   {distill['hard']:g} x cross-entropy of its choice. {source(distill)}
-- **Estimators**: {source(confidence)}
+- **Estimators**: first the head's own largest probability on training documents, then whether the exit is right on
+  calibration documents. {source(confidence)}
 
 Agreement is teacher-forced on the model's own text; elsewhere expect less. Licence: Apache-2.0, as the base model.
 """
