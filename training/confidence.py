@@ -15,12 +15,12 @@ import json
 from pathlib import Path
 
 import torch
-from cascadeexit.hub import DEFAULT_MODEL, load_model
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from cascadeexit.exits import ConfidenceHead, ExitBank
+from cascadeexit.hub import DEFAULT_MODEL, load_model
 from cascadeexit.model import SegmentedModel
 from training.data import Split, load_documents
 from training.distill import full_choices
