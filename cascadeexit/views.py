@@ -250,7 +250,7 @@ def routing_figure(stream: TokenStream) -> go.Figure:
     names = [exit_name(s, engine).partition(" (")[0] for s in range(len(share))]
     figure = go.Figure(go.Bar(
         x=share, y=names, orientation="h", cliponaxis=False,
-        text=[f"{part:.0%}" for part in share], textposition="outside",
+        text=[f"{part:.1%}" for part in share], textposition="outside",
         marker=dict(color=colours(engine.num_exits), line=dict(color=_OUTLINE, width=1)),
         hovertemplate="%{y}: %{x:.1%} of the tokens<extra></extra>"))
     figure.update_yaxes(autorange="reversed")
