@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import torch
-from cascadeexit.hub import DEFAULT_MODEL, default_exit_layers, load_model
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from cascadeexit.exits import ExitBank
+from cascadeexit.hub import DEFAULT_MODEL, default_exit_layers, load_model
 from cascadeexit.model import SegmentedModel
 from training.data import Split, load_documents
 from training.features import Features, compute

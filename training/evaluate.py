@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from cascadeexit.hub import DEFAULT_MODEL, load, load_model
 from tqdm import tqdm
 
 from cascadeexit.engine import DecodeConfig, Engine, Mode
+from cascadeexit.hub import DEFAULT_MODEL, load, load_model
 from cascadeexit.metrics import match
 from training.prompts import chat_ids, load_prompts
 from training.provenance import provenance, save_json
