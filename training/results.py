@@ -72,8 +72,9 @@ drafts.
 part of the layers below the exit taken. *Cost*: weight bytes read per token over those of the full model, heads,
 adapters and estimators included. {source(speed)}
 
-{lossless_section(lossless)}**Exits** of the bundled model on held-out text that the model wrote ({distill['held_out_rows']:,} tokens; trained on
-{distill['rows']:,} tokens). Agreement: the exit's first choice is the full model's. ECE and AUROC: how well its
+{lossless_section(lossless)}\
+**Exits** of the bundled model on held-out text that the model wrote: {distill['held_out_rows']:,} tokens, after
+training on {distill['rows']:,}. Agreement: the exit's first choice is the full model's. ECE and AUROC: how well its
 confidence says so, beside the largest softmax probability as a baseline:
 
 {exits_table(distill, confidence)}
