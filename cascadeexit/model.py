@@ -16,6 +16,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from cascadeexit.cache import KVCache
 from cascadeexit.linear import pack
@@ -40,23 +44,45 @@ def check_supported(config) -> None:
                          f"text, so cached keys would go stale. Supported: {', '.join(_STATIC_ROPE)}.")
 
 
+def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *,
+                      scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
+    """Attention of transformers' layers in which the query heads of a group share their keys as rows of one head.
+
+    Nothing is repeated in memory: of 9 query heads on 3 key-value heads, each key-value head sees 3 N query rows.
+
+    Args:
+        query: (B, H, N, d); key, value: (B, K, >= C, d) with K dividing H; slots from C on are not looked at.
+        attention_mask: (B, 1, H / K * N, C), added to the scores; a group's heads one after another (`run_layers`).
+            Any other mask comes from the model called as a whole, and transformers' own attention answers.
+    """
+    b, _, n, d = query.shape
+    rows = query.reshape(b, key.shape[1], -1, d)                                            # (B, K, H / K * N, d)
+    if attention_mask is None or attention_mask.shape[2] != rows.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    slots = attention_mask.shape[3]
+    out = F.scaled_dot_product_attention(rows, key[:, :, :slots], value[:, :, :slots], attn_mask=attention_mask,
+                                         scale=scaling)
+    return out.view(b, -1, n, d).transpose(1, 2), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
 class SegmentedModel:
     """A causal language model whose layers run in segments between exits.
 
     Args:
-        model: a transformers *ForCausalLM of a supported type, loaded with sdpa attention; it is put in eval mode
-            and frozen, and on a CPU its layers' linear modules are replaced by packed ones.
+        model: a transformers *ForCausalLM of a supported type; it is put in eval mode and frozen, its attention is
+            set to `grouped_attention`, and on a CPU its layers' linear modules are replaced by packed ones.
         exit_layers: numbers of layers after which an exit sits, ascending, each in 1..num_layers-1.
         name: short name for messages and artifacts.
 
-    Raises ValueError for an unsupported architecture, another attention implementation or bad exit layers.
+    Raises ValueError for an unsupported architecture or bad exit layers.
     """
 
     def __init__(self, model, exit_layers: Sequence[int], *, name: str = ""):
         check_supported(model.config)
-        if model.config._attn_implementation != "sdpa":
-            raise ValueError(f"attention must be 'sdpa', got '{model.config._attn_implementation}': the boolean masks "
-                             "used here are added, not applied, by other paths. Load with attn_implementation='sdpa'.")
         num_layers = model.config.num_hidden_layers
         bounds = (0, *exit_layers, num_layers)
         if any(a >= b for a, b in zip(bounds, bounds[1:])):
@@ -65,6 +91,8 @@ class SegmentedModel:
         self.bounds = bounds
         self.config = model.config
         self.base = model.eval().requires_grad_(False)
+        model.set_attn_implementation("grouped")
+        self._groups = model.config.num_attention_heads // model.config.num_key_value_heads
         layers = model.model.layers
         self.segment_bytes = tuple(sum(p.nbytes for layer in layers[a:b] for p in layer.parameters())
                                    for a, b in zip(bounds, bounds[1:]))
@@ -155,10 +183,14 @@ class SegmentedModel:
         return self.base.model.embed_tokens(torch.as_tensor(ids, device=self.device).view(1, -1))
 
     def run_layers(self, layers: range, h: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-        """Hidden rows (B, N, D) through some layers, writing their keys and values into the cache."""
+        """Hidden rows (B, N, D) through some layers, writing their keys and values into the cache.
+
+        mask: (B, 1, N, C), True where a row may look.
+        """
         angles = self.base.model.rotary_emb(h, position_ids=positions)
+        added = torch.zeros_like(mask, dtype=h.dtype).masked_fill_(~mask, -torch.inf).repeat(1, 1, self._groups, 1)
         for layer_idx in layers:
-            h = self.base.model.layers[layer_idx](h, attention_mask=mask, position_ids=positions,
+            h = self.base.model.layers[layer_idx](h, attention_mask=added, position_ids=positions,
                                                   position_embeddings=angles, past_key_values=cache)
         return h
 
@@ -179,4 +211,4 @@ class SegmentedModel:
         return self._head(self.norm(self._pad_rows(h)))[:, :h.shape[1]]
 
     def _pad_rows(self, h: Tensor) -> Tensor:
-        return torch.nn.functional.pad(h, (0, 0, 0, self.pad(h.shape[1]) - h.shape[1]))
+        return F.pad(h, (0, 0, 0, self.pad(h.shape[1]) - h.shape[1]))

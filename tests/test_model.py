@@ -47,12 +47,6 @@ def test_unsupported_architectures_name_the_reason(config, reason):
         check_supported(config)
 
 
-def test_eager_attention_is_refused():
-    base = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), attn_implementation="eager")
-    with pytest.raises(ValueError, match="sdpa"):
-        SegmentedModel(base, EXIT_LAYERS)
-
-
 @pytest.mark.parametrize("layers", [(0, 3), (3, 3), (4, 2), (3, 6)])
 def test_exit_layers_must_ascend_inside_the_model(layers):
     with pytest.raises(ValueError, match="ascend"):

@@ -1,14 +1,13 @@
 """Training: losses have the reduction they name, splits never leak, and a run resumes where it was stopped."""
 
 import math
-import random
 
 import pytest
 import torch
 
 import training.data
 from training.confidence import auroc, expected_calibration_error
-from training.data import ChatTemplate, Document, Row, Split, load_documents, save_shard
+from training.data import ChatTemplate, Document, Row, Sources, Split, load_documents, save_shard
 from training.distill import exit_loss, frequent_tokens
 
 
@@ -53,8 +52,15 @@ class Template:
 
     opening, closing = [1], [2, 3]
 
+    def encode(self, text: str) -> list[int]:
+        return list(map(int, text.split()))
+
     def prompt(self, turn: str) -> list[int]:
-        return [1, int(turn), 2, 3]
+        return [1, *self.encode(turn), 2, 3]
+
+
+def lane(prompts: list[str] = (), texts: list[str] = (), plain_share: float = 0.0) -> Row:
+    return Row(Sources(Template(), list(prompts), list(texts), own_share=0.0, plain_share=plain_share, seed="0"))
 
 
 def speak(row: Row, said: list[int]) -> list[int]:
@@ -62,17 +68,27 @@ def speak(row: Row, said: list[int]) -> list[int]:
 
 
 def test_a_lane_given_a_prompt_speaks_it_and_then_its_own_words():
-    row = Row(Template(), iter(["40"]), random.Random(0), own_share=0.0)
+    row = lane(prompts=["40"])
     assert speak(row, [0, 0, 0, 0, 50, 51, 2]) == [1, 40, 2, 3, 50, 51, 2]
 
 
 def test_a_lane_without_prompts_invents_the_users_turn_too(monkeypatch):
     monkeypatch.setattr(training.data, "MIN_TOKENS", 1)
-    row = Row(Template(), iter([]), random.Random(0), own_share=0.0)
+    row = lane()
     assert speak(row, [0, 41, 2, 0, 50, 2, 0, 42]) == [1, 41, 2, 3, 50, 2, 1, 42]
     (document,) = row.finished
     assert document.ids == [1, 41, 2, 3, 50, 2] and document.chosen == [0, 1, 1, 0, 1, 1]
     assert row.start == 6
+
+
+def test_a_lane_given_a_passage_reads_its_first_words_and_goes_on_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(training.data, "MIN_TOKENS", 1)
+    monkeypatch.setattr(training.data, "MAX_CONTINUATION", 3)
+    row = lane(texts=[" ".join(["30"] * 60)], plain_share=1.0)
+    read = len(row.forced)
+    assert 8 <= read <= 48
+    assert speak(row, [0] * read + [50, 51, 52, 0]) == [30] * read + [50, 51, 52, 1]
+    assert row.finished[0].key == training.data.key_of(" ".join(["30"] * 60))
 
 
 def test_the_template_is_split_around_the_users_turn():

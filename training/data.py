@@ -1,12 +1,12 @@
 """Training text: conversations that the model writes itself, and local text.
 
-    python -m training.data policy --tokens 500000 --prompts prompts.jsonl --out data/policy
+    python -m training.data policy --tokens 500000 --prompts prompts.jsonl --texts book.txt --out data/policy
     python -m training.data text --files book.txt notes.jsonl --out data/text
 
-`policy` lets the frozen model write through its chat template. With --prompts, a share of the user turns comes from
-JSONL rows {"prompt": ...}; the other conversations it invents whole, the user's turn too. Exits are trained on the
-distribution they will decode. `text` only tokenizes: plain files (documents divided by blank lines) or JSONL rows
-{"text": ...} or {"prompt": ...}.
+`policy` lets the frozen model write, so that exits are trained on the distribution they will decode. Through its chat
+template it answers user turns from --prompts, JSONL rows {"prompt": ...}, and invents other conversations whole, the
+user's turn too; of --texts it reads the first words of a passage and goes on by itself. `text` only tokenizes: plain
+files (documents divided by blank lines) or JSONL rows {"text": ...} or {"prompt": ...}.
 
 A shard holds documents as flat token ids with offsets, a flag per token (1 = the model chose it) and a key per
 document by which training, calibration and test documents are divided. A run that is started again keeps the shards
@@ -33,6 +33,7 @@ from cascadeexit.model import SegmentedModel
 from training.provenance import provenance, save_json
 
 MIN_TOKENS = 16
+MAX_CONTINUATION = 160      # tokens after a passage of plain text, which rarely ends by itself
 TOP_K = 50
 
 
@@ -108,48 +109,76 @@ class ChatTemplate:
         text = tokenizer.apply_chat_template([{"role": "user", "content": sentinel}], tokenize=False,
                                              add_generation_prompt=True)
         opening, closing = text.split(sentinel)
-        self._encode = lambda s: tokenizer(s, add_special_tokens=False)["input_ids"]
-        self.opening, self.closing = self._encode(opening), self._encode(closing)
+        self._tokenizer = tokenizer
+        self.opening, self.closing = self.encode(opening), self.encode(closing)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt(self, turn: str) -> list[int]:
-        return self.opening + self._encode(turn) + self.closing
+        return self.opening + self.encode(turn) + self.closing
+
+
+class Sources:
+    """What a lane may begin with: a user turn to answer, nothing (it invents the conversation), a passage to go on."""
+
+    def __init__(self, template: ChatTemplate | None, prompts: list[str], texts: list[str], own_share: float,
+                 plain_share: float, seed: str):
+        self.template, self.rng = template, random.Random(seed)
+        self._turns = self.rng.sample(prompts, len(prompts))
+        self._texts = self.rng.sample(texts, len(texts))
+        plain = plain_share if texts else 0.0
+        self._shares = (plain, (1 - plain) * (own_share if prompts else 1.0))
+
+    def begin(self) -> "Opening":
+        draw = self.rng.random()
+        if draw < self._shares[0] and self._texts:
+            text = self._texts.pop()
+            words = self.template.encode(text)[:self.rng.randint(8, 48)]
+            return Opening(words, key_of(text), limit=len(words) + MAX_CONTINUATION)
+        if draw < sum(self._shares) or not self._turns:
+            return Opening(list(self.template.opening), 0, invents_user=True)
+        turn = self._turns.pop()
+        return Opening(self.template.prompt(turn), key_of(turn), greedy=self.rng.random() < 0.5)
+
+
+@dataclass
+class Opening:
+    """The first tokens of a document, and how the model goes on from them."""
+
+    forced: list[int]
+    key: int                        # 0: the finished document gets its own
+    invents_user: bool = False      # the model writes the user's turn, then the reply
+    greedy: bool = False
+    limit: int = 1 << 30            # tokens of the whole document
 
 
 class Row:
-    """One lane of the batch: what it must say next, and the conversation it is writing."""
+    """One lane of the batch: what it must say next, and the document it is writing."""
 
-    def __init__(self, template: ChatTemplate, prompts: Iterator[str], rng: random.Random, own_share: float):
-        self.template, self.prompts, self.rng, self.own_share = template, prompts, rng, own_share
+    def __init__(self, sources: Sources):
+        self.sources = sources
         self.finished: list[Document] = []
         self.begin(0)
 
     def begin(self, slot: int) -> None:
-        """Start a new conversation at this slot of the cache."""
-        self.start, self.document = slot, Document()
-        prompt = None if self.rng.random() < self.own_share else next(self.prompts, None)
-        self.invents_user = prompt is None
-        self.document.key = key_of(prompt) if prompt is not None else 0
-        self.forced = list(self.template.opening if prompt is None else self.template.prompt(prompt))
-        self.reply_greedy = self.rng.random() < 0.5
-
-    @property
-    def greedy(self) -> bool:
-        return self.reply_greedy and not self.invents_user
+        """Start a new document at this slot of the cache."""
+        self.opening = self.sources.begin()
+        self.start, self.document, self.forced = slot, Document(key=self.opening.key), self.opening.forced
 
     def next_token(self, sampled: int, best: int, eos: frozenset[int], slot: int) -> int:
         """The token for this slot, given what the model would say; the lane's bookkeeping moves on."""
-        forced = bool(self.forced)
-        token = self.forced.pop(0) if forced else best if self.greedy else sampled
-        self.document.ids.append(token)
-        self.document.chosen.append(0 if forced else 1)
-        if not forced and token in eos:
-            if self.invents_user:
-                self.invents_user = False
-                self.forced = self.template.closing[1:] if self.template.closing[:1] == [token] \
-                    else list(self.template.closing)
-            else:
-                self.close()
-                self.begin(slot + 1)
+        forced, document = bool(self.forced), self.document
+        token = self.forced.pop(0) if forced else best if self.opening.greedy else sampled
+        document.ids.append(token)
+        document.chosen.append(0 if forced else 1)
+        if not forced and token in eos and self.opening.invents_user:
+            self.opening.invents_user, self.opening.greedy = False, self.sources.rng.random() < 0.5
+            closing = self.sources.template.closing
+            self.forced = closing[1:] if closing[:1] == [token] else list(closing)
+        elif not forced and (token in eos or len(document.ids) >= self.opening.limit):
+            self.close()
+            self.begin(slot + 1)
         return token
 
     def close(self) -> None:
@@ -160,7 +189,10 @@ class Row:
 
 @torch.inference_mode()
 def write_round(model: SegmentedModel, rows: list[Row], steps: int, temperature: float, bar: tqdm) -> list[Document]:
-    """Run all lanes in lock-step for `steps` slots of one static cache; a finished lane starts anew."""
+    """Run all lanes in lock-step for `steps` slots of one static cache; a finished lane starts anew.
+
+    Each pass looks at the cache only as far as it is filled, rounded up: the text need not be bitwise that of decoding.
+    """
     cache, layers = model.new_cache(steps, batch=len(rows)), range(model.num_layers)
     slots = torch.arange(steps, device=model.device)
     best = sampled = [0] * len(rows)
@@ -169,11 +201,12 @@ def write_round(model: SegmentedModel, rows: list[Row], steps: int, temperature:
                                for row, s, b in zip(rows, sampled, best, strict=True)], device=model.device)
         # A lane sees only its own conversation: from where it began up to this slot.
         start = torch.tensor([min(row.start, slot) for row in rows], device=model.device)
-        mask = ((slots >= start[:, None]) & (slots <= slot))[:, None, None]                     # (B, 1, 1, C)
-        h = model.base.model.embed_tokens(tokens[:, None])                                      # (B, 1, D)
+        near = slots[:-(-(slot + 1) // 64) * 64]
+        mask = ((near >= start[:, None]) & (near <= slot))[:, None, None]                       # (B, 1, 1, C)
+        h = model.embed(tokens).transpose(0, 1)                                                 # (B, 1, D)
         h = model.run_layers(layers, h, slots[None, slot:slot + 1], mask, cache)
         cache.advance(layers, 1)
-        top, ids = model.base.lm_head(model.norm(h[:, 0])).float().topk(TOP_K)                  # (B, K)
+        top, ids = model.logits(h.transpose(0, 1))[0].float().topk(TOP_K)                       # (B, K)
         pick = torch.multinomial((top / temperature).softmax(-1), 1)
         best, sampled = ids[:, 0].tolist(), ids.gather(1, pick)[:, 0].tolist()
         bar.update(len(rows))
@@ -187,20 +220,20 @@ def write_policy(args) -> None:
     model, template = SegmentedModel(base, (), name=name), ChatTemplate(tokenizer)
     prompts = [json.loads(line)["prompt"] for file in args.prompts for line in open(file, encoding="utf-8")]
     prompts = sorted({p.strip() for p in prompts if len(p) <= args.max_prompt_chars})
+    texts = sorted({t.strip() for file in args.texts for t in read_texts(file) if len(t) >= 80})
     per_round = args.batch * args.steps
     rounds = -(-args.tokens // per_round)
-    save_json(args.out / "provenance.json", provenance(args.seed) | {"model": name, "prompts": len(prompts)})
+    save_json(args.out / "provenance.json",
+              provenance(args.seed) | {"model": name, "prompts": len(prompts), "texts": len(texts)})
     with tqdm(total=rounds * per_round, unit="token", unit_scale=True, smoothing=0.05) as bar:
         for index in range(rounds):
             path = args.out / f"shard-{index:05d}.safetensors"
             if path.exists():
                 bar.update(per_round)
                 continue
-            rng = random.Random(f"{args.seed}-{index}")
-            torch.manual_seed(rng.randrange(2**31))
-            turns = iter(rng.sample(prompts, len(prompts)))
-            own = args.own_share if prompts else 1.0
-            rows = [Row(template, turns, rng, own) for _ in range(args.batch)]
+            sources = Sources(template, prompts, texts, args.own_share, args.plain_share, f"{args.seed}-{index}")
+            torch.manual_seed(sources.rng.randrange(2**31))
+            rows = [Row(sources) for _ in range(args.batch)]
             save_shard(path, write_round(model, rows, args.steps, args.temperature, bar))
 
 
@@ -238,9 +271,11 @@ def main() -> None:
     kinds = parser.add_subparsers(required=True, metavar="{policy,text}")
     policy = kinds.add_parser("policy", help="let the model write conversations")
     policy.add_argument("--prompts", type=Path, nargs="*", default=[], help='JSONL files with rows {"prompt": ...}')
+    policy.add_argument("--texts", type=Path, nargs="*", default=[], help="text files whose passages it goes on with")
     policy.add_argument("--own-share", type=float, default=0.4, help="part of the conversations invented whole")
+    policy.add_argument("--plain-share", type=float, default=0.2, help="part of the documents that go on from --texts")
     policy.add_argument("--max-prompt-chars", type=int, default=400, help="leave out longer prompts")
-    policy.add_argument("--batch", type=int, default=64, help="conversations written at once")
+    policy.add_argument("--batch", type=int, default=128, help="documents written at once")
     policy.add_argument("--steps", type=int, default=384, help="cache slots a round; no conversation is longer")
     policy.add_argument("--temperature", type=float, default=0.8, help="of sampled replies; half of them are greedy")
     policy.set_defaults(run=write_policy, tokens=500_000)
