@@ -83,13 +83,20 @@ class Generation:
 
 
 class Staircase:
-    """One sequence: its tokens, the cache, and the hidden states waiting at each segment."""
+    """One sequence: its tokens, the caches, and the hidden states waiting at each segment and at each exit.
 
-    def __init__(self, model: SegmentedModel, capacity: int):
-        self.model = model
+    Args:
+        asked: exits that may be asked; at the others nothing needs to wait.
+    """
+
+    def __init__(self, model: SegmentedModel, capacity: int, bank: ExitBank | None = None,
+                 asked: frozenset[int] = frozenset()):
+        self.model, self.bank, self.asked = model, bank, asked
         self.cache = model.new_cache(capacity)
+        self.exit_cache = bank.new_cache(capacity) if asked else None
         self.tokens: list[int] = []
         self.waiting: list[Tensor | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
+        self.at_exit: list[Tensor | None] = [None] * model.num_segments   # (1, N, D) that the exit has not seen
         self.weight_bytes = 0
 
     def filled(self, s: int) -> int:
@@ -107,9 +114,18 @@ class Staircase:
         self.weight_bytes += len(parts) * self.model.segment_bytes[s]
         out = out[0] if len(out) == 1 else torch.cat(out, dim=1)
         if s + 1 < self.model.num_segments:
-            before = self.waiting[s + 1]
-            self.waiting[s + 1] = out if before is None else torch.cat([before, out], dim=1)
+            self.waiting[s + 1] = _append(self.waiting[s + 1], out)
+        if s in self.asked:     # an exit that looks back misses no position; another needs the newest alone
+            self.at_exit[s] = out[:, -1:] if self.exit_cache is None else _append(self.at_exit[s], out)
         return out
+
+    def ask(self, s: int) -> tuple[Tensor, float]:
+        """Exit s on the newest position: adapted hidden (1, D) and confidence."""
+        rows, self.at_exit[s] = self.at_exit[s], None
+        for part in rows.split(_MAX_ROWS, dim=1):
+            hidden = self.bank.hidden(s, part, self.exit_cache)
+        self.weight_bytes += self.bank.try_bytes(s)
+        return hidden, float(self.bank.confidence(s, hidden))
 
     def prefill(self, tokens: Sequence[int]) -> Tensor | None:
         """Add tokens and take them through every segment at once: the last segment's rows (1, N, D)."""
@@ -124,6 +140,17 @@ class Staircase:
         assert all(w is None for w in self.waiting), "rows are waiting: truncate only after the last segment ran"
         del self.tokens[length:]
         self.cache.truncate(length)
+        if self.exit_cache is None:
+            self.at_exit = [None] * len(self.at_exit)
+            return
+        self.exit_cache.truncate(length)
+        for s in self.asked:
+            rows, room = self.at_exit[s], length - self.exit_cache.length(s)
+            self.at_exit[s] = rows[:, :room] if rows is not None and room else None
+
+
+def _append(before: Tensor | None, rows: Tensor) -> Tensor:
+    return rows if before is None else torch.cat([before, rows], dim=1)
 
 
 class _Stopwatch:
@@ -199,7 +226,8 @@ class Engine:
         verified = config.mode is Mode.VERIFIED
         thresholds = (None,) * last if config.mode is Mode.FULL else config.threshold_per_exit(last)
         sampler = Sampler(config.temperature, config.top_p, config.seed, model.vocab_size, model.device)
-        stairs = Staircase(model, self._capacity(len(prompt) + config.max_new_tokens))
+        asked_exits = frozenset(s for s in range(last) if thresholds[s] is not None)
+        stairs = Staircase(model, self._capacity(len(prompt) + config.max_new_tokens), bank, asked_exits)
         drafts: list[_Draft] = []                                # tokens not yet confirmed, oldest first
         end = len(prompt) + config.max_new_tokens
 
@@ -227,9 +255,7 @@ class Engine:
                 rows = stairs.run(s)                                                        # (1, N, D)
                 if s == last or not may_exit or thresholds[s] is None:
                     continue
-                hidden = bank.hidden(s, rows[0, -1:])                                       # (1, D)
-                confidence = float(bank.confidence(s, hidden))
-                stairs.weight_bytes += bank.try_bytes(s)
+                hidden, confidence = stairs.ask(s)                                          # (1, D)
                 asked = (*asked[:s], confidence, *asked[s + 1:])
                 if survival * confidence >= thresholds[s]:
                     exit_hidden = hidden

@@ -44,25 +44,36 @@ def check_supported(config) -> None:
                          f"text, so cached keys would go stale. Supported: {', '.join(_STATIC_ROPE)}.")
 
 
-def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *,
-                      scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
-    """Attention of transformers' layers in which the query heads of a group share their keys as rows of one head.
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None) -> Tensor:
+    """Attention in which the query heads of a group share their keys as rows of one head: (B, H, N, d).
 
     Nothing is repeated in memory: of 9 query heads on 3 key-value heads, each key-value head sees 3 N query rows.
 
     Args:
         query: (B, H, N, d); key, value: (B, K, >= C, d) with K dividing H; slots from C on are not looked at.
-        attention_mask: (B, 1, H / K * N, C), added to the scores; a group's heads one after another (`run_layers`).
-            Any other mask comes from the model called as a whole, and transformers' own attention answers.
+        mask: (B, 1, H / K * N, C), added to the scores; a group's heads one after another (`additive_mask`).
     """
-    b, _, n, d = query.shape
+    (b, _, n, d), slots = query.shape, mask.shape[3]
     rows = query.reshape(b, key.shape[1], -1, d)                                            # (B, K, H / K * N, d)
-    if attention_mask is None or attention_mask.shape[2] != rows.shape[2]:
+    out = F.scaled_dot_product_attention(rows, key[:, :, :slots], value[:, :, :slots], attn_mask=mask, scale=scaling)
+    return out.view(b, -1, n, d)
+
+
+def additive_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """(B, 1, N, C), True where a row may look -> 0 and -inf for each of a group's heads: (B, 1, groups * N, C)."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf).repeat(1, 1, groups, 1)
+
+
+def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+                      scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
+    """`attend` for transformers' layers, called with an `additive_mask`.
+
+    Any other mask comes from the model called as a whole, and transformers' own attention answers.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if attention_mask is None or attention_mask.shape[2] != groups * query.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    slots = attention_mask.shape[3]
-    out = F.scaled_dot_product_attention(rows, key[:, :, :slots], value[:, :, :slots], attn_mask=attention_mask,
-                                         scale=scaling)
-    return out.view(b, -1, n, d).transpose(1, 2), None
+    return attend(query, key, value, attention_mask, scaling).transpose(1, 2), None
 
 
 AttentionInterface.register("grouped", grouped_attention)
@@ -92,7 +103,6 @@ class SegmentedModel:
         self.config = model.config
         self.base = model.eval().requires_grad_(False)
         model.set_attn_implementation("grouped")
-        self._groups = model.config.num_attention_heads // model.config.num_key_value_heads
         layers = model.model.layers
         self.segment_bytes = tuple(sum(p.nbytes for layer in layers[a:b] for p in layer.parameters())
                                    for a, b in zip(bounds, bounds[1:]))
@@ -122,6 +132,18 @@ class SegmentedModel:
     @property
     def hidden_size(self) -> int:
         return self.config.hidden_size
+
+    @property
+    def num_heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.config.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.hidden_size // self.num_heads
 
     @property
     def vocab_size(self) -> int:
@@ -170,9 +192,8 @@ class SegmentedModel:
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions; rows of padding need room too (see `pad`)."""
-        heads = self.config.num_key_value_heads
-        head_dim = getattr(self.config, "head_dim", None) or self.hidden_size // self.config.num_attention_heads
-        return KVCache(self.num_layers, heads, head_dim, capacity, batch=batch, dtype=self.dtype, device=self.device)
+        return KVCache(self.num_layers, self.num_kv_heads, self.head_dim, capacity, batch=batch, dtype=self.dtype,
+                       device=self.device)
 
     def pad(self, n: int) -> int:
         """n rounded up to the row bucket."""
@@ -182,13 +203,17 @@ class SegmentedModel:
         """Token ids (N,) -> hidden rows (1, N, D)."""
         return self.base.model.embed_tokens(torch.as_tensor(ids, device=self.device).view(1, -1))
 
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotary embedding at these positions (B, N): (B, N, d) each."""
+        return self.base.model.rotary_emb(self.head_weight, position_ids=positions)
+
     def run_layers(self, layers: range, h: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
         """Hidden rows (B, N, D) through some layers, writing their keys and values into the cache.
 
         mask: (B, 1, N, C), True where a row may look.
         """
-        angles = self.base.model.rotary_emb(h, position_ids=positions)
-        added = torch.zeros_like(mask, dtype=h.dtype).masked_fill_(~mask, -torch.inf).repeat(1, 1, self._groups, 1)
+        angles = self.angles(positions)
+        added = additive_mask(mask, self.num_heads // self.num_kv_heads, h.dtype)
         for layer_idx in layers:
             h = self.base.model.layers[layer_idx](h, attention_mask=added, position_ids=positions,
                                                   position_embeddings=angles, past_key_values=cache)
@@ -200,7 +225,7 @@ class SegmentedModel:
         Rows are padded to the bucket; padding is written past the real rows, masked, and overwritten later.
         """
         n, layers = h.shape[1], range(self.bounds[s], self.bounds[s + 1])
-        padded = self._pad_rows(h)
+        padded = self.pad_rows(h)
         positions = cache.positions(layers[0], padded.shape[1])
         out = self.run_layers(layers, padded, positions, cache.mask(layers[0], padded.shape[1]), cache)
         cache.advance(layers, n)
@@ -208,7 +233,8 @@ class SegmentedModel:
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden rows after the last layer (1, N, D) -> the full model's logits (1, N, V)."""
-        return self._head(self.norm(self._pad_rows(h)))[:, :h.shape[1]]
+        return self._head(self.norm(self.pad_rows(h)))[:, :h.shape[1]]
 
-    def _pad_rows(self, h: Tensor) -> Tensor:
+    def pad_rows(self, h: Tensor) -> Tensor:
+        """(1, N, D) with zero rows up to the row bucket."""
         return F.pad(h, (0, 0, 0, self.pad(h.shape[1]) - h.shape[1]))

@@ -34,7 +34,9 @@ def tiny_engine(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype 
     bank = ExitBank.untrained(model, confidence="mlp", width=8, confidence_width=8, **shape)
     torch.manual_seed(seed + 1)
     for adapter in bank.adapters:
-        adapter.up.weight.data.normal_(std=0.1)
+        for name, weight in adapter.named_parameters():
+            if name in ("up.weight", "output.weight"):
+                weight.data.normal_(std=0.1)
     for head in bank.confidence_heads:
         head.outer.weight.data.normal_(std=2.0)
     return Engine(model, bank)
@@ -45,6 +47,11 @@ def family(request) -> str:
     return request.param
 
 
+@pytest.fixture(params=["swiglu", "attention"])
+def adapter(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def engine() -> Engine:
-    return tiny_engine()
+def engine(adapter) -> Engine:
+    return tiny_engine(adapter=adapter)

@@ -66,8 +66,8 @@ def test_full_choices_of_a_full_text_are_that_text(engine):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_verified_equals_full_for_every_threshold_and_draft_length(family, dtype):
-    engine = tiny_engine(family, dtype=dtype)
+def test_verified_equals_full_for_every_threshold_and_draft_length(family, dtype, adapter):
+    engine = tiny_engine(family, dtype=dtype, adapter=adapter)
     for prompt in PROMPTS[::2]:
         full = engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
         for threshold in (0, 0.3, 0.6, 0.9, (None, 0, None), (0.9, 0.5, 0)):
@@ -155,6 +155,30 @@ def test_cache_after_a_cascade_equals_a_plain_prefill(family, threshold, monkeyp
     for layer, n in enumerate(filled):
         for ours, theirs in ((cascade.keys, plain.cache.keys), (cascade.values, plain.cache.values)):
             torch.testing.assert_close(ours[layer, ..., :n, :], theirs[layer, ..., :n, :], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode, max_draft", [("cascade", 4), ("verified", 3), ("verified", 7)])
+def test_an_exit_that_looks_back_decodes_what_it_reads_in_one_pass(mode, max_draft, monkeypatch):
+    """Every position reaches such an exit once and in order, whatever was skipped or rolled back before."""
+    engine, asked = tiny_engine(adapter="attention"), []
+    ask = Staircase.ask
+
+    def recorded(stairs, s):
+        asked.append((s, list(stairs.tokens), ask(stairs, s)))
+        return asked[-1][2]
+
+    monkeypatch.setattr(Staircase, "ask", recorded)
+    engine.run(PROMPTS[2], DecodeConfig(mode=mode, max_new_tokens=TOKENS, thresholds=(0.7, 0.5, 0.2),
+                                        max_draft=max_draft))
+    assert {s for s, *_ in asked} == {0, 1, 2}
+    for s, text, (hidden, _) in asked:
+        with torch.inference_mode():
+            plain = Staircase(engine.model, 128)
+            plain.tokens = text
+            for segment in range(s + 1):
+                h = plain.run(segment)
+            expected = engine.bank.hidden_of_text(s, h)[0, -1:]
+        torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_cascade_with_closed_exits_is_full(engine):

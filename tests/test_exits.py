@@ -25,23 +25,24 @@ def test_published_widths_give_the_published_parameter_count():
     assert sum(p.numel() for p in bank.parameters()) == 16_525_827
 
 
-def test_untrained_adapters_are_the_logit_lens(family):
+def test_untrained_adapters_are_the_logit_lens(family, adapter):
     model = segmented(family=family)
-    bank = ExitBank.untrained(model).attach(model)
-    h = torch.randn(5, model.hidden_size)
+    bank = ExitBank.untrained(model, adapter=adapter).attach(model)
+    h = torch.randn(2, 5, model.hidden_size)
     for s in range(len(EXIT_LAYERS)):
-        torch.testing.assert_close(bank.hidden(s, h), model.norm(h))
+        torch.testing.assert_close(bank.hidden_of_text(s, h), model.norm(h))
     assert not bank.config.trained
 
 
 def test_untrained_confidence_is_the_largest_probability_of_the_head():
     model = segmented()
     bank = ExitBank.untrained(model).attach(model)
-    hidden = bank.hidden(0, torch.randn(5, model.hidden_size))
+    hidden = bank.hidden(0, torch.randn(1, 5, model.hidden_size))
     torch.testing.assert_close(bank.confidence(0, hidden), bank.logits(hidden).softmax(-1).amax(-1))
 
 
-@pytest.mark.parametrize("shape", [{}, {"head_size": 20}], ids=["whole-head", "trimmed-head"])
+@pytest.mark.parametrize("shape", [{}, {"head_size": 20}, {"adapter": "attention"}],
+                         ids=["whole-head", "trimmed-head", "attention"])
 def test_saved_exits_decode_the_same_when_loaded(tmp_path, shape):
     engine = tiny_engine(**shape)
     engine.bank.save(tmp_path)
@@ -82,7 +83,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"format": 99}, {"layers": [5, 3]}, {"confidence": "guess"}, {"colour": "red"},
-                                    {"width": 9}])
+                                    {"width": 9}, {"adapter": "magic"}, {"adapter": "attention"}])
 def test_a_config_that_does_not_fit_is_refused(tmp_path, change):
     tiny_engine().bank.save(tmp_path)
     path = tmp_path / "config.json"

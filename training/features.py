@@ -1,17 +1,18 @@
-"""Hidden states of the frozen model at its exits, computed once and kept in memory-mapped chunks within a budget.
+"""Hidden states of the frozen model at its exits: computed once and kept on disk within a budget, or made again.
 
-Adapters and estimators work position by position, so a training row is just the hidden state at each exit and the
-one that the head reads at the top. Rows are kept where the next token was the model's own choice (policy text) or,
-in plain text, everywhere.
+An exit learns from the hidden state at its layer; an exit with attention looks back over the whole document, so
+features are kept by document, every position of it. Beyond the disk budget nothing is kept: those documents are run
+through the model each time they are asked for.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,83 +22,102 @@ from training.data import Document, Split
 _CHUNK_TOKENS = 20_000
 
 
-@dataclass
+@dataclass(frozen=True)
 class Features:
-    """Rows of all documents. E exits, D hidden size."""
+    """One document of T tokens through the frozen model. E exits, D hidden size."""
 
-    exits: Tensor       # (n, E, D) hidden state after each exit's layer
-    top: Tensor         # (n, D) last hidden state after the final norm: what the full head reads
-    split: Tensor       # (n,) Split of the row's document
-    policy: Tensor      # (n,) 1 where the next token was the model's own choice
-
-    def rows(self, split: Split, policy_only: bool = False) -> Tensor:
-        """Indices of the rows of a split: (m,)."""
-        chosen = self.split == split
-        return (chosen & (self.policy == 1) if policy_only else chosen).nonzero()[:, 0]
+    ids: Tensor         # (T,) its tokens
+    exits: Tensor       # (T, E, D) hidden state after each exit's layer
+    top: Tensor         # (T, D) last hidden state after the final norm: what the full head reads
+    choices: Tensor     # (T,) the full model's first choice of the next token
+    wanted: Tensor      # (T,) True where an exit learns: the model chose the next token, or plain text goes on
 
 
-def compute(model: SegmentedModel, documents: list[Document], folder: Path, budget_gb: float) -> Features:
-    """Features of these documents, in order, until the disk budget is used; finished chunks are read back."""
-    row_bytes = (model.num_segments * model.hidden_size) * model.head_weight.element_size() + 2
-    budget = int(budget_gb * 1e9 / row_bytes)
-    chunks, total = [], 0
-    with tqdm(total=min(budget, sum(map(_num_rows, documents))), unit="row", unit_scale=True, desc="features") as bar:
-        for batch in _chunks(documents):
-            rows = sum(map(_num_rows, batch))
-            if total + rows > budget:
-                bar.write(f"the feature budget of {budget_gb} GB is used: {total} rows kept, the rest is left out")
+class FeatureStore:
+    """Features by document number.
+
+    Args:
+        budget_gb: disk space for features, in gigabytes; 0 keeps nothing.
+    """
+
+    def __init__(self, model: SegmentedModel, documents: Sequence[Document], folder: Path, budget_gb: float):
+        self.model, self.documents, self.folder = model, list(documents), folder
+        token_bytes = (model.num_segments * model.hidden_size) * model.head_weight.element_size() + 9
+        self._chunks: list[range] = []                      # documents of each chunk on disk
+        room, first, tokens = budget_gb * 1e9 / token_bytes, 0, 0
+        for i, document in enumerate(self.documents):
+            tokens += len(document.ids)
+            room -= len(document.ids)
+            if room < 0:
                 break
-            chunks.append(_chunk(model, batch, folder))
-            total += rows
-            bar.update(rows)
-    names = ("exits", "top", "split", "policy")
-    return Features(**{name: torch.cat([chunk[name] for chunk in chunks]) for name in names})
+            if tokens >= _CHUNK_TOKENS or i + 1 == len(self.documents):
+                self._chunks.append(range(first, i + 1))
+                first, tokens = i + 1, 0
+        self._loaded: dict[int, Features] = {}
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def kept(self) -> int:
+        """Documents whose features lie on disk; the others are computed when asked for."""
+        return self._chunks[-1].stop if self._chunks else 0
+
+    def prepare(self, rank: int = 0, world: int = 1) -> None:
+        """Write the chunks that are missing; with several processes each writes its part."""
+        missing = [c for c in self._chunks[rank::world] if not self._path(c).exists()]
+        total = sum(len(self.documents[i].ids) for c in missing for i in c)
+        with tqdm(total=total, unit="token", unit_scale=True, desc="features", disable=not missing) as bar:
+            for chunk in missing:
+                self._write(chunk, bar)
+
+    def open(self) -> None:
+        """Map the chunks into memory. Raises FileNotFoundError when `prepare` has not run to its end."""
+        for chunk in self._chunks:
+            tensors = load_file(self._path(chunk))
+            ends = list(accumulate(len(self.documents[i].ids) for i in chunk))
+            for i, a, b in zip(chunk, [0, *ends], ends):
+                self._loaded[i] = Features(**{name: t[a:b] for name, t in tensors.items()})
+
+    def __getitem__(self, i: int) -> Features:
+        return self._loaded.get(i) or _run(self.model, self.documents[i])
+
+    def of(self, split: Split, policy_only: bool = False) -> list[int]:
+        """Numbers of the documents of a split; `policy_only` leaves out plain text that the model did not write."""
+        return [i for i, d in enumerate(self.documents) if d.split == split and (any(d.chosen) or not policy_only)]
+
+    def _path(self, chunk: range) -> Path:
+        signature = repr((self.model.head_fingerprint, self.model.bounds, str(self.model.dtype),
+                          [(self.documents[i].ids, self.documents[i].chosen) for i in chunk]))
+        return self.folder / f"{hashlib.blake2b(signature.encode(), digest_size=12).hexdigest()}.safetensors"
+
+    def _write(self, chunk: range, bar: tqdm) -> None:
+        parts = []
+        for i in chunk:
+            parts.append(vars(_run(self.model, self.documents[i])))
+            bar.update(len(self.documents[i].ids))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(chunk)
+        save_file({name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
 
 
-def _wanted(document: Document) -> Tensor:
-    """Positions to keep: those whose next token the model chose, or all of a plain text."""
+def wanted(document: Document) -> Tensor:
+    """(T,) True at positions whose next token the model chose, or at all but the last of a text it did not write."""
     chosen = torch.tensor(document.chosen, dtype=torch.bool)
-    return (chosen[1:] if chosen.any() else torch.ones(len(chosen) - 1, dtype=torch.bool)).nonzero()[:, 0]
-
-
-def _num_rows(document: Document) -> int:
-    return len(_wanted(document))
-
-
-def _chunks(documents: list[Document]):
-    batch, tokens = [], 0
-    for document in documents:
-        batch.append(document)
-        tokens += len(document.ids)
-        if tokens >= _CHUNK_TOKENS:
-            yield batch
-            batch, tokens = [], 0
-    if batch:
-        yield batch
+    after = torch.cat([chosen[1:], chosen.new_zeros(1)])
+    if not chosen.any():
+        after[:-1] = True
+    return after
 
 
 @torch.inference_mode()
-def _chunk(model: SegmentedModel, documents: list[Document], folder: Path) -> dict[str, Tensor]:
-    signature = hashlib.blake2b(repr((model.head_fingerprint, model.bounds, str(model.dtype),
-                                      [d.ids for d in documents])).encode(), digest_size=12).hexdigest()
-    path = folder / f"features-{signature}.safetensors"
-    if not path.exists():
-        parts = [_document(model, document) for document in documents]
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: torch.cat([p[name] for p in parts]) for name in parts[0]}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").rename(path)
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
-
-
-def _document(model: SegmentedModel, document: Document) -> dict[str, Tensor]:
+def _run(model: SegmentedModel, document: Document) -> Features:
     cache, h, at_exit = model.new_cache(model.pad(len(document.ids))), model.embed(document.ids), []
-    wanted = _wanted(document).to(model.device)
     for s in range(model.num_segments):
         h = model.run_segment(s, h, cache)
-        at_exit.append(h[0, wanted])
-    top = model.norm(at_exit.pop())
-    n = len(wanted)
-    return {"exits": torch.stack(at_exit, 1).cpu(), "top": top.cpu(),
-            "split": torch.full((n,), document.split, dtype=torch.uint8),
-            "policy": torch.full((n,), int(any(document.chosen)), dtype=torch.uint8)}
+        at_exit.append(h[0])
+    at_exit.pop()
+    return Features(ids=torch.tensor(document.ids, dtype=torch.int32, device=model.device),
+                    exits=torch.stack(at_exit, 1), top=model.norm(h[0]),
+                    choices=model.logits(h)[0].argmax(-1).int(), wanted=wanted(document).to(model.device))
