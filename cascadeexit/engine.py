@@ -83,20 +83,13 @@ class Generation:
 
 
 class Staircase:
-    """One sequence: its tokens, the caches, and the hidden states waiting at each segment and at each exit.
+    """One sequence: its tokens, the cache, and the hidden states waiting at each segment."""
 
-    Args:
-        asked: exits that may be asked; at the others nothing needs to wait.
-    """
-
-    def __init__(self, model: SegmentedModel, capacity: int, bank: ExitBank | None = None,
-                 asked: frozenset[int] = frozenset()):
-        self.model, self.bank, self.asked = model, bank, asked
+    def __init__(self, model: SegmentedModel, capacity: int):
+        self.model = model
         self.cache = model.new_cache(capacity)
-        self.exit_cache = bank.new_cache(capacity) if asked else None
         self.tokens: list[int] = []
         self.waiting: list[Tensor | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
-        self.at_exit: list[Tensor | None] = [None] * model.num_segments   # (1, N, D) that the exit has not seen
         self.weight_bytes = 0
 
     def filled(self, s: int) -> int:
@@ -115,17 +108,7 @@ class Staircase:
         out = out[0] if len(out) == 1 else torch.cat(out, dim=1)
         if s + 1 < self.model.num_segments:
             self.waiting[s + 1] = _append(self.waiting[s + 1], out)
-        if s in self.asked:     # an exit that looks back misses no position; another needs the newest alone
-            self.at_exit[s] = out[:, -1:] if self.exit_cache is None else _append(self.at_exit[s], out)
         return out
-
-    def ask(self, s: int) -> tuple[Tensor, float]:
-        """Exit s on the newest position: adapted hidden (1, D) and confidence."""
-        rows, self.at_exit[s] = self.at_exit[s], None
-        for part in rows.split(_MAX_ROWS, dim=1):
-            hidden = self.bank.hidden(s, part, self.exit_cache)
-        self.weight_bytes += self.bank.try_bytes(s)
-        return hidden, float(self.bank.confidence(s, hidden))
 
     def prefill(self, tokens: Sequence[int]) -> Tensor | None:
         """Add tokens and take them through every segment at once: the last segment's rows (1, N, D)."""
@@ -140,13 +123,6 @@ class Staircase:
         assert all(w is None for w in self.waiting), "rows are waiting: truncate only after the last segment ran"
         del self.tokens[length:]
         self.cache.truncate(length)
-        if self.exit_cache is None:
-            self.at_exit = [None] * len(self.at_exit)
-            return
-        self.exit_cache.truncate(length)
-        for s in self.asked:
-            rows, room = self.at_exit[s], length - self.exit_cache.length(s)
-            self.at_exit[s] = rows[:, :room] if rows is not None and room else None
 
 
 def _append(before: Tensor | None, rows: Tensor) -> Tensor:
@@ -226,8 +202,7 @@ class Engine:
         verified = config.mode is Mode.VERIFIED
         thresholds = (None,) * last if config.mode is Mode.FULL else config.threshold_per_exit(last)
         sampler = Sampler(config.temperature, config.top_p, config.seed, model.vocab_size, model.device)
-        asked_exits = frozenset(s for s in range(last) if thresholds[s] is not None)
-        stairs = Staircase(model, self._capacity(len(prompt) + config.max_new_tokens), bank, asked_exits)
+        stairs = Staircase(model, self._capacity(len(prompt) + config.max_new_tokens))
         drafts: list[_Draft] = []                                # tokens not yet confirmed, oldest first
         end = len(prompt) + config.max_new_tokens
 
@@ -236,7 +211,9 @@ class Engine:
             return TokenEvent(position - len(prompt), token, exit, confidences, status, watch.read(), read)
 
         # 1. Prefill: all but the newest token, through every segment, in every mode with the same shapes.
-        stairs.prefill(prompt[:-1])
+        top = stairs.prefill(prompt[:-1])
+        said = torch.zeros(1, model.hidden_size, dtype=model.dtype, device=model.device) if top is None \
+            else model.norm(top[0, -1:])                         # the hidden state that named the newest token (1, D)
         stairs.tokens.append(prompt[-1])
         stairs.weight_bytes = 0
         unasked = (None,) * last
@@ -255,7 +232,9 @@ class Engine:
                 rows = stairs.run(s)                                                        # (1, N, D)
                 if s == last or not may_exit or thresholds[s] is None:
                     continue
-                hidden, confidence = stairs.ask(s)                                          # (1, D)
+                hidden = bank.hidden(s, rows[0, -1:], said)                                 # (1, D)
+                confidence = float(bank.confidence(s, hidden))
+                stairs.weight_bytes += bank.try_bytes(s)
                 asked = (*asked[:s], confidence, *asked[s + 1:])
                 if survival * confidence >= thresholds[s]:
                     exit_hidden = hidden
@@ -266,13 +245,15 @@ class Engine:
                 token, probs = sampler.choose(bank.logits(exit_hidden)[0], bank.head_ids)
                 stairs.weight_bytes += bank.head_bytes
                 stairs.tokens.append(token)
+                said = exit_hidden
                 if verified:
                     drafts.append(_Draft(token, s, asked, probs, survival * confidence))
                 yield event(len(stairs.tokens) - 1, token, s, asked, Status.DRAFT if verified else Status.EMITTED)
                 continue
 
             # 4. The top: row i predicts the token after it. The last len(drafts) + 1 rows judge the drafts.
-            logits = model.logits(rows[:, -len(drafts) - 1:])[0]                            # (drafts + 1, V)
+            rows = rows[:, -len(drafts) - 1:]
+            logits = model.logits(rows)[0]                                                  # (drafts + 1, V)
             stairs.weight_bytes += model.head_bytes
             confirmed, token = len(stairs.tokens) - len(drafts), None
             for i, draft in enumerate(drafts):
@@ -286,9 +267,10 @@ class Engine:
                 for j, draft in enumerate(drafts[i:], confirmed + i):
                     yield event(j, draft.token, draft.exit, draft.confidences, Status.REJECTED)
             elif not finished:
-                token, _ = sampler.choose(logits[-1])            # 6. All drafts stand: the top row adds one token
+                i, (token, _) = len(drafts), sampler.choose(logits[-1])    # 6. All drafts stand: one token more
             drafts = []
             if token is not None:
+                said = model.norm(rows[0, i:i + 1])
                 stairs.tokens.append(token)
                 yield event(len(stairs.tokens) - 1, token, last, asked, Status.EMITTED)
 

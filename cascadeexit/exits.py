@@ -4,10 +4,11 @@ An adapter turns a hidden state into one that the frozen, shared head can read; 
 estimator says how likely that head's choice equals the full model's, from the hidden state alone, so that the one
 vocabulary projection of a token is paid by the exit that is taken. Artifact: config.json + exits.safetensors.
 
-Two kinds of adapter. `swiglu`, the published one, sees one position. `attention` is a decoder layer of its own, with
-keys and values of its own, and looks back over the text; the engine feeds it every position in order.
+Two kinds of adapter. `swiglu`, the published one, reads the hidden state at its layer. `carry` reads beside it the
+hidden state that named the newest token: the full model's, or the adapted one of the exit that token left by. It is
+at hand in every decoder, and it holds what the deep layers understood of the text one token ago.
 
-Letters: N rows, D hidden size, V vocabulary, K words of a trimmed head, d head size, C cache slots.
+Letters: N rows, D hidden size, V vocabulary, K words of a trimmed head.
 """
 
 import hashlib
@@ -23,9 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cascadeexit.cache import KVCache
 from cascadeexit.linear import pack
-from cascadeexit.model import SegmentedModel, additive_mask, attend
+from cascadeexit.model import SegmentedModel
 
 log = logging.getLogger(__name__)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "exits.safetensors"
@@ -45,13 +45,9 @@ class ExitConfig:
     layers: tuple[int, ...]
     """Layers after which an exit sits."""
     adapter: str = "swiglu"
-    """'swiglu', as published, or 'attention'."""
+    """'swiglu', as published, or 'carry'."""
     width: int = 512
     """Inner width of the adapter's SwiGLU; 512 as published."""
-    num_heads: int = 0
-    """Of an attention adapter: query heads, key-value heads and their size."""
-    num_kv_heads: int = 0
-    head_dim: int = 0
     confidence_width: int = 256
     """Inner width of the estimator; 256 as published."""
     confidence: str = "mlp"
@@ -66,12 +62,8 @@ class ExitConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
-        if self.adapter not in ("swiglu", "attention"):
-            raise ValueError(f"adapter must be 'swiglu' or 'attention', got '{self.adapter}'")
-        if self.adapter == "attention" and not (self.num_kv_heads and self.head_dim
-                                                and self.num_heads % self.num_kv_heads == 0):
-            raise ValueError("an attention adapter needs head_dim and num_heads, a multiple of num_kv_heads, got "
-                             f"{self.head_dim}, {self.num_heads}, {self.num_kv_heads}")
+        if self.adapter not in ADAPTERS:
+            raise ValueError(f"adapter must be one of {', '.join(ADAPTERS)}, got '{self.adapter}'")
         if self.confidence not in ("mlp", "softmax"):
             raise ValueError(f"confidence must be 'mlp' or 'softmax', got '{self.confidence}'")
         if not all(a < b for a, b in zip((0, *self.layers), (*self.layers, self.num_layers), strict=True)):
@@ -92,59 +84,47 @@ class ExitAdapter(nn.Module):
         # Identity at the start: training begins at the logit lens, and decay pulls towards it, not towards zero.
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, h: Tensor, *_) -> Tensor:
+    def forward(self, h: Tensor, said: Tensor) -> Tensor:
         return self.norm(h + self.up(nn.functional.silu(self.gate(h)) * self.down(h)))
 
+    @torch.no_grad()
+    def rescale(self, h: float, said: float) -> None:
+        """Make it do for h * x what it does for x now; its norm cancels the scale of the sum."""
+        for weight, factor in ((self.gate, 1 / h), (self.down, 1 / h), (self.up, h)):
+            weight.weight.mul_(factor)
 
-class AttentionAdapter(nn.Module):
-    """A decoder layer of the exit's own, then a norm of its own: (B, N, D) -> (B, N, D), ready for the shared head.
 
-    Laid out as a Llama layer with rotary positions, so it can start as a copy of one; both branches start at zero
-    otherwise, which makes it the logit lens.
+class CarryAdapter(nn.Module):
+    """linear x + up(silu(gate x) * down x) of x = [h, said], then a norm: (..., D), (..., D) -> (..., D).
+
+    `said` is the hidden state that named the newest token, ready for the head as this adapter's own output is. The
+    idea of handing the last deep state on is EAGLE's (Li et al. 2024); here it meets the newest token's own layers.
     """
 
-    def __init__(self, c: ExitConfig):
+    def __init__(self, hidden_size: int, width: int, norm_eps: float):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.attention_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
-        self.query = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
-        self.key = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
-        self.value = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
-        self.output = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
-        self.mlp_norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
-        self.gate = nn.Linear(c.hidden_size, c.width, bias=False)
-        self.down = nn.Linear(c.hidden_size, c.width, bias=False)
-        self.up = nn.Linear(c.width, c.hidden_size, bias=False)
-        self.norm = nn.RMSNorm(c.hidden_size, eps=c.norm_eps)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.up.weight)
+        self.linear = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+        self.gate = nn.Linear(2 * hidden_size, width, bias=False)
+        self.down = nn.Linear(2 * hidden_size, width, bias=False)
+        self.up = nn.Linear(width, hidden_size, bias=False)
+        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        nn.init.zeros_(self.up.weight)                                          # the logit lens at the start
+        self.linear.weight.data.copy_(torch.eye(hidden_size, 2 * hidden_size))
 
-    def forward(self, h: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None = None,
-                cache: KVCache | None = None, index: int = 0) -> Tensor:
-        """Rows (B, N, D) in order; with a cache they follow what it holds at `index`.
+    def forward(self, h: Tensor, said: Tensor) -> Tensor:
+        x = torch.cat([h, said], dim=-1)
+        return self.norm(self.linear(x) + self.up(nn.functional.silu(self.gate(x)) * self.down(x)))
 
-        angles: cosines and sines of their positions, (1, N, d) each. mask: see `attend`; None: causal, no cache.
-        """
-        b, n, _ = h.shape
-        x = self.attention_norm(h)
-        query, key, value = (projection(x).view(b, n, -1, self.head_dim).transpose(1, 2)
-                             for projection in (self.query, self.key, self.value))
-        query, key = rotate(query, angles), rotate(key, angles)
-        if mask is None:
-            seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        else:
-            key, value = (key, value) if cache is None else cache.update(key, value, index)
-            seen = attend(query, key, value, mask)
-        h = h + self.output(seen.transpose(1, 2).flatten(2))
-        x = self.mlp_norm(h)
-        return self.norm(h + self.up(nn.functional.silu(self.gate(x)) * self.down(x)))
+    @torch.no_grad()
+    def rescale(self, h: float, said: float) -> None:
+        """Make it do for h * x and said * y what it does for x and y now."""
+        for projection in (self.linear, self.gate, self.down):
+            left, right = projection.weight.chunk(2, dim=1)
+            left.div_(h)
+            right.div_(said)
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions (Su et al. 2021), halves as in Llama: (B, H, N, d), angles (1, N, d) each."""
-    cos, sin = (a[:, None].to(x.dtype) for a in angles)
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+ADAPTERS = {"swiglu": ExitAdapter, "carry": CarryAdapter}
 
 
 class ConfidenceHead(nn.Module):
@@ -167,24 +147,15 @@ class ExitBank(nn.Module):
         super().__init__()
         self.config = config
         self.adapters = nn.ModuleList(
-            AttentionAdapter(config) if config.adapter == "attention"
-            else ExitAdapter(config.hidden_size, config.width, config.norm_eps) for _ in config.layers)
+            ADAPTERS[config.adapter](config.hidden_size, config.width, config.norm_eps) for _ in config.layers)
         self.confidence_heads = nn.ModuleList(ConfidenceHead(config.hidden_size, config.confidence_width)
                                               for _ in config.layers) if config.confidence == "mlp" else None
         self.register_buffer("head_ids", torch.arange(config.head_size) if config.head_size else None)
         self._project: Callable[[Tensor], Tensor] | None = None
-        self._model: SegmentedModel | None = None
-
-    @property
-    def looks_back(self) -> bool:
-        """True when an exit must see every position of the text, not only the newest."""
-        return self.config.adapter == "attention"
 
     @classmethod
     def untrained(cls, model: SegmentedModel, *, confidence: str = "softmax", **shape) -> Self:
         """Exits that start as the logit lens of this model: identity adapters with the model's final norm."""
-        if shape.get("adapter") == "attention":
-            shape |= dict(num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim)
         config = ExitConfig(base_model=model.name, hidden_size=model.hidden_size, num_layers=model.num_layers,
                             vocab_size=model.vocab_size, layers=model.exit_layers, confidence=confidence,
                             norm_eps=getattr(model.config, "rms_norm_eps", 1e-5),
@@ -212,36 +183,15 @@ class ExitBank(nn.Module):
         if self.confidence_heads is not None:
             self.confidence_heads.float()
         weight = model.head_weight.detach() if self.head_ids is None else model.head_weight.detach()[self.head_ids]
-        # Not modules of the bank: head and rotary embedding belong to the base model and must not be saved with it.
-        object.__setattr__(self, "_model", model)
+        # A bound method, not a module: the head belongs to the base model and must not be saved with the exits.
         self._project, self.head_bytes = pack(weight).forward, weight.nbytes
         return self
 
     # -- one exit, hidden rows in --------------------------------------------------------------------------------
 
-    def new_cache(self, capacity: int) -> KVCache | None:
-        """Keys and values of one text at each exit, None for exits that do not look back."""
-        c, model = self.config, self._model
-        return KVCache(len(c.layers), c.num_kv_heads, c.head_dim, capacity, dtype=model.dtype,
-                       device=model.device) if self.looks_back else None
-
-    def hidden(self, s: int, rows: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The next rows after segment s, in order (1, N, D) -> adapted hidden of the newest (1, D)."""
-        adapter, n = self.adapters[s], rows.shape[1]
-        if cache is None:
-            return adapter(rows[0, -1:])
-        padded = self._model.pad_rows(rows)
-        mask = additive_mask(cache.mask(s, padded.shape[1]), self.config.num_heads // self.config.num_kv_heads,
-                             rows.dtype)
-        out = adapter(padded, self._model.angles(cache.positions(s, padded.shape[1])), mask, cache, s)
-        cache.advance(range(s, s + 1), n)
-        return out[0, n - 1:n]
-
-    def hidden_of_text(self, s: int, h: Tensor) -> Tensor:
-        """All positions of whole texts after segment s, from the first on (B, T, D) -> adapted hidden (B, T, D)."""
-        if not self.looks_back:
-            return self.adapters[s](h)
-        return self.adapters[s](h, self._model.angles(torch.arange(h.shape[1], device=h.device)[None]))
+    def hidden(self, s: int, h: Tensor, said: Tensor) -> Tensor:
+        """Hidden rows after segment s, and for each the adapted or normed hidden that named its token: (..., D)."""
+        return self.adapters[s](h, said)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Adapted hidden (..., D) -> logits over the exits' head (..., V) or (..., K); see `token_id`."""

@@ -35,7 +35,7 @@ def tiny_engine(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype 
     torch.manual_seed(seed + 1)
     for adapter in bank.adapters:
         for name, weight in adapter.named_parameters():
-            if name in ("up.weight", "output.weight"):
+            if name in ("up.weight", "linear.weight"):
                 weight.data.normal_(std=0.1)
     for head in bank.confidence_heads:
         head.outer.weight.data.normal_(std=2.0)
@@ -47,7 +47,7 @@ def family(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["swiglu", "attention"])
+@pytest.fixture(params=["swiglu", "carry"])
 def adapter(request) -> str:
     return request.param
 

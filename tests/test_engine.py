@@ -157,28 +157,27 @@ def test_cache_after_a_cascade_equals_a_plain_prefill(family, threshold, monkeyp
             torch.testing.assert_close(ours[layer, ..., :n, :], theirs[layer, ..., :n, :], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode, max_draft", [("cascade", 4), ("verified", 3), ("verified", 7)])
-def test_an_exit_that_looks_back_decodes_what_it_reads_in_one_pass(mode, max_draft, monkeypatch):
-    """Every position reaches such an exit once and in order, whatever was skipped or rolled back before."""
-    engine, asked = tiny_engine(adapter="attention"), []
-    ask = Staircase.ask
+@pytest.mark.parametrize("mode", ["cascade", "verified"])
+def test_an_exit_is_handed_the_state_that_named_the_newest_token(mode, monkeypatch):
+    """Read by the head, what is carried says the newest token itself: after exits, corrections and the prompt alike."""
+    engine, text, exits, handed = tiny_engine(adapter="carry"), [], set(), []
+    hidden = engine.bank.hidden
 
-    def recorded(stairs, s):
-        asked.append((s, list(stairs.tokens), ask(stairs, s)))
-        return asked[-1][2]
+    def recorded(s, h, said):
+        if text:
+            handed.append((engine.bank.logits(said).argmax().item(), text[-1]))
+        return hidden(s, h, said)
 
-    monkeypatch.setattr(Staircase, "ask", recorded)
-    engine.run(PROMPTS[2], DecodeConfig(mode=mode, max_new_tokens=TOKENS, thresholds=(0.7, 0.5, 0.2),
-                                        max_draft=max_draft))
-    assert {s for s, *_ in asked} == {0, 1, 2}
-    for s, text, (hidden, _) in asked:
-        with torch.inference_mode():
-            plain = Staircase(engine.model, 128)
-            plain.tokens = text
-            for segment in range(s + 1):
-                h = plain.run(segment)
-            expected = engine.bank.hidden_of_text(s, h)[0, -1:]
-        torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(engine.bank, "hidden", recorded)
+    config = DecodeConfig(mode=mode, max_new_tokens=TOKENS, thresholds=(0.7, 0.5, 0.2), max_draft=3)
+    for event in engine.generate(PROMPTS[2], config):
+        exits.add(event.exit)
+        if event.status is Status.REJECTED:
+            del text[event.index:]
+        else:
+            text[event.index:] = [event.token_id]
+    assert exits == {0, 1, 2, 3} and len(handed) > TOKENS / 2
+    assert all(said == newest for said, newest in handed)
 
 
 def test_cascade_with_closed_exits_is_full(engine):

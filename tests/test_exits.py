@@ -8,7 +8,7 @@ import torch
 from conftest import EXIT_LAYERS, tiny_base, tiny_engine
 
 from cascadeexit.engine import DecodeConfig, Engine
-from cascadeexit.exits import ExitBank, ExitConfig
+from cascadeexit.exits import ADAPTERS, ExitBank, ExitConfig
 from cascadeexit.model import SegmentedModel
 
 PUBLISHED = ExitConfig(base_model="Llama-3.2-3B", hidden_size=3072, num_layers=28, vocab_size=128256,
@@ -30,19 +30,19 @@ def test_untrained_adapters_are_the_logit_lens(family, adapter):
     bank = ExitBank.untrained(model, adapter=adapter).attach(model)
     h = torch.randn(2, 5, model.hidden_size)
     for s in range(len(EXIT_LAYERS)):
-        torch.testing.assert_close(bank.hidden_of_text(s, h), model.norm(h))
+        torch.testing.assert_close(bank.hidden(s, h, torch.randn_like(h)), model.norm(h))
     assert not bank.config.trained
 
 
 def test_untrained_confidence_is_the_largest_probability_of_the_head():
     model = segmented()
     bank = ExitBank.untrained(model).attach(model)
-    hidden = bank.hidden(0, torch.randn(1, 5, model.hidden_size))
+    hidden = bank.hidden(0, torch.randn(5, model.hidden_size), torch.randn(5, model.hidden_size))
     torch.testing.assert_close(bank.confidence(0, hidden), bank.logits(hidden).softmax(-1).amax(-1))
 
 
-@pytest.mark.parametrize("shape", [{}, {"head_size": 20}, {"adapter": "attention"}],
-                         ids=["whole-head", "trimmed-head", "attention"])
+@pytest.mark.parametrize("shape", [{}, {"head_size": 20}, {"adapter": "carry"}],
+                         ids=["whole-head", "trimmed-head", "carry"])
 def test_saved_exits_decode_the_same_when_loaded(tmp_path, shape):
     engine = tiny_engine(**shape)
     engine.bank.save(tmp_path)
@@ -53,6 +53,17 @@ def test_saved_exits_decode_the_same_when_loaded(tmp_path, shape):
     assert [e.confidences for e in a.events] == [e.confidences for e in b.events]
     assert {f.name for f in tmp_path.iterdir()} == {"config.json", "exits.safetensors"}
     assert engine.bank.fingerprint() == again.bank.fingerprint()
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_rescaled_adapter_does_for_the_scaled_rows_what_it_did(kind):
+    torch.manual_seed(0)
+    adapter = ADAPTERS[kind](32, 16, 1e-9)
+    adapter.up.weight.data.normal_()
+    h, said = torch.randn(5, 32), torch.randn(5, 32)
+    before = adapter(h, said)
+    adapter.rescale(8.0, 2.0)
+    torch.testing.assert_close(adapter(8 * h, 2 * said), before, atol=1e-4, rtol=1e-4)
 
 
 def test_confidence_stays_in_range_for_extreme_hidden_states(engine):
@@ -83,7 +94,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"format": 99}, {"layers": [5, 3]}, {"confidence": "guess"}, {"colour": "red"},
-                                    {"width": 9}, {"adapter": "magic"}, {"adapter": "attention"}])
+                                    {"width": 9}, {"adapter": "magic"}])
 def test_a_config_that_does_not_fit_is_refused(tmp_path, change):
     tiny_engine().bank.save(tmp_path)
     path = tmp_path / "config.json"

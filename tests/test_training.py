@@ -4,34 +4,140 @@ import math
 
 import pytest
 import torch
+from conftest import tiny_engine
 
 import training.data
-from training.confidence import auroc, expected_calibration_error
+from cascadeexit.exits import ADAPTERS, ExitBank
+from training.confidence import auroc, expected_calibration_error, platt
 from training.data import ChatTemplate, Document, Row, Sources, Split, load_documents, save_shard
-from training.distill import exit_loss, frequent_tokens
+from training.distill import (
+    ExitHead,
+    Inputs,
+    batches,
+    carried,
+    exit_layers,
+    exit_loss,
+    frequent_tokens,
+    micro_batches,
+)
+from training.features import FeatureStore
 
 
-def test_loss_is_summed_over_words_and_averaged_over_tokens():
-    target = torch.tensor([[0.5, 0.25, 0.25]]).log()
-    logits = torch.zeros(1, 3)
-    kl, ce = exit_loss(logits, target, torch.tensor([0]), hard=1.0)
-    assert kl.item() == pytest.approx(math.log(3) - 1.5 * math.log(2), abs=1e-6)
-    assert ce.item() == pytest.approx(math.log(3), abs=1e-6)
-    repeated = exit_loss(logits.expand(8, 3), target.expand(8, 3), torch.zeros(8, dtype=torch.long), hard=1.0)
-    assert [t.item() for t in repeated] == pytest.approx([kl.item(), ce.item()])
+def test_loss_is_summed_over_words_and_over_rows():
+    target, logits = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.zeros(1, 3)
+    expected = math.log(3) - 1.5 * math.log(2)
+    loss, kl, ce = exit_loss(logits, target, torch.tensor([0]), hard=0.25)
+    assert kl.item() == pytest.approx(expected, abs=1e-6) and ce.item() == pytest.approx(math.log(3), abs=1e-6)
+    assert loss.item() == pytest.approx(0.75 * expected + 0.25 * math.log(3), abs=1e-6)
+    many = exit_loss(logits.expand(8, 3), target.expand(8, 3), torch.zeros(8, dtype=torch.long), hard=0.25)
+    assert [t.item() / 8 for t in many] == pytest.approx([loss.item(), kl.item(), ce.item()])
+
+
+def test_temperature_softens_both_sides_and_is_paid_back():
+    full, logits = torch.randn(4, 9), torch.randn(4, 9)
+    soft = exit_loss(logits, full, torch.full((4,), -1), hard=0.0, temperature=2.0)
+    expected = 4 * torch.nn.functional.kl_div((logits / 2).log_softmax(-1), (full / 2).log_softmax(-1),
+                                              log_target=True, reduction="sum")
+    torch.testing.assert_close(soft[0], expected)
+
+
+def test_total_variation_is_one_minus_the_chance_of_acceptance():
+    full, logits = torch.randn(4, 9), torch.randn(4, 9)
+    tv = exit_loss(logits, full, torch.full((4,), -1), hard=0.0, loss="tv")[0]
+    acceptance = torch.minimum(logits.softmax(-1), full.softmax(-1)).sum(-1)
+    torch.testing.assert_close(tv, (1 - acceptance).sum())
 
 
 def test_choices_outside_the_head_do_not_pull_on_the_hard_loss():
-    logits = torch.randn(2, 3)
-    target = torch.randn(2, 3).log_softmax(-1)
-    with_unknown = exit_loss(logits, target, torch.tensor([1, -1]), hard=1.0)[1]
-    alone = exit_loss(logits[:1], target[:1], torch.tensor([1]), hard=1.0)[1]
+    logits, full = torch.randn(2, 3), torch.randn(2, 3)
+    with_unknown = exit_loss(logits, full, torch.tensor([1, -1]), hard=1.0)[2]
+    alone = exit_loss(logits[:1], full[:1], torch.tensor([1]), hard=1.0)[2]
     torch.testing.assert_close(with_unknown, alone)
 
 
-def test_the_trimmed_head_keeps_the_most_chosen_words_and_the_end():
+def test_most_chosen_words_lead_and_the_end_is_first():
     choices = torch.tensor([5, 5, 5, 9, 9, 2])
-    assert frequent_tokens(choices, 12, 3, frozenset([11])).tolist() == [5, 9, 11]
+    assert frequent_tokens(choices, 12, frozenset([11])).tolist() == [11, 5, 9, 2, 0, 1, 3, 4, 6, 7, 8, 10]
+
+
+def test_sampled_words_stand_for_all_that_are_left():
+    """The log-normalizer over head and sample is, on average, that over the whole vocabulary."""
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(500, 8) / 3, torch.randn(1, 8)
+    words = ExitHead(weight, torch.arange(100), tail=100)
+    assert words.local[99] == 99 and words.local[100] == -1
+
+    def total(seed: int) -> float:
+        rows, added = words.sample(seed)
+        return (hidden @ rows.T + added).exp().sum().item()
+
+    mean = sum(map(total, range(300))) / 300
+    assert mean == pytest.approx((hidden @ weight.T).exp().sum().item(), rel=0.02)
+
+
+def tiny_store(adapter: str, tmp_path, budget_gb: float = 1.0) -> tuple[ExitBank, FeatureStore]:
+    engine = tiny_engine(adapter=adapter)
+    generator = torch.Generator().manual_seed(3)
+    documents = [Document(ids.tolist(), [0] * 4 + [1] * 16, key) for key, ids in
+                 enumerate(torch.randint(2, 97, (50, 20), generator=generator))]
+    store = FeatureStore(engine.model, documents, tmp_path / "features", budget_gb)
+    store.prepare()
+    store.open()
+    return engine.bank, store
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_folded_adapters_read_plain_rows_as_they_read_prepared_ones(tmp_path, adapter):
+    bank, store = tiny_store(adapter, tmp_path)
+    inputs = Inputs(bank, store, range(20), torch.ones(32))
+    h, said = torch.randn(5, 32), torch.randn(5, 32)
+    before = [bank.hidden(s, *inputs(s, h, said)) for s in range(3)]
+    inputs.fold(bank)
+    for s in range(3):
+        torch.testing.assert_close(bank.hidden(s, h, said), before[s], atol=1e-3, rtol=1e-3)
+
+
+def test_a_carry_adapter_starts_from_the_ridge_regression(tmp_path):
+    """Its linear part, on plain rows, is the least-squares map from [h, said] to the full model's last hidden state."""
+    bank, store = tiny_store("carry", tmp_path)
+    inputs = Inputs(bank, store, range(50), torch.ones(32))
+    features = [store[i] for i in range(50)]
+    rows = [(torch.cat([f.exits[:, 0], carried(f)], -1)[f.wanted], f.top[f.wanted]) for f in features]
+    x, y = (torch.cat(column) for column in zip(*rows))
+    inputs.fold(bank)
+    error = (bank.adapters[0].linear(x) - y).pow(2).mean()
+    best = (x @ torch.linalg.lstsq(x, y).solution - y).pow(2).mean()
+    assert best <= error < 1.05 * best
+
+
+def test_features_beyond_the_budget_are_computed_again_and_equal(tmp_path):
+    _, kept = tiny_store("carry", tmp_path)
+    _, made = tiny_store("carry", tmp_path, budget_gb=0)
+    assert kept.kept == 50 and made.kept == 0
+    for name, value in vars(kept[7]).items():
+        assert torch.equal(value, vars(made[7])[name]), name
+
+
+def test_every_epoch_sees_every_document_once_in_its_own_order():
+    rows = {i: 10 for i in range(30)}
+    plan = batches(rows, batch=25, epochs=2.0, seed=0)
+    flat = [i for step in plan for i in step]
+    assert sorted(flat[:30]) == sorted(flat[30:]) == list(range(30)) and flat[:30] != flat[30:]
+    assert {len(step) for step in plan} == {3}
+
+
+def test_micro_batches_hold_every_document_within_the_limit():
+    lengths = {i: 5 + i for i in range(12)}
+    parts = micro_batches(list(lengths), lengths, tokens=40)
+    assert sorted(i for part in parts for i in part) == list(range(12))
+    assert all(max(lengths[i] for i in part) * len(part) <= 40 for part in parts)
+
+
+@pytest.mark.parametrize("text, layers", [("8,16,22", (8, 16, 22)), ("0.3,0.57,0.8", (9, 17, 24)), (None, (9, 17, 24))])
+def test_exits_are_given_as_layers_or_parts_of_the_depth(text, layers):
+    assert exit_layers(text, 30) == layers
+    with pytest.raises(ValueError, match="--exits takes"):
+        exit_layers("deep", 30)
 
 
 def test_shards_come_back_and_equal_documents_count_once(tmp_path):
@@ -110,3 +216,10 @@ def test_calibration_error_and_auroc_on_cases_done_by_hand():
     assert auroc(torch.cat([torch.ones(50), torch.zeros(50)]), right) == 1.0
     assert auroc(torch.zeros(100), right) == 0.5
     assert auroc(torch.tensor([0.9, 0.2, 0.5]), torch.tensor([True, True, False])) == 0.5
+
+
+def test_platt_scaling_finds_the_slope_and_shift_that_made_the_labels():
+    torch.manual_seed(0)
+    score = torch.randn(20_000)
+    right = torch.rand(20_000) < (2.0 * score - 1.0).sigmoid()
+    assert platt(score, right) == pytest.approx((2.0, -1.0), abs=0.1)

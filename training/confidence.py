@@ -2,38 +2,48 @@
 
     python -m training.confidence --exits runs/smollm2 --data data/policy data/text
 
-The estimator learns in two steps, by binary cross-entropy averaged over rows. First, on the training documents, to
-tell the largest softmax probability of its exit's head without computing it: whether the exit is right cannot be
-learned there, since the adapters have seen these documents. Then, on the calibration documents, which no adapter has
-seen, whether the exit's choice equals the full model's. The test documents measure it: ECE and AUROC, beside the
-softmax probability as a baseline. The estimators are written into the exits folder.
+The estimator learns in three steps. On the training documents, by binary cross-entropy averaged over rows, to tell
+the largest softmax probability of its exit's head without computing it: whether the exit is right cannot be learned
+there, since the adapters have seen these documents. Then on half of the calibration documents, which no adapter has
+seen, whether the exit's choice equals the full model's; it stops at the epoch that is best on the other half. That
+half then sets a scale and a shift of the logit (Platt 1999), folded into the weights. The test documents measure it:
+ECE and AUROC, beside three baselines that need the exit's logits: largest probability, entropy and margin, calibrated
+by a temperature. The estimators are written into the exits folder.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from cascadeexit.exits import ConfidenceHead, ExitBank
-from cascadeexit.hub import DEFAULT_MODEL, load_model
+from cascadeexit.hub import load_model
 from cascadeexit.model import SegmentedModel
 from training.data import Split, load_documents
-from training.distill import full_choices
-from training.features import Features, compute
+from training.distill import carried
+from training.features import FeatureStore
+from training.plots import reliability_plot
 from training.provenance import provenance, save_json
 
+BINS = 15
 
-def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
-    """Mean |confidence - accuracy| over bins of equal size, weighted by rows (Naeini et al. 2015, equal-mass bins)."""
+
+def equal_mass_bins(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[tuple[float, float, int]]:
+    """(mean confidence, share right, rows) of bins that hold equally many rows."""
     order = confidence.argsort()
-    return sum(abs(c.mean() - r.float().mean()).item() * len(c)
-               for c, r in zip(confidence[order].tensor_split(bins), right[order].tensor_split(bins)) if len(c)
-               ) / len(confidence)
+    parts = zip(confidence[order].tensor_split(bins), right[order].float().tensor_split(bins))
+    return [(c.mean().item(), r.mean().item(), len(c)) for c, r in parts if len(c)]
+
+
+def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
+    """Mean |confidence - accuracy| over bins of equal size, weighted by rows (Naeini et al. 2015, equal-mass bins)."""
+    return sum(abs(c - r) * n for c, r, n in equal_mass_bins(confidence, right, bins)) / len(confidence)
 
 
 def auroc(score: Tensor, right: Tensor) -> float:
@@ -46,78 +56,151 @@ def auroc(score: Tensor, right: Tensor) -> float:
     return ((ranks[right].sum().item() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
+@dataclasses.dataclass
+class Rows:
+    """One exit over the wanted rows of some documents."""
+
+    hidden: Tensor      # (n, D) adapted
+    right: Tensor       # (n,) its choice is the full model's
+    softmax: Tensor     # (n,) largest probability of its head
+    margin: Tensor      # (n,) largest minus second largest probability
+    entropy: Tensor     # (n,) of its head, in nats
+
+
 @torch.no_grad()
-def adapted(bank: ExitBank, s: int, features: Features, choices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Exit s over all rows: adapted hidden (n, D), whether its choice is the full model's (n,), its softmax (n,)."""
-    hidden, right, softmax = [], [], []
-    for rows, truth in zip(features.exits[:, s].split(4096), choices.split(4096)):
-        h = bank.hidden(s, rows)
-        logits = bank.logits(h)
+def exit_rows(bank: ExitBank, s: int, store: FeatureStore, documents: list[int], desc: str) -> Rows:
+    """Exit s read over the wanted rows of these documents."""
+    parts, device = [], bank.adapters[s].norm.weight.device
+    for i in tqdm(documents, unit="document", desc=desc, leave=False):
+        f = store[i]
+        wanted = f.wanted.to(device)
+        h = bank.hidden(s, f.exits[:, s].to(device)[wanted], carried(f).to(device)[wanted])
+        logits = bank.logits(h).float()
         picked = logits.argmax(-1) if bank.head_ids is None else bank.head_ids[logits.argmax(-1)]
-        hidden.append(h)
-        right.append(picked == truth)
-        softmax.append(logits.float().softmax(-1).amax(-1))
-    return torch.cat(hidden), torch.cat(right), torch.cat(softmax)
+        log_p = logits.log_softmax(-1)
+        top = log_p.topk(2).values.exp()
+        parts.append((h, picked == f.choices[f.wanted].to(picked.device), top[:, 0], top[:, 0] - top[:, 1],
+                      -(log_p.exp() * log_p).sum(-1)))
+    return Rows(*(torch.cat(column).cpu() for column in zip(*parts)))
 
 
-def fit(head: ConfidenceHead, hidden: Tensor, target: Tensor, rows: Tensor, *, epochs: float, lr: float,
-        weight_decay: float, batch: int, seed: int) -> None:
-    """Binary cross-entropy against a probability or a label (n,), over these rows; AdamW with a cosine schedule."""
-    steps = max(1, round(epochs * len(rows) / batch))
+def fit(head: ConfidenceHead, hidden: Tensor, target: Tensor, *, epochs: int, lr: float, weight_decay: float,
+        batch: int, seed: int, check: tuple[Tensor, Tensor] | None = None) -> None:
+    """Binary cross-entropy against probabilities or labels (n,); with `check`, the epoch best on it is kept."""
+    steps = max(1, len(hidden) // batch)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     generator = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(steps), unit="step", desc="estimator", leave=False):
-        part = rows[torch.randint(len(rows), (batch,), generator=generator)]
-        loss = F.binary_cross_entropy_with_logits(head(hidden[part]), target[part].float())
+    best, kept = float("inf"), None
+    for _ in tqdm(range(epochs), unit="epoch", desc="estimator", leave=False):
+        order = torch.randperm(len(hidden), generator=generator)
+        for part in order.tensor_split(steps):
+            loss = F.binary_cross_entropy_with_logits(head(hidden[part]), target[part].float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if check is not None:
+            with torch.no_grad():
+                now = F.binary_cross_entropy_with_logits(head(check[0]), check[1].float()).item()
+            if now < best:
+                best, kept = now, copy.deepcopy(head.state_dict())
+    if kept is not None:
+        head.load_state_dict(kept)
+
+
+def platt(score: Tensor, right: Tensor, shift: bool = True) -> tuple[float, float]:
+    """(a, b) for which sigmoid(a score + b) fits `right` best (Platt 1999); b stays 0 without `shift`."""
+    a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()), requires_grad=shift)
+    optimizer = torch.optim.LBFGS([a, b] if shift else [a], max_iter=50)
+
+    def closure():
         optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(a * score + b, right.float())
         loss.backward()
-        optimizer.step()
-        schedule.step()
+        return loss
+
+    optimizer.step(closure)
+    return a.item(), b.item()
+
+
+def baselines(calibration: Rows, test: Rows) -> dict:
+    """ECE, raw and after Platt scaling of its logit, and AUROC of what the exit's logits say by themselves."""
+    report = {}
+    scores = {"softmax": lambda r: r.softmax, "margin": lambda r: r.margin,
+              "entropy": lambda r: torch.exp(-r.entropy)}
+    for name, of in scores.items():
+        raw, held = (of(r).clamp(1e-6, 1 - 1e-6) for r in (test, calibration))
+        a, b = platt(held.logit(), calibration.right)
+        report[name] = {"auroc": auroc(raw, test.right), "ece": expected_calibration_error(raw, test.right),
+                        "ece_calibrated": expected_calibration_error((a * raw.logit() + b).sigmoid(), test.right)}
+    return report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
+    parser.add_argument("--model", help="bundled name, Hub id or local folder; default the one the exits were made for")
     parser.add_argument("--exits", type=Path, required=True, help="exits folder written by training.distill")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="the folders given to training.distill")
-    parser.add_argument("--feature-gb", type=float, default=6.0, help="disk and memory budget for hidden states")
-    parser.add_argument("--epochs", type=float, default=6, help="passes over the training rows, first step")
-    parser.add_argument("--calibration-epochs", type=float, default=2, help="passes over the calibration rows")
+    parser.add_argument("--feature-gb", type=float, default=20.0, help="disk for hidden states")
+    parser.add_argument("--features", type=Path, help="folder for hidden states; default EXITS/features")
+    parser.add_argument("--width", type=int, default=256, help="inner width of the estimators; 256 as published")
+    parser.add_argument("--epochs", type=int, default=4, help="passes over the training rows, first step")
+    parser.add_argument("--calibration-epochs", type=int, default=12, help="most passes over the calibration rows")
+    parser.add_argument("--train-rows", type=int, default=400_000, help="rows of the first step, at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    base, _, name = load_model(args.model)
     bank = ExitBank.load(args.exits)
+    base, _, name = load_model(args.model or bank.config.base_model)
     model = SegmentedModel(base, bank.config.layers, name=name)
-    features = compute(model, load_documents(args.data), args.exits / "features", args.feature_gb)
-    choices = full_choices(features.top, model.head_weight)
+    store = FeatureStore(model, load_documents(args.data), args.features or args.exits / "features", args.feature_gb)
+    store.prepare()
+    store.open()
     bank.attach(model)
-    splits = {"train": features.rows(Split.TRAIN), "calibration": features.rows(Split.CALIBRATION, policy_only=True),
-              "test": features.rows(Split.TEST, policy_only=True)}
+    train, taken = [], 0
+    for i in store.of(Split.TRAIN):
+        if taken < args.train_rows:
+            train.append(i)
+            taken += store.rows(i)
+    held = store.of(Split.CALIBRATION, policy_only=True) or store.of(Split.CALIBRATION)
+    tests = store.of(Split.TEST, policy_only=True) or store.of(Split.TEST)
+    if len(held) < 4 or not tests:
+        raise SystemExit(f"{len(held)} calibration and {len(tests)} test documents are too few: 2 in 25 and 1 in 25 of "
+                         "all documents are set aside, so about 100 documents are needed. Write more data.")
     report = []
+    heads = nn.ModuleList()
     for s, layer in enumerate(bank.config.layers):
-        hidden, right, softmax = adapted(bank, s, features, choices)
-        head = ConfidenceHead(bank.config.hidden_size, bank.config.confidence_width)
-        fit(head, hidden, softmax, splits["train"], epochs=args.epochs, lr=1e-3, weight_decay=0.01, batch=1024,
+        seen = exit_rows(bank, s, store, train, f"exit {layer}, training")
+        fitted, checked, test = (exit_rows(bank, s, store, part, f"exit {layer}, {what}") for part, what in
+                                 ((held[::2], "calibration"), (held[1::2], "calibration"), (tests, "test")))
+        head = ConfidenceHead(bank.config.hidden_size, args.width)
+        fit(head, seen.hidden, seen.softmax, epochs=args.epochs, lr=1e-3, weight_decay=0.01, batch=1024,
             seed=args.seed)
-        fit(head, hidden, right, splits["calibration"], epochs=args.calibration_epochs, lr=1e-4, weight_decay=0.1,
-            batch=256, seed=args.seed)
-        bank.confidence_heads[s] = head.requires_grad_(False)
-        test = splits["test"]
+        fit(head, fitted.hidden, fitted.right, epochs=args.calibration_epochs, lr=2e-4, weight_decay=0.1, batch=256,
+            seed=args.seed, check=(checked.hidden, checked.right))
         with torch.no_grad():
-            confidence = head(hidden[test]).sigmoid()
+            a, b = platt(head(checked.hidden), checked.right)
+            head.outer.weight.mul_(a)
+            head.outer.bias.mul_(a).add_(b)
+            confidence = head(test.hidden).sigmoid()
+        heads.append(head.requires_grad_(False))
+        bins = equal_mass_bins(confidence, test.right)
         report.append({
-            "layer": layer, "agreement": right[test].float().mean().item(),
-            "ece": expected_calibration_error(confidence, right[test]), "auroc": auroc(confidence, right[test]),
-            "softmax_ece": expected_calibration_error(softmax[test], right[test]),
-            "softmax_auroc": auroc(softmax[test], right[test])})
-        print(json.dumps(report[-1]))
-    bank.config = dataclasses.replace(bank.config, trained=True)
+            "layer": layer, "agreement": test.right.float().mean().item(),
+            "ece": expected_calibration_error(confidence, test.right), "auroc": auroc(confidence, test.right),
+            "bins": {"confidence": [c for c, _, _ in bins], "right": [r for _, r, _ in bins]},
+            "baselines": baselines(checked, test)})
+        print(json.dumps({k: v for k, v in report[-1].items() if k != "bins"}))
+    bank.confidence_heads = heads
+    bank.config = dataclasses.replace(bank.config, trained=True, confidence_width=args.width)
     bank.save(args.exits)
+    reliability_plot(report, args.exits / "reliability.html")
     save_json(args.exits / "confidence.json", {
-        "provenance": provenance(args.seed), "rows": {k: len(v) for k, v in splits.items()}, "exits": report})
+        "provenance": provenance(args.seed), "exits": report,
+        "rows": {"train": len(seen.right), "calibration": len(fitted.right) + len(checked.right),
+                 "test": len(test.right)}})
 
 
 if __name__ == "__main__":

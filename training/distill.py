@@ -1,193 +1,467 @@
 """Train the exits' adapters: each learns to say, from its own layer, what the frozen model says at the top.
 
-    python -m training.distill --data data/policy data/text --out runs/smollm2
+    python -m training.distill --preset smollm2-135m-instruct --data data/policy data/text --out runs/smollm2
+    python -m training.distill --model ./my-llama --exits 0.3,0.57,0.8 --data data/my-llama --out runs/my-llama
+    accelerate launch --num_processes 4 -m training.distill ...
 
-Loss per exit, in nats per token: KL(full || exit) summed over the vocabulary of the exits' head and averaged over
-tokens, plus --hard times the cross-entropy of the full model's first choice. The base model is frozen; only the
-adapters and their norms learn. A checkpoint is written every --save-every steps and found again by --resume.
+Loss per exit, in nats per token: (1 - hard) T^2 KL(full || exit) + hard * cross-entropy, summed over words, averaged
+over tokens (Hinton et al. 2015). The base model is frozen; only the adapters and their norms learn. With a trimmed
+head the words outside it are not forgotten: a fresh sample of them stands in for all at every step. Started again, a
+run goes on from its last checkpoint and ends as if it had not been interrupted.
 """
 
 import argparse
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from cascadeexit.exits import ExitBank
+from cascadeexit.exits import ADAPTERS, ExitBank
 from cascadeexit.hub import DEFAULT_MODEL, default_exit_layers, load_model
 from cascadeexit.model import SegmentedModel
 from training.data import Split, load_documents
-from training.features import Features, compute
+from training.features import Features, FeatureStore
+from training.plots import loss_plot
 from training.provenance import provenance, save_json
 
+PRESETS = {
+    # Hyper-parameters of the published exits for Llama-3.2-3B; the loss is per token here, theirs summed over the text.
+    "published": dict(model="meta-llama/Llama-3.2-3B", exits="8,16,22", adapter="swiglu", width=512, head_size=0,
+                      train_words=0, hard=0.5, labels="text", temperature=2.0, epochs=3.0, batch=16 * 512, lr=3e-4),
+    "smollm2-135m-instruct": dict(model=DEFAULT_MODEL, exits="9,17,24"),
+}
+_BLOCK = 512            # rows whose logits exist at the same time
 
-@torch.no_grad()
-def full_choices(top: Tensor, head: Tensor, block: int = 4096) -> Tensor:
-    """The full model's first choice at each row: (n, D), (V, D) -> (n,) token ids."""
-    return torch.cat([F.linear(rows, head).argmax(-1) for rows in top.split(block)])
+
+# -- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def frequent_tokens(choices: Tensor, vocab_size: int, size: int, always: frozenset[int]) -> Tensor:
-    """The `size` tokens that the full model chooses most often, ascending; those in `always` are among them."""
+def exit_loss(logits: Tensor, full_logits: Tensor, labels: Tensor, *, hard: float, temperature: float = 1.0,
+              loss: str = "kl") -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, distance to the full model, cross-entropy), each summed over rows.
+
+    Args:
+        logits, full_logits: the exit's and the full model's, over the same words (n, K).
+        labels: index of the right word (n,), -1 where it is not among the K: such rows have no cross-entropy.
+        hard: weight of the cross-entropy; the distance has 1 - hard.
+        loss: 'kl'; 'tv', total variation: 1 - the chance that a draft is accepted (decoding.md of speculators);
+            'hybrid', both: TV gains weight as the two agree (lambda = exp(-3 acceptance)).
+    """
+    log_q = F.log_softmax(logits / temperature, -1)
+    log_p = F.log_softmax(full_logits / temperature, -1)
+    known = labels >= 0
+    ce = F.cross_entropy(logits[known], labels[known], reduction="sum") if hard else logits.new_zeros(())
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    distance = temperature ** 2 * kl
+    if loss != "kl":
+        tv = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+        share = torch.exp(-3 * (1 - tv.detach())) if loss == "hybrid" else 0.0
+        distance = share * distance + (1 - share) * tv
+    return (1 - hard) * distance.sum() + hard * ce, kl.detach().sum(), ce.detach()
+
+
+class ExitHead:
+    """The words an exit is trained on: its own head, and a sample of the rest weighted to stand for all of them."""
+
+    def __init__(self, weight: Tensor, ids: Tensor | None, tail: int):
+        self.full, self.ids = weight, ids
+        self.own = weight if ids is None else weight[ids]
+        vocab = torch.arange(len(weight), device=weight.device)
+        self.local = vocab.clone()                                  # token id -> row of the exit's head, -1 = none
+        self._rest, self._tail = vocab[:0], 0
+        if ids is not None:
+            self.local.fill_(-1)[ids] = torch.arange(len(ids), device=weight.device)
+            self._rest = vocab[self.local < 0]
+            self._tail = min(tail, len(self._rest))
+
+    def sample(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Rows (K + tail, D) and what to add to their logits (K + tail,): log(1 / chance of being sampled)."""
+        added = self.own.new_zeros(len(self.own) + self._tail, dtype=torch.float32)
+        if not self._tail:
+            return self.own, added
+        picked = torch.randperm(len(self._rest), generator=torch.Generator().manual_seed(seed))[:self._tail]
+        added[len(self.own):] = math.log(len(self._rest) / self._tail)
+        return torch.cat([self.own, self.full[self._rest[picked.to(self._rest.device)]]]), added
+
+
+def backward(hiddens: list[Tensor], top: Tensor, labels: Tensor, choices: Tensor, head: ExitHead, seed: int,
+             rows: int, args) -> Tensor:
+    """Gradients of the mean loss over `rows` rows into the adapters, block by block, so that logits stay small.
+
+    Args:
+        hiddens: adapted rows of each exit (n, D); top: the full model's (n, D).
+        labels: the token ids that the cross-entropy asks for; choices: those that count as agreement (n,).
+
+    Returns sums over these rows for each exit: KL, cross-entropy, agreeing rows (E, 3).
+    """
+    weight, added = head.sample(seed)
+    sums = torch.zeros(len(hiddens), 3, device=top.device)
+    gradients = [torch.empty_like(h) for h in hiddens]
+    for a in range(0, len(top), _BLOCK):
+        part = slice(a, a + _BLOCK)
+        with torch.no_grad():
+            full_logits = F.linear(top[part].to(weight.dtype), weight).float() + added
+        for s, hidden in enumerate(hiddens):
+            x = hidden[part].detach().requires_grad_()
+            logits = F.linear(x.to(weight.dtype), weight).float() + added
+            loss, kl, ce = exit_loss(logits, full_logits, head.local[labels[part]], hard=args.hard,
+                                     temperature=args.temperature, loss=args.loss)
+            (loss / rows).backward()
+            gradients[s][part] = x.grad
+            agreed = logits[:, :len(head.own)].argmax(-1) == head.local[choices[part]]
+            sums[s] += torch.stack([kl, ce, agreed.sum()])
+    for hidden, gradient in zip(hiddens, gradients):
+        if hidden.requires_grad:
+            hidden.backward(gradient)
+    return sums
+
+
+# -- exits before training --------------------------------------------------------------------------------------------
+
+
+def frequent_tokens(choices: Tensor, vocab_size: int, always: frozenset[int]) -> Tensor:
+    """All tokens, those that the full model chooses most often first; those in `always` lead: (V,)."""
     counts = torch.bincount(choices, minlength=vocab_size).double()
     counts[list(always)] = math.inf
     # Among tokens never chosen the lower id goes first: byte-pair ids are ordered by frequency of their merges.
-    order = torch.argsort(counts, descending=True, stable=True)
-    return order[:size].sort().values
+    return torch.argsort(counts, descending=True, stable=True)
 
 
-def exit_loss(logits: Tensor, target: Tensor, hard_target: Tensor, hard: float) -> tuple[Tensor, Tensor]:
-    """(KL(full || exit), cross-entropy of the full model's choice), both summed over words, averaged over tokens.
+class Inputs:
+    """What adapters see in training: rows brought to one scale, undone in their weights at the end (`fold`).
 
-    Args:
-        logits: the exit's (n, K); target: the full model's log-probabilities over the same words (n, K).
-        hard_target: index of the full model's choice among the K words (n,), -1 where it is not among them.
+    Hidden states have a few directions hundreds of times as strong as the rest, and gradient steps crawl along the
+    weak ones. A `carry` adapter, linear in its input, is trained on whitened rows and starts from the ridge regression
+    of the full model's last hidden state; a `swiglu` adapter, which adds its input to its output, only on scaled ones.
     """
-    log_q = F.log_softmax(logits.float(), -1)
-    kl = F.kl_div(log_q, target, log_target=True, reduction="none").sum(-1).mean()
-    known = hard_target >= 0
-    ce = F.nll_loss(log_q[known], hard_target[known]) if hard and known.any() else kl.new_zeros(())
-    return kl, ce
+
+    def __init__(self, bank: ExitBank, store: FeatureStore, documents: list[int], final_norm: Tensor):
+        self.carry = bank.config.adapter == "carry"
+        self.maps: list[Tensor | float] = []
+        for s, adapter in enumerate(bank.adapters):
+            if not self.carry:
+                rms = sum(store[i].exits[:, s].float().pow(2).mean().sqrt().item() for i in documents) / len(documents)
+                self.maps.append(2.0 ** round(math.log2(rms)))      # dividing bf16 rows by it loses nothing
+                adapter.rescale(1 / self.maps[s], 1.0)
+                continue
+            rows, xx, xy = 0, 0.0, 0.0
+            for f in map(store.__getitem__, documents):
+                x = torch.cat([f.exits[:, s], carried(f)], -1)[f.wanted].to(final_norm.device).float()     # (n, 2 D)
+                y = f.top[f.wanted].to(final_norm.device).float() / final_norm
+                xx, xy, rows = xx + x.T @ x, xy + x.T @ y, rows + len(x)
+            values, vectors = torch.linalg.eigh(xx.double() / rows)
+            values = values + 1e-3 * values.mean()
+            self.maps.append((vectors * values.rsqrt() @ vectors.T).float())
+            # Ridge regression: (X^T X + lambda I)^-1 X^T Y, in whitened coordinates W X^T Y.
+            adapter.linear.weight.data.copy_((self.maps[s] @ (xy / rows)).T)
+
+    def __call__(self, s: int, h: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.carry:
+            return h / self.maps[s], said
+        with torch.autocast(h.device.type, enabled=False):
+            return (torch.cat([h, said], -1) @ self.maps[s]).chunk(2, -1)
+
+    @torch.no_grad()
+    def fold(self, bank: ExitBank) -> None:
+        """Make the adapters read rows as they come."""
+        for adapter, change in zip(bank.adapters, self.maps):
+            if not self.carry:
+                adapter.rescale(change, 1.0)
+                continue
+            for projection in (adapter.linear, adapter.gate, adapter.down):
+                projection.weight.copy_(projection.weight @ change.T)
 
 
-@torch.no_grad()
-def agreement(bank: ExitBank, head: Tensor, features: Features, rows: Tensor, choices: Tensor) -> list[float]:
-    """Top-1 agreement with the full model at each exit, over these rows."""
-    hits = torch.zeros(len(bank.adapters))
-    for part in rows.split(2048):
-        for s in range(len(hits)):
-            picked = F.linear(bank.hidden(s, features.exits[part, s].float()).to(head.dtype), head).argmax(-1)
-            picked = picked if bank.head_ids is None else bank.head_ids[picked]
-            hits[s] += (picked == choices[part]).sum()
-    return (hits / max(1, len(rows))).tolist()
+def carried(features: Features) -> Tensor:
+    """The full model's hidden state that named each token: that of the position before it (T, D), zero at first."""
+    return torch.cat([torch.zeros_like(features.top[:1]), features.top[:-1]])
 
 
-def rescale(bank: ExitBank, scales: list[float]) -> None:
-    """Train on h / scale, save for h: the norm behind the adapter cancels the scale of the sum."""
-    for adapter, scale in zip(bank.adapters, scales):
-        for linear, factor in ((adapter.gate, 1 / scale), (adapter.down, 1 / scale), (adapter.up, scale)):
-            linear.weight.data.mul_(factor)
+# -- training ---------------------------------------------------------------------------------------------------------
 
 
-def train(bank: ExitBank, head: Tensor, features: Features, choices: Tensor, args, log) -> int:
-    """Train the adapters in place; returns the number of steps they have had."""
-    train_rows, held_out = features.rows(Split.TRAIN), features.rows(Split.TEST, policy_only=True)
-    local = torch.full((int(choices.max()) + 1 if bank.head_ids is None else bank.config.vocab_size,), -1)
-    ids = torch.arange(len(local)) if bank.head_ids is None else bank.head_ids
-    local[ids] = torch.arange(len(ids))                               # token id -> index in the exits' head
-    steps = max(1, round(args.epochs * len(train_rows) / args.batch))
-    optimizer = torch.optim.AdamW(bank.adapters.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    warm_up = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))
-    checkpoint, first = args.out / "checkpoint.pt", 0
-    if args.resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        bank.load_state_dict(state["bank"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        first = state["step"]
-
-    def save(step: int) -> None:
-        torch.save({"bank": bank.state_dict(), "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(), "step": step}, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").rename(checkpoint)
-
-    bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", desc="distill")
-    started = time.perf_counter()
-    for step in bar:
-        if time.perf_counter() - started > args.minutes * 60:
-            bar.write(f"stopped by --minutes at step {step} of {steps}; --resume goes on")
-            save(step)
-            return step
-        # Rows depend on seed and step alone, so a resumed run sees what an uninterrupted one would.
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        part = train_rows[torch.randint(len(train_rows), (args.batch,), generator=generator)].sort().values
-        with torch.no_grad():
-            target = F.log_softmax(F.linear(features.top[part], head).float(), -1)                  # (n, K)
-        hard_target = local[choices[part]]
-        optimizer.zero_grad()
-        terms = []
-        for s in range(len(bank.adapters)):
-            hidden = bank.hidden(s, features.exits[part, s].float())
-            kl, ce = exit_loss(F.linear(hidden.to(head.dtype), head), target, hard_target, args.hard)
-            (kl + args.hard * ce).backward()
-            terms.append((kl.item(), ce.item()))
-        torch.nn.utils.clip_grad_norm_(bank.adapters.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            log(step=step, kl=[t[0] for t in terms], ce=[t[1] for t in terms], lr=schedule.get_last_lr()[0])
-            bar.set_postfix(kl="/".join(f"{t[0]:.2f}" for t in terms), tokens=f"{step * args.batch / 1e6:.2f}M")
-        if (step + 1) % args.save_every == 0 or step + 1 == steps:
-            save(step + 1)
-            rates = agreement(bank, head, features, held_out[:8000], choices)
-            log(step=step, held_out_agreement=rates)
-            bar.write(f"step {step + 1}: held-out agreement " + " / ".join(f"{r:.1%}" for r in rates))
+def batches(rows: dict[int, int], batch: int, epochs: float, seed: int) -> list[list[int]]:
+    """Documents of each step: every epoch its own order, cut where `batch` rows are reached."""
+    order, numbers = [], sorted(rows)
+    for epoch in range(math.ceil(epochs)):
+        generator = torch.Generator().manual_seed(seed * 1009 + epoch)
+        order += [numbers[i] for i in torch.randperm(len(numbers), generator=generator)]
+    steps, waiting = [], 0
+    for number in order[:round(epochs * len(numbers))]:
+        if not waiting:
+            steps.append([])
+        steps[-1].append(number)
+        waiting = waiting + rows[number]
+        waiting = 0 if waiting >= batch else waiting
     return steps
 
 
+def micro_batches(documents: list[int], lengths: dict[int, int], tokens: int) -> list[list[int]]:
+    """These documents, the longest first, in parts of at most `tokens` padded positions."""
+    parts: list[list[int]] = []
+    for number in sorted(documents, key=lambda i: (-lengths[i], i)):
+        if not parts or lengths[parts[-1][0]] * (len(parts[-1]) + 1) > tokens:
+            parts.append([])
+        parts[-1].append(number)
+    return parts
+
+
+def adapted(bank: ExitBank, inputs: Inputs, features: list[Features], wanted: Tensor, own: float = 0.0,
+            generator: torch.Generator | None = None) -> list[Tensor]:
+    """Rows that are wanted, after each exit's adapter: (n, D) each.
+
+    own: share of positions whose token counts as named by an exit, so that the adapted hidden state of an exit drawn
+    at random, instead of the full model's, is what is carried on to them.
+    """
+    h = pad_sequence([f.exits for f in features], batch_first=True).to(wanted.device, torch.float32)   # (B, T, E, D)
+    said = pad_sequence([carried(f) for f in features], batch_first=True).to(wanted.device, torch.float32)
+    exits = range(len(bank.adapters))
+    if own and inputs.carry:
+        with torch.no_grad():
+            first = torch.stack([bank.hidden(s, *inputs(s, h[:, :, s], said)) for s in exits])         # (E, B, T, D)
+        draw = torch.rand(2, *wanted.shape, generator=generator).to(wanted.device)
+        exit_of = (draw[0] * len(first)).long()[None, ..., None].expand(1, *said.shape)
+        before = first.gather(0, exit_of)[0].roll(1, dims=1)
+        said[:, 1:] = torch.where((draw[1] < own)[..., None], before.float(), said)[:, 1:]
+    return [bank.hidden(s, *inputs(s, h[:, :, s], said))[wanted] for s in exits]
+
+
+def labels_of(features: Features, kind: str) -> Tensor:
+    """What the cross-entropy asks for: the full model's choice, or the next token of the text."""
+    return features.choices if kind == "choice" else features.ids.roll(-1)
+
+
+@torch.no_grad()
+def agreement(bank: ExitBank, inputs, store: FeatureStore, documents: list[int], head: ExitHead,
+              accelerator: Accelerator, own: float = 0.0) -> list[float]:
+    """Top-1 agreement with the full model at each exit, over these documents; `own` as for `adapted`."""
+    hits, total, generator = torch.zeros(len(bank.adapters)), 0, torch.Generator().manual_seed(0)
+    for number in documents:
+        f = store[number]
+        wanted, choices = f.wanted[None].to(accelerator.device), f.choices[f.wanted].to(accelerator.device)
+        with accelerator.autocast():
+            hidden = adapted(bank, inputs, [f], wanted, own, generator)
+        for s, rows in enumerate(hidden):
+            hits[s] += (F.linear(rows.to(head.own.dtype), head.own).argmax(-1) == head.local[choices]).sum().cpu()
+        total += len(choices)
+    return (hits / max(1, total)).tolist()
+
+
+class Run:
+    """What is kept between steps: the log and the checkpoint, both cut back to the same step on resume."""
+
+    def __init__(self, folder: Path, key: dict, resume: bool, main: bool):
+        self.log_file, self.checkpoint, self.key, self.main = folder / "log.jsonl", folder / "checkpoint.pt", key, main
+        self.state = None
+        if resume and self.checkpoint.exists():
+            self.state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            changed = {k: (v, key.get(k)) for k, v in self.state["key"].items() if key.get(k) != v}
+            if changed:
+                raise SystemExit(f"{self.checkpoint} was made with other settings, before and now: {changed}. Give "
+                                 "the same ones, another --out, or --no-resume to start anew.")
+        if main:
+            records = self.records() if self.state else []
+            self.log_file.write_text("".join(json.dumps(r) + "\n" for r in records if r["step"] <= self.state["step"]))
+
+    def records(self) -> list[dict]:
+        lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def log(self, **record) -> None:
+        if self.main:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def save(self, step: int, **state) -> None:
+        if self.main:
+            torch.save({"step": step, "key": self.key} | state, self.checkpoint.with_suffix(".tmp"))
+            self.checkpoint.with_suffix(".tmp").replace(self.checkpoint)
+
+
+def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, words: ExitHead, run: Run,
+          accelerator: Accelerator, args) -> int:
+    """Train the adapters in place; returns the number of steps they have had.
+
+    head: the one the exits will have; words: those they are trained on.
+    """
+    lengths = {i: len(d.ids) for i, d in enumerate(store.documents)}
+    plan = batches({i: store.rows(i) for i in store.of(Split.TRAIN)}, args.batch, args.epochs, args.seed)
+    held_out = store.of(Split.TEST, policy_only=True) or store.of(Split.TEST)
+    weights = list(bank.adapters.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    warm_up = max(1, len(plan) // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(1, step / len(plan))))))
+    first = 0
+    if run.state:
+        first = run.state["step"]
+        bank.adapters.load_state_dict(run.state["adapters"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        schedule.load_state_dict(run.state["schedule"])
+
+    def keep(step: int) -> None:
+        run.save(step, adapters=bank.adapters.state_dict(), optimizer=optimizer.state_dict(),
+                 schedule=schedule.state_dict())
+
+    started, tokens = time.perf_counter(), 0
+    bar = tqdm(range(first, len(plan)), initial=first, total=len(plan), unit="step", desc="distill",
+               disable=not accelerator.is_main_process)
+    for step in bar:
+        if time.perf_counter() - started > args.minutes * 60:
+            bar.write(f"stopped by --minutes at step {step} of {len(plan)}; the same command goes on")
+            keep(step)
+            return step
+        rows, sums = sum(store.rows(i) for i in plan[step]), 0
+        generator = torch.Generator().manual_seed((args.seed * 1009 + step) * 64 + accelerator.process_index)
+        mine = plan[step][accelerator.process_index::accelerator.num_processes]
+        for part in micro_batches(mine, lengths, args.micro_batch):
+            features = [store[i] for i in part]
+            wanted = pad_sequence([f.wanted for f in features], batch_first=True).to(accelerator.device)
+            top, labels, choices = (torch.cat([kind(f)[f.wanted] for f in features]).to(accelerator.device) for kind in
+                                    (lambda f: f.top, lambda f: labels_of(f, args.labels), lambda f: f.choices))
+            with accelerator.autocast():
+                hiddens = adapted(bank, inputs, features, wanted, args.own_share, generator)
+            sums = sums + backward(hiddens, top, labels, choices, words, args.seed * 1009 + step, rows, args)
+        if accelerator.num_processes > 1:
+            sums = accelerator.reduce(torch.zeros(len(bank.adapters), 3, device=accelerator.device) + sums)
+            for weight in weights:
+                grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = accelerator.reduce(grad)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        tokens += rows
+        kl, ce, agreed = (sums / rows).T.tolist()
+        run.log(step=step + 1, rows=rows, kl=kl, ce=ce, agreement=agreed, lr=schedule.get_last_lr()[0])
+        bar.set_postfix_str(f"kl {'/'.join(f'{x:.2f}' for x in kl)}, agree {'/'.join(f'{x:.0%}' for x in agreed)}, "
+                            f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
+        if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
+            keep(step + 1)
+            if accelerator.is_main_process:
+                rates = agreement(bank, inputs, store, held_out[:60], head, accelerator)
+                run.log(step=step + 1, held_out_agreement=rates)
+                bar.write(f"step {step + 1}: held-out agreement " + " / ".join(f"{r:.1%}" for r in rates))
+    return len(plan)
+
+
+# -- command ----------------------------------------------------------------------------------------------------------
+
+
+def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
+    """'8,16,22' are layers, '0.3,0.57,0.8' parts of the depth; None: the default depths. Raises ValueError."""
+    if text is None:
+        return default_exit_layers(num_layers)
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--exits takes layers such as 8,16,22 or parts of the depth such as 0.3,0.57,0.8, got "
+                         f"'{text}'") from None
+    return tuple(round(x * num_layers) if x < 1 else int(x) for x in numbers)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=PRESETS, help="settings of a known model; options given beside it win")
+    p.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
+    p.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by training.data")
+    p.add_argument("--out", type=Path, required=True, help="folder for the artifact, log and checkpoint")
+    p.add_argument("--data-note", default="", help="what the data is, in words, for the model card")
+    p.add_argument("--exits", help="exit layers (9,17,24) or parts of the depth (0.3,0.57,0.8, the default)")
+    p.add_argument("--adapter", choices=tuple(ADAPTERS), default="carry", help="kind of adapter: swiglu as published")
+    p.add_argument("--width", type=int, default=512, help="inner width of the adapters")
+    p.add_argument("--own-share", type=float, default=0.3, help="carry: share of tokens that count as named by an exit")
+    p.add_argument("--head-size", type=int, default=16384, help="words in the exits' head; 0 = all")
+    p.add_argument("--train-words", type=int, default=6144, help="most frequent words, in the loss of every step; 0 = "
+                   "all")
+    p.add_argument("--tail", type=int, default=4096, help="of the other words, as many are sampled at each step")
+    p.add_argument("--loss", choices=("kl", "tv", "hybrid"), default="kl", help="distance to the full model")
+    p.add_argument("--temperature", type=float, default=1.0, help="of the distance")
+    p.add_argument("--hard", type=float, default=0.33, help="weight of the cross-entropy; the distance has the rest")
+    p.add_argument("--labels", choices=("choice", "text"), default="choice", help="what the cross-entropy asks for: "
+                   "the full model's choice, or the text's next token")
+    p.add_argument("--epochs", type=float, default=3.0, help="passes over the training documents")
+    p.add_argument("--batch", type=int, default=1024, help="training rows a step, over all processes")
+    p.add_argument("--micro-batch", type=int, default=8192, help="positions in one backward pass; a step has several")
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--fit-documents", type=int, default=1500, help="documents that set the scale of the rows and the "
+                   "first weights")
+    p.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; the same command goes on")
+    p.add_argument("--feature-gb", type=float, default=20.0, help="disk for hidden states; what does not fit is "
+                   "computed again in every epoch")
+    p.add_argument("--features", type=Path, help="folder for hidden states; default OUT/features")
+    p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    p.add_argument("--mixed-precision", choices=("no", "bf16"), default="bf16", help="of the adapters")
+    p.add_argument("--device-map", help="'auto' spreads a big model over several devices")
+    p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
+                   help="go on from the last checkpoint in --out")
+    p.add_argument("--seed", type=int, default=0)
+    return p
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by training.data")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the artifact, log and checkpoint")
-    parser.add_argument("--data-note", default="", help="what the data is, in words, for the model card")
-    parser.add_argument("--layers", type=int, nargs="+", help="exit layers; default 30, 57 and 80%% of the depth")
-    parser.add_argument("--width", type=int, default=512, help="inner width of the adapters")
-    parser.add_argument("--head-size", type=int, default=8192, help="words in the exits' head; 0 = all")
-    parser.add_argument("--hard", type=float, default=0.5, help="weight of the cross-entropy term")
-    parser.add_argument("--epochs", type=float, default=6, help="passes over the training rows")
-    parser.add_argument("--batch", type=int, default=1024, help="rows a step")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; go on with --resume")
-    parser.add_argument("--feature-gb", type=float, default=6.0, help="disk and memory budget for hidden states")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    command = parser()
+    preset = command.parse_known_args()[0].preset
+    command.set_defaults(**PRESETS.get(preset, {}))
+    args = command.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
+    set_seed(args.seed)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    say = accelerator.print
 
-    base, _, name = load_model(args.model)
-    model = SegmentedModel(base, args.layers or default_exit_layers(base.config.num_hidden_layers), name=name)
-    documents = load_documents(args.data)
-    features = compute(model, documents, args.out / "features", args.feature_gb)
-    choices = full_choices(features.top, model.head_weight)
-    bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=args.head_size)
+    base, _, name = load_model(args.model, device=str(accelerator.device))
+    layers = exit_layers(args.exits, base.config.num_hidden_layers)
+    model = SegmentedModel(base, layers, name=name)
+    store = FeatureStore(model, load_documents(args.data), args.features or args.out / "features", args.feature_gb)
+    store.prepare(accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    store.open()
+
+    bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=args.head_size,
+                              adapter=args.adapter).attach(model).requires_grad_(True)
+    bank.adapters.float()
+    training, words = store.of(Split.TRAIN), ExitHead(model.head_weight, None, 0)
     if args.head_size:
-        train_choices = choices[features.rows(Split.TRAIN)]
-        bank.head_ids.copy_(frequent_tokens(train_choices, model.vocab_size, args.head_size, model.eos_ids))
-    head = model.head_weight if bank.head_ids is None else model.head_weight[bank.head_ids]
-    held_out = features.rows(Split.TEST, policy_only=True)
-    covered = 1.0 if bank.head_ids is None else torch.isin(choices[held_out], bank.head_ids).float().mean().item()
-    print(f"{len(features.top)} rows, {len(held_out)} held out; the exits' head covers {covered:.2%} of their choices")
+        ranked = frequent_tokens(store.choices(training), model.vocab_size, model.eos_ids).to(model.device)
+        bank.head_ids.copy_(ranked[:args.head_size].sort().values)
+        if args.train_words:
+            words = ExitHead(model.head_weight, ranked[:args.train_words], args.tail)
+    head = ExitHead(model.head_weight, bank.head_ids, 0)
+    held_out = store.of(Split.TEST, policy_only=True) or store.of(Split.TEST)
+    covered = (head.local[store.choices(held_out).to(head.local.device)] >= 0).float().mean().item()
+    say(f"{len(store)} documents, {sum(map(store.rows, training))} training rows; features of {store.kept} documents "
+        f"are kept; the exits' head covers {covered:.2%} of the held-out choices")
+    before = agreement(bank, lambda s, h, said: (h, said), store, held_out, head, accelerator)
+    inputs = Inputs(bank, store, training[:args.fit_documents], model.norm.weight.float())
 
-    # Powers of two near the root mean square: dividing bf16 rows by them loses nothing.
-    scales = [2.0 ** features.exits[:20_000, s].float().pow(2).mean().sqrt().log2().round().item()
-              for s in range(len(bank.adapters))]
-    features.exits /= torch.tensor(scales, dtype=features.exits.dtype)[:, None]
-    with open(args.out / "log.jsonl", "a" if args.resume else "w", encoding="utf-8") as file:
-        def log(**record):
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-        before = agreement(bank, head, features, held_out[:8000], choices)
-        log(step=-1, held_out_agreement=before, head_coverage=covered, scales=scales)
-        steps = train(bank, head, features, choices, args, log)
-    after = agreement(bank, head, features, held_out, choices)
-    rescale(bank, scales)
-    bank.save(args.out)
-    save_json(args.out / "distill.json", {
-        "provenance": provenance(args.seed), "rows": len(features.rows(Split.TRAIN)), "held_out_rows": len(held_out),
-        "documents": len(documents), "data_note": args.data_note, "steps": steps, "batch": args.batch,
-        "hard": args.hard, "head_coverage": covered, "untrained_agreement": before, "held_out_agreement": after})
-    changes = ", ".join(f"{b:.1%} -> {a:.1%}" for b, a in zip(before, after))
-    print(f"held-out agreement, untrained -> trained: {changes}")
+    key = {"config": {k: v for k, v in asdict(bank.config).items() if k != "layers"}, "layers": list(layers),
+           "documents": store.fingerprint()}
+    key |= {k: getattr(args, k) for k in ("loss", "temperature", "hard", "labels", "epochs", "batch", "lr", "own_share",
+                                          "train_words", "tail", "fit_documents", "seed")}
+    run = Run(args.out, key, args.resume, accelerator.is_main_process)
+    steps = train(bank, inputs, store, head, words, run, accelerator, args)
+    if accelerator.is_main_process:
+        after, drafting = (agreement(bank, inputs, store, held_out, head, accelerator, own) for own in (0.0, 1.0))
+        inputs.fold(bank)
+        bank.to(model.dtype).save(args.out)
+        loss_plot(run.records(), layers, args.out / "loss.html")
+        save_json(args.out / "distill.json", {
+            "provenance": provenance(args.seed), "settings": key, "data_note": args.data_note, "steps": steps,
+            "documents": len(store), "rows": sum(map(store.rows, training)),
+            "held_out_rows": sum(map(store.rows, held_out)), "head_coverage": covered, "untrained_agreement": before,
+            "held_out_agreement": after, "held_out_agreement_after_exits": drafting})
+        say("held-out agreement, untrained -> trained (after a token that an exit named): "
+            + ", ".join(f"{b:.1%} -> {a:.1%} ({d:.1%})" for b, a, d in zip(before, after, drafting)))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,16 @@
-"""Check the promises on the real model.
+"""Check the promises and measure the exits on the real model.
 
+    python -m training.evaluate exits --text test.txt --data data/policy    # top-1, top-5, perplexity of each exit
+    python -m training.evaluate decode                                      # routing, agreement, acceptance
     python -m training.evaluate lossless --dtype bfloat16     # verified = full, for every threshold and draft length
+
+`exits` reads whole texts in one pass (teacher-forced): plain text in windows, and the test documents of data folders.
+An exit that carries the last hidden state on is read twice: after a token that the full model named, and after one
+that the exit itself named. Top-1 and top-5 count the full model's first choice, through the exit's own trimmed head;
+perplexity is that of the text's next token, through the whole head.
+
+`decode` runs the engine on the project's prompts (closed loop): the cascade at several thresholds, and drafts of one
+exit alone at threshold 0, K at a time, as the published self-speculation.
 
 `lossless` decodes the project's own prompts with `full` and with `verified` at every combination of threshold and
 draft length, and counts tokens that differ: the promise is none. The first --reference prompts are also compared
@@ -12,15 +22,20 @@ on where it was interrupted.
 import argparse
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load, load_model
-from cascadeexit.metrics import match
+from cascadeexit.metrics import agreement, match
+from training.data import Document, Split, load_documents
+from training.distill import carried
+from training.features import Features, FeatureStore
 from training.prompts import chat_ids, load_prompts
 from training.provenance import provenance, save_json
 
@@ -110,19 +125,160 @@ def summarize_lossless(rows: list[dict]) -> dict:
     }
 
 
+# -- exits, teacher-forced ---------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """Hits and log-likelihood of the exits (and, last, of the full model) over rows."""
+
+    def __init__(self, readers: int):
+        self.rows, self.top1, self.top5, self.nll = 0, [0] * readers, [0] * readers, [0.0] * readers
+
+    def report(self, layers: list[int]) -> dict:
+        perplexity = [math.exp(nll / self.rows) for nll in self.nll]
+        return {"rows": self.rows, "full_perplexity": perplexity[-1],
+                "exits": [{"layer": layer, "top1": self.top1[s] / self.rows, "top5": self.top5[s] / self.rows,
+                           "perplexity": perplexity[s], "perplexity_ratio": perplexity[s] / perplexity[-1]}
+                          for s, layer in enumerate(layers)]}
+
+
+@torch.inference_mode()
+def read_document(engine: Engine, f: Features, tallies: dict[str, Tally]) -> None:
+    """Count every exit's rows of one document; `tallies` by who named the token before: 'full', 'exit'."""
+    bank, head = engine.bank, engine.model.head_weight
+    wanted = f.wanted.clone()
+    wanted[-1] = False                                       # nothing follows the last token
+    following, truth = f.ids.roll(-1)[wanted].long(), f.choices[wanted].long()
+    for name, tally in tallies.items():
+        said = carried(f)
+        tally.rows += len(truth)
+        for s in range(engine.num_exits):
+            hidden = bank.hidden(s, f.exits[:, s], said)
+            if name == "exit":
+                hidden = bank.hidden(s, f.exits[:, s], torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]]))
+            hidden = hidden[wanted]
+            best = bank.logits(hidden).topk(5, dim=-1).indices
+            hits = (best if bank.head_ids is None else bank.head_ids[best]) == truth[:, None]
+            tally.top1[s] += hits[:, 0].sum().item()
+            tally.top5[s] += hits.any(-1).sum().item()
+            tally.nll[s] += F.cross_entropy(F.linear(hidden, head).float(), following, reduction="sum").item()
+        tally.nll[-1] += F.cross_entropy(F.linear(f.top[wanted], head).float(), following, reduction="sum").item()
+
+
+def windows(tokenizer, path: Path, window: int, tokens: int) -> list[Document]:
+    """The first `tokens` tokens of a text file, cut into windows that follow each other."""
+    ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"][:tokens]
+    return [Document(ids[a:a + window], [0] * len(ids[a:a + window])) for a in range(0, len(ids) - 1, window)]
+
+
+def exits(args) -> None:
+    engine, tokenizer = load(args.model, args.exits)
+    sources = {f"{path.parent.name}/{path.name}": windows(tokenizer, path, args.window, args.tokens)
+               for path in args.text}
+    if args.data:
+        sources["held-out"] = [d for d in load_documents(args.data) if d.split == Split.TEST and any(d.chosen)]
+    if not any(sources.values()):
+        raise SystemExit("nothing to read: give --text FILE, or --data FOLDER with test documents")
+    report = {}
+    for name, documents in sources.items():
+        store = FeatureStore(engine.model, documents, Path(), budget_gb=0)
+        kinds = ("full", "exit") if engine.bank.config.adapter == "carry" else ("full",)
+        tallies = {kind: Tally(engine.num_exits + 1) for kind in kinds}
+        for i in tqdm(range(len(store)), unit="text", desc=name):
+            read_document(engine, store[i], tallies)
+        report[name] = {f"after_{kind}": tally.report(list(engine.model.exit_layers))
+                        for kind, tally in tallies.items()}
+        for kind, tally in tallies.items():
+            for row in tally.report(list(engine.model.exit_layers))["exits"]:
+                print(f"{name}, after {kind}: layer {row['layer']}: top-1 {row['top1']:.1%}, top-5 {row['top5']:.1%}, "
+                      f"perplexity {row['perplexity']:.2f} = {row['perplexity_ratio']:.2f}x")
+    save_json(args.out or RESULTS / "exits.json", {
+        "provenance": provenance(0), "model": engine.model.name, "exits": engine.bank.fingerprint(),
+        "adapter": engine.bank.config.adapter, "head_size": engine.bank.config.head_size,
+        "exit_parameters": sum(p.numel() for p in engine.bank.adapters.parameters()) // engine.num_exits,
+        "window": args.window, "texts": report})
+
+
+# -- decoding, closed loop ---------------------------------------------------------------------------------------------
+
+
+def decode(args) -> None:
+    engine, tokenizer = load(args.model, args.exits)
+    prompts = [chat_ids(tokenizer, prompt) for _, prompt in load_prompts(count=args.prompts)]
+    fulls = [engine.run(ids, DecodeConfig(mode=Mode.FULL, max_new_tokens=args.tokens)).token_ids
+             for ids in tqdm(prompts, unit="prompt", desc="full")]
+    cascade = []
+    for threshold in tqdm(args.thresholds, unit="threshold", desc="cascade"):
+        config = DecodeConfig(mode=Mode.CASCADE, thresholds=threshold, max_new_tokens=args.tokens)
+        cascade.append({"threshold": threshold} | decode_cascade(engine, prompts, fulls, config))
+        print(json.dumps(cascade[-1]))
+    drafting = []
+    for exit, max_draft in tqdm(list(itertools.product(range(engine.num_exits), args.max_draft)), desc="drafts"):
+        alone = tuple(0.0 if s == exit else None for s in range(engine.num_exits))
+        config = DecodeConfig(mode=Mode.VERIFIED, thresholds=alone, max_draft=max_draft, max_new_tokens=args.tokens)
+        drafting.append({"layer": engine.model.exit_layers[exit], "max_draft": max_draft}
+                        | decode_drafts(engine, prompts, fulls, config))
+        print(json.dumps(drafting[-1]))
+    save_json(args.out or RESULTS / "decode.json", {
+        "provenance": provenance(0), "model": engine.model.name, "exits": engine.bank.fingerprint(),
+        "prompts": len(prompts), "tokens": args.tokens, "cascade": cascade, "self_speculation": drafting})
+
+
+def decode_cascade(engine: Engine, prompts: list[list[int]], fulls: list[list[int]], config: DecodeConfig) -> dict:
+    """Routing and quality over all tokens of these prompts."""
+    runs = [engine.run(ids, config) for ids in prompts]
+    total = sum(r.stats.tokens for r in runs)
+
+    def mean(values) -> float:
+        """Over tokens."""
+        return sum(v * r.stats.tokens for v, r in zip(values, runs)) / total
+
+    share = [mean(r.stats.routing_share[s] for r in runs) for s in range(engine.model.num_segments)]
+    matches = [match(r.token_ids, full) for r, full in zip(runs, fulls)]
+    return {"routing_share": share, "early": 1 - share[-1],
+            "agreement": mean(agreement(r.token_ids, engine.full_choices(ids, r.token_ids))
+                              for ids, r in zip(prompts, runs)),
+            "positional_match": sum(m.positional for m in matches) / len(matches),
+            "sequence_match": sum(m.sequence for m in matches) / len(matches),
+            "average_depth": mean(r.stats.average_depth for r in runs), "cost": mean(r.stats.cost for r in runs)}
+
+
+def decode_drafts(engine: Engine, prompts: list[list[int]], fulls: list[list[int]], config: DecodeConfig) -> dict:
+    """Acceptance over all drafts of these prompts."""
+    runs = [engine.run(ids, config) for ids in prompts]
+    drafted, tokens = sum(r.stats.drafted for r in runs), sum(r.stats.tokens for r in runs)
+    passes = sum(r.stats.tokens / r.stats.tokens_per_verification for r in runs if r.stats.tokens_per_verification)
+    return {"acceptance": sum(r.stats.acceptance * r.stats.drafted for r in runs if r.stats.drafted) / drafted,
+            "tokens_per_verification": tokens / passes,
+            "identical": sum(r.token_ids == full for r, full in zip(runs, fulls)) / len(runs)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(required=True, metavar="{lossless}")
+    kinds = parser.add_subparsers(required=True, metavar="{exits,decode,lossless}")
+    read = kinds.add_parser("exits", help="top-1, top-5 and perplexity of each exit, teacher-forced")
+    read.add_argument("--text", type=Path, nargs="*", default=[], help="plain text, such as WikiText-2's test.txt")
+    read.add_argument("--data", type=Path, nargs="*", default=[], help="folders of training.data: their test documents")
+    read.add_argument("--window", type=int, default=512, help="tokens of a text read at once")
+    read.add_argument("--tokens", type=int, default=100_000, help="tokens read of each text file, at most")
+    read.set_defaults(run=exits)
+    loop = kinds.add_parser("decode", help="routing, agreement and acceptance of the engine, closed loop")
+    loop.add_argument("--prompts", type=int, default=20)
+    loop.add_argument("--tokens", type=int, default=96, help="new tokens a prompt")
+    loop.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95])
+    loop.add_argument("--max-draft", type=int, nargs="+", default=[3, 5, 7])
+    loop.set_defaults(run=decode)
     check = kinds.add_parser("lossless", help="verified = full = transformers' generate, token for token")
-    check.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
-    check.add_argument("--exits", type=Path, help="exits folder; default the shipped ones")
+    for kind in (read, loop, check):
+        kind.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
+        kind.add_argument("--exits", type=Path, help="exits folder; default the shipped ones")
+        kind.add_argument("--out", type=Path, help="default assets/results/KIND.json")
     check.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     check.add_argument("--prompts", type=int, default=50)
     check.add_argument("--reference", type=int, default=20, help="prompts also decoded by transformers' generate")
     check.add_argument("--tokens", type=int, default=128, help="new tokens a prompt")
     check.add_argument("--thresholds", type=float, nargs="+", default=[0, 0.3, 0.6, 0.9])
     check.add_argument("--max-draft", type=int, nargs="+", default=[1, 3, 7])
-    check.add_argument("--out", type=Path, help="default assets/results/lossless-DEVICE-DTYPE.json")
     check.set_defaults(run=lossless)
     args = parser.parse_args()
     args.run(args)

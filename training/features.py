@@ -54,6 +54,7 @@ class FeatureStore:
                 self._chunks.append(range(first, i + 1))
                 first, tokens = i + 1, 0
         self._loaded: dict[int, Features] = {}
+        self._rows: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -81,6 +82,30 @@ class FeatureStore:
 
     def __getitem__(self, i: int) -> Features:
         return self._loaded.get(i) or _run(self.model, self.documents[i])
+
+    def rows(self, i: int) -> int:
+        """Positions of a document where an exit learns."""
+        if i not in self._rows:
+            self._rows[i] = int(wanted(self.documents[i]).sum())
+        return self._rows[i]
+
+    def choices(self, numbers: Sequence[int], limit: int = 2_000_000) -> Tensor:
+        """The full model's choices at the wanted rows of these documents, up to about `limit` of them: (n,)."""
+        parts, total = [], 0
+        for i in numbers:
+            f = self[i]
+            parts.append(f.choices[f.wanted].cpu())
+            total += len(parts[-1])
+            if total >= limit:
+                break
+        return torch.cat(parts).long() if parts else torch.zeros(0, dtype=torch.long)
+
+    def fingerprint(self) -> str:
+        """Of all documents, in order."""
+        digest = hashlib.blake2b(digest_size=8)
+        for d in self.documents:
+            digest.update(repr((d.ids, d.chosen)).encode())
+        return digest.hexdigest()
 
     def of(self, split: Split, policy_only: bool = False) -> list[int]:
         """Numbers of the documents of a split; `policy_only` leaves out plain text that the model did not write."""

@@ -1,0 +1,52 @@
+"""Plotly figures of training: loss curves and reliability diagrams, each one HTML file that needs no network."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+_COLOURS = ("#4477AA", "#CCBB44", "#EE6677", "#228833", "#AA3377", "#66CCEE")     # Paul Tol's bright, told apart by all
+
+
+def loss_plot(records: Sequence[dict], layers: Sequence[int], path: Path) -> None:
+    """KL to the full model and agreement against training rows, from the records of log.jsonl."""
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("KL(full || exit), nats per token", "Top-1 agreement"))
+    steps = [r for r in records if "kl" in r]
+    held = [r for r in records if "held_out_agreement" in r]
+    for s, layer in enumerate(layers):
+        colour, smooth = _COLOURS[s % len(_COLOURS)], max(1, len(steps) // 60)
+        style = dict(line_color=colour, legendgroup=str(s))
+        x = [r["step"] for r in steps]
+        figure.add_scatter(x=x, y=_mean([r["kl"][s] for r in steps], smooth), name=f"exit {layer}", row=1, col=1,
+                           **style)
+        figure.add_scatter(x=x, y=_mean([r["agreement"][s] for r in steps], smooth), showlegend=False,
+                           name=f"exit {layer}, training", row=1, col=2, **style)
+        figure.add_scatter(x=[r["step"] for r in held], y=[r["held_out_agreement"][s] for r in held], mode="markers",
+                           marker=dict(color=colour, size=9, symbol="diamond"), name=f"exit {layer}, held out", row=1,
+                           col=2, legendgroup=str(s))
+    figure.update_xaxes(title="step")
+    figure.update_yaxes(type="log", row=1, col=1)
+    _write(figure, path)
+
+
+def reliability_plot(exits: Sequence[dict], path: Path) -> None:
+    """Stated confidence against how often it was right, a curve for each exit, from confidence.json's `bins`."""
+    figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1], line=dict(dash="dot", color="gray"), name="as stated"))
+    for s, report in enumerate(exits):
+        figure.add_scatter(x=report["bins"]["confidence"], y=report["bins"]["right"], mode="lines+markers",
+                           name=f"exit {report['layer']}, ECE {report['ece']:.1%}",
+                           line_color=_COLOURS[s % len(_COLOURS)])
+    figure.update_layout(xaxis_title="stated confidence", yaxis_title="share that was right", width=620, height=560)
+    _write(figure, path)
+
+
+def _mean(values: list[float], n: int) -> list[float]:
+    """Running mean over the last n values."""
+    return [sum(values[max(0, i - n + 1):i + 1]) / (i - max(0, i - n + 1) + 1) for i in range(len(values))]
+
+
+def _write(figure: go.Figure, path: Path) -> None:
+    figure.update_layout(template="plotly_white")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(path, include_plotlyjs=True)
