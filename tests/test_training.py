@@ -199,6 +199,8 @@ def test_a_lane_given_a_passage_reads_its_first_words_and_goes_on_up_to_a_limit(
 
 def test_the_template_is_split_around_the_users_turn():
     class Tokenizer:
+        chat_template = "<turn>reply:"
+
         def apply_chat_template(self, messages, tokenize, add_generation_prompt):
             return f"<{messages[0]['content']}>reply:"
 

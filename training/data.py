@@ -102,14 +102,21 @@ def load_documents(folders: list[Path]) -> list[Document]:
 
 
 class ChatTemplate:
-    """The chat template around one user turn, as token ids: opening, the turn, closing up to the reply."""
+    """The chat template around one user turn, as token ids: opening, the turn, closing up to the reply.
+
+    A model without a template goes on from the text as it stands: `closing` is empty.
+    """
 
     def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        if tokenizer.chat_template is None:
+            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            self.opening, self.closing = [start], []
+            return
         sentinel = "\u241f"
         text = tokenizer.apply_chat_template([{"role": "user", "content": sentinel}], tokenize=False,
                                              add_generation_prompt=True)
         opening, closing = text.split(sentinel)
-        self._tokenizer = tokenizer
         self.opening, self.closing = self.encode(opening), self.encode(closing)
 
     def encode(self, text: str) -> list[int]:
@@ -137,7 +144,7 @@ class Sources:
             words = self.template.encode(text)[:self.rng.randint(8, 48)]
             return Opening(words, key_of(text), limit=len(words) + MAX_CONTINUATION)
         if draw < sum(self._shares) or not self._turns:
-            return Opening(list(self.template.opening), 0, invents_user=True)
+            return Opening(list(self.template.opening), 0, invents_user=bool(self.template.closing))
         turn = self._turns.pop()
         return Opening(self.template.prompt(turn), key_of(turn), greedy=self.rng.random() < 0.5)
 

@@ -1,0 +1,124 @@
+"""The whole recipe on a tiny model ends with exits that decode, whatever interrupts it, on however many processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cascadeexit import DecodeConfig, load
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def command(*args: object, launch: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, "-m", *launch, *map(str, args)]
+
+
+def run(*args: object, launch: tuple[str, ...] = ()) -> str:
+    done = subprocess.run(command(*args, launch=launch), cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """The folder that `SMOKE=1 training/run.sh` leaves behind."""
+    out = tmp_path_factory.mktemp("recipe")
+    done = subprocess.run(["bash", "training/run.sh"], cwd=ROOT, text=True, capture_output=True,
+                          env=ENVIRONMENT | {"SMOKE": "1", "SMOKE_OUT": str(out)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"python app.py --model {out}/model --exits {out}/exits" in done.stdout
+    return out
+
+
+def test_a_strangers_model_gets_trained_exits(recipe):
+    engine, tokenizer = load(str(recipe / "model"), recipe / "exits")
+    assert engine.bank.config.trained and engine.bank.config.adapter == "carry" and engine.num_exits == 3
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True,
+                                        return_dict=True)["input_ids"]
+    full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=24)).token_ids
+    verified = engine.run(ids, DecodeConfig(mode="verified", thresholds=0.2, max_new_tokens=24))
+    assert verified.token_ids == full and verified.stats.drafted
+    for name in ("config.json", "distill.json", "confidence.json", "evaluation.json", "loss.html", "reliability.html"):
+        assert (recipe / "exits" / name).exists(), name
+
+
+def test_training_brings_every_exit_nearer_to_the_full_model(recipe):
+    report = json.loads((recipe / "exits" / "distill.json").read_text())
+    assert all(after > before + 0.01 for before, after in
+               zip(report["untrained_agreement"], report["held_out_agreement"]))
+
+
+def distill(recipe: Path, out: Path) -> tuple[object, ...]:
+    return ("training.distill", "--model", recipe / "model", "--data", recipe / "data/policy", "--out", out,
+            "--features", recipe / "exits/features", "--epochs", 2, "--batch", 512, "--width", 16, "--head-size", 128,
+            "--train-words", 64, "--tail", 32, "--save-every", 4, "--mixed-precision", "no")
+
+
+def losses(folder: Path) -> list[dict]:
+    """Records of the log that hold a step's loss."""
+    return [record for record in map(json.loads, (folder / "log.jsonl").open()) if "kl" in record]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "exits.safetensors")
+
+
+def test_a_killed_training_ends_as_an_uninterrupted_one(recipe, tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    run(*distill(recipe, whole))
+    process = subprocess.Popen(command(*distill(recipe, torn)), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (torn / "checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (torn / "exits.safetensors").exists(), "killed too late to show anything"
+    run(*distill(recipe, torn))
+    ours, theirs = weights(whole), weights(torn)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-5)
+    steps = [[record["step"] for record in losses(folder)] for folder in (whole, torn)]
+    assert steps[0] == steps[1] == sorted(set(steps[0]))
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(recipe, tmp_path):
+    run(*distill(recipe, tmp_path), "--minutes", 0)
+    done = subprocess.run(command(*distill(recipe, tmp_path), "--lr", 0.5), cwd=ROOT, env=ENVIRONMENT, text=True,
+                          capture_output=True)
+    assert done.returncode == 1 and "other settings" in done.stderr and "--no-resume" in done.stderr
+
+
+def test_two_processes_train_as_one(recipe, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(*distill(recipe, one), "--own-share", 0)
+    run(*distill(recipe, two), "--own-share", 0,
+        launch=("accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"))
+    ours, theirs = ([record["kl"] for record in losses(folder)] for folder in (one, two))
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-3, rtol=1e-3)
+
+
+def test_writing_goes_on_after_a_kill_with_the_same_text(recipe, tmp_path):
+    args = ("training.data", "policy", "--model", recipe / "model", "--tokens", 9000, "--batch", 32, "--steps", 96)
+    run(*args, "--out", tmp_path / "whole")
+    process = subprocess.Popen(command(*args, "--out", tmp_path / "torn"), cwd=ROOT, env=ENVIRONMENT,
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "torn" / "shard-00000.safetensors").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(*args, "--out", tmp_path / "torn")
+    files = sorted(p.name for p in (tmp_path / "whole").glob("shard-*.safetensors"))
+    assert len(files) == 3
+    for name in files:
+        ours, theirs = (load_file(tmp_path / folder / name) for folder in ("whole", "torn"))
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours), name

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# The whole recipe: text that the model writes itself, adapters, estimators, evaluation. Ends with exits that the page
+# can load. Interrupted anywhere, the same command goes on.
+#
+#   MODEL=./my-llama OUT=runs/my-llama training/run.sh
+#   SMOKE=1 training/run.sh                        # a tiny random model on a CPU, in about a minute
+#
+#   MODEL     bundled name, Hub id or local folder             smollm2-135m-instruct
+#   OUT       folder for data, checkpoints and the exits       runs/MODEL
+#   EXITS     layers or parts of the depth                     0.3,0.57,0.8
+#   TOKENS    how much text the model writes                   2000000
+#   PROMPTS   JSONL files, rows {"prompt": ...}, spaces between: user turns for it to answer
+#   TEXTS     text files, spaces between: passages for it to go on with, and plain text to learn from
+#   PROCESSES how many processes or GPUs train                 1
+#   DISTILL, CONFIDENCE   more options for these steps
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python}
+MODEL=${MODEL:-smollm2-135m-instruct}
+OUT=${OUT:-runs/$(basename "$MODEL")}
+TOKENS=${TOKENS:-2000000}
+read -ra prompts <<< "${PROMPTS:-}"
+read -ra texts <<< "${TEXTS:-}"
+read -ra distill <<< "${DISTILL:-}"
+read -ra confidence <<< "${CONFIDENCE:-}"
+policy=(--tokens "$TOKENS")
+evaluate=(--tokens 100000)
+
+if [[ ${SMOKE:-} ]]; then
+  OUT=${SMOKE_OUT:-runs/smoke}
+  MODEL=$OUT/model
+  [[ -f $MODEL/config.json ]] || $python -m training.tiny --out "$MODEL"
+  texts=(README.md)
+  policy=(--tokens 24000 --batch 32 --steps 96)
+  distill=(--epochs 1 --batch 512 --width 32 --head-size 256 --train-words 128 --tail 64 --save-every 20)
+  confidence=(--epochs 1 --calibration-epochs 2 --width 16)
+fi
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "1. text that $MODEL writes"
+data=("$OUT/data/policy")
+$python -m training.data policy --model "$MODEL" --out "${data[0]}" "${policy[@]}" \
+  ${prompts[0]:+--prompts "${prompts[@]}"} ${texts[0]:+--texts "${texts[@]}"}
+if [[ ${texts[0]:-} ]]; then
+  data+=("$OUT/data/text")
+  $python -m training.data text --model "$MODEL" --files "${texts[@]}" --out "${data[1]}"
+fi
+
+say "2. adapters"
+launch=("$python")
+if [[ ${PROCESSES:-1} -gt 1 ]]; then
+  launch=("$python" -m accelerate.commands.launch --num_processes "$PROCESSES")
+  "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || launch+=(--cpu)
+fi
+"${launch[@]}" -m training.distill --model "$MODEL" --data "${data[@]}" --out "$OUT/exits" \
+  ${EXITS:+--exits "$EXITS"} "${distill[@]}"
+
+say "3. confidence estimators"
+$python -m training.confidence --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${confidence[@]}"
+
+say "4. evaluation"
+$python -m training.evaluate exits --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${evaluate[@]}" \
+  --out "$OUT/exits/evaluation.json"
+
+say "done: python app.py --model $MODEL --exits $OUT/exits"
