@@ -1,5 +1,7 @@
 """Training: losses have the reduction they name, splits never leak, and a run resumes where it was stopped."""
 
+import argparse
+import json
 import math
 
 import pytest
@@ -225,3 +227,16 @@ def test_platt_scaling_finds_the_slope_and_shift_that_made_the_labels():
     score = torch.randn(20_000)
     right = torch.rand(20_000) < (2.0 * score - 1.0).sigmoid()
     assert platt(score, right) == pytest.approx((2.0, -1.0), abs=0.1)
+
+
+def test_articles_of_wikitext_are_put_together_and_other_rows_are_documents(tmp_path):
+    pytest.importorskip("datasets")
+    lines = [" = First = ", " One . ", " = = Part = = ", " Two . ", " = Second = ", " Three . "]
+    for name in ("wikitext-tiny", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    args = argparse.Namespace(dataset_config=None, dataset_split="train")
+    args.dataset = str(tmp_path / "wikitext-tiny")
+    assert list(training.data.read_dataset(args)) == ["".join(lines[:4]), "".join(lines[4:])]
+    args.dataset = str(tmp_path / "notes")
+    assert list(training.data.read_dataset(args)) == lines

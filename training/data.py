@@ -2,6 +2,8 @@
 
     python -m training.data policy --tokens 500000 --prompts prompts.jsonl --texts book.txt --out data/policy
     python -m training.data text --files book.txt notes.jsonl --out data/text
+    python -m training.data text --dataset Salesforce/wikitext --dataset-config wikitext-103-raw-v1 --max-length 512 \\
+        --tokens 10240000 --out data/wikitext                       # as published: 20,000 samples of 512 tokens
 
 `policy` lets the frozen model write, so that exits are trained on the distribution they will decode. Through its chat
 template it answers user turns from --prompts, JSONL rows {"prompt": ...}, and invents other conversations whole, the
@@ -256,20 +258,50 @@ def read_texts(file: Path) -> Iterator[str]:
         yield from re.split(r"\n\s*\n", file.read_text(encoding="utf-8"))
 
 
+def read_dataset(args) -> Iterator[str]:
+    """Documents of a Hub dataset with a `text` column; articles of WikiText, whose rows are lines, are put together."""
+    from datasets import load_dataset  # here: only this command needs it, and its import takes a second
+
+    rows = load_dataset(args.dataset, args.dataset_config, split=args.dataset_split)
+    if "text" not in rows.column_names:
+        raise SystemExit(f"{args.dataset} has no column 'text', it has {', '.join(rows.column_names)}")
+    if "wikitext" not in args.dataset.lower():
+        yield from (row["text"] for row in rows)
+        return
+    article: list[str] = []
+    for row in rows:
+        if re.fullmatch(r" = [^=].* = \n?", row["text"]) and article:
+            yield "".join(article)
+            article = []
+        article.append(row["text"])
+    yield "".join(article)
+
+
 def write_text(args) -> None:
+    if not args.files and not args.dataset:
+        raise SystemExit("nothing to read: give --files or --dataset")
     tokenizer = AutoTokenizer.from_pretrained(resolve(args.model))
     texts = [t.strip() for file in args.files for t in read_texts(file) if t.strip()]
+    if args.dataset:
+        texts += [t.strip() for t in read_dataset(args) if t.strip()]
     random.Random(args.seed).shuffle(texts)
     documents, total = [], 0
-    for text in tqdm(texts, unit="document"):
-        whole = tokenizer(text)["input_ids"]
-        for a in range(0, len(whole), args.max_length):
-            ids = whole[a:a + args.max_length]
-            if len(ids) >= MIN_TOKENS and total < args.tokens:
-                documents.append(Document(ids, [0] * len(ids), key_of(text)))
-                total += len(ids)
+    with tqdm(total=args.tokens, unit="token", unit_scale=True) as bar:
+        for text in texts:
+            whole = tokenizer(text, verbose=False)["input_ids"]
+            for a in range(0, len(whole), args.max_length):
+                ids = whole[a:a + args.max_length]
+                if len(ids) >= MIN_TOKENS and total < args.tokens:
+                    documents.append(Document(ids, [0] * len(ids), key_of(text)))
+                    total += len(ids)
+                    bar.update(len(ids))
+            if total >= args.tokens:
+                break
+    if not documents:
+        raise SystemExit(f"no document of at least {MIN_TOKENS} tokens was found")
     save_shard(args.out / "shard-00000.safetensors", documents)
-    save_json(args.out / "provenance.json", provenance(args.seed) | {"files": [f.name for f in args.files]})
+    save_json(args.out / "provenance.json",
+              provenance(args.seed) | {"files": [f.name for f in args.files], "dataset": args.dataset})
     print(f"{len(documents)} documents, {total} tokens in {args.out}")
 
 
@@ -287,7 +319,10 @@ def main() -> None:
     policy.add_argument("--temperature", type=float, default=0.8, help="of sampled replies; half of them are greedy")
     policy.set_defaults(run=write_policy, tokens=500_000)
     text = kinds.add_parser("text", help="tokenize local text")
-    text.add_argument("--files", type=Path, nargs="+", required=True, help="text or JSONL files")
+    text.add_argument("--files", type=Path, nargs="*", default=[], help="text or JSONL files")
+    text.add_argument("--dataset", help="a Hub dataset with a text column, such as Salesforce/wikitext")
+    text.add_argument("--dataset-config", help="such as wikitext-103-raw-v1")
+    text.add_argument("--dataset-split", default="train")
     text.add_argument("--max-length", type=int, default=256, help="cut longer documents into pieces of this size")
     text.set_defaults(run=write_text)
     for kind in (policy, text):

