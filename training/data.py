@@ -265,7 +265,7 @@ def read_dataset(args) -> Iterator[str]:
     rows = load_dataset(args.dataset, args.dataset_config, split=args.dataset_split)
     if "text" not in rows.column_names:
         raise SystemExit(f"{args.dataset} has no column 'text', it has {', '.join(rows.column_names)}")
-    if "wikitext" not in args.dataset.lower():
+    if "wikitext" not in Path(args.dataset).name.lower():
         yield from (row["text"] for row in rows)
         return
     article: list[str] = []
