@@ -52,7 +52,8 @@ class KVCache:
         start, n = self.lengths[layer_idx], keys.shape[2]
         self.keys[layer_idx, :, :, start:start + n] = keys
         self.values[layer_idx, :, :, start:start + n] = values
-        return self.keys[layer_idx], self.values[layer_idx]
+        # A model spread over devices: the layer may sit elsewhere than the buffers. Here, `to` does nothing.
+        return self.keys[layer_idx].to(keys.device), self.values[layer_idx].to(keys.device)
 
     def advance(self, layers: range, n: int) -> None:
         """The first n rows written last in these layers are real."""

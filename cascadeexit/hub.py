@@ -77,10 +77,12 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
 
 
 def load_model(model: str | None = None, *, device: str | None = None, dtype: torch.dtype | str | None = None,
-               progress: Progress | None = None, token: str | None = None) -> tuple[object, object, str]:
+               progress: Progress | None = None, token: str | None = None,
+               device_map: str | dict | None = None) -> tuple[object, object, str]:
     """A frozen transformers model, its tokenizer and its short name.
 
-    Arguments and errors as for `load`; `token` opens gated and private Hub models, default $HF_TOKEN.
+    Arguments and errors as for `load`; `token` opens gated and private Hub models, default $HF_TOKEN. `device_map`,
+    as transformers takes it ('auto'), spreads a model over several devices, main memory or disk instead.
     """
     model, dtype = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, _torch_dtype(dtype)
     place = _device(device)
@@ -88,11 +90,13 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     hub = dict(token=token, trust_remote_code=False)    # unset, transformers would ask on the console to run code
     _check_config(model, source, hub)
     try:
-        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa", **hub)
+        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa",
+                                                    device_map=device_map, **hub)
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     except Exception as error:      # the readers of these files raise errors of many kinds, KeyError and Rust's too
         raise _explained(model, source, error) from error
-    return base.to(place).eval().requires_grad_(False), tokenizer, Path(os.path.abspath(source)).name.lower()
+    base = base if device_map else base.to(place)
+    return base.eval().requires_grad_(False), tokenizer, Path(os.path.abspath(source)).name.lower()
 
 
 def _device(wanted: str | None) -> torch.device:

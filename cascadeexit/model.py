@@ -106,8 +106,11 @@ class SegmentedModel:
         layers = model.model.layers
         self.segment_bytes = tuple(sum(p.nbytes for layer in layers[a:b] for p in layer.parameters())
                                    for a, b in zip(bounds, bounds[1:]))
+        if self.device.type == "meta":
+            raise ValueError("the vocabulary projection is not in memory: its `device_map` must put lm_head on a device")
         self._head = pack(model.lm_head.weight, model.lm_head.bias)
-        for layer in layers:
+        spread = hasattr(model, "hf_device_map")    # then accelerate's hooks, on the modules, bring weights and rows
+        for layer in () if spread else layers:
             for block in (layer.self_attn, layer.mlp):
                 for child, module in list(block.named_children()):
                     if isinstance(module, torch.nn.Linear):
@@ -233,7 +236,7 @@ class SegmentedModel:
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden rows after the last layer (1, N, D) -> the full model's logits (1, N, V)."""
-        return self._head(self.norm(self.pad_rows(h)))[:, :h.shape[1]]
+        return self._head(self.norm(self.pad_rows(h)).to(self.device))[:, :h.shape[1]]
 
     def pad_rows(self, h: Tensor) -> Tensor:
         """(1, N, D) with zero rows up to the row bucket."""

@@ -246,9 +246,9 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 def test_final_positions_arrive_in_order_and_time_never_runs_back(engine):
     for mode in Mode:
         config = DecodeConfig(mode=mode, max_new_tokens=TOKENS, thresholds=0.4, max_draft=3)
-        events = engine.run(PROMPTS[2], config).events
-        assert [e.index for e in events if e.final] == list(range(TOKENS))
-        assert all(a.seconds <= b.seconds for a, b in zip(events, events[1:]))
+        run = engine.run(PROMPTS[2], config)
+        assert [e.index for e in run.events if e.final] == list(range(len(run.token_ids)))
+        assert all(a.seconds <= b.seconds for a, b in zip(run.events, run.events[1:]))
 
 
 def test_waiting_for_the_consumer_is_not_engine_time(engine):

@@ -47,6 +47,23 @@ def test_unsupported_architectures_name_the_reason(config, reason):
         check_supported(config)
 
 
+def test_a_model_spread_over_memory_and_disk_is_the_same_model(tmp_path):
+    tiny_base().save_pretrained(tmp_path)
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(SHAPE["num_hidden_layers"])}
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "disk")
+    assert spread.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    ids, rows = [5, 9, 33, 2, 71, 8, 15], []
+    for base in (tiny_base(), spread):
+        model = SegmentedModel(base, EXIT_LAYERS)
+        with torch.inference_mode():
+            cache, h = model.new_cache(16), model.embed(ids)
+            for s in range(model.num_segments):
+                h = model.run_segment(s, h, cache)
+            rows.append(model.logits(h))
+    torch.testing.assert_close(*rows, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("layers", [(0, 3), (3, 3), (4, 2), (3, 6)])
 def test_exit_layers_must_ascend_inside_the_model(layers):
     with pytest.raises(ValueError, match="ascend"):

@@ -401,7 +401,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--features", type=Path, help="folder for hidden states; default OUT/features")
     p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     p.add_argument("--mixed-precision", choices=("no", "bf16"), default="bf16", help="of the adapters")
-    p.add_argument("--device-map", help="'auto' spreads a big model over several devices")
+    p.add_argument("--device-map", help="'auto' spreads a model that is too big for one device over all of them, "
+                   "main memory and disk; for one process")
     p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                    help="go on from the last checkpoint in --out")
     p.add_argument("--seed", type=int, default=0)
@@ -418,7 +419,7 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     say = accelerator.print
 
-    base, _, name = load_model(args.model, device=str(accelerator.device))
+    base, _, name = load_model(args.model, device=str(accelerator.device), device_map=args.device_map)
     layers = exit_layers(args.exits, base.config.num_hidden_layers)
     model = SegmentedModel(base, layers, name=name)
     store = FeatureStore(model, load_documents(args.data), args.features or args.out / "features", args.feature_gb)

@@ -141,8 +141,8 @@ def _run(model: SegmentedModel, document: Document) -> Features:
     cache, h, at_exit = model.new_cache(model.pad(len(document.ids))), model.embed(document.ids), []
     for s in range(model.num_segments):
         h = model.run_segment(s, h, cache)
-        at_exit.append(h[0])
+        at_exit.append(h[0].to(model.device))
     at_exit.pop()
     return Features(ids=torch.tensor(document.ids, dtype=torch.int32, device=model.device),
-                    exits=torch.stack(at_exit, 1), top=model.norm(h[0]),
+                    exits=torch.stack(at_exit, 1), top=model.norm(h[0]).to(model.device),
                     choices=model.logits(h)[0].argmax(-1).int(), wanted=wanted(document).to(model.device))
