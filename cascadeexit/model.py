@@ -107,7 +107,7 @@ class SegmentedModel:
         self.segment_bytes = tuple(sum(p.nbytes for layer in layers[a:b] for p in layer.parameters())
                                    for a, b in zip(bounds, bounds[1:]))
         if self.device.type == "meta":
-            raise ValueError("the vocabulary projection is not in memory: its `device_map` must put lm_head on a device")
+            raise ValueError("the vocabulary projection is not in memory: the device_map must put lm_head on a device")
         self._head = pack(model.lm_head.weight, model.lm_head.bias)
         spread = hasattr(model, "hf_device_map")    # then accelerate's hooks, on the modules, bring weights and rows
         for layer in () if spread else layers:

