@@ -102,7 +102,9 @@ def test_two_processes_train_as_one(recipe, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run(*distill(recipe, one), "--own-share", 0)
     run(*distill(recipe, two), "--own-share", 0,
-        launch=("accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"))
+        launch=("torch.distributed.run", "--nproc-per-node", "2", "-m"))
+    processes = [json.loads((folder / "distill.json").read_text())["processes"] for folder in (one, two)]
+    assert processes == [1, 2]
     ours, theirs = ([record["kl"] for record in losses(folder)] for folder in (one, two))
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-3, rtol=1e-3)
 

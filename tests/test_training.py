@@ -26,7 +26,7 @@ from training.features import FeatureStore
 
 
 def test_loss_is_summed_over_words_and_over_rows():
-    target, logits = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.zeros(1, 3)
+    target, logits = torch.tensor([[0.5, 0.25, 0.25]]), torch.zeros(1, 3)
     expected = math.log(3) - 1.5 * math.log(2)
     loss, kl, ce = exit_loss(logits, target, torch.tensor([0]), hard=0.25)
     assert kl.item() == pytest.approx(expected, abs=1e-6) and ce.item() == pytest.approx(math.log(3), abs=1e-6)
@@ -37,21 +37,49 @@ def test_loss_is_summed_over_words_and_over_rows():
 
 def test_temperature_softens_both_sides_and_is_paid_back():
     full, logits = torch.randn(4, 9), torch.randn(4, 9)
-    soft = exit_loss(logits, full, torch.full((4,), -1), hard=0.0, temperature=2.0)
+    soft = exit_loss(logits, (full / 2).softmax(-1), torch.full((4,), -1), hard=0.0, temperature=2.0)
     expected = 4 * torch.nn.functional.kl_div((logits / 2).log_softmax(-1), (full / 2).log_softmax(-1),
                                               log_target=True, reduction="sum")
     torch.testing.assert_close(soft[0], expected)
 
 
 def test_total_variation_is_one_minus_the_chance_of_acceptance():
-    full, logits = torch.randn(4, 9), torch.randn(4, 9)
+    full, logits = torch.randn(4, 9).softmax(-1), torch.randn(4, 9)
     tv = exit_loss(logits, full, torch.full((4,), -1), hard=0.0, loss="tv")[0]
-    acceptance = torch.minimum(logits.softmax(-1), full.softmax(-1)).sum(-1)
+    acceptance = torch.minimum(logits.softmax(-1), full).sum(-1)
     torch.testing.assert_close(tv, (1 - acceptance).sum())
 
 
+@pytest.mark.parametrize("loss", ["kl", "tv", "hybrid"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_gradient_in_closed_form_is_that_of_the_loss(loss, temperature):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 9, dtype=torch.float64), torch.tensor([3, -1, 0, 8, 5])
+    p = torch.randn(5, 9, dtype=torch.float64).softmax(-1)
+    weight = torch.ones(5, dtype=torch.float64)
+    if loss == "hybrid":        # its weights count as constants: they are no part of the gradient
+        tv = 0.5 * ((logits / temperature).softmax(-1) - p).abs().sum(-1)
+        weight = torch.exp(-3 * (1 - tv))
+
+    def plain(x):
+        log_q = (x / temperature).log_softmax(-1)
+        kl = temperature ** 2 * (p * (p.log() - log_q)).sum(-1)
+        tv = 0.5 * (p - log_q.exp()).abs().sum(-1)
+        distance = kl if loss == "kl" else tv if loss == "tv" else weight * kl + (1 - weight) * tv
+        return 0.7 * distance.sum() + 0.3 * torch.nn.functional.cross_entropy(x, labels, ignore_index=-1,
+                                                                              reduction="sum")
+
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    result = exit_loss(ours, p, labels, hard=0.3, temperature=temperature, loss=loss)[0]
+    expected = plain(theirs)
+    (2 * result).backward()
+    (2 * expected).backward()
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_choices_outside_the_head_do_not_pull_on_the_hard_loss():
-    logits, full = torch.randn(2, 3), torch.randn(2, 3)
+    logits, full = torch.randn(2, 3), torch.randn(2, 3).softmax(-1)
     with_unknown = exit_loss(logits, full, torch.tensor([1, -1]), hard=1.0)[2]
     alone = exit_loss(logits[:1], full[:1], torch.tensor([1]), hard=1.0)[2]
     torch.testing.assert_close(with_unknown, alone)
@@ -132,7 +160,8 @@ def test_micro_batches_hold_every_document_within_the_limit():
     lengths = {i: 5 + i for i in range(12)}
     parts = micro_batches(list(lengths), lengths, tokens=40)
     assert sorted(i for part in parts for i in part) == list(range(12))
-    assert all(max(lengths[i] for i in part) * len(part) <= 40 for part in parts)
+    assert all(sum(lengths[i] for i in part) <= 40 for part in parts)
+    assert micro_batches([3], {3: 99}, tokens=40) == [[3]]
 
 
 @pytest.mark.parametrize("text, layers", [("8,16,22", (8, 16, 22)), ("0.3,0.57,0.8", (9, 17, 24)), (None, (9, 17, 24))])

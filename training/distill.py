@@ -2,7 +2,7 @@
 
     python -m training.distill --preset smollm2-135m-instruct --data data/policy data/text --out runs/smollm2
     python -m training.distill --model ./my-llama --exits 0.3,0.57,0.8 --data data/my-llama --out runs/my-llama
-    accelerate launch --num_processes 4 -m training.distill ...
+    torchrun --nproc-per-node 4 -m training.distill ...         # processes on CPUs, or GPUs
 
 Loss per exit, in nats per token: (1 - hard) T^2 KL(full || exit) + hard * cross-entropy, summed over words, averaged
 over tokens (Hinton et al. 2015). The base model is frozen; only the adapters and their norms learn. With a trimmed
@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from cascadeexit.exits import ADAPTERS, ExitBank
@@ -45,28 +44,51 @@ _BLOCK = 512            # rows whose logits exist at the same time
 # -- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def exit_loss(logits: Tensor, full_logits: Tensor, labels: Tensor, *, hard: float, temperature: float = 1.0,
+class _ExitLoss(torch.autograd.Function):
+    """The loss with its gradient in closed form: autograd would walk over the (n, K) tables five times as often."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, p: Tensor, labels: Tensor, hard: float, temperature: float, loss: str):
+        log_q = F.log_softmax(logits / temperature, -1)
+        kl = torch.xlogy(p, p).sum(-1) - torch.linalg.vecdot(p, log_q)
+        q, known = log_q.exp(), (labels >= 0).nonzero()[:, 0]
+        distance, gradient = temperature ** 2 * kl, temperature * (q - p)
+        if loss != "kl":
+            sign = (q - p).sign_()
+            tv, tv_gradient = 0.5 * torch.linalg.vecdot(sign, q - p), sign.sub_(torch.linalg.vecdot(sign, q)[:, None])
+            tv_gradient.mul_(q).mul_(0.5 / temperature)
+            share = torch.exp(-3 * (1 - tv)) if loss == "hybrid" else torch.zeros_like(tv)
+            distance = share * distance + (1 - share) * tv
+            gradient = share[:, None] * gradient + (1 - share)[:, None] * tv_gradient
+        gradient *= 1 - hard
+        ce = logits.new_zeros(())
+        if hard:
+            log_q = log_q if temperature == 1 else F.log_softmax(logits, -1)
+            ce = -log_q[known, labels[known]].sum()
+            gradient[known] += hard * (q if temperature == 1 else log_q.exp())[known]
+            gradient[known, labels[known]] -= hard
+        ctx.save_for_backward(gradient)
+        kl = kl.sum()
+        ctx.mark_non_differentiable(kl, ce)
+        return (1 - hard) * distance.sum() + hard * ce, kl, ce
+
+    @staticmethod
+    def backward(ctx, weight: Tensor, *_):
+        return weight * ctx.saved_tensors[0], None, None, None, None, None
+
+
+def exit_loss(logits: Tensor, full_probs: Tensor, labels: Tensor, *, hard: float, temperature: float = 1.0,
               loss: str = "kl") -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, distance to the full model, cross-entropy), each summed over rows.
+    """(loss, KL from the full model, cross-entropy), each summed over rows; the loss alone has a gradient.
 
     Args:
-        logits, full_logits: the exit's and the full model's, over the same words (n, K).
+        logits: the exit's (n, K); full_probs: the full model's softmax at this temperature, over the same words.
         labels: index of the right word (n,), -1 where it is not among the K: such rows have no cross-entropy.
-        hard: weight of the cross-entropy; the distance has 1 - hard.
-        loss: 'kl'; 'tv', total variation: 1 - the chance that a draft is accepted (decoding.md of speculators);
-            'hybrid', both: TV gains weight as the two agree (lambda = exp(-3 acceptance)).
+        hard: weight of the cross-entropy; the distance to the full model has 1 - hard.
+        loss: 'kl'; 'tv', total variation: 1 - the chance that a draft is accepted (Leviathan et al. 2023); 'hybrid',
+            both: KL gains weight, exp(-3 (1 - acceptance)), as the two agree.
     """
-    log_q = F.log_softmax(logits / temperature, -1)
-    log_p = F.log_softmax(full_logits / temperature, -1)
-    known = labels >= 0
-    ce = F.cross_entropy(logits[known], labels[known], reduction="sum") if hard else logits.new_zeros(())
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    distance = temperature ** 2 * kl
-    if loss != "kl":
-        tv = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
-        share = torch.exp(-3 * (1 - tv.detach())) if loss == "hybrid" else 0.0
-        distance = share * distance + (1 - share) * tv
-    return (1 - hard) * distance.sum() + hard * ce, kl.detach().sum(), ce.detach()
+    return _ExitLoss.apply(logits, full_probs, labels, hard, temperature, loss)
 
 
 class ExitHead:
@@ -110,10 +132,11 @@ def backward(hiddens: list[Tensor], top: Tensor, labels: Tensor, choices: Tensor
         part = slice(a, a + _BLOCK)
         with torch.no_grad():
             full_logits = F.linear(top[part].to(weight.dtype), weight).float() + added
+            full_probs = (full_logits / args.temperature).softmax(-1)
         for s, hidden in enumerate(hiddens):
             x = hidden[part].detach().requires_grad_()
             logits = F.linear(x.to(weight.dtype), weight).float() + added
-            loss, kl, ce = exit_loss(logits, full_logits, head.local[labels[part]], hard=args.hard,
+            loss, kl, ce = exit_loss(logits, full_probs, head.local[labels[part]], hard=args.hard,
                                      temperature=args.temperature, loss=args.loss)
             (loss / rows).backward()
             gradients[s][part] = x.grad
@@ -206,33 +229,38 @@ def batches(rows: dict[int, int], batch: int, epochs: float, seed: int) -> list[
 
 
 def micro_batches(documents: list[int], lengths: dict[int, int], tokens: int) -> list[list[int]]:
-    """These documents, the longest first, in parts of at most `tokens` padded positions."""
-    parts: list[list[int]] = []
-    for number in sorted(documents, key=lambda i: (-lengths[i], i)):
-        if not parts or lengths[parts[-1][0]] * (len(parts[-1]) + 1) > tokens:
+    """These documents in parts of at most `tokens` tokens, or of one document."""
+    parts, room = [], 0
+    for number in documents:
+        room -= lengths[number]
+        if room < 0:
             parts.append([])
+            room = tokens - lengths[number]
         parts[-1].append(number)
     return parts
 
 
-def adapted(bank: ExitBank, inputs: Inputs, features: list[Features], wanted: Tensor, own: float = 0.0,
+def adapted(bank: ExitBank, inputs: Inputs, features: list[Features], own: float = 0.0,
             generator: torch.Generator | None = None) -> list[Tensor]:
-    """Rows that are wanted, after each exit's adapter: (n, D) each.
+    """Rows that are wanted of these documents, after each exit's adapter: (n, D) each.
 
-    own: share of positions whose token counts as named by an exit, so that the adapted hidden state of an exit drawn
-    at random, instead of the full model's, is what is carried on to them.
+    own: share of them whose token counts as named by an exit, so that the adapted hidden state of an exit drawn at
+    random, instead of the full model's, is what is carried on to them.
     """
-    h = pad_sequence([f.exits for f in features], batch_first=True).to(wanted.device, torch.float32)   # (B, T, E, D)
-    said = pad_sequence([carried(f) for f in features], batch_first=True).to(wanted.device, torch.float32)
-    exits = range(len(bank.adapters))
+    device = bank.adapters[0].norm.weight.device
+    h = torch.cat([f.exits for f in features]).to(device)                                       # (N, E, D)
+    said = torch.cat([carried(f) for f in features]).to(device)                                 # (N, D)
+    rows = torch.cat([f.wanted for f in features]).to(device).nonzero()[:, 0]                   # (n,)
+    carry = said[rows].float()
     if own and inputs.carry:
+        first = torch.cat([torch.arange(len(f.ids)) == 0 for f in features]).to(device)
+        draw = torch.rand(2, len(rows), generator=generator).to(device)
+        drawn = (draw[0] * len(bank.adapters)).long().masked_fill_((draw[1] >= own) | first[rows], -1)
         with torch.no_grad():
-            first = torch.stack([bank.hidden(s, *inputs(s, h[:, :, s], said)) for s in exits])         # (E, B, T, D)
-        draw = torch.rand(2, *wanted.shape, generator=generator).to(wanted.device)
-        exit_of = (draw[0] * len(first)).long()[None, ..., None].expand(1, *said.shape)
-        before = first.gather(0, exit_of)[0].roll(1, dims=1)
-        said[:, 1:] = torch.where((draw[1] < own)[..., None], before.float(), said)[:, 1:]
-    return [bank.hidden(s, *inputs(s, h[:, :, s], said))[wanted] for s in exits]
+            for s in range(len(bank.adapters)):
+                before = rows[drawn == s] - 1
+                carry[drawn == s] = bank.hidden(s, *inputs(s, h[before, s].float(), said[before].float())).float()
+    return [bank.hidden(s, *inputs(s, h[rows, s].float(), carry)) for s in range(len(bank.adapters))]
 
 
 def labels_of(features: Features, kind: str) -> Tensor:
@@ -247,9 +275,9 @@ def agreement(bank: ExitBank, inputs, store: FeatureStore, documents: list[int],
     hits, total, generator = torch.zeros(len(bank.adapters)), 0, torch.Generator().manual_seed(0)
     for number in documents:
         f = store[number]
-        wanted, choices = f.wanted[None].to(accelerator.device), f.choices[f.wanted].to(accelerator.device)
+        choices = f.choices[f.wanted].to(accelerator.device)
         with accelerator.autocast():
-            hidden = adapted(bank, inputs, [f], wanted, own, generator)
+            hidden = adapted(bank, inputs, [f], own, generator)
         for s, rows in enumerate(hidden):
             hits[s] += (F.linear(rows.to(head.own.dtype), head.own).argmax(-1) == head.local[choices]).sum().cpu()
         total += len(choices)
@@ -325,11 +353,10 @@ def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, w
         mine = plan[step][accelerator.process_index::accelerator.num_processes]
         for part in micro_batches(mine, lengths, args.micro_batch):
             features = [store[i] for i in part]
-            wanted = pad_sequence([f.wanted for f in features], batch_first=True).to(accelerator.device)
             top, labels, choices = (torch.cat([kind(f)[f.wanted] for f in features]).to(accelerator.device) for kind in
                                     (lambda f: f.top, lambda f: labels_of(f, args.labels), lambda f: f.choices))
             with accelerator.autocast():
-                hiddens = adapted(bank, inputs, features, wanted, args.own_share, generator)
+                hiddens = adapted(bank, inputs, features, args.own_share, generator)
             sums = sums + backward(hiddens, top, labels, choices, words, args.seed * 1009 + step, rows, args)
         if accelerator.num_processes > 1:
             sums = accelerator.reduce(torch.zeros(len(bank.adapters), 3, device=accelerator.device) + sums)
@@ -391,7 +418,7 @@ def parser() -> argparse.ArgumentParser:
                    "the full model's choice, or the text's next token")
     p.add_argument("--epochs", type=float, default=3.0, help="passes over the training documents")
     p.add_argument("--batch", type=int, default=1024, help="training rows a step, over all processes")
-    p.add_argument("--micro-batch", type=int, default=8192, help="positions in one backward pass; a step has several")
+    p.add_argument("--micro-batch", type=int, default=8192, help="tokens in one backward pass; a step may have several")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--fit-documents", type=int, default=1500, help="documents that set the scale of the rows and the "
                    "first weights")
@@ -416,7 +443,7 @@ def main() -> None:
     args = command.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.cuda.is_available())
     say = accelerator.print
 
     base, _, name = load_model(args.model, device=str(accelerator.device), device_map=args.device_map)
@@ -457,7 +484,7 @@ def main() -> None:
         loss_plot(run.records(), layers, args.out / "loss.html")
         save_json(args.out / "distill.json", {
             "provenance": provenance(args.seed), "settings": key, "data_note": args.data_note, "steps": steps,
-            "documents": len(store), "rows": sum(map(store.rows, training)),
+            "processes": accelerator.num_processes, "documents": len(store), "rows": sum(map(store.rows, training)),
             "held_out_rows": sum(map(store.rows, held_out)), "head_coverage": covered, "untrained_agreement": before,
             "held_out_agreement": after, "held_out_agreement_after_exits": drafting})
         say("held-out agreement, untrained -> trained (after a token that an exit named): "

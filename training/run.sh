@@ -51,8 +51,7 @@ fi
 say "2. adapters"
 launch=("$python")
 if [[ ${PROCESSES:-1} -gt 1 ]]; then
-  launch=("$python" -m accelerate.commands.launch --num_processes "$PROCESSES")
-  "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || launch+=(--cpu)
+  launch=("$python" -m torch.distributed.run --nproc-per-node "$PROCESSES")
 fi
 "${launch[@]}" -m training.distill --model "$MODEL" --data "${data[@]}" --out "$OUT/exits" \
   ${EXITS:+--exits "$EXITS"} "${distill[@]}"
