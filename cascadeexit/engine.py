@@ -110,13 +110,10 @@ class Staircase:
             self.waiting[s + 1] = _append(self.waiting[s + 1], out)
         return out
 
-    def prefill(self, tokens: Sequence[int]) -> Tensor | None:
-        """Add tokens and take them through every segment at once: the last segment's rows (1, N, D)."""
+    def prefill(self, tokens: Sequence[int]) -> list[Tensor]:
+        """Add tokens and take them through every segment at once: the rows after each (1, N, D), [] without tokens."""
         self.tokens.extend(tokens)
-        out = None
-        for s in range(self.model.num_segments if len(tokens) else 0):
-            out = self.run(s)
-        return out
+        return [self.run(s) for s in range(self.model.num_segments if len(tokens) else 0)]
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on. Only right after a full-depth pass, when nothing waits."""
@@ -202,7 +199,7 @@ class Engine:
         verified = config.mode is Mode.VERIFIED
         thresholds = (None,) * last if config.mode is Mode.FULL else config.threshold_per_exit(last)
         sampler = Sampler(config.temperature, config.top_p, config.seed, model.vocab_size, model.device)
-        stairs = Staircase(model, self._capacity(len(prompt) + config.max_new_tokens))
+        stairs = Staircase(model, self.capacity(len(prompt) + config.max_new_tokens))
         drafts: list[_Draft] = []                                # tokens not yet confirmed, oldest first
         end = len(prompt) + config.max_new_tokens
 
@@ -211,9 +208,7 @@ class Engine:
             return TokenEvent(position - len(prompt), token, exit, confidences, status, watch.read(), read)
 
         # 1. Prefill: all but the newest token, through every segment, in every mode with the same shapes.
-        top = stairs.prefill(prompt[:-1])
-        said = torch.zeros(1, model.hidden_size, dtype=model.dtype, device=model.device) if top is None \
-            else model.norm(top[0, -1:])                         # the hidden state that named the newest token (1, D)
+        said = self.last_said(stairs.prefill(prompt[:-1]))       # the hidden state that named the newest token (1, D)
         stairs.tokens.append(prompt[-1])
         stairs.weight_bytes = 0
         unasked = (None,) * last
@@ -283,16 +278,22 @@ class Engine:
         """
         if not token_ids:
             return []
-        stairs = Staircase(self.model, self._capacity(len(prompt_ids) + len(token_ids)))
+        stairs = Staircase(self.model, self.capacity(len(prompt_ids) + len(token_ids)))
         stairs.prefill(prompt_ids[:-1])
         rows = [prompt_ids[-1], *token_ids[:-1]]
         choices = []
         for a in range(0, len(rows), self.model.max_verify_rows):
-            h = stairs.prefill(rows[a:a + self.model.max_verify_rows])
-            choices += self.model.logits(h)[0].argmax(-1).tolist()
+            *_, top = stairs.prefill(rows[a:a + self.model.max_verify_rows])
+            choices += self.model.logits(top)[0].argmax(-1).tolist()
         return choices
 
-    def _capacity(self, positions: int) -> int:
+    def last_said(self, rows: list[Tensor]) -> Tensor:
+        """The full model's hidden state that names the token after these prefilled rows (1, D); zeros without rows."""
+        if not rows:
+            return torch.zeros(1, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)
+        return self.model.norm(rows[-1][0, -1:])
+
+    def capacity(self, positions: int) -> int:
         """Cache slots for a run: room for the padding of the last pass, rounded up."""
         return -(-(positions + self.model.row_multiple) // _CAPACITY_STEP) * _CAPACITY_STEP
 

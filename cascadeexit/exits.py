@@ -238,13 +238,18 @@ class ExitBank(nn.Module):
         Raises FileNotFoundError when a file is missing, ValueError when the two files do not fit together.
         """
         folder = Path(folder)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"no {name} in {folder}; exits are two files: {CONFIG_FILE}, {WEIGHTS_FILE}")
-        fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         try:
-            bank = cls(ExitConfig(**fields))
+            bank = cls(read_config(folder))
             bank.load_state_dict(load_file(folder / WEIGHTS_FILE))
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"{folder} holds no exits that this version can read: {error}") from error
         return bank
+
+
+def read_config(folder: str | Path) -> ExitConfig:
+    """What an artifact says of itself, without its weights. Raises FileNotFoundError, ValueError and TypeError."""
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {folder}; exits are two files: {CONFIG_FILE}, {WEIGHTS_FILE}")
+    return ExitConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))

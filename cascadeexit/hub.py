@@ -32,8 +32,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from cascadeexit.engine import Engine
-from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank
+from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, read_config
 from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
+from cascadeexit.stream import Shape
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
@@ -88,7 +89,7 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     place = _device(device)
     source = resolve(model, progress)
     hub = dict(token=token, trust_remote_code=False)    # unset, transformers would ask on the console to run code
-    _check_config(model, source, hub)
+    read_model_config(model, source, hub)
     try:
         base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa",
                                                     device_map=device_map, **hub)
@@ -96,7 +97,30 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     except Exception as error:      # the readers of these files raise errors of many kinds, KeyError and Rust's too
         raise _explained(model, source, error) from error
     base = base if device_map else base.to(place)
-    return base.eval().requires_grad_(False), tokenizer, Path(os.path.abspath(source)).name.lower()
+    return base.eval().requires_grad_(False), tokenizer, short_name(source)
+
+
+def describe(model: str | None = None, exits: str | Path | None = None) -> Shape:
+    """The shape of what `load` would load, for the price of its configs.
+
+    Raises as `load` does, as far as configs tell.
+    """
+    model = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL
+    name = short_name(model)
+    folder = find_exits(name, exits)
+    if folder is not None and model == DEFAULT_MODEL:           # its weights may not be here yet
+        config = read_config(folder)
+        return Shape(name, config.num_layers, config.layers, config.trained)
+    layers = read_model_config(model, resolve(model), dict(trust_remote_code=False)).num_hidden_layers
+    if folder is None:
+        return Shape(name, layers, default_exit_layers(layers), False)
+    config = read_config(folder)
+    return Shape(name, layers, config.layers, config.trained)
+
+
+def short_name(source: str) -> str:
+    """The last part of a path or Hub id, in lower case."""
+    return Path(os.path.abspath(Path(source).expanduser())).name.lower()
 
 
 def _device(wanted: str | None) -> torch.device:
@@ -161,8 +185,8 @@ def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return found
 
 
-def _check_config(model: str, source: str, hub: dict) -> None:
-    """Before any weight is fetched: a model that cannot run is refused for the price of its config."""
+def read_model_config(model: str, source: str, hub: dict):
+    """A transformers config. Before any weight is fetched, a model that cannot run is refused for its price."""
     try:
         config = AutoConfig.from_pretrained(source, **hub)
     except ValueError as error:     # no model type, one that transformers does not know, or one with code of its own
@@ -171,6 +195,7 @@ def _check_config(model: str, source: str, hub: dict) -> None:
     except Exception as error:
         raise _explained(model, source, error) from error
     check_supported(config)
+    return config
 
 
 # -- the bundled model -----------------------------------------------------------------------------------------------

@@ -1,245 +1,19 @@
-"""Views: what a run looks like. TokenEvents become text, a stream of JSON lines, and Plotly figures.
+"""Views: Plotly figures of a finished run and of an evaluation. They know numbers and colours, and no page."""
 
-It knows tokens, numbers and colours; it knows no page and no server. Every number comes from `metrics`, so
-the page and the benchmark cannot disagree about what a word means.
-"""
-
-import copy
-import json
-import time
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
 from cascadeexit import metrics
-from cascadeexit.engine import DecodeConfig, Engine, Mode
-from cascadeexit.events import Status, TokenEvent
+from cascadeexit.evaluation import Result, summarize_results
+from cascadeexit.stream import CASCADE, FULL, Shape, TokenStream, colours, exit_name
 
-CASCADE, FULL = "cascade", "full"           # the two sides of a race
-FORMAT = 1                                  # of the stream; a reader refuses what it does not know
-FRAME_SECONDS, STATS_SECONDS = 0.07, 0.2    # the browser redraws whole frames: more of them only cost time
-ROLLING = 32                                # positions in the moving match rate
-_BROKEN = "\ufffd"                          # how decoders show an unfinished or invalid UTF-8 sequence
-
-# Paul Tol's "light" scheme, shallow to deep: black text on each is readable, also for colour-blind eyes.
-_DEPTH_COLOURS = ("#99DDFF", "#77AADD", "#44BB99", "#BBCC33", "#EEDD88", "#EE8866")
-_FULL_COLOUR = "#DDDDDD"
 _OUTLINE = "#7D838C"                        # visible on a light and on a dark page
+_KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # Paul Tol's "bright" scheme
 
-
-def colours(num_exits: int) -> tuple[str, ...]:
-    """One colour per segment; exits beyond the palette share its last colour, the full model is grey."""
-    last = len(_DEPTH_COLOURS) - 1
-    return (*(_DEPTH_COLOURS[min(s, last)] for s in range(num_exits)), _FULL_COLOUR)
-
-
-class TextDecoder:
-    """Token ids in, text pieces out, such that the pieces add up to what the tokenizer decodes for them all.
-
-    A token that ends inside a character gets '', and the token that completes the character brings its text.
-    (Tokenizers with byte fallback rewrite a character when invalid bytes follow it; that is not undone.)
-    """
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self._context: list[int] = []   # the last finished tokens: decoders treat the first of a text apart
-        self._held: list[int] = []      # tokens whose text is not finished
-
-    @property
-    def holding(self) -> bool:
-        return bool(self._held)
-
-    def push(self, token_id: int) -> str:
-        # New lists, never changed in place: a shallow copy of a decoder can run ahead on drafts.
-        self._held = [*self._held, token_id]
-        piece = self._pending()
-        if piece.endswith(_BROKEN):
-            return ""
-        self._context, self._held = self._held, []
-        return piece
-
-    def flush(self) -> str:
-        """The text of an unfinished end; '' when there is none."""
-        piece, self._held = self._pending() if self._held else "", []
-        return piece
-
-    def _pending(self) -> str:
-        return self._decode(self._context + self._held)[len(self._decode(self._context)):]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-class _Side:
-    """One stream of events, on its way to text."""
-
-    def __init__(self, tokenizer):
-        self.decoder = TextDecoder(tokenizer)
-        self.ahead: TextDecoder | None = None       # runs ahead of `decoder` on tokens that are not final yet
-        self.events: list[TokenEvent] = []
-        self.final: list[TokenEvent] = []
-
-    @property
-    def ids(self) -> list[int]:
-        return [e.token_id for e in self.final]
-
-    def piece(self, event: TokenEvent) -> str:
-        """This event's text: for good when it is final, a first guess when it is a draft."""
-        self.events.append(event)
-        if event.final:
-            self.ahead = None
-            self.final.append(event)
-            return self.decoder.push(event.token_id)
-        if event.status is Status.REJECTED:
-            return ""
-        self.ahead = self.ahead or copy.copy(self.decoder)
-        return self.ahead.push(event.token_id)
-
-
-class TokenStream:
-    """A race as one string of JSON lines that only grows: the page's input, and a record of the run.
-
-    Lines by `type`: model, run, token, text, stats, versus, then one of end, stopped, error. The string is
-    ASCII and has no '<', so it survives any transport; read in pieces or whole, it says the same.
-    """
-
-    def __init__(self, engine: Engine, tokenizer, config: DecodeConfig, num_prompt_tokens: int):
-        self.engine, self.config = engine, config
-        self.sides = {CASCADE: _Side(tokenizer), FULL: _Side(tokenizer)}
-        self._special = frozenset(tokenizer.all_special_ids)
-        self.text = model_line(engine)
-        self._write("run", run=uuid.uuid4().hex[:12], mode=config.mode, greedy=config.temperature == 0,
-                    thresholds=config.threshold_per_exit(engine.num_exits), prompt_tokens=num_prompt_tokens,
-                    max_new_tokens=config.max_new_tokens)
-
-    def add(self, name: str, event: TokenEvent) -> None:
-        """One more event of the side with this name."""
-        side = self.sides[name]
-        piece = side.piece(event)
-        record = dict(side=name, i=event.index, id=event.token_id, status=event.status)
-        if event.status is not Status.REJECTED:
-            record |= dict(text=piece, exit=event.exit, t=event.seconds, conf=event.confidences)
-        if event.final and len(side.final) > 1:
-            record["ms"] = 1000 * metrics.token_seconds(side.final[-2:])[0]
-        if event.token_id in self._special:
-            record["special"] = True
-        elif event.final and side.decoder.holding:
-            record["part"] = True           # a later token finishes its character
-        self._write("token", **_rounded(record))
-
-    def add_stats(self) -> None:
-        """The numbers so far, of both sides, and how far their texts are the same."""
-        speed = {}
-        for name, side in self.sides.items():
-            if side.final:
-                stats = metrics.summarize(side.events, self.engine.costs)
-                speed[name] = stats.tokens_per_second
-                self._write("stats", side=name, seconds=round(side.final[-1].seconds, 5),
-                            done=self._done(side), **_rounded(asdict(stats)))
-        ours, theirs = (side.ids for side in self.sides.values())
-        n = min(len(ours), len(theirs))
-        if n:
-            so_far = metrics.match(ours[:n], theirs[:n])
-            recent = metrics.match(ours[max(0, n - ROLLING):n], theirs[max(0, n - ROLLING):n])
-            speedup = speed[CASCADE] / speed[FULL] if all(speed.values()) else None
-            self._write("versus", n=n, speedup=_rounded(speedup), positional=_rounded(so_far.positional),
-                        rolling=_rounded(recent.positional), first_divergence=so_far.first_divergence)
-
-    def _done(self, side: _Side) -> bool:
-        return (len(side.final) == self.config.max_new_tokens
-                or side.final[-1].token_id in self.engine.model.eos_ids)
-
-    def close_text(self) -> None:
-        """Both sides are done: give each last token the text held back for it, and the final numbers."""
-        for name, side in self.sides.items():
-            rest = side.decoder.flush()
-            if rest:
-                self._write("text", side=name, i=side.final[-1].index, text=rest)
-        self.add_stats()
-
-    def end(self, full_choices: Sequence[int]) -> None:
-        """The verdict. `full_choices`: what the full model would say after each prefix of the left text."""
-        ours, theirs = (side.ids for side in self.sides.values())
-        match = metrics.match(ours, theirs)
-        lossless = self.config.mode is Mode.VERIFIED and self.config.temperature == 0
-        self._write("end", agreement=_rounded(metrics.agreement(ours, full_choices)),
-                    positional=_rounded(match.positional), first_divergence=match.first_divergence,
-                    sequence=match.sequence, identical=match.sequence if lossless else None)
-
-    def fail(self, message: str) -> None:
-        self.text += error_line(message)
-
-    def _write(self, type: str, **record) -> None:
-        self.text += _line(type, **record)
-
-
-def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> Iterator[str]:
-    """Feed a race to a stream; yields its text when a frame is due, and for the first token at once."""
-    next_frame = 0.0
-    next_stats = time.monotonic() + STATS_SECONDS
-    for name, event in contest:
-        stream.add(name, event)
-        now = time.monotonic()
-        if now >= next_stats:
-            stream.add_stats()
-            next_stats = now + STATS_SECONDS
-        if now >= next_frame:
-            yield stream.text
-            next_frame = now + FRAME_SECONDS
-
-
-# -- single lines -------------------------------------------------------------------------------------------
-
-def model_line(engine: Engine) -> str:
-    """What runs here, as the first line of a stream; alone, it is a stream in which nothing has run yet."""
-    layers = engine.model.exit_layers
-    exits = [dict(layer=layer, depth=round(depth, 4)) for layer, depth in zip(layers, engine.costs.depths)]
-    return _line("model", format=FORMAT, model=engine.model.name, layers=engine.model.num_layers, exits=exits,
-                 trained=engine.bank.config.trained, colours=colours(engine.num_exits))
-
-
-def error_line(message: str) -> str:
-    """Alone: a run that could not begin. At the end of a stream: one that broke off."""
-    return _line("error", message=message)
-
-
-def stopped(text: str) -> str:
-    """The stream of a run that somebody stopped: what was said stays. No change when nothing was running."""
-    try:
-        kind = json.loads(text.rstrip("\n").rpartition("\n")[2])["type"]
-    except (ValueError, KeyError, TypeError):
-        return text
-    return text if kind in ("model", "end", "stopped", "error") else text + _line("stopped")
-
-
-def exit_name(s: int, engine: Engine) -> str:
-    """Plain words for segment s."""
-    if s == engine.num_exits:
-        return "Full model"
-    return f"Exit {s + 1} (after layer {engine.model.exit_layers[s]} of {engine.model.num_layers})"
-
-
-def _line(type: str, **record) -> str:
-    # ASCII escapes carry lone surrogates safely; '<' is escaped so that no value can look like markup.
-    text = json.dumps({"type": type, **record}, ensure_ascii=True, separators=(",", ":"))
-    return text.replace("<", "\\u003c") + "\n"
-
-
-def _rounded(value):
-    """Floats in any nesting, to as many digits as a page can show."""
-    if isinstance(value, float):
-        return round(value, 5)
-    if isinstance(value, (tuple, list)):
-        return [_rounded(v) for v in value]
-    return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-# -- figures of a finished run ------------------------------------------------------------------------------
 
 def figures(stream: TokenStream, full_choices: Sequence[int]) -> list[go.Figure]:
-    """All of them, in the order in which the page shows them."""
+    """All of a run, in the order in which the page shows them. full_choices: the full model's, after the left text."""
     return [routing_figure(stream), latency_figure(stream), confidence_figure(stream, full_choices)]
 
 
@@ -247,7 +21,7 @@ def routing_figure(stream: TokenStream) -> go.Figure:
     """Which exit wrote how much of the text."""
     engine, final = stream.engine, stream.sides[CASCADE].final
     share = metrics.routing_share(final, engine.model.num_segments)
-    names = [exit_name(s, engine).partition(" (")[0] for s in range(len(share))]
+    names = [exit_name(s, Shape.of(engine)).partition(" (")[0] for s in range(len(share))]
     figure = go.Figure(go.Bar(
         x=share, y=names, orientation="h", cliponaxis=False,
         text=[f"{part:.1%}" for part in share], textposition="outside",
@@ -291,6 +65,37 @@ def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Fi
     figure.update_xaxes(title="token")
     figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
     return _styled(figure, "How sure the exits were")
+
+
+def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) -> go.Figure:
+    """Agreement against speed-up, a point a prompt and one for all.
+
+    curve: thresholds measured before, {threshold, agreement, cost} each: drawn at the speed-up that reading fewer
+        weights allows, 1 / cost.
+    """
+    figure = go.Figure()
+    if curve:
+        figure.add_scatter(
+            x=[1 / point["cost"] for point in curve], y=[point["agreement"] for point in curve], mode="lines+markers",
+            name="thresholds measured before, if bytes were all", line=dict(color=_OUTLINE, width=1.5, dash="dot"),
+            text=[f"threshold {point['threshold']:g}" for point in curve],
+            hovertemplate="%{text}: %{y:.1%} agreement, %{x:.2f}x by bytes<extra></extra>")
+    ran = [r for r in results if r.speedup is not None and r.agreement is not None]
+    for kind, colour in zip(dict.fromkeys(r.kind for r in ran), (*_KIND_COLOURS, *[_OUTLINE] * len(ran))):
+        points = [r for r in ran if r.kind == kind]
+        # Prompts are strangers' text: plotly reads markup in labels, so its angle brackets go.
+        labels = [r.prompt[:60].replace("<", "‹").replace(">", "›") for r in points]
+        figure.add_scatter(x=[r.speedup for r in points], y=[r.agreement for r in points], mode="markers",
+                           name=kind[:40].replace("<", "‹"), text=labels, marker=dict(size=9, color=colour),
+                           hovertemplate="%{text}<br>%{y:.1%} agreement, %{x:.2f}x<extra></extra>")
+    total = summarize_results(ran)
+    if ran:
+        figure.add_scatter(x=[total["speedup"]], y=[total["agreement"]], mode="markers", name="all of them",
+                           marker=dict(symbol="star", size=17, color="#D55E00", line=dict(width=1, color=_OUTLINE)),
+                           hovertemplate="all: %{y:.1%} agreement, %{x:.2f}x<extra></extra>")
+    figure.update_xaxes(title="times the full model's speed")
+    figure.update_yaxes(title="agreement", tickformat=".0%")
+    return _styled(figure, "Quality against speed")
 
 
 def _styled(figure: go.Figure, title: str, legend: bool = True) -> go.Figure:

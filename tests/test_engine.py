@@ -41,7 +41,7 @@ def test_cached_equals_uncached(family):
     tokens = list(PROMPTS[2])
     with torch.inference_mode():
         for chunk in (tokens[:4], tokens[4:5], tokens[5:]):
-            h = stairs.prefill(chunk)
+            h = stairs.prefill(chunk)[-1]
         ours, theirs = engine.model.logits(h)[0, -1], base(torch.tensor([tokens])).logits[0, -1]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -95,8 +95,8 @@ def test_verified_logits_are_bitwise_those_of_full():
             one, many = Staircase(model, 128), Staircase(model, 128)
             for stairs in (one, many):
                 stairs.prefill(tokens[:3])
-            single = torch.cat([model.logits(one.prefill([t])) for t in tokens[3:]], 1)
-            together = model.logits(many.prefill(tokens[3:]))
+            single = torch.cat([model.logits(one.prefill([t])[-1]) for t in tokens[3:]], 1)
+            together = model.logits(many.prefill(tokens[3:])[-1])
         assert torch.equal(single, together)
 
 

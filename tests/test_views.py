@@ -1,187 +1,19 @@
-"""What is shown is what was said: pieces add up, hostile text survives, drafts leave no trace."""
-
-import json
+"""Figures show the run."""
 
 import pytest
 from conftest import tiny_engine
+from test_stream import run_stream
 
-from cascadeexit import hub, metrics, views
-from cascadeexit.engine import DecodeConfig, Mode
-from cascadeexit.events import Status, TokenEvent
-from cascadeexit.race import race
-from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
+from cascadeexit import stream, views
+from tests.browser.tiny_text import tiny_tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-def decoded(tokenizer, ids) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def pieces(tokenizer, ids) -> list[str]:
-    decoder = views.TextDecoder(tokenizer)
-    return [*(decoder.push(i) for i in ids), decoder.flush()]
-
-
-def ids_of(tokenizer, words: str) -> list[int]:
-    return tokenizer.convert_tokens_to_ids(words.split())
-
-
-def run_stream(engine, tokenizer, mode: str, **options) -> views.TokenStream:
-    """A whole race, written down."""
-    config = DecodeConfig(mode=mode, thresholds=options.pop("thresholds", 0.6), max_new_tokens=60, **options)
-    prompt = [5, 6, 7]
-    stream = views.TokenStream(engine, tokenizer, config, len(prompt))
-    full = DecodeConfig(mode=Mode.FULL, max_new_tokens=60)
-    for _ in views.frames(stream, race({views.CASCADE: engine.generate(prompt, config),
-                                        views.FULL: engine.generate(prompt, full)})):
-        pass
-    stream.close_text()
-    stream.end(engine.full_choices(prompt, stream.sides[views.CASCADE].ids))
-    return stream
-
-
-def records(stream: views.TokenStream, type: str | None = None) -> list[dict]:
-    every = [json.loads(line) for line in stream.text.splitlines()]
-    return [r for r in every if type in (None, r["type"])]
-
-
-# -- text ---------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("words", ["h i Ġt h e r e", "ð Ł ĺ Ģ", "a ð Ł ĺ Ģ b â Ĥ ¬", "a ð Ł b",
-                                   "ð ð Ł ĺ Ģ Ł", "â Ĥ", "h i </s>", "ð </s> Ł", "Ċ Ċ Ġ Ċ", ""])
-def test_pieces_add_up_to_the_whole_text(tokenizer, words):
-    ids = ids_of(tokenizer, words)
-    assert "".join(pieces(tokenizer, ids)) == decoded(tokenizer, ids)
-
-
-def test_a_character_comes_with_the_token_that_completes_it(tokenizer):
-    assert pieces(tokenizer, ids_of(tokenizer, "a ð Ł ĺ Ģ b")) == ["a", "", "", "", "😀", "b", ""]
-
-
-def test_pieces_of_the_bundled_tokenizer_add_up():
-    folder = hub.cache_folder() / hub.DEFAULT_MODEL
-    if not folder.is_dir():
-        pytest.skip("the bundled model is not on this machine yet")
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "Naïve 👩‍👩‍👧 says: 你好, שלום!\n\n\tif x:\r\n  y = '\u202e'<|im_end|> 🌊🌊"
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    out = pieces(tokenizer, ids)
-    assert "".join(out) == decoded(tokenizer, ids) == text
-    assert "" in out[:-1], "no character was split over tokens: this text tests nothing"
-
-
-@pytest.mark.parametrize("mode", ["cascade", "verified"])
-def test_the_stream_holds_the_text_of_both_sides(tokenizer, mode):
-    stream = run_stream(tiny_engine(seed=3), tokenizer, mode)
-    for name, side in stream.sides.items():
-        texts = {r["i"]: r["text"] for r in records(stream, "token")
-                 if r["side"] == name and r["status"] in ("emitted", "accepted")}
-        for patch in records(stream, "text"):
-            texts[patch["i"]] += patch["text"] if patch["side"] == name else ""
-        assert "".join(texts[i] for i in range(len(texts))) == decoded(tokenizer, side.ids)
-
-
-def test_a_cut_character_at_the_end_is_not_lost(tokenizer):
-    stream = views.TokenStream(tiny_engine(), tokenizer, DecodeConfig(), 1)
-    for i, token in enumerate(ids_of(tokenizer, "a ð Ł")):
-        stream.add(views.CASCADE, TokenEvent(i, token, 3, (None,) * 3, Status.EMITTED, i + 1.0, 0))
-    stream.close_text()
-    assert [r.get("part", False) for r in records(stream, "token")] == [False, True, True]
-    assert records(stream, "text") == [{"type": "text", "side": "cascade", "i": 2, "text": "\ufffd"}]
-
-
-def test_special_tokens_are_marked(tokenizer):
-    stream = views.TokenStream(tiny_engine(), tokenizer, DecodeConfig(), 1)
-    stream.add(views.FULL, TokenEvent(0, tokenizer.eos_token_id, 3, (None,) * 3, Status.EMITTED, 1.0, 0))
-    assert records(stream, "token")[0] | {"special": True, "text": "</s>"} == records(stream, "token")[0]
-
-
-# -- the stream ---------------------------------------------------------------------------------------------
-
-def test_lines_are_plain_json_and_only_grow(tokenizer):
-    engine = tiny_engine()
-    config = DecodeConfig(max_new_tokens=9, thresholds=0.5)
-    stream = views.TokenStream(engine, tokenizer, config, 2)
-    before = stream.text
-    for text in views.frames(stream, race({views.CASCADE: engine.generate([5, 6], config),
-                                           views.FULL: engine.generate([7, 8], config)})):
-        assert text.startswith(before)
-        before = text
-    assert [r["type"] for r in records(stream)][:2] == ["model", "run"]
-    assert stream.text.isascii() and "<" not in stream.text
-
-
-@pytest.mark.parametrize("text", [*HOSTILE, "\ud83d", "\u2028", "\x00", "line\nbreak"])
-def test_any_text_survives(text):
-    line = views.error_line(text)
-    assert line.count("\n") == 1 and line.isascii() and "<" not in line
-    assert json.loads(line)["message"] == text
-
-
-@pytest.mark.parametrize("max_draft", [1, 3, 7])
-def test_drafts_and_rejections_leave_exactly_the_final_tokens(tokenizer, max_draft):
-    engine = tiny_engine(seed=2)
-    stream = run_stream(engine, tokenizer, "verified", max_draft=max_draft, thresholds=0.3)
-    pending, final, rejected = {}, [], 0
-    for r in (r for r in records(stream, "token") if r["side"] == views.CASCADE):
-        if r["status"] == "draft":
-            pending[r["i"]] = r["id"]
-        elif r["status"] == "rejected":
-            assert pending.pop(r["i"]) == r["id"]
-            rejected += 1
-        else:
-            assert r["i"] == len(final) and pending.pop(r["i"], r["id"]) == r["id"]
-            final.append(r["id"])
-    assert pending == {} and rejected > 0
-    assert final == engine.run([5, 6, 7], DecodeConfig(mode="full", max_new_tokens=60)).token_ids
-
-
-def test_numbers_are_those_of_metrics(tokenizer):
+def test_figures_hold_the_run():
     engine = tiny_engine(seed=3)
-    stream = run_stream(engine, tokenizer, "cascade")
-    ours, theirs = (stream.sides[name] for name in (views.CASCADE, views.FULL))
-    stats = [r for r in records(stream, "stats") if r["side"] == views.CASCADE][-1]
-    expected = metrics.summarize(ours.events, engine.costs)
-    for name in ("tokens", "cost", "first_token_seconds", "token_seconds_p90", "tokens_per_second"):
-        assert stats[name] == pytest.approx(getattr(expected, name), abs=1e-5)
-    assert stats["routing_share"] == pytest.approx(expected.routing_share, abs=1e-5) and stats["done"]
-    end = records(stream, "end")[0]
-    match = metrics.match(ours.ids, theirs.ids)
-    assert end["first_divergence"] == match.first_divergence and end["sequence"] == match.sequence
-    choices = engine.full_choices([5, 6, 7], ours.ids)
-    assert end["agreement"] == pytest.approx(metrics.agreement(ours.ids, choices), abs=1e-5)
-
-
-def test_only_a_greedy_verified_run_may_claim_to_be_identical(tokenizer):
-    engine = tiny_engine()
-    for mode, temperature, claim in (("verified", 0, True), ("verified", 0.8, None), ("cascade", 0, None)):
-        stream = run_stream(engine, tokenizer, mode, temperature=temperature)
-        assert records(stream, "end")[0]["identical"] is claim
-
-
-def test_stopping_keeps_what_was_said_and_says_so_once(tokenizer):
-    idle = views.model_line(tiny_engine())
-    assert views.stopped(idle) == idle
-    running = idle + '{"type":"token"}\n'
-    assert views.stopped(running) == running + '{"type":"stopped"}\n'
-    ended = run_stream(tiny_engine(), tokenizer, "full").text
-    for text in ("", "no json", "[]", views.stopped(running), ended):
-        assert views.stopped(text) == text
-
-
-# -- figures ------------------------------------------------------------------------------------------------
-
-def test_figures_hold_the_run(tokenizer):
-    engine = tiny_engine(seed=3)
-    stream = run_stream(engine, tokenizer, "cascade")
-    ours, theirs = (stream.sides[name].final for name in (views.CASCADE, views.FULL))
+    told = run_stream(engine, tiny_tokenizer(), "cascade")
+    ours, theirs = (told.sides[name].final for name in (stream.CASCADE, stream.FULL))
     choices = engine.full_choices([5, 6, 7], [e.token_id for e in ours])
-    routing, latency, confidence = views.figures(stream, choices)
+    routing, latency, confidence = views.figures(told, choices)
     assert sum(routing.data[0].x) == pytest.approx(1)
     assert [len(line.x) for line in latency.data] == [len(theirs) - 1, len(ours) - 1]
     assert sum(len(exit.x) for exit in confidence.data[:-1]) == sum(e.exit < engine.num_exits for e in ours)
@@ -189,5 +21,5 @@ def test_figures_hold_the_run(tokenizer):
 
 def test_every_segment_has_a_colour_and_the_full_model_its_own():
     for num_exits in (1, 3, 6, 9):
-        palette = views.colours(num_exits)
+        palette = stream.colours(num_exits)
         assert len(palette) == num_exits + 1 and palette[-1] not in palette[:-1]

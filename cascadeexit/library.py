@@ -1,0 +1,88 @@
+"""Library: the models that a page offers, one of them in memory at a time."""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from cascadeexit import hub
+from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.stream import Shape
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One entry: a model with its exits."""
+
+    label: str
+    model: str | None
+    exits: Path | None = None
+
+
+class Library:
+    """Loads on demand. Whoever asks for another model than the one in memory waits for the exchange.
+
+    Args:
+        offers: at least one; labels differ.
+        device, dtype: as for `hub.load`.
+
+    Raises what `hub.describe` raises, for the first offer that cannot be had.
+    """
+
+    def __init__(self, offers: Sequence[Offer], *, device: str | None = None, dtype=None):
+        self.shapes = {offer.label: hub.describe(offer.model, offer.exits) for offer in offers}
+        self._offers = {offer.label: offer for offer in offers}
+        self._place = dict(device=device, dtype=dtype)
+        self._lock = threading.Lock()
+        self._held: tuple[str, Engine, object] | None = None
+
+    @classmethod
+    def of(cls, engine: Engine, tokenizer) -> Self:
+        """A library of one model that is loaded already."""
+        library, shape = cls(()), Shape.of(engine)
+        library.shapes[shape.name], library._held = shape, (shape.name, engine, tokenizer)
+        return library
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.shapes)
+
+    def ready(self, label: str) -> bool:
+        return self._held is not None and self._held[0] == label
+
+    def get(self, label: str, progress: hub.Progress | None = None) -> tuple[Engine, object]:
+        """Engine and tokenizer of this offer; loads them when they are not the ones in memory.
+
+        Raises KeyError for a label that is not offered, and what `hub.load` raises.
+        """
+        with self._lock:
+            if not self.ready(label):
+                offer = self._offers[label]
+                self._held = None                               # room first: both might not fit
+                engine, tokenizer = hub.load(offer.model, offer.exits, progress=progress, **self._place)
+                engine.run([0], DecodeConfig(max_new_tokens=4))     # warm: no visitor's clock pays for it
+                self._held = (label, engine, tokenizer)
+            return self._held[1:]
+
+    def load(self, label: str) -> Iterator[str]:
+        """`get`, with its progress as lines to show while it works. Raises as it does."""
+        said: queue.Queue = queue.Queue()
+
+        def work() -> None:
+            try:
+                self.get(label, said.put)
+                said.put(None)
+            except Exception as error:      # handed to the caller's thread
+                said.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        yield f"Loading {label} …"
+        while (line := said.get()) is not None:
+            if isinstance(line, Exception):
+                raise line
+            yield line

@@ -1,0 +1,62 @@
+"""A saved run comes back as it was; a file that is none says why."""
+
+import json
+
+import pytest
+from conftest import tiny_engine
+from test_stream import run_stream
+
+from cascadeexit import record
+from tests.browser.tiny_text import tiny_tokenizer
+
+
+@pytest.fixture(scope="module", params=["cascade", "verified"])
+def told(request) -> str:
+    return run_stream(tiny_engine(seed=3), tiny_tokenizer(), request.param).text
+
+
+def test_a_run_survives_the_file(told):
+    assert record.load(record.dump(told)) == told
+    assert record.load(record.dump(told).encode()) == told
+
+
+def changed(told: str, **change) -> str:
+    file = json.loads(record.dump(told))
+    for path, value in change.items():
+        target, keys = file, path.split("__")
+        for key in keys[:-1]:
+            target = target[int(key) if key.isdigit() else key]
+        target[int(keys[-1]) if keys[-1].isdigit() else keys[-1]] = value
+    return json.dumps(file)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"format": 99}, "format 99; this page reads format 1"),
+    ({"records": []}, "2 to"),
+    ({"records": "none"}, "no recorded run"),
+    ({"records__3": 7}, "entry 3: expected a type"),
+    ({"records__3__type": "virus"}, "entry 3: expected a type among model"),
+    ({"records__2__text": 5}, r"entry 2 \(token\): text should be text, got 5"),
+    ({"records__2__side": "left"}, "side should be cascade or full"),
+    ({"records__2__exit": 9}, "exit should be 0 to 3, got 9"),
+    ({"records__2__exit": -1}, "exit should be 0 to 3"),
+    ({"records__2__i": True}, "i should be a whole number"),
+    ({"records__2__status": "stolen"}, "status should be among"),
+    ({"records__0__colours": ["url(http://example.org)"] * 4}, "#RRGGBB"),
+    ({"records__0__exits": [{"depth": 1}]}, "layer"),
+    ({"records__1__type": "stopped"}, "begins with a model and a run"),
+])
+def test_what_does_not_fit_is_named(told, change, reason):
+    with pytest.raises(ValueError, match=reason):
+        record.load(changed(told, **change))
+
+
+@pytest.mark.parametrize("content", ["", "no json", "[]", "{}", "null", b"\xff\xfe", "[" * 5000])
+def test_files_of_another_kind_are_refused(content):
+    with pytest.raises(ValueError, match="not JSON|no recorded run"):
+        record.load(content)
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_read():
+    with pytest.raises(ValueError, match="the limit is"):
+        record.load(" " * (record.MAX_BYTES + 1))

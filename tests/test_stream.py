@@ -1,0 +1,175 @@
+"""What is shown is what was said: pieces add up, hostile text survives, drafts leave no trace."""
+
+import json
+
+import pytest
+from conftest import tiny_engine
+
+from cascadeexit import hub, metrics, stream
+from cascadeexit.engine import DecodeConfig, Mode
+from cascadeexit.events import Status, TokenEvent
+from cascadeexit.inspection import inspect
+from cascadeexit.race import race
+from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def decoded(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def pieces(tokenizer, ids) -> list[str]:
+    decoder = stream.TextDecoder(tokenizer)
+    return [*(decoder.push(i) for i in ids), decoder.flush()]
+
+
+def ids_of(tokenizer, words: str) -> list[int]:
+    return tokenizer.convert_tokens_to_ids(words.split())
+
+
+def run_stream(engine, tokenizer, mode: str, **options) -> stream.TokenStream:
+    """A whole race, written down."""
+    config = DecodeConfig(mode=mode, thresholds=options.pop("thresholds", 0.6), max_new_tokens=60, **options)
+    prompt = [5, 6, 7]
+    told = stream.TokenStream(engine, tokenizer, config, prompt)
+    full = DecodeConfig(mode=Mode.FULL, max_new_tokens=60)
+    for _ in stream.frames(told, race({stream.CASCADE: engine.generate(prompt, config),
+                                        stream.FULL: engine.generate(prompt, full)})):
+        pass
+    told.close_text()
+    told.end(inspect(engine, prompt, told.sides[stream.CASCADE].events))
+    return told
+
+
+def records(told: stream.TokenStream, type: str | None = None) -> list[dict]:
+    every = [json.loads(line) for line in told.text.splitlines()]
+    return [r for r in every if type in (None, r["type"])]
+
+
+# -- text ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words", ["h i Ġt h e r e", "ð Ł ĺ Ģ", "a ð Ł ĺ Ģ b â Ĥ ¬", "a ð Ł b",
+                                   "ð ð Ł ĺ Ģ Ł", "â Ĥ", "h i </s>", "ð </s> Ł", "Ċ Ċ Ġ Ċ", ""])
+def test_pieces_add_up_to_the_whole_text(tokenizer, words):
+    ids = ids_of(tokenizer, words)
+    assert "".join(pieces(tokenizer, ids)) == decoded(tokenizer, ids)
+
+
+def test_a_character_comes_with_the_token_that_completes_it(tokenizer):
+    assert pieces(tokenizer, ids_of(tokenizer, "a ð Ł ĺ Ģ b")) == ["a", "", "", "", "😀", "b", ""]
+
+
+def test_pieces_of_the_bundled_tokenizer_add_up():
+    folder = hub.cache_folder() / hub.DEFAULT_MODEL
+    if not folder.is_dir():
+        pytest.skip("the bundled model is not on this machine yet")
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "Naïve 👩‍👩‍👧 says: 你好, שלום!\n\n\tif x:\r\n  y = '\u202e'<|im_end|> 🌊🌊"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    out = pieces(tokenizer, ids)
+    assert "".join(out) == decoded(tokenizer, ids) == text
+    assert "" in out[:-1], "no character was split over tokens: this text tests nothing"
+
+
+@pytest.mark.parametrize("mode", ["cascade", "verified"])
+def test_the_stream_holds_the_text_of_both_sides(tokenizer, mode):
+    told = run_stream(tiny_engine(seed=3), tokenizer, mode)
+    for name, side in told.sides.items():
+        texts = {r["i"]: r["text"] for r in records(told, "token")
+                 if r["side"] == name and r["status"] in ("emitted", "accepted")}
+        for patch in records(told, "text"):
+            texts[patch["i"]] += patch["text"] if patch["side"] == name else ""
+        assert "".join(texts[i] for i in range(len(texts))) == decoded(tokenizer, side.ids)
+
+
+def test_a_cut_character_at_the_end_is_not_lost(tokenizer):
+    told = stream.TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
+    for i, token in enumerate(ids_of(tokenizer, "a ð Ł")):
+        told.add(stream.CASCADE, TokenEvent(i, token, 3, (None,) * 3, Status.EMITTED, i + 1.0, 0))
+    told.close_text()
+    assert [r.get("part", False) for r in records(told, "token")] == [False, True, True]
+    assert records(told, "text") == [{"type": "text", "side": "cascade", "i": 2, "text": "\ufffd"}]
+
+
+def test_special_tokens_are_marked(tokenizer):
+    told = stream.TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
+    told.add(stream.FULL, TokenEvent(0, tokenizer.eos_token_id, 3, (None,) * 3, Status.EMITTED, 1.0, 0))
+    assert records(told, "token")[0] | {"special": True, "text": "</s>"} == records(told, "token")[0]
+
+
+# -- the stream ---------------------------------------------------------------------------------------------
+
+def test_lines_are_plain_json_and_only_grow(tokenizer):
+    engine = tiny_engine()
+    config = DecodeConfig(max_new_tokens=9, thresholds=0.5)
+    told = stream.TokenStream(engine, tokenizer, config, [5, 6])
+    before = told.text
+    for text in stream.frames(told, race({stream.CASCADE: engine.generate([5, 6], config),
+                                           stream.FULL: engine.generate([7, 8], config)})):
+        assert text.startswith(before)
+        before = text
+    assert [r["type"] for r in records(told)][:2] == ["model", "run"]
+    assert told.text.isascii() and "<" not in told.text
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "\ud83d", "\u2028", "\x00", "line\nbreak"])
+def test_any_text_survives(text):
+    line = stream.error_line(text)
+    assert line.count("\n") == 1 and line.isascii() and "<" not in line
+    assert json.loads(line)["message"] == text
+
+
+@pytest.mark.parametrize("max_draft", [1, 3, 7])
+def test_drafts_and_rejections_leave_exactly_the_final_tokens(tokenizer, max_draft):
+    engine = tiny_engine(seed=2)
+    told = run_stream(engine, tokenizer, "verified", max_draft=max_draft, thresholds=0.3)
+    pending, final, rejected = {}, [], 0
+    for r in (r for r in records(told, "token") if r["side"] == stream.CASCADE):
+        if r["status"] == "draft":
+            pending[r["i"]] = r["id"]
+        elif r["status"] == "rejected":
+            assert pending.pop(r["i"]) == r["id"]
+            rejected += 1
+        else:
+            assert r["i"] == len(final) and pending.pop(r["i"], r["id"]) == r["id"]
+            final.append(r["id"])
+    assert pending == {} and rejected > 0
+    assert final == engine.run([5, 6, 7], DecodeConfig(mode="full", max_new_tokens=60)).token_ids
+
+
+def test_numbers_are_those_of_metrics(tokenizer):
+    engine = tiny_engine(seed=3)
+    told = run_stream(engine, tokenizer, "cascade")
+    ours, theirs = (told.sides[name] for name in (stream.CASCADE, stream.FULL))
+    stats = [r for r in records(told, "stats") if r["side"] == stream.CASCADE][-1]
+    expected = metrics.summarize(ours.events, engine.costs)
+    for name in ("tokens", "cost", "first_token_seconds", "token_seconds_p90", "tokens_per_second"):
+        assert stats[name] == pytest.approx(getattr(expected, name), abs=1e-5)
+    assert stats["routing_share"] == pytest.approx(expected.routing_share, abs=1e-5) and stats["done"]
+    end = records(told, "end")[0]
+    match = metrics.match(ours.ids, theirs.ids)
+    assert end["first_divergence"] == match.first_divergence and end["sequence"] == match.sequence
+    choices = engine.full_choices([5, 6, 7], ours.ids)
+    assert end["agreement"] == pytest.approx(metrics.agreement(ours.ids, choices), abs=1e-5)
+
+
+def test_only_a_greedy_verified_run_may_claim_to_be_identical(tokenizer):
+    engine = tiny_engine()
+    for mode, temperature, claim in (("verified", 0, True), ("verified", 0.8, None), ("cascade", 0, None)):
+        told = run_stream(engine, tokenizer, mode, temperature=temperature)
+        assert records(told, "end")[0]["identical"] is claim
+
+
+def test_stopping_keeps_what_was_said_and_says_so_once(tokenizer):
+    idle = stream.model_line(stream.Shape.of(tiny_engine()))
+    assert stream.stopped(idle) == idle
+    running = idle + '{"type":"token"}\n'
+    assert stream.stopped(running) == running + '{"type":"stopped"}\n'
+    ended = run_stream(tiny_engine(), tokenizer, "full").text
+    for text in ("", "no json", "[]", stream.stopped(running), ended):
+        assert stream.stopped(text) == text
