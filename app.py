@@ -1,14 +1,20 @@
-"""The page: layout and events only. cascadeexit.views says what is shown, the engine computes it.
+"""The page: layout and events only. cascadeexit.stream and views say what is shown, the engine computes it.
 
-    python app.py                        the bundled model on this machine
-    python app.py --model my-model       any Llama-like model: a Hub id or a local folder
+    python app.py                                the bundled model on this machine
+    python app.py --model my-model               any Llama-like model: a Hub id or a local folder
+    python app.py --model one two --mcp          a choice of models, and the same as tools for an agent
 """
 
 import argparse
 import html
+import json
 import logging
 import os
+import tempfile
+import time
+from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -17,27 +23,32 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")     # read when gradi
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 
-from cascadeexit import hub, views  # noqa: E402
+from cascadeexit import evaluation, hub, metrics, record, stream, views  # noqa: E402
 from cascadeexit.engine import DecodeConfig, Engine, Mode  # noqa: E402
+from cascadeexit.inspection import Inspection, inspect  # noqa: E402
+from cascadeexit.library import Library, Offer  # noqa: E402
 from cascadeexit.race import race  # noqa: E402
 
 log = logging.getLogger("cascadeexit.app")
 ASSETS = Path(__file__).parent / "assets"
-EXAMPLES = ("Explain why the sky is blue.", "Reverse a string in Python.",
-            "List five fruits and their colours.", "Tell a short story about a lighthouse.")
+TRACE = ASSETS / "traces" / "sky.json"          # a recorded run: what a visitor sees while the model loads
+EXAMPLES = {
+    "Why is the sky blue?": "Explain why the sky is blue.",
+    "Reverse a string": "Write a Python function that reverses a string.",
+    "Australia's capital": "What is the capital of Australia, and what is it known for?",
+    "Five fruits": "List five fruits and their colours.",
+    "A lighthouse story": "Tell a short story about a lighthouse.",
+    "Un chat (français)": "Raconte une courte histoire sur un chat.",
+    "Pizza 🍕": "Tell me about pizza, with emoji 🍕🔥😀",
+}
 MODES = [("Cascade: fast, keeps what a sure exit says", Mode.CASCADE),
          ("Verified: exact, the full model checks every guess", Mode.VERIFIED)]
+PRESETS = [("Fast", 0.5), ("Balanced", 0.7), ("Careful", 0.9)]
 MAX_PROMPT_CHARACTERS = 20_000
 NEVER = 1.0             # a threshold slider at its end closes the exit
-
-
-def token_view(value: str) -> gr.HTML:
-    """Both texts, live numbers and charts, drawn in the browser from one growing string of JSON lines.
-
-    The template is constant on purpose: gradio runs template values as code, and model text is not trusted.
-    """
-    return gr.HTML(value, html_template="<div class='ce'></div>", apply_default_css=False, elem_id="ce-view",
-                   js_on_load=(ASSETS / "app.js").read_text(encoding="utf-8"))
+MAX_EXITS = 6           # sliders on the page
+FIRST_SURE = -1         # no exit is forced
+KEPT_RUNS = 50          # whose candidates can be asked for
 
 
 # -- what happens -------------------------------------------------------------------------------------------
@@ -55,104 +66,501 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
     return tokenizer(prompt, add_special_tokens=not (chat and tokenizer.chat_template)).input_ids
 
 
-def compare(engine: Engine, tokenizer, prompt, mode, chat, max_new_tokens, max_draft, temperature, top_p,
-            seed, *thresholds) -> Iterator[tuple]:
-    """Race the exits against the full model: yields (stream, routing, latency and confidence figure)."""
-    wait = (gr.skip(),) * 3
+def decode_configs(num_exits: int, mode, max_new_tokens, max_draft, temperature, top_p, seed, force,
+                   thresholds) -> tuple[DecodeConfig, DecodeConfig]:
+    """(with exits, full), as the controls ask. Raises ValueError with a message for the visitor."""
     try:
         shared = dict(max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p,
                       seed=int(seed or 0) % 2**63)
-        config = DecodeConfig(mode=mode, max_draft=int(max_draft), **shared,
-                              thresholds=[None if t >= NEVER else t for t in thresholds])
-        ids = prompt_ids(tokenizer, prompt, chat)
-        contest = race({views.CASCADE: engine.generate(ids, config),
-                        views.FULL: engine.generate(ids, DecodeConfig(mode=Mode.FULL, **shared))})
-    except (ValueError, TypeError) as error:
-        message = str(error) if isinstance(error, ValueError) else "A setting is empty: give it a value."
-        gr.Warning(html.escape(message), title="Not started")       # gradio renders it as HTML
-        yield views.error_line(message), *wait
-        return
+        wanted = [None if t >= NEVER else t for t in thresholds[:num_exits]]
+        if force != FIRST_SURE:         # every token leaves at this exit, however unsure
+            wanted = [0.0 if s == force else None for s in range(num_exits)]
+        return (DecodeConfig(mode=mode, max_draft=int(max_draft), thresholds=wanted, **shared),
+                DecodeConfig(mode=Mode.FULL, **shared))
+    except TypeError:
+        raise ValueError("A setting is empty: give it a value.") from None
 
-    stream = views.TokenStream(engine, tokenizer, config, len(ids))
+
+class Page:
+    """What the handlers of one page share: the models, and the latest finished runs for the token card."""
+
+    def __init__(self, library: Library):
+        self.library = library
+        self._seen: OrderedDict[str, tuple[Inspection, object]] = OrderedDict()
+
+    def respond(self, label, prompt, mode, chat, max_new_tokens, max_draft, temperature, top_p, seed, force,
+                *thresholds) -> Iterator[tuple]:
+        """Race the exits against the full model: yields (stream, routing, latency and confidence figure)."""
+        wait = (gr.skip(),) * 3
+        settings = dict(prompt=prompt, mode=mode, chat=chat, tokens=max_new_tokens, drafts=max_draft,
+                        temperature=temperature, top_p=top_p, seed=seed, force=force, thresholds=thresholds)
+        try:
+            if not (prompt or "").strip():
+                raise ValueError("Please write a prompt first.")
+            if not self.library.ready(label):
+                for line in self.library.load(label):
+                    yield stream.model_line(self.library.shapes[label]) + stream.status_line(line), *wait
+            engine, tokenizer = self.library.get(label)
+            config, full = decode_configs(engine.num_exits, mode, max_new_tokens, max_draft, temperature, top_p,
+                                          seed, force, thresholds)
+            ids = prompt_ids(tokenizer, prompt, chat)
+            contest = race({stream.CASCADE: engine.generate(ids, config), stream.FULL: engine.generate(ids, full)})
+        except (ValueError, hub.ModelUnavailable, FileNotFoundError) as error:
+            gr.Warning(html.escape(str(error)), title="Not started")       # gradio renders it as HTML
+            yield stream.error_line(str(error)), *wait
+            return
+
+        told = stream.TokenStream(engine, tokenizer, config, ids, settings)
+        try:
+            yield told.text, *wait
+            for text in stream.frames(told, contest):
+                yield text, *wait
+            told.close_text()
+            yield told.text, *wait
+            seen = inspect(engine, ids, told.sides[stream.CASCADE].events)
+            self._keep(told.run, seen, tokenizer)
+            told.end(seen)
+            yield told.text, *(gr.Plot(figure, visible=True) for figure in views.figures(told, seen.full_choices))
+        except Exception:
+            log.exception("a run failed")
+            told.fail("Something went wrong while the model was running. The server's log tells what.")
+            yield told.text, *wait
+        finally:
+            contest.close()                                         # also when the visitor stops or leaves
+
+    def evaluate(self, kinds, each, pasted, file, label, mode, chat, max_new_tokens, max_draft, temperature, top_p,
+                 seed, force, *thresholds) -> Iterator[tuple]:
+        """Many prompts: yields (what happens, table, figure, JSON file, CSV file); every result is kept at once."""
+        wait = (gr.skip(),) * 4
+        try:
+            prompts = chosen_prompts(kinds, each, pasted, file)
+            if not self.library.ready(label):
+                for line in self.library.load(label):
+                    yield _said(line), *wait
+            engine, tokenizer = self.library.get(label)
+            config, full = decode_configs(engine.num_exits, mode, max_new_tokens, max_draft, temperature, top_p,
+                                          seed, force, thresholds)
+        except (ValueError, OSError, hub.ModelUnavailable) as error:
+            yield _said(str(error), "error"), *wait
+            return
+        folder, results, began = Path(tempfile.mkdtemp(prefix="cascadeexit-")), [], time.monotonic()
+        running = evaluation.evaluate(engine, partial(prompt_ids, tokenizer, chat=chat),
+                                      partial(tokenizer.decode, skip_special_tokens=True), prompts, config, full)
+        yield _said(f"0 of {len(prompts)} prompts"), [], *wait[1:]
+        for result in running:
+            if result is None:              # a chance to stop in the middle of a prompt
+                continue
+            results.append(result)
+            (folder / "evaluation.json").write_text(evaluation.results_json(results, config, label), encoding="utf-8")
+            (folder / "evaluation.csv").write_text(evaluation.results_csv(results), encoding="utf-8")
+            left = (time.monotonic() - began) / len(results) * (len(prompts) - len(results))
+            done = len(results) == len(prompts)
+            yield (_said(_in_words(results, len(prompts), left), "done" if done else "busy"), _rows(results),
+                   gr.Plot(views.quality_speed_figure(results, measured_curve(engine)), visible=True)
+                   if done or len(results) % 5 == 0 else gr.skip(),
+                   *(gr.DownloadButton(value=str(folder / f"evaluation.{kind}"), interactive=True)
+                     for kind in ("json", "csv")))
+
+    def _keep(self, run: str, seen: Inspection, tokenizer) -> None:
+        self._seen[run] = seen, tokenizer
+        while len(self._seen) > KEPT_RUNS:
+            self._seen.popitem(last=False)
+
+    # Asked by the browser, so by anybody: what does not fit gets nothing.
+
+    def token_card(self, run, i):
+        """Candidates of one token, for the card; None when the run is not kept."""
+        seen, tokenizer = self._seen.get(run, (None, None)) if isinstance(run, str) else (None, None)
+        if seen is None or not isinstance(i, int) or not 0 <= i < len(seen.token_ids):
+            return None
+        return seen.card(tokenizer, i)
+
+    def layer_map(self, run, start, count):
+        """What every exit would have said, for the layer map; None when the run is not kept."""
+        seen, tokenizer = self._seen.get(run, (None, None)) if isinstance(run, str) else (None, None)
+        if seen is None or not (isinstance(start, int) and isinstance(count, int)):
+            return None
+        return seen.map(tokenizer, max(0, start), min(max(1, count), 64))
+
+
+def replayed(path: str | Path) -> str:
+    """A recorded run as the page draws it. Raises ValueError for a file that is none."""
+    return stream.replay_line() + record.load(Path(path).read_bytes())
+
+
+# -- many prompts ---------------------------------------------------------------------------------------------
+
+COLUMNS = ("prompt", "kind", "agreement", "same text", "first difference", "speed-up", "depth", "weights read",
+           "problem")
+
+
+def bundled_prompts() -> dict[str, list[str]]:
+    return json.loads((ASSETS / "prompts.json").read_text(encoding="utf-8"))
+
+
+def chosen_prompts(kinds, each, pasted, file) -> list[evaluation.Prompt]:
+    """An uploaded file, else pasted lines, else the bundled kinds. Raises ValueError, OSError."""
+    if file:
+        return evaluation.read_prompt_file(file)
+    if (pasted or "").strip():
+        return evaluation.read_prompts(pasted)
+    prompts = [evaluation.Prompt(text, kind) for kind, texts in bundled_prompts().items() if kind in (kinds or ())
+               for text in texts[:int(each or 1)]]
+    if not prompts:
+        raise ValueError("Choose a kind of prompts, paste some, or upload a file.")
+    return prompts
+
+
+def measured_curve(engine: Engine) -> list[dict]:
+    """Thresholds measured before for these very exits (`training.evaluate decode`); empty when there are none."""
+    path = ASSETS / "results" / "decode.json"
+    if not path.exists():
+        return []
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    return measured["cascade"] if measured.get("exits") == engine.bank.fingerprint() else []
+
+
+def _rows(results: list[evaluation.Result]) -> list[list]:
+    def shown(value, form):
+        return "" if value is None else format(value, form)
+    return [[r.prompt[:80], r.kind, shown(r.agreement, ".1%"), shown(r.positional, ".0%"),
+             "" if r.error else "none" if r.first_divergence is None else r.first_divergence + 1,
+             shown(r.speedup, ".2f"), shown(r.average_depth, ".2f"), shown(r.cost, ".2f"), r.error or ""]
+            for r in results]
+
+
+def _in_words(results: list[evaluation.Result], total: int, left: float) -> str:
+    s = evaluation.summarize_results(results)
+    words = [f"{len(results)} of {total} prompts"]
+    if s["failed"]:
+        words.append(f"{s['failed']} could not run")
+    if s["agreement"] is not None:
+        words.append(f"agreement {s['agreement']:.1%}")
+    if s["speedup"] is not None:
+        words.append(f"{s['speedup']:.2f}x the full model's speed")
+    if s["identical"] is not None:
+        words.append(f"{s['identical']:.0%} identical texts")
+    if left > 1:
+        words.append(f"about {left:.0f} s left")
+    return " · ".join(words)
+
+
+def _said(text: str, kind: str = "busy") -> str:
+    return f"<p class='ce-status {kind}' role='status'>{html.escape(text)}</p>"
+
+
+# -- for programs: the same as named endpoints and as tools -----------------------------------------------------
+
+def add_endpoints(page: Page) -> None:
+    """/models, /generate, /compare and /evaluate; plain JSON in and out."""
+    library = page.library
+
+    def prepared(model: str, prompt: str, chat: bool, **options) -> tuple:
+        try:
+            label = model or library.labels[0]
+            if label not in library.labels:
+                raise ValueError(f"model '{label}' is not offered here; /models lists {', '.join(library.labels)}")
+            engine, tokenizer = library.get(label)
+            config, full = decode_configs(engine.num_exits, **options)
+            ids = prompt_ids(tokenizer, prompt, chat)
+            engine.check(ids, config)
+            return engine, tokenizer, ids, config, full
+        except (ValueError, hub.ModelUnavailable) as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+
+    def models() -> list[dict]:
+        """The models offered here: name, layers, exit layers, and whether their exits are trained."""
+        return [dict(model=label, layers=shape.num_layers, exit_layers=list(shape.exit_layers), trained=shape.trained)
+                for label, shape in library.shapes.items()]
+
+    def generate(prompt: str, mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 128,
+                 max_draft: int = 4, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = True,
+                 model: str = "") -> dict:
+        """Write with early exits.
+
+        Args:
+            prompt: what to answer, or with chat=False what to continue.
+            mode: 'cascade' (fast, keeps what a sure exit says), 'verified' (exactly the full model's text) or 'full'.
+            threshold: how sure an exit must be, 0 to 1; 1 closes all exits.
+            max_new_tokens: the most tokens to write.
+            max_draft: verified mode: the most guesses before the full model looks.
+            temperature: 0 takes the likeliest token always.
+            top_p: below 1, choose among the likeliest tokens only.
+            seed: the same seed writes the same text.
+            chat: put the prompt through the model's chat template.
+            model: a name from models; empty: the first.
+
+        Returns text, token_ids, exits (0 = the first exit, the highest number = the full model) and stats.
+        """
+        engine, tokenizer, ids, config, _ = prepared(
+            model, prompt, chat, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
+            temperature=temperature, top_p=top_p, seed=seed, force=FIRST_SURE, thresholds=[threshold] * MAX_EXITS)
+        run = engine.run(ids, config)
+        return dict(text=tokenizer.decode(run.token_ids, skip_special_tokens=True), token_ids=run.token_ids,
+                    exits=[e.exit for e in run.events if e.final], stats=asdict(run.stats))
+
+    def compare(prompt: str, mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 128,
+                max_draft: int = 4, chat: bool = True, model: str = "") -> dict:
+        """Write with early exits and with the full model, side by side; arguments as for generate.
+
+        Returns exits and full (text, token_ids, stats each), speedup, agreement (part of the tokens that the full
+        model would have chosen too), positional_match, first_divergence and identical.
+        """
+        engine, tokenizer, ids, config, full = prepared(
+            model, prompt, chat, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft, temperature=0.0,
+            top_p=1.0, seed=0, force=FIRST_SURE, thresholds=[threshold] * MAX_EXITS)
+        told = stream.TokenStream(engine, tokenizer, config, ids)
+        for _ in stream.frames(told, race({stream.CASCADE: engine.generate(ids, config),
+                                           stream.FULL: engine.generate(ids, full)})):
+            pass
+        ours, theirs = (told.sides[name] for name in (stream.CASCADE, stream.FULL))
+        match = metrics.match(ours.ids, theirs.ids)
+        exits, whole = (dict(text=tokenizer.decode(side.ids, skip_special_tokens=True), token_ids=side.ids,
+                             stats=asdict(metrics.summarize(side.events, engine.costs))) for side in (ours, theirs))
+        speeds = exits["stats"]["tokens_per_second"], whole["stats"]["tokens_per_second"]
+        return dict(exits=exits, full=whole, speedup=speeds[0] / speeds[1] if all(speeds) else None,
+                    agreement=metrics.agreement(ours.ids, engine.full_choices(ids, ours.ids)),
+                    positional_match=match.positional, first_divergence=match.first_divergence,
+                    identical=match.sequence)
+
+    def evaluate(prompts: list[str], mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 64,
+                 max_draft: int = 4, chat: bool = True, model: str = "") -> dict:
+        """Compare over many prompts; arguments as for generate.
+
+        Returns summary and results, one a prompt: agreement, speedup, routing_share, texts, or the error.
+        """
+        if not prompts or len(prompts) > evaluation.MAX_PROMPTS:
+            raise gr.Error(f"give 1 to {evaluation.MAX_PROMPTS} prompts, got {len(prompts)}", print_exception=False)
+        engine, tokenizer, _, config, full = prepared(
+            model, "-", chat, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft, temperature=0.0,
+            top_p=1.0, seed=0, force=FIRST_SURE, thresholds=[threshold] * MAX_EXITS)
+        results = [r for r in evaluation.evaluate(
+            engine, partial(prompt_ids, tokenizer, chat=chat), partial(tokenizer.decode, skip_special_tokens=True),
+            [evaluation.Prompt(str(text)) for text in prompts], config, full) if r is not None]
+        return dict(summary=evaluation.summarize_results(results), results=[asdict(r) for r in results])
+
+    gr.api(models, api_name="models", queue=False)
+    for endpoint in (generate, compare, evaluate):
+        gr.api(endpoint, api_name=endpoint.__name__, concurrency_id="model", concurrency_limit=1)
+
+
+# -- a link that restores the settings ------------------------------------------------------------------------
+
+LINK = ("p", "mode", "chat", "n", "drafts", "temp", "top_p", "seed", "exit")       # then t: thresholds, by commas
+
+COPY_LINK = """(label, ...values) => {
+    const names = NAMES, query = new URLSearchParams();
+    names.forEach((name, i) => { if (values[i] !== null && values[i] !== '') query.set(name, values[i]); });
+    query.set('t', values.slice(names.length).join(','));
+    query.set('model', label);
+    const theme = new URLSearchParams(location.search).get('__theme');
+    if (theme) query.set('__theme', theme);
+    const link = location.origin + location.pathname + '?' + query;
+    history.replaceState(null, '', link);
+    if (navigator.clipboard) navigator.clipboard.writeText(link).catch(() => 0);
+}""".replace("NAMES", json.dumps(LINK))
+
+
+def settings_of(query: dict[str, str], components: list) -> list:
+    """Values for the model menu, `LINK` and the thresholds, from a link's query; what does not fit is left alone."""
+    texts = [query.get("model"), *(query.get(name) for name in LINK)]
+    thresholds = query.get("t", "").split(",") if query.get("t") else []
+    texts += [thresholds[s] if s < len(thresholds) else None for s in range(len(components) - len(texts))]
+    return [_fitting(component, text) for component, text in zip(components, texts)]
+
+
+def _fitting(component, text: str | None):
     try:
-        yield stream.text, *wait
-        for text in views.frames(stream, contest):
-            yield text, *wait
-        stream.close_text()
-        yield stream.text, *wait
-        choices = engine.full_choices(ids, stream.sides[views.CASCADE].ids)
-        stream.end(choices)
-        yield stream.text, *(gr.Plot(figure, visible=True) for figure in views.figures(stream, choices))
-    except Exception:
-        log.exception("a run failed")
-        stream.fail("Something went wrong while the model was running. The server's log tells what.")
-        yield stream.text, *wait
-    finally:
-        contest.close()                                         # also when the visitor stops or leaves
+        if text is None:
+            return gr.skip()
+        if isinstance(component, gr.Textbox):
+            return text[:MAX_PROMPT_CHARACTERS]
+        if isinstance(component, gr.Checkbox):
+            return text == "true"
+        if isinstance(component, (gr.Radio, gr.Dropdown)):
+            values = {str(value): value for _, value in component.choices}
+            return values.get(text, gr.skip())
+        number = float(text)
+        if isinstance(component, gr.Slider):
+            number = min(max(number, component.minimum), component.maximum)
+            return int(number) if component.step == 1 else number
+        return int(number)
+    except (ValueError, OverflowError):
+        return gr.skip()
 
 
 # -- what it looks like -------------------------------------------------------------------------------------
 
-def build_demo(engine: Engine, tokenizer) -> gr.Blocks:
-    """The page around one model."""
+def token_view(page: Page, value: str) -> gr.HTML:
+    """Both texts, live numbers and charts, drawn in the browser from one growing string of JSON lines.
+
+    The template is constant on purpose: gradio runs template values as code, and model text is not trusted.
+    """
+    def token_card(asked):              # gradio marks functions, and methods cannot be marked; it hands one value over
+        return page.token_card(*_of_size(asked, 2))
+
+    def layer_map(asked):
+        return page.layer_map(*_of_size(asked, 3))
+
+    return gr.HTML(value, html_template="<div class='ce'></div>", apply_default_css=False, elem_id="ce-view",
+                   js_on_load=(ASSETS / "app.js").read_text(encoding="utf-8"),
+                   server_functions=[token_card, layer_map])
+
+
+def _of_size(asked, n: int) -> list:
+    """A browser's request as n values: anybody can send anything."""
+    return (asked if isinstance(asked, list) else [])[:n] + [None] * (n - len(asked if isinstance(asked, list) else []))
+
+
+def build_demo(library: Library) -> gr.Blocks:
+    """The page around these models."""
+    page, shape = Page(library), library.shapes[library.labels[0]]
+    recorded = TRACE.exists() and not library.ready(library.labels[0])
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
         gr.HTML("<h1>CascadeExit</h1><p>A language model that stops early when it is already sure,"
                 " racing itself.</p>", elem_id="ce-title", apply_default_css=False)
-        with gr.Row(elem_id="ce-controls"):
-            prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, max_lines=8, scale=6, min_width=300,
-                                placeholder="Ask something, or give a text to continue", elem_id="ce-prompt")
-            mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", scale=5, min_width=300,
-                            elem_id="ce-mode")
-        with gr.Row(elem_id="ce-actions"):
-            run = gr.Button("Run", variant="primary", size="md", scale=0, elem_id="ce-run")
-            stop = gr.Button("Stop", size="md", scale=0, elem_id="ce-stop")
-            clear = gr.Button("Clear", size="md", scale=0, elem_id="ce-clear")
-            gr.Examples([[text] for text in EXAMPLES], prompt, label="Examples", elem_id="ce-examples")
-        thresholds = _threshold_sliders(engine)
-        settings = [mode, *_more_settings(engine, tokenizer), *thresholds]
-        view = token_view(views.model_line(engine))
-        with gr.Row(elem_id="ce-figures"):
-            figures = [gr.Plot(visible=False, show_label=False, container=False, min_width=300)
-                       for _ in range(3)]
-
-        def respond(*values):
-            yield from compare(engine, tokenizer, *values)
+        with gr.Tab("One prompt", elem_id="ce-one"):
+            with gr.Row(elem_id="ce-controls"):
+                prompt = gr.Textbox(next(iter(EXAMPLES.values())), label="Prompt", lines=3, max_lines=8, scale=6,
+                                    min_width=300, placeholder="Ask something, or give a text to continue",
+                                    elem_id="ce-prompt")
+                with gr.Column(scale=5, min_width=300):
+                    mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", elem_id="ce-mode")
+                    model = gr.Dropdown(library.labels, value=library.labels[0], label="Model", elem_id="ce-model-menu",
+                                        visible=len(library.labels) > 1)
+            with gr.Row(elem_id="ce-actions"):
+                run = gr.Button("Run", variant="primary", size="md", scale=0, elem_id="ce-run")
+                stop = gr.Button("Stop", size="md", scale=0, elem_id="ce-stop")
+                retry = gr.Button("Retry", size="md", scale=0, elem_id="ce-retry")
+                clear = gr.Button("Clear", size="md", scale=0, elem_id="ce-clear")
+                # Where gradio says whose turn it is.
+                queue = gr.HTML("<span></span>", elem_id="ce-queue", apply_default_css=False)
+                gr.Examples([[text] for text in EXAMPLES.values()], prompt, label="Examples", elem_id="ce-examples",
+                            example_labels=list(EXAMPLES))
+            thresholds, force = _exit_controls(shape)
+            settings = [mode, *_more_settings(), force, *thresholds]
+            view = token_view(page, replayed(TRACE) if recorded else stream.model_line(shape))
+            with gr.Row(elem_id="ce-figures"):
+                figures = [gr.Plot(visible=False, show_label=False, container=False, min_width=300)
+                           for _ in range(3)]
+            with gr.Row(elem_id="ce-links"):
+                link = gr.Button("Copy a link to these settings", size="sm", scale=0, elem_id="ce-link")
+                upload = gr.UploadButton("Replay a saved run", size="sm", scale=0, file_types=[".json"],
+                                         elem_id="ce-replay")
+        with gr.Tab("Many prompts", elem_id="ce-many"):
+            many = _many_prompts()
 
         # One model, one queue: everything that computes shares this id, so runs never share the device.
         quiet = dict(show_progress="hidden", api_visibility="private")
-        running = gr.on([run.click, prompt.submit], respond, [prompt, *settings], [view, *figures], **quiet,
-                        concurrency_id="model", concurrency_limit=1)
-        stop.click(None, cancels=[running]).then(views.stopped, view, view, queue=False, **quiet)
-        clear.click(lambda: ("", views.model_line(engine), *[gr.Plot(None, visible=False)] * 3), None,
-                    [prompt, view, *figures], cancels=[running], queue=False, **quiet)
+        turns = dict(show_progress="minimal", show_progress_on=[queue], api_visibility="private",
+                     concurrency_id="model", concurrency_limit=1)
+        inputs, outputs = [model, prompt, *settings], [view, *figures]
+        seed = settings[6]
+        running = gr.on([run.click, prompt.submit], page.respond, inputs, outputs, **turns)
+        again = retry.click(lambda value: int(value or 0) + 1, seed, seed, queue=False, **quiet).then(
+            page.respond, inputs, outputs, **turns)
+        stop.click(None, cancels=[running, again]).then(stream.stopped, view, view, queue=False, **quiet)
+        clear.click(lambda label: ("", stream.model_line(library.shapes[label]), *[gr.Plot(None, visible=False)] * 3),
+                    model, [prompt, *outputs], cancels=[running, again], queue=False, **quiet)
+        model.change(lambda label: (stream.model_line(library.shapes[label]), *_fit(library.shapes[label])),
+                     model, [view, force, *thresholds], cancels=[running, again], queue=False, **quiet)
+        link.click(None, inputs, js=COPY_LINK).then(
+            lambda: gr.Info("The page's address now holds these settings, and was copied."), queue=False, **quiet)
+        upload.upload(_replay_upload, upload, outputs, cancels=[running, again], queue=False, **quiet)
+        kinds, each, pasted, file, start, cancel, said, table, chart, as_json, as_csv = many
+        tried = start.click(page.evaluate, [kinds, each, pasted, file, model, *settings],
+                            [said, table, chart, as_json, as_csv], **turns | dict(show_progress_on=[said]))
+        cancel.click(lambda: None, cancels=[tried], queue=False, **quiet).then(
+            lambda text: text.replace("ce-status busy", "ce-status stopped").replace("</p>", " · stopped</p>")
+            if "ce-status busy" in (text or "") else text, said, said, queue=False, **quiet)
+
+        def restore(request: gr.Request):
+            return settings_of(dict(request.query_params), inputs)
+
+        demo.load(restore, None, inputs, queue=False, **quiet)
+        add_endpoints(page)
     return demo.queue(max_size=20)
 
 
-def _threshold_sliders(engine: Engine) -> list[gr.Slider]:
+def _replay_upload(path):
+    """A visitor's file: (its run, no figures), or a message and everything as it was."""
+    try:
+        return replayed(path), *[gr.Plot(None, visible=False)] * 3
+    except ValueError as error:
+        gr.Warning(html.escape(str(error)), title="Not a saved run")
+        return stream.error_line(f"This file cannot be replayed: {error}"), *[gr.skip()] * 3
+
+
+def _many_prompts() -> tuple[gr.components.Component, ...]:
+    """What `Page.evaluate` takes and gives, in its order, with start and cancel between."""
+    gr.Markdown("Run many prompts with the settings of the first tab, and see how well and how fast the exits do. "
+                "Results so far are kept when you cancel.", elem_id="ce-many-words")
+    available = list(bundled_prompts())
+    with gr.Row():
+        with gr.Column():
+            kinds = gr.CheckboxGroup(available, value=available, label="Bundled prompts", elem_id="ce-kinds")
+            each = gr.Slider(1, 12, 2, step=1, label="Of each kind", buttons=[])
+        pasted = gr.Textbox(label="Or your own, one a line", lines=5, max_lines=10, elem_id="ce-pasted",
+                            placeholder="What is a noun?\nWrite a haiku about rain.")
+        file = gr.File(label="Or a file: .txt, .jsonl, .csv", type="filepath", height=170,
+                       file_types=[".txt", ".jsonl", ".csv"], elem_id="ce-prompt-file")
+    with gr.Row(elem_id="ce-many-actions"):
+        start = gr.Button("Evaluate", variant="primary", scale=0, elem_id="ce-evaluate")
+        cancel = gr.Button("Cancel", scale=0, elem_id="ce-cancel")
+        as_json = gr.DownloadButton("Save all (JSON)", scale=0, interactive=False)
+        as_csv = gr.DownloadButton("Save table (CSV)", scale=0, interactive=False)
+    said = gr.HTML("<span></span>", elem_id="ce-said", apply_default_css=False)
+    chart = gr.Plot(visible=False, show_label=False, container=False, elem_id="ce-chart")
+    table = gr.Dataframe(headers=list(COLUMNS), interactive=False, wrap=True, elem_id="ce-results", buttons=[],
+                         label="Results", column_widths=["25%", "9%", "11%", "8%", "11%", "8%", "8%", "9%", "11%"])
+    return kinds, each, pasted, file, start, cancel, said, table, chart, as_json, as_csv
+
+
+def _exit_controls(shape: stream.Shape) -> tuple[list[gr.Slider], gr.Dropdown]:
+    """One dial for all exits, a slider for each, and a way to force one."""
     hint = "How sure must an exit be? Lower is faster, higher is closer to the full model, 1 closes it"
     with gr.Accordion(hint, elem_id="ce-sure"):
         with gr.Row():
-            return [gr.Slider(0, NEVER, 0.7, step=0.01, label=views.exit_name(s, engine), buttons=[],
-                              min_width=220) for s in range(engine.num_exits)]
+            preset = gr.Radio(PRESETS, value=0.7, label="All exits", elem_id="ce-preset", scale=2, min_width=260)
+            force = gr.Dropdown(label="Where tokens leave", elem_id="ce-force", scale=1, min_width=220,
+                                **_ways_out(shape))
+        with gr.Row():
+            sliders = [gr.Slider(0, NEVER, 0.7, step=0.01, buttons=[], min_width=200, **_slider(s, shape))
+                       for s in range(MAX_EXITS)]
+        preset.input(lambda value: [value] * MAX_EXITS, preset, sliders, queue=False, show_progress="hidden",
+                     api_visibility="private")
+    return sliders, force
 
 
-def _more_settings(engine: Engine, tokenizer) -> list[gr.components.Component]:
-    """The controls that `compare` takes between mode and thresholds, in its order."""
-    can_chat = bool(tokenizer.chat_template)
-    longest, most_drafts = min(1024, engine.model.max_positions // 2), engine.model.max_verify_rows - 1
+def _ways_out(shape: stream.Shape) -> dict:
+    return dict(value=FIRST_SURE, choices=[("At the first sure exit", FIRST_SURE), *(
+        (f"Always at exit {s + 1}", s) for s in range(len(shape.exit_layers)))])
+
+
+def _slider(s: int, shape: stream.Shape) -> dict:
+    exits = len(shape.exit_layers)
+    return dict(visible=s < exits, label=stream.exit_name(min(s, exits), shape))
+
+
+def _fit(shape: stream.Shape) -> list[dict]:
+    """Updates that make the exit controls those of another model."""
+    return [gr.update(**_ways_out(shape)), *(gr.update(**_slider(s, shape)) for s in range(MAX_EXITS))]
+
+
+def _more_settings() -> list[gr.components.Component]:
+    """The controls that `respond` takes between mode and force, in its order."""
     with gr.Accordion("More settings", open=False, elem_id="ce-more"):
         with gr.Row():
-            chat = gr.Checkbox(can_chat, label="Chat", interactive=can_chat,
-                               info="Off: the model continues your text instead of answering it")
-            tokens = gr.Slider(1, longest, min(200, longest), step=1, label="Most new tokens", buttons=[])
-            draft = gr.Slider(1, min(16, most_drafts), min(4, most_drafts), step=1, label="Guesses per check",
+            chat = gr.Checkbox(True, label="Chat", info="Off: the model continues your text instead of answering it")
+            tokens = gr.Slider(1, 1024, 200, step=1, label="Most new tokens", buttons=[])
+            draft = gr.Slider(1, 15, 4, step=1, label="Guesses per check",
                               info="Verified mode: the most guesses before the full model looks", buttons=[])
         with gr.Row():
             temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", buttons=[],
                                     info="0: always the likeliest token")
             top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", buttons=[],
                               info="Below 1: choose among the likeliest tokens only")
-            seed = gr.Number(0, label="Seed", precision=0, info="Same seed, same text")
+            seed = gr.Number(0, label="Seed", precision=0, info="Same seed, same text; Retry counts it up")
     return [chat, tokens, draft, temperature, top_p, seed]
 
 
@@ -166,28 +574,39 @@ def launch_options() -> dict:
 
 # -- start --------------------------------------------------------------------------------------------------
 
+def offers(models: list[str], exits: str | None) -> list[Offer]:
+    """The menu: the models asked for; else the bundled one with each kind of exits that ships for it."""
+    if models or exits or os.environ.get("CASCADEEXIT_MODEL"):
+        return [Offer(hub.short_name(model or hub.DEFAULT_MODEL), model, exits)
+                for model in models or [os.environ.get("CASCADEEXIT_MODEL")]]
+    return [Offer(hub.DEFAULT_MODEL, None), *(
+        Offer(folder.name, None, folder) for folder in sorted((ASSETS / "exits").glob(f"{hub.DEFAULT_MODEL}-*")))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="CascadeExit: a model leaving early, beside itself in full.")
-    parser.add_argument("--model", help="a Hub id, a local folder, or the bundled model's name"
-                                        f" (default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
+    parser.add_argument("--model", nargs="+", default=[], help="Hub ids, local folders, or the bundled model's name; "
+                        f"several make a menu (default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
     parser.add_argument("--exits", help="folder of trained exits (default: those shipped for the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16")
     parser.add_argument("--host", help="address to serve on, 0.0.0.0 for every network (default: 127.0.0.1)")
+    parser.add_argument("--mcp", action="store_true", help="offer the endpoints as MCP tools too (needs gradio[mcp])")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     say = partial(print, flush=True)
     try:
-        engine, tokenizer = hub.load(args.model, args.exits, device=args.device, progress=say,
-                                     dtype=getattr(torch, args.dtype) if args.dtype else None)
-        engine.run([0], DecodeConfig(max_new_tokens=4))     # warm: no visitor's clock pays for it
-        demo = build_demo(engine, tokenizer)
+        library = Library(offers(args.model, args.exits), device=args.device,
+                          dtype=getattr(torch, args.dtype) if args.dtype else None)
+        demo = build_demo(library)
         demo.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True,
-                    **launch_options())
+                    mcp_server=args.mcp, **launch_options())
+        say(f"Open {demo.local_url} (a recorded run plays there until the model is ready)")
+        library.get(library.labels[0], say)
     except (RuntimeError, ValueError, OSError) as error:
         raise SystemExit(f"app.py: {error}") from error
-    say(f"{engine.model.name} is ready: open {demo.local_url}")
+    say(f"{library.labels[0]} is ready: {demo.local_url}")
     demo.block_thread()
 
 

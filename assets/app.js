@@ -9,9 +9,12 @@ const SVG = 'http://www.w3.org/2000/svg';
 const SIDES = ['cascade', 'full'];
 const MAX_POINTS = 240;                      // of a live chart; longer lines keep the peak of each step
 
-const over = new Set();                      // runs that were stopped or cleared: frames still under way are too late
+const WINDOW = 48;                           // tokens of the layer map shown at once
 
-let offset, consumed, model, run, sides, versus, verdict, match, parts, dirty;
+const over = new Set();                      // runs that were stopped or cleared: frames still under way are too late
+const still = matchMedia('(prefers-reduced-motion: reduce)').matches;
+
+let offset, consumed, model, run, sides, versus, verdict, match, parts, dirty, playing, compared, card;
 
 // -- small helpers ---------------------------------------------------------------------------------------------------
 
@@ -39,10 +42,11 @@ const exitPlace = exit => isLast(exit) ? 'all ' + model.layers + ' layers'
 // -- reading the stream ----------------------------------------------------------------------------------------------
 
 function reset() {
-  offset = 0; consumed = ''; model = run = versus = verdict = null; match = []; dirty = true;
+  offset = compared = 0; consumed = ''; model = run = versus = verdict = null; match = []; dirty = true;
+  closeCard();
   sides = {};
   for (const name of SIDES) {
-    sides[name] = { nodes: [], pending: new Map(), waits: [], stats: null, tokens: 0, rejected: 0 };
+    sides[name] = { nodes: [], records: [], pending: new Map(), waits: [], stats: null, tokens: 0, rejected: 0 };
   }
 }
 
@@ -52,6 +56,8 @@ function update() {
     if (!model) return;
     return status(JSON.parse(value.slice(0, value.indexOf('\n'))).message, 'error');
   }
+  if (value.startsWith('{"type":"replay"')) return replay(value);
+  stopReplay();
   const id = (value.match(/"run":"(\w+)"/) || [])[1];
   if (over.has(id)) return;
   if (!value.startsWith(consumed)) {
@@ -59,13 +65,45 @@ function update() {
     reset();
   }
   const end = value.lastIndexOf('\n') + 1;
-  const pinned = parts ? SIDES.filter(name => atBottom(parts[name].text)) : [];
-  for (const line of value.slice(offset, end).split('\n')) if (line) read(JSON.parse(line));
+  const lines = value.slice(offset, end).split('\n').filter(Boolean);
   offset = end;
   consumed = value.slice(0, end);
+  show(lines.map(line => JSON.parse(line)));
+}
+
+function show(records) {
+  const pinned = parts ? SIDES.filter(name => atBottom(parts[name].text)) : [];
+  records.forEach(read);
   if (!model) return;
   if (dirty) draw();
   for (const name of pinned) parts[name].text.scrollTop = parts[name].text.scrollHeight;
+}
+
+// -- a recorded run, at the pace at which it happened ----------------------------------------------------------------
+
+function replay(value) {
+  if (playing && playing.value === value) return;
+  stopReplay();
+  reset();
+  const records = value.slice(value.indexOf('\n') + 1).split('\n').filter(Boolean).map(line => JSON.parse(line));
+  let next = 0;
+  const began = performance.now();
+  const step = () => {
+    const now = (performance.now() - began) / 1000, from = next;
+    while (next < records.length && (still || !(records[next].t > now))) next++;
+    if (next > from) show(records.slice(from, next));
+    if (next === records.length) {
+      clearInterval(playing.timer);
+      if (!verdict) status('This recorded run ends here.', 'done');
+    }
+  };
+  playing = { value, timer: setInterval(step, 70) };
+  step();
+  if (parts) parts.recorded.hidden = false;
+}
+
+function stopReplay() {
+  if (playing) { clearInterval(playing.timer); playing = null; reset(); }
 }
 
 const readers = {
@@ -75,7 +113,8 @@ const readers = {
   text(record) { sides[record.side].nodes[record.i].textContent += record.text; },
   stats(record) { sides[record.side].stats = record; dirty = true; },
   versus(record) { versus = record; match.push([record.n, record.rolling]); dirty = true; },
-  end(record) { verdict = record; dirty = true; status('Done.', 'done'); },
+  end(record) { verdict = record; dirty = true; judge(record); status(playing ? 'Recorded run. Press Run for a live one.' : 'Done.', 'done'); },
+  status(record) { status(record.message, 'busy'); },
   stopped() { over.add(run.run); dirty = true; status('Stopped. The text so far is kept.', 'stopped'); },
   error(record) { dirty = true; status(record.message, 'error'); },
 };
@@ -94,6 +133,7 @@ function readToken(record) {
   if (!node) parts[record.side].text.append(node = make('span'));
   dress(node, record, '');
   side.nodes[record.i] = node;
+  side.records[record.i] = record;
   if (record.ms !== undefined) side.waits.push(record.ms);
   if (side.tokens++ === 0 && !verdict) status('Writing…', 'busy');
 }
@@ -110,7 +150,7 @@ function reject(side, record) {
   side.pending.delete(record.i);
   if (!node) return;
   node.className = node.className.replace(' draft', ' rejected');
-  node.title += ' · the full model said something else';
+  node.dataset.note = 'rejected: the full model said something else';
   side.rejected++;
   dirty = true;
 }
@@ -121,26 +161,41 @@ function dress(node, record, state) {
     + (record.special ? ' special' : '') + (record.part ? ' part' : '') + (blank ? ' newline' : '');
   node.dataset.id = record.id;
   node.textContent = record.text;
-  node.title = tooltip(record);
 }
 
-function tooltip(record) {
-  const sure = record.conf[record.exit];
-  const words = [exitName(record.exit) + ', ' + exitPlace(record.exit)];
-  if (sure !== null && sure !== undefined) words.push(percent(sure) + ' sure');
-  if (record.ms !== undefined) words.push(number(record.ms) + ' ms');
-  if (record.part) words.push('part of a character');
-  words.push('token ' + record.id);
-  return words.join(' · ');
+// Two kinds of mismatch. Choice: the full model, given this very text, would have said something else here. Place: the
+// other panel has another token at this position, as nearly everywhere once the two texts have parted.
+function judge(record) {
+  const nodes = sides.cascade.nodes;
+  for (const i of record.differs || []) if (nodes[i]) nodes[i].classList.add('differs');
+  parts.differs.hidden = !(record.differs || []).length;
+  put(parts.differsCount, String((record.differs || []).length));
+}
+
+function comparePlaces() {
+  const [ours, theirs] = SIDES.map(name => sides[name].nodes);
+  const n = Math.min(ours.length, theirs.length);
+  for (; compared < n; compared++) {
+    const same = ours[compared].dataset.id === theirs[compared].dataset.id;
+    for (const node of [ours[compared], theirs[compared]]) node.classList.toggle('apart', !same);
+  }
+  const first = (verdict || versus || {}).first_divergence;
+  if (first === null || first === undefined || parts.split) return;
+  parts.split = true;
+  for (const nodes of [ours, theirs]) if (nodes[first]) nodes[first].classList.add('split');
+  parts.apart.hidden = false;
 }
 
 // -- the page: built once per run, then only text and widths change --------------------------------------------------
 
 function build() {
   model.colours.forEach((colour, s) => root.style.setProperty('--ce-' + colourClass(s), colour));
-  parts = { share: [], keys: [] };
-  root.replaceChildren(legend(), verdictStrip(), make('div', 'ce-panels', null, panel('cascade'), panel('full')), charts());
+  parts = { share: [], keys: [], buttons: [] };
+  root.replaceChildren(legend(), verdictStrip(), make('div', 'ce-panels', null, panel('cascade'), panel('full')),
+    marks(), charts(), layerMap(), files(), cardBox());
   root.classList.remove('ce-show-rejected');
+  delete root.dataset.only;
+  parts.recorded.hidden = !playing;
 }
 
 function legend() {
@@ -150,20 +205,40 @@ function legend() {
   for (let s = 0; s <= model.exits.length; s++) {
     const segment = make('div', 'ce-share-part ' + colourClass(s));
     const count = make('span', 'ce-count', '');
-    const key = make('li', 'ce-key', null,
+    const button = make('button', 'ce-key', null,
       make('span', 'ce-swatch t ' + colourClass(s), isLast(s) ? 'full' : 'exit ' + (s + 1)),
       make('span', 'ce-place', exitPlace(s)), count);
-    bar.append(segment); keys.append(key);
-    parts.share.push(segment); parts.keys.push(count);
+    button.type = 'button';
+    button.title = 'Show these tokens alone';
+    button.setAttribute('aria-pressed', 'false');
+    button.addEventListener('click', () => only(colourClass(s)));
+    bar.append(segment); keys.append(make('li', '', null, button));
+    parts.share.push(segment); parts.keys.push(count); parts.buttons.push(button);
   }
   const head = make('div', 'ce-legend-head', null, make('span', 'ce-caption', 'Colour shows how deep each token had to go'),
     make('span', 'ce-model', model.model));
+  parts.recorded = make('span', 'ce-flag ce-recorded', 'recorded run');
+  head.append(parts.recorded);
   if (!model.trained) {
     const flag = make('span', 'ce-flag', 'untrained exits');
     flag.title = 'These exits were not trained for this model: they stop rarely or guess badly. Verified mode stays exact.';
     head.append(flag);
   }
   return make('section', 'ce-legend', null, head, bar, keys);
+}
+
+function only(kind) {
+  const on = root.dataset.only !== kind;
+  if (on) root.dataset.only = kind; else delete root.dataset.only;
+  parts.buttons.forEach((button, s) => button.setAttribute('aria-pressed', String(on && colourClass(s) === kind)));
+}
+
+function marks() {
+  parts.differsCount = make('b', null, '0');
+  parts.differs = make('li', null, null, make('span', 't ef differs', 'like this'), ' another choice: with the same text before it, the full model would have said something else (', parts.differsCount, ')');
+  parts.apart = make('li', null, null, make('span', 't ef apart split', 'like this'), ' another place: the two texts part at the bar, and from there the dotted tokens stand where the other text has another one');
+  parts.differs.hidden = parts.apart.hidden = true;
+  return make('ul', 'ce-marks', null, parts.differs, parts.apart);
 }
 
 function verdictStrip() {
@@ -192,6 +267,7 @@ function panel(name) {
   text.setAttribute('role', 'region');
   text.setAttribute('aria-label', name === 'full' ? 'Text of the full model' : 'Text with early exits');
   text.dataset.side = name;
+  listen(text, name);
   text.dataset.hint = name === 'full' ? 'The same model without exits answers here, for comparison.'
     : 'Press Run. Each token appears in the colour of the exit that wrote it.';
   const speed = make('b', null, '–'), first = make('b', null, '–'), total = make('b', null, '–');
@@ -254,9 +330,12 @@ function draw() {
   for (const name of SIDES) drawSide(parts[name], sides[name]);
   drawShare(sides.cascade.stats);
   drawTiles();
+  parts.files.hidden = !sides.cascade.nodes.length;
   if (!run) return;
+  comparePlaces();
   drawMatch();
   drawWaits();
+  if (verdict && !playing) parts.map.hidden = false;
 }
 
 function drawSide(part, side) {
@@ -331,6 +410,190 @@ function peaks(values) {
 function line(path, points, width, height) {
   path.setAttribute('points', points.map(([x, y]) =>
     (300 * x / width).toFixed(1) + ',' + (78 - 74 * Math.min(1, y / height)).toFixed(1)).join(' '));
+}
+
+// -- the token card: on hover, tap, or arrow keys --------------------------------------------------------------------
+
+function listen(text, name) {
+  text.addEventListener('pointerover', event => {
+    if (event.pointerType !== 'touch' && event.target.matches('.t') && !(card && card.pinned)) openCard(event.target, name, false);
+  });
+  text.addEventListener('pointerleave', () => { if (card && !card.pinned) closeCard(); });
+  text.addEventListener('click', event => { if (event.target.matches('.t')) openCard(event.target, name, true); else closeCard(); });
+  text.addEventListener('scroll', () => { if (card && !card.pinned) closeCard(); });
+  text.addEventListener('blur', closeCard);
+  text.addEventListener('keydown', event => {
+    const nodes = sides[name].nodes, now = card ? nodes.indexOf(card.node) : -1;
+    const to = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: nodes.length - 1 }[event.key];
+    if (event.key === 'Escape') return closeCard();
+    if (to === undefined || !nodes.length) return;
+    event.preventDefault();
+    const node = nodes[Math.max(0, Math.min(nodes.length - 1, to))];
+    node.scrollIntoView({ block: 'nearest' });
+    openCard(node, name, true);
+  });
+}
+
+function cardBox() {
+  parts.card = make('div', 'ce-card');
+  parts.card.id = 'ce-token-card';
+  parts.card.setAttribute('role', 'status');
+  parts.card.hidden = true;
+  return parts.card;
+}
+
+function openCard(node, name, pinned) {
+  if (card && card.node === node && card.pinned === pinned) return;
+  closeCard();
+  card = { node, name, pinned };
+  node.classList.add('chosen');
+  fillCard();
+  parts.card.hidden = false;
+  const box = root.getBoundingClientRect(), at = node.getClientRects()[0] || box, own = parts.card.getBoundingClientRect();
+  const left = Math.max(0, Math.min(at.left - box.left, box.width - own.width));
+  const above = at.top - own.height - 8 > 0;
+  parts.card.style.left = left + 'px';
+  parts.card.style.top = (above ? at.top - box.top - own.height - 6 : at.bottom - box.top + 6) + 'px';
+}
+
+function closeCard() {
+  if (!card) return;
+  card.node.classList.remove('chosen');
+  card = null;
+  if (parts) parts.card.hidden = true;
+}
+
+function fillCard() {
+  const { node, name } = card, i = sides[name].nodes.indexOf(node), record = sides[name].records[i];
+  const facts = make('dl', 'ce-card-facts');
+  const fact = (label, value) => facts.append(make('dt', null, label), make('dd', null, value));
+  const text = node.textContent, bytes = [...new TextEncoder().encode(text)].map(b => b.toString(16).padStart(2, '0'));
+  parts.card.replaceChildren(make('p', 'ce-card-text', visible(text) || (record && record.part ? 'part of a character' : 'nothing to see')), facts);
+  fact('token', node.dataset.id + (bytes.length ? ' · bytes ' + bytes.slice(0, 12).join(' ') + (bytes.length > 12 ? ' …' : '') : ''));
+  if (node.dataset.note) fact('draft', node.dataset.note);
+  if (!record) return;
+  fact('written by', exitName(record.exit) + ', ' + exitPlace(record.exit));
+  if (record.status === 'accepted') fact('checked', 'a guess that the full model confirmed');
+  if (record.ms !== undefined) fact('time', number(record.ms) + ' ms after the token before');
+  if (record.read !== undefined) fact('weights read', percent(record.read) + ' of what the full model reads for a token');
+  if (node.classList.contains('differs')) fact('mismatch', 'the full model would have said something else here');
+  else if (node.classList.contains('apart')) fact('mismatch', 'the other text has another token at this place');
+  if (name === 'cascade' && run) parts.card.append(readings(record, i));
+}
+
+function readings(record, i) {
+  const table = make('table', 'ce-readings'), body = make('tbody');
+  table.append(make('caption', null, 'How sure each exit was, and its likeliest tokens'), body);
+  for (let s = 0; s <= model.exits.length; s++) {
+    const sure = record.conf[s], needed = run.thresholds[s];
+    const asked = sure === null || sure === undefined ? (s < record.exit ? 'not asked' : '') : percent(sure) + ' sure'
+      + (needed === null || needed === undefined ? '' : ' (' + percent(needed) + ' needed)');
+    body.append(make('tr', null, null, make('th', null, null, make('span', 'ce-swatch t ' + colourClass(s), isLast(s) ? 'full' : 'exit ' + (s + 1))),
+      make('td', null, asked), make('td', 'ce-top5', '')));
+  }
+  if (verdict && !playing) ask(i, body);
+  else table.caption.textContent = 'How sure each exit was (likeliest tokens: after a live run)';
+  return table;
+}
+
+async function ask(i, body) {
+  const asked = card;
+  const seen = await server.token_card([run.run, i]);
+  if (card !== asked || !seen) return;
+  seen.readings.forEach((reading, s) => {
+    const [, sure, top] = body.rows[s].cells;
+    if (!sure.textContent && !isLast(s)) sure.textContent = percent(reading.confidence) + ' sure, not needed';
+    top.replaceChildren(...reading.top.flatMap(c => [make('span', 'ce-candidate' + (c.id === +asked.node.dataset.id ? ' same' : ''), visible(c.text)), ' ' + percent(c.p) + '  ']));
+  });
+}
+
+const visible = text => text.replace(/ /g, '␣').replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/\r/g, '␍');
+
+// -- the layer map: what every exit would have said ------------------------------------------------------------------
+
+function layerMap() {
+  const table = make('table', 'ce-map-table'), scroll = make('div', 'ce-map-scroll', null, table);
+  scroll.tabIndex = 0;
+  scroll.setAttribute('role', 'region');
+  scroll.setAttribute('aria-label', 'What every exit would have said');
+  const back = make('button', 'ce-small', '‹ earlier'), on = make('button', 'ce-small', 'later ›'), place = make('span', 'ce-place');
+  back.type = on.type = 'button';
+  let start = 0, total = 0;
+  const load = async to => {
+    const map = await server.layer_map([run.run, to, WINDOW]);
+    if (!map) return put(place, 'The server no longer keeps this run. Run it again.');
+    ({ start, total } = map);
+    drawMap(table, map);
+    put(place, 'tokens ' + (start + 1) + ' to ' + (start + map.columns.length) + ' of ' + total);
+    back.disabled = start === 0;
+    on.disabled = start + map.columns.length >= total;
+  };
+  back.addEventListener('click', () => load(Math.max(0, start - WINDOW)));
+  on.addEventListener('click', () => load(start + WINDOW));
+  const details = make('details', 'ce-map', null, make('summary', null, 'Look inside: what every exit would have said at each place'),
+    make('p', 'ce-sub', 'Each column is a token of the left text, each row an exit. The stronger the colour, the surer it was; bold where it says what the full model says.'),
+    make('p', 'ce-map-bar', null, back, on, place), scroll);
+  details.addEventListener('toggle', () => { if (details.open && !table.rows.length) load(0); });
+  details.hidden = true;
+  parts.map = details;
+  return details;
+}
+
+function drawMap(table, map) {
+  const rows = [];
+  for (let s = model.exits.length; s >= 0; s--) {
+    const row = make('tr', null, null, make('th', null, null, make('span', 'ce-swatch t ' + colourClass(s), isLast(s) ? 'full' : 'exit ' + (s + 1))));
+    map.columns.forEach((column, c) => {
+      const said = column[s], record = sides.cascade.records[map.start + c];
+      const cell = make('td', colourClass(s) + (said.id === column[column.length - 1].id ? ' same' : '') + (record && record.exit === s ? ' left' : ''), visible(said.text));
+      cell.style.setProperty('--p', Math.round(100 * said.p) + '%');
+      cell.title = visible(said.text) + ' · ' + percent(said.p) + (isLast(s) ? ' likely' : ' sure') + (record && record.exit === s ? ' · the token left here' : '');
+      row.append(cell);
+    });
+    rows.push(row);
+  }
+  table.replaceChildren(...rows);
+}
+
+// -- the run as a file -----------------------------------------------------------------------------------------------
+
+function files() {
+  const json = make('button', 'ce-small', 'Save run (JSON)'), csv = make('button', 'ce-small', 'Save tokens (CSV)');
+  json.type = csv.type = 'button';
+  json.addEventListener('click', () => save('cascadeexit-run.json', 'application/json',
+    JSON.stringify({ format: model.format, records: recorded() })));
+  csv.addEventListener('click', () => save('cascadeexit-tokens.csv', 'text/csv', table()));
+  parts.files = make('p', 'ce-files', null, json, csv);
+  parts.files.hidden = true;
+  return parts.files;
+}
+
+const recorded = () => (playing ? playing.value.slice(playing.value.indexOf('\n') + 1) : consumed)
+  .split('\n').filter(Boolean).map(line => JSON.parse(line)).filter(record => record.type !== 'status');
+
+function table() {
+  const rows = [['side', 'position', 'token', 'text', 'exit', 'layer', 'status', 'confidence', 'milliseconds', 'weights_read', 'other_choice', 'other_place']];
+  for (const name of SIDES) sides[name].records.forEach((r, i) => {
+    const node = sides[name].nodes[i];
+    rows.push([name, i, r.id, node.textContent, isLast(r.exit) ? 'full' : r.exit + 1, isLast(r.exit) ? model.layers : model.exits[r.exit].layer,
+      r.status, r.conf[r.exit] ?? '', r.ms ?? '', r.read ?? '', +node.classList.contains('differs'), +node.classList.contains('apart')]);
+  });
+  return rows.map(row => row.map(cell).join(',')).join('\r\n') + '\r\n';
+}
+
+// Quoted where needed; text that a spreadsheet would run as a formula gets an apostrophe.
+function cell(value) {
+  let text = String(value);
+  if (typeof value === 'string' && /^[=+\-@\t\r]/.test(text)) text = "'" + text;
+  return /[",\r\n]/.test(text) ? '"' + text.replace(/"/g, '""') + '"' : text;
+}
+
+function save(name, type, content) {
+  const link = make('a');
+  link.href = URL.createObjectURL(new Blob([content], { type }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
 reset();

@@ -1,18 +1,21 @@
 """The page in headless Chromium: what the engine says is what a visitor sees: as text, live, nothing else."""
 
+import csv
+import json
 import time
 from pathlib import Path
 
 import pytest
 
 import app
-from cascadeexit import hub, views
+from cascadeexit import hub, stream
 from cascadeexit.engine import DecodeConfig
 from cascadeexit.race import race
 from tests.browser.server import serve
 from tests.browser.tiny_text import HOSTILE
 
 pytestmark = pytest.mark.browser
+SKY = "Explain why the sky is blue."
 FINAL = ".t:not(.draft):not(.rejected)"
 APP_JS = Path(app.ASSETS / "app.js").read_text(encoding="utf-8")
 
@@ -37,7 +40,7 @@ def run_to_end(page) -> None:
     page.wait_for_selector(".ce-status.done")
 
 
-def expected(tiny, mode: str, prompt: str = app.EXAMPLES[0]) -> list[int]:
+def expected(tiny, mode: str, prompt: str = SKY) -> list[int]:
     engine, tokenizer = tiny
     config = DecodeConfig(mode=mode, max_new_tokens=200, thresholds=0.7)
     return engine.run(app.prompt_ids(tokenizer, prompt, chat=True), config).token_ids
@@ -188,6 +191,140 @@ def test_a_phone_needs_no_sideways_scrolling(open_page, tiny_url, theme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+# -- looking closer -----------------------------------------------------------------------------------------
+
+def test_a_card_tells_all_about_a_token(page, tiny):
+    run_to_end(page)
+    tokens = page.locator(f".ce-text[data-side=cascade] {FINAL}")
+    tokens.nth(5).click()
+    card = page.locator(".ce-card")
+    page.wait_for_function("document.querySelectorAll('.ce-card .ce-candidate').length >= 20")
+    ids = expected(tiny, "cascade")
+    assert f"{ids[5]} · bytes" in card.inner_text() and "% of what the full model reads" in card.inner_text()
+    rows = card.locator("tbody tr")
+    assert rows.count() == 4 and all("%" in rows.nth(s).inner_text() for s in range(4))
+    page.keyboard.press("ArrowRight")
+    assert f"{ids[6]} · bytes" in card.inner_text()
+    page.keyboard.press("Home")
+    assert f"{ids[0]} · bytes" in card.inner_text()
+    page.keyboard.press("Escape")
+    assert card.is_hidden()
+    tokens.nth(9).hover()
+    assert card.is_visible() and f"{ids[9]} · bytes" in card.inner_text()
+
+
+def test_a_key_of_the_legend_leaves_its_tokens_alone_in_colour(page):
+    run_to_end(page)
+    assert len(colours_seen(page)) >= 3
+    key = page.locator(".ce-key").nth(1)
+    key.click()
+    assert key.get_attribute("aria-pressed") == "true" and len(colours_seen(page)) == 2
+    key.click()
+    assert key.get_attribute("aria-pressed") == "false" and len(colours_seen(page)) >= 3
+
+
+def test_two_kinds_of_mismatch_are_marked(page, tiny):
+    run_to_end(page)
+    engine, tokenizer = tiny
+    ours, theirs = expected(tiny, "cascade"), expected(tiny, "full")
+    choices = engine.full_choices(app.prompt_ids(tokenizer, SKY, chat=True), ours)
+
+    def marked(name, side="cascade"):
+        return page.eval_on_selector_all(f".ce-text[data-side={side}] {FINAL}", f"""all =>
+            all.flatMap((t, i) => t.classList.contains('{name}') ? [i] : [])""")
+    assert marked("differs") == [i for i, (a, b) in enumerate(zip(ours, choices)) if a != b] != []
+    apart = [i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b]
+    assert marked("apart") == marked("apart", "full") == apart and marked("split") == apart[:1]
+    assert page.locator(".ce-marks li:visible").count() == 2
+
+
+def test_the_layer_map_shows_what_each_exit_would_have_said(page, tiny):
+    run_to_end(page)
+    page.click(".ce-map summary")
+    page.wait_for_selector(".ce-map-table td")
+    assert page.locator(".ce-map-table tr").count() == 4 and page.locator(".ce-map-table td").count() == 4 * 48
+    assert page.locator(".ce-map-table td.left").count() == 48, "each token leaves at one exit"
+    page.get_by_role("button", name="later").click()
+    page.wait_for_function("document.querySelector('.ce-map-bar').textContent.includes('tokens 49 to 96 of 200')")
+
+
+def test_forcing_an_exit_colours_every_token(page):
+    page.get_by_label("Where tokens leave").click()
+    page.get_by_role("option", name="Always at exit 2").click()
+    run_to_end(page)
+    assert len(colours_seen(page)) == 1
+    assert page.locator(".ce-count").nth(1).inner_text() == "200 · 100%"
+
+
+def test_a_preset_sets_every_threshold(page):
+    page.get_by_label("Careful").check()
+    page.wait_for_function("[...document.querySelectorAll('#ce-sure input[type=number]')].filter(x => x.offsetParent)"
+                           ".every(x => x.value === '0.9')")
+
+
+# -- keeping and sharing ------------------------------------------------------------------------------------
+
+def saved(page, button: str, path: Path) -> Path:
+    with page.expect_download() as download:
+        page.get_by_role("button", name=button).click()
+    download.value.save_as(path)
+    return path
+
+
+def test_a_saved_run_is_replayed(page, open_page, tiny_url, tmp_path):
+    run_to_end(page)
+    shown = shown_ids(page, "cascade"), shown_ids(page, "full")
+    file = saved(page, "Save run", tmp_path / "run.json")
+    assert json.loads(file.read_text())["format"] == stream.FORMAT
+    other = open_page(tiny_url)
+    other.set_input_files("#ce-links input[type=file], input[type=file]", file)
+    other.wait_for_selector(".ce-status.done")
+    assert (shown_ids(other, "cascade"), shown_ids(other, "full")) == shown
+    assert other.locator(".ce-recorded").is_visible()
+    other.click("#ce-run")
+    other.wait_for_selector(".ce-recorded", state="hidden")
+    other.wait_for_selector(".ce-status.done")
+    assert shown_ids(other, "full") == shown[1], "a live run after a replay"
+
+
+def test_a_file_that_is_no_run_gets_a_message(page, tmp_path):
+    run_to_end(page)
+    before = shown_ids(page, "cascade")
+    (tmp_path / "other.json").write_text('{"format": 1, "records": [1, 2]}')
+    page.set_input_files("input[type=file]", tmp_path / "other.json")
+    page.wait_for_selector(".ce-status.error")
+    assert "entry 0: expected a type" in page.locator(".ce-status").inner_text()
+    assert shown_ids(page, "cascade") == before
+
+
+def test_tokens_are_saved_as_a_table(page, tmp_path):
+    run_to_end(page)
+    with saved(page, "Save tokens", tmp_path / "tokens.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["token"]) for r in rows if r["side"] == "cascade"] == shown_ids(page, "cascade")
+    assert not any(r["text"].startswith(("=", "+", "-", "@")) for r in rows)
+
+
+def test_a_link_restores_the_settings(page, open_page):
+    page.fill("#ce-prompt textarea", "a & b = c?")
+    page.get_by_label("Verified: exact").check()
+    page.get_by_label("Careful").check()
+    page.wait_for_timeout(500)
+    page.click("#ce-link")
+    page.wait_for_function("location.search.includes('mode=verified')")
+    other = open_page(page.url)
+    other.wait_for_function("document.querySelector('#ce-prompt textarea').value === 'a & b = c?'")
+    assert other.get_by_label("Verified: exact").is_checked()
+    other.wait_for_function("document.querySelector('#ce-sure input[type=number]').value === '0.9'")
+
+
+def test_a_link_of_nonsense_changes_nothing(open_page, tiny_url):
+    page = open_page(f"{tiny_url}?mode=warp&n=many&temp=1e999&t=a,b&exit=77&model=other&seed=nan")
+    page.wait_for_timeout(500)
+    assert page.get_by_label("Cascade: fast").is_checked()
+    run_to_end(page)
+
+
 # -- the script alone, fed by hand --------------------------------------------------------------------------
 
 DRAW = """([code, values]) => {
@@ -213,12 +350,12 @@ def recorded(tiny) -> list[str]:
     engine, tokenizer = tiny
     config = DecodeConfig(mode="verified", max_new_tokens=40, thresholds=0.5)
     ids = app.prompt_ids(tokenizer, "sky", chat=True)
-    stream = views.TokenStream(engine, tokenizer, config, len(ids))
-    values = [stream.text, *views.frames(stream, race({
+    told = stream.TokenStream(engine, tokenizer, config, ids)
+    values = [told.text, *stream.frames(told, race({
         "cascade": engine.generate(ids, config),
         "full": engine.generate(ids, DecodeConfig(mode="full", max_new_tokens=40))}))]
-    stream.close_text()
-    return [*values, stream.text]
+    told.close_text()
+    return [*values, told.text]
 
 
 def test_any_cut_of_the_stream_draws_the_same_page(draw, recorded):
@@ -232,7 +369,7 @@ def test_any_cut_of_the_stream_draws_the_same_page(draw, recorded):
 
 
 def test_a_frame_that_comes_after_stop_or_clear_is_too_late(draw, recorded, tiny):
-    for end in (views.stopped(recorded[1]), views.model_line(tiny[0])):
+    for end in (stream.stopped(recorded[1]), stream.model_line(stream.Shape.of(tiny[0]))):
         assert draw(*recorded[:2], end, recorded[2], recorded[-1]) == draw(*recorded[:2], end)
 
 

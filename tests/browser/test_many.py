@@ -1,0 +1,66 @@
+"""Many prompts: from three sources, with numbers as they come; cancelled, what is there stays."""
+
+import json
+import time
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+def many(page):
+    page.get_by_role("tab", name="Many prompts").click()
+    page.wait_for_selector("#ce-evaluate")
+    return page
+
+
+def test_pasted_prompts_are_evaluated_and_saved(many, tmp_path):
+    many.fill("#ce-pasted textarea", "hi there\n<img src=x onerror=alert(1)>\n" + "sky " * 300)
+    many.click("#ce-evaluate")
+    many.wait_for_selector("#ce-said .ce-status.done")
+    said = many.locator("#ce-said").inner_text()
+    assert "3 of 3 prompts" in said and "1 could not run" in said and "agreement" in said
+    assert many.locator("#ce-results img").count() == 0
+    many.wait_for_selector("#ce-chart .main-svg")
+    with many.expect_download() as download:
+        many.get_by_text("Save all (JSON)").click()
+    download.value.save_as(tmp_path / "all.json")
+    file = json.loads((tmp_path / "all.json").read_text())
+    assert [r["prompt"] for r in file["results"]][0] == "hi there" and "positions" in file["results"][2]["error"]
+
+
+def test_a_file_of_prompts_is_evaluated(many, tmp_path):
+    (tmp_path / "set.csv").write_text("kind,prompt\ncode,one\nchat,two\n")
+    many.set_input_files("#ce-prompt-file input[type=file]", tmp_path / "set.csv")
+    many.wait_for_selector("#ce-prompt-file :text('set.csv')")
+    many.click("#ce-evaluate")
+    many.wait_for_selector("#ce-said .ce-status.done")
+    assert "2 of 2 prompts" in many.locator("#ce-said").inner_text()
+
+
+def test_a_bad_set_gets_a_message(many):
+    many.fill("#ce-pasted textarea", '{"prompt": 5}')
+    many.click("#ce-evaluate")
+    many.wait_for_selector("#ce-said .ce-status.error")
+    assert "line 1: expected a text" in many.locator("#ce-said").inner_text()
+
+
+def test_cancelling_keeps_what_is_there(many, tiny, monkeypatch):
+    fast = tiny[0].generate
+
+    def generate(ids, config):
+        for event in fast(ids, config):
+            time.sleep(0.004)
+            yield event
+    monkeypatch.setattr(tiny[0], "generate", generate)
+    many.fill("#ce-pasted textarea", "\n".join(f"prompt {i}" for i in range(20)))
+    many.click("#ce-evaluate")
+    many.wait_for_function("/^[23] of 20/.test(document.querySelector('#ce-said').innerText.trim())")
+    many.click("#ce-cancel")
+    many.wait_for_selector("#ce-said .ce-status.stopped")
+    said = many.locator("#ce-said").inner_text()
+    many.wait_for_timeout(800)
+    assert many.locator("#ce-said").inner_text() == said and "stopped" in said
+    assert "prompt 1" in many.locator("#ce-results").inner_text()
+    assert many.get_by_text("Save table (CSV)").is_enabled()

@@ -1,0 +1,50 @@
+"""The endpoints, called as a program would."""
+
+import pytest
+from conftest import tiny_engine
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from cascadeexit.engine import DecodeConfig
+from tests.browser.server import serve
+from tests.browser.tiny_text import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def served():
+    engine, tokenizer = tiny_engine(seed=3), tiny_tokenizer()
+    with serve(engine, tokenizer) as url:
+        yield engine, tokenizer, Client(url, verbose=False)
+
+
+def test_models_are_listed(served):
+    engine, _, client = served
+    assert client.predict(api_name="/models") == [
+        {"model": engine.model.name, "layers": 6, "exit_layers": [2, 3, 5], "trained": False}]
+
+
+@pytest.mark.parametrize("mode", ["cascade", "verified", "full"])
+def test_generate_says_what_the_engine_says(served, mode):
+    engine, tokenizer, client = served
+    said = client.predict(prompt="hi there", mode=mode, threshold=0.5, max_new_tokens=24, chat=False,
+                          api_name="/generate")
+    run = engine.run(tokenizer("hi there").input_ids, DecodeConfig(mode=mode, thresholds=0.5, max_new_tokens=24))
+    assert said["token_ids"] == run.token_ids and len(said["exits"]) == 24
+    assert said["text"] == tokenizer.decode(run.token_ids, skip_special_tokens=True)
+    assert said["stats"]["routing_share"] == pytest.approx(run.stats.routing_share)
+
+
+def test_compare_measures_both_sides(served):
+    engine, tokenizer, client = served
+    said = client.predict(prompt="hi there", mode="verified", threshold=0.3, max_new_tokens=24, api_name="/compare")
+    assert said["identical"] and said["exits"]["token_ids"] == said["full"]["token_ids"]
+    assert said["agreement"] == 1.0 and said["speedup"] > 0
+
+
+@pytest.mark.parametrize("wrong, reason", [
+    ({"prompt": "  "}, "write a prompt"), ({"mode": "warp"}, "mode must be one of"), ({"threshold": -1}, "thresholds"),
+    ({"max_new_tokens": 0}, "at least 1"), ({"max_new_tokens": 100_000}, "positions"),
+    ({"model": "<b>other</b>"}, "not offered here")])
+def test_bad_input_is_answered_with_the_reason(served, wrong, reason):
+    with pytest.raises(AppError, match=reason):
+        served[2].predict(**{"prompt": "hi", "chat": False} | wrong, api_name="/generate")
