@@ -1,8 +1,9 @@
 """Exits: a small adapter and a confidence estimator behind each exit layer, and the artifact that holds them.
 
 An adapter turns a hidden state into one that the frozen, shared head can read; it never sees the vocabulary. The
-estimator says how likely that head's choice equals the full model's, from the hidden state alone, so that the one
-vocabulary projection of a token is paid by the exit that is taken. Artifact: config.json + exits.safetensors.
+estimator says how likely that head's choice equals the full model's, from the hidden state alone or a sketch of the
+head, so that the one vocabulary projection of a token is paid by the exit that is taken. Artifact: config.json +
+exits.safetensors.
 
 Two kinds of adapter. `swiglu`, the published one, reads the hidden state at its layer. `carry` reads beside it the
 hidden state that named the newest token: the full model's, or the adapted one of the exit that token left by. It is
@@ -51,7 +52,10 @@ class ExitConfig:
     confidence_width: int = 256
     """Inner width of the estimator; 256 as published."""
     confidence: str = "mlp"
-    """'mlp': the trained estimator. 'softmax': the largest probability of the exit's head, for untrained exits."""
+    """'mlp': the published estimator. 'sketch': from the exit's probabilities of its most frequent words. 'softmax':
+    the largest probability of the exit's whole head, for untrained exits."""
+    sketch_size: int = 0
+    """'sketch': how many words."""
     head_size: int = 0
     """Words in the exits' trimmed head; 0 = the whole vocabulary."""
     norm_eps: float = 1e-5
@@ -64,8 +68,11 @@ class ExitConfig:
         object.__setattr__(self, "layers", tuple(self.layers))
         if self.adapter not in ADAPTERS:
             raise ValueError(f"adapter must be one of {', '.join(ADAPTERS)}, got '{self.adapter}'")
-        if self.confidence not in ("mlp", "softmax"):
-            raise ValueError(f"confidence must be 'mlp' or 'softmax', got '{self.confidence}'")
+        if self.confidence not in ("mlp", "sketch", "softmax"):
+            raise ValueError(f"confidence must be 'mlp', 'sketch' or 'softmax', got '{self.confidence}'")
+        if (self.confidence == "sketch") != (self.sketch_size > 0):
+            raise ValueError(f"sketch_size goes with confidence 'sketch', got {self.sketch_size} with "
+                             f"'{self.confidence}'")
         if not all(a < b for a, b in zip((0, *self.layers), (*self.layers, self.num_layers), strict=True)):
             raise ValueError(f"exit layers must ascend within 1..{self.num_layers - 1}, got {self.layers}")
         if self.format != _FORMAT:
@@ -140,6 +147,28 @@ class ConfidenceHead(nn.Module):
         return self.outer(inner).squeeze(-1).float()
 
 
+class SketchConfidence(nn.Module):
+    """The same question, answered by logistic regression on the exit's softmax over a few frequent words.
+
+    Three facts of it: log p of the likeliest word, of the second, and the entropy in nats. Logits over the words
+    (..., M) -> logit (...,).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    @staticmethod
+    def facts(logits: Tensor) -> Tensor:
+        """(..., M) -> (..., 3)."""
+        log_p = logits.float().log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
+        return torch.cat([log_p.topk(2, dim=-1).values, entropy], dim=-1)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.linear(self.facts(logits)).squeeze(-1)
+
+
 class ExitBank(nn.Module):
     """All exits of one model. `attach` it to the model before asking it for logits."""
 
@@ -148,10 +177,13 @@ class ExitBank(nn.Module):
         self.config = config
         self.adapters = nn.ModuleList(
             ADAPTERS[config.adapter](config.hidden_size, config.width, config.norm_eps) for _ in config.layers)
-        self.confidence_heads = nn.ModuleList(ConfidenceHead(config.hidden_size, config.confidence_width)
-                                              for _ in config.layers) if config.confidence == "mlp" else None
+        self.confidence_heads = nn.ModuleList(
+            ConfidenceHead(config.hidden_size, config.confidence_width) if config.confidence == "mlp"
+            else SketchConfidence() for _ in config.layers) if config.confidence != "softmax" else None
         self.register_buffer("head_ids", torch.arange(config.head_size) if config.head_size else None)
+        self.register_buffer("sketch_ids", torch.arange(config.sketch_size) if config.sketch_size else None)
         self._project: Callable[[Tensor], Tensor] | None = None
+        self._sketch: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def untrained(cls, model: SegmentedModel, *, confidence: str = "softmax", **shape) -> Self:
@@ -183,8 +215,11 @@ class ExitBank(nn.Module):
         if self.confidence_heads is not None:
             self.confidence_heads.float()
         weight = model.head_weight.detach() if self.head_ids is None else model.head_weight.detach()[self.head_ids]
-        # A bound method, not a module: the head belongs to the base model and must not be saved with the exits.
+        # Bound methods, not modules: the head belongs to the base model and must not be saved with the exits.
         self._project, self.head_bytes = pack(weight).forward, weight.nbytes
+        if self.sketch_ids is not None:
+            self._sketch = pack(model.head_weight.detach()[self.sketch_ids]).forward
+            self._sketch_bytes = len(self.sketch_ids) * weight[0].nbytes
         return self
 
     # -- one exit, hidden rows in --------------------------------------------------------------------------------
@@ -201,7 +236,7 @@ class ExitBank(nn.Module):
         """Probability that exit s chooses what the full model would: adapted hidden (..., D) -> (...,) in [0, 1]."""
         if self.confidence_heads is None:
             return self.logits(hidden).float().softmax(-1).amax(-1)
-        return self.confidence_heads[s](hidden).sigmoid()
+        return self.confidence_heads[s](hidden if self._sketch is None else self._sketch(hidden)).sigmoid()
 
     # -- bytes, for the cost metric ------------------------------------------------------------------------------
 
@@ -210,6 +245,7 @@ class ExitBank(nn.Module):
         read = sum(p.nbytes for p in self.adapters[s].parameters())
         if self.confidence_heads is None:
             return read + self.head_bytes
+        read += self._sketch_bytes if self._sketch else 0
         return read + sum(p.nbytes for p in self.confidence_heads[s].parameters())
 
     def fingerprint(self) -> str:

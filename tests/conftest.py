@@ -31,14 +31,18 @@ def tiny_base(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = 
 def tiny_engine(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = torch.float32, **shape) -> Engine:
     """Random exits over a random model: adapters that differ from the identity, estimators that say anything."""
     model = SegmentedModel(tiny_base(family, seed, dtype), EXIT_LAYERS, name=family)
-    bank = ExitBank.untrained(model, confidence="mlp", width=8, confidence_width=8, **shape)
+    bank = ExitBank.untrained(model, **dict(confidence="mlp", width=8, confidence_width=8) | shape)
     torch.manual_seed(seed + 1)
     for adapter in bank.adapters:
         for name, weight in adapter.named_parameters():
             if name in ("up.weight", "linear.weight"):
                 weight.data.normal_(std=0.1)
     for head in bank.confidence_heads:
-        head.outer.weight.data.normal_(std=2.0)
+        if bank.config.confidence == "mlp":
+            head.outer.weight.data.normal_(std=2.0)
+        else:               # surer where the likeliest word is likelier, about as often sure as not
+            head.linear.weight.data.copy_(torch.tensor([[3.0, 0.0, 0.0]]))
+            head.linear.bias.data.fill_(2.0)
     return Engine(model, bank)
 
 
@@ -54,4 +58,5 @@ def adapter(request) -> str:
 
 @pytest.fixture
 def engine(adapter) -> Engine:
-    return tiny_engine(adapter=adapter)
+    """Both kinds of exits as they ship: published shape and published estimator, ours and ours."""
+    return tiny_engine(adapter=adapter, **dict(confidence="sketch", sketch_size=40) if adapter == "carry" else {})

@@ -261,8 +261,9 @@ def test_waiting_for_the_consumer_is_not_engine_time(engine):
 def test_runs_may_interleave(engine):
     config = DecodeConfig(mode="cascade", max_new_tokens=TOKENS, thresholds=0.5)
     alone = [engine.run(p, config).token_ids for p in PROMPTS[1:]]
-    together = list(zip(*(engine.generate(p, config) for p in PROMPTS[1:])))
-    assert [final_ids(events) for events in zip(*together)] == alone
+    together = list(zip(*(engine.generate(p, config) for p in PROMPTS[1:])))        # to the end of the shortest
+    assert len(together) == min(map(len, alone))
+    assert [final_ids(events) for events in zip(*together)] == [ids[:len(together)] for ids in alone]
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

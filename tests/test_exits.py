@@ -41,8 +41,22 @@ def test_untrained_confidence_is_the_largest_probability_of_the_head():
     torch.testing.assert_close(bank.confidence(0, hidden), bank.logits(hidden).softmax(-1).amax(-1))
 
 
-@pytest.mark.parametrize("shape", [{}, {"head_size": 20}, {"adapter": "carry"}],
-                         ids=["whole-head", "trimmed-head", "carry"])
+def test_a_sketch_of_the_whole_vocabulary_knows_the_exits_probabilities():
+    model = segmented()
+    bank = ExitBank.untrained(model, confidence="sketch", sketch_size=model.vocab_size).attach(model)
+    bank.confidence_heads[0].linear.weight.data.copy_(torch.tensor([[1.0, 0.5, -2.0]]))
+    bank.confidence_heads[0].linear.bias.data.fill_(0.25)
+    hidden = bank.hidden(0, torch.randn(5, model.hidden_size), torch.zeros(5, model.hidden_size))
+    p = bank.logits(hidden).softmax(-1)
+    best = p.topk(2).values
+    logit = best[:, 0].log() + 0.5 * best[:, 1].log() + 2 * (p * p.log()).sum(-1) + 0.25
+    torch.testing.assert_close(bank.confidence(0, hidden), logit.sigmoid())
+    assert bank.try_bytes(0) == sum(p.nbytes for p in bank.adapters[0].parameters()) + model.head_bytes + 4 * 4
+
+
+@pytest.mark.parametrize("shape", [{}, {"head_size": 20}, {"adapter": "carry"},
+                                   {"adapter": "carry", "confidence": "sketch", "sketch_size": 30}],
+                         ids=["whole-head", "trimmed-head", "carry", "sketch"])
 def test_saved_exits_decode_the_same_when_loaded(tmp_path, shape):
     engine = tiny_engine(**shape)
     engine.bank.save(tmp_path)
@@ -94,7 +108,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"format": 99}, {"layers": [5, 3]}, {"confidence": "guess"}, {"colour": "red"},
-                                    {"width": 9}, {"adapter": "magic"}])
+                                    {"width": 9}, {"adapter": "magic"}, {"confidence": "sketch"}, {"sketch_size": 5}])
 def test_a_config_that_does_not_fit_is_refused(tmp_path, change):
     tiny_engine().bank.save(tmp_path)
     path = tmp_path / "config.json"

@@ -2,13 +2,16 @@
 
     python -m training.confidence --exits runs/smollm2 --data data/policy data/text
 
-The estimator learns in three steps. On the training documents, by binary cross-entropy averaged over rows, to tell
-the largest softmax probability of its exit's head without computing it: whether the exit is right cannot be learned
-there, since the adapters have seen these documents. Then on half of the calibration documents, which no adapter has
-seen, whether the exit's choice equals the full model's; it stops at the epoch that is best on the other half. That
-half then sets a scale and a shift of the logit (Platt 1999), folded into the weights. The test documents measure it:
-ECE and AUROC, beside three baselines that need the exit's logits: largest probability, entropy and margin, calibrated
-by a temperature. The estimators are written into the exits folder.
+Two kinds. `sketch`, the default: logistic regression on three facts of the exit's softmax over its most frequent words
+(`SketchConfidence`), fitted on the calibration documents, which no adapter has seen; a small part of the head is read
+for it. `mlp`, as published: an MLP that sees the adapted hidden state alone. It learns in three steps. On the training
+documents, by binary cross-entropy averaged over rows, to tell the largest softmax probability of its exit's head:
+whether the exit is right cannot be learned there, since the adapters have seen these documents. Then on half of the
+calibration documents whether the exit's choice equals the full model's; it stops at the epoch that is best on the
+other half. That half then sets a scale and a shift of the logit (Platt 1999), folded into the weights.
+
+The test documents measure both: ECE and AUROC, beside three baselines that need all of the exit's logits: largest
+probability, entropy and margin, calibrated by Platt scaling. The estimators are written into the exits folder.
 """
 
 import argparse
@@ -22,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cascadeexit.exits import ConfidenceHead, ExitBank
+from cascadeexit.exits import ConfidenceHead, ExitBank, SketchConfidence
 from cascadeexit.hub import load_model
 from cascadeexit.model import SegmentedModel
 from training.data import Split, load_documents
-from training.distill import carried
+from training.distill import carried, frequent_tokens
 from training.features import FeatureStore
 from training.plots import reliability_plot
 from training.provenance import provenance, save_json
@@ -124,6 +127,38 @@ def platt(score: Tensor, right: Tensor, shift: bool = True) -> tuple[float, floa
     return a.item(), b.item()
 
 
+def fit_mlp(bank: ExitBank, s: int, store: FeatureStore, train: list[int], held: list[int], args) -> ConfidenceHead:
+    """The published estimator, in the three steps told above."""
+    layer = bank.config.layers[s]
+    seen = exit_rows(bank, s, store, train, f"exit {layer}, training")
+    fitted, checked = (exit_rows(bank, s, store, part, f"exit {layer}, calibration")
+                       for part in (held[::2], held[1::2]))
+    head = ConfidenceHead(bank.config.hidden_size, args.width)
+    fit(head, seen.hidden, seen.softmax, epochs=args.epochs, lr=1e-3, weight_decay=0.01, batch=1024, seed=args.seed)
+    fit(head, fitted.hidden, fitted.right, epochs=args.calibration_epochs, lr=2e-4, weight_decay=0.1, batch=256,
+        seed=args.seed, check=(checked.hidden, checked.right))
+    with torch.no_grad():
+        a, b = platt(head(checked.hidden), checked.right)
+        head.outer.weight.mul_(a)
+        head.outer.bias.mul_(a).add_(b)
+    return head
+
+
+def fit_sketch(facts: Tensor, right: Tensor) -> SketchConfidence:
+    """Logistic regression (n, 3) -> (n,), by Newton-like steps to the end."""
+    head = SketchConfidence()
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(head.linear(facts)[:, 0], right.float())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return head
+
+
 def baselines(calibration: Rows, test: Rows) -> dict:
     """ECE, raw and after Platt scaling of its logit, and AUROC of what the exit's logits say by themselves."""
     report = {}
@@ -144,10 +179,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="the folders given to training.distill")
     parser.add_argument("--feature-gb", type=float, default=20.0, help="disk for hidden states")
     parser.add_argument("--features", type=Path, help="folder for hidden states; default EXITS/features")
-    parser.add_argument("--width", type=int, default=256, help="inner width of the estimators; 256 as published")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the training rows, first step")
-    parser.add_argument("--calibration-epochs", type=int, default=12, help="most passes over the calibration rows")
-    parser.add_argument("--train-rows", type=int, default=400_000, help="rows of the first step, at most")
+    parser.add_argument("--kind", choices=("sketch", "mlp"), default="sketch", help="mlp as published")
+    parser.add_argument("--words", type=int, default=2048, help="sketch: most frequent words it reads")
+    parser.add_argument("--width", type=int, default=256, help="mlp: inner width; 256 as published")
+    parser.add_argument("--epochs", type=int, default=4, help="mlp: passes over the training rows, first step")
+    parser.add_argument("--calibration-epochs", type=int, default=12, help="mlp: most passes over calibration rows")
+    parser.add_argument("--train-rows", type=int, default=400_000, help="mlp: rows of the first step, at most")
     parser.add_argument("--device-map", help="as for training.distill")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -170,38 +207,45 @@ def main() -> None:
     if len(held) < 4 or not tests:
         raise SystemExit(f"{len(held)} calibration and {len(tests)} test documents are too few: 2 in 25 and 1 in 25 of "
                          "all documents are set aside, so about 100 documents are needed. Write more data.")
-    report = []
-    heads = nn.ModuleList()
+    report, heads = [], nn.ModuleList()
+    shape = dict(confidence="mlp", confidence_width=args.width, sketch_size=0)
+    if args.kind == "sketch":
+        shape = dict(confidence="sketch", sketch_size=min(args.words, model.vocab_size))
+        words = frequent_tokens(store.choices(store.of(Split.TRAIN)), model.vocab_size, model.eos_ids)
+        bank.sketch_ids = words[:shape["sketch_size"]].to(model.device)
+        sketch = model.head_weight.detach()[bank.sketch_ids].cpu()
+
+        def seen_by(rows: Rows) -> Tensor:
+            return torch.cat([F.linear(part, sketch) for part in rows.hidden.split(4096)])
+    else:
+        bank.sketch_ids = None
+
+        def seen_by(rows: Rows) -> Tensor:
+            return rows.hidden
     for s, layer in enumerate(bank.config.layers):
-        seen = exit_rows(bank, s, store, train, f"exit {layer}, training")
-        fitted, checked, test = (exit_rows(bank, s, store, part, f"exit {layer}, {what}") for part, what in
-                                 ((held[::2], "calibration"), (held[1::2], "calibration"), (tests, "test")))
-        head = ConfidenceHead(bank.config.hidden_size, args.width)
-        fit(head, seen.hidden, seen.softmax, epochs=args.epochs, lr=1e-3, weight_decay=0.01, batch=1024,
-            seed=args.seed)
-        fit(head, fitted.hidden, fitted.right, epochs=args.calibration_epochs, lr=2e-4, weight_decay=0.1, batch=256,
-            seed=args.seed, check=(checked.hidden, checked.right))
+        calibration, test = (exit_rows(bank, s, store, part, f"exit {layer}, {what}")
+                             for part, what in ((held, "calibration"), (tests, "test")))
+        if args.kind == "sketch":
+            head = fit_sketch(SketchConfidence.facts(seen_by(calibration)), calibration.right)
+        else:
+            head = fit_mlp(bank, s, store, train, held, args)
         with torch.no_grad():
-            a, b = platt(head(checked.hidden), checked.right)
-            head.outer.weight.mul_(a)
-            head.outer.bias.mul_(a).add_(b)
-            confidence = head(test.hidden).sigmoid()
+            confidence = head(seen_by(test)).sigmoid()
         heads.append(head.requires_grad_(False))
         bins = equal_mass_bins(confidence, test.right)
         report.append({
             "layer": layer, "agreement": test.right.float().mean().item(),
             "ece": expected_calibration_error(confidence, test.right), "auroc": auroc(confidence, test.right),
             "bins": {"confidence": [c for c, _, _ in bins], "right": [r for _, r, _ in bins]},
-            "baselines": baselines(checked, test)})
+            "baselines": baselines(calibration, test)})
         print(json.dumps({k: v for k, v in report[-1].items() if k != "bins"}))
     bank.confidence_heads = heads
-    bank.config = dataclasses.replace(bank.config, trained=True, confidence_width=args.width)
+    bank.config = dataclasses.replace(bank.config, trained=True, **shape)
     bank.save(args.exits)
     reliability_plot(report, args.exits / "reliability.html")
     save_json(args.exits / "confidence.json", {
-        "provenance": provenance(args.seed), "exits": report,
-        "rows": {"train": len(seen.right), "calibration": len(fitted.right) + len(checked.right),
-                 "test": len(test.right)}})
+        "provenance": provenance(args.seed), "kind": args.kind, "exits": report,
+        "rows": {"calibration": len(calibration.right), "test": len(test.right)}})
 
 
 if __name__ == "__main__":

@@ -206,6 +206,10 @@ row counts and so may round otherwise in bf16 (where the first difference stands
 def card(folder: Path) -> str:
     config, distill, confidence = (read(folder / f"{name}.json") for name in ("config", "distill", "confidence"))
     settings = distill["settings"]
+    estimator = {
+        "mlp": "an MLP of width {confidence_width} on the adapted hidden state, as published",
+        "sketch": "logistic regression on the two largest log-probabilities and the entropy of the exit's softmax over\n"
+                  "  the {sketch_size:,} most frequent words"}[config["confidence"]].format(**config)
     start = {"carry": "ridge regression", "swiglu": "the identity"}[config["adapter"]]
     return f"""\
 # Exits for {config['base_model']}
@@ -217,7 +221,7 @@ SmolLM2-135M-Instruct that CascadeExit bundles: the 4-bit GGUF of the `llm-smoll
 - **Adapter**, `{config['adapter']}`: {SHAPES[config['adapter']].format(width=config['width'])}.
 - **Head**: the model's own, trimmed to the {config['head_size']:,} words it chooses most often; they cover
   {distill['head_coverage']:.1%} of its choices on held-out text.
-- **Estimator**: an MLP of width {config['confidence_width']} on the adapted hidden state.
+- **Estimator**: {estimator}.
 
 {exits_table([folder])}
 
@@ -227,8 +231,8 @@ SmolLM2-135M-Instruct that CascadeExit bundles: the 4-bit GGUF of the `llm-smoll
 - **Adapters**: from {start}, then {distill['steps']:,} steps of {settings['batch']:,} tokens, AdamW,
   {1 - settings['hard']:g} x KL to the full model + {settings['hard']:g} x cross-entropy of its choice.
   {source(distill)}
-- **Estimators**: first the head's own largest probability on training documents, then whether the exit is right on
-  calibration documents. {source(confidence)}
+- **Estimators** learned from {confidence['rows']['calibration']:,} tokens of the calibration documents.
+  {source(confidence)}
 
 Agreement is teacher-forced on the model's own text; elsewhere expect less. Licence: Apache-2.0, as the base model.
 """
