@@ -21,6 +21,12 @@ SHAPES = {
     "swiglu": "h + up(silu(gate h) * down h) of width {width}, as published, then an RMSNorm of its own"}
 
 
+ESTIMATORS = {
+    "sketch": """logistic regression on the two largest log-probabilities and the entropy of the exit's softmax over
+  the {sketch_size:,} most frequent words""",
+    "mlp": "an MLP of width {confidence_width} on the adapted hidden state, as published"}
+
+
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -206,10 +212,7 @@ row counts and so may round otherwise in bf16 (where the first difference stands
 def card(folder: Path) -> str:
     config, distill, confidence = (read(folder / f"{name}.json") for name in ("config", "distill", "confidence"))
     settings = distill["settings"]
-    estimator = {
-        "mlp": "an MLP of width {confidence_width} on the adapted hidden state, as published",
-        "sketch": "logistic regression on the two largest log-probabilities and the entropy of the exit's softmax over\n"
-                  "  the {sketch_size:,} most frequent words"}[config["confidence"]].format(**config)
+    estimator = ESTIMATORS[config["confidence"]].format(**config)
     start = {"carry": "ridge regression", "swiglu": "the identity"}[config["adapter"]]
     return f"""\
 # Exits for {config['base_model']}

@@ -1,16 +1,19 @@
-"""Pictures of the page for the README, taken from the bundled model.
+"""Pictures of the page for the README, taken from the bundled model, and the recorded run of its first visitors.
 
     python -m tests.browser.screenshots --out assets/screenshots
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from cascadeexit import hub
 from tests.browser.server import CHROMIUM_ARGS, find_chromium, serve
+
+TRACE = Path("assets/traces/sky.json")
 
 
 @dataclass(frozen=True)
@@ -20,34 +23,61 @@ class Shot:
     name: str
     theme: str = "light"
     width: int = 1280
-    height: int = 1340
+    height: int = 1330
     mode: str = "Cascade"
     prompt: str = "Explain why the sky is blue."
-    figures: bool = False           # the finished run's charts, instead of the page from its top
+    then: Callable[[Page], str | None] = lambda page: None
+    """What a visitor does when the run is over; returns the part of the page to show, None for all that is in view."""
+
+
+def open_card(page: Page) -> None:
+    page.locator(".ce-text[data-side=cascade] .t.e0").nth(4).click()
+    page.wait_for_selector(".ce-candidate")
+
+
+def open_map(page: Page) -> str:
+    page.click(".ce-map summary")
+    page.wait_for_selector(".ce-map-table td")
+    return ".ce-map"
+
+
+def evaluate(page: Page) -> None:
+    page.get_by_role("tab", name="Many prompts").click()
+    page.click("#ce-evaluate")
+    page.wait_for_selector("#ce-said .ce-status.done")
+    page.wait_for_selector("#ce-chart .main-svg")
 
 
 SHOTS = (Shot("light"), Shot("dark", theme="dark"), Shot("verified", mode="Verified"),
-         Shot("phone", width=390, height=1500), Shot("figures", figures=True))
+         Shot("phone", width=390, height=1500), Shot("figures", then=lambda page: "#ce-figures"),
+         Shot("card", then=open_card), Shot("map", then=open_map), Shot("many", then=evaluate))
 
 
 def take(browser: Browser, url: str, shot: Shot, folder: Path) -> Path:
     page = browser.new_page(viewport={"width": shot.width, "height": shot.height}, device_scale_factor=1.5)
-    page.set_default_timeout(300_000)
+    page.set_default_timeout(600_000)
     page.goto(f"{url}?__theme={shot.theme}")
     page.get_by_label(f"{shot.mode}:").check()
     page.fill("#ce-prompt textarea", shot.prompt)
     page.click("#ce-run")
     page.wait_for_selector(".ce-status.done")
     page.wait_for_function("document.querySelectorAll('#ce-figures .main-svg').length >= 3")
-    page.wait_for_timeout(1000)                                 # animations come to rest
+    if shot.name == "light":
+        keep_trace(page)
     page.eval_on_selector_all(".ce-text", "all => all.forEach(box => box.scrollTop = 0)")
+    part = shot.then(page)
+    page.wait_for_timeout(1000)                                 # animations come to rest
     path = folder / f"{shot.name}.png"
-    if shot.figures:
-        page.locator("#ce-figures").screenshot(path=path)
-    else:
-        page.screenshot(path=path)
+    (page.locator(part) if part else page).screenshot(path=path)
     page.close()
     return path
+
+
+def keep_trace(page: Page) -> None:
+    """The run that a visitor sees while the model loads."""
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save run").click()
+    download.value.save_as(TRACE)
 
 
 def main() -> None:
