@@ -128,7 +128,7 @@ class Page:
         finally:
             contest.close()                                         # also when the visitor stops or leaves
 
-    def evaluate(self, kinds, each, pasted, file, label, mode, chat, max_new_tokens, max_draft, temperature, top_p,
+    def try_all(self, kinds, each, pasted, file, label, mode, chat, max_new_tokens, max_draft, temperature, top_p,
                  seed, force, *thresholds) -> Iterator[tuple]:
         """Many prompts: yields (what happens, table, figure, JSON file, CSV file); every result is kept at once."""
         wait = (gr.skip(),) * 4
@@ -468,7 +468,7 @@ def build_demo(library: Library) -> gr.Blocks:
             lambda: gr.Info("The page's address now holds these settings, and was copied."), queue=False, **quiet)
         upload.upload(_replay_upload, upload, outputs, cancels=[running, again], queue=False, **quiet)
         kinds, each, pasted, file, start, cancel, said, table, chart, as_json, as_csv = many
-        tried = start.click(page.evaluate, [kinds, each, pasted, file, model, *settings],
+        tried = start.click(page.try_all, [kinds, each, pasted, file, model, *settings],
                             [said, table, chart, as_json, as_csv], **turns | dict(show_progress_on=[said]))
         cancel.click(lambda: None, cancels=[tried], queue=False, **quiet).then(
             lambda text: text.replace("ce-status busy", "ce-status stopped").replace("</p>", " · stopped</p>")
@@ -492,7 +492,7 @@ def _replay_upload(path):
 
 
 def _many_prompts() -> tuple[gr.components.Component, ...]:
-    """What `Page.evaluate` takes and gives, in its order, with start and cancel between."""
+    """What `Page.try_all` takes and gives, in its order, with start and cancel between."""
     gr.Markdown("Run many prompts with the settings of the first tab, and see how well and how fast the exits do. "
                 "Results so far are kept when you cancel.", elem_id="ce-many-words")
     available = list(bundled_prompts())

@@ -1,5 +1,8 @@
 """The endpoints, called as a program would."""
 
+import re
+from pathlib import Path
+
 import pytest
 from conftest import tiny_engine
 from gradio_client import Client
@@ -39,6 +42,20 @@ def test_compare_measures_both_sides(served):
     said = client.predict(prompt="hi there", mode="verified", threshold=0.3, max_new_tokens=24, api_name="/compare")
     assert said["identical"] and said["exits"]["token_ids"] == said["full"]["token_ids"]
     assert said["agreement"] == 1.0 and said["speedup"] > 0
+
+
+def test_evaluate_keeps_failures(served):
+    said = served[2].predict(prompts=["hi there", ""], max_new_tokens=8, chat=False, api_name="/evaluate")
+    assert said["summary"]["prompts"] == 2 and said["summary"]["failed"] == 1
+    assert said["results"][0]["tokens"] == 8 and "write a prompt" in said["results"][1]["error"]
+
+
+def test_the_readme_example_runs(served, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = re.search("<!-- api-example -->\n```python\n(.*?)```", readme, re.DOTALL)[1]
+    assert "http://127.0.0.1:7860" in code
+    exec(code.replace("http://127.0.0.1:7860", served[2].src), {})
+    assert "0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong, reason", [
