@@ -255,15 +255,15 @@ def add_endpoints(page: Page) -> None:
     """/models, /generate, /compare and /evaluate; plain JSON in and out."""
     library = page.library
 
-    def prepared(model: str, prompt: str, chat: bool, **options) -> tuple:
+    def prepared(model: str, prompt: str | None, chat: bool, **options) -> tuple:
         try:
             label = model or library.labels[0]
             if label not in library.labels:
                 raise ValueError(f"model '{label}' is not offered here; /models lists {', '.join(library.labels)}")
             engine, tokenizer = library.get(label)
             config, full = decode_configs(engine.num_exits, **options)
-            ids = prompt_ids(tokenizer, prompt, chat)
-            engine.check(ids, config)
+            ids = None if prompt is None else prompt_ids(tokenizer, prompt, chat)
+            engine.check([0] if ids is None else ids, config)
             return engine, tokenizer, ids, config, full
         except (ValueError, hub.ModelUnavailable) as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from None
@@ -332,7 +332,7 @@ def add_endpoints(page: Page) -> None:
         if not prompts or len(prompts) > evaluation.MAX_PROMPTS:
             raise gr.Error(f"give 1 to {evaluation.MAX_PROMPTS} prompts, got {len(prompts)}", print_exception=False)
         engine, tokenizer, _, config, full = prepared(
-            model, "-", chat, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft, temperature=0.0,
+            model, None, chat, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft, temperature=0.0,
             top_p=1.0, seed=0, force=FIRST_SURE, thresholds=[threshold] * MAX_EXITS)
         results = [r for r in evaluation.evaluate(
             engine, partial(prompt_ids, tokenizer, chat=chat), partial(tokenizer.decode, skip_special_tokens=True),
