@@ -117,11 +117,11 @@ def baselines_table(result: dict) -> str:
 
 
 def lossless_table(results: list[dict]) -> str:
-    lines = ["| dtype | verified runs | tokens compared | tokens that differ | equal to `generate` |",
-             "| --- | --- | --- | --- | --- |"]
+    lines = ["| dtype | prompts x tokens | verified runs | tokens compared | tokens that differ | equal `generate` |",
+             "| --- | --- | --- | --- | --- | --- |"]
     for r in results:
-        lines.append(f"| {r['dtype']} | {r['verified_runs']} | {r['verified_tokens']:,} "
-                     f"| **{r['verified_differing_tokens']}** "
+        lines.append(f"| {r['dtype']} | {r['prompts']} x {r['tokens']} | {r['verified_runs']} "
+                     f"| {r['verified_tokens']:,} | **{r['verified_differing_tokens']}** "
                      f"| {r['reference_identical']} of {r['reference_prompts']} texts |")
     return "\n".join(lines)
 
@@ -195,16 +195,16 @@ def lossless_section(results: list[dict]) -> str:
     cases = results[0]
     thresholds, drafts = (", ".join(f"{v:g}" for v in cases[k]) for k in ("thresholds", "max_draft"))
     margins = [m for r in results for m in r["reference_margins"]]
+    sources = "\n".join(f"{r['dtype']}: {source(r)}  " for r in results)
     apart = f"at most {max(margins):.2f} logits apart" if margins else "never reached"
     return f"""\
-**Lossless**: `verified` against `full` for thresholds {thresholds} and drafts of up to {drafts}, {cases['prompts']}
-prompts of up to {cases['tokens']} tokens, and `full` against transformers' greedy `generate`, which works with other
-row counts and so may round otherwise in bf16 (where the first difference stands, the model's two best tokens are
-{apart}):
+**Lossless**: `verified` against `full` for thresholds {thresholds} and drafts of up to {drafts}, and `full` against
+transformers' greedy `generate`, which works with other row counts and so may round otherwise in bf16 (where the first
+difference stands, the model's two best tokens are {apart}):
 
 {lossless_table(results)}
 
-{source(cases)}
+{sources}
 
 """
 
