@@ -23,7 +23,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")     # read when gradi
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 
-from cascadeexit import evaluation, hub, metrics, record, stream, views  # noqa: E402
+from cascadeexit import evaluation, hub, metrics, prompts, record, stream, views  # noqa: E402
 from cascadeexit.engine import DecodeConfig, Engine, Mode  # noqa: E402
 from cascadeexit.inspection import Inspection, inspect  # noqa: E402
 from cascadeexit.library import Library, Offer  # noqa: E402
@@ -133,29 +133,29 @@ class Page:
         """Many prompts: yields (what happens, table, figure, JSON file, CSV file); every result is kept at once."""
         wait = (gr.skip(),) * 4
         try:
-            prompts = chosen_prompts(kinds, each, pasted, file)
+            chosen = chosen_prompts(kinds, each, pasted, file)
             if not self.library.ready(label):
                 for line in self.library.load(label):
                     yield _said(line), *wait
             engine, tokenizer = self.library.get(label)
-            config, full = decode_configs(engine.num_exits, mode, max_new_tokens, max_draft, temperature, top_p,
-                                          seed, force, thresholds)
+            config, _ = decode_configs(engine.num_exits, mode, max_new_tokens, max_draft, temperature, top_p,
+                                       seed, force, thresholds)
+            running = evaluation.evaluate(engine, partial(prompt_ids, tokenizer, chat=chat), chosen, config,
+                                          partial(tokenizer.decode, skip_special_tokens=True), pauses=True)
         except (ValueError, OSError, hub.ModelUnavailable) as error:
             yield _said(str(error), "error"), *wait
             return
         folder, results, began = Path(tempfile.mkdtemp(prefix="cascadeexit-")), [], time.monotonic()
-        running = evaluation.evaluate(engine, partial(prompt_ids, tokenizer, chat=chat),
-                                      partial(tokenizer.decode, skip_special_tokens=True), prompts, config, full)
-        yield _said(f"0 of {len(prompts)} prompts"), [], *wait[1:]
+        yield _said(f"0 of {len(chosen)} prompts"), [], *wait[1:]
         for result in running:
             if result is None:              # a chance to stop in the middle of a prompt
                 continue
             results.append(result)
             (folder / "evaluation.json").write_text(evaluation.results_json(results, config, label), encoding="utf-8")
             (folder / "evaluation.csv").write_text(evaluation.results_csv(results), encoding="utf-8")
-            left = (time.monotonic() - began) / len(results) * (len(prompts) - len(results))
-            done = len(results) == len(prompts)
-            yield (_said(_in_words(results, len(prompts), left), "done" if done else "busy"), _rows(results),
+            left = (time.monotonic() - began) / len(results) * (len(chosen) - len(results))
+            done = len(results) == len(chosen)
+            yield (_said(_in_words(results, len(chosen), left), "done" if done else "busy"), _rows(results),
                    gr.Plot(views.quality_speed_figure(results, measured_curve(engine)), visible=True)
                    if done or len(results) % 5 == 0 else gr.skip(),
                    *(gr.DownloadButton(value=str(folder / f"evaluation.{kind}"), interactive=True)
@@ -194,21 +194,15 @@ COLUMNS = ("prompt", "kind", "agreement", "same text", "first difference", "spee
            "problem")
 
 
-def bundled_prompts() -> dict[str, list[str]]:
-    return json.loads((ASSETS / "prompts.json").read_text(encoding="utf-8"))
-
-
-def chosen_prompts(kinds, each, pasted, file) -> list[evaluation.Prompt]:
-    """An uploaded file, else pasted lines, else the bundled kinds. Raises ValueError, OSError."""
+def chosen_prompts(kinds, each, pasted, file) -> list[prompts.Prompt]:
+    """An uploaded file, else pasted lines, else the bundled kinds. Raises ValueError."""
     if file:
-        return evaluation.read_prompt_file(file)
+        return prompts.read_prompts(Path(file))
     if (pasted or "").strip():
-        return evaluation.read_prompts(pasted)
-    prompts = [evaluation.Prompt(text, kind) for kind, texts in bundled_prompts().items() if kind in (kinds or ())
-               for text in texts[:int(each or 1)]]
-    if not prompts:
+        return prompts.read_prompts(pasted)
+    if not kinds:
         raise ValueError("Choose a kind of prompts, paste some, or upload a file.")
-    return prompts
+    return prompts.bundled_prompts(kinds, int(each or 1))
 
 
 def measured_curve(engine: Engine) -> list[dict]:
@@ -232,14 +226,14 @@ def _rows(results: list[evaluation.Result]) -> list[list]:
 def _in_words(results: list[evaluation.Result], total: int, left: float) -> str:
     s = evaluation.summarize_results(results)
     words = [f"{len(results)} of {total} prompts"]
-    if s["failed"]:
-        words.append(f"{s['failed']} could not run")
-    if s["agreement"] is not None:
-        words.append(f"agreement {s['agreement']:.1%}")
-    if s["speedup"] is not None:
-        words.append(f"{s['speedup']:.2f}x the full model's speed")
-    if s["identical"] is not None:
-        words.append(f"{s['identical']:.0%} identical texts")
+    if s.failed:
+        words.append(f"{s.failed} could not run")
+    if s.agreement is not None:
+        words.append(f"agreement {s.agreement:.1%}")
+    if s.speedup is not None:
+        words.append(f"{s.speedup:.2f}x the full model's speed")
+    if s.sequence is not None:
+        words.append(f"{s.sequence:.0%} identical texts")
     if left > 1:
         words.append(f"about {left:.0f} s left")
     return " · ".join(words)
@@ -323,21 +317,24 @@ def add_endpoints(page: Page) -> None:
                     positional_match=match.positional, first_divergence=match.first_divergence,
                     identical=match.sequence)
 
-    def evaluate(prompts: list[str], mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 64,
+    def evaluate(texts: list[str], mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 64,
                  max_draft: int = 4, chat: bool = True, model: str = "") -> dict:
         """Compare over many prompts; arguments as for generate.
 
+        Args:
+            texts: the prompts.
+
         Returns summary and results, one a prompt: agreement, speedup, routing_share, texts, or the error.
         """
-        if not prompts or len(prompts) > evaluation.MAX_PROMPTS:
-            raise gr.Error(f"give 1 to {evaluation.MAX_PROMPTS} prompts, got {len(prompts)}", print_exception=False)
-        engine, tokenizer, _, config, full = prepared(
+        if not texts or len(texts) > prompts.MAX_PROMPTS:
+            raise gr.Error(f"give 1 to {prompts.MAX_PROMPTS} prompts, got {len(texts)}", print_exception=False)
+        engine, tokenizer, _, config, _ = prepared(
             model, None, chat, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft, temperature=0.0,
             top_p=1.0, seed=0, force=FIRST_SURE, thresholds=[threshold] * MAX_EXITS)
-        results = [r for r in evaluation.evaluate(
-            engine, partial(prompt_ids, tokenizer, chat=chat), partial(tokenizer.decode, skip_special_tokens=True),
-            [evaluation.Prompt(str(text)) for text in prompts], config, full) if r is not None]
-        return dict(summary=evaluation.summarize_results(results), results=[asdict(r) for r in results])
+        results = list(evaluation.evaluate(
+            engine, partial(prompt_ids, tokenizer, chat=chat), [prompts.Prompt("own", str(text)) for text in texts],
+            config, partial(tokenizer.decode, skip_special_tokens=True)))
+        return dict(summary=asdict(evaluation.summarize_results(results)), results=[asdict(r) for r in results])
 
     gr.api(models, api_name="models", queue=False)
     for endpoint in (generate, compare, evaluate):
@@ -495,7 +492,7 @@ def _many_prompts() -> tuple[gr.components.Component, ...]:
     """What `Page.try_all` takes and gives, in its order, with start and cancel between."""
     gr.Markdown("Run many prompts with the settings of the first tab, and see how well and how fast the exits do. "
                 "Results so far are kept when you cancel.", elem_id="ce-many-words")
-    available = list(bundled_prompts())
+    available = list(dict.fromkeys(p.kind for p in prompts.bundled_prompts()))
     with gr.Row():
         with gr.Column():
             kinds = gr.CheckboxGroup(available, value=available, label="Bundled prompts", elem_id="ce-kinds")

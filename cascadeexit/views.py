@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from cascadeexit import metrics
-from cascadeexit.evaluation import Result, summarize_results
+from cascadeexit.evaluation import Result, quality_speed_points, summarize_results
 from cascadeexit.stream import CASCADE, FULL, Shape, TokenStream, colours, exit_name
 
 _OUTLINE = "#7D838C"                        # visible on a light and on a dark page
@@ -80,17 +80,17 @@ def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) 
             name="thresholds measured before, if bytes were all", line=dict(color=_OUTLINE, width=1.5, dash="dot"),
             text=[f"threshold {point['threshold']:g}" for point in curve],
             hovertemplate="%{text}: %{y:.1%} agreement, %{x:.2f}x by bytes<extra></extra>")
-    ran = [r for r in results if r.speedup is not None and r.agreement is not None]
-    for kind, colour in zip(dict.fromkeys(r.kind for r in ran), (*_KIND_COLOURS, *[_OUTLINE] * len(ran))):
-        points = [r for r in ran if r.kind == kind]
+    points = quality_speed_points(results)
+    for kind, colour in zip(dict.fromkeys(p["kind"] for p in points), (*_KIND_COLOURS, *[_OUTLINE] * len(points))):
+        mine = [p for p in points if p["kind"] == kind]
         # Prompts are strangers' text: plotly reads markup in labels, so its angle brackets go.
-        labels = [r.prompt[:60].replace("<", "‹").replace(">", "›") for r in points]
-        figure.add_scatter(x=[r.speedup for r in points], y=[r.agreement for r in points], mode="markers",
-                           name=kind[:40].replace("<", "‹"), text=labels, marker=dict(size=9, color=colour),
+        labels = [p["label"].replace("<", "‹").replace(">", "›") for p in mine]
+        figure.add_scatter(x=[p["x"] for p in mine], y=[p["y"] for p in mine], mode="markers",
+                           name=kind.replace("<", "‹"), text=labels, marker=dict(size=9, color=colour),
                            hovertemplate="%{text}<br>%{y:.1%} agreement, %{x:.2f}x<extra></extra>")
-    total = summarize_results(ran)
-    if ran:
-        figure.add_scatter(x=[total["speedup"]], y=[total["agreement"]], mode="markers", name="all of them",
+    if points:
+        total = summarize_results(results)
+        figure.add_scatter(x=[total.speedup], y=[total.agreement], mode="markers", name="all of them",
                            marker=dict(symbol="star", size=17, color="#D55E00", line=dict(width=1, color=_OUTLINE)),
                            hovertemplate="all: %{y:.1%} agreement, %{x:.2f}x<extra></extra>")
     figure.update_xaxes(title="times the full model's speed")

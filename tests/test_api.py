@@ -45,7 +45,7 @@ def test_compare_measures_both_sides(served):
 
 
 def test_evaluate_keeps_failures(served):
-    said = served[2].predict(prompts=["hi there", ""], max_new_tokens=8, chat=False, api_name="/evaluate")
+    said = served[2].predict(texts=["hi there", ""], max_new_tokens=8, chat=False, api_name="/evaluate")
     assert said["summary"]["prompts"] == 2 and said["summary"]["failed"] == 1
     assert said["results"][0]["tokens"] == 8 and "write a prompt" in said["results"][1]["error"]
 

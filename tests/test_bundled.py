@@ -7,7 +7,8 @@ import torch
 
 from cascadeexit import hub
 from cascadeexit.engine import DecodeConfig
-from training.prompts import chat_ids, load_prompts
+from cascadeexit.prompts import bundled_prompts
+from training.prompts import chat_ids
 
 pytestmark = pytest.mark.bundled
 TOKENS = 24
@@ -21,7 +22,7 @@ def loaded(request):
 def test_verified_equals_full_bitwise(loaded):
     engine, tokenizer = loaded
     drafted = 0
-    for _, prompt in load_prompts(count=2):
+    for prompt in [p.text for p in bundled_prompts()[:2]]:
         ids = chat_ids(tokenizer, prompt)
         full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
         for threshold, max_draft in ((0, 7), (0.3, 3), (0.6, 7), (0.9, 1)):
@@ -35,7 +36,7 @@ def test_verified_equals_full_bitwise(loaded):
 def test_full_equals_transformers_generate_in_fp32():
     engine, tokenizer = hub.load(hub.DEFAULT_MODEL, dtype=torch.float32, device="cpu")
     base, _, _ = hub.load_model(hub.DEFAULT_MODEL, dtype=torch.float32, device="cpu")
-    for _, prompt in load_prompts(count=2):
+    for prompt in [p.text for p in bundled_prompts()[:2]]:
         ids = chat_ids(tokenizer, prompt)
         expected = base.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0, len(ids):].tolist()
         assert engine.run(ids, DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids == expected

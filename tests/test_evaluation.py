@@ -1,126 +1,264 @@
-"""An evaluation's numbers are those of metrics; what cannot run keeps its place; prompt sets are read within limits."""
+"""An evaluation's numbers are those of the runs; what cannot run keeps its place."""
 
 import csv
 import io
 import json
+from dataclasses import asdict, replace
+from math import sqrt
+from statistics import median
 
 import pytest
 from conftest import tiny_engine
 
-from cascadeexit import metrics
+from cascadeexit import evaluation, metrics
 from cascadeexit.engine import DecodeConfig
 from cascadeexit.evaluation import (
-    MAX_CHARACTERS,
-    MAX_PROMPTS,
-    Prompt,
+    Result,
     evaluate,
-    read_prompt_file,
-    read_prompts,
+    quality_speed_points,
     results_csv,
     results_json,
     summarize_results,
 )
+from cascadeexit.prompts import Prompt, read_prompts
 from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+CONFIG = DecodeConfig(thresholds=0.5, max_new_tokens=30)
+PROMPTS = [Prompt("chat", "hi there"), Prompt("own", "bad"), Prompt("own", ""), Prompt("code", "=1+1"),
+           Prompt("chat", "sky " * 300), Prompt("chat", "why?")]
+
+
+def encode(text: str) -> list[int]:
+    if text == "bad":
+        raise ValueError("this one is bad")
+    return TOKENIZER(text).input_ids
+
+
+def written(engine, prompts, config=CONFIG, **options) -> list[Result]:
+    return list(evaluate(engine, encode, prompts, config, TOKENIZER.decode, **options))
 
 
 @pytest.fixture(scope="module")
-def tried():
-    engine, tokenizer = tiny_engine(seed=3), tiny_tokenizer()
-
-    def encode(text):
-        if text == "bad":
-            raise ValueError("this one is bad")
-        return tokenizer(text).input_ids
-    prompts = [Prompt("hi there", "chat"), Prompt("bad"), Prompt("=1+1", "chat")]
-    configs = [DecodeConfig(mode=mode, thresholds=0.5, max_new_tokens=30) for mode in ("cascade", "full")]
-    results = [r for r in evaluate(engine, encode, tokenizer.decode, prompts, *configs) if r is not None]
-    return engine, tokenizer, configs, results
+def engine():
+    return tiny_engine(seed=3)
 
 
-def test_numbers_are_those_of_the_runs(tried):
-    engine, tokenizer, (config, full), results = tried
-    for result in (results[0], results[2]):
-        ids = tokenizer(result.prompt).input_ids
-        ours, theirs = engine.run(ids, config), engine.run(ids, full)
+@pytest.fixture(scope="module")
+def results(engine):
+    return written(engine, PROMPTS)
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, mode="verified", max_draft=3),
+                                    replace(CONFIG, temperature=0.8, seed=5)], ids=["cascade", "verified", "sampled"])
+def test_numbers_are_those_of_the_runs(engine, config):
+    for result in written(engine, [PROMPTS[0], PROMPTS[3]], config):
+        ids = encode(result.prompt)
+        ours, theirs = (engine.run(ids, replace(config, mode=mode)) for mode in (config.mode, "full"))
         match = metrics.match(ours.token_ids, theirs.token_ids)
-        assert (result.text, result.full_text) == tuple(tokenizer.decode(run.token_ids) for run in (ours, theirs))
-        assert result.routing_share == ours.stats.routing_share and result.cost == ours.stats.cost
-        assert (result.positional, result.first_divergence) == (match.positional, match.first_divergence)
-        assert result.agreement == metrics.agreement(ours.token_ids, engine.full_choices(ids, ours.token_ids))
-        assert result.speedup > 0
+        assert (result.text, result.full_text) == (TOKENIZER.decode(ours.token_ids), TOKENIZER.decode(theirs.token_ids))
+        assert result.tokens == ours.stats.tokens == len(ours.token_ids)
+        assert (result.routing_share, result.average_depth, result.cost, result.acceptance) == (
+            ours.stats.routing_share, ours.stats.average_depth, ours.stats.cost, ours.stats.acceptance)
+        assert (result.positional, result.first_divergence, result.sequence) == (
+            match.positional, match.first_divergence, match.sequence)
+        expected = metrics.agreement(ours.token_ids, engine.full_choices(ids, ours.token_ids))
+        assert result.agreement == (None if config.temperature else expected)
+        assert result.speedup == result.tokens_per_second / result.full_tokens_per_second > 0
+        assert result.error is None
 
 
-def test_a_prompt_that_cannot_run_keeps_its_place(tried):
-    results = tried[3]
-    assert [r.index for r in results] == [0, 1, 2]
-    assert results[1].error == "this one is bad" and results[1].agreement is None
-    summary = summarize_results(results)
-    assert summary["prompts"] == 3 and summary["failed"] == 1 and summary["kinds"]["own"]["failed"] == 1
-    assert summary["agreement"] == pytest.approx((results[0].agreement * results[0].tokens + results[2].agreement
-                                                  * results[2].tokens) / (results[0].tokens + results[2].tokens))
-    assert sum(summary["routing_share"]) == pytest.approx(1)
+def test_verified_says_what_full_says(engine):
+    for result in written(engine, [PROMPTS[0], PROMPTS[5]], replace(CONFIG, mode="verified")):
+        assert result.agreement == 1 and result.sequence and result.first_divergence is None
+        assert result.text == result.full_text and result.acceptance is not None
 
 
-def test_stopping_in_the_middle_closes_both_sides(tried, monkeypatch):
-    engine, tokenizer, configs, _ = tried
-    closed, fast = [], engine.generate
+def test_a_text_of_one_token_has_no_speed(engine):
+    [result] = written(engine, PROMPTS[:1], replace(CONFIG, max_new_tokens=1))
+    assert result.tokens == 1 and result.speedup is result.tokens_per_second is None
+    assert result.agreement is not None and quality_speed_points([result]) == []
+    assert summarize_results([result]).speedup is None
 
-    def generate(ids, config):
+
+def test_prompts_that_cannot_run_keep_their_place_and_the_rest_goes_on(results):
+    assert [r.index for r in results] == list(range(len(PROMPTS)))
+    assert [(r.kind, r.prompt) for r in results] == [(p.kind, p.text) for p in PROMPTS]
+    assert [r.index for r in results if r.error] == [1, 2, 4]
+    assert results[1].error == "this one is bad"
+    assert "empty" in results[2].error and "512" in results[4].error
+    assert asdict(results[1]) == asdict(Result(1, "own", "bad", "this one is bad"))
+
+
+def test_a_config_that_fits_no_prompt_is_refused_at_once(engine):
+    for config in (replace(CONFIG, thresholds=(0.5,)), replace(CONFIG, mode="verified", max_draft=10_000)):
+        with pytest.raises(ValueError, match="thresholds|max_draft"):
+            evaluate(engine, encode, PROMPTS, config, TOKENIZER.decode)     # before the first result is asked for
+
+
+@pytest.fixture
+def watched(engine, monkeypatch):
+    """Modes of the streams that began, and of those that were closed."""
+    began, closed, generate = [], [], engine.generate
+
+    def watch(stream, mode):
+        began.append(mode)
         try:
-            yield from fast(ids, config)
+            yield from stream
         finally:
-            closed.append(config.mode)
-    monkeypatch.setattr(engine, "generate", generate)
-    running = evaluate(engine, lambda text: tokenizer(text).input_ids, tokenizer.decode, [Prompt("hi there")], *configs)
-    for _ in range(5):
+            stream.close()
+            closed.append(mode)
+    monkeypatch.setattr(engine, "generate", lambda ids, config: watch(generate(ids, config), config.mode))
+    return began, closed
+
+
+def test_closing_in_the_middle_of_a_prompt_closes_both_runs(engine, watched, monkeypatch):
+    began, closed = watched
+    # Held here, so that no garbage collector closes what the generator forgot.
+    kept, race = [], evaluation.race
+    monkeypatch.setattr(evaluation, "race", lambda sides: kept.append(race(sides)) or kept[-1])
+    running = evaluate(engine, encode, PROMPTS, CONFIG, TOKENIZER.decode, pauses=True)
+    assert [next(running) for _ in range(5)] == [None] * 5
+    assert sorted(began) == ["cascade", "full"] and closed == []
+    running.close()
+    assert sorted(closed) == ["cascade", "full"] and list(running) == []
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_closing_between_prompts_leaves_nothing_open(engine, watched, asked):
+    began, closed = watched
+    running = evaluate(engine, encode, PROMPTS, CONFIG, TOKENIZER.decode)
+    for _ in range(asked):
         next(running)
     running.close()
-    assert sorted(closed) == ["cascade", "full"]
+    assert sorted(began) == sorted(closed) == ["cascade", "full"] * (asked > 0)
 
 
-def test_files_hold_everything_and_run_nothing(tried):
-    results = tried[3]
-    file = json.loads(results_json(results, tried[2][0], "tiny"))
-    assert file["format"] == 1 and file["config"]["mode"] == "cascade" and len(file["results"]) == 3
-    assert file["results"][0]["text"] == results[0].text
-    rows = list(csv.DictReader(io.StringIO(results_csv(results), newline="")))
-    assert rows[0]["prompt"] == "hi there" and rows[2]["prompt"] == "'=1+1" and rows[1]["error"] == "this one is bad"
-    assert float(rows[0]["agreement"]) == pytest.approx(results[0].agreement)
+def test_a_run_that_breaks_closes_both_sides(engine, watched, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+    running = evaluate(engine, encode, PROMPTS, CONFIG, TOKENIZER.decode, pauses=True)
+    next(running), next(running), next(running)
+    monkeypatch.setattr(engine.model, "run_segment", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(running)
+    assert sorted(watched[1]) == ["cascade", "full"]
 
 
-def test_nothing_ran():
-    assert summarize_results([])["prompts"] == 0 and summarize_results([])["agreement"] is None
+def test_pauses_change_nothing_but_the_pauses(engine):
+    timeless = [replace(r, tokens_per_second=0, full_tokens_per_second=0, speedup=0) for r in (
+        *written(engine, PROMPTS[:2]), *filter(None, written(engine, PROMPTS[:2], pauses=True)))]
+    assert timeless[:2] == timeless[2:]
 
 
-@pytest.mark.parametrize("content, name, expected", [
-    ("one\n\n two \r\n", "", [Prompt("one"), Prompt("two")]),
-    ('{"prompt": "one", "kind": "code"}\n\n{"text": "two"}', "", [Prompt("one", "code"), Prompt("two")]),
-    ('{"instruction": "one"}', "a.JSONL", [Prompt("one")]),
-    ('\ufeffkind,prompt\nchat,"a, b\nc"\n', "a.csv", [Prompt("a, b\nc", "chat")]),
-    ("\n".join(HOSTILE), "a.txt", [Prompt(line.strip()) for line in "\n".join(HOSTILE).splitlines() if line.strip()]),
-])
-def test_prompts_are_read_from_every_kind_of_file(content, name, expected):
-    assert read_prompts(content, name) == expected
+# -- over all --------------------------------------------------------------------------------------------------------
+
+MADE = [Result(0, "a", "p", None, 30, 0.9, 0.5, 4, False, (0.5, 0.5), 0.6, 0.7, None, 10.0, 5.0, 2.0),
+        Result(1, "b", "q", None, 10, 0.5, 1.0, None, True, (0.1, 0.9), 1.0, 1.1, 0.25, 20.0, 40.0, 0.5),
+        Result(2, "a", "r", "no"),
+        Result(3, "a", "s", None, 60, 1.0, 0.0, 0, False, (1.0, 0.0), 0.2, 0.3, 0.75, 90.0, 10.0, 9.0),
+        Result(4, "c", "t", None, 0, None, 0.5, 20, False, (0.0, 0.0))]
 
 
-@pytest.mark.parametrize("content, name, reason", [
-    (" \n", "", "no prompt"), ("", "a.csv", "no prompt"),
-    ("\n".join("abc" for _ in range(MAX_PROMPTS + 1)), "", f"{MAX_PROMPTS + 1} prompts are too many"),
-    ("a\n" + "b" * (MAX_CHARACTERS + 1), "", "prompt 2 has"),
-    ('{"prompt": "a"}\n{oops', "", "line 2: expected a JSON object"),
-    ('{"prompt": 5}', "", "line 1: expected a text under prompt"), ("[1]", "a.jsonl", "line 1: expected a text"),
-    ("question\nwhy", "a.csv", "row 1: expected a text under prompt.*'question'"),
-    ('prompt\n"open', "a.csv", "no CSV table"),
-])
-def test_what_is_no_prompt_set_is_named(content, name, reason):
-    with pytest.raises(ValueError, match=reason):
-        read_prompts(content, name)
+def test_a_summary_weighs_by_tokens_and_multiplies_speeds():
+    s = summarize_results(MADE)
+    assert (s.prompts, s.failed, s.tokens) == (5, 1, 100)
+    assert s.agreement == pytest.approx((27 + 5 + 60) / 100)
+    assert s.routing_share == pytest.approx(((15 + 1 + 60) / 100, (15 + 9) / 100))
+    assert s.average_depth == pytest.approx((18 + 10 + 12) / 100) and s.cost == pytest.approx((21 + 11 + 18) / 100)
+    assert s.acceptance == pytest.approx(0.5) and s.positional == pytest.approx(0.5)
+    assert s.first_divergence == 4 and s.sequence == pytest.approx(1 / 4)
+    assert (s.tokens_per_second, s.full_tokens_per_second) == (20, 10)
+    assert s.speedup == pytest.approx(9 ** (1 / 3))         # 2 x 0.5 x 9
 
 
-def test_files_must_be_text_of_some_size(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="no UTF-8"):
-        read_prompt_file(tmp_path / "a.txt")
-    (tmp_path / "b.txt").write_text("x" * 1_000_001)
-    with pytest.raises(ValueError, match="the limit is"):
-        read_prompt_file(tmp_path / "b.txt")
+def test_a_summary_says_the_same_of_each_kind():
+    s = summarize_results(MADE)
+    assert list(s.kinds) == ["a", "b", "c"]
+    assert s.kinds["a"] == replace(summarize_results([MADE[0], *MADE[2:4]]), kinds={})
+    assert s.kinds["a"].failed == 1 and s.kinds["a"].speedup == pytest.approx(sqrt(18))
+    assert s.kinds["b"].agreement == 0.5 and s.kinds["b"].first_divergence is None
+
+
+@pytest.mark.parametrize("nothing", [[], [MADE[2]]], ids=["no results", "all failed"])
+def test_a_summary_of_nothing_has_no_numbers(nothing):
+    s = summarize_results(nothing)
+    assert (s.prompts, s.failed, s.tokens, s.routing_share) == (len(nothing), len(nothing), 0, ())
+    assert s.agreement is s.speedup is s.positional is s.tokens_per_second is None
+    json.loads(results_json(nothing, CONFIG, "tiny")), results_csv(nothing)
+
+
+def test_a_summary_of_runs_holds_their_numbers(results):
+    ran, s = [r for r in results if r.error is None], summarize_results(results)
+    assert s.failed == 3 and s.tokens == sum(r.tokens for r in ran) and sum(s.routing_share) == pytest.approx(1)
+    assert s.agreement * s.tokens == pytest.approx(sum(r.agreement * r.tokens for r in ran))
+    assert s.tokens_per_second == median(r.tokens_per_second for r in ran)
+
+
+def test_points_hold_quality_and_speed(results):
+    points = quality_speed_points([*results, replace(MADE[0], prompt="two\n words " * 20)])
+    assert [p["kind"] for p in points] == ["chat", "code", "chat", "a"]
+    assert points[0] == dict(x=results[0].speedup, y=results[0].agreement, label="hi there", kind="chat")
+    assert points[-1]["label"].startswith("two words two") and len(points[-1]["label"]) == evaluation.LABEL_CHARACTERS
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+NASTY = ('=HYPERLINK("http://x","y")', "+1", "-1", "@SUM(A1)", "\t=1", "\r\n=1", 'a "quoted", cell\nof two lines',
+         "\u202eabc", "nul \0 inside", "'", " =1", "1,5", *HOSTILE)
+
+
+def table(text: str) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def test_json_holds_everything(results):
+    file = json.loads(results_json(results, replace(CONFIG, thresholds=(0.5, None, 0.9)), "tiny"))
+    assert list(file) == ["format", "model", "config", "summary", "results"]
+    assert file["format"] == evaluation.FORMAT == 1 and file["model"] == "tiny"
+    assert file["config"]["mode"] == "cascade" and file["config"]["thresholds"] == [0.5, None, 0.9]
+    assert DecodeConfig(**file["config"]) == replace(CONFIG, thresholds=[0.5, None, 0.9])
+    assert file["summary"] == json.loads(json.dumps(asdict(summarize_results(results))))
+    assert [Result(**{**row, "routing_share": tuple(row["routing_share"])}) for row in file["results"]] == results
+
+
+def test_csv_holds_every_number_as_it_is(results):
+    rows = table(results_csv(results))
+    assert len(rows) == len(results)
+    for row, result in zip(rows, results):
+        shares = [row.pop(f"routing_share_{s + 1}") for s in range(4)]
+        assert [float(s) for s in shares if s] == list(result.routing_share)
+        assert set(row) == set(asdict(result)) - {"routing_share"}
+        for name, value in asdict(result).items():
+            if isinstance(value, float):
+                assert float(row[name]) == value
+            elif name not in ("prompt", "text", "full_text", "routing_share"):
+                assert row[name] == ("" if value is None else str(value))
+
+
+def test_csv_runs_nothing_in_a_spreadsheet():
+    rows = table(results_csv([Result(0, text, text, text, text=text, full_text=text) for text in NASTY]))
+    for row, text in zip(rows, NASTY, strict=True):
+        for name in ("kind", "prompt", "error", "text", "full_text"):
+            assert row[name] == ("'" + text if text[0] in "=+-@\t\r\n" else text)
+    [row] = table(results_csv([Result(0, "own", "p", speedup=-1.5)]))
+    assert row["speedup"] == "-1.5"                         # a number stays a number
+
+
+def test_hostile_text_survives(engine):
+    prompts = [Prompt("own", text) for text in HOSTILE]
+    results = written(engine, prompts, replace(CONFIG, max_new_tokens=8))
+    assert [r.prompt for r in results] == list(HOSTILE) and not any(r.error for r in results)
+    assert [r["prompt"] for r in json.loads(results_json(results, CONFIG, HOSTILE[0]))["results"]] == list(HOSTILE)
+    assert [r["prompt"] for r in table(results_csv(results))] == list(HOSTILE)
+    assert read_prompts("\n".join(HOSTILE)) == prompts
+    assert read_prompts("\n".join(json.dumps({"prompt": text}) for text in HOSTILE)) == prompts
+
+
+def test_half_characters_break_no_file():
+    results = [Result(0, "own", "a\ud800", "b\udfff")]
+    assert json.loads(results_json(results, CONFIG, "tiny"))["results"][0]["prompt"] == "a\ud800"
+    assert table(results_csv(results).encode("utf-8").decode("utf-8"))[0]["prompt"] == "a\\ud800"

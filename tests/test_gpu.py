@@ -8,7 +8,8 @@ from cascadeexit import hub
 from cascadeexit.engine import DecodeConfig, Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.model import SegmentedModel
-from training.prompts import chat_ids, load_prompts
+from cascadeexit.prompts import bundled_prompts
+from training.prompts import chat_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PROMPT = [11, 3, 60, 22, 9, 41, 77, 30, 2]
@@ -36,7 +37,7 @@ def test_verified_equals_full_on_tiny_models(family, dtype):
 @pytest.mark.bundled
 def test_verified_equals_full_on_the_bundled_model(dtype):
     engine, tokenizer = hub.load(hub.DEFAULT_MODEL, dtype=dtype, device="cuda")
-    for _, prompt in load_prompts(count=8):
+    for prompt in [p.text for p in bundled_prompts()[:8]]:
         ids = chat_ids(tokenizer, prompt)
         full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=128)).token_ids
         for threshold in (0, 0.3, 0.6, 0.9):

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load
-from training.prompts import chat_ids, load_prompts
+from cascadeexit.prompts import bundled_prompts
+from training.prompts import chat_ids
 from training.provenance import provenance, save_json
 
 RESULTS = Path(__file__).parents[1] / "assets" / "results"
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "baselines.json")
     args = parser.parse_args()
     engine, tokenizer = load(args.model, args.exits)
-    prompts = [chat_ids(tokenizer, prompt) for _, prompt in load_prompts(count=args.prompts)]
+    prompts = [chat_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
     thresholds, n = (args.threshold,) * engine.num_exits, args.tokens
 
     def ours(mode: Mode, **settings):

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load, load_model
 from cascadeexit.metrics import RunStats, agreement, match
-from training.prompts import chat_ids, load_prompts
+from cascadeexit.prompts import bundled_prompts
+from training.prompts import chat_ids
 from training.provenance import provenance, save_json
 
 GENERATE = "transformers generate"
@@ -167,7 +168,7 @@ def main() -> None:
     engine, tokenizer = load(args.model, args.exits, dtype=dtype)
     reference = load_model(args.model, dtype=dtype)[0]
     device = engine.model.device
-    prompts = [chat_ids(tokenizer, prompt) for _, prompt in load_prompts(count=args.prompts)]
+    prompts = [chat_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
     bandwidth = read_bandwidth(device)
     contenders = {c.name: c for c in make_contenders(engine, reference, args)}
     race_all(list(contenders.values()), prompts, device)

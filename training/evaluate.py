@@ -33,10 +33,11 @@ from tqdm import tqdm
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load, load_model
 from cascadeexit.metrics import agreement, match
+from cascadeexit.prompts import bundled_prompts
 from training.data import Document, Split, load_documents
 from training.distill import carried
 from training.features import Features, FeatureStore
-from training.prompts import chat_ids, load_prompts
+from training.prompts import chat_ids
 from training.provenance import provenance, save_json
 
 RESULTS = Path(__file__).parents[1] / "assets" / "results"
@@ -89,7 +90,7 @@ def lossless(args) -> None:
            "max_draft": args.max_draft, "dtype": args.dtype}
     rows = [row for row in map(json.loads, partial.open())
             if row.pop("key") == key] if partial.exists() else []
-    prompts = load_prompts(count=args.prompts)
+    prompts = [(p.kind, p.text) for p in bundled_prompts()[:args.prompts]]
     started = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(len(rows), len(prompts)), initial=len(rows), total=len(prompts), unit="prompt"):
@@ -204,7 +205,7 @@ def exits(args) -> None:
 
 def decode(args) -> None:
     engine, tokenizer = load(args.model, args.exits)
-    prompts = [chat_ids(tokenizer, prompt) for _, prompt in load_prompts(count=args.prompts)]
+    prompts = [chat_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
     fulls = [engine.run(ids, DecodeConfig(mode=Mode.FULL, max_new_tokens=args.tokens)).token_ids
              for ids in tqdm(prompts, unit="prompt", desc="full")]
     cascade = []

@@ -1,0 +1,198 @@
+"""Prompt sets: the project's own, pasted text, files. From anywhere, so read within limits, refused with a reason."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_BYTES = 1_000_000               # of a file or of pasted text
+MAX_PROMPTS = 200
+MAX_CHARACTERS = 4_000              # of one prompt
+MAX_KIND_CHARACTERS = 40
+OWN = "own"                         # kind of a prompt that names none
+
+_PROMPTS_FILE = Path(__file__).parents[1] / "assets" / "prompts.json"
+_PROMPT_FIELDS = ("prompt", "text", "instruction")      # of a JSON row: the first that is there
+_KIND_FIELDS = ("kind", "set")
+# Not str.splitlines: it also cuts at U+2028 and the like, which may stand inside a prompt or a JSON string.
+_LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    kind: str
+    text: str
+
+
+def read_prompts(source: str | Path, limit: int = MAX_PROMPTS) -> list[Prompt]:
+    """Prompts of pasted text (a str, never read as a path) or of a file in UTF-8 (a Path; its ending decides).
+
+    Args:
+        source: pasted: one prompt a line, or JSONL if every line is a JSON object. File: .txt, one prompt a line;
+            .jsonl, objects with "prompt", "text" or "instruction", and optional "kind" or "set"; .csv, a header with
+            `prompt`, and optional `kind` or `set`.
+        limit: the most prompts.
+
+    Raises ValueError that says what was expected, what came and on which line, and what to do. It may quote the
+    source: escape it where markup is read.
+    """
+    read = _reader_of(source) if isinstance(source, Path) else _from_pasted
+    content = _file_text(source) if isinstance(source, Path) else source.removeprefix("\ufeff")
+    _check_size(len(content.encode("utf-8", "surrogatepass")))
+    nul = content.find("\0")
+    if nul >= 0:
+        raise ValueError(f"line {_line_at(content, nul)}: expected text, got a NUL character: save the prompts as "
+                         "plain UTF-8 text")
+    prompts = []
+    for line, prompt in read(content):
+        _check_prompt(prompt, line)
+        if len(prompts) == limit:
+            raise ValueError(f"line {line}: expected at most {limit} prompts, got more: leave some out")
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError("expected at least one prompt, got none: write one a line")
+    return prompts
+
+
+def bundled_prompts(kinds: Sequence[str] | None = None, each: int | None = None) -> list[Prompt]:
+    """The project's own prompts, the kinds taken in turn, so that any first part of them is balanced.
+
+    Args:
+        kinds: which; None: all, in the file's order.
+        each: the most of one kind; None: all.
+
+    Raises ValueError for a kind that does not exist.
+    """
+    content = json.loads(_PROMPTS_FILE.read_text(encoding="utf-8"))
+    unknown = [kind for kind in kinds or () if kind not in content]
+    if unknown:
+        raise ValueError(f"no bundled prompts of kind {', '.join(map(repr, unknown))}; there are {', '.join(content)}")
+    chosen = {kind: content[kind][:each] for kind in (content if kinds is None else kinds)}
+    longest = max(map(len, chosen.values()), default=0)
+    return [Prompt(kind, texts[i]) for i in range(longest) for kind, texts in chosen.items() if i < len(texts)]
+
+
+def _from_pasted(content: str) -> Iterator[tuple[int, Prompt]]:
+    try:
+        rows = all(isinstance(json.loads(line), dict) for _, line in _lines(content))
+    except (ValueError, RecursionError):
+        rows = False
+    return _from_jsonl(content) if rows else _from_text(content)
+
+
+def _from_text(content: str) -> Iterator[tuple[int, Prompt]]:
+    for number, line in _lines(content):
+        yield number, Prompt(OWN, line.strip())
+
+
+def _from_jsonl(content: str) -> Iterator[tuple[int, Prompt]]:
+    for number, line in _lines(content):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f'line {number}: expected a JSON object such as {{"prompt": "..."}}, got {_quoted(line)}: '
+                             "correct the line, or name the file .txt if it holds plain prompts")
+        yield number, _from_row(row, _PROMPT_FIELDS, number)
+
+
+def _from_csv(content: str) -> Iterator[tuple[int, Prompt]]:
+    table = csv.reader(io.StringIO(content, newline=""), strict=True)
+    header = []
+    while True:
+        line = table.line_num + 1                   # where the next row begins: its cells may hold line ends
+        try:
+            cells = next(table, None)
+        except csv.Error as error:
+            raise ValueError(f"line {line}: expected comma-separated cells, got a row that breaks off ({error}): "
+                             "close every quote, and double the quotes inside a cell") from None
+        if cells is None:
+            return
+        if not any(cell.strip() for cell in cells):
+            continue
+        if not header:
+            header = [cell.strip().lower() for cell in cells]
+            if header.count("prompt") != 1:
+                raise ValueError(f"line {line}: expected a header with one column prompt, got "
+                                 f"{_quoted(','.join(cells))}: name the column, and put commas between columns")
+        elif any(cell.strip() for cell in cells[len(header):]):
+            # Mostly a comma inside a prompt: the rest of it would be lost without a word.
+            raise ValueError(f"line {line}: expected one cell a column, {len(header)} in all, got {len(cells)}: "
+                             'put prompts with commas in quotes, "like, this"')
+        else:
+            yield line, _from_row(dict(zip(header, cells)), ("prompt",), line)
+
+
+def _from_row(row: dict, names: Sequence[str], line: int) -> Prompt:
+    """The prompt of a JSON object or a table's row, by the first field that is there."""
+    text, kind = (next((row[name] for name in known if row.get(name) is not None), None)
+                  for known in (names, _KIND_FIELDS))
+    if not isinstance(text, str) or not text.strip():
+        got = "none" if text is None else _quoted(text)
+        raise ValueError(f"line {line}: expected a text under {' or '.join(names)}, got {got}: "
+                         "write the prompt, or leave the line out")
+    if kind is not None and not isinstance(kind, str):
+        raise ValueError(f"line {line}: expected a word as its kind, got {_quoted(kind)}: put it in quotes")
+    return Prompt((kind or "").strip() or OWN, text)
+
+
+def _reader_of(path: Path) -> Callable[[str], Iterator[tuple[int, Prompt]]]:
+    readers = {".txt": _from_text, ".jsonl": _from_jsonl, ".csv": _from_csv}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"expected a file that ends in {', '.join(readers)}, got {_quoted(path.name)}: "
+                         "save it as one of them")
+    return readers[path.suffix.lower()]
+
+
+def _file_text(path: Path) -> str:
+    try:
+        if not path.is_file():                      # reading a pipe or a device might never end
+            raise ValueError(f"expected a file, got {_quoted(path.name)}, which is none: choose another")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        _check_size(path.stat().st_size if len(content) > MAX_BYTES else 0)
+    except OSError as error:
+        raise ValueError(f"expected a file that can be read, got {_quoted(path.name)} ({error.strerror}): "
+                         "choose another") from None
+    try:
+        return content.decode("utf-8-sig")          # spreadsheets begin their files with a byte order mark
+    except UnicodeDecodeError as error:
+        line = _line_at(content[:error.start].decode("latin-1"), error.start)
+        raise ValueError(f"line {line}: expected UTF-8 text, got the byte 0x{error.object[error.start]:02x}: save the "
+                         "file as UTF-8") from None
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got {size:,}: make several smaller sets of it")
+
+
+def _check_prompt(prompt: Prompt, line: int) -> None:
+    for what, text, most in (("prompt", prompt.text, MAX_CHARACTERS), ("kind", prompt.kind, MAX_KIND_CHARACTERS)):
+        if len(text) > most:
+            raise ValueError(f"line {line}: expected a {what} of at most {most:,} characters, got {len(text):,}: "
+                             "shorten it")
+        # JSON can write both as escapes; tokenizers and files choke on them.
+        bad = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+        if bad:
+            raise ValueError(f"line {line}: expected a {what} of whole characters, got {bad!r}: take it out")
+
+
+def _lines(content: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    return ((number, line) for number, line in enumerate(_LINE_END.split(content), 1) if line.strip())
+
+
+def _line_at(content: str, position: int) -> int:
+    return 1 + len(_LINE_END.findall(content[:position]))
+
+
+def _quoted(value) -> str:
+    """What came, cut to fit a message; control and direction characters as escapes."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    return repr(value[:60]) + "..." * (len(value) > 60) if isinstance(value, str) else json.dumps(value)
