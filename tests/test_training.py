@@ -23,6 +23,7 @@ from training.distill import (
     micro_batches,
 )
 from training.features import FeatureStore
+from training.provenance import provenance
 
 
 def test_loss_is_summed_over_words_and_over_rows():
@@ -269,3 +270,12 @@ def test_articles_of_wikitext_are_put_together_and_other_rows_are_documents(tmp_
     assert list(training.data.read_dataset(args)) == ["".join(lines[:4]), "".join(lines[4:])]
     args.dataset = str(tmp_path / "notes")
     assert list(training.data.read_dataset(args)) == lines
+
+
+@pytest.mark.parametrize("argument, shown", [
+    ("../elsewhere/texts/test.txt", "texts/test.txt"), ("/home/me/run", "me/run"), ("data/policy", "data/policy"),
+    ("--epochs", "--epochs"), ("a note / of words", "a note / of words")])
+def test_provenance_keeps_this_machines_paths_to_itself(argument, shown, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["program", argument])
+    assert provenance()["command"].split(" ", 1)[1].endswith(shown)
+    assert "/home" not in provenance()["command"] and "elsewhere" not in provenance()["command"]

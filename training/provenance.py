@@ -17,7 +17,7 @@ def provenance(seed: int | None = None) -> dict:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else sys.argv[0]
     return {
-        "command": " ".join([program, *sys.argv[1:]]),
+        "command": " ".join([program, *map(_portable, sys.argv[1:])]),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
         "date": datetime.date.today().isoformat(),
         "seed": seed,
@@ -32,6 +32,12 @@ def save_json(path: Path, content: dict) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _portable(argument: str) -> str:
+    """A path outside the working folder by its last two parts: the rest is this machine's affair."""
+    outside = argument.startswith(("../", "/", "~")) and " " not in argument
+    return "/".join(Path(argument).parts[-2:]).lstrip("/") if outside else argument
 
 
 def _machine() -> str:

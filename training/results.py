@@ -14,7 +14,7 @@ from training.benchmark import show
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "assets" / "results"
 EXITS = ROOT / "assets" / "exits" / "smollm2-135m-instruct"
-SWIGLU = EXITS.with_name(EXITS.name + "-swiglu")        # the published shape, trained on the same text
+SHIPPED = [EXITS, *sorted(EXITS.parent.glob(EXITS.name + "-*"))]         # the default, then others to choose
 SHAPES = {
     "carry": """linear x + up(silu(gate x) * down x) of width {width}, x = [h, said], then an RMSNorm of its
   own; `said` is the hidden state that named the newest token""",
@@ -130,8 +130,8 @@ def readme_section() -> str:
     speed = read(RESULTS / "benchmark-quick-cpu.json")
     lossless = [read(path) for path in sorted(RESULTS.glob("lossless-*.json"))]
     distill = read(EXITS / "distill.json")
-    exits, swiglu, decode, baselines = (read(RESULTS / f"{name}.json")
-                                        for name in ("exits", "exits-swiglu", "decode", "baselines"))
+    decode, baselines = (read(RESULTS / f"{name}.json") for name in ("decode", "baselines"))
+    exits = [read(path) for path in sorted(RESULTS.glob("exits*.json"))]
     return f"""\
 **Speed and quality**, {speed['model']}, {speed['dtype']}, {speed['device']}: {speed['prompts']} prompts of up to
 {speed['tokens']} new tokens, greedy, all four alternated in one run; medians over prompts, prefill included. `cascade`
@@ -148,20 +148,20 @@ adapters and estimators included. {source(speed)}
 **Exits** of the bundled model on held-out text that the model wrote: {distill['held_out_rows']:,} tokens, after
 training on {distill['rows']:,}. Agreement: the exit's first choice is the full model's, after a token that the full
 model named and after one that an exit named. ECE and AUROC: how well its confidence says so, beside the largest softmax
-probability as a baseline, raw and after Platt scaling. `carry` is the default; `swiglu`, the published shape, learned
-from the same text and ships beside it (`assets/exits/{SWIGLU.name}`):
+probability as a baseline, raw and after Platt scaling. `carry` is the default; `swiglu` has the published shape:
 
-{exits_table([EXITS, SWIGLU])}
+{exits_table(SHIPPED)}
 
 {source(distill)}
 
 **Quality of each exit, teacher-forced.** Top-1 and top-5 count the full model's first choice; perplexity is that of
-the text. The full model reaches {full_perplexities(exits)}. A `swiglu` exit reads one hidden state; `carry` has the
-last deep one too, so each text stands twice, with the state that the full model or the exit itself left behind:
+the text. The full model reaches {full_perplexities(exits[0])}. A `swiglu` exit reads one
+hidden state; `carry` has the last deep one too, so each text stands twice, with the state that the full model or the
+exit itself left behind:
 
-{perplexity_table([exits, swiglu])}
+{perplexity_table(exits)}
 
-{source(exits)}
+{source(exits[0])}
 
 **Quality of the cascade, closed loop**, {decode['prompts']} prompts of up to {decode['tokens']} tokens, one threshold
 for all exits:
@@ -249,7 +249,7 @@ def main() -> None:
     start, end = "<!-- results -->\n", "<!-- /results -->"
     section = start + readme_section() + end
     wanted = {ROOT / "README.md": re.sub(f"{start}.*?{end}", lambda _: section, readme, flags=re.DOTALL),
-              EXITS / "README.md": card(EXITS), SWIGLU / "README.md": card(SWIGLU)}
+              **{folder / "README.md": card(folder) for folder in SHIPPED}}
     for path, content in wanted.items():
         if args.check and path.read_text(encoding="utf-8") != content:
             raise SystemExit(f"{path.relative_to(ROOT)} is out of date: run python -m training.results")
