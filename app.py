@@ -24,7 +24,7 @@ import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 
 from cascadeexit import evaluation, hub, metrics, prompts, record, stream, views  # noqa: E402
-from cascadeexit.engine import DecodeConfig, Engine, Mode  # noqa: E402
+from cascadeexit.engine import DecodeConfig, Mode  # noqa: E402
 from cascadeexit.inspection import Inspection, inspect  # noqa: E402
 from cascadeexit.library import Library, Offer  # noqa: E402
 from cascadeexit.race import race  # noqa: E402
@@ -156,7 +156,7 @@ class Page:
             left = (time.monotonic() - began) / len(results) * (len(chosen) - len(results))
             done = len(results) == len(chosen)
             yield (_said(_in_words(results, len(chosen), left), "done" if done else "busy"), _rows(results),
-                   gr.Plot(views.quality_speed_figure(results, measured_curve(engine)), visible=True)
+                   gr.Plot(views.quality_speed_figure(results, measured_curve(engine.bank.fingerprint())), visible=True)
                    if done or len(results) % 5 == 0 else gr.skip(),
                    *(gr.DownloadButton(value=str(folder / f"evaluation.{kind}"), interactive=True)
                      for kind in ("json", "csv")))
@@ -205,13 +205,22 @@ def chosen_prompts(kinds, each, pasted, file) -> list[prompts.Prompt]:
     return prompts.bundled_prompts(kinds, int(each or 1))
 
 
-def measured_curve(engine: Engine) -> list[dict]:
+def measured_curve(fingerprint: str) -> list[dict]:
     """Thresholds measured before for these very exits (`training.evaluate decode`); empty when there are none."""
     path = ASSETS / "results" / "decode.json"
     if not path.exists():
         return []
     measured = json.loads(path.read_text(encoding="utf-8"))
-    return measured["cascade"] if measured.get("exits") == engine.bank.fingerprint() else []
+    return measured["cascade"] if measured.get("exits") == fingerprint else []
+
+
+def threshold_for(agreement: float, curve: list[dict]) -> float:
+    """The threshold at which this agreement was measured, between neighbours on a straight line."""
+    points = sorted((point["agreement"], point["threshold"]) for point in curve)
+    for (a, low), (b, high) in zip(points, points[1:]):
+        if a <= agreement <= b:
+            return round(low + (high - low) * (agreement - a) / max(b - a, 1e-9), 2)
+    return points[0][1] if agreement < points[0][0] else points[-1][1]
 
 
 def _rows(results: list[evaluation.Result]) -> list[list]:
@@ -412,6 +421,7 @@ def _of_size(asked, n: int) -> list:
 def build_demo(library: Library) -> gr.Blocks:
     """The page around these models."""
     page, shape = Page(library), library.shapes[library.labels[0]]
+    curve = measured_curve(library.fingerprint(library.labels[0]))
     recorded = TRACE.exists() and not library.ready(library.labels[0])
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
         gr.HTML("<h1>CascadeExit</h1><p>A language model that stops early when it is already sure,"
@@ -434,7 +444,7 @@ def build_demo(library: Library) -> gr.Blocks:
                 queue = gr.HTML("<span></span>", elem_id="ce-queue", apply_default_css=False)
                 gr.Examples([[text] for text in EXAMPLES.values()], prompt, label="Examples", elem_id="ce-examples",
                             example_labels=list(EXAMPLES))
-            thresholds, force = _exit_controls(shape)
+            thresholds, force = _exit_controls(shape, curve)
             settings = [mode, *_more_settings(), force, *thresholds]
             view = token_view(page, replayed(TRACE) if recorded else stream.model_line(shape))
             with gr.Row(elem_id="ce-figures"):
@@ -513,19 +523,23 @@ def _many_prompts() -> tuple[gr.components.Component, ...]:
     return kinds, each, pasted, file, start, cancel, said, table, chart, as_json, as_csv
 
 
-def _exit_controls(shape: stream.Shape) -> tuple[list[gr.Slider], gr.Dropdown]:
+def _exit_controls(shape: stream.Shape, curve: list[dict]) -> tuple[list[gr.Slider], gr.Dropdown]:
     """One dial for all exits, a slider for each, and a way to force one."""
     hint = "How sure must an exit be? Lower is faster, higher is closer to the full model, 1 closes it"
+    everywhere = dict(queue=False, show_progress="hidden", api_visibility="private")
     with gr.Accordion(hint, elem_id="ce-sure"):
         with gr.Row():
             preset = gr.Radio(PRESETS, value=0.7, label="All exits", elem_id="ce-preset", scale=2, min_width=260)
-            force = gr.Dropdown(label="Where tokens leave", elem_id="ce-force", scale=1, min_width=220,
+            quality = gr.Slider(70, 97, 85, step=1, label="Wanted agreement with the full model, %", buttons=[],
+                                visible=bool(curve), elem_id="ce-quality", scale=2, min_width=240)
+            force = gr.Dropdown(label="Where tokens leave", elem_id="ce-force", scale=2, min_width=220,
                                 **_ways_out(shape))
         with gr.Row():
             sliders = [gr.Slider(0, NEVER, 0.7, step=0.01, buttons=[], min_width=200, **_slider(s, shape))
                        for s in range(MAX_EXITS)]
-        preset.input(lambda value: [value] * MAX_EXITS, preset, sliders, queue=False, show_progress="hidden",
-                     api_visibility="private")
+        preset.input(lambda value: [value] * MAX_EXITS, preset, sliders, **everywhere)
+        quality.input(lambda percent: [threshold_for(percent / 100, curve)] * MAX_EXITS, quality, sliders,
+                      **everywhere)
     return sliders, force
 
 

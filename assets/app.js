@@ -46,7 +46,7 @@ function reset() {
   closeCard();
   sides = {};
   for (const name of SIDES) {
-    sides[name] = { nodes: [], records: [], pending: new Map(), waits: [], stats: null, tokens: 0, rejected: 0 };
+    sides[name] = { nodes: [], records: [], pending: new Map(), guessed: new Set(), waits: [], stats: null, tokens: 0, rejected: 0 };
   }
 }
 
@@ -132,6 +132,10 @@ function readToken(record) {
   side.pending.delete(record.i);
   if (!node) parts[record.side].text.append(node = make('span'));
   dress(node, record, '');
+  if (side.guessed.has(record.i) && isLast(record.exit)) {
+    node.classList.add('correction');
+    parts.correction.hidden = false;
+  }
   side.nodes[record.i] = node;
   side.records[record.i] = record;
   if (record.ms !== undefined) side.waits.push(record.ms);
@@ -151,6 +155,7 @@ function reject(side, record) {
   if (!node) return;
   node.className = node.className.replace(' draft', ' rejected');
   node.dataset.note = 'rejected: the full model said something else';
+  side.guessed.add(record.i);
   side.rejected++;
   dirty = true;
 }
@@ -237,8 +242,9 @@ function marks() {
   parts.differsCount = make('b', null, '0');
   parts.differs = make('li', null, null, make('span', 't ef differs', 'like this'), ' another choice: with the same text before it, the full model would have said something else (', parts.differsCount, ')');
   parts.apart = make('li', null, null, make('span', 't ef apart split', 'like this'), ' another place: the two texts part at the bar, and from there the dotted tokens stand where the other text has another one');
-  parts.differs.hidden = parts.apart.hidden = true;
-  return make('ul', 'ce-marks', null, parts.differs, parts.apart);
+  parts.correction = make('li', null, null, make('span', 't ef correction', 'like this'), ' a correction: an exit had guessed another token, and the full model said this one');
+  parts.differs.hidden = parts.apart.hidden = parts.correction.hidden = true;
+  return make('ul', 'ce-marks', null, parts.correction, parts.differs, parts.apart);
 }
 
 function verdictStrip() {
@@ -473,6 +479,7 @@ function fillCard() {
   if (node.dataset.note) fact('draft', node.dataset.note);
   if (!record) return;
   fact('written by', exitName(record.exit) + ', ' + exitPlace(record.exit));
+  if (node.classList.contains('correction')) fact('checked', 'a correction: an exit had guessed another token');
   if (record.status === 'accepted') fact('checked', 'a guess that the full model confirmed');
   if (record.ms !== undefined) fact('time', number(record.ms) + ' ms after the token before');
   if (record.read !== undefined) fact('weights read', percent(record.read) + ' of what the full model reads for a token');

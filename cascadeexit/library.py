@@ -10,6 +10,7 @@ from typing import Self
 
 from cascadeexit import hub
 from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.exits import ExitBank
 from cascadeexit.stream import Shape
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,13 @@ class Library:
     @property
     def labels(self) -> list[str]:
         return list(self.shapes)
+
+    def fingerprint(self, label: str) -> str:
+        """Of this offer's exits, "" for untrained ones that are not in memory; needs no model."""
+        if self.ready(label):
+            return self._held[1].bank.fingerprint()
+        folder = hub.find_exits(self.shapes[label].name, self._offers[label].exits)
+        return ExitBank.load(folder).fingerprint() if folder else ""
 
     def ready(self, label: str) -> bool:
         return self._held is not None and self._held[0] == label

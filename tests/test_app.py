@@ -1,0 +1,43 @@
+"""What the page decides by itself: thresholds for a wanted quality, settings from a link, the menu of models."""
+
+import pytest
+
+import app
+from cascadeexit import hub
+from cascadeexit.library import Library, Offer
+
+CURVE = [{"threshold": t, "agreement": a} for t, a in ((0.5, 0.7), (0.9, 0.95), (0.7, 0.8))]
+
+
+@pytest.mark.parametrize("wanted, threshold", [(0.7, 0.5), (0.75, 0.6), (0.8, 0.7), (0.875, 0.8), (0.1, 0.5),
+                                               (0.99, 0.9)])
+def test_a_wanted_agreement_becomes_the_threshold_that_was_measured(wanted, threshold):
+    assert app.threshold_for(wanted, CURVE) == pytest.approx(threshold)
+
+
+def test_the_measured_curve_is_that_of_the_shipped_exits():
+    """Whoever ships new exits measures them: the quality dial would lie otherwise."""
+    library = Library([Offer(hub.DEFAULT_MODEL, hub.DEFAULT_MODEL)])
+    curve = app.measured_curve(library.fingerprint(hub.DEFAULT_MODEL))
+    assert len(curve) >= 5 and app.measured_curve("other exits") == []
+    for point in curve:
+        assert {"threshold", "agreement", "cost"} <= set(point)
+
+
+def test_without_options_every_kind_of_shipped_exits_is_offered(monkeypatch):
+    monkeypatch.delenv("CASCADEEXIT_MODEL", raising=False)
+    offered = app.offers([], None)
+    assert offered[0].model is None and offered[0].exits is None
+    assert all(offer.exits.is_dir() for offer in offered[1:])
+    assert [offer.label for offer in app.offers(["./a", "b/C"], None)] == ["a", "c"]
+    monkeypatch.setenv("CASCADEEXIT_MODEL", "./mine")
+    assert [(o.label, o.model) for o in app.offers([], None)] == [("mine", "./mine")]
+
+
+def test_forced_exits_and_closed_ones():
+    config, full = app.decode_configs(3, "cascade", 10, 4, 0.0, 1.0, 0, 1, [0.5, 0.6, 1.0, 0.7])
+    assert config.thresholds == [None, 0.0, None] and full.mode == "full"
+    config, _ = app.decode_configs(3, "verified", 10, 4, 0.0, 1.0, None, app.FIRST_SURE, [0.5, 0.6, 1.0, 0.7])
+    assert config.thresholds == [0.5, 0.6, None]
+    with pytest.raises(ValueError, match="A setting is empty"):
+        app.decode_configs(3, "cascade", None, 4, 0.0, 1.0, 0, app.FIRST_SURE, [0.5] * 3)
