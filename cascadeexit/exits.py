@@ -211,9 +211,8 @@ class ExitBank(nn.Module):
         if c.head_fingerprint and c.head_fingerprint != model.head_fingerprint:
             log.warning("The exits were trained on other weights of %s than the ones loaded (the heads differ): "
                         "verified stays lossless, but confidences may be wrong.", c.base_model)
-        self.to(model.device, model.dtype).eval().requires_grad_(False)
-        if self.confidence_heads is not None:
-            self.confidence_heads.float()
+        self.to(model.device).eval().requires_grad_(False)
+        self.adapters.to(model.dtype)           # the estimators stay in fp32
         weight = model.head_weight.detach() if self.head_ids is None else model.head_weight.detach()[self.head_ids]
         # Bound methods, not modules: the head belongs to the base model and must not be saved with the exits.
         self._project, self.head_bytes = pack(weight).forward, weight.nbytes
