@@ -82,8 +82,9 @@ def _read(engine: Engine, hidden: list[Tensor], rows: Tensor, top: int) -> tuple
     tables = [(bank.logits(h), bank.head_ids) for h in hidden] + [(engine.model.logits(rows)[0], None)]
     best, probabilities = [], []
     for logits, words in tables:
-        # Candidates by logit: probabilities of one dtype step would tie.
-        ids = logits.topk(top, dim=-1).indices
+        # Equal logits are common in bf16: decoding takes the first of them, so it leads here too.
+        first = logits.argmax(-1, keepdim=True)
+        ids = logits.scatter(1, first, torch.inf).topk(top, dim=-1).indices
         best.append(ids if words is None else words[ids])
         probabilities.append(logits.float().softmax(-1).gather(1, ids))
     confidences = [bank.confidence(s, h) for s, h in enumerate(hidden)]

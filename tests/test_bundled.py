@@ -7,6 +7,7 @@ import torch
 
 from cascadeexit import hub
 from cascadeexit.engine import DecodeConfig
+from cascadeexit.inspection import inspect
 from cascadeexit.prompts import bundled_prompts
 from training.prompts import chat_ids
 
@@ -24,7 +25,9 @@ def test_verified_equals_full_bitwise(loaded):
     drafted = 0
     for prompt in [p.text for p in bundled_prompts()[:2]]:
         ids = chat_ids(tokenizer, prompt)
-        full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
+        run = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=TOKENS))
+        full = run.token_ids
+        assert inspect(engine, ids, run.events).full_choices == engine.full_choices(ids, full) == full
         for threshold, max_draft in ((0, 7), (0.3, 3), (0.6, 7), (0.9, 1)):
             config = DecodeConfig(mode="verified", max_new_tokens=TOKENS, thresholds=threshold, max_draft=max_draft)
             run = engine.run(ids, config)

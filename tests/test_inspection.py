@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from conftest import EXIT_LAYERS, tiny_base
 
-from cascadeexit.engine import DecodeConfig
+from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.exits import ExitBank
 from cascadeexit.inspection import inspect
+from cascadeexit.model import SegmentedModel
 
 PROMPT = [5, 9, 33, 2, 71, 8, 15]
 
@@ -23,6 +26,17 @@ def test_candidates_and_confidences_are_those_of_the_run(engine, mode):
                 assert seen.confidences[i, s].item() == pytest.approx(confidence, abs=1e-4)
     if mode == "cascade":
         assert len({e.exit for e in final}) > 1
+
+
+def test_of_equal_logits_the_one_that_decoding_takes_leads():
+    base = tiny_base("llama-untied")
+    base.lm_head.weight.data[7:] = base.lm_head.weight.data[:7].repeat(13, 1)[:90]     # every word has equals
+    model = SegmentedModel(base, EXIT_LAYERS)
+    engine = Engine(model, ExitBank.untrained(model))
+    run = engine.run(PROMPT, DecodeConfig(mode="full", max_new_tokens=20))
+    seen = inspect(engine, PROMPT, run.events, top=3)
+    assert seen.full_choices == run.token_ids
+    assert all(len(set(ids)) == 3 for ids in seen.token_ids.reshape(-1, 3).tolist())
 
 
 def test_an_empty_text_and_a_prompt_of_one_token(engine):

@@ -64,7 +64,7 @@ def take(browser: Browser, url: str, shot: Shot, folder: Path) -> Path:
     page.wait_for_function("document.querySelectorAll('#ce-figures .main-svg').length >= 3")
     if shot.name == "light":
         keep_trace(page)
-    page.eval_on_selector_all(".ce-text", "all => all.forEach(box => box.scrollTop = 0)")
+    page.eval_on_selector_all(".ce-text", "all => { scrollTo(0, 0); all.forEach(box => box.scrollTop = 0); }")
     part = shot.then(page)
     page.wait_for_timeout(1000)                                 # animations come to rest
     path = folder / f"{shot.name}.png"
