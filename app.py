@@ -48,7 +48,9 @@ MAX_PROMPT_CHARACTERS = 20_000
 NEVER = 1.0             # a threshold slider at its end closes the exit
 MAX_EXITS = 6           # sliders on the page
 FIRST_SURE = -1         # no exit is forced
-KEPT_RUNS = 50          # whose candidates can be asked for
+KEPT_RUNS = 50          # whose candidates and charts can be asked for
+NUM_FIGURES = 3
+NO_CHARTS = (gr.Accordion(visible=False, open=False), "")       # the box of charts, and which run they are of
 
 
 # -- what happens -------------------------------------------------------------------------------------------
@@ -86,12 +88,12 @@ class Page:
 
     def __init__(self, library: Library):
         self.library = library
-        self._seen: OrderedDict[str, tuple[Inspection, object]] = OrderedDict()
+        self._seen: OrderedDict[str, tuple[stream.TokenStream, Inspection, object]] = OrderedDict()
 
     def respond(self, label, prompt, mode, chat, max_new_tokens, max_draft, temperature, top_p, seed, force,
                 *thresholds) -> Iterator[tuple]:
-        """Race the exits against the full model: yields (stream, routing, latency and confidence figure)."""
-        wait = (gr.skip(),) * 3
+        """Race the exits against the full model: yields (stream, box of charts, which run the charts are of)."""
+        wait = (gr.skip(),) * 2
         settings = dict(prompt=prompt, mode=mode, chat=chat, tokens=max_new_tokens, drafts=max_draft,
                         temperature=temperature, top_p=top_p, seed=seed, force=force, thresholds=thresholds)
         try:
@@ -112,15 +114,15 @@ class Page:
 
         told = stream.TokenStream(engine, tokenizer, config, ids, settings)
         try:
-            yield told.text, *wait
+            yield told.text, *NO_CHARTS
             for text in stream.frames(told, contest):
                 yield text, *wait
             told.close_text()
             yield told.text, *wait
             seen = inspect(engine, ids, told.sides[stream.CASCADE].events)
-            self._keep(told.run, seen, tokenizer)
+            self._keep(told, seen, tokenizer)
             told.end(seen)
-            yield told.text, *(gr.Plot(figure, visible=True) for figure in views.figures(told, seen.full_choices))
+            yield told.text, gr.Accordion(visible=True), told.run
         except Exception:
             log.exception("a run failed")
             told.fail("Something went wrong while the model was running. The server's log tells what.")
@@ -161,8 +163,16 @@ class Page:
                    *(gr.DownloadButton(value=str(folder / f"evaluation.{kind}"), interactive=True)
                      for kind in ("json", "csv")))
 
-    def _keep(self, run: str, seen: Inspection, tokenizer) -> None:
-        self._seen[run] = seen, tokenizer
+    def charts(self, run) -> list[gr.Plot]:
+        """Interactive figures of a finished run, when its box is opened: the first one loads plotly, a second's work."""
+        told, seen, _ = self._seen.get(run, (None,) * 3)
+        if told is None:
+            gr.Warning("The server no longer keeps this run. Run it again.", title="No charts")
+            return [gr.skip()] * NUM_FIGURES
+        return [gr.Plot(figure, visible=True) for figure in views.figures(told, seen.full_choices)]
+
+    def _keep(self, told: stream.TokenStream, seen: Inspection, tokenizer) -> None:
+        self._seen[told.run] = told, seen, tokenizer
         while len(self._seen) > KEPT_RUNS:
             self._seen.popitem(last=False)
 
@@ -170,14 +180,14 @@ class Page:
 
     def token_card(self, run, i):
         """Candidates of one token, for the card; None when the run is not kept."""
-        seen, tokenizer = self._seen.get(run, (None, None)) if isinstance(run, str) else (None, None)
+        _, seen, tokenizer = self._seen.get(run, (None,) * 3) if isinstance(run, str) else (None,) * 3
         if seen is None or not isinstance(i, int) or not 0 <= i < len(seen.token_ids):
             return None
         return seen.card(tokenizer, i)
 
     def layer_map(self, run, start, count):
         """What every exit would have said, for the layer map; None when the run is not kept."""
-        seen, tokenizer = self._seen.get(run, (None, None)) if isinstance(run, str) else (None, None)
+        _, seen, tokenizer = self._seen.get(run, (None,) * 3) if isinstance(run, str) else (None,) * 3
         if seen is None or not (isinstance(start, int) and isinstance(count, int)):
             return None
         return seen.map(tokenizer, max(0, start), min(max(1, count), 64))
@@ -447,9 +457,11 @@ def build_demo(library: Library) -> gr.Blocks:
             thresholds, force = _exit_controls(shape, curve)
             settings = [mode, *_more_settings(), force, *thresholds]
             view = token_view(page, replayed(TRACE) if recorded else stream.model_line(shape))
-            with gr.Row(elem_id="ce-figures"):
+            charted = gr.State("")
+            with gr.Accordion("Interactive charts of this run", open=False, visible=False,
+                              elem_id="ce-figures") as charts, gr.Row():
                 figures = [gr.Plot(visible=False, show_label=False, container=False, min_width=300)
-                           for _ in range(3)]
+                           for _ in range(NUM_FIGURES)]
             with gr.Row(elem_id="ce-links"):
                 link = gr.Button("Copy a link to these settings", size="sm", scale=0, elem_id="ce-link")
                 upload = gr.UploadButton("Replay a saved run", size="sm", scale=0, file_types=[".json"],
@@ -461,16 +473,17 @@ def build_demo(library: Library) -> gr.Blocks:
         quiet = dict(show_progress="hidden", api_visibility="private")
         turns = dict(show_progress="minimal", show_progress_on=[queue], api_visibility="private",
                      concurrency_id="model", concurrency_limit=1)
-        inputs, outputs = [model, prompt, *settings], [view, *figures]
+        inputs, outputs = [model, prompt, *settings], [view, charts, charted]
         seed = settings[6]
         running = gr.on([run.click, prompt.submit], page.respond, inputs, outputs, **turns)
         again = retry.click(lambda value: int(value or 0) + 1, seed, seed, queue=False, **quiet).then(
             page.respond, inputs, outputs, **turns)
         stop.click(None, cancels=[running, again]).then(stream.stopped, view, view, queue=False, **quiet)
-        clear.click(lambda label: ("", stream.model_line(library.shapes[label]), *[gr.Plot(None, visible=False)] * 3),
+        clear.click(lambda label: ("", stream.model_line(library.shapes[label]), *NO_CHARTS),
                     model, [prompt, *outputs], cancels=[running, again], queue=False, **quiet)
-        model.change(lambda label: (stream.model_line(library.shapes[label]), *_fit(library.shapes[label])),
-                     model, [view, force, *thresholds], cancels=[running, again], queue=False, **quiet)
+        charts.expand(page.charts, charted, figures, queue=False, **quiet)
+        model.change(lambda label: (stream.model_line(library.shapes[label]), *NO_CHARTS, *_fit(library.shapes[label])),
+                     model, [*outputs, force, *thresholds], cancels=[running, again], queue=False, **quiet)
         link.click(None, inputs, js=COPY_LINK).then(
             lambda: gr.Info("The page's address now holds these settings, and was copied."), queue=False, **quiet)
         upload.upload(_replay_upload, upload, outputs, cancels=[running, again], queue=False, **quiet)
@@ -490,12 +503,12 @@ def build_demo(library: Library) -> gr.Blocks:
 
 
 def _replay_upload(path):
-    """A visitor's file: (its run, no figures), or a message and everything as it was."""
+    """A visitor's file: (its run, no charts), or a message and everything as it was."""
     try:
-        return replayed(path), *[gr.Plot(None, visible=False)] * 3
+        return replayed(path), *NO_CHARTS
     except ValueError as error:
         gr.Warning(html.escape(str(error)), title="Not a saved run")
-        return stream.error_line(f"This file cannot be replayed: {error}"), *[gr.skip()] * 3
+        return stream.error_line(f"This file cannot be replayed: {error}"), *[gr.skip()] * 2
 
 
 def _many_prompts() -> tuple[gr.components.Component, ...]:

@@ -41,6 +41,12 @@ def open_map(page: Page) -> str:
     return ".ce-map"
 
 
+def open_charts(page: Page) -> str:
+    page.get_by_role("button", name="Interactive charts").click()
+    page.wait_for_function("document.querySelectorAll('#ce-figures .main-svg').length >= 3")
+    return "#ce-figures"
+
+
 def evaluate(page: Page) -> None:
     page.get_by_role("tab", name="Many prompts").click()
     page.click("#ce-evaluate")
@@ -49,7 +55,7 @@ def evaluate(page: Page) -> None:
 
 
 SHOTS = (Shot("light"), Shot("dark", theme="dark"), Shot("verified", mode="Verified"),
-         Shot("phone", width=390, height=1500), Shot("figures", then=lambda page: "#ce-figures"),
+         Shot("phone", width=390, height=1500), Shot("figures", then=open_charts),
          Shot("card", then=open_card), Shot("map", then=open_map), Shot("many", then=evaluate))
 
 
@@ -61,7 +67,6 @@ def take(browser: Browser, url: str, shot: Shot, folder: Path) -> Path:
     page.fill("#ce-prompt textarea", shot.prompt)
     page.click("#ce-run")
     page.wait_for_selector(".ce-status.done")
-    page.wait_for_function("document.querySelectorAll('#ce-figures .main-svg').length >= 3")
     if shot.name == "light":
         keep_trace(page)
     page.eval_on_selector_all(".ce-text", "all => { scrollTo(0, 0); all.forEach(box => box.scrollTop = 0); }")

@@ -83,9 +83,23 @@ def test_text_streams_while_the_model_runs(page, slow):
     assert page.locator("polyline").first.get_attribute("points")
 
 
+def open_charts(page):
+    page.get_by_role("button", name="Interactive charts").click()
+    page.wait_for_selector("#ce-figures .js-plotly-plot .main-svg")
+
+
+def test_a_new_run_puts_the_charts_of_the_last_one_away(page):
+    run_to_end(page)
+    open_charts(page)
+    page.click("#ce-run")
+    page.wait_for_selector("#ce-figures", state="hidden")
+    page.wait_for_selector(".ce-status.done")
+    open_charts(page)
+
+
 def test_numbers_and_charts_stay_after_a_run(page):
     run_to_end(page)
-    page.wait_for_selector("#ce-figures .js-plotly-plot .main-svg")
+    open_charts(page)
     page.wait_for_function("document.querySelectorAll('#ce-figures .js-plotly-plot').length === 3")
     titles = page.locator("#ce-figures .gtitle").all_text_contents()
     assert titles == ["Where the tokens left the model", "How long each token took",
@@ -188,7 +202,7 @@ def test_untrained_exits_are_labelled(page):
 def test_a_phone_needs_no_sideways_scrolling(open_page, tiny_url, theme):
     page = open_page(f"{tiny_url}?__theme={theme}", width=360, height=780)
     run_to_end(page)
-    page.wait_for_selector("#ce-figures .js-plotly-plot .main-svg")
+    open_charts(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
