@@ -164,7 +164,7 @@ class Page:
                      for kind in ("json", "csv")))
 
     def charts(self, run) -> list[gr.Plot]:
-        """Interactive figures of a finished run, when its box is opened: the first one loads plotly, a second's work."""
+        """Interactive figures of a finished run, when its box is opened: plotly takes a second to load."""
         told, seen, _ = self._seen.get(run, (None,) * 3)
         if told is None:
             gr.Warning("The server no longer keeps this run. Run it again.", title="No charts")

@@ -55,6 +55,12 @@ class KVCache:
         # A model spread over devices: the layer may sit elsewhere than the buffers. Here, `to` does nothing.
         return self.keys[layer_idx].to(keys.device), self.values[layer_idx].to(keys.device)
 
+    def claim(self, layers: range, n: int) -> int:
+        """Make room for n more real positions in these layers, for kernels that write them: where they begin."""
+        start = self.positions(layers[0], n)[0, 0].item() if n else self.length(layers[0])
+        self.advance(layers, n)
+        return start
+
     def advance(self, layers: range, n: int) -> None:
         """The first n rows written last in these layers are real."""
         for layer_idx in layers:

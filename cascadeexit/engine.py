@@ -94,6 +94,9 @@ class Staircase:
 
     def filled(self, s: int) -> int:
         """Positions that segment s has computed."""
+        if self.model.bounds[s] == self.model.bounds[s + 1]:        # no layers: all that went on is what was computed
+            waiting = self.waiting[s + 1]
+            return self.filled(s + 1) + (0 if waiting is None else waiting.shape[1])
         return self.cache.length(self.model.bounds[s])
 
     def run(self, s: int) -> Tensor:

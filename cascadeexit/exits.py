@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cascadeexit.kernels import NativeAdapter, NativeLinear
 from cascadeexit.linear import pack
 from cascadeexit.model import SegmentedModel
 
@@ -44,7 +45,7 @@ class ExitConfig:
     """Layers of the base model."""
     vocab_size: int
     layers: tuple[int, ...]
-    """Layers after which an exit sits."""
+    """Layers after which an exit sits; 0 is before the first."""
     adapter: str = "swiglu"
     """'swiglu', as published, or 'carry'."""
     width: int = 512
@@ -73,8 +74,8 @@ class ExitConfig:
         if (self.confidence == "sketch") != (self.sketch_size > 0):
             raise ValueError(f"sketch_size goes with confidence 'sketch', got {self.sketch_size} with "
                              f"'{self.confidence}'")
-        if not all(a < b for a, b in zip((0, *self.layers), (*self.layers, self.num_layers), strict=True)):
-            raise ValueError(f"exit layers must ascend within 1..{self.num_layers - 1}, got {self.layers}")
+        if not all(a < b for a, b in zip((-1, *self.layers), (*self.layers, self.num_layers), strict=True)):
+            raise ValueError(f"exit layers must ascend within 0..{self.num_layers - 1}, got {self.layers}")
         if self.format != _FORMAT:
             raise ValueError(f"these exits have format {self.format}; this version reads format {_FORMAT}")
 
@@ -90,6 +91,8 @@ class ExitAdapter(nn.Module):
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         # Identity at the start: training begins at the logit lens, and decay pulls towards it, not towards zero.
         nn.init.zeros_(self.up.weight)
+
+    straight = None         # its linear part is the identity
 
     def forward(self, h: Tensor, said: Tensor) -> Tensor:
         return self.norm(h + self.up(nn.functional.silu(self.gate(h)) * self.down(h)))
@@ -117,6 +120,10 @@ class CarryAdapter(nn.Module):
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         nn.init.zeros_(self.up.weight)                                          # the logit lens at the start
         self.linear.weight.data.copy_(torch.eye(hidden_size, 2 * hidden_size))
+
+    @property
+    def straight(self) -> Tensor:
+        return self.linear.weight
 
     def forward(self, h: Tensor, said: Tensor) -> Tensor:
         x = torch.cat([h, said], dim=-1)
@@ -150,23 +157,27 @@ class ConfidenceHead(nn.Module):
 class SketchConfidence(nn.Module):
     """The same question, answered by logistic regression on the exit's softmax over a few frequent words.
 
-    Three facts of it: log p of the likeliest word, of the second, and the entropy in nats. Logits over the words
-    (..., M) -> logit (...,).
+    Three facts of it: log p of the likeliest word, of the second, and the entropy in nats. (..., 3) -> logit (...,).
     """
 
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(3, 1)
 
-    @staticmethod
-    def facts(logits: Tensor) -> Tensor:
-        """(..., M) -> (..., 3)."""
-        log_p = logits.float().log_softmax(-1)
+    def forward(self, facts: Tensor) -> Tensor:
+        return self.linear(facts).squeeze(-1)
+
+
+def softmax_facts(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What `SketchConfidence` reads, from rows for this head (..., D): (..., 3)."""
+    if isinstance(head, NativeLinear):
+        return head.softmax_facts
+
+    def facts(hidden: Tensor) -> Tensor:
+        log_p = head(hidden).float().log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
         return torch.cat([log_p.topk(2, dim=-1).values, entropy], dim=-1)
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return self.linear(self.facts(logits)).squeeze(-1)
+    return facts
 
 
 class ExitBank(nn.Module):
@@ -182,8 +193,10 @@ class ExitBank(nn.Module):
             else SketchConfidence() for _ in config.layers) if config.confidence != "softmax" else None
         self.register_buffer("head_ids", torch.arange(config.head_size) if config.head_size else None)
         self.register_buffer("sketch_ids", torch.arange(config.sketch_size) if config.sketch_size else None)
+        self._adapt: list[Callable[[Tensor, Tensor], Tensor]] = list(self.adapters)
         self._project: Callable[[Tensor], Tensor] | None = None
-        self._sketch: Callable[[Tensor], Tensor] | None = None
+        self._facts: Callable[[Tensor], Tensor] | None = None
+        self._sketch_bytes = 0
 
     @classmethod
     def untrained(cls, model: SegmentedModel, *, confidence: str = "softmax", **shape) -> Self:
@@ -197,8 +210,10 @@ class ExitBank(nn.Module):
             adapter.norm.weight.data.copy_(model.norm.weight)
         return bank
 
-    def attach(self, model: SegmentedModel) -> Self:
+    def attach(self, model: SegmentedModel, *, trainable: bool = False) -> Self:
         """Move to the model's device and dtype and share its head; `head_bytes` is what one projection reads.
+
+        trainable: gradients pass through the adapters, which our own kernels do not allow.
 
         Raises ValueError when the exits belong to another architecture; warns when only the weights differ.
         """
@@ -211,21 +226,24 @@ class ExitBank(nn.Module):
         if c.head_fingerprint and c.head_fingerprint != model.head_fingerprint:
             log.warning("The exits were trained on other weights of %s than the ones loaded (the heads differ): "
                         "verified stays lossless, but confidences may be wrong.", c.base_model)
-        self.to(model.device).eval().requires_grad_(False)
+        self.to(model.device).eval().requires_grad_(trainable)
         self.adapters.to(model.dtype)           # the estimators stay in fp32
         weight = model.head_weight.detach() if self.head_ids is None else model.head_weight.detach()[self.head_ids]
         # Bound methods, not modules: the head belongs to the base model and must not be saved with the exits.
         self._project, self.head_bytes = pack(weight).forward, weight.nbytes
         if self.sketch_ids is not None:
-            self._sketch = pack(model.head_weight.detach()[self.sketch_ids]).forward
+            self._facts = softmax_facts(pack(model.head_weight.detach()[self.sketch_ids]))
             self._sketch_bytes = len(self.sketch_ids) * weight[0].nbytes
+        if model.native and not trainable:
+            self._adapt = [NativeAdapter(a.gate.weight, a.down.weight, a.up.weight, a.norm.weight, a.norm.eps,
+                                         a.straight) for a in self.adapters]
         return self
 
     # -- one exit, hidden rows in --------------------------------------------------------------------------------
 
     def hidden(self, s: int, h: Tensor, said: Tensor) -> Tensor:
         """Hidden rows after segment s, and for each the adapted or normed hidden that named its token: (..., D)."""
-        return self.adapters[s](h, said)
+        return self._adapt[s](h, said)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Adapted hidden (..., D) -> logits over the exits' head (..., V) or (..., K); see `token_id`."""
@@ -235,7 +253,7 @@ class ExitBank(nn.Module):
         """Probability that exit s chooses what the full model would: adapted hidden (..., D) -> (...,) in [0, 1]."""
         if self.confidence_heads is None:
             return self.logits(hidden).float().softmax(-1).amax(-1)
-        return self.confidence_heads[s](hidden if self._sketch is None else self._sketch(hidden)).sigmoid()
+        return self.confidence_heads[s](hidden if self._facts is None else self._facts(hidden)).sigmoid()
 
     # -- bytes, for the cost metric ------------------------------------------------------------------------------
 
@@ -244,7 +262,7 @@ class ExitBank(nn.Module):
         read = sum(p.nbytes for p in self.adapters[s].parameters())
         if self.confidence_heads is None:
             return read + self.head_bytes
-        read += self._sketch_bytes if self._sketch else 0
+        read += self._sketch_bytes
         return read + sum(p.nbytes for p in self.confidence_heads[s].parameters())
 
     def fingerprint(self) -> str:

@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from cascadeexit.engine import Engine
 from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, read_config
+from cascadeexit.kernels import cache_folder
 from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
 from cascadeexit.stream import Shape
 
@@ -199,13 +200,6 @@ def read_model_config(model: str, source: str, hub: dict):
 
 
 # -- the bundled model -----------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """$CASCADEEXIT_CACHE, else cascadeexit in the user's cache folder."""
-    if own := os.environ.get("CASCADEEXIT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cascadeexit"
 
 
 def bundled_model(cache: Path | None = None, progress: Progress | None = None) -> Path:

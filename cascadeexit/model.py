@@ -4,8 +4,9 @@ The only file of the core that knows transformers' module layout. Exits after la
 bounds (0, 9, 17, 24, 30) and four segments. A segment takes hidden rows in and gives hidden rows out; embedding
 and vocabulary projection are separate calls, so their cost is visible where they are made.
 
-Row results depend on how many rows a pass has, because kernels are chosen by shape. Passes padded to the same
-row bucket over one masked buffer agree bitwise, so decoding and verification always use those buckets.
+Row results of stock kernels depend on how many rows a pass has. Passes padded to the same row bucket over one masked
+buffer agree bitwise, so decoding and verification always use those buckets. On a CPU in bf16 the layers run in our own
+kernels (kernels.py), whose rows do not depend on each other at all.
 
 Letters: N rows in the pass, D hidden size, V vocabulary, C cache capacity, S segments.
 """
@@ -22,7 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cascadeexit.cache import KVCache
-from cascadeexit.linear import pack
+from cascadeexit.kernels import NativeLayers
+from cascadeexit.linear import pack, pack_stock
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -84,20 +86,22 @@ class SegmentedModel:
     """A causal language model whose layers run in segments between exits.
 
     Args:
-        model: a transformers *ForCausalLM of a supported type; it is put in eval mode and frozen, its attention is
-            set to `grouped_attention`, and on a CPU its layers' linear modules are replaced by packed ones.
-        exit_layers: numbers of layers after which an exit sits, ascending, each in 1..num_layers-1.
+        model: a transformers *ForCausalLM of a supported type; it is put in eval mode and frozen. On a CPU its
+            layers are taken over by packed ones; elsewhere its attention is set to `grouped_attention`.
+        exit_layers: numbers of layers after which an exit sits, ascending, each in 0..num_layers-1. An exit after
+            layer 0 reads the token's embedding, and the carried state if it has one.
         name: short name for messages and artifacts.
+        native: use our own kernels where they fit; `run_layers`, for batches, needs the stock ones.
 
     Raises ValueError for an unsupported architecture or bad exit layers.
     """
 
-    def __init__(self, model, exit_layers: Sequence[int], *, name: str = ""):
+    def __init__(self, model, exit_layers: Sequence[int], *, name: str = "", native: bool = True):
         check_supported(model.config)
         num_layers = model.config.num_hidden_layers
         bounds = (0, *exit_layers, num_layers)
-        if any(a >= b for a, b in zip(bounds, bounds[1:])):
-            raise ValueError(f"exit layers must ascend within 1..{num_layers - 1}, got {tuple(exit_layers)}")
+        if any(a >= b for a, b in zip((-1, *bounds[1:]), bounds[1:])):
+            raise ValueError(f"exit layers must ascend within 0..{num_layers - 1}, got {tuple(exit_layers)}")
         self.name = name or model.config.model_type
         self.bounds = bounds
         self.config = model.config
@@ -109,14 +113,22 @@ class SegmentedModel:
         if self.device.type == "meta":
             raise ValueError("the vocabulary projection is not in memory: the device_map must put lm_head on a device")
         self._head = pack(model.lm_head.weight, model.lm_head.bias)
+        self._native: NativeLayers | None = None
         spread = hasattr(model, "hf_device_map")    # then accelerate's hooks, on the modules, bring weights and rows
-        for layer in () if spread else layers:
+        if native and not spread and NativeLayers.fits(layers, self.head_dim):
+            cosines, sines = (t[0, :, :self.head_dim // 2] for t in model.model.rotary_emb(
+                torch.zeros((), dtype=torch.float32), position_ids=torch.arange(self.max_positions)[None]))
+            self._native = NativeLayers(layers, model.config, self.head_dim, cosines, sines)
+            model.model.layers = torch.nn.ModuleList()      # their weights live in the packed copy now
+        for layer in () if spread else model.model.layers:
             for block in (layer.self_attn, layer.mlp):
                 for child, module in list(block.named_children()):
                     if isinstance(module, torch.nn.Linear):
-                        setattr(block, child, pack(module.weight, module.bias))
-        # CPU: every multiple of 4 rows up to 40 agrees bitwise. GPU kernels vary more with shape: one bucket for all.
-        self.row_multiple, self.max_verify_rows = (16, 16) if self.device.type == "cuda" else (4, 32)
+                        setattr(block, child, pack_stock(module.weight, module.bias))
+        # Stock kernels, CPU: every multiple of 4 rows up to 40 agrees bitwise. GPU kernels vary more with shape: one
+        # bucket for all. Our own: a row does not depend on the others.
+        self.row_multiple, self.max_verify_rows = (
+            (16, 16) if self.device.type == "cuda" else (4, 32) if self._native is None else (1, 32))
 
     # -- shape and place ------------------------------------------------------------------------------------------
 
@@ -193,8 +205,14 @@ class SegmentedModel:
 
     # -- computing ------------------------------------------------------------------------------------------------
 
+    @property
+    def native(self) -> bool:
+        """True where our own kernels run the layers."""
+        return self._native is not None
+
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions; rows of padding need room too (see `pad`)."""
+        capacity = -(-capacity // 16) * 16              # whole blocks of our own kernels
         return KVCache(self.num_layers, self.num_kv_heads, self.head_dim, capacity, batch=batch, dtype=self.dtype,
                        device=self.device)
 
@@ -228,6 +246,11 @@ class SegmentedModel:
         Rows are padded to the bucket; padding is written past the real rows, masked, and overwritten later.
         """
         n, layers = h.shape[1], range(self.bounds[s], self.bounds[s + 1])
+        if not layers:
+            return h
+        if self._native is not None:
+            start = cache.claim(layers, n)
+            return self._native.run(layers, h, cache.keys, cache.values, start)
         padded = self.pad_rows(h)
         positions = cache.positions(layers[0], padded.shape[1])
         out = self.run_layers(layers, padded, positions, cache.mask(layers[0], padded.shape[1]), cache)

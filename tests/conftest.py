@@ -28,9 +28,10 @@ def tiny_base(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = 
     return base.to(dtype).eval()
 
 
-def tiny_engine(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = torch.float32, **shape) -> Engine:
+def tiny_engine(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = torch.float32,
+                layers: tuple[int, ...] = EXIT_LAYERS, **shape) -> Engine:
     """Random exits over a random model: adapters that differ from the identity, estimators that say anything."""
-    model = SegmentedModel(tiny_base(family, seed, dtype), EXIT_LAYERS, name=family)
+    model = SegmentedModel(tiny_base(family, seed, dtype), layers, name=family)
     bank = ExitBank.untrained(model, **dict(confidence="mlp", width=8, confidence_width=8) | shape)
     torch.manual_seed(seed + 1)
     for adapter in bank.adapters:

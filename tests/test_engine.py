@@ -76,6 +76,19 @@ def test_verified_equals_full_for_every_threshold_and_draft_length(family, dtype
                 assert engine.run(prompt, config).token_ids == full, (threshold, max_draft)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layers", [(0,), (0, 3)], ids=str)
+def test_an_exit_before_the_first_layer_drafts_and_decodes(layers, dtype):
+    engine = tiny_engine("qwen3", dtype=dtype, adapter="carry", layers=layers)
+    full = engine.run(PROMPTS[2], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
+    for threshold, max_draft in itertools.product((0, 0.5), (1, 4)):
+        run = engine.run(PROMPTS[2], DecodeConfig(mode="verified", max_new_tokens=TOKENS, thresholds=threshold,
+                                                  max_draft=max_draft))
+        assert run.token_ids == full
+    run = engine.run(PROMPTS[2], DecodeConfig(mode="cascade", max_new_tokens=TOKENS, thresholds=0))
+    assert run.stats.routing_share[0] == 1.0 and run.stats.average_depth == 0.0
+
+
 def test_verified_equals_full_with_a_trimmed_head():
     engine = tiny_engine(head_size=20)
     engine.bank.head_ids.copy_(torch.arange(20) * 4)

@@ -6,7 +6,7 @@ from conftest import EXIT_LAYERS, SHAPE, tiny_base
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from cascadeexit.cache import KVCache
-from cascadeexit.linear import PackedLinear, can_pack, pack
+from cascadeexit.linear import PackedLinear, can_pack, pack_stock
 from cascadeexit.model import SegmentedModel, check_supported
 
 
@@ -64,7 +64,7 @@ def test_a_model_spread_over_memory_and_disk_is_the_same_model(tmp_path):
     torch.testing.assert_close(*rows, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("layers", [(0, 3), (3, 3), (4, 2), (3, 6)])
+@pytest.mark.parametrize("layers", [(-1, 3), (0, 0), (3, 3), (4, 2), (3, 6)])
 def test_exit_layers_must_ascend_inside_the_model(layers):
     with pytest.raises(ValueError, match="ascend"):
         SegmentedModel(tiny_base(), layers)
@@ -108,7 +108,7 @@ def test_packed_linear_is_the_linear_it_replaces(dtype, tolerance):
     linear = torch.nn.Linear(48, 96, dtype=dtype)
     if not can_pack(linear.weight):
         pytest.skip(f"no packed kernels for {dtype} on this CPU")
-    packed, x = pack(linear.weight, linear.bias), torch.randn(1, 4, 48, dtype=dtype)
+    packed, x = pack_stock(linear.weight, linear.bias), torch.randn(1, 4, 48, dtype=dtype)
     assert isinstance(packed, PackedLinear)
     with torch.inference_mode():
         torch.testing.assert_close(packed(x), linear(x), atol=tolerance, rtol=tolerance)

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cascadeexit.exits import ConfidenceHead, ExitBank, SketchConfidence
+from cascadeexit.exits import ConfidenceHead, ExitBank, SketchConfidence, softmax_facts
 from cascadeexit.hub import load_model
+from cascadeexit.linear import pack
 from cascadeexit.model import SegmentedModel
 from training.data import Split, load_documents
 from training.distill import carried, frequent_tokens
@@ -213,10 +214,11 @@ def main() -> None:
         shape = dict(confidence="sketch", sketch_size=min(args.words, model.vocab_size))
         words = frequent_tokens(store.choices(store.of(Split.TRAIN)), model.vocab_size, model.eos_ids)
         bank.sketch_ids = words[:shape["sketch_size"]].to(model.device)
-        sketch = model.head_weight.detach()[bank.sketch_ids].cpu()
+        facts = softmax_facts(pack(model.head_weight.detach()[bank.sketch_ids].cpu()))
 
+        @torch.no_grad()
         def seen_by(rows: Rows) -> Tensor:
-            return torch.cat([F.linear(part, sketch) for part in rows.hidden.split(4096)])
+            return torch.cat([facts(part) for part in rows.hidden.split(4096)])
     else:
         bank.sketch_ids = None
 
@@ -226,7 +228,7 @@ def main() -> None:
         calibration, test = (exit_rows(bank, s, store, part, f"exit {layer}, {what}")
                              for part, what in ((held, "calibration"), (tests, "test")))
         if args.kind == "sketch":
-            head = fit_sketch(SketchConfidence.facts(seen_by(calibration)), calibration.right)
+            head = fit_sketch(seen_by(calibration), calibration.right)
         else:
             head = fit_mlp(bank, s, store, train, held, args)
         with torch.no_grad():

@@ -226,7 +226,7 @@ def write_round(model: SegmentedModel, rows: list[Row], steps: int, temperature:
 
 def write_policy(args) -> None:
     base, tokenizer, name = load_model(args.model)
-    model, template = SegmentedModel(base, (), name=name), ChatTemplate(tokenizer)
+    model, template = SegmentedModel(base, (), name=name, native=False), ChatTemplate(tokenizer)
     prompts = [json.loads(line)["prompt"] for file in args.prompts for line in open(file, encoding="utf-8")]
     prompts = sorted({p.strip() for p in prompts if len(p) <= args.max_prompt_chars})
     texts = sorted({t.strip() for file in args.texts for t in read_texts(file) if len(t) >= 80})

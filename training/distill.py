@@ -455,7 +455,7 @@ def main() -> None:
     store.open()
 
     bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=args.head_size,
-                              adapter=args.adapter).attach(model).requires_grad_(True)
+                              adapter=args.adapter).attach(model, trainable=True)
     bank.adapters.float()
     training, words = store.of(Split.TRAIN), ExitHead(model.head_weight, None, 0)
     if args.head_size:

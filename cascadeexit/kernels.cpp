@@ -1,0 +1,526 @@
+// Decoder layers on a CPU, near the speed at which memory delivers their weights.
+//
+// One call takes a few rows through many layers: one team of threads, no allocation, no dispatch between operations.
+// Weights are bf16, packed so that a pass reads each of them once, in order: blocks of 32 outputs, pairs of inputs side
+// by side. Sums are fp32 and run over inputs in order, each row by itself, so a row's result is bitwise the same
+// whatever other rows are in the pass: that is what makes verification exact.
+//
+// Letters: N rows, D hidden size, H query heads on G key-value heads of size d, C cache capacity.
+// Cache of a layer and head: keys [C/16][d/2][16][2], values [C/2][d][2]; both are dotted in pairs without shuffles.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <omp.h>
+#include <sched.h>
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#include <immintrin.h>
+#define BF16_DOT 1
+#endif
+
+namespace {
+
+constexpr int BLOCK = 32;       // outputs of a weight block
+constexpr int KEYS = 16;        // keys of a score block
+constexpr int MAX_TILE = 8;     // rows that share one reading of a block from the first cache
+
+using bf16 = uint16_t;
+
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+inline bf16 narrow(float x) {                                   // round to nearest even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bf16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// exp for x <= 88, relative error below 3e-7: 2^n times a polynomial, without branches, so loops over it vectorize.
+inline float fast_exp(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = __builtin_floorf(__builtin_fmaf(x, 1.44269504f, 0.5f));
+    float r = __builtin_fmaf(n, -0.693359375f, x);
+    r = __builtin_fmaf(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = __builtin_fmaf(p, r, 1.3981999507e-3f);
+    p = __builtin_fmaf(p, r, 8.3334519073e-3f);
+    p = __builtin_fmaf(p, r, 4.1665795894e-2f);
+    p = __builtin_fmaf(p, r, 1.6666665459e-1f);
+    p = __builtin_fmaf(p, r, 5.0000001201e-1f);
+    p = __builtin_fmaf(p, r * r, r + 1.0f);
+    int32_t bits = (int32_t(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+inline float silu(float x) { return x / (1.0f + fast_exp(-x)); }
+
+// Threads of a call meet here. They arrive within microseconds of each other, so they spin; when another program holds
+// a core they yield to it.
+class Barrier {
+    alignas(64) std::atomic<int> waiting{0};
+    alignas(64) std::atomic<int> round{0};
+
+public:
+    void meet(int threads) {
+        if (threads == 1) return;
+        int now = round.load(std::memory_order_acquire);
+        if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+            waiting.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+            if (spins > 20000) sched_yield();
+        }
+    }
+};
+
+struct Team {
+    int rank, size;
+    Barrier* barrier;
+    void meet() const { barrier->meet(size); }
+    int from(int items) const { return int(int64_t(items) * rank / size); }
+    int to(int items) const { return int(int64_t(items) * (rank + 1) / size); }
+};
+
+// -- dot products of pairs --------------------------------------------------------------------------------------------
+
+// out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and W outputs; w and x hold pairs of bf16.
+template <int M, int W>
+inline void dot_pairs(const uint32_t* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
+#ifdef BF16_DOT
+    constexpr int V = W / 16;
+    __m512 sum[M][V];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) sum[m][v] = _mm512_setzero_ps();
+    for (int p = 0; p < pairs; p++, w += W) {
+        __m512bh weights[V];
+        for (int v = 0; v < V; v++) weights[v] = (__m512bh)_mm512_loadu_si512(w + 16 * v);
+        _mm_prefetch((const char*)(w + 32 * W), _MM_HINT_T0);
+        if (W > 16) _mm_prefetch((const char*)(w + 32 * W + 16), _MM_HINT_T0);
+        for (int m = 0; m < M; m++) {
+            __m512bh both = (__m512bh)_mm512_set1_epi32(int(x[m * stride + p]));
+            for (int v = 0; v < V; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], weights[v], both);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) _mm512_storeu_ps(out[m] + 16 * v, sum[m][v]);
+#else
+    for (int m = 0; m < M; m++) {
+        float sum[W] = {};
+        const uint32_t* at = w;
+        for (int p = 0; p < pairs; p++, at += W) {
+            float first = widen(bf16(x[m * stride + p])), second = widen(bf16(x[m * stride + p] >> 16));
+            for (int j = 0; j < W; j++) {
+                uint32_t low = at[j] << 16, high = at[j] & 0xFFFF0000u;
+                float a, b;
+                std::memcpy(&a, &low, 4);
+                std::memcpy(&b, &high, 4);
+                sum[j] = __builtin_fmaf(b, second, __builtin_fmaf(a, first, sum[j]));
+            }
+        }
+        std::memcpy(out[m], sum, sizeof sum);
+    }
+#endif
+}
+
+template <int W>
+void dot_rows(int rows, const uint32_t* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
+    switch (rows) {
+        case 1: return dot_pairs<1, W>(w, x, stride, pairs, out);
+        case 2: return dot_pairs<2, W>(w, x, stride, pairs, out);
+        case 3: return dot_pairs<3, W>(w, x, stride, pairs, out);
+        case 4: return dot_pairs<4, W>(w, x, stride, pairs, out);
+        case 5: return dot_pairs<5, W>(w, x, stride, pairs, out);
+        case 6: return dot_pairs<6, W>(w, x, stride, pairs, out);
+        case 7: return dot_pairs<7, W>(w, x, stride, pairs, out);
+        default: return dot_pairs<8, W>(w, x, stride, pairs, out);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Matrix {                     // (out, in), packed by ce_pack; bias may be null
+    const uint32_t* weight;
+    const float* bias;
+    int32_t in, out;
+};
+
+struct Layer {
+    Matrix qkv, o, gate_up, down;   // gate_up: blocks of gate and up in turn
+    const float *attention_norm, *mlp_norm, *q_norm, *k_norm;       // q_norm and k_norm may be null
+};
+
+struct Stack {
+    const Layer* layers;
+    const float *cosines, *sines;   // (positions, d / 2)
+    int32_t hidden, heads, kv_heads, head_dim, inner;
+    float eps, scale;
+};
+
+struct Exit {                       // an adapter: norm(straight x + up(silu(gate x) * down x)), or h for straight x
+    Matrix straight, gate_down, up; // straight.weight may be null; gate_down: blocks of gate and down in turn
+    const float* norm;
+    float eps;
+};
+
+struct Cache {
+    uint32_t *keys, *values;        // of layer 0; head h of layer l begins at (l * kv_heads + h) * capacity * d / 2
+    int32_t capacity;
+};
+
+}
+
+namespace {
+
+inline int blocks(const Matrix& m) { return (m.out + BLOCK - 1) / BLOCK; }
+inline int pairs(const Matrix& m) { return (m.in + 1) / 2; }
+inline const uint32_t* block(const Matrix& m, int b) { return m.weight + size_t(b) * pairs(m) * BLOCK; }
+
+// x (rows, in) times the matrix: done(row, first output, 32 sums) for each block of this thread's share.
+template <class Done>
+inline void multiply(const Team& team, const Matrix& m, const bf16* x, size_t stride, int rows, Done done) {
+    float out[MAX_TILE][BLOCK];
+    for (int b = team.from(blocks(m)); b < team.to(blocks(m)); b++)
+        for (int r = 0; r < rows; r += MAX_TILE) {
+            int tile = rows - r < MAX_TILE ? rows - r : MAX_TILE;
+            dot_rows<BLOCK>(tile, block(m, b), (const uint32_t*)(x + r * stride), stride / 2, pairs(m), out);
+            for (int i = 0; i < tile; i++) done(r + i, b * BLOCK, out[i]);
+        }
+}
+
+// silu(gate x) * other x as bf16 (rows, n), for a matrix with blocks of gate and other in turn.
+inline void gated(const Team& team, const Matrix& both, const bf16* x, int rows, int n, bf16* out) {
+    float gate[MAX_TILE][BLOCK], other[MAX_TILE][BLOCK];
+    for (int b = team.from(blocks(both) / 2); b < team.to(blocks(both) / 2); b++)
+        for (int r = 0; r < rows; r += MAX_TILE) {
+            int tile = rows - r < MAX_TILE ? rows - r : MAX_TILE, width = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
+            const uint32_t* from = (const uint32_t*)(x + size_t(r) * both.in);
+            dot_rows<BLOCK>(tile, block(both, 2 * b), from, both.in / 2, pairs(both), gate);
+            dot_rows<BLOCK>(tile, block(both, 2 * b + 1), from, both.in / 2, pairs(both), other);
+            for (int t = 0; t < tile; t++)
+                for (int j = 0; j < width; j++)
+                    out[size_t(r + t) * n + b * BLOCK + j] = narrow(silu(gate[t][j]) * other[t][j]);
+        }
+}
+
+inline float row_scale(const float* x, int n, float eps) {      // of RMSNorm
+    float sums[16] = {};
+    int j = 0;
+    for (; j + 16 <= n; j += 16)
+        for (int l = 0; l < 16; l++) sums[l] = __builtin_fmaf(x[j + l], x[j + l], sums[l]);
+    for (; j < n; j++) sums[0] = __builtin_fmaf(x[j], x[j], sums[0]);
+    float sum = 0;
+    for (float s : sums) sum += s;
+    return 1.0f / std::sqrt(sum / n + eps);
+}
+
+inline void norm_row(const float* x, const float* weight, int n, float eps, bf16* out) {
+    float scale = row_scale(x, n, eps);
+    for (int j = 0; j < n; j++) out[j] = narrow(x[j] * scale * weight[j]);
+}
+
+// A head of size d: its own norm where there is one, then the rotary embedding, in place.
+inline void rotate(float* x, const float* norm, float eps, const float* cosine, const float* sine, int d) {
+    if (norm) {
+        float scale = row_scale(x, d, eps);
+        for (int j = 0; j < d; j++) x[j] *= scale * norm[j];
+    }
+    for (int j = 0; j < d / 2; j++) {
+        float a = x[j], b = x[j + d / 2];
+        x[j] = __builtin_fmaf(a, cosine[j], -(b * sine[j]));
+        x[j + d / 2] = __builtin_fmaf(b, cosine[j], a * sine[j]);
+    }
+}
+
+// Rows of one key-value head: `rows` queries (rows, d) as bf16 pairs, row i at position seen[i] - 1, sharing each
+// reading of keys and values. scores: room for (rows, positions) floats and as many bf16. out: (rows, d) sums.
+void attend(const uint32_t* keys, const uint32_t* values, const uint32_t* queries, const int* seen, int rows, int d,
+            float scale, float* scores, bf16* probs, int room, float* const* out) {
+    int longest = 0;
+    for (int i = 0; i < rows; i++) longest = seen[i] > longest ? seen[i] : longest;
+    int score_blocks = (longest + KEYS - 1) / KEYS, padded = score_blocks * KEYS;
+    float block_scores[MAX_TILE][KEYS];
+    for (int b = 0; b < score_blocks; b++) {
+        dot_rows<KEYS>(rows, keys + size_t(b) * (d / 2) * KEYS, queries, d / 2, d / 2, block_scores);
+        for (int i = 0; i < rows; i++) std::memcpy(scores + size_t(i) * room + b * KEYS, block_scores[i], 4 * KEYS);
+    }
+    float totals[MAX_TILE];
+    for (int i = 0; i < rows; i++) {
+        float* row = scores + size_t(i) * room;
+        bf16* to = probs + size_t(i) * room;
+        int n = seen[i], whole = (n + KEYS - 1) / KEYS * KEYS;
+        for (int t = n; t < whole; t++) row[t] = -INFINITY;
+        float lanes[KEYS];
+        for (int l = 0; l < KEYS; l++) lanes[l] = row[l];
+        for (int t = KEYS; t < whole; t += KEYS)
+            for (int l = 0; l < KEYS; l++) lanes[l] = row[t + l] > lanes[l] ? row[t + l] : lanes[l];
+        float top = lanes[0], sums[KEYS] = {};
+        for (float x : lanes) top = x > top ? x : top;
+        for (int t = 0; t < whole; t += KEYS)
+            for (int l = 0; l < KEYS; l++) {
+                bool visible = t + l < n;
+                float e = fast_exp((row[t + l] - top) * scale);
+                e = visible ? e : 0.0f;
+                sums[l] += e;
+                to[t + l] = narrow(e);
+            }
+        std::memset(to + whole, 0, 2 * size_t(padded - whole));
+        float total = 0;
+        for (float s : sums) total += s;
+        totals[i] = total;
+    }
+    for (int j = 0; j < d; j += KEYS) {
+#ifdef BF16_DOT
+        __m512 sum[MAX_TILE];
+        for (int i = 0; i < rows; i++) sum[i] = _mm512_setzero_ps();
+        for (int p = 0; p < padded / 2; p++) {
+            __m512bh v = (__m512bh)_mm512_loadu_si512(values + size_t(p) * d + j);
+            for (int i = 0; i < rows; i++) {
+                int both;
+                std::memcpy(&both, probs + size_t(i) * room + 2 * p, 4);
+                sum[i] = _mm512_dpbf16_ps(sum[i], v, (__m512bh)_mm512_set1_epi32(both));
+            }
+        }
+        for (int i = 0; i < rows; i++) _mm512_storeu_ps(block_scores[i], sum[i]);
+#else
+        for (int i = 0; i < rows; i++) {
+            float sum[KEYS] = {};
+            for (int p = 0; p < padded / 2; p++) {
+                float first = widen(probs[size_t(i) * room + 2 * p]), second = widen(probs[size_t(i) * room + 2 * p + 1]);
+                const uint32_t* v = values + size_t(p) * d + j;
+                for (int l = 0; l < KEYS; l++)
+                    sum[l] = __builtin_fmaf(widen(bf16(v[l] >> 16)), second,
+                                            __builtin_fmaf(widen(bf16(v[l])), first, sum[l]));
+            }
+            std::memcpy(block_scores[i], sum, sizeof sum);
+        }
+#endif
+        for (int i = 0; i < rows; i++)
+            for (int l = 0; l < KEYS; l++) out[i][j + l] = block_scores[i][l] / totals[i];
+    }
+}
+
+// Scratch of a call, grown to the largest one seen.
+template <class T>
+struct Scratch {
+    T* data = nullptr;
+    size_t size = 0;
+    T* get(size_t n) {
+        if (n > size) {
+            std::free(data);
+            size = (n + 63) / 64 * 64;                          // whole cache lines of any T
+            data = (T*)std::aligned_alloc(64, size * sizeof(T));
+            std::memset((void*)data, 0, size * sizeof(T));
+        }
+        return data;
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Bytes that ce_pack writes for a matrix of this shape.
+int64_t ce_packed_bytes(int32_t out, int32_t in) {
+    return int64_t((out + BLOCK - 1) / BLOCK) * ((in + 1) / 2) * BLOCK * 4;
+}
+
+// Row-major (out, in) bf16 into blocks first, first + step, ...: step 2 lays two matrices block by block in turn.
+void ce_pack(const bf16* weight, int32_t out, int32_t in, uint32_t* packed, int32_t first, int32_t step) {
+    int half = (in + 1) / 2;
+    for (int b = 0; b * BLOCK < out; b++)
+        for (int p = 0; p < half; p++)
+            for (int j = 0; j < BLOCK; j++) {
+                int o = b * BLOCK + j;
+                uint32_t low = o < out ? weight[size_t(o) * in + 2 * p] : 0;
+                uint32_t high = o < out && 2 * p + 1 < in ? weight[size_t(o) * in + 2 * p + 1] : 0;
+                packed[(size_t(first + b * step) * half + p) * BLOCK + j] = low | high << 16;
+            }
+}
+
+// x (rows, in) bf16 -> out (rows, out) fp32. `in` must be even.
+void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t threads) {
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
+    {
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+        multiply(team, *m, x, m->in, rows, [&](int r, int first, const float* sums) {
+            int n = m->out - first < BLOCK ? m->out - first : BLOCK;
+            for (int j = 0; j < n; j++) out[size_t(r) * m->out + first + j] = sums[j] + (m->bias ? m->bias[first + j] : 0);
+        });
+    }
+}
+
+// Rows (rows, D) bf16 through layers first..last-1 at positions start..start+rows-1 -> out (rows, D) bf16. Keys and
+// values go into the cache at these positions. D, H * d and the inner size must be even, d a multiple of 16.
+void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, bf16* out, int32_t rows,
+               const Cache* cache, int32_t start, int32_t threads) {
+    static thread_local Scratch<float> f_h, f_qkv, f_heads, f_scores;
+    static thread_local Scratch<bf16> b_x, b_heads, b_act, b_queries, b_probs;
+    const int D = stack->hidden, H = stack->heads, G = stack->kv_heads, d = stack->head_dim, I = stack->inner;
+    const int wide = (H + 2 * G) * d, group = H / G, items_per_head = (rows * group + 3) / 4;
+    const int room = (start + rows + KEYS - 1) / KEYS * KEYS;
+    float *h = f_h.get(size_t(rows) * D), *qkv = f_qkv.get(size_t(rows) * wide), *heads = f_heads.get(size_t(rows) * H * d);
+    bf16 *x = b_x.get(size_t(rows) * D), *act = b_act.get(size_t(rows) * I), *attended = b_heads.get(size_t(rows) * H * d);
+    bf16* queries = b_queries.get(size_t(rows) * H * d);
+    float* all_scores = f_scores.get(size_t(threads) * 4 * room);
+    bf16* all_probs = b_probs.get(size_t(threads) * 4 * room);
+    for (size_t i = 0; i < size_t(rows) * D; i++) h[i] = widen(in[i]);
+    Barrier barrier;
+
+#pragma omp parallel num_threads(threads)
+    {
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+        float* scores = all_scores + size_t(team.rank) * 4 * room;
+        bf16* probs = all_probs + size_t(team.rank) * 4 * room;
+        auto normed = [&](const float* weight) {
+            for (int r = team.from(rows); r < team.to(rows); r++)
+                norm_row(h + size_t(r) * D, weight, D, stack->eps, x + size_t(r) * D);
+            team.meet();
+        };
+        auto add_to_h = [&](const Matrix& m) {
+            return [&](int r, int o, const float* sums) {
+                int n = m.out - o < BLOCK ? m.out - o : BLOCK;
+                float* to = h + size_t(r) * D + o;
+                for (int j = 0; j < n; j++) to[j] += sums[j] + (m.bias ? m.bias[o + j] : 0);
+            };
+        };
+        for (int l = first; l < last; l++) {
+            const Layer& layer = stack->layers[l];
+            // 1. queries, keys, values
+            normed(layer.attention_norm);
+            multiply(team, layer.qkv, x, D, rows, [&](int r, int o, const float* sums) {
+                int n = wide - o < BLOCK ? wide - o : BLOCK;
+                float* to = qkv + size_t(r) * wide + o;
+                for (int j = 0; j < n; j++) to[j] = sums[j] + (layer.qkv.bias ? layer.qkv.bias[o + j] : 0);
+            });
+            team.meet();
+            // 2. norms of heads and rotary embedding; keys and values go into the cache
+            for (int i = team.from(rows * (H + 2 * G)); i < team.to(rows * (H + 2 * G)); i++) {
+                int r = i / (H + 2 * G), head = i % (H + 2 * G), at = start + r;
+                float* row = qkv + size_t(r) * wide + head * d;
+                const float *cosine = stack->cosines + size_t(at) * (d / 2), *sine = stack->sines + size_t(at) * (d / 2);
+                if (head < H) {                                 // rows of a group follow each other: (G, rows, group, d)
+                    rotate(row, layer.q_norm, stack->eps, cosine, sine, d);
+                    bf16* to = queries + ((size_t(head / group) * rows + r) * group + head % group) * d;
+                    for (int j = 0; j < d; j++) to[j] = narrow(row[j]);
+                } else if (head < H + G) {
+                    rotate(row, layer.k_norm, stack->eps, cosine, sine, d);
+                    uint32_t* to = cache->keys + (size_t(l) * G + head - H) * cache->capacity * (d / 2)
+                                   + size_t(at / KEYS) * (d / 2) * KEYS + at % KEYS;
+                    for (int p = 0; p < d / 2; p++)
+                        to[size_t(p) * KEYS] = narrow(row[2 * p]) | uint32_t(narrow(row[2 * p + 1])) << 16;
+                } else {
+                    bf16* to = (bf16*)(cache->values + (size_t(l) * G + head - H - G) * cache->capacity * (d / 2)
+                                       + size_t(at / 2) * d) + at % 2;
+                    for (int j = 0; j < d; j++) to[2 * j] = narrow(row[j]);
+                }
+            }
+            team.meet();
+            // 3. attention, four queries of a key-value head at a time
+            for (int i = team.from(G * items_per_head); i < team.to(G * items_per_head); i++) {
+                int g = i / items_per_head, from = i % items_per_head * 4, seen[4];
+                int tile = rows * group - from < 4 ? rows * group - from : 4;
+                float* to[4];
+                for (int q = 0; q < tile; q++) {
+                    int r = (from + q) / group, head = g * group + (from + q) % group;
+                    seen[q] = start + r + 1;
+                    to[q] = heads + (size_t(r) * H + head) * d;
+                }
+                size_t head_at = (size_t(l) * G + g) * cache->capacity * (d / 2);
+                attend(cache->keys + head_at, cache->values + head_at,
+                       (const uint32_t*)(queries + (size_t(g) * rows * group + from) * d), seen, tile, d, stack->scale,
+                       scores, probs, room, to);
+                for (int q = 0; q < tile; q++) {
+                    bf16* rounded = attended + (to[q] - heads);
+                    for (int j = 0; j < d; j++) rounded[j] = narrow(to[q][j]);
+                }
+            }
+            team.meet();
+            multiply(team, layer.o, attended, size_t(H) * d, rows, add_to_h(layer.o));
+            team.meet();
+            // 4. MLP: a thread holds gate and up of the same 32 outputs
+            normed(layer.mlp_norm);
+            gated(team, layer.gate_up, x, rows, I, act);
+            team.meet();
+            multiply(team, layer.down, act, I, rows, add_to_h(layer.down));
+            team.meet();
+        }
+    }
+    for (size_t i = 0; i < size_t(rows) * D; i++) out[i] = narrow(h[i]);
+}
+
+// The adapter of an exit: rows h and said (rows, D) bf16 -> out (rows, D) bf16. said is null where it is not read.
+void ce_exit(const Exit* exit, const bf16* h, const bf16* said, bf16* out, int32_t rows, int32_t threads) {
+    static thread_local Scratch<float> f_sum;
+    static thread_local Scratch<bf16> b_x, b_act;
+    const int D = exit->up.out, W = exit->up.in, in = exit->gate_down.in;
+    bf16 *x = b_x.get(size_t(rows) * in), *act = b_act.get(size_t(rows) * W);
+    float* sum = f_sum.get(size_t(rows) * D);
+    for (int r = 0; r < rows; r++) {
+        std::memcpy(x + size_t(r) * in, h + size_t(r) * D, 2 * size_t(D));
+        if (said) std::memcpy(x + size_t(r) * in + D, said + size_t(r) * D, 2 * size_t(D));
+        for (int j = 0; j < D; j++) sum[size_t(r) * D + j] = widen(h[size_t(r) * D + j]);
+    }
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
+    {
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+        if (exit->straight.weight)
+            multiply(team, exit->straight, x, in, rows, [&](int r, int o, const float* sums) {
+                for (int j = 0; j < BLOCK && o + j < D; j++) sum[size_t(r) * D + o + j] = sums[j];
+            });
+        gated(team, exit->gate_down, x, rows, W, act);
+        team.meet();
+        multiply(team, exit->up, act, W, rows, [&](int r, int o, const float* sums) {
+            for (int j = 0; j < BLOCK && o + j < D; j++) sum[size_t(r) * D + o + j] += sums[j];
+        });
+        team.meet();
+        for (int r = team.from(rows); r < team.to(rows); r++)
+            norm_row(sum + size_t(r) * D, exit->norm, D, exit->eps, out + size_t(r) * D);
+    }
+}
+
+// Three facts of the softmax over a matrix' outputs, for rows x: log p of the likeliest, of the second, entropy in nats.
+void ce_softmax_facts(const Matrix* m, const bf16* x, float* facts, int32_t rows, int32_t threads) {
+    static thread_local Scratch<float> f_logits;
+    float* logits = f_logits.get(size_t(rows) * m->out);
+    ce_linear(m, x, logits, rows, threads);
+    for (int r = 0; r < rows; r++) {
+        const float* row = logits + size_t(r) * m->out;
+        float first = -INFINITY, second = -INFINITY;
+        for (int j = 0; j < m->out; j++) {
+            float v = row[j];
+            second = v > first ? first : v > second ? v : second;
+            first = v > first ? v : first;
+        }
+        float masses[16] = {}, means[16] = {};
+        for (int j = 0; j < m->out; j++) {
+            float e = fast_exp(row[j] - first);
+            masses[j % 16] += e;
+            means[j % 16] = __builtin_fmaf(e, row[j] - first, means[j % 16]);
+        }
+        float mass = 0, mean = 0;
+        for (int l = 0; l < 16; l++) mass += masses[l], mean += means[l];
+        float log_mass = std::log(mass);
+        facts[3 * r] = -log_mass;
+        facts[3 * r + 1] = second - first - log_mass;
+        facts[3 * r + 2] = log_mass - mean / mass;
+    }
+}
+
+}

@@ -1,0 +1,258 @@
+"""Kernels: the CPU's own way through decoder layers, exits and heads in bf16, from kernels.cpp.
+
+Stock matrix kernels read weights at a quarter of the memory bandwidth when a pass has few rows, and dispatch costs
+as much again. One C++ file takes rows through whole segments at most of the bandwidth. The machine's own C++ compiler
+builds it once, in seconds, for this very processor; without one, or in fp32, transformers' layers run as before.
+
+A row's result does not depend on the other rows of its pass, so row buckets need no padding here.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_BLOCK = 32                     # outputs of a weight block, as in kernels.cpp
+_HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int32), ("outputs", c_int32)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [("qkv", _Matrix), ("o", _Matrix), ("gate_up", _Matrix), ("down", _Matrix),
+                ("attention_norm", c_void_p), ("mlp_norm", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p)]
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = [("layers", POINTER(_Layer)), ("cosines", c_void_p), ("sines", c_void_p), ("hidden", c_int32),
+                ("heads", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32), ("inner", c_int32),
+                ("eps", c_float), ("scale", c_float)]
+
+
+class _Exit(ctypes.Structure):
+    _fields_ = [("straight", _Matrix), ("gate_down", _Matrix), ("up", _Matrix), ("norm", c_void_p), ("eps", c_float)]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("capacity", c_int32)]
+
+
+# -- building ---------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """$CASCADEEXIT_CACHE, else cascadeexit in the user's cache folder."""
+    if folder := os.environ.get("CASCADEEXIT_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cascadeexit"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, with a line in the log, where they cannot be had. CASCADEEXIT_KERNELS=0 says no."""
+    if os.environ.get("CASCADEEXIT_KERNELS") == "0":
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        log.warning("No C++ compiler (g++) here: the model runs on stock kernels, several times slower.")
+        return None
+    try:
+        return _declare(ctypes.CDLL(str(_build(compiler))))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        log.warning("The CPU kernels could not be built, so the model runs on stock ones, several times slower: %s",
+                    said.strip()[-500:])
+        return None
+
+
+def _build(compiler: str) -> Path:
+    """The shared library for this source, compiler and processor, from the cache folder or made now."""
+    said = subprocess.run([compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull], capture_output=True,
+                          text=True, timeout=60).stderr                   # names the processor that `native` is
+    target = hashlib.sha256(repr((_SOURCE.read_bytes(), _FLAGS, said, platform.machine())).encode()).hexdigest()[:16]
+    path = cache_folder() / f"kernels-{target}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:    # two processes at once: the last one wins
+            made = Path(folder) / "kernels.so"
+            subprocess.run([compiler, *_FLAGS, "-o", str(made), str(_SOURCE)], check=True, capture_output=True,
+                           text=True, timeout=300)
+            os.replace(made, path)
+    return path
+
+
+def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    lib.ce_packed_bytes.restype = c_int64
+    lib.ce_packed_bytes.argtypes = [c_int32, c_int32]
+    lib.ce_pack.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int32]
+    lib.ce_linear.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
+    lib.ce_layers.argtypes = [POINTER(_Stack), c_int32, c_int32, c_void_p, c_void_p, c_int32, POINTER(_Cache), c_int32,
+                              c_int32]
+    lib.ce_exit.argtypes = [POINTER(_Exit), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
+    lib.ce_softmax_facts.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
+    return lib
+
+
+def usable(weight: Tensor) -> bool:
+    """True where these kernels can multiply by this weight (O, I)."""
+    return (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+            and library() is not None)
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+class _Store:
+    """Keeps alive what C holds pointers to, and packs weights into huge pages, which are read a third faster."""
+
+    def __init__(self, matrices: Sequence[Sequence[Tensor]]):
+        lib = library()
+        size = sum(-(-lib.ce_packed_bytes(*w.shape) // 64) * 64 for parts in matrices for w in parts)
+        self._room = mmap.mmap(-1, max(size, 1))
+        if _HUGE_PAGES is not None:
+            try:
+                self._room.madvise(_HUGE_PAGES)
+            except OSError:                             # a kernel without them
+                log.debug("no huge pages here")
+        self._free = ctypes.addressof(c_int32.from_buffer(self._room)) if size >= 4 else 0
+        self._kept: list = []
+
+    def matrix(self, *parts: Tensor, bias: Tensor | None = None) -> _Matrix:
+        """One weight (O, I), or several with the same shape laid block by block in turn."""
+        (outputs, inputs), lib, at = parts[0].shape, library(), self._free
+        for i, part in enumerate(parts):
+            part = part.detach().contiguous()
+            lib.ce_pack(part.data_ptr(), outputs, inputs, at, i, len(parts))
+            self._free += -(-lib.ce_packed_bytes(outputs, inputs) // 64) * 64
+        rows = outputs if len(parts) == 1 else len(parts) * -(-outputs // _BLOCK) * _BLOCK
+        return _Matrix(at, self.floats(bias), inputs, rows)
+
+    def floats(self, values: Tensor | None) -> int | None:
+        """Address of an fp32 copy; None for None."""
+        if values is None:
+            return None
+        self._kept.append(values.detach().float().contiguous().clone())
+        return self._kept[-1].data_ptr()
+
+
+class NativeLinear(nn.Module):
+    """x (..., I) bf16 -> x W^T + b (..., O) in fp32. Inference only: no gradient passes through."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.shape = tuple(weight.shape)
+        self._store = _Store([[weight]])
+        self._matrix = self._store.matrix(weight, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], self.shape[0])
+        library().ce_linear(byref(self._matrix), x.data_ptr(), out.data_ptr(), x.shape[:-1].numel(),
+                            torch.get_num_threads())
+        return out
+
+    def softmax_facts(self, x: Tensor) -> Tensor:
+        """Of the outputs' softmax: log p of the likeliest, of the second, entropy in nats. (..., I) -> (..., 3)."""
+        x = x.contiguous()
+        facts = torch.empty(*x.shape[:-1], 3)
+        library().ce_softmax_facts(byref(self._matrix), x.data_ptr(), facts.data_ptr(), x.shape[:-1].numel(),
+                                   torch.get_num_threads())
+        return facts
+
+    def extra_repr(self) -> str:
+        return f"out, in = {self.shape}"
+
+
+class NativeLayers:
+    """The decoder layers of a Llama-like model, with rotary angles for `positions` positions.
+
+    Args:
+        layers: transformers' decoder layers of a type in `cascadeexit.model.SUPPORTED`; not kept.
+        config: the model's config.
+        cosines, sines: (positions, d / 2).
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], config, head_dim: int, cosines: Tensor, sines: Tensor):
+        blocks = [(layer.self_attn, layer.mlp) for layer in layers]
+        qkv = [torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a, _ in blocks]
+        self._store = _Store([(w, a.o_proj.weight, m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight)
+                              for w, (a, m) in zip(qkv, blocks)])
+        matrix, floats = self._store.matrix, self._store.floats
+        self._layers = (_Layer * len(blocks))(*(
+            _Layer(matrix(w, bias=_joined(a.q_proj.bias, a.k_proj.bias, a.v_proj.bias)),
+                   matrix(a.o_proj.weight, bias=a.o_proj.bias), matrix(m.gate_proj.weight, m.up_proj.weight),
+                   matrix(m.down_proj.weight), floats(layer.input_layernorm.weight),
+                   floats(layer.post_attention_layernorm.weight), floats(_weight(a, "q_norm")),
+                   floats(_weight(a, "k_norm")))
+            for w, layer, (a, m) in zip(qkv, layers, blocks)))
+        self._stack = _Stack(self._layers, floats(cosines), floats(sines), config.hidden_size,
+                             config.num_attention_heads, config.num_key_value_heads, head_dim, config.intermediate_size,
+                             config.rms_norm_eps, layers[0].self_attn.scaling)
+
+    @staticmethod
+    def fits(layers: Sequence[nn.Module], head_dim: int) -> bool:
+        """True where the kernels know this shape: bf16 on a CPU, heads of a multiple of 16, no bias in the MLP."""
+        mlp = layers[0].mlp
+        return (head_dim % 16 == 0 and mlp.down_proj.bias is None and mlp.gate_proj.bias is None
+                and layers[0].mlp.act_fn.__class__.__name__ in ("SiLU", "SiLUActivation")
+                and mlp.down_proj.weight.shape[1] % 2 == 0 and usable(mlp.gate_proj.weight))
+
+    def run(self, layers: range, h: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+        """Rows (1, N, D) at positions start.. through some layers: (1, N, D).
+
+        keys, values: the cache's buffers (L, 1, H, C, d), whose inner layout is the kernels' own; C a multiple of 16.
+        """
+        h, out = h.contiguous(), torch.empty_like(h)
+        cache = _Cache(keys.data_ptr(), values.data_ptr(), keys.shape[3])
+        library().ce_layers(byref(self._stack), layers.start, layers.stop, h.data_ptr(), out.data_ptr(), h.shape[1],
+                            byref(cache), start, torch.get_num_threads())
+        return out
+
+
+class NativeAdapter:
+    """An exit's adapter: rows (N, D), and what is carried to them (N, D) or None -> (N, D).
+
+    Args:
+        gate, down, up, norm: its weights; straight: that of its linear part, None where that is the identity.
+    """
+
+    def __init__(self, gate: Tensor, down: Tensor, up: Tensor, norm: Tensor, eps: float, straight: Tensor | None):
+        self._store = _Store([(gate, down, up, *([] if straight is None else [straight]))])
+        matrix = self._store.matrix
+        self._exit = _Exit(_Matrix() if straight is None else matrix(straight), matrix(gate, down), matrix(up),
+                           self._store.floats(norm), eps)
+        self._carries = straight is not None
+
+    def __call__(self, h: Tensor, said: Tensor) -> Tensor:
+        h, said = h.contiguous(), said.contiguous() if self._carries else None
+        out = torch.empty_like(h)
+        library().ce_exit(byref(self._exit), h.data_ptr(), said.data_ptr() if self._carries else None, out.data_ptr(),
+                          h.shape[:-1].numel(), torch.get_num_threads())
+        return out
+
+
+def _joined(*biases: Tensor | None) -> Tensor | None:
+    return None if biases[0] is None else torch.cat(biases)
+
+
+def _weight(module: nn.Module, name: str) -> Tensor | None:
+    part = getattr(module, name, None)
+    return None if part is None else part.weight

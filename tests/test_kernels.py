@@ -1,0 +1,142 @@
+"""Our own CPU kernels: the layers, exits and heads that transformers and torch compute, and rows that stand alone."""
+
+import pytest
+import torch
+from conftest import SHAPE
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from cascadeexit import kernels
+from cascadeexit.exits import ExitBank, softmax_facts
+from cascadeexit.linear import pack
+from cascadeexit.model import SegmentedModel
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
+WIDE = SHAPE | dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
+FAMILIES = {
+    "llama": LlamaConfig(**WIDE, tie_word_embeddings=False),
+    "llama-biased": LlamaConfig(**WIDE, attention_bias=True),
+    "mistral": MistralConfig(**WIDE, sliding_window=None),
+    "qwen2": Qwen2Config(**WIDE),
+    "qwen3": Qwen3Config(**WIDE, head_dim=32),
+}
+IDS = [5, 9, 33, 2, 71, 8, 15, 60, 44, 3, 17, 90, 12, 6, 28, 51, 77, 4, 39, 10, 11]
+
+
+def base_of(family: str):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="sdpa")
+    for name, parameter in base.named_parameters():
+        if parameter.ndim == 2:
+            parameter.data.normal_(std=0.15)
+        elif name.endswith("bias"):
+            parameter.data.normal_(std=0.5)
+    return base.to(torch.bfloat16).eval()
+
+
+@torch.inference_mode()
+def decoded(model: SegmentedModel, chunks: list[int]) -> torch.Tensor:
+    """Logits of IDS (N, V), taken through the model in chunks of these sizes."""
+    cache, out, at = model.new_cache(64), [], 0
+    for n in chunks:
+        h = model.embed(IDS[at:at + n])
+        for s in range(model.num_segments):
+            h = model.run_segment(s, h, cache)
+        out.append(model.logits(h)[0])
+        at += n
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_those_of_transformers(family):
+    model = SegmentedModel(base_of(family), (3,))
+    assert model.native
+    with torch.inference_mode():
+        exact = base_of(family).float()(torch.tensor([IDS])).logits[0]
+        rounded = base_of(family)(torch.tensor([IDS])).logits[0].float()
+    ours = decoded(model, [len(IDS)])
+    # As near to the fp32 model with these weights as transformers' own bf16 layers are.
+    assert (ours - exact).abs().mean() <= 1.1 * (rounded - exact).abs().mean()
+    assert (ours - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_does_not_depend_on_the_rows_beside_it(family):
+    model = SegmentedModel(base_of(family), (3,))
+    alone = decoded(model, [1] * len(IDS))
+    for size in (2, 3, 5, 8, 11):
+        chunks = [size] * (len(IDS) // size) + [len(IDS) % size] * (len(IDS) % size > 0)
+        assert torch.equal(decoded(model, chunks), alone), size
+
+
+def test_a_cut_back_cache_is_as_if_the_rows_had_never_been():
+    model = SegmentedModel(base_of("llama"), ())
+    with torch.inference_mode():
+        caches = [model.new_cache(64), model.new_cache(64)]
+        for cache in caches:
+            model.run_segment(0, model.embed(IDS[:5]), cache)
+        model.run_segment(0, model.embed(IDS[9:20]), caches[1])
+        caches[1].truncate(5)
+        rows = [model.run_segment(0, model.embed(IDS[5:8]), cache) for cache in caches]
+    assert torch.equal(*rows)
+
+
+def test_a_full_native_cache_says_how_much_it_holds():
+    model = SegmentedModel(base_of("llama"), ())
+    with torch.inference_mode(), pytest.raises(ValueError, match="holds 16 positions, 0 are used and 21 more"):
+        model.run_segment(0, model.embed(IDS), model.new_cache(16))
+
+
+@pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2)])
+def test_linear_is_the_linear_it_replaces(outputs, inputs):
+    linear = torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16)
+    packed, x = pack(linear.weight, linear.bias), torch.randn(1, 9, inputs, dtype=torch.bfloat16)
+    assert isinstance(packed, kernels.NativeLinear)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), linear.float()(x.float()), atol=1e-4, rtol=1e-4)
+
+
+def test_softmax_facts_are_those_of_torch():
+    weight, x = torch.randn(200, 64, dtype=torch.bfloat16), torch.randn(7, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        ours, theirs = softmax_facts(pack(weight))(x), softmax_facts(torch.nn.Linear(64, 200))
+        log_p = (x.float() @ weight.float().T).log_softmax(-1)
+    expected = torch.cat([log_p.topk(2).values, -(log_p.exp() * log_p).sum(-1, keepdim=True)], -1)
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-3)
+    assert theirs(x.float()).shape == ours.shape
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "carry"])
+def test_adapters_are_those_that_were_trained(kind):
+    model = SegmentedModel(base_of("llama"), (2, 4))
+    bank = ExitBank.untrained(model, adapter=kind, width=24)
+    for adapter in bank.adapters:
+        torch.nn.init.normal_(adapter.up.weight, std=0.2)
+    bank.attach(model)
+    h, said = torch.randn(2, 5, 96, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        for s in range(2):
+            torch.testing.assert_close(bank.hidden(s, h, said).float(), bank.adapters[s](h, said).float(),
+                                       atol=0.05, rtol=0.05)
+
+
+def test_without_a_compiler_stock_kernels_do_the_work(monkeypatch, caplog):
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    assert kernels.library.__wrapped__() is None and "No C++ compiler" in caplog.text
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    with torch.inference_mode():
+        exact = base_of("llama").float()(torch.tensor([IDS])).logits[0]
+    model = SegmentedModel(base_of("llama"), (3,))
+    assert not model.native and not isinstance(pack(torch.zeros(4, 4, dtype=torch.bfloat16)), kernels.NativeLinear)
+    assert (decoded(model, [len(IDS)]) - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_a_compiler_that_fails_is_told_in_the_log(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("CASCADEEXIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(kernels, "_FLAGS", ("--no-such-flag",))
+    assert kernels.library.__wrapped__() is None and "could not be built" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fp32_stays_with_stock_kernels():
+    assert not SegmentedModel(base_of("llama").float(), (3,)).native
+    assert not isinstance(pack(torch.zeros(4, 4)), kernels.NativeLinear)
