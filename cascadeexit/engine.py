@@ -16,13 +16,16 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from cascadeexit.events import Status, TokenEvent
+from cascadeexit.events import COPIED, Status, TokenEvent
 from cascadeexit.exits import ExitBank
+from cascadeexit.lookup import Lookup
 from cascadeexit.metrics import Costs, RunStats, summarize
 from cascadeexit.model import SegmentedModel
 from cascadeexit.sampling import Sampler
 
 _MAX_ROWS = 256             # rows of one prefill or catch-up pass: bounds the memory of masks and activations
+CASCADE_THRESHOLD = 0.7
+_ROW_COST = 0.04            # of one more row to verify, in full passes: measured from 1 to 8 rows
 _CAPACITY_STEP = 128        # cache sizes come in steps, so that runs of like length share kernels and buffers
 
 
@@ -38,10 +41,12 @@ class DecodeConfig:
 
     mode: Mode = Mode.CASCADE
     max_new_tokens: int = 256
-    max_draft: int = 4
+    max_draft: int = 7
     """verified: the most tokens drafted before the full model looks at them."""
-    thresholds: float | Sequence[float | None] = 0.7
-    """Confidence in [0, 1] from which an exit is taken: one for all exits, or one each; None closes an exit."""
+    thresholds: float | Sequence[float | None] | None = None
+    """Confidence in [0, 1] from which an exit is taken: one for all exits, or one each; None in their place closes an
+    exit. None alone is each mode's own rule: 0.7 for cascade; for verified a draft as long as it is likely to save more
+    than it costs, exits and copies of earlier text alike."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -60,12 +65,14 @@ class DecodeConfig:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        each = [self.thresholds] if isinstance(self.thresholds, (int, float)) else list(self.thresholds)
+        each = [self.thresholds] if isinstance(self.thresholds, (int, float)) else list(self.thresholds or ())
         if any(t is not None and not 0 <= t <= 1 for t in each):
             raise ValueError(f"thresholds must be in [0, 1] or None, got {self.thresholds}")
 
     def threshold_per_exit(self, num_exits: int) -> tuple[float | None, ...]:
-        """One threshold per exit; raises ValueError when another number was given."""
+        """One threshold per exit, None where it is closed or has no fixed one; ValueError when their number is wrong."""
+        if self.thresholds is None:
+            return (CASCADE_THRESHOLD if self.mode is Mode.CASCADE else None,) * num_exits
         if isinstance(self.thresholds, (int, float)):
             return (self.thresholds,) * num_exits
         if len(self.thresholds) != num_exits:
@@ -154,6 +161,10 @@ class Engine:
         self.model, self.bank = model, bank.attach(model)
         self.costs = Costs(full_token_bytes=sum(model.segment_bytes) + model.head_bytes,
                            depths=tuple(b / model.num_layers for b in model.bounds[1:]))
+        bank, full = self.bank, self.costs.full_token_bytes
+        self.draft_costs = tuple(                   # of a draft from each exit, in full passes, all before it asked
+            (sum(model.segment_bytes[:s + 1]) + sum(map(bank.try_bytes, range(s + 1))) + bank.head_bytes) / full
+            + _ROW_COST for s in range(self.num_exits))
 
     @property
     def num_exits(self) -> int:
@@ -200,7 +211,9 @@ class Engine:
     def _decode(self, prompt: list[int], config: DecodeConfig, watch: _Stopwatch) -> Iterator[TokenEvent]:
         model, bank, last = self.model, self.bank, self.num_exits
         verified = config.mode is Mode.VERIFIED
+        by_cost = verified and config.thresholds is None
         thresholds = (None,) * last if config.mode is Mode.FULL else config.threshold_per_exit(last)
+        lookup = Lookup(prompt) if by_cost else None
         sampler = Sampler(config.temperature, config.top_p, config.seed, model.vocab_size, model.device)
         stairs = Staircase(model, self.capacity(len(prompt) + config.max_new_tokens))
         drafts: list[_Draft] = []                                # tokens not yet confirmed, oldest first
@@ -225,16 +238,30 @@ class Engine:
             # 2. Climb: deeper until an exit is sure enough, or to the top.
             may_exit = not finished and len(drafts) < config.max_draft
             survival = drafts[-1].survival if drafts else 1.0    # chance that every pending draft is right
+            if by_cost and may_exit:
+                needed = self.worthwhile(drafts)                 # survival that a draft must have, by where it is from
+                guess = lookup.guess(stairs.tokens)
+                if guess and guess[1] > 0.5 and survival * guess[1] > needed[COPIED]:
+                    token, sure, matched = guess
+                    probs = None if sampler.greedy else sampler.certain(token)
+                    drafts.append(_Draft(token, COPIED, unasked, probs, survival * sure, matched))
+                    stairs.tokens.append(token)
+                    yield event(len(stairs.tokens) - 1, token, COPIED, unasked, Status.DRAFT)
+                    continue
+                may_exit = not drafts or drafts[-1].exit != COPIED      # no hidden state named a copied token
             asked, exit_hidden = unasked, None
             for s in range(last + 1):
                 rows = stairs.run(s)                                                        # (1, N, D)
-                if s == last or not may_exit or thresholds[s] is None:
+                if s == last or not may_exit:
+                    continue
+                threshold = needed[s] if by_cost else thresholds[s]
+                if threshold is None or by_cost and survival <= threshold:      # closed, or however sure: too dear
                     continue
                 hidden = bank.hidden(s, rows[0, -1:], said)                                 # (1, D)
                 confidence = float(bank.confidence(s, hidden))
                 stairs.weight_bytes += bank.try_bytes(s)
                 asked = (*asked[:s], confidence, *asked[s + 1:])
-                if survival * confidence >= thresholds[s]:
+                if survival * confidence >= threshold:
                     exit_hidden = hidden
                     break
 
@@ -256,6 +283,8 @@ class Engine:
             confirmed, token = len(stairs.tokens) - len(drafts), None
             for i, draft in enumerate(drafts):
                 accepted, standing = sampler.judge(draft.token, draft.probs, logits[i])
+                if draft.exit == COPIED:
+                    lookup.judged(draft.matched, accepted)
                 if not accepted:
                     token = standing
                     break
@@ -270,6 +299,8 @@ class Engine:
             if token is not None:
                 said = model.norm(rows[0, i:i + 1])
                 stairs.tokens.append(token)
+                if lookup:
+                    lookup.extend(stairs.tokens[confirmed:])
                 yield event(len(stairs.tokens) - 1, token, last, asked, Status.EMITTED)
 
     @torch.inference_mode()
@@ -290,6 +321,16 @@ class Engine:
             choices += self.model.logits(top)[0].argmax(-1).tolist()
         return choices
 
+    def worthwhile(self, drafts: Sequence["_Draft"]) -> tuple[float, ...]:
+        """Chance of surviving from which one more draft saves more than it costs: one for each exit, last for copies.
+
+        Speed is tokens / cost of a round, (1 + sum a_i) / (1 + sum d_i) with a_i a draft's survival and d_i its cost in
+        full passes; a further draft raises it while a > d (1 + sum a_i) / (1 + sum d_i).
+        """
+        costs = (*self.draft_costs, _ROW_COST)                          # costs[COPIED] is the last one
+        rate = (1 + sum(d.survival for d in drafts)) / (1 + sum(costs[d.exit] for d in drafts))
+        return tuple(cost * rate for cost in costs)
+
     def last_said(self, rows: list[Tensor]) -> Tensor:
         """The full model's hidden state that names the token after these prefilled rows (1, D); zeros without rows."""
         if not rows:
@@ -308,3 +349,4 @@ class _Draft:
     confidences: tuple[float | None, ...]
     probs: Tensor | None            # the distribution it was drawn from (V,), None when greedy
     survival: float                 # product of confidences up to here: chance that no draft so far is wrong
+    matched: int = 0                # COPIED: tokens before it that stood in the text before

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+COPIED = -1     # as a token's exit: no exit wrote it, it was copied from earlier in the text and confirmed
+
 
 class Status(StrEnum):
     EMITTED = "emitted"      # final at once: full and cascade tokens, corrections and bonus tokens of verified
@@ -20,7 +22,8 @@ class TokenEvent:
 
     index: int                                  # position in the generated text, from 0
     token_id: int
-    exit: int                                   # segment that produced it: 0 the first exit, the last the full model
+    exit: int                                   # segment that produced it, 0 the first exit, the last the full model;
+                                                # COPIED: none, a draft from the text itself
     confidences: tuple[float | None, ...]       # one per exit, in [0, 1]; None where the exit was not asked
     status: Status
     seconds: float                              # engine time since the run began, prefill included; waiting excluded

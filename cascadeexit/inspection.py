@@ -27,7 +27,6 @@ class Inspection:
         """The full model's first choice at each position, given the text before it."""
         return self.token_ids[:, -1, 0].tolist()
 
-
     def card(self, tokenizer, i: int) -> dict:
         """Candidates at position i as plain JSON: {readings: [{confidence, top: [{id, text, p}]}]}."""
         return {"readings": [{"confidence": self._confidence(i, s), "top": [
@@ -68,7 +67,7 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
         hidden = []
         for i, event in enumerate(final[part]):
             hidden.append([engine.bank.hidden(s, rows[s][0, i:i + 1], said) for s in range(engine.num_exits)])
-            said = hidden[-1][event.exit] if event.exit < engine.num_exits else named[i:i + 1]
+            said = hidden[-1][event.exit] if 0 <= event.exit < engine.num_exits else named[i:i + 1]
         parts.append(_read(engine, [torch.cat(column) for column in zip(*hidden)], rows[-1], top))
     if not parts:
         return Inspection(torch.zeros(0, engine.num_exits + 1, top, dtype=torch.long),

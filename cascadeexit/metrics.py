@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 
-from cascadeexit.events import Status, TokenEvent
+from cascadeexit.events import COPIED, Status, TokenEvent
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RunStats:
 
     tokens: int
     routing_share: tuple[float, ...]    # part of the tokens each segment produced
-    average_depth: float | None         # mean depth of the segment that produced each token, layers only
+    average_depth: float | None         # mean depth of the segment that produced each token, layers only; copied: 0
     cost: float | None                  # weight bytes read per token / the full model's; heads and exits included
     drafted: int
     acceptance: float | None            # accepted / judged drafts
@@ -56,7 +56,7 @@ def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
     return RunStats(
         tokens=len(final),
         routing_share=routing_share(final, len(costs.depths)),
-        average_depth=_mean([costs.depths[e.exit] for e in final]),
+        average_depth=_mean([0.0 if e.exit == COPIED else costs.depths[e.exit] for e in final]),
         cost=sum(e.weight_bytes for e in events) / (len(final) * costs.full_token_bytes) if final else None,
         drafted=drafted,
         acceptance=accepted / (accepted + rejected) if accepted + rejected else None,
@@ -70,11 +70,9 @@ def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
 
 
 def routing_share(events: Sequence[TokenEvent], num_segments: int) -> tuple[float, ...]:
-    """Part of the final tokens that each segment produced: (S,), sums to 1, zeros when there are none."""
-    counts = [0] * num_segments
-    for event in events:
-        counts[event.exit] += event.final
-    return tuple(c / max(1, sum(counts)) for c in counts)
+    """Part of the final tokens that each segment produced: (S,), zeros when there are none. The rest was copied."""
+    final = [e for e in events if e.final]
+    return tuple(sum(e.exit == s for e in final) / max(1, len(final)) for s in range(num_segments))
 
 
 def verifications(events: Sequence[TokenEvent]) -> int:

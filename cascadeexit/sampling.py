@@ -47,6 +47,11 @@ class Sampler:
         rest = (p - drafted_from).clamp_(min=0)
         return False, self._draw(rest if rest.sum() > 0 else p)
 
+    def certain(self, token: int) -> Tensor:
+        """The distribution (V,) of a draft that no chance was involved in."""
+        return torch.zeros(self.vocab_size, device=self.generator.device).index_fill_(
+            0, torch.tensor([token], device=self.generator.device), 1.0)
+
     def distribution(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
         """Probabilities (V,) after temperature and top-p: fp32 logits (V,), or (K,) over the tokens `ids`."""
         probs = (logits.float() / self.temperature).softmax(-1)

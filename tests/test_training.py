@@ -1,6 +1,7 @@
 """Training: losses have the reduction they name, splits never leak, and a run resumes where it was stopped."""
 
 import argparse
+import dataclasses
 import json
 import math
 
@@ -126,6 +127,20 @@ def test_folded_adapters_read_plain_rows_as_they_read_prepared_ones(tmp_path, ad
     inputs.fold(bank)
     for s in range(3):
         torch.testing.assert_close(bank.hidden(s, h, said), before[s], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_training_goes_on_from_exits_trained_before(tmp_path, adapter):
+    bank, store = tiny_store(adapter, tmp_path)
+    before = tiny_engine(seed=7, adapter=adapter).bank
+    before.config = dataclasses.replace(before.config, layers=(1, 3, 5))
+    inputs = Inputs(bank, store, range(20), torch.ones(32))
+    assert inputs.adopt(bank, before) == [3, 5]
+    h, said = torch.randn(2, 6, 32)
+    for s in (1, 2):
+        torch.testing.assert_close(bank.hidden(s, *inputs(s, h, said)), before.hidden(s, h, said), atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match="another shape"):
+        inputs.adopt(bank, tiny_engine(adapter=adapter, width=9).bank)
 
 
 def test_a_carry_adapter_starts_from_the_ridge_regression(tmp_path):

@@ -36,7 +36,7 @@ PRESETS = {
     # Hyper-parameters of the published exits for Llama-3.2-3B; the loss is per token here, theirs summed over the text.
     "published": dict(model="meta-llama/Llama-3.2-3B", exits="8,16,22", adapter="swiglu", width=512, head_size=0,
                       train_words=0, hard=0.5, labels="text", temperature=2.0, epochs=3.0, batch=16 * 512, lr=3e-4),
-    "smollm2-135m-instruct": dict(model=DEFAULT_MODEL, exits="9,17,24"),
+    "smollm2-135m-instruct": dict(model=DEFAULT_MODEL, exits="0,9,17,24"),
 }
 _BLOCK = 512            # rows whose logits exist at the same time
 
@@ -192,6 +192,28 @@ class Inputs:
             return h / self.maps[s], said
         with torch.autocast(h.device.type, enabled=False):
             return (torch.cat([h, said], -1) @ self.maps[s]).chunk(2, -1)
+
+    @torch.no_grad()
+    def adopt(self, bank: ExitBank, trained: ExitBank) -> list[int]:
+        """Go on from exits trained before, where they sit after the same layer; the layers they were taken for.
+
+        Raises ValueError when their adapters have another shape.
+        """
+        shared = [layer for layer in bank.config.layers if layer in trained.config.layers]
+        for layer in shared:
+            s = bank.config.layers.index(layer)
+            adapter, before = bank.adapters[s], trained.adapters[trained.config.layers.index(layer)]
+            try:
+                adapter.load_state_dict(before.state_dict())
+            except RuntimeError as error:
+                raise ValueError(f"the exits to start from have adapters of another shape: {error}") from error
+            if not self.carry:
+                adapter.rescale(1 / self.maps[s], 1.0)
+                continue
+            back = torch.linalg.inv(self.maps[s].double()).float()
+            for projection in (adapter.linear, adapter.gate, adapter.down):
+                projection.weight.copy_(projection.weight @ back.T)
+        return shared
 
     @torch.no_grad()
     def fold(self, bank: ExitBank) -> None:
@@ -402,8 +424,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
     p.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by training.data")
     p.add_argument("--out", type=Path, required=True, help="folder for the artifact, log and checkpoint")
+    p.add_argument("--start", type=Path, help="exits folder to go on from; layers it does not have start anew")
     p.add_argument("--data-note", default="", help="what the data is, in words, for the model card")
-    p.add_argument("--exits", help="exit layers (9,17,24) or parts of the depth (0.3,0.57,0.8, the default)")
+    p.add_argument("--exits", help="exit layers (0,9,17,24; 0 is before the first) or parts of the depth "
+                   "(0.3,0.57,0.8, the default)")
     p.add_argument("--adapter", choices=tuple(ADAPTERS), default="carry", help="kind of adapter: swiglu as published")
     p.add_argument("--width", type=int, default=512, help="inner width of the adapters")
     p.add_argument("--own-share", type=float, default=0.3, help="carry: share of tokens that count as named by an exit")
@@ -470,9 +494,12 @@ def main() -> None:
         f"are kept; the exits' head covers {covered:.2%} of the held-out choices")
     before = agreement(bank, lambda s, h, said: (h, said), store, held_out, head, accelerator)
     inputs = Inputs(bank, store, training[:args.fit_documents], model.norm.weight.float())
+    trained = ExitBank.load(args.start) if args.start else None
+    if trained:
+        say(f"going on from {args.start} after layers {inputs.adopt(bank, trained)}")
 
     key = {"config": {k: v for k, v in asdict(bank.config).items() if k != "layers"}, "layers": list(layers),
-           "documents": store.fingerprint()}
+           "documents": store.fingerprint(), "start": trained.fingerprint() if trained else None}
     key |= {k: getattr(args, k) for k in ("loss", "temperature", "hard", "labels", "epochs", "batch", "lr", "own_share",
                                           "train_words", "tail", "fit_documents", "seed")}
     run = Run(args.out, key, args.resume, accelerator.is_main_process)

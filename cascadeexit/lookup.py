@@ -1,0 +1,43 @@
+"""Lookup: drafts for free, copied from where the text said the same before.
+
+When the newest tokens stood in the text already, prompt included, what followed them is a guess at what follows now
+(prompt lookup: Saxena 2023). How often such guesses were right so far in this text says how sure to be of the next.
+"""
+
+from collections.abc import Sequence
+
+_LENGTHS = (5, 3, 2)                    # tokens that must match, longest first
+_PRIOR = {5: 0.8, 3: 0.6, 2: 0.4}       # chance of being right before anything was seen
+_PRIOR_WEIGHT = 4                       # in guesses
+
+
+class Lookup:
+    """Index of one text. Knows token ids only."""
+
+    def __init__(self, tokens: Sequence[int]):
+        self._text: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}        # tokens -> position of what followed them last
+        self._right = {n: _PRIOR[n] * _PRIOR_WEIGHT for n in _LENGTHS}
+        self._tried = dict.fromkeys(_LENGTHS, _PRIOR_WEIGHT)
+        self.extend(tokens)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """More of the text is final."""
+        for token in tokens:
+            for n in _LENGTHS:
+                if len(self._text) >= n:
+                    self._after[tuple(self._text[-n:])] = len(self._text)
+            self._text.append(token)
+
+    def guess(self, text: Sequence[int]) -> tuple[int, float, int] | None:
+        """What may follow this text: (token, chance that it is right, how many tokens matched), or None."""
+        for n in _LENGTHS:
+            at = self._after.get(tuple(text[-n:])) if len(text) >= n else None
+            if at is not None:
+                return self._text[at], self._right[n] / self._tried[n], n
+        return None
+
+    def judged(self, matched: int, right: bool) -> None:
+        """A guess that matched so many tokens was right or wrong."""
+        self._tried[matched] += 1
+        self._right[matched] += right

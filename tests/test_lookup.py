@@ -1,0 +1,59 @@
+"""Copied drafts: what followed these tokens before, the longest match first, and how often that was right."""
+
+import pytest
+import torch
+from conftest import tiny_engine
+
+from cascadeexit.engine import DecodeConfig
+from cascadeexit.events import COPIED, Status
+from cascadeexit.lookup import Lookup
+
+
+def test_what_followed_the_newest_tokens_last_is_the_guess():
+    lookup = Lookup([1, 2, 3, 9, 1, 2, 4])
+    assert lookup.guess([7, 1, 2])[0] == 4, "the newest place"
+    assert lookup.guess([1, 2, 3])[0] == 9 and lookup.guess([1, 2, 3])[2] == 3, "the longest match"
+    assert lookup.guess([2, 2]) is None and lookup.guess([1]) is None
+    lookup.extend([5, 1, 2])
+    assert lookup.guess([1, 2])[0] == 4, "the end of the text has no follower yet"
+
+
+def test_guesses_are_trusted_as_far_as_they_were_right():
+    lookup = Lookup([1, 2, 3])
+    before = lookup.guess([1, 2])[1]
+    for _ in range(20):
+        lookup.judged(2, True)
+    assert lookup.guess([1, 2])[1] > 0.85 > before
+    for _ in range(60):
+        lookup.judged(2, False)
+    assert lookup.guess([1, 2])[1] < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_text_that_repeats_itself_is_copied_and_stays_the_full_models(family, dtype):
+    engine, copied = tiny_engine(family, dtype=dtype, adapter="carry", layers=(0, 3)), 0
+    for prompt in ([5, 6, 7], [9, 3] * 12):
+        full = engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=80)).token_ids
+        for max_draft in (1, 4, 7):
+            run = engine.run(prompt, DecodeConfig(mode="verified", max_new_tokens=80, max_draft=max_draft))
+            assert run.token_ids == full
+            copied += sum(e.exit == COPIED and e.status is Status.DRAFT for e in run.events)
+            assert sum(run.stats.routing_share) <= 1
+    assert copied > 0
+
+
+def test_sampling_with_copied_drafts_keeps_the_full_models_distribution():
+    """Chi-square of the third token over 600 seeds, with drafts and without, on a vocabulary of 97."""
+    engine, counts = tiny_engine(adapter="carry", layers=(0, 3)), []
+    prompt = [9, 3, 5, 9, 3, 5, 9, 3]
+    for mode in ("full", "verified"):
+        seen = torch.zeros(97)
+        for seed in range(600):
+            config = DecodeConfig(mode=mode, max_new_tokens=2, temperature=1.5, seed=seed + 10_000 * (mode == "full"))
+            seen[engine.run(prompt, config).token_ids[-1]] += 1
+        counts.append(seen)
+    common = (counts[0] + counts[1]) >= 10
+    table = torch.stack([torch.cat([c[common], c[~common].sum()[None]]) for c in counts])
+    statistic = ((table[0] - table[1]) ** 2 / (table[0] + table[1]).clamp(min=1)).sum().item()
+    degrees = table.shape[1] - 1
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5
