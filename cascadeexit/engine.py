@@ -70,7 +70,7 @@ class DecodeConfig:
             raise ValueError(f"thresholds must be in [0, 1] or None, got {self.thresholds}")
 
     def threshold_per_exit(self, num_exits: int) -> tuple[float | None, ...]:
-        """One threshold per exit, None where it is closed or has no fixed one; ValueError when their number is wrong."""
+        """One threshold per exit, None where it is closed or has none that is fixed; ValueError for a wrong number."""
         if self.thresholds is None:
             return (CASCADE_THRESHOLD if self.mode is Mode.CASCADE else None,) * num_exits
         if isinstance(self.thresholds, (int, float)):
@@ -208,13 +208,17 @@ class Engine:
             yield event
             watch.resume()
 
+    def sampler(self, config: DecodeConfig) -> Sampler:
+        """How tokens are chosen and drafts judged in a run."""
+        return Sampler(config.temperature, config.top_p, config.seed, self.model.vocab_size, self.model.device)
+
     def _decode(self, prompt: list[int], config: DecodeConfig, watch: _Stopwatch) -> Iterator[TokenEvent]:
         model, bank, last = self.model, self.bank, self.num_exits
         verified = config.mode is Mode.VERIFIED
         by_cost = verified and config.thresholds is None
         thresholds = (None,) * last if config.mode is Mode.FULL else config.threshold_per_exit(last)
         lookup = Lookup(prompt) if by_cost else None
-        sampler = Sampler(config.temperature, config.top_p, config.seed, model.vocab_size, model.device)
+        sampler = self.sampler(config)
         stairs = Staircase(model, self.capacity(len(prompt) + config.max_new_tokens))
         drafts: list[_Draft] = []                                # tokens not yet confirmed, oldest first
         end = len(prompt) + config.max_new_tokens

@@ -1,17 +1,20 @@
-"""Tokens per second, side by side in one run: transformers' generate, and our full, cascade and verified.
+"""Tokens per second, side by side in one run: what a user would pick instead, and our full, cascade and verified.
 
     python -m training.benchmark --quick
-    python -m training.benchmark --out assets/results/benchmark-cpu.json
+    python -m training.benchmark --growth --out assets/results/benchmark-cpu.json
+    python -m training.benchmark --replay                   # the engine alone, at Llama-3.2-3B's shape on a GPU
 
 Every prompt is decoded by every contender in turn, the order rotating from prompt to prompt, after a warm-up that is
 not counted; each runs greedily to the same length on its own copy of the weights. Speed is end to end (prefill
-included) per prompt, and the table shows medians with quartiles; a ratio is the median of per-prompt ratios.
-Quality stands beside speed: agreement (part of the tokens that the full model would have chosen after the same text)
-and sequence match (identical to `full` from start to end). The roofline multiple is tokens/s x weight bytes / read
-bandwidth measured here. The last line is one JSON object.
+included) per prompt, and the table shows medians with quartiles. A ratio is the median over the prompts of a set
+(chat, code, summarise, facts), then the geometric mean over the sets. Quality stands beside speed: agreement (part of
+the tokens that the full model would have chosen after the same text) and sequence match (identical to `full` from
+start to end). The roofline multiple is tokens/s x weight bytes / read bandwidth measured here. --growth adds the cost
+of a token against the length of context and output. The last line is one JSON object.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import time
@@ -19,19 +22,23 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import geometric_mean, median, quantiles
 
 import torch
 from tqdm import tqdm
 
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load, load_model
+from cascadeexit.kernels import library
 from cascadeexit.metrics import RunStats, agreement, match
 from cascadeexit.prompts import bundled_prompts
+from training import replay
+from training.plots import growth_plot
 from training.prompts import chat_ids
 from training.provenance import provenance, save_json
 
 GENERATE = "transformers generate"
+CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024)
 
 
 @dataclass
@@ -58,22 +65,64 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def make_contenders(engine: Engine, reference, args) -> list[Contender]:
-    def generate(ids: list[int]):
-        out = reference.generate(torch.tensor([ids], device=reference.device), max_new_tokens=args.tokens,
-                                 do_sample=False)
+def resident_bytes() -> int | None:
+    """Main memory that this process holds; None where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * 4096 if statm.exists() else None
+
+
+# -- who runs ---------------------------------------------------------------------------------------------------------
+
+
+def theirs(reference, tokens: int, **options) -> Callable:
+    """transformers' generate, greedy, with these options."""
+    def decode(ids: list[int]):
+        inputs = torch.tensor([ids], device=reference.device)
+        out = reference.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=tokens,
+                                 do_sample=False, **options)
         return out[0, len(ids):].tolist(), None
+    return decode
 
-    def ours(mode: Mode) -> Callable:
-        config = DecodeConfig(mode=mode, max_new_tokens=args.tokens, max_draft=args.max_draft,
-                              thresholds=args.cascade_threshold if mode is Mode.CASCADE else args.verified_threshold)
 
-        def decode(ids: list[int]):
-            run = engine.run(ids, config)
-            return run.token_ids, run.stats
-        return decode
+def ours(engine: Engine, tokens: int, mode: Mode, **options) -> Callable:
+    config = DecodeConfig(mode=mode, max_new_tokens=tokens, **options)
 
-    return [Contender(GENERATE, generate)] + [Contender(mode.value, ours(mode)) for mode in Mode]
+    def decode(ids: list[int]):
+        run = engine.run(ids, config)
+        return run.token_ids, run.stats
+    return decode
+
+
+def llama_cpp(gguf: Path, tokens: int, eos: frozenset[int]) -> Callable:
+    """llama.cpp on the same model's 4-bit file, greedy."""
+    from llama_cpp import Llama
+
+    model = Llama(str(gguf), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
+
+    def decode(ids: list[int]):
+        out: list[int] = []
+        for token in model.generate(ids, temp=0.0, reset=True):
+            out.append(token)
+            if len(out) == tokens or token in eos:
+                break
+        return out, None
+    return decode
+
+
+def make_contenders(engine: Engine, reference, args) -> list[Contender]:
+    n, first = args.tokens, next(layer for layer in engine.model.exit_layers if layer)
+    jobs = {GENERATE: theirs(reference, n)}
+    if engine.model.device.type == "cuda":
+        jobs["generate, static cache, compiled"] = theirs(reference, n, cache_implementation="static")
+    jobs["generate, prompt lookup"] = theirs(reference, n, prompt_lookup_num_tokens=10)
+    jobs[f"generate, early exit after {first}"] = theirs(reference, n, assistant_early_exit=first)
+    if args.gguf and importlib.util.find_spec("llama_cpp"):
+        jobs["llama.cpp, 4-bit"] = llama_cpp(args.gguf, n, engine.model.eos_ids)
+    jobs["full"] = ours(engine, n, Mode.FULL)
+    for threshold in args.cascade_thresholds:
+        jobs[f"cascade {threshold:g}"] = ours(engine, n, Mode.CASCADE, thresholds=threshold)
+    jobs["verified"] = ours(engine, n, Mode.VERIFIED, max_draft=args.max_draft)
+    return [Contender(name, decode) for name, decode in jobs.items()]
 
 
 def race_all(contenders: list[Contender], prompts: list[list[int]], device: torch.device) -> None:
@@ -89,40 +138,52 @@ def race_all(contenders: list[Contender], prompts: list[list[int]], device: torc
                 contender.outputs.append(output)
 
 
+# -- what came out ----------------------------------------------------------------------------------------------------
+
+
+def ratio(ours: Contender, base: Contender, kinds: list[str]) -> float:
+    """Median over the prompts of a kind, geometric mean over the kinds."""
+    each = defaultdict(list)
+    for kind, a, b in zip(kinds, ours.speeds, base.speeds, strict=True):
+        each[kind].append(a / b)
+    return geometric_mean(map(median, each.values()))
+
+
 def row(contender: Contender, contenders: dict[str, Contender], engine: Engine, prompts: list[list[int]],
-        bandwidth: float) -> dict:
+        kinds: list[str], bandwidth: float) -> dict:
     """One line of the table: medians over prompts for speed, sums over tokens for shares."""
-    full, base = contenders[Mode.FULL], contenders[GENERATE]
+    full, base = contenders["full"], contenders[GENERATE]
     speed = median(contender.speeds)
     low, _, high = quantiles(contender.speeds, n=4) if len(contender.speeds) > 1 else (speed,) * 3
     result = {
         "tokens_per_second": speed, "quartiles": [low, high],
-        "over_generate": median(a / b for a, b in zip(contender.speeds, base.speeds)),
-        "over_full": median(a / b for a, b in zip(contender.speeds, full.speeds)),
+        "over_generate": ratio(contender, base, kinds), "over_full": ratio(contender, full, kinds),
         "roofline_multiple": speed * engine.costs.full_token_bytes / bandwidth,
         "sequence_match": _mean(match(a, b).sequence for (a, _), (b, _) in zip(contender.outputs, full.outputs)),
     }
-    if contender is base:
+    stats = [stats for _, stats in contender.outputs]
+    if None in stats:
         return result
     tokens = [(agreement(ids, engine.full_choices(prompt, ids)), len(ids))
               for prompt, (ids, _) in zip(prompts, contender.outputs)]
-    stats = [stats for _, stats in contender.outputs]
-    weighted = defaultdict(float)
-    for s in stats:
-        for name in ("average_depth", "cost"):
-            weighted[name] += getattr(s, name) * s.tokens
     total = sum(s.tokens for s in stats)
+
+    def over_tokens(name: str) -> float:
+        return sum(getattr(s, name) * s.tokens for s in stats) / total
+
+    def middle(name: str) -> float | None:
+        values = [getattr(s, name) for s in stats if getattr(s, name) is not None]
+        return 1e3 * median(values) if values else None
+
     return result | {
         "agreement": sum(a * n for a, n in tokens) / total,
-        "average_depth": weighted["average_depth"] / total, "cost": weighted["cost"] / total,
+        "average_depth": over_tokens("average_depth"), "cost": over_tokens("cost"),
         "routing_share": [sum(s.routing_share[i] * s.tokens for s in stats) / total
                           for i in range(engine.model.num_segments)],
         "acceptance": _mean(s.acceptance for s in stats if s.acceptance is not None),
         "tokens_per_verification": _mean(s.tokens_per_verification for s in stats if s.tokens_per_verification),
-        "first_token_ms": 1e3 * median(s.first_token_seconds for s in stats),
-        "token_ms_p50": 1e3 * median(s.token_seconds_p50 for s in stats),
-        "token_ms_p90": 1e3 * median(s.token_seconds_p90 for s in stats),
-        "token_ms_p99": 1e3 * median(s.token_seconds_p99 for s in stats),
+        "first_token_ms": middle("first_token_seconds"), "token_ms_p50": middle("token_seconds_p50"),
+        "token_ms_p90": middle("token_seconds_p90"), "token_ms_p99": middle("token_seconds_p99"),
     }
 
 
@@ -133,11 +194,11 @@ def _mean(values) -> float | None:
 
 def table(rows: dict[str, dict]) -> str:
     """The rows as text, speed and quality side by side."""
-    lines = [f"{'':<22}{'tokens/s':>9}{'quartiles':>15}{'x generate':>11}{'x full':>8}{'roofline':>9}"
+    lines = [f"{'':<33}{'tokens/s':>9}{'quartiles':>15}{'x generate':>11}{'x full':>8}{'roofline':>9}"
              f"{'agreement':>11}{'identical':>11}{'depth':>7}{'cost':>6}"]
     for name, r in rows.items():
         low, high = r["quartiles"]
-        lines.append(f"{name:<22}{r['tokens_per_second']:>9.1f}{f'{low:.1f}-{high:.1f}':>15}{r['over_generate']:>11.2f}"
+        lines.append(f"{name:<33}{r['tokens_per_second']:>9.1f}{f'{low:.1f}-{high:.1f}':>15}{r['over_generate']:>11.2f}"
                      f"{r['over_full']:>8.2f}{r['roofline_multiple']:>9.2f}{show(r.get('agreement'), '.1%'):>11}"
                      f"{show(r['sequence_match'], '.0%'):>11}{show(r.get('average_depth'), '.2f'):>7}"
                      f"{show(r.get('cost'), '.2f'):>6}")
@@ -148,42 +209,119 @@ def show(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
+# -- length -----------------------------------------------------------------------------------------------------------
+
+
+def growth(engine: Engine, reference, tokenizer, max_draft: int) -> dict:
+    """Milliseconds a token against the length of context (decoding 32 tokens) and of output; no token ends a text.
+
+    `allowed`: what a token costs at this context by the bytes it reads, weights and keys and values, over that at the
+    shortest context.
+    """
+    model, eos = engine.model, engine.model.eos_ids
+    longest = min(max(CONTEXTS), model.max_positions - 64)
+    text = (tokenizer(" ".join(p.text for p in bundled_prompts()))["input_ids"] * 20)[:longest]
+    model.eos_ids = frozenset()
+    position_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.head_weight.element_size()
+    contexts, outputs = [], []
+    try:
+        for length in tqdm([c for c in CONTEXTS if c <= longest], desc="context", unit="length"):
+            weights = engine.costs.full_token_bytes
+            entry = {"context": length, "allowed": (weights + position_bytes * length)
+                     / (weights + position_bytes * CONTEXTS[0])}
+            for name, mode in (("full", Mode.FULL), ("verified", Mode.VERIFIED)):
+                stats = engine.run(text[:length], DecodeConfig(mode=mode, max_new_tokens=32, max_draft=max_draft)).stats
+                entry[name] = 1e3 / stats.tokens_per_second
+            entry[GENERATE] = _generate_ms(reference, text[:length])
+            contexts.append(entry)
+        prompt = chat_ids(tokenizer, bundled_prompts()[0].text)
+        for length in tqdm([n for n in OUTPUTS if n + len(prompt) < longest], desc="output", unit="length"):
+            entry = {"output": length}
+            for name, mode in (("full", Mode.FULL), ("verified", Mode.VERIFIED)):
+                config = DecodeConfig(mode=mode, max_new_tokens=length, max_draft=max_draft)
+                entry[name] = 1e3 / engine.run(prompt, config).stats.tokens_per_second
+            outputs.append(entry)
+    finally:
+        model.eos_ids = eos
+    return {"context": contexts, "output": outputs}
+
+
+def _generate_ms(reference, ids: list[int], tokens: int = 32) -> float:
+    """Milliseconds a token of transformers' generate after the first one: a long run less a short one."""
+    inputs, spent = torch.tensor([ids], device=reference.device), []
+    for n in (1, tokens + 1):
+        start = _now(reference.device)
+        reference.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=n, min_new_tokens=n,
+                           do_sample=False)
+        spent.append(_now(reference.device) - start)
+    return 1e3 * (spent[1] - spent[0]) / tokens
+
+
+# -- command ----------------------------------------------------------------------------------------------------------
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="8 prompts of 64 tokens: a few minutes on a CPU")
+    parser.add_argument("--quick", action="store_true", help="8 prompts of 64 tokens: a minute or two on a CPU")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
     parser.add_argument("--exits", type=Path, help="exits folder; default the shipped ones")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=int, help="default 50, --quick 8")
     parser.add_argument("--tokens", type=int, help="new tokens a prompt; default 128, --quick 64")
-    parser.add_argument("--cascade-threshold", type=float, default=0.7)
-    parser.add_argument("--verified-threshold", type=float, default=0.7)
-    parser.add_argument("--max-draft", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--cascade-thresholds", type=float, nargs="+", default=[0.9, 0.7, 0.4])
+    parser.add_argument("--max-draft", type=int, default=DecodeConfig.max_draft)
+    parser.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp where llama_cpp is installed")
+    parser.add_argument("--growth", action="store_true", help="also the cost of a token against length")
+    parser.add_argument("--replay", action="store_true", help="only the engine with random weights, scripted exits")
+    parser.add_argument("--shape", choices=replay.SHAPES, help="--replay: of the model; default by device")
+    parser.add_argument("--out", type=Path, help="also write the JSON here, and with --growth a plot beside it")
     args = parser.parse_args()
     args.prompts = args.prompts or (8 if args.quick else 50)
     args.tokens = args.tokens or (64 if args.quick else 128)
-
-    dtype = getattr(torch, args.dtype)
-    engine, tokenizer = load(args.model, args.exits, dtype=dtype)
-    reference = load_model(args.model, dtype=dtype)[0]
-    device = engine.model.device
-    prompts = [chat_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
-    bandwidth = read_bandwidth(device)
-    contenders = {c.name: c for c in make_contenders(engine, reference, args)}
-    race_all(list(contenders.values()), prompts, device)
-    rows = {name: row(c, contenders, engine, prompts, bandwidth) for name, c in contenders.items()}
-    result = {"provenance": provenance(0), "model": engine.model.name, "dtype": args.dtype, "device": str(device),
-              "exits": engine.bank.fingerprint(), "trained_exits": engine.bank.config.trained,
-              "prompts": len(prompts), "tokens": args.tokens, "cascade_threshold": args.cascade_threshold,
-              "verified_threshold": args.verified_threshold, "max_draft": args.max_draft,
-              "weight_bytes": engine.costs.full_token_bytes, "read_bandwidth": bandwidth, "rows": rows}
-    print(f"\n{engine.model.name}, {args.dtype}, {device}, {len(prompts)} prompts of {args.tokens} new tokens; "
-          f"{bandwidth / 1e9:.1f} GB/s read, {engine.costs.full_token_bytes / 1e6:.0f} MB a token\n")
-    print(table(rows))
+    if args.replay:
+        result = {"provenance": provenance(0)} | replay.measure(args.shape, args.tokens, read_bandwidth)
+        print(replay.table(result))
+    else:
+        result = compare(args)
     if args.out:
         save_json(args.out, result)
     print(json.dumps(result))
+
+
+def compare(args) -> dict:
+    dtype, before = getattr(torch, args.dtype), resident_bytes()
+    started = time.perf_counter()
+    library()
+    compiled = time.perf_counter()
+    engine, tokenizer = load(args.model, args.exits, dtype=dtype)
+    loaded, device = time.perf_counter(), engine.model.device
+    chosen = bundled_prompts()[:args.prompts]
+    prompts, kinds = [chat_ids(tokenizer, p.text) for p in chosen], [p.kind for p in chosen]
+    engine.run(prompts[0], DecodeConfig(mode=Mode.FULL, max_new_tokens=8))
+    after = resident_bytes()
+    reference = load_model(args.model, dtype=dtype)[0]
+    bandwidth = read_bandwidth(device)
+    contenders = {c.name: c for c in make_contenders(engine, reference, args)}
+    race_all(list(contenders.values()), prompts, device)
+    rows = {name: row(c, contenders, engine, prompts, kinds, bandwidth) for name, c in contenders.items()}
+    weights = engine.costs.full_token_bytes
+    result = {"provenance": provenance(0), "model": engine.model.name, "dtype": args.dtype, "device": str(device),
+              "native_kernels": engine.model.native, "exits": engine.bank.fingerprint(),
+              "trained_exits": engine.bank.config.trained, "prompts": len(prompts),
+              "sets": {kind: kinds.count(kind) for kind in sorted(set(kinds))}, "tokens": args.tokens,
+              "cascade_thresholds": args.cascade_thresholds, "max_draft": args.max_draft, "weight_bytes": weights,
+              "read_bandwidth": bandwidth, "kernel_seconds": compiled - started, "load_seconds": loaded - compiled,
+              "memory_over_weights": None if before is None else (after - before) / weights, "rows": rows}
+    print(f"\n{engine.model.name}, {args.dtype}, {device}, {len(prompts)} prompts of {args.tokens} new tokens; "
+          f"{bandwidth / 1e9:.1f} GB/s read, {weights / 1e6:.0f} MB a token\n")
+    print(table(rows))
+    if args.growth:
+        result["growth"] = growth(engine, reference, tokenizer, args.max_draft)
+        for entry in result["growth"]["context"] + result["growth"]["output"]:
+            print({k: round(v, 2) for k, v in entry.items()})
+        if args.out:
+            growth_plot(result["growth"], args.out.with_suffix(".html"))
+    return result
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def lossless_prompt(engine: Engine, ids: list[int], args, reference) -> dict:
     for threshold, max_draft in itertools.product(args.thresholds, args.max_draft):
         config = DecodeConfig(mode=Mode.VERIFIED, max_new_tokens=args.tokens, thresholds=threshold, max_draft=max_draft)
         run = engine.run(ids, config)
-        row["verified"][f"{threshold:g}/{max_draft}"] = {
+        row["verified"][f"{'own rule' if threshold is None else f'{threshold:g}'}/{max_draft}"] = {
             "differing": _differing(run.token_ids, full.token_ids),
             "drafted": run.stats.drafted,
             "accepted": round((run.stats.acceptance or 0) * run.stats.drafted)}
@@ -278,7 +278,8 @@ def main() -> None:
     check.add_argument("--prompts", type=int, default=50)
     check.add_argument("--reference", type=int, default=20, help="prompts also decoded by transformers' generate")
     check.add_argument("--tokens", type=int, default=128, help="new tokens a prompt")
-    check.add_argument("--thresholds", type=float, nargs="+", default=[0, 0.3, 0.6, 0.9])
+    check.add_argument("--thresholds", type=lambda text: None if text == "own" else float(text), nargs="+",
+                       default=[0, 0.3, 0.6, 0.9, None], help="numbers, or own: the mode's own rule")
     check.add_argument("--max-draft", type=int, nargs="+", default=[1, 3, 7])
     check.set_defaults(run=lossless)
     args = parser.parse_args()

@@ -41,6 +41,23 @@ def reliability_plot(exits: Sequence[dict], path: Path) -> None:
     _write(figure, path)
 
 
+def growth_plot(growth: dict, path: Path) -> None:
+    """Milliseconds a token against the length of context and of output, from a benchmark's `growth`."""
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("Against the context", "Against the output"))
+    for col, kind in enumerate(("context", "output"), 1):
+        entries = growth[kind]
+        names = [name for name in (entries[0] if entries else ()) if name not in (kind, "allowed")]
+        for name, colour in zip(names, _COLOURS):
+            figure.add_scatter(x=[e[kind] for e in entries], y=[e[name] for e in entries], name=name,
+                               line_color=colour, mode="lines+markers", showlegend=col == 1, row=1, col=col)
+        if kind == "context" and entries:
+            figure.add_scatter(x=[e[kind] for e in entries], y=[e["allowed"] * entries[0]["full"] for e in entries],
+                               name="full, by bytes read", line=dict(dash="dot", color="gray"), row=1, col=1)
+    figure.update_xaxes(title="tokens")
+    figure.update_yaxes(title="milliseconds a token", rangemode="tozero")
+    _write(figure, path)
+
+
 def _mean(values: list[float], n: int) -> list[float]:
     """Running mean over the last n values."""
     return [sum(values[max(0, i - n + 1):i + 1]) / (i - max(0, i - n + 1) + 1) for i in range(len(values))]

@@ -193,7 +193,8 @@ def lossless_section(results: list[dict]) -> str:
     if not results:
         return ""
     cases = results[0]
-    thresholds, drafts = (", ".join(f"{v:g}" for v in cases[k]) for k in ("thresholds", "max_draft"))
+    thresholds = ", ".join("its own rule" if t is None else f"{t:g}" for t in cases["thresholds"])
+    drafts = ", ".join(map(str, cases["max_draft"]))
     margins = [m for r in results for m in r["reference_margins"]]
     sources = "\n".join(f"{r['dtype']}: {source(r)}  " for r in results)
     apart = f"at most {max(margins):.2f} logits apart" if margins else "never reached"
