@@ -228,12 +228,14 @@ class ExitBank(nn.Module):
                         "verified stays lossless, but confidences may be wrong.", c.base_model)
         self.to(model.device).eval().requires_grad_(trainable)
         self.adapters.to(model.dtype)           # the estimators stay in fp32
-        weight = model.head_weight.detach() if self.head_ids is None else model.head_weight.detach()[self.head_ids]
         # Bound methods, not modules: the head belongs to the base model and must not be saved with the exits.
-        self._project, self.head_bytes = pack(weight).forward, weight.nbytes
+        self._project, self.head_bytes, weight = model.project, model.head_bytes, model.head_weight.detach()
+        if self.head_ids is not None:
+            own = weight[self.head_ids]
+            self._project, self.head_bytes = pack(own).forward, own.nbytes
         if self.sketch_ids is not None:
-            self._facts = softmax_facts(pack(model.head_weight.detach()[self.sketch_ids]))
-            self._sketch_bytes = len(self.sketch_ids) * weight[0].nbytes
+            own = weight[self.sketch_ids]
+            self._facts, self._sketch_bytes = softmax_facts(pack(own)), own.nbytes
         if model.native and not trainable:
             self._adapt = [NativeAdapter(a.gate.weight, a.down.weight, a.up.weight, a.norm.weight, a.norm.eps,
                                          a.straight) for a in self.adapters]

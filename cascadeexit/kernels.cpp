@@ -352,6 +352,17 @@ void ce_pack(const bf16* weight, int32_t out, int32_t in, uint32_t* packed, int3
             }
 }
 
+// Rows of the weight as they were before packing: outputs ids[0..n-1] -> out (n, in) bf16.
+void ce_rows(const Matrix* m, const int64_t* ids, int32_t n, bf16* out) {
+    for (int i = 0; i < n; i++) {
+        const uint32_t* from = block(*m, int(ids[i] / BLOCK)) + ids[i] % BLOCK;
+        for (int p = 0; p < pairs(*m); p++, from += BLOCK) {
+            out[size_t(i) * m->in + 2 * p] = bf16(*from);
+            if (2 * p + 1 < m->in) out[size_t(i) * m->in + 2 * p + 1] = bf16(*from >> 16);
+        }
+    }
+}
+
 // x (rows, in) bf16 -> out (rows, out) fp32. `in` must be even.
 void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t threads) {
     Barrier barrier;

@@ -103,6 +103,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_packed_bytes.restype = c_int64
     lib.ce_packed_bytes.argtypes = [c_int32, c_int32]
     lib.ce_pack.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int32]
+    lib.ce_rows.argtypes = [POINTER(_Matrix), c_void_p, c_int32, c_void_p]
     lib.ce_linear.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_layers.argtypes = [POINTER(_Stack), c_int32, c_int32, c_void_p, c_void_p, c_int32, POINTER(_Cache), c_int32,
                               c_int32]
@@ -167,6 +168,13 @@ class NativeLinear(nn.Module):
         out = torch.empty(*x.shape[:-1], self.shape[0])
         library().ce_linear(byref(self._matrix), x.data_ptr(), out.data_ptr(), x.shape[:-1].numel(),
                             torch.get_num_threads())
+        return out
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight: (n,) -> (n, I) bf16."""
+        ids = ids.to(torch.int64).contiguous()
+        out = torch.empty(len(ids), self.shape[1], dtype=torch.bfloat16)
+        library().ce_rows(byref(self._matrix), ids.data_ptr(), len(ids), out.data_ptr())
         return out
 
     def softmax_facts(self, x: Tensor) -> Tensor:

@@ -110,16 +110,23 @@ class SegmentedModel:
         layers = model.model.layers
         self.segment_bytes = tuple(sum(p.nbytes for layer in layers[a:b] for p in layer.parameters())
                                    for a, b in zip(bounds, bounds[1:]))
+        head = model.lm_head
+        self.device, self.dtype, self.vocab_size = head.weight.device, head.weight.dtype, head.weight.shape[0]
+        self.head_bytes = head.weight.nbytes        # read by one vocabulary projection
         if self.device.type == "meta":
             raise ValueError("the vocabulary projection is not in memory: the device_map must put lm_head on a device")
-        self._head = pack(model.lm_head.weight, model.lm_head.bias)
+        self._head = pack(head.weight, head.bias)
         self._native: NativeLayers | None = None
         spread = hasattr(model, "hf_device_map")    # then accelerate's hooks, on the modules, bring weights and rows
         if native and not spread and NativeLayers.fits(layers, self.head_dim):
             cosines, sines = (t[0, :, :self.head_dim // 2] for t in model.model.rotary_emb(
                 torch.zeros((), dtype=torch.float32), position_ids=torch.arange(self.max_positions)[None]))
             self._native = NativeLayers(layers, model.config, self.head_dim, cosines, sines)
-            model.model.layers = torch.nn.ModuleList()      # their weights live in the packed copy now
+            # All these weights live in packed copies now; one of a tied head gives the embeddings too.
+            model.model.layers = torch.nn.ModuleList()
+            if head.weight is model.model.embed_tokens.weight:
+                model.model.embed_tokens = torch.nn.Identity()
+            model.lm_head = torch.nn.Identity()
         for layer in () if spread else model.model.layers:
             for block in (layer.self_attn, layer.mlp):
                 for child, module in list(block.named_children()):
@@ -161,24 +168,14 @@ class SegmentedModel:
         return getattr(self.config, "head_dim", None) or self.hidden_size // self.num_heads
 
     @property
-    def vocab_size(self) -> int:
-        return self.head_weight.shape[0]
-
-    @property
     def max_positions(self) -> int:
         return self.config.max_position_embeddings
 
     @property
-    def device(self) -> torch.device:
-        return self.head_weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.head_weight.dtype
-
-    @property
     def head_weight(self) -> Tensor:
-        """The vocabulary projection, shared by every exit: (V, D)."""
+        """The vocabulary projection, shared by every exit: (V, D). Made anew from our own kernels' packed copy."""
+        if isinstance(self.base.lm_head, torch.nn.Identity):
+            return self._head.rows(torch.arange(self.vocab_size))
         return self.base.lm_head.weight
 
     @property
@@ -191,11 +188,6 @@ class SegmentedModel:
         if ids is None:
             ids = self.config.eos_token_id
         return frozenset(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
-
-    @property
-    def head_bytes(self) -> int:
-        """Weight bytes that one vocabulary projection reads; `segment_bytes` holds those of each segment's layers."""
-        return self.head_weight.nbytes
 
     @cached_property
     def head_fingerprint(self) -> str:
@@ -222,11 +214,14 @@ class SegmentedModel:
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Token ids (N,) -> hidden rows (1, N, D)."""
-        return self.base.model.embed_tokens(torch.as_tensor(ids, device=self.device).view(1, -1))
+        ids = torch.as_tensor(ids, device=self.device).view(1, -1)
+        if isinstance(self.base.model.embed_tokens, torch.nn.Identity):
+            return self._head.rows(ids[0])[None]
+        return self.base.model.embed_tokens(ids)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotary embedding at these positions (B, N): (B, N, d) each."""
-        return self.base.model.rotary_emb(self.head_weight, position_ids=positions)
+        return self.base.model.rotary_emb(torch.zeros((), dtype=self.dtype, device=self.device), position_ids=positions)
 
     def run_layers(self, layers: range, h: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
         """Hidden rows (B, N, D) through some layers, writing their keys and values into the cache.
@@ -259,7 +254,11 @@ class SegmentedModel:
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden rows after the last layer (1, N, D) -> the full model's logits (1, N, V)."""
-        return self._head(self.norm(self.pad_rows(h)).to(self.device))[:, :h.shape[1]]
+        return self.project(self.norm(self.pad_rows(h)).to(self.device))[:, :h.shape[1]]
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Normed rows (..., D) -> logits over the whole vocabulary (..., V)."""
+        return self._head(hidden)
 
     def pad_rows(self, h: Tensor) -> Tensor:
         """(1, N, D) with zero rows up to the row bucket."""

@@ -222,7 +222,7 @@ def growth(engine: Engine, reference, tokenizer, max_draft: int) -> dict:
     longest = min(max(CONTEXTS), model.max_positions - 64)
     text = (tokenizer(" ".join(p.text for p in bundled_prompts()))["input_ids"] * 20)[:longest]
     model.eos_ids = frozenset()
-    position_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.head_weight.element_size()
+    position_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.dtype.itemsize
     contexts, outputs = [], []
     try:
         for length in tqdm([c for c in CONTEXTS if c <= longest], desc="context", unit="length"):

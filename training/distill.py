@@ -481,13 +481,14 @@ def main() -> None:
     bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=args.head_size,
                               adapter=args.adapter).attach(model, trainable=True)
     bank.adapters.float()
-    training, words = store.of(Split.TRAIN), ExitHead(model.head_weight, None, 0)
+    training, weight = store.of(Split.TRAIN), model.head_weight
+    words = ExitHead(weight, None, 0)
     if args.head_size:
         ranked = frequent_tokens(store.choices(training), model.vocab_size, model.eos_ids).to(model.device)
         bank.head_ids.copy_(ranked[:args.head_size].sort().values)
         if args.train_words:
-            words = ExitHead(model.head_weight, ranked[:args.train_words], args.tail)
-    head = ExitHead(model.head_weight, bank.head_ids, 0)
+            words = ExitHead(weight, ranked[:args.train_words], args.tail)
+    head = ExitHead(weight, bank.head_ids, 0)
     held_out = store.of(Split.TEST, policy_only=True) or store.of(Split.TEST)
     covered = (head.local[store.choices(held_out).to(head.local.device)] >= 0).float().mean().item()
     say(f"{len(store)} documents, {sum(map(store.rows, training))} training rows; features of {store.kept} documents "

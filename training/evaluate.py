@@ -146,7 +146,7 @@ class Tally:
 @torch.inference_mode()
 def read_document(engine: Engine, f: Features, tallies: dict[str, Tally]) -> None:
     """Count every exit's rows of one document; `tallies` by who named the token before: 'full', 'exit'."""
-    bank, head = engine.bank, engine.model.head_weight
+    bank, project = engine.bank, engine.model.project
     wanted = f.wanted.clone()
     wanted[-1] = False                                       # nothing follows the last token
     following, truth = f.ids.roll(-1)[wanted].long(), f.choices[wanted].long()
@@ -162,8 +162,8 @@ def read_document(engine: Engine, f: Features, tallies: dict[str, Tally]) -> Non
             hits = (best if bank.head_ids is None else bank.head_ids[best]) == truth[:, None]
             tally.top1[s] += hits[:, 0].sum().item()
             tally.top5[s] += hits.any(-1).sum().item()
-            tally.nll[s] += F.cross_entropy(F.linear(hidden, head).float(), following, reduction="sum").item()
-        tally.nll[-1] += F.cross_entropy(F.linear(f.top[wanted], head).float(), following, reduction="sum").item()
+            tally.nll[s] += F.cross_entropy(project(hidden).float(), following, reduction="sum").item()
+        tally.nll[-1] += F.cross_entropy(project(f.top[wanted]).float(), following, reduction="sum").item()
 
 
 def windows(tokenizer, path: Path, window: int, tokens: int) -> list[Document]:

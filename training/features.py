@@ -42,7 +42,7 @@ class FeatureStore:
 
     def __init__(self, model: SegmentedModel, documents: Sequence[Document], folder: Path, budget_gb: float):
         self.model, self.documents, self.folder = model, list(documents), folder
-        token_bytes = (model.num_segments * model.hidden_size) * model.head_weight.element_size() + 9
+        token_bytes = (model.num_segments * model.hidden_size) * model.dtype.itemsize + 9
         self._chunks: list[range] = []                      # documents of each chunk on disk
         room, first, tokens = budget_gb * 1e9 / token_bytes, 0, 0
         for i, document in enumerate(self.documents):
