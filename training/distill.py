@@ -424,7 +424,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
     p.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by training.data")
     p.add_argument("--out", type=Path, required=True, help="folder for the artifact, log and checkpoint")
-    p.add_argument("--start", type=Path, help="exits folder to go on from; layers it does not have start anew")
+    p.add_argument("--continue-from", type=Path, help="exits folder to go on from; layers it does not have start anew")
     p.add_argument("--data-note", default="", help="what the data is, in words, for the model card")
     p.add_argument("--exits", help="exit layers (0,9,17,24; 0 is before the first) or parts of the depth "
                    "(0.3,0.57,0.8, the default)")
@@ -495,9 +495,9 @@ def main() -> None:
         f"are kept; the exits' head covers {covered:.2%} of the held-out choices")
     before = agreement(bank, lambda s, h, said: (h, said), store, held_out, head, accelerator)
     inputs = Inputs(bank, store, training[:args.fit_documents], model.norm.weight.float())
-    trained = ExitBank.load(args.start) if args.start else None
+    trained = ExitBank.load(args.continue_from) if args.continue_from else None
     if trained:
-        say(f"going on from {args.start} after layers {inputs.adopt(bank, trained)}")
+        say(f"going on from {args.continue_from} after layers {inputs.adopt(bank, trained)}")
 
     key = {"config": {k: v for k, v in asdict(bank.config).items() if k != "layers"}, "layers": list(layers),
            "documents": store.fingerprint(), "start": trained.fingerprint() if trained else None}
