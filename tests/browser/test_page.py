@@ -121,6 +121,12 @@ def test_model_output_is_text_and_never_markup(page, tiny):
     text = shown_text(page, "cascade") + shown_text(page, "full")
     for hostile in HOSTILE[:5]:
         assert hostile in text
+    page.locator(".ce-text[data-side=cascade] .t", has_text="<img").first.click()
+    page.wait_for_selector(".ce-candidate")
+    assert "<img␣src=x␣onerror=alert(1)>" in page.locator(".ce-card-text").inner_text()
+    page.keyboard.press("Escape")
+    page.click(".ce-map summary")
+    page.wait_for_selector(".ce-map-table td")
     assert page.locator(".ce img, .ce script").count() == 0
 
 
@@ -211,6 +217,17 @@ def test_a_phone_needs_no_sideways_scrolling(open_page, tiny_url, theme):
     run_to_end(page)
     open_charts(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_on_a_phone_a_card_leaves_its_token_in_sight(open_page, tiny_url):
+    page = open_page(tiny_url, width=360, height=780, has_touch=True)
+    run_to_end(page)
+    token = page.locator(f".ce-text[data-side=cascade] {FINAL}").nth(150)
+    token.tap()
+    page.wait_for_selector(".ce-candidate")
+    page.wait_for_function("""() => { const at = document.querySelector('.t.chosen').getBoundingClientRect(),
+        card = document.querySelector('.ce-card').getBoundingClientRect();
+        return at.top >= 0 && at.bottom <= card.top && card.bottom <= innerHeight && card.right <= innerWidth; }""")
 
 
 # -- looking closer -----------------------------------------------------------------------------------------
