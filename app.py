@@ -44,10 +44,13 @@ EXAMPLES = {
 MODES = [("Cascade: fast, keeps what a sure exit says", Mode.CASCADE),
          ("Verified: exact, the full model checks every guess", Mode.VERIFIED)]
 PRESETS = [("Fast", 0.5), ("Balanced", 0.7), ("Careful", 0.9)]
+DEFAULT_THRESHOLD = 0.7
+MAX_UPLOAD = 10_000_000         # bytes that the server takes in at all; what reads a file has its own, smaller limit
 MAX_PROMPT_CHARACTERS = 20_000
 NEVER = 1.0             # a threshold slider at its end closes the exit
+MAX_DRAFT = DecodeConfig.max_draft
 MAX_EXITS = 6           # sliders on the page
-FIRST_SURE = -1         # no exit is forced
+FIRST_SURE = -1         # no exit is forced or left out
 KEPT_RUNS = 50          # whose candidates and charts can be asked for
 NUM_FIGURES = 3
 NO_CHARTS = (gr.Accordion(visible=False, open=False), "")       # the box of charts, and which run they are of
@@ -75,12 +78,21 @@ def decode_configs(num_exits: int, mode, max_new_tokens, max_draft, temperature,
         shared = dict(max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p,
                       seed=int(seed or 0) % 2**63)
         wanted = [None if t >= NEVER else t for t in thresholds[:num_exits]]
-        if force != FIRST_SURE:         # every token leaves at this exit, however unsure
+        if force >= 0:                  # every token leaves at this exit, however unsure
             wanted = [0.0 if s == force else None for s in range(num_exits)]
+        elif force != FIRST_SURE:
+            wanted = [None if s == _left_out(force) else t for s, t in enumerate(wanted)]
+        elif mode == Mode.VERIFIED:     # its text does not depend on them: it guesses where that saves time
+            wanted = None
         return (DecodeConfig(mode=mode, max_draft=int(max_draft), thresholds=wanted, **shared),
                 DecodeConfig(mode=Mode.FULL, **shared))
     except TypeError:
         raise ValueError("A setting is empty: give it a value.") from None
+
+
+def _left_out(s: int) -> int:
+    """Exit s, never taken, as a value of the menu of forced exits; and back."""
+    return FIRST_SURE - 1 - s
 
 
 class Page:
@@ -148,6 +160,7 @@ class Page:
             yield _said(str(error), "error"), *wait
             return
         folder, results, began = Path(tempfile.mkdtemp(prefix="cascadeexit-")), [], time.monotonic()
+        curve, next_figure = measured_curve(engine.bank.fingerprint()), began
         yield _said(f"0 of {len(chosen)} prompts"), [], *wait[1:]
         for result in running:
             if result is None:              # a chance to stop in the middle of a prompt
@@ -157,14 +170,16 @@ class Page:
             (folder / "evaluation.csv").write_text(evaluation.results_csv(results), encoding="utf-8")
             left = (time.monotonic() - began) / len(results) * (len(chosen) - len(results))
             done = len(results) == len(chosen)
+            drawn = done or time.monotonic() >= next_figure
+            if drawn:
+                next_figure = time.monotonic() + FIGURE_SECONDS
             yield (_said(_in_words(results, len(chosen), left), "done" if done else "busy"), _rows(results),
-                   gr.Plot(views.quality_speed_figure(results, measured_curve(engine.bank.fingerprint())), visible=True)
-                   if done or len(results) % 5 == 0 else gr.skip(),
+                   gr.Plot(views.quality_speed_figure(results, curve), visible=True) if drawn else gr.skip(),
                    *(gr.DownloadButton(value=str(folder / f"evaluation.{kind}"), interactive=True)
                      for kind in ("json", "csv")))
 
     def charts(self, run) -> list[gr.Plot]:
-        """Interactive figures of a finished run, when its box is opened: plotly takes a second to load."""
+        """Interactive figures of a finished run, when their box is opened: the first loads plotly, a second's work."""
         told, seen, _ = self._seen.get(run, (None,) * 3)
         if told is None:
             gr.Warning("The server no longer keeps this run. Run it again.", title="No charts")
@@ -200,8 +215,9 @@ def replayed(path: str | Path) -> str:
 
 # -- many prompts ---------------------------------------------------------------------------------------------
 
-COLUMNS = ("prompt", "kind", "agreement", "same text", "first difference", "speed-up", "depth", "weights read",
+COLUMNS = ("prompt", "kind", "agreement", "same text", "first difference", "speed", "layers used", "weights read",
            "problem")
+FIGURE_SECONDS = 3.0            # at least, between two pictures of an evaluation under way
 
 
 def chosen_prompts(kinds, each, pasted, file) -> list[prompts.Prompt]:
@@ -225,12 +241,22 @@ def measured_curve(fingerprint: str) -> list[dict]:
 
 
 def threshold_for(agreement: float, curve: list[dict]) -> float:
-    """The threshold at which this agreement was measured, between neighbours on a straight line."""
-    points = sorted((point["agreement"], point["threshold"]) for point in curve)
+    """The threshold at which this agreement was measured."""
+    return round(_between(agreement, [(point["agreement"], point["threshold"]) for point in curve]), 2)
+
+
+def agreement_at(threshold: float, curve: list[dict]) -> float:
+    """The agreement that was measured at this threshold."""
+    return round(_between(threshold, [(point["threshold"], point["agreement"]) for point in curve]), 2)
+
+
+def _between(x: float, points: list[tuple[float, float]]) -> float:
+    """y at x on straight lines between points (x, y), of the first or last point beyond them."""
+    points = sorted(points)
     for (a, low), (b, high) in zip(points, points[1:]):
-        if a <= agreement <= b:
-            return round(low + (high - low) * (agreement - a) / max(b - a, 1e-9), 2)
-    return points[0][1] if agreement < points[0][0] else points[-1][1]
+        if a <= x <= b:
+            return low + (high - low) * (x - a) / max(b - a, 1e-9)
+    return points[0][1] if x < points[0][0] else points[-1][1]
 
 
 def _rows(results: list[evaluation.Result]) -> list[list]:
@@ -238,7 +264,8 @@ def _rows(results: list[evaluation.Result]) -> list[list]:
         return "" if value is None else format(value, form)
     return [[r.prompt[:80], r.kind, shown(r.agreement, ".1%"), shown(r.positional, ".0%"),
              "" if r.error else "none" if r.first_divergence is None else r.first_divergence + 1,
-             shown(r.speedup, ".2f"), shown(r.average_depth, ".2f"), shown(r.cost, ".2f"), r.error or ""]
+             shown(r.speedup, ".2f") + ("×" if r.speedup else ""), shown(r.average_depth, ".0%"), shown(r.cost, ".0%"),
+             r.error or ""]
             for r in results]
 
 
@@ -287,14 +314,14 @@ def add_endpoints(page: Page) -> None:
                 for label, shape in library.shapes.items()]
 
     def generate(prompt: str, mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 128,
-                 max_draft: int = 4, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = True,
+                 max_draft: int = MAX_DRAFT, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = True,
                  model: str = "") -> dict:
         """Write with early exits.
 
         Args:
             prompt: what to answer, or with chat=False what to continue.
             mode: 'cascade' (fast, keeps what a sure exit says), 'verified' (exactly the full model's text) or 'full'.
-            threshold: how sure an exit must be, 0 to 1; 1 closes all exits.
+            threshold: cascade mode: how sure an exit must be, 0 to 1; 1 closes all exits.
             max_new_tokens: the most tokens to write.
             max_draft: verified mode: the most guesses before the full model looks.
             temperature: 0 takes the likeliest token always.
@@ -313,7 +340,7 @@ def add_endpoints(page: Page) -> None:
                     exits=[e.exit for e in run.events if e.final], stats=asdict(run.stats))
 
     def compare(prompt: str, mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 128,
-                max_draft: int = 4, chat: bool = True, model: str = "") -> dict:
+                max_draft: int = MAX_DRAFT, chat: bool = True, model: str = "") -> dict:
         """Write with early exits and with the full model, side by side; arguments as for generate.
 
         Returns exits and full (text, token_ids, stats each), speedup, agreement (part of the tokens that the full
@@ -337,7 +364,7 @@ def add_endpoints(page: Page) -> None:
                     identical=match.sequence)
 
     def evaluate(texts: list[str], mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 64,
-                 max_draft: int = 4, chat: bool = True, model: str = "") -> dict:
+                 max_draft: int = MAX_DRAFT, chat: bool = True, model: str = "") -> dict:
         """Compare over many prompts; arguments as for generate.
 
         Args:
@@ -377,15 +404,19 @@ COPY_LINK = """(label, ...values) => {
 }""".replace("NAMES", json.dumps(LINK))
 
 
-def settings_of(query: dict[str, str], components: list) -> list:
-    """Values for the model menu, `LINK` and the thresholds, from a link's query; what does not fit is left alone."""
+def settings_of(query: dict[str, str], components: list, exits: list[tuple[str, int]]) -> list:
+    """Values for the model menu, `LINK` and the thresholds, from a link's query; what does not fit is left alone.
+
+    exits: choices of the menu of exits, which depends on the model.
+    """
     texts = [query.get("model"), *(query.get(name) for name in LINK)]
     thresholds = query.get("t", "").split(",") if query.get("t") else []
     texts += [thresholds[s] if s < len(thresholds) else None for s in range(len(components) - len(texts))]
-    return [_fitting(component, text) for component, text in zip(components, texts)]
+    return [_fitting(component, text, exits if name == "exit" else getattr(component, "choices", None))
+            for name, component, text in zip(("model", *LINK, *("t",) * MAX_EXITS), components, texts)]
 
 
-def _fitting(component, text: str | None):
+def _fitting(component, text: str | None, choices: list[tuple] | None):
     try:
         if text is None:
             return gr.skip()
@@ -394,7 +425,7 @@ def _fitting(component, text: str | None):
         if isinstance(component, gr.Checkbox):
             return text == "true"
         if isinstance(component, (gr.Radio, gr.Dropdown)):
-            values = {str(value): value for _, value in component.choices}
+            values = {str(value): value for _, value in choices}
             return values.get(text, gr.skip())
         number = float(text)
         if isinstance(component, gr.Slider):
@@ -431,18 +462,21 @@ def _of_size(asked, n: int) -> list:
 def build_demo(library: Library) -> gr.Blocks:
     """The page around these models."""
     page, shape = Page(library), library.shapes[library.labels[0]]
-    curve = measured_curve(library.fingerprint(library.labels[0]))
+    curves = {label: measured_curve(library.fingerprint(label)) for label in library.labels}
     recorded = TRACE.exists() and not library.ready(library.labels[0])
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
-        gr.HTML("<h1>CascadeExit</h1><p>A language model that stops early when it is already sure,"
-                " racing itself.</p>", elem_id="ce-title", apply_default_css=False)
+        gr.HTML("<h1>CascadeExit</h1><p>Easy words leave a language model early, hard words take every layer."
+                " Watch it race its full self.</p>", elem_id="ce-title", apply_default_css=False)
         with gr.Tab("One prompt", elem_id="ce-one"):
             with gr.Row(elem_id="ce-controls"):
-                prompt = gr.Textbox(next(iter(EXAMPLES.values())), label="Prompt", lines=3, max_lines=8, scale=6,
-                                    min_width=300, placeholder="Ask something, or give a text to continue",
-                                    elem_id="ce-prompt")
-                with gr.Column(scale=5, min_width=300):
+                with gr.Column(min_width=300):
+                    prompt = gr.Textbox(next(iter(EXAMPLES.values())), label="Prompt", lines=3, max_lines=8,
+                                        placeholder="Ask something, or give a text to continue", elem_id="ce-prompt")
+                    gr.Examples([[text] for text in EXAMPLES.values()], prompt, label="Examples",
+                                elem_id="ce-examples", example_labels=list(EXAMPLES))
+                with gr.Column(min_width=300):
                     mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", elem_id="ce-mode")
+                    preset, quality = _dials(curves[library.labels[0]])
                     model = gr.Dropdown(library.labels, value=library.labels[0], label="Model", elem_id="ce-model-menu",
                                         visible=len(library.labels) > 1)
             with gr.Row(elem_id="ce-actions"):
@@ -452,10 +486,9 @@ def build_demo(library: Library) -> gr.Blocks:
                 clear = gr.Button("Clear", size="md", scale=0, elem_id="ce-clear")
                 # Where gradio says whose turn it is.
                 queue = gr.HTML("<span></span>", elem_id="ce-queue", apply_default_css=False)
-                gr.Examples([[text] for text in EXAMPLES.values()], prompt, label="Examples", elem_id="ce-examples",
-                            example_labels=list(EXAMPLES))
-            thresholds, force = _exit_controls(shape, curve)
-            settings = [mode, *_more_settings(), force, *thresholds]
+            with gr.Accordion("More settings: each exit, length, chance", open=False, elem_id="ce-settings"):
+                thresholds, force = _exit_controls(shape)
+                settings = [mode, *_more_settings(), force, *thresholds]
             view = token_view(page, replayed(TRACE) if recorded else stream.model_line(shape))
             charted = gr.State("")
             with gr.Accordion("Interactive charts of this run", open=False, visible=False,
@@ -482,8 +515,15 @@ def build_demo(library: Library) -> gr.Blocks:
         clear.click(lambda label: ("", stream.model_line(library.shapes[label]), *NO_CHARTS),
                     model, [prompt, *outputs], cancels=[running, again], queue=False, **quiet)
         charts.expand(page.charts, charted, figures, queue=False, **quiet)
-        model.change(lambda label: (stream.model_line(library.shapes[label]), *NO_CHARTS, *_fit(library.shapes[label])),
-                     model, [*outputs, force, *thresholds], cancels=[running, again], queue=False, **quiet)
+        model.input(lambda label: (stream.model_line(library.shapes[label]), *NO_CHARTS, *_fit(library.shapes[label]),
+                                   *_dials_at(DEFAULT_THRESHOLD, curves[label])),
+                    model, [*outputs, force, *thresholds, preset, quality], cancels=[running, again], queue=False,
+                    **quiet)
+        preset.input(lambda value, label: ([value] * MAX_EXITS + _dials_at(value, curves[label])[1:]),
+                     [preset, model], [*thresholds, quality], queue=False, **quiet)
+        quality.input(lambda percent, label: [threshold_for(percent / 100, curves[label])] * MAX_EXITS + [None],
+                      [quality, model], [*thresholds, preset], queue=False, **quiet)
+        gr.on([slider.input for slider in thresholds], None, None, preset, js="() => null", **quiet)
         link.click(None, inputs, js=COPY_LINK).then(
             lambda: gr.Info("The page's address now holds these settings, and was copied."), queue=False, **quiet)
         upload.upload(_replay_upload, upload, outputs, cancels=[running, again], queue=False, **quiet)
@@ -495,9 +535,21 @@ def build_demo(library: Library) -> gr.Blocks:
             if "ce-status busy" in (text or "") else text, said, said, queue=False, **quiet)
 
         def restore(request: gr.Request):
-            return settings_of(dict(request.query_params), inputs)
+            query, first = dict(request.query_params), library.labels[0]
+            label = query["model"] if query.get("model") in library.labels else first
+            shape = library.shapes[label]
+            values = settings_of(query, inputs, _ways_out(shape)["choices"])
+            fitted = _fit(shape) if label != first else [gr.skip() for _ in (force, *thresholds)]
+            wanted = values[-MAX_EXITS:][:len(shape.exit_layers)]
+            dials = [gr.skip()] * 2
+            if all(isinstance(t, float) for t in wanted):
+                dials = _dials_at(wanted[0] if len(set(wanted)) == 1 else None, curves[label])
+            for update, value in zip(fitted, values[-len(fitted):]):        # the menu and its choice in one
+                update.update(value if isinstance(value, dict) else dict(value=value))
+            return (*values[:-len(fitted)], *fitted, *dials,
+                    gr.skip() if label == first else stream.model_line(shape))
 
-        demo.load(restore, None, inputs, queue=False, **quiet)
+        demo.load(restore, None, [*inputs, preset, quality, view], queue=False, **quiet)
         add_endpoints(page)
     return demo.queue(max_size=20)
 
@@ -532,33 +584,48 @@ def _many_prompts() -> tuple[gr.components.Component, ...]:
     said = gr.HTML("<span></span>", elem_id="ce-said", apply_default_css=False)
     chart = gr.Plot(visible=False, show_label=False, container=False, elem_id="ce-chart")
     table = gr.Dataframe(headers=list(COLUMNS), interactive=False, wrap=True, elem_id="ce-results", buttons=[],
-                         label="Results", column_widths=["25%", "9%", "11%", "8%", "11%", "8%", "8%", "9%", "11%"])
+                         label="Results",
+                         column_widths=[f"{width}px" for width in (240, 100, 120, 100, 130, 100, 110, 110, 210)])
     return kinds, each, pasted, file, start, cancel, said, table, chart, as_json, as_csv
 
 
-def _exit_controls(shape: stream.Shape, curve: list[dict]) -> tuple[list[gr.Slider], gr.Dropdown]:
-    """One dial for all exits, a slider for each, and a way to force one."""
-    hint = "How sure must an exit be? Lower is faster, higher is closer to the full model, 1 closes it"
-    everywhere = dict(queue=False, show_progress="hidden", api_visibility="private")
-    with gr.Accordion(hint, elem_id="ce-sure"):
-        with gr.Row():
-            preset = gr.Radio(PRESETS, value=0.7, label="All exits", elem_id="ce-preset", scale=2, min_width=260)
-            quality = gr.Slider(70, 97, 85, step=1, label="Wanted agreement with the full model, %", buttons=[],
-                                visible=bool(curve), elem_id="ce-quality", scale=2, min_width=240)
-            force = gr.Dropdown(label="Where tokens leave", elem_id="ce-force", scale=2, min_width=220,
-                                **_ways_out(shape))
-        with gr.Row():
-            sliders = [gr.Slider(0, NEVER, 0.7, step=0.01, buttons=[], min_width=200, **_slider(s, shape))
-                       for s in range(MAX_EXITS)]
-        preset.input(lambda value: [value] * MAX_EXITS, preset, sliders, **everywhere)
-        quality.input(lambda percent: [threshold_for(percent / 100, curve)] * MAX_EXITS, quality, sliders,
-                      **everywhere)
+def _dials(curve: list[dict]) -> tuple[gr.Radio, gr.Slider]:
+    """Both set all thresholds: a word, or a wanted quality where one was measured."""
+    with gr.Row(elem_id="ce-dials"):
+        return (gr.Radio(PRESETS, value=DEFAULT_THRESHOLD, label="How sure must an exit be?", elem_id="ce-preset",
+                         scale=3, min_width=280),
+                gr.Slider(70, 97, _percent_at(DEFAULT_THRESHOLD, curve), step=1, label="Agreement wanted, %",
+                          buttons=[], elem_id="ce-quality", scale=2, min_width=200, visible=bool(curve)))
+
+
+def _percent_at(threshold: float, curve: list[dict]) -> int:
+    return round(100 * agreement_at(threshold, curve)) if curve else 0
+
+
+def _dials_at(threshold: float | None, curve: list[dict]) -> list[dict]:
+    """Updates of both dials for one threshold of all exits; None: they differ."""
+    named = threshold if threshold in dict(PRESETS).values() else None
+    percent = {} if threshold is None else dict(value=_percent_at(threshold, curve))
+    return [gr.update(value=named), gr.update(visible=bool(curve), **percent)]
+
+
+def _exit_controls(shape: stream.Shape) -> tuple[list[gr.Slider], gr.Dropdown]:
+    """A slider for each exit, and a way to force one or to leave one out."""
+    with gr.Row():
+        force = gr.Dropdown(label="Where tokens leave", elem_id="ce-force", min_width=220, **_ways_out(shape))
+        gr.HTML("<p>How sure must each exit be? Lower is faster, higher is closer to the full model, 1 closes the exit. "
+                "Verified mode guesses wherever that saves time.</p>", elem_id="ce-hint", apply_default_css=False, min_width=220)
+    with gr.Row():
+        sliders = [gr.Slider(0, NEVER, DEFAULT_THRESHOLD, step=0.01, buttons=[], min_width=200, **_slider(s, shape))
+                   for s in range(MAX_EXITS)]
     return sliders, force
 
 
 def _ways_out(shape: stream.Shape) -> dict:
-    return dict(value=FIRST_SURE, choices=[("At the first sure exit", FIRST_SURE), *(
-        (f"Always at exit {s + 1}", s) for s in range(len(shape.exit_layers)))])
+    exits = range(len(shape.exit_layers))
+    return dict(value=FIRST_SURE, choices=[
+        ("At the first sure exit", FIRST_SURE), *((f"Always at exit {s + 1}", s) for s in exits),
+        *((f"Never at exit {s + 1}", _left_out(s)) for s in exits)])
 
 
 def _slider(s: int, shape: stream.Shape) -> dict:
@@ -567,24 +634,24 @@ def _slider(s: int, shape: stream.Shape) -> dict:
 
 
 def _fit(shape: stream.Shape) -> list[dict]:
-    """Updates that make the exit controls those of another model."""
-    return [gr.update(**_ways_out(shape)), *(gr.update(**_slider(s, shape)) for s in range(MAX_EXITS))]
+    """Updates that make the exit controls those of another model, as it is first shown."""
+    return [gr.update(**_ways_out(shape)),
+            *(gr.update(value=DEFAULT_THRESHOLD, **_slider(s, shape)) for s in range(MAX_EXITS))]
 
 
 def _more_settings() -> list[gr.components.Component]:
     """The controls that `respond` takes between mode and force, in its order."""
-    with gr.Accordion("More settings", open=False, elem_id="ce-more"):
-        with gr.Row():
-            chat = gr.Checkbox(True, label="Chat", info="Off: the model continues your text instead of answering it")
-            tokens = gr.Slider(1, 1024, 200, step=1, label="Most new tokens", buttons=[])
-            draft = gr.Slider(1, 15, 4, step=1, label="Guesses per check",
-                              info="Verified mode: the most guesses before the full model looks", buttons=[])
-        with gr.Row():
-            temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", buttons=[],
-                                    info="0: always the likeliest token")
-            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", buttons=[],
-                              info="Below 1: choose among the likeliest tokens only")
-            seed = gr.Number(0, label="Seed", precision=0, info="Same seed, same text; Retry counts it up")
+    with gr.Row():
+        chat = gr.Checkbox(True, label="Chat", info="Off: the model continues your text instead of answering it")
+        tokens = gr.Slider(1, 1024, 200, step=1, label="Most new tokens", buttons=[])
+        draft = gr.Slider(1, 15, MAX_DRAFT, step=1, label="Guesses per check",
+                          info="Verified mode: the most guesses before the full model looks", buttons=[])
+    with gr.Row():
+        temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", buttons=[],
+                                info="0: always the likeliest token")
+        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", buttons=[],
+                          info="Below 1: choose among the likeliest tokens only")
+        seed = gr.Number(0, label="Seed", precision=0, info="Same seed, same text; Retry counts it up")
     return [chat, tokens, draft, temperature, top_p, seed]
 
 
@@ -592,8 +659,10 @@ def launch_options() -> dict:
     """How this page is served: no outside request, our own looks; tests and scripts start it the same way."""
     # Bold, not gradio's usual semi-bold: the semi-bold file that gradio serves lacks most letters.
     font = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
-    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=font)
-    return dict(theme=theme, css_paths=ASSETS / "app.css", ssr_mode=False, run_history=False, footer_links=[])
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=font).set(
+        body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600")    # its own is too pale to read
+    return dict(theme=theme, css_paths=ASSETS / "app.css", ssr_mode=False, run_history=False, footer_links=[],
+                max_file_size=MAX_UPLOAD)
 
 
 # -- start --------------------------------------------------------------------------------------------------

@@ -34,10 +34,14 @@ const percent = (x, digits = 0) => x === null || x === undefined ? '–' : (100 
 const number = (x, digits = 1) => x === null || x === undefined ? '–' : x.toFixed(digits);
 const milliseconds = x => x === null || x === undefined ? '–' : x >= 10 ? x.toFixed(2) + ' s' : Math.round(1000 * x) + ' ms';
 const isLast = exit => exit >= model.exits.length;
-const colourClass = exit => isLast(exit) ? 'ef' : 'e' + Math.min(exit, 5);
-const exitName = exit => isLast(exit) ? 'Full model' : 'Exit ' + (exit + 1);
+const COPIED = -1;                           // no exit wrote it: a guess copied from earlier in the text
+const colourClass = exit => isLast(exit) ? 'ef' : exit === COPIED ? 'ec' : 'e' + Math.min(exit, 5);
+const exitName = exit => isLast(exit) ? 'Full model' : exit === COPIED ? 'Nobody' : 'Exit ' + (exit + 1);
 const exitPlace = exit => isLast(exit) ? 'all ' + model.layers + ' layers'
+  : exit === COPIED ? 'copied from earlier in the text'
+  : model.exits[exit].layer === 0 ? 'before the ' + model.layers + ' layers'
   : 'after layer ' + model.exits[exit].layer + ' of ' + model.layers;
+const swatchText = exit => isLast(exit) ? 'full' : exit === COPIED ? 'copied' : 'exit ' + (exit + 1);
 
 // -- reading the stream ----------------------------------------------------------------------------------------------
 
@@ -157,7 +161,7 @@ function reject(side, record) {
   node.dataset.note = 'rejected: the full model said something else';
   side.guessed.add(record.i);
   side.rejected++;
-  dirty = true;
+  drawToggle(parts[record.side], side);
 }
 
 function dress(node, record, state) {
@@ -186,16 +190,26 @@ function comparePlaces() {
   }
   const first = (verdict || versus || {}).first_divergence;
   if (first === null || first === undefined || parts.split) return;
-  parts.split = true;
-  for (const nodes of [ours, theirs]) if (nodes[first]) nodes[first].classList.add('split');
-  parts.apart.hidden = false;
+  parts.split = SIDES.map(name => sides[name].nodes[first]);
+  for (const node of parts.split) if (node) node.classList.add('split');
+  parts.apart.hidden = parts.jump.hidden = false;
+}
+
+function jump() {
+  parts.split.forEach((node, k) => {
+    const box = parts[SIDES[k]].text;
+    if (node) box.scrollTop += node.getBoundingClientRect().top - box.getBoundingClientRect().top - 40;
+  });
+  const k = parts.split[0] ? 0 : 1;
+  parts[SIDES[k]].text.focus();                                 // the arrow keys go on from here
+  openCard(parts.split[k], SIDES[k], true);
 }
 
 // -- the page: built once per run, then only text and widths change --------------------------------------------------
 
 function build() {
   model.colours.forEach((colour, s) => root.style.setProperty('--ce-' + colourClass(s), colour));
-  parts = { share: [], keys: [], buttons: [] };
+  parts = { share: [], keys: [], buttons: [], ways: [...model.colours.keys(), COPIED] };
   root.replaceChildren(legend(), verdictStrip(), make('div', 'ce-panels', null, panel('cascade'), panel('full')),
     marks(), charts(), layerMap(), files(), cardBox());
   root.classList.remove('ce-show-rejected');
@@ -207,21 +221,24 @@ function legend() {
   const bar = make('div', 'ce-share');
   bar.setAttribute('aria-hidden', 'true');
   const keys = make('ul', 'ce-keys');
-  for (let s = 0; s <= model.exits.length; s++) {
+  parts.ways.forEach((s, i) => {
     const segment = make('div', 'ce-share-part ' + colourClass(s));
     const count = make('span', 'ce-count', '');
     const button = make('button', 'ce-key', null,
-      make('span', 'ce-swatch t ' + colourClass(s), isLast(s) ? 'full' : 'exit ' + (s + 1)),
+      make('span', 'ce-swatch t ' + colourClass(s), swatchText(s)),
       make('span', 'ce-place', exitPlace(s)), count);
     button.type = 'button';
-    button.title = 'Show these tokens alone';
+    button.title = 'Show these tokens alone (key ' + (i + 1) + ')';
+    button.setAttribute('aria-keyshortcuts', String(i + 1));
     button.setAttribute('aria-pressed', 'false');
     button.addEventListener('click', () => only(colourClass(s)));
-    bar.append(segment); keys.append(make('li', '', null, button));
+    const key = make('li', '', null, button);
+    key.hidden = s === COPIED;               // until there is one
+    bar.append(segment); keys.append(key);
     parts.share.push(segment); parts.keys.push(count); parts.buttons.push(button);
-  }
+  });
   const head = make('div', 'ce-legend-head', null, make('span', 'ce-caption', 'Colour shows how deep each token had to go'),
-    make('span', 'ce-model', model.model));
+    make('span', 'ce-place', 'a token is a word or a piece of one'), make('span', 'ce-model', model.model));
   parts.recorded = make('span', 'ce-flag ce-recorded', 'recorded run');
   head.append(parts.recorded);
   if (!model.trained) {
@@ -229,19 +246,27 @@ function legend() {
     flag.title = 'These exits were not trained for this model: they stop rarely or guess badly. Verified mode stays exact.';
     head.append(flag);
   }
-  return make('section', 'ce-legend', null, head, bar, keys);
+  return parts.legend = make('section', 'ce-legend', null, head, bar, keys);
 }
 
 function only(kind) {
   const on = root.dataset.only !== kind;
   if (on) root.dataset.only = kind; else delete root.dataset.only;
-  parts.buttons.forEach((button, s) => button.setAttribute('aria-pressed', String(on && colourClass(s) === kind)));
+  parts.buttons.forEach((button, s) => button.setAttribute('aria-pressed', String(on && colourClass(parts.ways[s]) === kind)));
 }
+
+// Digits work while the focus is on our part of the page, so that no digit is lost to somebody who writes a prompt.
+root.addEventListener('keydown', event => {
+  const s = event.key - 1;
+  if (event.ctrlKey || event.altKey || event.metaKey || !parts || !(s in parts.buttons)) return;
+  event.preventDefault();
+  only(colourClass(s));
+});
 
 function marks() {
   parts.differsCount = make('b', null, '0');
   parts.differs = make('li', null, null, make('span', 't ef differs', 'like this'), ' another choice: with the same text before it, the full model would have said something else (', parts.differsCount, ')');
-  parts.apart = make('li', null, null, make('span', 't ef apart split', 'like this'), ' another place: the two texts part at the bar, and from there the dotted tokens stand where the other text has another one');
+  parts.apart = make('li', null, null, make('span', 't ef apart split', 'like this'), ' another place: the two texts part at the bar; dotted tokens stand where the other text has another one');
   parts.correction = make('li', null, null, make('span', 't ef correction', 'like this'), ' a correction: an exit had guessed another token, and the full model said this one');
   parts.differs.hidden = parts.apart.hidden = parts.correction.hidden = true;
   return make('ul', 'ce-marks', null, parts.correction, parts.differs, parts.apart);
@@ -251,16 +276,21 @@ function verdictStrip() {
   parts.status = make('p', 'ce-status');
   parts.status.setAttribute('role', 'status');
   parts.badge = make('p', 'ce-badge');
-  parts.badge.hidden = true;
+  parts.jump = make('button', 'ce-toggle', 'show');
+  parts.jump.type = 'button';
+  parts.jump.setAttribute('aria-label', 'Show the first difference');
+  parts.jump.addEventListener('click', jump);
+  parts.badge.hidden = parts.jump.hidden = true;
   const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'the full model’s speed'),
     tile('agreement', 'Agreement', 'known at the end'), tile('same', 'Same text', 'so far'),
     tile('cost', 'Weights read', 'of what the full model reads'));
+  parts.sameNote.after(' ', parts.jump);
   return make('section', 'ce-verdict', null, tiles, parts.badge, parts.status);
 }
 
 function tile(name, label, note) {
-  const value = make('dd', 'ce-value', '–'), small = make('dd', 'ce-note', note);
-  parts[name] = value; parts[name + 'Note'] = small;
+  const value = make('dd', 'ce-value', '–'), words = make('span', null, note), small = make('dd', 'ce-note', null, words);
+  parts[name] = value; parts[name + 'Note'] = words;
   return make('div', 'ce-tile', null, make('dt', null, label), value, small);
 }
 
@@ -276,8 +306,10 @@ function panel(name) {
   listen(text, name);
   text.dataset.hint = name === 'full' ? 'The same model without exits answers here, for comparison.'
     : 'Press Run. Each token appears in the colour of the exit that wrote it.';
-  const speed = make('b', null, '–'), first = make('b', null, '–'), total = make('b', null, '–');
-  const facts = make('p', 'ce-facts', null, speed, ' tokens/s', make('i'), 'first token ', first, make('i'), total);
+  const [speed, first, typical, slow, right, total] = [1, 2, 3, 4, 5, 6].map(() => make('b', null, '–'));
+  const facts = make('p', 'ce-facts', null, make('span', null, null, speed, ' tokens/s'), make('span', null, null, 'first token ', first),
+    make('span', null, null, 'then half under ', typical, ', 90% under ', slow), make('span', null, null, right, ' of the guesses right'), make('span', null, null, total));
+  right.parentNode.hidden = true;
   const toggle = make('button', 'ce-toggle');
   toggle.type = 'button'; toggle.hidden = true;
   toggle.setAttribute('aria-pressed', 'false');
@@ -286,13 +318,13 @@ function panel(name) {
     toggle.setAttribute('aria-pressed', String(on));
     drawToggle(parts[name], sides[name]);
   });
-  parts[name] = { title, sub, text, speed, first, total, toggle };
+  parts[name] = { title, sub, text, speed, first, typical, slow, right, total, toggle };
   return make('section', 'ce-panel', null, make('header', null, null, title, sub, facts, toggle), text);
 }
 
 function charts() {
   parts.matchChart = chart('Same tokens as the full model', 'the last 32 places', ['cascade']);
-  parts.waitChart = chart('Time for each token', 'milliseconds', ['full', 'cascade']);
+  parts.waitChart = chart('Time for each token', 'solid: with exits, dotted: full model', ['full', 'cascade']);
   parts.charts = make('section', 'ce-charts', null, parts.matchChart.box, parts.waitChart.box);
   parts.charts.hidden = true;
   return parts.charts;
@@ -320,6 +352,7 @@ function begin() {
   put(parts.cascade.sub, verified ? 'exits guess ahead, the full model checks every guess'
     : 'each token leaves as soon as an exit is sure');
   parts.charts.hidden = false;
+  if (!playing && innerWidth < 768) parts.legend.scrollIntoView({ behavior: still ? 'auto' : 'smooth' });
 }
 
 function status(text, kind = '') {
@@ -350,6 +383,10 @@ function drawSide(part, side) {
   if (!stats) return;
   put(part.speed, number(stats.tokens_per_second));
   put(part.first, milliseconds(stats.first_token_seconds));
+  put(part.typical, milliseconds(stats.token_seconds_p50));
+  put(part.slow, milliseconds(stats.token_seconds_p90));
+  part.right.parentNode.hidden = stats.acceptance === null || stats.acceptance === undefined;
+  put(part.right, percent(stats.acceptance));
   put(part.total, stats.tokens + ' tokens in ' + number(stats.seconds, 2) + ' s' + (stats.done ? ' ✓' : ''));
 }
 
@@ -360,10 +397,12 @@ function drawToggle(part, side) {
 }
 
 function drawShare(stats) {
-  parts.share.forEach((segment, s) => {
-    const share = stats ? stats.routing_share[s] : 0;
-    segment.style.flexGrow = share;
-    put(parts.keys[s], stats ? Math.round(share * stats.tokens) + ' · ' + percent(share) : '');
+  parts.ways.forEach((s, i) => {
+    const share = !stats ? 0 : s !== COPIED ? stats.routing_share[s]
+      : stats.tokens ? Math.max(0, 1 - stats.routing_share.reduce((a, b) => a + b, 0)) : 0;
+    parts.share[i].style.flexGrow = share;
+    put(parts.keys[i], stats ? Math.round(share * stats.tokens) + ' · ' + percent(share) : '');
+    if (s === COPIED) parts.buttons[i].parentNode.hidden = share < 1e-9;
   });
 }
 
@@ -391,7 +430,7 @@ function drawBadge() {
 
 function drawMatch() {
   const last = match.length ? match[match.length - 1] : null;
-  put(parts.matchChart.now, last ? percent(last[1]) : '');
+  put(parts.matchChart.now, last ? percent(last[1]) + ' now' : '');
   line(parts.matchChart.paths.cascade, match, last ? last[0] : 1, 1);
 }
 
@@ -401,10 +440,6 @@ function drawWaits() {
   const longest = Math.max(1, ...SIDES.map(name => sides[name].waits.length));
   for (const name of SIDES) line(parts.waitChart.paths[name], peaks(sides[name].waits), longest, top);
   put(parts.waitChart.top, Math.round(top) + ' ms');
-  const middle = sides.cascade.stats;
-  put(parts.waitChart.now, middle && middle.token_seconds_p50 !== null
-    ? 'with exits: half under ' + Math.round(1000 * middle.token_seconds_p50) + ' ms, 90% under ' + Math.round(1000 * middle.token_seconds_p90) + ' ms'
-    : '');
 }
 
 function peaks(values) {
@@ -455,9 +490,18 @@ function openCard(node, name, pinned) {
   node.classList.add('chosen');
   fillCard();
   parts.card.hidden = false;
-  const box = root.getBoundingClientRect(), at = node.getClientRects()[0] || box, own = parts.card.getBoundingClientRect();
+  placeCard();
+}
+
+function placeCard() {                        // above its token where there is room, and again when it has grown
+  if (innerWidth < 768) {                     // the card lies at the foot of the screen: the token must not be under it
+    const hidden = card.node.getBoundingClientRect().bottom + 12 - parts.card.getBoundingClientRect().top;
+    if (hidden > 0) scrollBy(0, hidden);
+    return;
+  }
+  const node = card.node, box = root.getBoundingClientRect(), at = node.getClientRects()[0] || box, own = parts.card.getBoundingClientRect();
   const left = Math.max(0, Math.min(at.left - box.left, box.width - own.width));
-  const above = at.top - own.height - 8 > 0;
+  const above = at.top - own.height - 8 > 0 || at.bottom + own.height + 8 > innerHeight && at.top > innerHeight / 2;
   parts.card.style.left = left + 'px';
   parts.card.style.top = (above ? at.top - box.top - own.height - 6 : at.bottom - box.top + 6) + 'px';
 }
@@ -473,7 +517,7 @@ function fillCard() {
   const { node, name } = card, i = sides[name].nodes.indexOf(node), record = sides[name].records[i];
   const facts = make('dl', 'ce-card-facts');
   const fact = (label, value) => facts.append(make('dt', null, label), make('dd', null, value));
-  const text = node.textContent, bytes = [...new TextEncoder().encode(text)].map(b => b.toString(16).padStart(2, '0'));
+  const text = node.textContent, bytes = bytesOf(record, text);
   parts.card.replaceChildren(make('p', 'ce-card-text', visible(text) || (record && record.part ? 'part of a character' : 'nothing to see')), facts);
   fact('token', node.dataset.id + (bytes.length ? ' · bytes ' + bytes.slice(0, 12).join(' ') + (bytes.length > 12 ? ' …' : '') : ''));
   if (node.dataset.note) fact('draft', node.dataset.note);
@@ -488,6 +532,11 @@ function fillCard() {
   if (name === 'cascade' && run) parts.card.append(readings(record, i));
 }
 
+function bytesOf(record, text) {              // of a piece of a character they come along: its text is not its own
+  if (record && record.bytes) return record.bytes.match(/../g);
+  return [...new TextEncoder().encode(text)].map(b => b.toString(16).padStart(2, '0'));
+}
+
 function readings(record, i) {
   const table = make('table', 'ce-readings'), body = make('tbody');
   table.append(make('caption', null, 'How sure each exit was, and its likeliest tokens'), body);
@@ -495,7 +544,7 @@ function readings(record, i) {
     const sure = record.conf[s], needed = run.thresholds[s];
     const asked = sure === null || sure === undefined ? (s < record.exit ? 'not asked' : '') : percent(sure) + ' sure'
       + (needed === null || needed === undefined ? '' : ' (' + percent(needed) + ' needed)');
-    body.append(make('tr', null, null, make('th', null, null, make('span', 'ce-swatch t ' + colourClass(s), isLast(s) ? 'full' : 'exit ' + (s + 1))),
+    body.append(make('tr', null, null, make('th', null, null, make('span', 'ce-swatch t ' + colourClass(s), swatchText(s))),
       make('td', null, asked), make('td', 'ce-top5', '')));
   }
   if (verdict && !playing) ask(i, body);
@@ -510,8 +559,10 @@ async function ask(i, body) {
   seen.readings.forEach((reading, s) => {
     const [, sure, top] = body.rows[s].cells;
     if (!sure.textContent && !isLast(s)) sure.textContent = percent(reading.confidence) + ' sure, not needed';
-    top.replaceChildren(...reading.top.flatMap(c => [make('span', 'ce-candidate' + (c.id === +asked.node.dataset.id ? ' same' : ''), visible(c.text)), ' ' + percent(c.p) + '  ']));
+    top.replaceChildren(...reading.top.map(c => make('span', 'ce-choice', null,
+      make('span', 'ce-candidate' + (c.id === +asked.node.dataset.id ? ' same' : ''), visible(c.text)), ' ' + percent(c.p))));
   });
+  placeCard();
 }
 
 const visible = text => text.replace(/ /g, '␣').replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/\r/g, '␍');
@@ -549,7 +600,7 @@ function layerMap() {
 function drawMap(table, map) {
   const rows = [];
   for (let s = model.exits.length; s >= 0; s--) {
-    const row = make('tr', null, null, make('th', null, null, make('span', 'ce-swatch t ' + colourClass(s), isLast(s) ? 'full' : 'exit ' + (s + 1))));
+    const row = make('tr', null, null, make('th', null, null, make('span', 'ce-swatch t ' + colourClass(s), swatchText(s))));
     map.columns.forEach((column, c) => {
       const said = column[s], record = sides.cascade.records[map.start + c];
       const cell = make('td', colourClass(s) + (said.id === column[column.length - 1].id ? ' same' : '') + (record && record.exit === s ? ' left' : ''), visible(said.text));
@@ -582,7 +633,7 @@ function table() {
   const rows = [['side', 'position', 'token', 'text', 'exit', 'layer', 'status', 'confidence', 'milliseconds', 'weights_read', 'other_choice', 'other_place']];
   for (const name of SIDES) sides[name].records.forEach((r, i) => {
     const node = sides[name].nodes[i];
-    rows.push([name, i, r.id, node.textContent, isLast(r.exit) ? 'full' : r.exit + 1, isLast(r.exit) ? model.layers : model.exits[r.exit].layer,
+    rows.push([name, i, r.id, node.textContent, isLast(r.exit) ? 'full' : r.exit === COPIED ? 'copied' : r.exit + 1, isLast(r.exit) ? model.layers : r.exit === COPIED ? 0 : model.exits[r.exit].layer,
       r.status, r.conf[r.exit] ?? '', r.ms ?? '', r.read ?? '', +node.classList.contains('differs'), +node.classList.contains('apart')]);
   });
   return rows.map(row => row.map(cell).join(',')).join('\r\n') + '\r\n';

@@ -4,8 +4,10 @@ A file is one JSON object {"format": 1, "records": [...]}; its records are the l
 """
 
 import json
+import math
 import re
 
+from cascadeexit.events import COPIED
 from cascadeexit.stream import CASCADE, FORMAT, FULL, write_line
 
 MAX_BYTES, MAX_RECORDS = 8_000_000, 60_000
@@ -23,6 +25,14 @@ _FIELDS = {
     "stopped": {}, "error": {"message": str},
 }
 _SAID = {"text": str, "exit": int, "t": _NUMBER, "conf": list}
+# Fields that may be missing or null, but nothing else than this.
+_OPTIONAL = {
+    "token": {"ms": _NUMBER, "read": _NUMBER, "bytes": str, "special": bool, "part": bool},
+    "stats": dict.fromkeys(("cost", "tokens_per_second", "first_token_seconds", "token_seconds_p50",
+                            "token_seconds_p90", "token_seconds_p99"), _NUMBER),
+    "versus": {"speedup": _NUMBER, "first_divergence": int},
+    "end": {"agreement": _NUMBER, "first_divergence": int, "identical": bool, "differs": list},
+}
 _STATUS = ("emitted", "draft", "accepted", "rejected")
 
 
@@ -40,7 +50,7 @@ def load(content: bytes | str) -> str:
     if len(content) > MAX_BYTES:
         raise ValueError(f"this file has {len(content):,} bytes, the limit is {MAX_BYTES:,}")
     try:
-        file = json.loads(content)
+        file = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"this file is not JSON ({error}). Give one that Save wrote.") from None
     if not isinstance(file, dict) or not isinstance(file.get("records"), list):
@@ -50,20 +60,41 @@ def load(content: bytes | str) -> str:
         raise ValueError(f"this record has format {file.get('format')!r}; this page reads format {FORMAT}")
     if not 2 <= len(file["records"]) <= MAX_RECORDS:
         raise ValueError(f"a record has 2 to {MAX_RECORDS:,} entries, this one {len(file['records']):,}")
-    model = file["records"][0]
     for number, record in enumerate(file["records"]):
         _check(number, record)
-    if [r["type"] for r in file["records"][:2]] != ["model", "run"]:
-        raise ValueError("a record begins with a model and a run")
+    _check_whole(file["records"])
+    return "".join(write_line(**record) for record in file["records"])
+
+
+def _check_whole(records: list[dict]) -> None:
+    """What the entries, each right by itself, must be to one another."""
+    kinds, model = [record["type"] for record in records], records[0]
+    if kinds[:2] != ["model", "run"] or {"model", "run"} & {*kinds[2:]}:
+        raise ValueError("a record begins with a model and a run, and holds no other")
     if not all(isinstance(e, dict) and isinstance(e.get("layer"), int) for e in model["exits"]):
         raise ValueError('entry 0 (model): exits should be a list of {"layer": ...}')
+    exits = len(model["exits"])
     # Colours become styles of the page, where anything else than a colour could fetch something.
-    if not all(isinstance(c, str) and re.fullmatch("#[0-9A-Fa-f]{6}", c) for c in model["colours"]):
-        raise ValueError("entry 0 (model): colours should be written as #RRGGBB")
-    for number, record in enumerate(file["records"]):
-        if not 0 <= record.get("exit", 0) <= len(model["exits"]):
-            raise ValueError(f"entry {number}: exit should be 0 to {len(model['exits'])}, got {record['exit']}")
-    return "".join(write_line(**record) for record in file["records"])
+    if len(model["colours"]) != exits + 1 or not all(
+            isinstance(c, str) and re.fullmatch("#[0-9A-Fa-f]{6}", c) for c in model["colours"]):
+        raise ValueError(f"entry 0 (model): colours should be {exits + 1}, written as #RRGGBB")
+    written = {CASCADE: 0, FULL: 0}
+    for number, record in enumerate(records):
+        if not COPIED <= record.get("exit", 0) <= exits:
+            raise ValueError(f"entry {number}: exit should be 0 to {exits}, or {COPIED} for a copied token, got "
+                             f"{record['exit']}")
+        for name, length in (("conf", exits), ("thresholds", exits), ("routing_share", exits + 1)):
+            values = record.get(name, [None] * length)
+            if len(values) != length or not all(v is None or _fits(v, _NUMBER) for v in values):
+                raise ValueError(f"entry {number}: {name} should be {length} numbers, got {values!r}"[:300])
+        if record["type"] not in ("token", "text"):
+            continue
+        side, i = record["side"], record["i"]
+        final = record.get("status") in ("emitted", "accepted")
+        if i < 0 or (final and i != written[side]) or (record["type"] == "text" and i >= written[side]):
+            raise ValueError(f"entry {number} ({record['type']}): {written[side]} tokens of this side come before it, "
+                             f"so its place cannot be {i}")
+        written[side] += final
 
 
 def _check(number: int, record) -> None:
@@ -73,14 +104,29 @@ def _check(number: int, record) -> None:
     fields = dict(_FIELDS[kind])
     if kind == "token" and record.get("status") != "rejected":
         fields |= _SAID
-    for name, wanted in fields.items():
+    optional = {name: wanted for name, wanted in _OPTIONAL.get(kind, {}).items() if record.get(name) is not None}
+    for name, wanted in (fields | optional).items():
         value = record.get(name)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        if not _fits(value, wanted):
             raise ValueError(f"entry {number} ({kind}): {name} should be {_name(wanted)}, got {value!r}"[:300])
+    if not all(_fits(i, int) for i in record.get("differs") or []):
+        raise ValueError(f"entry {number} ({kind}): differs should hold whole numbers")
+    if not re.fullmatch("([0-9a-f]{2})+", record.get("bytes") or "00"):
+        raise ValueError(f"entry {number} ({kind}): bytes should be hexadecimal digits, got {record['bytes']!r}"[:300])
     if record.get("side", CASCADE) not in (CASCADE, FULL):
         raise ValueError(f"entry {number}: side should be {CASCADE} or {FULL}, got {record['side']!r}"[:300])
     if kind == "token" and record["status"] not in _STATUS:
         raise ValueError(f"entry {number}: status should be among {', '.join(_STATUS)}, got {record['status']!r}"[:300])
+
+
+def _fits(value, wanted) -> bool:
+    if isinstance(value, bool):             # a whole number to Python, and to nobody else
+        return wanted is bool
+    return isinstance(value, wanted) and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is no JSON number")
 
 
 def _name(wanted) -> str:

@@ -6,7 +6,8 @@ Lines by `type`, one record a line, in order of time:
     run      run (its id), mode, greedy, thresholds, prompt_tokens, max_new_tokens, settings (as chosen on the page)
     token    side ('cascade' or 'full'), i (position), id, status (emitted, draft, accepted, rejected); if not rejected
              text, exit, t (engine seconds), conf (of each exit, null = not asked), read (weights read, in tokens of the
-             full model); ms since the token before; special, part where they hold
+             full model); ms since the token before; special where it holds; for a piece of a character its bytes (in
+             hexadecimal), and part when later tokens finish it
     text     side, i, text: what a cut character at the end turned out to be
     stats    side, seconds, done and the fields of metrics.RunStats, so far
     versus   n, speedup, positional, rolling, first_divergence: one text beside the other, so far
@@ -22,6 +23,7 @@ Every number comes from `metrics`, so the page and the benchmark cannot disagree
 
 import copy
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +44,7 @@ _BROKEN = "\ufffd"                          # how decoders show an unfinished or
 # Paul Tol's "light" scheme, shallow to deep: black text on each is readable, also for colour-blind eyes.
 _DEPTH_COLOURS = ("#99DDFF", "#77AADD", "#44BB99", "#BBCC33", "#EEDD88", "#EE8866")
 _FULL_COLOUR = "#DDDDDD"
+COPIED_COLOUR = "#FFAABB"                   # as in app.css
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,21 @@ class TextDecoder:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+# How byte-level tokenizers write bytes: those of printable Latin letters as themselves, the others moved up.
+_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - {*_PLAIN}))}
+
+
+def token_bytes(tokenizer, token_id: int) -> bytes:
+    """The bytes that a token stands for, also where they are no whole character."""
+    word = tokenizer.convert_ids_to_tokens(token_id)
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", word):                # byte fallback
+        return bytes.fromhex(word[3:5])
+    if _BROKEN in tokenizer.decode([token_id]) and set(word) <= set(_BYTES):
+        return bytes(_BYTES[c] for c in word)
+    return tokenizer.decode([token_id]).encode("utf-8", "replace")
+
+
 class _Side:
     """One stream of events, on its way to text."""
 
@@ -141,7 +159,7 @@ class TokenStream:
         self.engine, self.config, self.prompt_ids = engine, config, list(prompt_ids)
         self.run = uuid.uuid4().hex[:12]
         self.sides = {CASCADE: _Side(tokenizer), FULL: _Side(tokenizer)}
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._tokenizer, self._special = tokenizer, frozenset(tokenizer.all_special_ids)
         self.text = model_line(Shape.of(engine))
         self._write("run", run=self.run, mode=config.mode, greedy=config.temperature == 0,
                     thresholds=config.threshold_per_exit(engine.num_exits), prompt_tokens=len(self.prompt_ids),
@@ -159,8 +177,10 @@ class TokenStream:
             record["ms"] = 1000 * metrics.token_seconds(side.final[-2:])[0]
         if event.token_id in self._special:
             record["special"] = True
-        elif event.final and side.decoder.holding:
-            record["part"] = True           # a later token finishes its character
+        elif event.final and _BROKEN in self._tokenizer.decode([event.token_id]):
+            record["bytes"] = token_bytes(self._tokenizer, event.token_id).hex()
+            if side.decoder.holding:
+                record["part"] = True       # a later token finishes its character
         self._write("token", **_rounded(record))
 
     def add_stats(self) -> None:
@@ -263,6 +283,8 @@ def exit_name(s: int, shape: Shape) -> str:
     """Plain words for segment s."""
     if s == len(shape.exit_layers):
         return "Full model"
+    if shape.exit_layers[s] == 0:
+        return f"Exit {s + 1} (before the {shape.num_layers} layers)"
     return f"Exit {s + 1} (after layer {shape.exit_layers[s]} of {shape.num_layers})"
 
 

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from cascadeexit import metrics
 from cascadeexit.evaluation import Result, quality_speed_points, summarize_results
-from cascadeexit.stream import CASCADE, FULL, Shape, TokenStream, colours, exit_name
+from cascadeexit.stream import CASCADE, COPIED_COLOUR, FULL, Shape, TokenStream, colours, exit_name
 
 _OUTLINE = "#7D838C"                        # visible on a light and on a dark page
 _KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # Paul Tol's "bright" scheme
@@ -22,10 +22,13 @@ def routing_figure(stream: TokenStream) -> go.Figure:
     engine, final = stream.engine, stream.sides[CASCADE].final
     share = metrics.routing_share(final, engine.model.num_segments)
     names = [exit_name(s, Shape.of(engine)).partition(" (")[0] for s in range(len(share))]
+    palette = colours(engine.num_exits)
+    if final and sum(share) < 1 - 1e-9:
+        share, names, palette = (*share, 1 - sum(share)), [*names, "Copied"], (*palette, COPIED_COLOUR)
     figure = go.Figure(go.Bar(
         x=share, y=names, orientation="h", cliponaxis=False,
         text=[f"{part:.1%}" for part in share], textposition="outside",
-        marker=dict(color=colours(engine.num_exits), line=dict(color=_OUTLINE, width=1)),
+        marker=dict(color=palette, line=dict(color=_OUTLINE, width=1)),
         hovertemplate="%{y}: %{x:.1%} of the tokens<extra></extra>"))
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(tickformat=".0%", range=[0, 1.08])
@@ -57,7 +60,7 @@ def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Fi
             marker=dict(color=palette[s], size=8, line=dict(color=_OUTLINE, width=0.6)),
             hovertemplate="token %{x}: %{y:.0%} sure<extra>" + f"Exit {s + 1}</extra>")
     others = [e for e, choice in zip(final, full_choices)
-              if e.exit < engine.num_exits and e.token_id != choice]
+              if 0 <= e.exit < engine.num_exits and e.token_id != choice]
     figure.add_scatter(
         x=[e.index for e in others], y=[e.confidences[e.exit] for e in others], mode="markers",
         name="full model differs", marker=dict(color="#D55E00", size=8, symbol="x-thin-open", line_width=2),
@@ -77,9 +80,10 @@ def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) 
     if curve:
         figure.add_scatter(
             x=[1 / point["cost"] for point in curve], y=[point["agreement"] for point in curve], mode="lines+markers",
-            name="thresholds measured before, if bytes were all", line=dict(color=_OUTLINE, width=1.5, dash="dot"),
+            name="other thresholds, measured before (speed by weights read)",
+            line=dict(color=_OUTLINE, width=1.5, dash="dot"),
             text=[f"threshold {point['threshold']:g}" for point in curve],
-            hovertemplate="%{text}: %{y:.1%} agreement, %{x:.2f}x by bytes<extra></extra>")
+            hovertemplate="%{text}: %{y:.1%} agreement, %{x:.2f}x by weights read<extra></extra>")
     points = quality_speed_points(results)
     for kind, colour in zip(dict.fromkeys(p["kind"] for p in points), (*_KIND_COLOURS, *[_OUTLINE] * len(points))):
         mine = [p for p in points if p["kind"] == kind]

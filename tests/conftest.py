@@ -9,7 +9,7 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.model import SegmentedModel
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+             num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=1)
 FAMILIES = {
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "llama-untied": LlamaConfig(**SHAPE, tie_word_embeddings=False),

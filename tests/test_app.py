@@ -3,7 +3,7 @@
 import pytest
 
 import app
-from cascadeexit import hub
+from cascadeexit import hub, stream
 from cascadeexit.library import Library, Offer
 
 CURVE = [{"threshold": t, "agreement": a} for t, a in ((0.5, 0.7), (0.9, 0.95), (0.7, 0.8))]
@@ -13,6 +13,11 @@ CURVE = [{"threshold": t, "agreement": a} for t, a in ((0.5, 0.7), (0.9, 0.95), 
                                                (0.99, 0.9)])
 def test_a_wanted_agreement_becomes_the_threshold_that_was_measured(wanted, threshold):
     assert app.threshold_for(wanted, CURVE) == pytest.approx(threshold)
+
+
+@pytest.mark.parametrize("threshold, agreement", [(0.5, 0.7), (0.6, 0.75), (0.8, 0.875), (0.1, 0.7), (0.99, 0.95)])
+def test_a_threshold_shows_the_agreement_that_was_measured_there(threshold, agreement):
+    assert app.agreement_at(threshold, CURVE) == pytest.approx(agreement, abs=0.006)
 
 
 def test_the_measured_curve_is_that_of_the_shipped_exits():
@@ -39,5 +44,9 @@ def test_forced_exits_and_closed_ones():
     assert config.thresholds == [None, 0.0, None] and full.mode == "full"
     config, _ = app.decode_configs(3, "verified", 10, 4, 0.0, 1.0, None, app.FIRST_SURE, [0.5, 0.6, 1.0, 0.7])
     assert config.thresholds == [0.5, 0.6, None]
+    without_2 = next(value for name, value in app._ways_out(stream.Shape("m", 6, (2, 3, 5), True))["choices"]
+                     if name == "Never at exit 2")
+    config, _ = app.decode_configs(3, "cascade", 10, 4, 0.0, 1.0, 0, without_2, [0.5, 0.6, 0.9, 0.7])
+    assert config.thresholds == [0.5, None, 0.9]
     with pytest.raises(ValueError, match="A setting is empty"):
         app.decode_configs(3, "cascade", None, 4, 0.0, 1.0, 0, app.FIRST_SURE, [0.5] * 3)

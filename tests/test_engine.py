@@ -286,7 +286,7 @@ def test_runs_may_interleave(engine):
     ([], {}, "empty"),
     ([97], {}, "token ids"),
     ([-1], {}, "token ids"),
-    ([5] * 500, {"max_new_tokens": 13}, "512"),
+    ([5] * 1012, {"max_new_tokens": 13}, "1024"),
     ([5], {"thresholds": (0.5, 0.5)}, "3 exits"),
     ([5], {"mode": "verified", "max_draft": 32}, "max_draft"),
 ])

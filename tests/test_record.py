@@ -1,6 +1,7 @@
 """A saved run comes back as it was; a file that is none says why."""
 
 import json
+import re
 
 import pytest
 from conftest import tiny_engine
@@ -45,6 +46,13 @@ def changed(told: str, **change) -> str:
     ({"records__0__colours": ["url(http://example.org)"] * 4}, "#RRGGBB"),
     ({"records__0__exits": [{"depth": 1}]}, "layer"),
     ({"records__1__type": "stopped"}, "begins with a model and a run"),
+    ({"records__0__colours": ["#000000"]}, "colours should be 4"),
+    ({"records__2__i": 7}, "its place cannot be 7"),
+    ({"records__2__conf": [1]}, "conf should be 3 numbers"),
+    ({"records__2__t": float("nan")}, "NaN is no JSON number"),
+    ({"records__2__bytes": "zz"}, "hexadecimal"),
+    ({"records__2__read": "much"}, "read should be a number"),
+    ({"records__1__thresholds": ["low"] * 3}, "thresholds should be 3 numbers"),
 ])
 def test_what_does_not_fit_is_named(told, change, reason):
     with pytest.raises(ValueError, match=reason):
@@ -60,3 +68,23 @@ def test_files_of_another_kind_are_refused(content):
 def test_a_file_that_is_too_large_is_refused_before_it_is_read():
     with pytest.raises(ValueError, match="the limit is"):
         record.load(" " * (record.MAX_BYTES + 1))
+
+
+def test_a_number_beyond_all_numbers_is_refused(told):
+    first = re.search(r'"t":[0-9.e-]+', record.dump(told))[0]
+    with pytest.raises(ValueError, match="t should be a number, got inf"):
+        record.load(record.dump(told).replace(first, '"t":1e999', 1))
+
+
+def test_text_for_a_token_that_never_came_is_refused(told):
+    file = json.loads(record.dump(told))
+    file["records"].append(dict(type="text", side="full", i=10_000, text="x"))
+    with pytest.raises(ValueError, match="its place cannot be 10000"):
+        record.load(json.dumps(file))
+
+
+def test_a_share_for_each_segment_and_no_other(told):
+    file = json.loads(record.dump(told))
+    next(r for r in file["records"] if r["type"] == "stats")["routing_share"] = [1]
+    with pytest.raises(ValueError, match="routing_share should be 4 numbers"):
+        record.load(json.dumps(file))

@@ -96,6 +96,15 @@ def test_a_cut_character_at_the_end_is_not_lost(tokenizer):
     assert records(told, "text") == [{"type": "text", "side": "cascade", "i": 2, "text": "\ufffd"}]
 
 
+def test_a_piece_of_a_character_comes_with_its_bytes(tokenizer):
+    told = stream.TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
+    for i, token in enumerate(ids_of(tokenizer, "a ð Ł ĺ Ģ b â Ĥ ¬")):
+        told.add(stream.FULL, TokenEvent(i, token, 3, (None,) * 3, Status.EMITTED, i + 1.0, 0))
+    assert [r.get("bytes") for r in records(told, "token")] == [None, "f0", "9f", "98", "80", None, "e2", "82", "ac"]
+    assert all(stream.token_bytes(tokenizer, i) == tokenizer.decode([i]).encode()
+               for i in ids_of(tokenizer, "a Ġ Ċ Ġx </s> 9"))
+
+
 def test_special_tokens_are_marked(tokenizer):
     told = stream.TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
     told.add(stream.FULL, TokenEvent(0, tokenizer.eos_token_id, 3, (None,) * 3, Status.EMITTED, 1.0, 0))

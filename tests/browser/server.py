@@ -17,13 +17,18 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def serve(engine, tokenizer):
+    """The address of the app around one model, while it runs."""
+    return serve_library(Library.of(engine, tokenizer))
+
+
 @contextmanager
-def serve(engine, tokenizer) -> Iterator[str]:
+def serve_library(library: Library) -> Iterator[str]:
     """The app's address, while it runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    demo = app.build_demo(Library.of(engine, tokenizer))
+    demo = app.build_demo(library)
     demo.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True,
                 **app.launch_options())
     try:

@@ -7,10 +7,14 @@ pytestmark = pytest.mark.browser
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa"]}
 
 
-def violations(page) -> list[str]:
+ONE = ("#ce-view", "#ce-title", "#ce-actions", "#ce-controls", "#ce-settings", "#ce-links")
+MANY = ("#ce-title", "#ce-many")
+
+
+def violations(page, places=ONE) -> list[str]:
     """In our own components; gradio's toasts are not ours."""
     found = []
-    for place in ("#ce-view", "#ce-title", "#ce-actions", "#ce-controls", "#ce-sure", "#ce-links"):
+    for place in places:
         for rule in axe.Axe().run(page, context=place, options=RULES).response["violations"]:
             found += [f"{rule['id']} {node['target']}: {node['failureSummary']}" for node in rule["nodes"]]
     return found
@@ -21,6 +25,10 @@ def test_axe_finds_nothing_in_any_state(open_page, tiny_url, theme):
     page = open_page(f"{tiny_url}?__theme={theme}")
     page.wait_for_timeout(500)
     assert violations(page) == [], "idle"
+    page.click("#ce-settings button")
+    page.wait_for_selector("#ce-force")
+    page.wait_for_timeout(500)
+    assert violations(page) == [], "settings open"
     page.click("#ce-run")
     page.wait_for_selector(".ce-text .t")
     assert violations(page) == [], "streaming"
@@ -39,9 +47,27 @@ def test_axe_finds_nothing_in_any_state(open_page, tiny_url, theme):
     assert violations(page) == [], "error"
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_among_many_prompts(open_page, tiny_url, theme):
+    page = open_page(f"{tiny_url}?__theme={theme}")
+    page.get_by_role("tab", name="Many prompts").click()
+    page.wait_for_selector("#ce-evaluate")
+    page.wait_for_timeout(500)
+    assert violations(page, MANY) == [], "idle"
+    page.fill("#ce-pasted textarea", "hi there\n" + "sky " * 300)
+    page.click("#ce-evaluate")
+    page.wait_for_selector("#ce-said .ce-status.done")
+    page.wait_for_selector("#ce-chart .main-svg")
+    assert violations(page, MANY) == [], "done, with a failure in the table"
+    page.fill("#ce-pasted textarea", '{"prompt": 5}')
+    page.click("#ce-evaluate")
+    page.wait_for_selector("#ce-said .ce-status.error")
+    assert violations(page, MANY) == [], "error"
+
+
 def test_the_keyboard_alone_runs_and_looks(page):
     page.locator("#ce-prompt textarea").focus()
-    for _ in range(12):
+    for _ in range(25):
         if page.evaluate("document.activeElement.id") == "ce-run":
             break
         page.keyboard.press("Tab")

@@ -9,15 +9,28 @@ from tests.browser.test_page import FINAL, SKY, shown_ids
 
 pytestmark = pytest.mark.browser
 
+LONG = 512
 WATCH = """() => {
-    window.updates = 0; window.longest = 0; window.first = null;
+    window.updates = 0; window.charts = 0; window.longest = 0;
     new PerformanceObserver(list => list.getEntries().forEach(e =>
         window.longest = Math.max(window.longest, e.duration))).observe({type: 'longtask'});
-    new MutationObserver(() => {
-        if (window.first === null && document.querySelector('.ce-text .t')) window.first = Date.now();
-        window.updates++;
-    }).observe(document.querySelector('.ce-panels'), {subtree: true, childList: true});
+    new MutationObserver(() => window.updates++).observe(document.querySelector('.ce-panels'),
+        {subtree: true, childList: true});
+    new MutationObserver(() => window.charts++).observe(document.querySelector('.ce-charts'),
+        {subtree: true, attributeFilter: ['points']});
 }"""
+# Stamps the first token that was not there before.
+FIRST = """() => {
+    const before = document.querySelector('.ce-text .t');
+    window.first = null;
+    new MutationObserver((_, self) => {
+        const now = document.querySelector('.ce-text .t');
+        if (now && now !== before) { window.first = Date.now(); self.disconnect(); }
+    }).observe(document.querySelector('#ce-view'), {subtree: true, childList: true});
+}"""
+HIDE = """() => { Object.defineProperty(document, 'hidden', {get: () => true});
+    Object.defineProperty(document, 'visibilityState', {get: () => 'hidden'});
+    document.dispatchEvent(new Event('visibilitychange')); }"""
 
 
 def paced(tiny, monkeypatch, seconds: float) -> list[float]:
@@ -34,9 +47,14 @@ def paced(tiny, monkeypatch, seconds: float) -> list[float]:
 
 
 def tokens(page, n: int) -> None:
-    page.click("#ce-more button")
-    page.get_by_label("number input for Most new tokens").fill(str(n))
-    page.keyboard.press("Tab")
+    page.click("#ce-settings button")
+    box = page.get_by_label("number input for Most new tokens")
+    box.wait_for()
+    page.wait_for_timeout(500)                  # what just opened still settles, and nobody types that fast
+    box.fill(str(n))
+    box.press("Tab")
+    page.wait_for_timeout(200)
+    assert box.input_value() == str(n)
 
 
 def ids_of(tiny, n: int, mode: str) -> list[int]:
@@ -46,32 +64,45 @@ def ids_of(tiny, n: int, mode: str) -> list[int]:
                       DecodeConfig(mode=mode, max_new_tokens=n, thresholds=0.7)).token_ids
 
 
-def test_a_long_run_loses_no_token_and_stays_light(page, tiny, monkeypatch):
-    tokens(page, 400)
-    moments = paced(tiny, monkeypatch, 0.004)
+@pytest.mark.parametrize("mode", ["cascade", "verified"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_long_run_loses_no_token_and_stays_light(page, tiny, monkeypatch, mode, hidden):
+    tokens(page, LONG)
+    page.get_by_label(f"{mode.capitalize()}:").check()
+    paced(tiny, monkeypatch, 0.003)
     page.evaluate(WATCH)
+    if hidden:
+        page.evaluate(HIDE)
     began = time.time()
     page.click("#ce-run")
-    page.wait_for_selector(".ce-status.done")
+    page.wait_for_selector(".ce-status.done", timeout=180_000)         # on a machine with other work
     took = time.time() - began
     monkeypatch.undo()
-    for side in ("cascade", "full"):
-        assert shown_ids(page, side) == ids_of(tiny, 400, side)
+    for side, wanted in (("cascade", mode), ("full", "full")):
+        ids = ids_of(tiny, LONG, wanted)
+        shown = shown_ids(page, side)
+        assert len(shown) == len(ids) == LONG
+        assert [i for i, (a, b) in enumerate(zip(shown, ids)) if a != b] == []
     assert page.evaluate("window.longest") <= 200
-    assert page.evaluate("window.updates") <= 15 * took + 5
-    assert page.evaluate("window.first") / 1000 - moments[0] <= 0.25
+    assert page.evaluate("window.updates") <= 15 * took
+    assert 3 <= page.evaluate("window.charts") <= 5 * took + 2       # and the last numbers, and the first
     nodes = page.evaluate("""() => document.evaluate('count(//*[contains(@class, "ce-text")]//node())', document, null,
         XPathResult.NUMBER_TYPE).numberValue""")
-    assert nodes <= 4 * 800
+    assert nodes <= 4 * 2 * LONG
 
 
-def test_a_hidden_tab_misses_nothing(page, tiny):
-    page.evaluate("""() => { Object.defineProperty(document, 'hidden', {get: () => true});
-        Object.defineProperty(document, 'visibilityState', {get: () => 'hidden'});
-        document.dispatchEvent(new Event('visibilitychange')); }""")
-    page.click("#ce-run")
-    page.wait_for_selector(".ce-status.done")
-    assert shown_ids(page, "cascade") == ids_of(tiny, 200, "cascade")
+def test_the_first_token_is_on_screen_at_once(page, tiny, monkeypatch):
+    """Median of runs: other programs on the machine may hold up one of them."""
+    tokens(page, 12)
+    moments, delays = paced(tiny, monkeypatch, 0.01), []
+    for _ in range(7):
+        moments.clear()
+        page.evaluate(FIRST)
+        page.click("#ce-run")
+        page.wait_for_function("window.first !== null")
+        page.wait_for_selector(".ce-status.done")
+        delays.append(page.evaluate("window.first") / 1000 - moments[0])
+    assert sorted(delays)[3] <= 0.15, delays
 
 
 def test_two_visitors_take_turns_and_do_not_disturb_each_other(open_page, tiny_url, tiny, monkeypatch):

@@ -2,17 +2,24 @@
 
 import csv
 import json
+import re
 import time
 from pathlib import Path
+from urllib.parse import parse_qsl, urlparse
 
 import pytest
+from conftest import tiny_base, tiny_engine
 
 import app
 from cascadeexit import hub, stream
-from cascadeexit.engine import DecodeConfig
+from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.exits import ExitBank
+from cascadeexit.library import Library
+from cascadeexit.model import SegmentedModel
 from cascadeexit.race import race
-from tests.browser.server import serve
-from tests.browser.tiny_text import HOSTILE
+from tests.browser.conftest import SEED
+from tests.browser.server import serve, serve_library
+from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
 
 pytestmark = pytest.mark.browser
 SKY = "Explain why the sky is blue."
@@ -114,6 +121,12 @@ def test_model_output_is_text_and_never_markup(page, tiny):
     text = shown_text(page, "cascade") + shown_text(page, "full")
     for hostile in HOSTILE[:5]:
         assert hostile in text
+    page.locator(".ce-text[data-side=cascade] .t", has_text="<img").first.click()
+    page.wait_for_selector(".ce-candidate")
+    assert "<img␣src=x␣onerror=alert(1)>" in page.locator(".ce-card-text").inner_text()
+    page.keyboard.press("Escape")
+    page.click(".ce-map summary")
+    page.wait_for_selector(".ce-map-table td")
     assert page.locator(".ce img, .ce script").count() == 0
 
 
@@ -188,10 +201,10 @@ def test_an_empty_prompt_gives_a_message_and_keeps_the_last_text(page):
 
 
 def test_a_prompt_that_does_not_fit_says_so(page):
-    page.fill("#ce-prompt textarea", "sky " * 200)
+    page.fill("#ce-prompt textarea", "sky " * 300)
     page.click("#ce-run")
     page.wait_for_selector(".ce-status.error")
-    assert "512" in page.locator(".ce-status").inner_text()
+    assert "1024" in page.locator(".ce-status").inner_text()
 
 
 def test_untrained_exits_are_labelled(page):
@@ -204,6 +217,17 @@ def test_a_phone_needs_no_sideways_scrolling(open_page, tiny_url, theme):
     run_to_end(page)
     open_charts(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_on_a_phone_a_card_leaves_its_token_in_sight(open_page, tiny_url):
+    page = open_page(tiny_url, width=360, height=780, has_touch=True)
+    run_to_end(page)
+    token = page.locator(f".ce-text[data-side=cascade] {FINAL}").nth(150)
+    token.tap()
+    page.wait_for_selector(".ce-candidate")
+    page.wait_for_function("""() => { const at = document.querySelector('.t.chosen').getBoundingClientRect(),
+        card = document.querySelector('.ce-card').getBoundingClientRect();
+        return at.top >= 0 && at.bottom <= card.top && card.bottom <= innerHeight && card.right <= innerWidth; }""")
 
 
 # -- looking closer -----------------------------------------------------------------------------------------
@@ -238,6 +262,31 @@ def test_a_key_of_the_legend_leaves_its_tokens_alone_in_colour(page):
     assert key.get_attribute("aria-pressed") == "false" and len(colours_seen(page)) >= 3
 
 
+def test_a_digit_does_what_its_key_of_the_legend_does(page):
+    page.fill("#ce-prompt textarea", "")
+    page.locator("#ce-prompt textarea").press_sequentially("2 words")
+    assert page.locator(".ce-key[aria-pressed=true]").count() == 0, "digits of a prompt are digits"
+    run_to_end(page)
+    page.locator(".ce-text[data-side=cascade]").focus()
+    page.keyboard.press("2")
+    assert page.locator(".ce-key").nth(1).get_attribute("aria-pressed") == "true" and len(colours_seen(page)) == 2
+    page.keyboard.press("4")
+    assert page.locator(".ce-key[aria-pressed=true]").all_inner_texts()[0].startswith("full")
+    page.keyboard.press("4")
+    assert page.locator(".ce-key[aria-pressed=true]").count() == 0
+
+
+def test_a_button_leads_to_the_first_difference(page):
+    assert page.get_by_role("button", name="Show the first difference").count() == 0
+    run_to_end(page)
+    page.eval_on_selector_all(".ce-text", "all => all.forEach(box => box.scrollTop = box.scrollHeight)")
+    page.get_by_role("button", name="Show the first difference").click()
+    inside = page.eval_on_selector_all(".ce-text", """all => all.map(box => { const b = box.getBoundingClientRect(),
+        t = box.querySelector('.split').getBoundingClientRect(); return t.top >= b.top && t.bottom <= b.bottom; })""")
+    assert inside == [True, True]
+    assert page.locator(".t.chosen.split").count() == 1 and page.locator(".ce-card").is_visible()
+
+
 def test_two_kinds_of_mismatch_are_marked(page, tiny):
     run_to_end(page)
     engine, tokenizer = tiny
@@ -263,18 +312,48 @@ def test_the_layer_map_shows_what_each_exit_would_have_said(page, tiny):
     page.wait_for_function("document.querySelector('.ce-map-bar').textContent.includes('tokens 49 to 96 of 200')")
 
 
-def test_forcing_an_exit_colours_every_token(page):
+def open_settings(page) -> None:
+    page.click("#ce-settings button")
+    page.wait_for_selector("#ce-force")
+    page.wait_for_timeout(500)                  # what just opened still settles, and nobody types that fast
+
+
+def choose_exit(page, name: str) -> None:
+    open_settings(page)
     page.get_by_label("Where tokens leave").click()
-    page.get_by_role("option", name="Always at exit 2").click()
+    page.get_by_role("option", name=name).click()
+
+
+def thresholds_shown(page) -> list[str]:
+    return page.eval_on_selector_all("#ce-settings input[aria-label*='Exit']:not([type=range])",
+                                     "all => all.filter(x => x.offsetParent).map(x => x.value)")
+
+
+def test_forcing_an_exit_colours_every_token(page):
+    choose_exit(page, "Always at exit 2")
     run_to_end(page)
     assert len(colours_seen(page)) == 1
     assert page.locator(".ce-count").nth(1).inner_text() == "200 · 100%"
 
 
-def test_a_preset_sets_every_threshold(page):
+def test_an_exit_that_is_left_out_writes_nothing(page):
+    choose_exit(page, "Never at exit 2")
+    run_to_end(page)
+    assert page.locator(".ce-count").nth(1).inner_text() == "0 · 0%"
+
+
+def test_a_preset_sets_every_threshold_also_behind_closed_settings(page, tiny):
     page.get_by_label("Careful").check()
-    page.wait_for_function("[...document.querySelectorAll('#ce-sure input[type=number]')].filter(x => x.offsetParent)"
-                           ".every(x => x.value === '0.9')")
+    run_to_end(page)
+    engine, tokenizer = tiny
+    config = DecodeConfig(max_new_tokens=200, thresholds=0.9)
+    assert shown_ids(page, "cascade") == engine.run(app.prompt_ids(tokenizer, SKY, chat=True), config).token_ids
+    open_settings(page)
+    assert thresholds_shown(page) == ["0.9"] * 3
+    slider = page.get_by_label("number input for Exit 2")
+    slider.fill("0.4")
+    slider.press("Tab")
+    page.wait_for_function("!document.querySelector('#ce-preset input:checked')")
 
 
 # -- keeping and sharing ------------------------------------------------------------------------------------
@@ -320,17 +399,42 @@ def test_tokens_are_saved_as_a_table(page, tmp_path):
     assert not any(r["text"].startswith(("=", "+", "-", "@")) for r in rows)
 
 
-def test_a_link_restores_the_settings(page, open_page):
-    page.fill("#ce-prompt textarea", "a & b = c?")
-    page.get_by_label("Verified: exact").check()
-    page.get_by_label("Careful").check()
-    page.wait_for_timeout(500)
+def set_number(page, label: str, value) -> None:
+    box = page.get_by_label(label).and_(page.locator("input[type=number]"))
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def link_of(page) -> dict[str, str]:
     page.click("#ce-link")
-    page.wait_for_function("location.search.includes('mode=verified')")
+    page.wait_for_function("location.search.includes('model=')")
+    return dict(parse_qsl(urlparse(page.url).query))
+
+
+def test_a_link_restores_every_setting(page, open_page):
+    page.fill("#ce-prompt textarea", "a & b = c? <b>é😀")
+    page.get_by_label("Verified: exact").check()
+    choose_exit(page, "Never at exit 3")
+    page.get_by_label("Chat", exact=True).uncheck()
+    for label, value in (("number input for Most new tokens", 77), ("number input for Guesses", 3),
+                         ("number input for Temperature", 0.5), ("number input for Top-p", 0.9), ("Seed", 12),
+                         ("number input for Exit 1", 0.55), ("number input for Exit 2", 0.65)):
+        set_number(page, label, value)
+    page.wait_for_timeout(300)
+    link = link_of(page)
+    assert link == dict(p="a & b = c? <b>é😀", mode="verified", chat="false", n="77", drafts="3", temp="0.5",
+                        top_p="0.9", seed="12", exit="-4", t="0.55,0.65,0.7,0.7,0.7,0.7", model="llama-untied")
     other = open_page(page.url)
-    other.wait_for_function("document.querySelector('#ce-prompt textarea').value === 'a & b = c?'")
-    assert other.get_by_label("Verified: exact").is_checked()
-    other.wait_for_function("document.querySelector('#ce-sure input[type=number]').value === '0.9'")
+    other.wait_for_function("document.querySelector('#ce-prompt textarea').value.startsWith('a & b')")
+    other.evaluate("history.replaceState(null, '', '/')")
+    assert link_of(other) == link
+    assert other.locator("#ce-preset input:checked").count() == 0, "no preset has these thresholds"
+
+
+def test_a_link_shows_the_preset_that_it_holds(open_page, tiny_url):
+    page = open_page(f"{tiny_url}?t={','.join(['0.9'] * 6)}")
+    page.wait_for_function("document.querySelector('#ce-preset input:checked + *, #ce-preset .selected')"
+                           ".textContent.includes('Careful')")
 
 
 def test_a_link_of_nonsense_changes_nothing(open_page, tiny_url):
@@ -383,9 +487,62 @@ def test_any_cut_of_the_stream_draws_the_same_page(draw, recorded):
         assert draw(*values) == at_once
 
 
+def test_half_characters_of_a_record_are_shown_as_such(draw, recorded):
+    """JSON can hold half a character, a page cannot: it draws a sign for it and goes on."""
+    values = recorded[-1].splitlines()
+    first = next(n for n, line in enumerate(values) if '"type":"token","side":"full"' in line)
+    values[first] = re.sub('"text":"[^"]*"', r'"text":"\\ud83d\\u202e"', values[first])
+    tokens, _ = draw("\n".join(values) + "\n")
+    assert [text[1:] for _, _, text in tokens].count("\u202e") == 1 and len(tokens) == len(draw(recorded[-1])[0])
+
+
 def test_a_frame_that_comes_after_stop_or_clear_is_too_late(draw, recorded, tiny):
     for end in (stream.stopped(recorded[1]), stream.model_line(stream.Shape.of(tiny[0]))):
         assert draw(*recorded[:2], end, recorded[2], recorded[-1]) == draw(*recorded[:2], end)
+
+
+class Two(Library):
+    """Two tiny models, both in memory."""
+
+    def __init__(self, engines: dict):
+        super().__init__(())
+        self.shapes = {label: stream.Shape(label, *shape_of(engine)) for label, engine in engines.items()}
+        self._engines = engines
+
+    def ready(self, label):
+        return True
+
+    def get(self, label, progress=None):
+        return self._engines[label], tiny_tokenizer()
+
+    def fingerprint(self, label):
+        return ""
+
+
+def shape_of(engine) -> tuple:
+    return engine.model.num_layers, engine.model.exit_layers, engine.bank.config.trained
+
+
+def test_a_visitor_changes_the_model_and_a_link_remembers_it(open_page):
+    one = tiny_engine(seed=SEED)
+    model = SegmentedModel(tiny_base("qwen3"), (3,), name="qwen3")
+    two = Engine(model, ExitBank.untrained(model))
+    with serve_library(Two({"one": one, "two": two})) as url:
+        page = open_page(url)
+        page.get_by_label("Model", exact=True).click()
+        page.get_by_role("option", name="two").click()
+        page.wait_for_function("document.querySelectorAll('.ce-key').length === 2")
+        assert page.locator(".ce-model").inner_text() == "two"
+        choose_exit(page, "Always at exit 1")
+        link = link_of(page)
+        run_to_end(page)
+        assert shown_ids(page, "full") == expected((two, tiny_tokenizer()), "full")
+        assert page.locator(".ce-count").nth(0).inner_text() == "200 · 100%"
+        other = open_page(page.url)
+        other.wait_for_function("document.querySelectorAll('.ce-key').length === 2")
+        other.wait_for_function("document.querySelector('#ce-model-menu input').value === 'two'")
+        other.evaluate("history.replaceState(null, '', '/')")
+        assert link_of(other) == link
 
 
 @pytest.mark.bundled
