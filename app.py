@@ -314,8 +314,8 @@ def add_endpoints(page: Page) -> None:
                 for label, shape in library.shapes.items()]
 
     def generate(prompt: str, mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 128,
-                 max_draft: int = MAX_DRAFT, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = True,
-                 model: str = "") -> dict:
+                 max_draft: int = MAX_DRAFT, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+                 chat: bool = True, model: str = "") -> dict:
         """Write with early exits.
 
         Args:
@@ -613,8 +613,9 @@ def _exit_controls(shape: stream.Shape) -> tuple[list[gr.Slider], gr.Dropdown]:
     """A slider for each exit, and a way to force one or to leave one out."""
     with gr.Row():
         force = gr.Dropdown(label="Where tokens leave", elem_id="ce-force", min_width=220, **_ways_out(shape))
-        gr.HTML("<p>How sure must each exit be? Lower is faster, higher is closer to the full model, 1 closes the exit. "
-                "Verified mode guesses wherever that saves time.</p>", elem_id="ce-hint", apply_default_css=False, min_width=220)
+        gr.HTML("<p>How sure must each exit be? Lower is faster, higher is closer to the full model, 1 closes the exit."
+                " Verified mode guesses wherever that saves time.</p>", elem_id="ce-hint", apply_default_css=False,
+                min_width=220)
     with gr.Row():
         sliders = [gr.Slider(0, NEVER, DEFAULT_THRESHOLD, step=0.01, buttons=[], min_width=200, **_slider(s, shape))
                    for s in range(MAX_EXITS)]

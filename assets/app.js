@@ -258,9 +258,10 @@ function only(kind) {
 // Digits work while the focus is on our part of the page, so that no digit is lost to somebody who writes a prompt.
 root.addEventListener('keydown', event => {
   const s = event.key - 1;
-  if (event.ctrlKey || event.altKey || event.metaKey || !parts || !(s in parts.buttons)) return;
+  if (event.ctrlKey || event.altKey || event.metaKey || !parts || !(s in parts.buttons)
+      || parts.buttons[s].parentNode.hidden) return;
   event.preventDefault();
-  only(colourClass(s));
+  only(colourClass(parts.ways[s]));
 });
 
 function marks() {
