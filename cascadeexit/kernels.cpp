@@ -81,7 +81,7 @@ public:
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif
-            if (spins > 20000) sched_yield();
+            if (spins > 500) sched_yield();
         }
     }
 };

@@ -5,11 +5,12 @@
 """
 
 import argparse
+import itertools
 import json
 import re
 from pathlib import Path
 
-from training.benchmark import show
+from training.benchmark import GENERATE, show
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "assets" / "results"
@@ -39,12 +40,25 @@ def source(result: dict) -> str:
 
 
 def speed_table(result: dict) -> str:
-    lines = ["| | tokens/s | x `generate` | x `full` | agreement | identical texts | depth | cost |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| | tokens/s | x `generate` | x `full` | roofline | agreement | identical texts | depth | cost |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, row in result["rows"].items():
         lines.append(f"| {name} | {row['tokens_per_second']:.1f} | {row['over_generate']:.2f} | {row['over_full']:.2f} "
-                     f"| {show(row.get('agreement'), '.1%')} | {show(row['sequence_match'], '.0%')} "
+                     f"| {row['roofline_multiple']:.2f} | {show(row.get('agreement'), '.1%')} "
+                     f"| {show(row['sequence_match'], '.0%')} "
                      f"| {show(row.get('average_depth'), '.2f')} | {show(row.get('cost'), '.2f')} |")
+    return "\n".join(lines)
+
+
+def growth_table(growth: dict) -> str:
+    lines = ["| context | `full` | by bytes | `verified` | `generate` | | output | `full` | `verified` |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    first = growth["context"][0]["full"]
+    for a, b in itertools.zip_longest(growth["context"], growth["output"]):
+        left = ["", "", "", "", ""] if a is None else [
+            f"{a['context']:,}", *(f"{ms:.1f}" for ms in (a["full"], first * a["allowed"], a["verified"], a[GENERATE]))]
+        right = ["", "", ""] if b is None else [f"{b['output']:,}", f"{b['full']:.1f}", f"{b['verified']:.1f}"]
+        lines.append("| " + " | ".join([*left, "", *right]) + " |")
     return "\n".join(lines)
 
 
@@ -127,22 +141,31 @@ def lossless_table(results: list[dict]) -> str:
 
 
 def readme_section() -> str:
-    speed = read(RESULTS / "benchmark-quick-cpu.json")
+    speed = read(RESULTS / "benchmark-cpu.json")
     lossless = [read(path) for path in sorted(RESULTS.glob("lossless-*.json"))]
     distill = read(EXITS / "distill.json")
     decode, baselines = (read(RESULTS / f"{name}.json") for name in ("decode", "baselines"))
     exits = [read(path) for path in sorted(RESULTS.glob("exits*.json"))]
     return f"""\
-**Speed and quality**, {speed['model']}, {speed['dtype']}, {speed['device']}: {speed['prompts']} prompts of up to
-{speed['tokens']} new tokens, greedy, all four alternated in one run; medians over prompts, prefill included. `cascade`
-at threshold {speed['cascade_threshold']:g}; `verified` at {speed['verified_threshold']:g}, up to {speed['max_draft']}
-drafts.
+**Speed and quality**, {speed['model']}, {speed['dtype']}, {speed['device']}: {speed['prompts']} prompts
+({", ".join(f"{n} {kind}" for kind, n in speed['sets'].items())}) of up to {speed['tokens']} new tokens, greedy, all
+alternated in one run, prefill included. Tokens/s are medians over prompts; a ratio is the median in each set of
+prompts, then the geometric mean over the sets. `cascade` with its threshold; `verified` by its own rule, up to
+{speed['max_draft']} drafts.
 
 {speed_table(speed)}
 
-*Agreement*: part of the tokens that the full model would have chosen given the same text before them. *Depth*: mean
-part of the layers below the exit taken. *Cost*: weight bytes read per token over those of the full model, heads,
-adapters and estimators included. {source(speed)}
+*Roofline*: tokens/s times weight bytes over the bandwidth at which this machine read memory in the same run,
+{speed['read_bandwidth'] / 1e9:.0f} GB/s. *Agreement*: part of the tokens that the full model would have chosen given
+the same text before them. *Depth*: mean part of the layers below the exit taken. *Cost*: weight bytes read per token
+over those of the full model, heads, adapters and estimators included. Kernels were there after
+{speed['kernel_seconds']:.1f} s, the model after {speed['load_seconds']:.1f} s; the process grew by
+{speed['memory_over_weights']:.2f} times the weights. {source(speed)}
+
+**Cost of a token against length**, milliseconds. By bytes: what `full` would take if a token cost what it reads,
+weights, keys and values:
+
+{growth_table(speed['growth'])}
 
 {lossless_section(lossless)}\
 **Exits** of the bundled model on held-out text that the model wrote: {distill['held_out_rows']:,} tokens, after
