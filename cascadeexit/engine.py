@@ -47,6 +47,9 @@ class DecodeConfig:
     """Confidence in [0, 1] from which an exit is taken: one for all exits, or one each; None in their place closes an
     exit. None alone is each mode's own rule: 0.7 for cascade; for verified a draft as long as it is likely to save more
     than it costs, exits and copies of earlier text alike."""
+    tolerance: float = 0.0
+    """verified, greedy: a draft also stands when the full model gives it at least 1 - tolerance times the probability
+    of its own choice. 0 is lossless; above, the text may differ where the full model itself is torn."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -63,6 +66,10 @@ class DecodeConfig:
             raise ValueError(f"max_draft must be at least 1, got {self.max_draft}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}")
+        if self.tolerance and (self.mode is not Mode.VERIFIED or self.temperature):
+            raise ValueError("tolerance goes with mode verified and temperature 0: elsewhere nothing is judged by it")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         each = [self.thresholds] if isinstance(self.thresholds, (int, float)) else list(self.thresholds or ())
@@ -210,7 +217,8 @@ class Engine:
 
     def sampler(self, config: DecodeConfig) -> Sampler:
         """How tokens are chosen and drafts judged in a run."""
-        return Sampler(config.temperature, config.top_p, config.seed, self.model.vocab_size, self.model.device)
+        return Sampler(config.temperature, config.top_p, config.seed, self.model.vocab_size, self.model.device,
+                       config.tolerance)
 
     def _decode(self, prompt: list[int], config: DecodeConfig, watch: _Stopwatch) -> Iterator[TokenEvent]:
         model, bank, last = self.model, self.bank, self.num_exits

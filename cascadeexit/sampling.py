@@ -1,5 +1,7 @@
 """Sampler: how a token is chosen from logits, and how a draft is judged so that the outcome stays the full model's."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,8 +9,10 @@ from torch import Tensor
 class Sampler:
     """Greedy at temperature 0; else temperature and nucleus (top-p) sampling from one seeded generator."""
 
-    def __init__(self, temperature: float, top_p: float, seed: int, vocab_size: int, device: torch.device):
+    def __init__(self, temperature: float, top_p: float, seed: int, vocab_size: int, device: torch.device,
+                 tolerance: float = 0.0):
         self.temperature, self.top_p, self.vocab_size = temperature, top_p, vocab_size
+        self._slack = -math.log1p(-tolerance)               # a draft's logit may be this much below the best
         self.generator = torch.Generator(device).manual_seed(seed)
 
     @property
@@ -31,8 +35,9 @@ class Sampler:
     def judge(self, draft: int, drafted_from: Tensor | None, logits: Tensor) -> tuple[bool, int]:
         """Is this draft what the full model says? Returns (accepted, the token that stands here).
 
-        Greedy: the argmax decides. Sampling: accept with probability min(1, p/q), else draw from the positive
-        part of p - q, so that accepted and corrected tokens together follow p exactly (Leviathan et al. 2023).
+        Greedy: the argmax decides, or within the tolerance the draft. Sampling: accept with probability min(1, p/q),
+        else draw from the positive part of p - q, so that accepted and corrected tokens together follow p exactly
+        (Leviathan et al. 2023).
 
         Args:
             draft: the drafted token; drafted_from: the distribution q (V,) that it was drawn from.
@@ -40,7 +45,8 @@ class Sampler:
         """
         if self.greedy:
             best = int(logits.argmax())
-            return best == draft, best
+            stands = best == draft or self._slack > 0 and float(logits[best] - logits[draft]) <= self._slack
+            return stands, draft if stands else best
         p = self.distribution(logits)
         if torch.rand((), device=p.device, generator=self.generator) * drafted_from[draft] <= p[draft]:
             return True, draft

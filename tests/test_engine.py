@@ -89,6 +89,22 @@ def test_an_exit_before_the_first_layer_drafts_and_decodes(layers, dtype):
     assert run.stats.routing_share[0] == 1.0 and run.stats.average_depth == 0.0
 
 
+def test_a_tolerated_draft_is_nearly_as_likely_as_the_full_models_choice():
+    """Every token has at least (1 - tolerance) of the best probability given the text before; 0 tolerates nothing."""
+    engine, loose = tiny_engine(adapter="carry", layers=(0, 3)), 0
+    for prompt, tolerance in itertools.product(PROMPTS, (0.0, 0.3, 0.9)):
+        config = DecodeConfig(mode="verified", thresholds=0, max_new_tokens=TOKENS, tolerance=tolerance)
+        out = engine.run(prompt, config).token_ids
+        stairs, text = Staircase(engine.model, 128), prompt + out
+        with torch.inference_mode():
+            logits = engine.model.logits(stairs.prefill(text[:-1])[-1])[0, len(prompt) - 1:].log_softmax(-1)
+        lost = logits.amax(-1) - logits[range(len(out)), out]
+        assert (lost.exp() <= 1 / (1 - tolerance) + 1e-3).all()
+        loose += int((lost > 1e-3).sum())
+        assert tolerance or not (lost > 1e-3).any()
+    assert loose > 0
+
+
 def test_verified_equals_full_with_a_trimmed_head():
     engine = tiny_engine(head_size=20)
     engine.bank.head_ids.copy_(torch.arange(20) * 4)

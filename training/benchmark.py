@@ -122,6 +122,9 @@ def make_contenders(engine: Engine, reference, args) -> list[Contender]:
     for threshold in args.cascade_thresholds:
         jobs[f"cascade {threshold:g}"] = ours(engine, n, Mode.CASCADE, thresholds=threshold)
     jobs["verified"] = ours(engine, n, Mode.VERIFIED, max_draft=args.max_draft)
+    for tolerance in args.tolerances:
+        jobs[f"verified, tolerance {tolerance:g}"] = ours(engine, n, Mode.VERIFIED, max_draft=args.max_draft,
+                                                          tolerance=tolerance)
     return [Contender(name, decode) for name, decode in jobs.items()]
 
 
@@ -269,6 +272,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="default 50, --quick 8")
     parser.add_argument("--tokens", type=int, help="new tokens a prompt; default 128, --quick 64")
     parser.add_argument("--cascade-thresholds", type=float, nargs="+", default=[0.9, 0.7, 0.4])
+    parser.add_argument("--tolerances", type=float, nargs="*", default=[0.3, 0.6], help="of lossy verification")
     parser.add_argument("--max-draft", type=int, default=DecodeConfig.max_draft)
     parser.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp where llama_cpp is installed")
     parser.add_argument("--growth", action="store_true", help="also the cost of a token against length")
