@@ -49,7 +49,7 @@ def test_shipped_exits_belong_to_the_bundled_model(caplog):
     with caplog.at_level(logging.WARNING):
         engine, _ = hub.load(hub.DEFAULT_MODEL, device="cpu")
     assert "other weights" not in caplog.text
-    assert engine.bank.config.trained and engine.model.exit_layers == (9, 17, 24)
+    assert engine.bank.config.trained and engine.model.exit_layers == (0, 9, 17, 24)
 
 
 def test_a_cascade_of_the_shipped_exits_uses_several_of_them(loaded):

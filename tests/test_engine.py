@@ -313,6 +313,7 @@ def test_bad_input_is_refused_before_any_work(engine, prompt, config, message):
 
 @pytest.mark.parametrize("config", [
     {"mode": "fast"}, {"max_new_tokens": 0}, {"max_draft": 0}, {"temperature": -1}, {"top_p": 0}, {"thresholds": 1.5},
+    {"tolerance": 1}, {"tolerance": 0.3}, {"mode": "verified", "tolerance": 0.3, "temperature": 1},
 ])
 def test_contradictory_configs_are_refused(config):
     with pytest.raises(ValueError):
