@@ -5,8 +5,8 @@ Lines by `type`, one record a line, in order of time:
     model    format, model, layers, exits [{layer, depth}], trained, colours
     run      run (its id), mode, greedy, thresholds, prompt_tokens, max_new_tokens, settings (as chosen on the page)
     token    side ('cascade' or 'full'), i (position), id, status (emitted, draft, accepted, rejected); if not rejected
-             text, exit (0 the first, -1 copied from earlier in the text), t (engine seconds), conf (of each exit, null =
-             not asked), read (weights read, in tokens of the full model); ms since the token before; special where it
+             text, exit (0 the first, -1 copied from earlier in the text), t (engine seconds), conf (of each exit, null
+             = not asked), read (weights read, in tokens of the full model); ms since the token before; special where it
              holds; for a piece of a character its bytes (in hexadecimal), and part when later tokens finish it
     text     side, i, text: what a cut character at the end turned out to be
     stats    side, seconds, done and the fields of metrics.RunStats, so far
