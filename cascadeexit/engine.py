@@ -250,19 +250,16 @@ class Engine:
             # 2. Climb: deeper until an exit is sure enough, or to the top.
             may_exit = not finished and len(drafts) < config.max_draft
             survival = drafts[-1].survival if drafts else 1.0    # chance that every pending draft is right
+            asked, exit_hidden, copied = unasked, None, None
             if by_cost and may_exit:
                 needed = self.worthwhile(drafts)                 # survival that a draft must have, by where it is from
                 guess = lookup.guess(stairs.tokens)
-                if guess and guess[1] > 0.5 and survival * guess[1] > needed[COPIED]:
-                    token, sure, matched = guess
-                    probs = None if sampler.greedy else sampler.certain(token)
-                    drafts.append(_Draft(token, COPIED, unasked, probs, survival * sure, matched))
-                    stairs.tokens.append(token)
-                    yield event(len(stairs.tokens) - 1, token, COPIED, unasked, Status.DRAFT)
-                    continue
+                if guess and survival * guess.chance > needed[COPIED]:
+                    copied = guess
                 may_exit = not drafts or drafts[-1].exit != COPIED      # no hidden state named a copied token
-            asked, exit_hidden = unasked, None
             for s in range(last + 1):
+                if copied and (copied.chance > 0.5 or not may_exit or model.segment_bytes[s]):
+                    break                                        # likely enough, or nothing better for free
                 rows = stairs.run(s)                                                        # (1, N, D)
                 if s == last or not may_exit:
                     continue
@@ -277,7 +274,15 @@ class Engine:
                     exit_hidden = hidden
                     break
 
-            # 3. An exit was taken: its head names the token; deeper layers catch up when somebody next climbs there.
+            # 3. The text repeats itself: what followed last time is a draft that costs a row.
+            if copied and exit_hidden is None:
+                probs = None if sampler.greedy else sampler.certain(copied.token)
+                drafts.append(_Draft(copied.token, COPIED, asked, probs, survival * copied.chance, copied.matched))
+                stairs.tokens.append(copied.token)
+                yield event(len(stairs.tokens) - 1, copied.token, COPIED, asked, Status.DRAFT)
+                continue
+
+            # 4. An exit was taken: its head names the token; deeper layers catch up when somebody next climbs there.
             if exit_hidden is not None:
                 token, probs = sampler.choose(bank.logits(exit_hidden)[0], bank.head_ids)
                 stairs.weight_bytes += bank.head_bytes
@@ -288,7 +293,7 @@ class Engine:
                 yield event(len(stairs.tokens) - 1, token, s, asked, Status.DRAFT if verified else Status.EMITTED)
                 continue
 
-            # 4. The top: row i predicts the token after it. The last len(drafts) + 1 rows judge the drafts.
+            # 5. The top: row i predicts the token after it. The last len(drafts) + 1 rows judge the drafts.
             rows = rows[:, -len(drafts) - 1:]
             logits = model.logits(rows)[0]                                                  # (drafts + 1, V)
             stairs.weight_bytes += model.head_bytes
@@ -301,12 +306,12 @@ class Engine:
                     token = standing
                     break
                 yield event(confirmed + i, draft.token, draft.exit, draft.confidences, Status.ACCEPTED)
-            if token is not None:                                # 5. Rollback: lengths move, the correction stands
+            if token is not None:                                # 6. Rollback: lengths move, the correction stands
                 stairs.truncate(confirmed + i)
                 for j, draft in enumerate(drafts[i:], confirmed + i):
                     yield event(j, draft.token, draft.exit, draft.confidences, Status.REJECTED)
             elif not finished:
-                i, (token, _) = len(drafts), sampler.choose(logits[-1])    # 6. All drafts stand: one token more
+                i, (token, _) = len(drafts), sampler.choose(logits[-1])    # 7. All drafts stand: one token more
             drafts = []
             if token is not None:
                 said = model.norm(rows[0, i:i + 1])

@@ -5,10 +5,17 @@ When the newest tokens stood in the text already, prompt included, what followed
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-_LENGTHS = (5, 3, 2)                    # tokens that must match, longest first
-_PRIOR = {5: 0.8, 3: 0.6, 2: 0.4}       # chance of being right before anything was seen
+_LENGTHS = (5, 3, 2, 1)                 # tokens that must match, longest first
+_PRIOR = {5: 0.8, 3: 0.6, 2: 0.4, 1: 0.15}      # chance of being right before anything was seen
 _PRIOR_WEIGHT = 4                       # in guesses
+
+
+class Guess(NamedTuple):
+    token: int
+    chance: float                       # that it is right
+    matched: int                        # tokens before it that stood in the text before
 
 
 class Lookup:
@@ -29,12 +36,12 @@ class Lookup:
                     self._after[tuple(self._text[-n:])] = len(self._text)
             self._text.append(token)
 
-    def guess(self, text: Sequence[int]) -> tuple[int, float, int] | None:
-        """What may follow this text: (token, chance that it is right, how many tokens matched), or None."""
+    def guess(self, text: Sequence[int]) -> Guess | None:
+        """What may follow this text."""
         for n in _LENGTHS:
             at = self._after.get(tuple(text[-n:])) if len(text) >= n else None
             if at is not None:
-                return self._text[at], self._right[n] / self._tried[n], n
+                return Guess(self._text[at], self._right[n] / self._tried[n], n)
         return None
 
     def judged(self, matched: int, right: bool) -> None:
