@@ -24,6 +24,7 @@ from training.distill import (
     micro_batches,
 )
 from training.features import FeatureStore
+from training.join import join
 from training.provenance import provenance
 
 
@@ -141,6 +142,19 @@ def test_training_goes_on_from_exits_trained_before(tmp_path, adapter):
         torch.testing.assert_close(bank.hidden(s, *inputs(s, h, said)), before.hidden(s, h, said), atol=2e-3, rtol=2e-3)
     with pytest.raises(ValueError, match="another shape"):
         inputs.adopt(bank, tiny_engine(adapter=adapter, width=9).bank)
+
+
+def test_exits_trained_apart_are_joined_by_layer():
+    deep = tiny_engine(adapter="carry", head_size=20).bank
+    shallow = tiny_engine(seed=3, adapter="carry", layers=(0, 3)).bank
+    whole = join([deep, shallow])
+    assert whole.config.layers == (0, 2, 3, 5) and torch.equal(whole.head_ids, deep.head_ids)
+    h, said = torch.randn(2, 4, 32)
+    for bank, layer in ((shallow, 0), (deep, 2), (deep, 3), (deep, 5)):
+        ours, theirs = (b.adapters[b.config.layers.index(layer)] for b in (whole, bank))
+        torch.testing.assert_close(ours(h, said), theirs(h, said))
+    with pytest.raises(ValueError, match="width is 8 in the first, 9 in another"):
+        join([deep, tiny_engine(adapter="carry", width=9).bank])
 
 
 def test_a_carry_adapter_starts_from_the_ridge_regression(tmp_path):

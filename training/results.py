@@ -143,7 +143,7 @@ def lossless_table(results: list[dict]) -> str:
 def readme_section() -> str:
     speed = read(RESULTS / "benchmark-cpu.json")
     lossless = [read(path) for path in sorted(RESULTS.glob("lossless-*.json"))]
-    distill = read(EXITS / "distill.json")
+    distill, config = read(EXITS / "distill.json"), read(EXITS / "config.json")
     decode, baselines = (read(RESULTS / f"{name}.json") for name in ("decode", "baselines"))
     exits = [read(path) for path in sorted(RESULTS.glob("exits*.json"))]
     return f"""\
@@ -168,14 +168,14 @@ weights, keys and values:
 {growth_table(speed['growth'])}
 
 {lossless_section(lossless)}\
-**Exits** of the bundled model on held-out text that the model wrote: {distill['held_out_rows']:,} tokens, after
-training on {distill['rows']:,}. Agreement: the exit's first choice is the full model's, after a token that the full
-model named and after one that an exit named. ECE and AUROC: how well its confidence says so, beside the largest softmax
-probability as a baseline, raw and after Platt scaling. `carry` is the default; `swiglu` has the published shape:
+**Exits** of the bundled model on held-out text that the model wrote: {training_text(distill, config)}.
+Agreement: the exit's first choice is the full model's, after a token that the full model named and after one that an
+exit named. ECE and AUROC: how well its confidence says so, beside the largest softmax probability as a baseline, raw
+and after Platt scaling. Layer 0 is before the first:
 
 {exits_table(SHIPPED)}
 
-{source(distill)}
+{chr(10).join(source(report) + "  " for _, report in parts(distill, config))}
 
 **Quality of each exit, teacher-forced.** Top-1 and top-5 count the full model's first choice; perplexity is that of
 the text. The full model reaches {full_perplexities(exits[0])}. A `swiglu` exit reads one
@@ -233,9 +233,43 @@ difference stands, the model's two best tokens are {apart}):
 """
 
 
+def parts(distill: dict, config: dict) -> list[tuple[list[int], dict]]:
+    """Reports of the training runs behind an artifact, with the layers that each was for; joined ones have several."""
+    if "parts" not in distill:
+        return [(config["layers"], distill)]
+    runs: list[tuple[list[int], dict]] = []
+    for part in distill["parts"]:
+        report = {k: v for k, v in part.items() if k != "layer"}
+        for layers, other in runs:
+            if other == report:
+                layers.append(part["layer"])
+                break
+        else:
+            runs.append(([part["layer"]], report))
+    return runs
+
+
+def layers_text(layers: list[int]) -> str:
+    return "layers " + ", ".join(map(str, layers)) if len(layers) > 1 else f"layer {layers[0]}"
+
+
+def trained(layers: list[int], report: dict, start: str) -> str:
+    settings = report["settings"]
+    return f"""\
+- **Adapters after {layers_text(layers)}**: from {start}, then {report['steps']:,} steps of {settings['batch']:,}
+  tokens, AdamW, {1 - settings['hard']:g} x KL to the full model + {settings['hard']:g} x cross-entropy of its choice.
+  {report['rows']:,} training tokens in {report['documents']:,} documents, {report['held_out_rows']:,} test tokens; the
+  head covers {report['head_coverage']:.1%} of the model's choices there. Data: {report['data_note']}
+  {source(report)}"""
+
+
+def training_text(distill: dict, config: dict) -> str:
+    return "; ".join(f"after {layers_text(layers)} on {report['held_out_rows']:,} tokens, trained on {report['rows']:,}"
+                     for layers, report in parts(distill, config))
+
+
 def card(folder: Path) -> str:
     config, distill, confidence = (read(folder / f"{name}.json") for name in ("config", "distill", "confidence"))
-    settings = distill["settings"]
     estimator = ESTIMATORS[config["confidence"]].format(**config)
     start = {"carry": "ridge regression", "swiglu": "the identity"}[config["adapter"]]
     return f"""\
@@ -246,18 +280,14 @@ SmolLM2-135M-Instruct that CascadeExit bundles: the 4-bit GGUF of the `llm-smoll
 `{config['head_fingerprint'][:16]}`.
 
 - **Adapter**, `{config['adapter']}`: {SHAPES[config['adapter']].format(width=config['width'])}.
-- **Head**: the model's own, trimmed to the {config['head_size']:,} words it chooses most often; they cover
-  {distill['head_coverage']:.1%} of its choices on held-out text.
+- **Head**: the model's own, trimmed to the {config['head_size']:,} words it chooses most often.
 - **Estimator**: {estimator}.
 
 {exits_table([folder])}
 
-- **Data**: {distill['rows']:,} training tokens in {distill['documents']:,} documents: {distill['data_note']}
-- **Split** by document: 22 of 25 train, 2 calibrate, 1 tests. The figures above are from {distill['held_out_rows']:,}
-  test tokens that the model chose itself.
-- **Adapters**: from {start}, then {distill['steps']:,} steps of {settings['batch']:,} tokens, AdamW,
-  {1 - settings['hard']:g} x KL to the full model + {settings['hard']:g} x cross-entropy of its choice.
-  {source(distill)}
+- **Split** by document: 22 of 25 train, 2 calibrate, 1 tests; agreement above is on test tokens that the model chose
+  itself.
+{chr(10).join(trained(layers, report, start) for layers, report in parts(distill, config))}
 - **Estimators** learned from {confidence['rows']['calibration']:,} tokens of the calibration documents.
   {source(confidence)}
 
