@@ -330,7 +330,8 @@ def add_endpoints(page: Page) -> None:
             chat: put the prompt through the model's chat template.
             model: a name from models; empty: the first.
 
-        Returns text, token_ids, exits (0 = the first exit, the highest number = the full model) and stats.
+        Returns text, token_ids, exits (0 = the first exit, the highest number = the full model, -1 = copied from
+        earlier in the text) and stats.
         """
         engine, tokenizer, ids, config, _ = prepared(
             model, prompt, chat, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
