@@ -159,7 +159,7 @@ function reject(side, record) {
   if (!node) return;
   node.className = node.className.replace(' draft', ' rejected');
   node.dataset.note = 'rejected: the full model said something else';
-  side.guessed.add(record.i);
+  if (!node.classList.contains('ec')) side.guessed.add(record.i);       // an exit's guess, not a copy
   side.rejected++;
   drawToggle(parts[record.side], side);
 }

@@ -67,7 +67,7 @@ def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Fi
         hovertemplate="token %{x}: the full model would say something else<extra></extra>")
     figure.update_xaxes(title="token")
     figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
-    return _styled(figure, "How sure the exits were")
+    return _styled(figure, "How sure the exits were", legend_rows=1 + engine.num_exits // 2)
 
 
 def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) -> go.Figure:
@@ -102,7 +102,7 @@ def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) 
     return _styled(figure, "Quality against speed")
 
 
-def _styled(figure: go.Figure, title: str, legend: bool = True) -> go.Figure:
+def _styled(figure: go.Figure, title: str, legend: bool = True, legend_rows: int = 1) -> go.Figure:
     """Readable on light and dark: nothing behind the marks, neutral lines; the page colours the text."""
     axis = dict(gridcolor="rgba(128,128,128,0.22)", zerolinecolor="rgba(128,128,128,0.45)", automargin=True)
     figure.update_xaxes(**axis)
@@ -111,6 +111,6 @@ def _styled(figure: go.Figure, title: str, legend: bool = True) -> go.Figure:
         title=dict(text=f"<b>{title}</b>", x=0, xref="container", y=0.97, yanchor="top", font=dict(size=14)),
         template="none", height=300, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font=dict(family="IBM Plex Sans, system-ui, sans-serif", color=_OUTLINE, size=12),
-        margin=dict(l=8, r=8, t=76, b=8), showlegend=legend,
+        margin=dict(l=8, r=8, t=54 + 22 * legend_rows, b=8), showlegend=legend,
         legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0))
     return figure
