@@ -31,7 +31,8 @@ def test_generate_says_what_the_engine_says(served, mode):
     engine, tokenizer, client = served
     said = client.predict(prompt="hi there", mode=mode, threshold=0.5, max_new_tokens=24, chat=False,
                           api_name="/generate")
-    run = engine.run(tokenizer("hi there").input_ids, DecodeConfig(mode=mode, thresholds=0.5, max_new_tokens=24))
+    run = engine.run(tokenizer("hi there").input_ids, DecodeConfig(
+        mode=mode, thresholds=0.5 if mode == "cascade" else None, max_new_tokens=24))
     assert said["token_ids"] == run.token_ids and len(said["exits"]) == 24
     assert said["text"] == tokenizer.decode(run.token_ids, skip_special_tokens=True)
     assert said["stats"]["routing_share"] == pytest.approx(run.stats.routing_share)

@@ -42,8 +42,10 @@ def test_without_options_every_kind_of_shipped_exits_is_offered(monkeypatch):
 def test_forced_exits_and_closed_ones():
     config, full = app.decode_configs(3, "cascade", 10, 4, 0.0, 1.0, 0, 1, [0.5, 0.6, 1.0, 0.7])
     assert config.thresholds == [None, 0.0, None] and full.mode == "full"
-    config, _ = app.decode_configs(3, "verified", 10, 4, 0.0, 1.0, None, app.FIRST_SURE, [0.5, 0.6, 1.0, 0.7])
+    config, _ = app.decode_configs(3, "cascade", 10, 4, 0.0, 1.0, None, app.FIRST_SURE, [0.5, 0.6, 1.0, 0.7])
     assert config.thresholds == [0.5, 0.6, None]
+    config, _ = app.decode_configs(3, "verified", 10, 4, 0.0, 1.0, None, app.FIRST_SURE, [0.5, 0.6, 1.0, 0.7])
+    assert config.thresholds is None, "verified has a rule of its own"
     without_2 = next(value for name, value in app._ways_out(stream.Shape("m", 6, (2, 3, 5), True))["choices"]
                      if name == "Never at exit 2")
     config, _ = app.decode_configs(3, "cascade", 10, 4, 0.0, 1.0, 0, without_2, [0.5, 0.6, 0.9, 0.7])

@@ -531,7 +531,7 @@ def test_a_visitor_changes_the_model_and_a_link_remembers_it(open_page):
         page = open_page(url)
         page.get_by_label("Model", exact=True).click()
         page.get_by_role("option", name="two").click()
-        page.wait_for_function("document.querySelectorAll('.ce-key').length === 2")
+        page.wait_for_function("document.querySelectorAll('li:not([hidden]) > .ce-key').length === 2")
         assert page.locator(".ce-model").inner_text() == "two"
         choose_exit(page, "Always at exit 1")
         link = link_of(page)
@@ -539,7 +539,7 @@ def test_a_visitor_changes_the_model_and_a_link_remembers_it(open_page):
         assert shown_ids(page, "full") == expected((two, tiny_tokenizer()), "full")
         assert page.locator(".ce-count").nth(0).inner_text() == "200 · 100%"
         other = open_page(page.url)
-        other.wait_for_function("document.querySelectorAll('.ce-key').length === 2")
+        other.wait_for_function("document.querySelectorAll('li:not([hidden]) > .ce-key').length === 2")
         other.wait_for_function("document.querySelector('#ce-model-menu input').value === 'two'")
         other.evaluate("history.replaceState(null, '', '/')")
         assert link_of(other) == link
