@@ -146,7 +146,8 @@ def test_training_goes_on_from_exits_trained_before(tmp_path, adapter):
 
 def test_exits_trained_apart_are_joined_by_layer():
     deep = tiny_engine(adapter="carry", head_size=20).bank
-    shallow = tiny_engine(seed=3, adapter="carry", layers=(0, 3)).bank
+    shallow = tiny_engine(adapter="carry", layers=(0, 3)).bank
+    torch.nn.init.normal_(shallow.adapters[1].up.weight)        # another exit after the same layer
     whole = join([deep, shallow])
     assert whole.config.layers == (0, 2, 3, 5) and torch.equal(whole.head_ids, deep.head_ids)
     h, said = torch.randn(2, 4, 32)
@@ -155,6 +156,8 @@ def test_exits_trained_apart_are_joined_by_layer():
         torch.testing.assert_close(ours(h, said), theirs(h, said))
     with pytest.raises(ValueError, match="width is 8 in the first, 9 in another"):
         join([deep, tiny_engine(adapter="carry", width=9).bank])
+    with pytest.raises(ValueError, match="do not belong together: head_fingerprint"):
+        join([deep, tiny_engine(seed=3, adapter="carry").bank])
 
 
 def test_a_carry_adapter_starts_from_the_ridge_regression(tmp_path):
