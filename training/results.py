@@ -216,7 +216,9 @@ def lossless_section(results: list[dict]) -> str:
     if not results:
         return ""
     cases = results[0]
-    thresholds = ", ".join("its own rule" if t is None else f"{t:g}" for t in cases["thresholds"])
+    thresholds = ", ".join(f"{t:g}" for t in cases["thresholds"] if t is not None)
+    own = " and ".join(r["dtype"] for r in results if None in r["thresholds"])
+    thresholds += f" (in {own} by its own rule, too)" if own else ""
     drafts = ", ".join(map(str, cases["max_draft"]))
     margins = [m for r in results for m in r["reference_margins"]]
     sources = "\n".join(f"{r['dtype']}: {source(r)}  " for r in results)
