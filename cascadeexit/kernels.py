@@ -164,7 +164,7 @@ class NativeLinear(nn.Module):
         self._matrix = self._store.matrix(weight, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
+        x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
         out = torch.empty(*x.shape[:-1], self.shape[0])
         library().ce_linear(byref(self._matrix), x.data_ptr(), out.data_ptr(), x.shape[:-1].numel(),
                             torch.get_num_threads())
@@ -179,7 +179,7 @@ class NativeLinear(nn.Module):
 
     def softmax_facts(self, x: Tensor) -> Tensor:
         """Of the outputs' softmax: log p of the likeliest, of the second, entropy in nats. (..., I) -> (..., 3)."""
-        x = x.contiguous()
+        x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
         facts = torch.empty(*x.shape[:-1], 3)
         library().ce_softmax_facts(byref(self._matrix), x.data_ptr(), facts.data_ptr(), x.shape[:-1].numel(),
                                    torch.get_num_threads())
@@ -250,7 +250,7 @@ class NativeAdapter:
         self._carries = straight is not None
 
     def __call__(self, h: Tensor, said: Tensor) -> Tensor:
-        h, said = h.contiguous(), said.contiguous() if self._carries else None
+        h, said = h.to(torch.bfloat16).contiguous(), said.to(torch.bfloat16).contiguous() if self._carries else None
         out = torch.empty_like(h)
         library().ce_exit(byref(self._exit), h.data_ptr(), said.data_ptr() if self._carries else None, out.data_ptr(),
                           h.shape[:-1].numel(), torch.get_num_threads())
