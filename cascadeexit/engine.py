@@ -16,16 +16,15 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from cascadeexit.events import COPIED, Status, TokenEvent
+from cascadeexit.events import Status, TokenEvent
 from cascadeexit.exits import ExitBank
-from cascadeexit.lookup import Lookup
 from cascadeexit.metrics import Costs, RunStats, summarize
 from cascadeexit.model import SegmentedModel
 from cascadeexit.sampling import Sampler
+from cascadeexit.tree import Draft, DraftTree
 
 _MAX_ROWS = 256             # rows of one prefill or catch-up pass: bounds the memory of masks and activations
 CASCADE_THRESHOLD = 0.7
-_ROW_COST = 0.04            # of one more row to verify, in full passes: measured from 1 to 8 rows
 _CAPACITY_STEP = 128        # cache sizes come in steps, so that runs of like length share kernels and buffers
 
 
@@ -45,8 +44,8 @@ class DecodeConfig:
     """verified: the most tokens drafted before the full model looks at them."""
     thresholds: float | Sequence[float | None] | None = None
     """Confidence in [0, 1] from which an exit is taken: one for all exits, or one each; None in their place closes an
-    exit. None alone is each mode's own rule: 0.7 for cascade; for verified a draft as long as it is likely to save more
-    than it costs, exits and copies of earlier text alike."""
+    exit. None alone is each mode's own rule: 0.7 for cascade; for verified a tree of drafts, from the exit before the
+    first layer and copied from earlier text, as large as is likely to save more than it costs (`DraftTree`)."""
     tolerance: float = 0.0
     """verified, greedy: a draft also stands when the full model gives it at least 1 - tolerance times the probability
     of its own choice. 0 is lossless; above, the text may differ where the full model itself is torn."""
@@ -113,14 +112,17 @@ class Staircase:
             return self.filled(s + 1) + (0 if waiting is None else waiting.shape[1])
         return self.cache.length(self.model.bounds[s])
 
-    def run(self, s: int) -> Tensor:
-        """Everything waiting at segment s, through its layers: (1, N, D), the newest row last."""
+    def run(self, s: int, parents: Sequence[int] | None = None) -> Tensor:
+        """Everything waiting at segment s, through its layers: (1, N, D), the newest row last.
+
+        parents: the rows are a tree, as for `SegmentedModel.run_segment`.
+        """
         if s == 0:
             rows = self.model.embed(self.tokens[self.filled(0):])
         else:
             rows, self.waiting[s] = self.waiting[s], None
         parts = rows.split(_MAX_ROWS, dim=1)
-        out = [self.model.run_segment(s, part, self.cache) for part in parts]
+        out = [self.model.run_segment(s, part, self.cache, parents) for part in parts]
         self.weight_bytes += len(parts) * self.model.segment_bytes[s]
         out = out[0] if len(out) == 1 else torch.cat(out, dim=1)
         if s + 1 < self.model.num_segments:
@@ -132,11 +134,12 @@ class Staircase:
         self.tokens.extend(tokens)
         return [self.run(s) for s in range(self.model.num_segments if len(tokens) else 0)]
 
-    def truncate(self, length: int) -> None:
-        """Forget the positions from `length` on. Only right after a full-depth pass, when nothing waits."""
-        assert all(w is None for w in self.waiting), "rows are waiting: truncate only after the last segment ran"
-        del self.tokens[length:]
-        self.cache.truncate(length)
+    def keep(self, drafts: int, path: Sequence[int]) -> None:
+        """Of the newest `drafts` tokens only those on a path stay. Only after a full-depth pass, when nothing waits."""
+        assert all(w is None for w in self.waiting), "rows are waiting: keep a path only after the last segment ran"
+        first = len(self.tokens) - drafts
+        self.tokens[first:] = [self.tokens[first + i] for i in path]
+        self.model.keep(self.cache, first - 1, [0, *(i + 1 for i in path)])      # row 0 is the token before the drafts
 
 
 def _append(before: Tensor | None, rows: Tensor) -> Tensor:
@@ -168,10 +171,6 @@ class Engine:
         self.model, self.bank = model, bank.attach(model)
         self.costs = Costs(full_token_bytes=sum(model.segment_bytes) + model.head_bytes,
                            depths=tuple(b / model.num_layers for b in model.bounds[1:]))
-        bank, full = self.bank, self.costs.full_token_bytes
-        self.draft_costs = tuple(                   # of a draft from each exit, in full passes, all before it asked
-            (sum(model.segment_bytes[:s + 1]) + sum(map(bank.try_bytes, range(s + 1))) + bank.head_bytes) / full
-            + _ROW_COST for s in range(self.num_exits))
 
     @property
     def num_exits(self) -> int:
@@ -223,12 +222,11 @@ class Engine:
     def _decode(self, prompt: list[int], config: DecodeConfig, watch: _Stopwatch) -> Iterator[TokenEvent]:
         model, bank, last = self.model, self.bank, self.num_exits
         verified = config.mode is Mode.VERIFIED
-        by_cost = verified and config.thresholds is None
         thresholds = (None,) * last if config.mode is Mode.FULL else config.threshold_per_exit(last)
-        lookup = Lookup(prompt) if by_cost else None
+        tree = DraftTree(model, bank, prompt, config.temperature) if verified and config.thresholds is None else None
         sampler = self.sampler(config)
-        stairs = Staircase(model, self.capacity(len(prompt) + config.max_new_tokens))
-        drafts: list[_Draft] = []                                # tokens not yet confirmed, oldest first
+        stairs = Staircase(model, self.capacity(len(prompt) + config.max_new_tokens + config.max_draft))
+        drafts: list[Draft] = []                                 # tokens not yet confirmed, parents first
         end = len(prompt) + config.max_new_tokens
 
         def event(position: int, token: int, exit: int, confidences, status: Status) -> TokenEvent:
@@ -247,78 +245,76 @@ class Engine:
             if finished and not drafts:
                 return
 
-            # 2. Climb: deeper until an exit is sure enough, or to the top.
-            may_exit = not finished and len(drafts) < config.max_draft
-            survival = drafts[-1].survival if drafts else 1.0    # chance that every pending draft is right
-            asked, exit_hidden, copied = unasked, None, None
-            if by_cost and may_exit:
-                needed = self.worthwhile(drafts)                 # survival that a draft must have, by where it is from
-                guess = lookup.guess(stairs.tokens)
-                if guess and survival * guess.chance > needed[COPIED]:
-                    copied = guess
-                may_exit = not drafts or drafts[-1].exit != COPIED      # no hidden state named a copied token
-            for s in range(last + 1):
-                if copied and (copied.chance > 0.5 or not may_exit or model.segment_bytes[s]):
-                    break                                        # likely enough, or nothing better for free
-                rows = stairs.run(s)                                                        # (1, N, D)
-                if s == last or not may_exit:
-                    continue
-                threshold = needed[s] if by_cost else thresholds[s]
-                if threshold is None or by_cost and survival <= threshold:      # closed, or however sure: too dear
-                    continue
-                hidden = bank.hidden(s, rows[0, -1:], said)                                 # (1, D)
-                confidence = float(bank.confidence(s, hidden))
-                stairs.weight_bytes += bank.try_bytes(s)
-                asked = (*asked[:s], confidence, *asked[s + 1:])
-                if survival * confidence >= threshold:
-                    exit_hidden = hidden
-                    break
-
-            # 3. The text repeats itself: what followed last time is a draft that costs a row.
-            if copied and exit_hidden is None:
-                probs = None if sampler.greedy else sampler.certain(copied.token)
-                drafts.append(_Draft(copied.token, COPIED, asked, probs, survival * copied.chance, copied.matched))
-                stairs.tokens.append(copied.token)
-                yield event(len(stairs.tokens) - 1, copied.token, COPIED, asked, Status.DRAFT)
-                continue
+            asked, exit_hidden = unasked, None
+            if tree:
+                # 2. Verified by its own rule: a tree of drafts that cost next to nothing, then one pass over all of it.
+                longest = min(config.max_draft, end - len(stairs.tokens))
+                drafts = tree.grow(stairs.tokens, said, config.max_draft, longest)
+                confirmed = len(stairs.tokens)
+                stairs.tokens += [draft.token for draft in drafts]
+                stairs.weight_bytes += tree.weight_bytes
+                tree.weight_bytes = 0
+                for d in drafts:
+                    yield event(confirmed + d.depth, d.token, d.exit, d.confidences, Status.DRAFT)
+                parents = [-1, *(d.parent + 1 for d in drafts)]
+                for s in range(last + 1):
+                    rows = stairs.run(s, None if parents == list(range(-1, len(drafts))) else parents)
+            else:
+                # 3. Climb: deeper until an exit is sure enough, or to the top.
+                may_exit = not finished and len(drafts) < config.max_draft
+                for s in range(last + 1):
+                    rows = stairs.run(s)                                                    # (1, N, D)
+                    if s == last or not may_exit or thresholds[s] is None:
+                        continue
+                    hidden = bank.hidden(s, rows[0, -1:], said)                             # (1, D)
+                    confidence = float(bank.confidence(s, hidden))
+                    stairs.weight_bytes += bank.try_bytes(s)
+                    asked = (*asked[:s], confidence, *asked[s + 1:])
+                    if confidence >= thresholds[s]:
+                        exit_hidden = hidden
+                        break
 
             # 4. An exit was taken: its head names the token; deeper layers catch up when somebody next climbs there.
             if exit_hidden is not None:
-                token, probs = sampler.choose(bank.logits(exit_hidden)[0], bank.head_ids)
+                choose = sampler.likeliest if verified else sampler.choose
+                token = choose(bank.logits(exit_hidden)[0], bank.head_ids)
                 stairs.weight_bytes += bank.head_bytes
                 stairs.tokens.append(token)
                 said = exit_hidden
                 if verified:
-                    drafts.append(_Draft(token, s, asked, probs, survival * confidence))
+                    drafts.append(Draft(token, s, asked, len(drafts) - 1, len(drafts)))
                 yield event(len(stairs.tokens) - 1, token, s, asked, Status.DRAFT if verified else Status.EMITTED)
                 continue
 
-            # 5. The top: row i predicts the token after it. The last len(drafts) + 1 rows judge the drafts.
+            # 5. The top: the row of a token speaks of the one after it. The newest token's row and those of the drafts
+            #    judge: from the root on, as long as what stands is one of the drafts.
+            confirmed = len(stairs.tokens) - len(drafts)
             rows = rows[:, -len(drafts) - 1:]
             logits = model.logits(rows)[0]                                                  # (drafts + 1, V)
             stairs.weight_bytes += model.head_bytes
-            confirmed, token = len(stairs.tokens) - len(drafts), None
-            for i, draft in enumerate(drafts):
-                accepted, standing = sampler.judge(draft.token, draft.probs, logits[i])
-                if draft.exit == COPIED:
-                    lookup.judged(draft.matched, accepted)
-                if not accepted:
-                    token = standing
-                    break
-                yield event(confirmed + i, draft.token, draft.exit, draft.confidences, Status.ACCEPTED)
-            if token is not None:                                # 6. Rollback: lengths move, the correction stands
-                stairs.truncate(confirmed + i)
-                for j, draft in enumerate(drafts[i:], confirmed + i):
-                    yield event(j, draft.token, draft.exit, draft.confidences, Status.REJECTED)
-            elif not finished:
-                i, (token, _) = len(drafts), sampler.choose(logits[-1])    # 7. All drafts stand: one token more
-            drafts = []
+            path, token, at = [], None, -1
+            while token is None and not (path and (confirmed + len(path) >= end or drafts[at].token in model.eos_ids)):
+                offered = {d.token: i for i, d in enumerate(drafts) if d.parent == at}
+                stands = sampler.judge(list(offered), logits[at + 1])
+                if stands in offered:
+                    at = offered[stands]
+                    draft = drafts[at]
+                    yield event(confirmed + len(path), draft.token, draft.exit, draft.confidences, Status.ACCEPTED)
+                    path.append(at)
+                else:
+                    token = stands
+            # 6. Rollback: drafts that do not stand never were. The full model adds a token of its own.
+            stairs.keep(len(drafts), path)
+            for i, d in enumerate(drafts):
+                if i not in path:
+                    yield event(confirmed + d.depth, d.token, d.exit, d.confidences, Status.REJECTED)
             if token is not None:
-                said = model.norm(rows[0, i:i + 1])
+                said = model.norm(rows[0, at + 1:at + 2])
                 stairs.tokens.append(token)
-                if lookup:
-                    lookup.extend(stairs.tokens[confirmed:])
                 yield event(len(stairs.tokens) - 1, token, last, asked, Status.EMITTED)
+            if tree:
+                tree.judged(drafts, path, stairs.tokens[confirmed:])
+            drafts = []
 
     @torch.inference_mode()
     def full_choices(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[int]:
@@ -338,16 +334,6 @@ class Engine:
             choices += self.model.logits(top)[0].argmax(-1).tolist()
         return choices
 
-    def worthwhile(self, drafts: Sequence["_Draft"]) -> tuple[float, ...]:
-        """Chance of surviving from which one more draft saves more than it costs: one for each exit, last for copies.
-
-        Speed is tokens / cost of a round, (1 + sum a_i) / (1 + sum d_i) with a_i a draft's survival and d_i its cost in
-        full passes; a further draft raises it while a > d (1 + sum a_i) / (1 + sum d_i).
-        """
-        costs = (*self.draft_costs, _ROW_COST)                          # costs[COPIED] is the last one
-        rate = (1 + sum(d.survival for d in drafts)) / (1 + sum(costs[d.exit] for d in drafts))
-        return tuple(cost * rate for cost in costs)
-
     def last_said(self, rows: list[Tensor]) -> Tensor:
         """The full model's hidden state that names the token after these prefilled rows (1, D); zeros without rows."""
         if not rows:
@@ -357,13 +343,3 @@ class Engine:
     def capacity(self, positions: int) -> int:
         """Cache slots for a run: room for the padding of the last pass, rounded up."""
         return -(-(positions + self.model.row_multiple) // _CAPACITY_STEP) * _CAPACITY_STEP
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    token: int
-    exit: int
-    confidences: tuple[float | None, ...]
-    probs: Tensor | None            # the distribution it was drawn from (V,), None when greedy
-    survival: float                 # product of confidences up to here: chance that no draft so far is wrong
-    matched: int = 0                # COPIED: tokens before it that stood in the text before

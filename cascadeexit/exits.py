@@ -259,9 +259,13 @@ class ExitBank(nn.Module):
 
     # -- bytes, for the cost metric ------------------------------------------------------------------------------
 
+    def adapter_bytes(self, s: int) -> int:
+        """Weight bytes that the adapter of exit s reads."""
+        return sum(p.nbytes for p in self.adapters[s].parameters())
+
     def try_bytes(self, s: int) -> int:
         """Weight bytes read to ask exit s how sure it is."""
-        read = sum(p.nbytes for p in self.adapters[s].parameters())
+        read = self.adapter_bytes(s)
         if self.confidence_heads is None:
             return read + self.head_bytes
         read += self._sketch_bytes

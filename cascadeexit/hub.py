@@ -179,6 +179,18 @@ def default_exit_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({min(max(layer, 1), num_layers - 1) for layer in wanted}))
 
 
+def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
+    """'8,16,22' are layers, '0.3,0.57,0.8' parts of the depth; None: the default depths. Raises ValueError."""
+    if text is None:
+        return default_exit_layers(num_layers)
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--exits takes layers such as 8,16,22 or parts of the depth such as 0.3,0.57,0.8, got "
+                         f"'{text}'") from None
+    return tuple(round(x * num_layers) if x < 1 else int(x) for x in numbers)
+
+
 def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.bfloat16
     if not isinstance(found, torch.dtype):

@@ -6,7 +6,7 @@
 // whatever other rows are in the pass: that is what makes verification exact.
 //
 // Letters: N rows, D hidden size, H query heads on G key-value heads of size d, C cache capacity.
-// Cache of a layer and head: keys [C/16][d/2][16][2], values [C/2][d][2]; both are dotted in pairs without shuffles.
+// Cache of a layer and head (of each text, where there are several): keys [C/16][d/2][16][2], values [C/2][d][2]; both are dotted in pairs without shuffles.
 
 #include <atomic>
 #include <cmath>
@@ -246,16 +246,25 @@ inline void rotate(float* x, const float* norm, float eps, const float* cosine, 
     }
 }
 
+// Where the keys and values of a head are: those of the first positions in the cache, the others in a tail of its own.
+struct Past {
+    const uint32_t *keys, *values, *tail_keys, *tail_values;
+    int first;                      // positions before it are not seen
+    int common;                     // blocks of KEYS positions that lie in the cache
+};
+
 // Rows of one key-value head: `rows` queries (rows, d) as bf16 pairs, row i at position seen[i] - 1, sharing each
 // reading of keys and values. scores: room for (rows, positions) floats and as many bf16. out: (rows, d) sums.
-void attend(const uint32_t* keys, const uint32_t* values, const uint32_t* queries, const int* seen, int rows, int d,
-            float scale, float* scores, bf16* probs, int room, float* const* out) {
-    int longest = 0;
+void attend(const Past& past, const uint32_t* queries, const int* seen, int rows, int d, float scale, float* scores,
+            bf16* probs, int room, float* const* out) {
+    const size_t block_size = size_t(d / 2) * KEYS;     // of keys, and of values
+    int longest = 0, first_block = past.first / KEYS, start = first_block * KEYS;
     for (int i = 0; i < rows; i++) longest = seen[i] > longest ? seen[i] : longest;
     int score_blocks = (longest + KEYS - 1) / KEYS, padded = score_blocks * KEYS;
     float block_scores[MAX_TILE][KEYS];
-    for (int b = 0; b < score_blocks; b++) {
-        dot_rows<KEYS>(rows, keys + size_t(b) * (d / 2) * KEYS, queries, d / 2, d / 2, block_scores);
+    for (int b = first_block; b < score_blocks; b++) {
+        const uint32_t* keys = b < past.common ? past.keys + b * block_size : past.tail_keys + (b - past.common) * block_size;
+        dot_rows<KEYS>(rows, keys, queries, d / 2, d / 2, block_scores);
         for (int i = 0; i < rows; i++) std::memcpy(scores + size_t(i) * room + b * KEYS, block_scores[i], 4 * KEYS);
     }
     float totals[MAX_TILE];
@@ -264,15 +273,16 @@ void attend(const uint32_t* keys, const uint32_t* values, const uint32_t* querie
         bf16* to = probs + size_t(i) * room;
         int n = seen[i], whole = (n + KEYS - 1) / KEYS * KEYS;
         for (int t = n; t < whole; t++) row[t] = -INFINITY;
+        for (int t = start; t < past.first; t++) row[t] = -INFINITY;
         float lanes[KEYS];
-        for (int l = 0; l < KEYS; l++) lanes[l] = row[l];
-        for (int t = KEYS; t < whole; t += KEYS)
+        for (int l = 0; l < KEYS; l++) lanes[l] = row[start + l];
+        for (int t = start + KEYS; t < whole; t += KEYS)
             for (int l = 0; l < KEYS; l++) lanes[l] = row[t + l] > lanes[l] ? row[t + l] : lanes[l];
         float top = lanes[0], sums[KEYS] = {};
         for (float x : lanes) top = x > top ? x : top;
-        for (int t = 0; t < whole; t += KEYS)
+        for (int t = start; t < whole; t += KEYS)
             for (int l = 0; l < KEYS; l++) {
-                bool visible = t + l < n;
+                bool visible = t + l < n && t + l >= past.first;
                 float e = fast_exp((row[t + l] - top) * scale);
                 e = visible ? e : 0.0f;
                 sums[l] += e;
@@ -283,12 +293,16 @@ void attend(const uint32_t* keys, const uint32_t* values, const uint32_t* querie
         for (float s : sums) total += s;
         totals[i] = total;
     }
+    const int common_pairs = past.common * (KEYS / 2);
+    auto values_at = [&](int p) {                       // of positions 2 p and 2 p + 1
+        return p < common_pairs ? past.values + size_t(p) * d : past.tail_values + size_t(p - common_pairs) * d;
+    };
     for (int j = 0; j < d; j += KEYS) {
 #ifdef BF16_DOT
         __m512 sum[MAX_TILE];
         for (int i = 0; i < rows; i++) sum[i] = _mm512_setzero_ps();
-        for (int p = 0; p < padded / 2; p++) {
-            __m512bh v = (__m512bh)_mm512_loadu_si512(values + size_t(p) * d + j);
+        for (int p = start / 2; p < padded / 2; p++) {
+            __m512bh v = (__m512bh)_mm512_loadu_si512(values_at(p) + j);
             for (int i = 0; i < rows; i++) {
                 int both;
                 std::memcpy(&both, probs + size_t(i) * room + 2 * p, 4);
@@ -299,9 +313,9 @@ void attend(const uint32_t* keys, const uint32_t* values, const uint32_t* querie
 #else
         for (int i = 0; i < rows; i++) {
             float sum[KEYS] = {};
-            for (int p = 0; p < padded / 2; p++) {
+            for (int p = start / 2; p < padded / 2; p++) {
                 float first = widen(probs[size_t(i) * room + 2 * p]), second = widen(probs[size_t(i) * room + 2 * p + 1]);
-                const uint32_t* v = values + size_t(p) * d + j;
+                const uint32_t* v = values_at(p) + j;
                 for (int l = 0; l < KEYS; l++)
                     sum[l] = __builtin_fmaf(widen(bf16(v[l] >> 16)), second,
                                             __builtin_fmaf(widen(bf16(v[l])), first, sum[l]));
@@ -312,6 +326,29 @@ void attend(const uint32_t* keys, const uint32_t* values, const uint32_t* querie
         for (int i = 0; i < rows; i++)
             for (int l = 0; l < KEYS; l++) out[i][j + l] = block_scores[i][l] / totals[i];
     }
+}
+
+// One position's keys and values of a head, from a slot of one buffer to a slot of another.
+inline void copy_slot(const uint32_t* keys, const uint32_t* values, int from, uint32_t* to_keys, uint32_t* to_values,
+                      int to, int d) {
+    keys += size_t(from / KEYS) * (d / 2) * KEYS + from % KEYS;
+    to_keys += size_t(to / KEYS) * (d / 2) * KEYS + to % KEYS;
+    for (int p = 0; p < d / 2; p++) to_keys[size_t(p) * KEYS] = keys[size_t(p) * KEYS];
+    const bf16* value = (const bf16*)(values + size_t(from / 2) * d) + from % 2;
+    bf16* to_value = (bf16*)(to_values + size_t(to / 2) * d) + to % 2;
+    for (int j = 0; j < d; j++) to_value[2 * j] = value[2 * j];
+}
+
+// The blocks that a row of a tree sees after the first whole_blocks, as a text would have them: what precedes the tree,
+// then the row's path, each at its own position. keys, values: `tail` words each.
+void gather(const Past& cache, int whole_blocks, int start, const int32_t* parents, const int* position, int row, int tail,
+            int d, uint32_t* keys, uint32_t* values) {
+    std::memset(keys, 0, 4 * size_t(tail));
+    std::memset(values, 0, 4 * size_t(tail));
+    int before = whole_blocks * KEYS;
+    for (int t = before; t < start; t++) copy_slot(cache.keys, cache.values, t, keys, values, t - before, d);
+    for (int r = row; r >= 0; r = r ? parents[r] : -1)
+        copy_slot(cache.keys, cache.values, start + r, keys, values, position[r] - before, d);
 }
 
 // Scratch of a call, grown to the largest one seen.
@@ -376,15 +413,32 @@ void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t
     }
 }
 
-// Rows (rows, D) bf16 through layers first..last-1 at positions start..start+rows-1 -> out (rows, D) bf16. Keys and
-// values go into the cache at these positions. D, H * d and the inner size must be even, d a multiple of 16.
+// Rows (rows, D) bf16 through layers first..last-1 -> out (rows, D) bf16; their keys and values go into the cache.
+// D, H * d and the inner size must be even, d a multiple of 16. What the rows are to one another:
+//   parents and begins null: one text, at positions start..start+rows-1;
+//   parents: a tree after `start` positions: row r goes on from row parents[r] < r, row 0 (parents[0] = -1) from the text.
+//     Slot start + r of the cache is row r's; ce_keep moves those of a path to where a text has them;
+//   begins: row r is position `start` of text r of the cache, which sees from position begins[r] on.
 void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, bf16* out, int32_t rows,
-               const Cache* cache, int32_t start, int32_t threads) {
+               const Cache* cache, int32_t start, const int32_t* parents, const int32_t* begins, int32_t threads) {
     static thread_local Scratch<float> f_h, f_qkv, f_heads, f_scores;
     static thread_local Scratch<bf16> b_x, b_heads, b_act, b_queries, b_probs;
+    static thread_local Scratch<uint32_t> u_tails;
+    static thread_local Scratch<int> i_positions;
     const int D = stack->hidden, H = stack->heads, G = stack->kv_heads, d = stack->head_dim, I = stack->inner;
-    const int wide = (H + 2 * G) * d, group = H / G, items_per_head = (rows * group + 3) / 4;
-    const int room = (start + rows + KEYS - 1) / KEYS * KEYS;
+    const int wide = (H + 2 * G) * d, group = H / G;
+    const int together = parents || begins ? 1 : rows;          // rows whose queries may share a reading of keys
+    const int items_per_head = (together * group + 3) / 4;
+    const int room = (start + rows + KEYS - 1) / KEYS * KEYS, lanes = begins ? rows : 1;
+    const int whole_blocks = start / KEYS, tail = (room / KEYS - whole_blocks) * KEYS * (d / 2);
+    int* position = i_positions.get(rows);
+    for (int r = 0; r < rows; r++)
+        position[r] = begins ? start : !parents ? start + r : r ? position[parents[r]] + 1 : start;
+    auto slot = [&](int r) { return begins ? start : start + r; };
+    auto head_of = [&](int l, int r, int g) {                   // where a head's part of the cache begins
+        return ((size_t(l) * lanes + (begins ? r : 0)) * G + g) * cache->capacity * (d / 2);
+    };
+    uint32_t* tails = u_tails.get(parents ? size_t(threads) * 2 * tail : 0);
     float *h = f_h.get(size_t(rows) * D), *qkv = f_qkv.get(size_t(rows) * wide), *heads = f_heads.get(size_t(rows) * H * d);
     bf16 *x = b_x.get(size_t(rows) * D), *act = b_act.get(size_t(rows) * I), *attended = b_heads.get(size_t(rows) * H * d);
     bf16* queries = b_queries.get(size_t(rows) * H * d);
@@ -422,40 +476,46 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
             team.meet();
             // 2. norms of heads and rotary embedding; keys and values go into the cache
             for (int i = team.from(rows * (H + 2 * G)); i < team.to(rows * (H + 2 * G)); i++) {
-                int r = i / (H + 2 * G), head = i % (H + 2 * G), at = start + r;
+                int r = i / (H + 2 * G), head = i % (H + 2 * G), at = slot(r);
                 float* row = qkv + size_t(r) * wide + head * d;
-                const float *cosine = stack->cosines + size_t(at) * (d / 2), *sine = stack->sines + size_t(at) * (d / 2);
+                const float* cosine = stack->cosines + size_t(position[r]) * (d / 2);
+                const float* sine = stack->sines + size_t(position[r]) * (d / 2);
                 if (head < H) {                                 // rows of a group follow each other: (G, rows, group, d)
                     rotate(row, layer.q_norm, stack->eps, cosine, sine, d);
                     bf16* to = queries + ((size_t(head / group) * rows + r) * group + head % group) * d;
                     for (int j = 0; j < d; j++) to[j] = narrow(row[j]);
                 } else if (head < H + G) {
                     rotate(row, layer.k_norm, stack->eps, cosine, sine, d);
-                    uint32_t* to = cache->keys + (size_t(l) * G + head - H) * cache->capacity * (d / 2)
-                                   + size_t(at / KEYS) * (d / 2) * KEYS + at % KEYS;
+                    uint32_t* to = cache->keys + head_of(l, r, head - H) + size_t(at / KEYS) * (d / 2) * KEYS + at % KEYS;
                     for (int p = 0; p < d / 2; p++)
                         to[size_t(p) * KEYS] = narrow(row[2 * p]) | uint32_t(narrow(row[2 * p + 1])) << 16;
                 } else {
-                    bf16* to = (bf16*)(cache->values + (size_t(l) * G + head - H - G) * cache->capacity * (d / 2)
-                                       + size_t(at / 2) * d) + at % 2;
+                    bf16* to = (bf16*)(cache->values + head_of(l, r, head - H - G) + size_t(at / 2) * d) + at % 2;
                     for (int j = 0; j < d; j++) to[2 * j] = narrow(row[j]);
                 }
             }
             team.meet();
             // 3. attention, four queries of a key-value head at a time
-            for (int i = team.from(G * items_per_head); i < team.to(G * items_per_head); i++) {
-                int g = i / items_per_head, from = i % items_per_head * 4, seen[4];
-                int tile = rows * group - from < 4 ? rows * group - from : 4;
+            const int units = rows / together, items = G * units * items_per_head;
+            for (int i = team.from(items); i < team.to(items); i++) {
+                int g = i / (units * items_per_head), unit = i / items_per_head % units, from = i % items_per_head * 4;
+                int tile = together * group - from < 4 ? together * group - from : 4, seen[4];
                 float* to[4];
                 for (int q = 0; q < tile; q++) {
-                    int r = (from + q) / group, head = g * group + (from + q) % group;
-                    seen[q] = start + r + 1;
+                    int r = unit * together + (from + q) / group, head = g * group + (from + q) % group;
+                    seen[q] = position[r] + 1;
                     to[q] = heads + (size_t(r) * H + head) * d;
                 }
-                size_t head_at = (size_t(l) * G + g) * cache->capacity * (d / 2);
-                attend(cache->keys + head_at, cache->values + head_at,
-                       (const uint32_t*)(queries + (size_t(g) * rows * group + from) * d), seen, tile, d, stack->scale,
-                       scores, probs, room, to);
+                size_t head_at = head_of(l, unit, g);
+                Past past{cache->keys + head_at, cache->values + head_at, nullptr, nullptr, begins ? begins[unit] : 0,
+                          room / KEYS};
+                if (position[unit * together] != slot(unit * together)) {       // its path does not lie in a row
+                    uint32_t *keys = tails + size_t(team.rank) * 2 * tail, *values = keys + tail;
+                    gather(past, whole_blocks, start, parents, position, unit, tail, d, keys, values);
+                    past.tail_keys = keys, past.tail_values = values, past.common = whole_blocks;
+                }
+                attend(past, (const uint32_t*)(queries + (size_t(g) * rows * group + unit * together * group + from) * d),
+                       seen, tile, d, stack->scale, scores, probs, room, to);
                 for (int q = 0; q < tile; q++) {
                     bf16* rounded = attended + (to[q] - heads);
                     for (int j = 0; j < d; j++) rounded[j] = narrow(to[q][j]);
@@ -473,6 +533,18 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
         }
     }
     for (size_t i = 0; i < size_t(rows) * D; i++) out[i] = narrow(h[i]);
+}
+
+// Of the rows that a tree wrote from slot `start` on, keeps those of a path, ascending, as a text has them: slot
+// start + path[i] -> start + i, in all layers.
+void ce_keep(const Cache* cache, int32_t layers, int32_t kv_heads, int32_t d, int32_t start, const int32_t* path,
+             int32_t n) {
+    for (int head = 0; head < layers * kv_heads; head++) {
+        uint32_t* keys = cache->keys + size_t(head) * cache->capacity * (d / 2);
+        uint32_t* values = cache->values + size_t(head) * cache->capacity * (d / 2);
+        for (int i = 0; i < n; i++)
+            if (path[i] != i) copy_slot(keys, values, start + path[i], keys, values, start + i, d);
+    }
 }
 
 // The adapter of an exit: rows h and said (rows, D) bf16 -> out (rows, D) bf16. said is null where it is not read.

@@ -4,7 +4,8 @@ Stock matrix kernels read weights at a quarter of the memory bandwidth when a pa
 as much again. One C++ file takes rows through whole segments at most of the bandwidth. The machine's own C++ compiler
 builds it once, in seconds, for this very processor; without one, or in fp32, transformers' layers run as before.
 
-A row's result does not depend on the other rows of its pass, so row buckets need no padding here.
+A row's result does not depend on the other rows of its pass, so row buckets need no padding here, and rows may as well
+be branches of a tree of drafts, or texts of a batch.
 """
 
 import ctypes
@@ -106,7 +107,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_rows.argtypes = [POINTER(_Matrix), c_void_p, c_int32, c_void_p]
     lib.ce_linear.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_layers.argtypes = [POINTER(_Stack), c_int32, c_int32, c_void_p, c_void_p, c_int32, POINTER(_Cache), c_int32,
-                              c_int32]
+                              c_void_p, c_void_p, c_int32]
+    lib.ce_keep.argtypes = [POINTER(_Cache), c_int32, c_int32, c_int32, c_int32, c_void_p, c_int32]
     lib.ce_exit.argtypes = [POINTER(_Exit), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_softmax_facts.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
     return lib
@@ -223,16 +225,34 @@ class NativeLayers:
                 and layers[0].mlp.act_fn.__class__.__name__ in ("SiLU", "SiLUActivation")
                 and mlp.down_proj.weight.shape[1] % 2 == 0 and usable(mlp.gate_proj.weight))
 
-    def run(self, layers: range, h: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-        """Rows (1, N, D) at positions start.. through some layers: (1, N, D).
+    def run(self, layers: range, h: Tensor, keys: Tensor, values: Tensor, start: int, *,
+            parents: Sequence[int] | None = None, begins: Sequence[int] | None = None) -> Tensor:
+        """Rows (1, N, D) through some layers: (1, N, D). Without more said, they are positions start.. of one text.
 
-        keys, values: the cache's buffers (L, 1, H, C, d), whose inner layout is the kernels' own; C a multiple of 16.
+        Args:
+            keys, values: the cache's buffers (L, B, H, C, d); the inner layout is the kernels' own, C a multiple of 16.
+            parents: the rows are a tree after `start` positions; row r goes on from row parents[r] < r, row 0, whose
+                parent is -1, from the text. See `keep`.
+            begins: row r is position `start` of text r of B = N, which sees its own positions from begins[r] on.
         """
         h, out = h.contiguous(), torch.empty_like(h)
-        cache = _Cache(keys.data_ptr(), values.data_ptr(), keys.shape[3])
         library().ce_layers(byref(self._stack), layers.start, layers.stop, h.data_ptr(), out.data_ptr(), h.shape[1],
-                            byref(cache), start, torch.get_num_threads())
+                            byref(_cache(keys, values)), start, _ints(parents), _ints(begins), torch.get_num_threads())
         return out
+
+    @staticmethod
+    def keep(keys: Tensor, values: Tensor, start: int, path: Sequence[int]) -> None:
+        """Of a tree's rows, written from slot `start` on, keep a path, ascending, as a text in all layers."""
+        layers, _, heads, _, d = keys.shape
+        library().ce_keep(byref(_cache(keys, values)), layers, heads, d, start, _ints(path), len(path))
+
+
+def _cache(keys: Tensor, values: Tensor) -> _Cache:
+    return _Cache(keys.data_ptr(), values.data_ptr(), keys.shape[3])
+
+
+def _ints(values: Sequence[int] | None):
+    return None if values is None else (c_int32 * len(values))(*values)
 
 
 class NativeAdapter:

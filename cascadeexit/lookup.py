@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 _LENGTHS = (5, 3, 2, 1)                 # tokens that must match, longest first
 _PRIOR = {5: 0.8, 3: 0.6, 2: 0.4, 1: 0.15}      # chance of being right before anything was seen
+LONGEST_MATCH = _LENGTHS[0]
 _PRIOR_WEIGHT = 4                       # in guesses
 
 

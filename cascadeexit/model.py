@@ -91,7 +91,7 @@ class SegmentedModel:
         exit_layers: numbers of layers after which an exit sits, ascending, each in 0..num_layers-1. An exit after
             layer 0 reads the token's embedding, and the carried state if it has one.
         name: short name for messages and artifacts.
-        native: use our own kernels where they fit; `run_layers`, for batches, needs the stock ones.
+        native: use our own kernels where they fit.
 
     Raises ValueError for an unsupported architecture or bad exit layers.
     """
@@ -235,22 +235,53 @@ class SegmentedModel:
                                                   position_embeddings=angles, past_key_values=cache)
         return h
 
-    def run_segment(self, s: int, h: Tensor, cache: KVCache) -> Tensor:
+    def run_segment(self, s: int, h: Tensor, cache: KVCache, parents: Sequence[int] | None = None) -> Tensor:
         """The next N rows (1, N, D) of segment s, in order, through its layers: (1, N, D).
 
         Rows are padded to the bucket; padding is written past the real rows, masked, and overwritten later.
+
+        parents: where `branches`; the rows are a tree, row r going on from row parents[r] < r, and row 0, with parent
+            -1, from what the cache holds. `keep` makes one of its paths the text.
         """
         n, layers = h.shape[1], range(self.bounds[s], self.bounds[s + 1])
         if not layers:
             return h
         if self._native is not None:
             start = cache.claim(layers, n)
-            return self._native.run(layers, h, cache.keys, cache.values, start)
+            return self._native.run(layers, h, cache.keys, cache.values, start, parents=parents)
         padded = self.pad_rows(h)
         positions = cache.positions(layers[0], padded.shape[1])
         out = self.run_layers(layers, padded, positions, cache.mask(layers[0], padded.shape[1]), cache)
         cache.advance(layers, n)
         return out[:, :n]
+
+    @property
+    def branches(self) -> bool:
+        """True where the rows of a pass may be a tree, bitwise as if each of its paths were the text."""
+        return self.native
+
+    def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
+        """Of a tree of rows after `start` positions, keep one path, row numbers ascending from 0; the rest goes."""
+        if list(path) != list(range(len(path))):
+            self._native.keep(cache.keys, cache.values, start, path)
+        cache.truncate(start + len(path))
+
+    def run_batch(self, s: int, h: Tensor, begins: Sequence[int], cache: KVCache) -> Tensor:
+        """The next position of B texts at once, through segment s: rows (1, B, D) -> (1, B, D).
+
+        begins: where each text begins in its part of the cache (made for `batch` B); earlier slots are not seen.
+        """
+        layers = range(self.bounds[s], self.bounds[s + 1])
+        if not layers:
+            return h
+        if self._native is not None:
+            return self._native.run(layers, h, cache.keys, cache.values, cache.claim(layers, 1), begins=begins)
+        positions = cache.positions(layers[0], 1)                                               # (1, 1)
+        near = torch.arange(-(-(int(positions) + 1) // 64) * 64, device=h.device)[:cache.capacity]
+        mask = (near >= torch.tensor(begins, device=h.device)[:, None]) & (near <= positions)
+        out = self.run_layers(layers, h.transpose(0, 1), positions, mask[:, None, None], cache)
+        cache.advance(layers, 1)
+        return out.transpose(0, 1)
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden rows after the last layer (1, N, D) -> the full model's logits (1, N, V)."""

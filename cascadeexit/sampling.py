@@ -1,6 +1,7 @@
 """Sampler: how a token is chosen from logits, and how a draft is judged so that the outcome stays the full model's."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,44 +20,38 @@ class Sampler:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def choose(self, logits: Tensor, ids: Tensor | None = None) -> tuple[int, Tensor | None]:
-        """One row of logits -> a token, and the distribution it was drawn from (None when greedy).
+    def choose(self, logits: Tensor, ids: Tensor | None = None) -> int:
+        """One row of logits -> a token.
 
         Args:
             logits: (V,), or (K,) over a trimmed head.
             ids: the K token ids of a trimmed head.
         """
         if self.greedy:
-            best = logits.argmax()
-            return int(best if ids is None else ids[best]), None
-        probs = self.distribution(logits, ids)
-        return self._draw(probs), probs
+            return self.likeliest(logits, ids)
+        return int(torch.multinomial(self.distribution(logits, ids), 1, generator=self.generator))
 
-    def judge(self, draft: int, drafted_from: Tensor | None, logits: Tensor) -> tuple[bool, int]:
-        """Is this draft what the full model says? Returns (accepted, the token that stands here).
+    @staticmethod
+    def likeliest(logits: Tensor, ids: Tensor | None = None) -> int:
+        """The token with the largest logit; arguments as for `choose`."""
+        best = logits.argmax()
+        return int(best if ids is None else ids[best])
 
-        Greedy: the argmax decides, or within the tolerance the draft. Sampling: accept with probability min(1, p/q),
-        else draw from the positive part of p - q, so that accepted and corrected tokens together follow p exactly
-        (Leviathan et al. 2023).
+    def judge(self, drafts: Sequence[int], logits: Tensor) -> int:
+        """The token that stands where these are drafted: one of them, or what the full model says instead.
+
+        The full model chooses as if nobody had drafted, so the outcome is its own, token by token for a seed. Greedy
+        with a tolerance, the best of the drafts stands when it is likely enough.
 
         Args:
-            draft: the drafted token; drafted_from: the distribution q (V,) that it was drawn from.
             logits: the full model's row (V,).
         """
-        if self.greedy:
-            best = int(logits.argmax())
-            stands = best == draft or self._slack > 0 and float(logits[best] - logits[draft]) <= self._slack
-            return stands, draft if stands else best
-        p = self.distribution(logits)
-        if torch.rand((), device=p.device, generator=self.generator) * drafted_from[draft] <= p[draft]:
-            return True, draft
-        rest = (p - drafted_from).clamp_(min=0)
-        return False, self._draw(rest if rest.sum() > 0 else p)
-
-    def certain(self, token: int) -> Tensor:
-        """The distribution (V,) of a draft that no chance was involved in."""
-        return torch.zeros(self.vocab_size, device=self.generator.device).index_fill_(
-            0, torch.tensor([token], device=self.generator.device), 1.0)
+        token = self.choose(logits)
+        if self._slack and drafts and token not in drafts:
+            best = max(drafts, key=lambda draft: float(logits[draft]))
+            if float(logits[token] - logits[best]) <= self._slack:
+                return best
+        return token
 
     def distribution(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
         """Probabilities (V,) after temperature and top-p: fp32 logits (V,), or (K,) over the tokens `ids`."""
@@ -69,6 +64,3 @@ class Sampler:
         if ids is None:
             return probs
         return torch.zeros(self.vocab_size, device=probs.device).scatter_(0, ids, probs)
-
-    def _draw(self, probs: Tensor) -> int:
-        return int(torch.multinomial(probs, 1, generator=self.generator))

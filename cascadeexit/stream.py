@@ -125,6 +125,7 @@ class _Side:
     def __init__(self, tokenizer):
         self.decoder = TextDecoder(tokenizer)
         self.ahead: TextDecoder | None = None       # runs ahead of `decoder` on tokens that are not final yet
+        self.drafts: dict[int, int] = {}            # the first path of drafts, which is the one to show: place -> token
         self.events: list[TokenEvent] = []
         self.final: list[TokenEvent] = []
 
@@ -132,12 +133,25 @@ class _Side:
     def ids(self) -> list[int]:
         return [e.token_id for e in self.final]
 
+    def shows(self, event: TokenEvent) -> bool:
+        """False for drafts beside the first path, which come and go unseen; for those of it, once each way."""
+        if event.status is Status.DRAFT:
+            if event.index != len(self.final) + len(self.drafts):
+                return False
+            self.drafts[event.index] = event.token_id
+        elif event.status is Status.REJECTED:
+            if self.drafts.get(event.index) != event.token_id:
+                return False
+            del self.drafts[event.index]
+        return True
+
     def piece(self, event: TokenEvent) -> str:
         """This event's text: for good when it is final, a first guess when it is a draft."""
         self.events.append(event)
         if event.final:
             self.ahead = None
             self.final.append(event)
+            self.drafts.pop(event.index, None)
             return self.decoder.push(event.token_id)
         if event.status is Status.REJECTED:
             return ""
@@ -168,6 +182,9 @@ class TokenStream:
     def add(self, name: str, event: TokenEvent) -> None:
         """One more event of the side with this name."""
         side = self.sides[name]
+        if not side.shows(event):
+            side.events.append(event)
+            return
         piece = side.piece(event)
         record = dict(side=name, i=event.index, id=event.token_id, status=event.status)
         if event.status is not Status.REJECTED:

@@ -68,6 +68,53 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(family):
         assert torch.equal(decoded(model, chunks), alone), size
 
 
+@torch.inference_mode()
+def through(model: SegmentedModel, cache, ids: list[int], parents: list[int] | None = None) -> torch.Tensor:
+    h = model.embed(ids)
+    for s in range(model.num_segments):
+        h = model.run_segment(s, h, cache, parents)
+    return h[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("before", [1, 9, 15, 16, 17])
+def test_each_path_of_a_tree_is_bitwise_the_text_that_it_says(family, before):
+    """Wherever blocks of the cache begin; and the cache after `keep` is that of the path's text."""
+    model, parents = SegmentedModel(base_of(family), (3,)), [-1, 0, 1, 2, 0, 4, 1, 5, 7, 8, 3]
+    tree = [3, 50, 7, 21, 9, 9, 33, 4, 18, 60, 2]
+    cache = model.new_cache(64)
+    through(model, cache, IDS[:before])
+    rows = through(model, cache, tree, parents)
+    for row in range(len(tree)):
+        path = [row]
+        while path[0]:
+            path.insert(0, parents[path[0]])
+        alone = model.new_cache(64)
+        through(model, alone, IDS[:before])
+        assert torch.equal(through(model, alone, [tree[i] for i in path])[-1], rows[row]), row
+        if row == 9:
+            longest, expected = path, alone
+    model.keep(cache, before, longest)
+    assert cache.lengths == expected.lengths
+    assert torch.equal(through(model, cache, [5, 6]), through(model, expected, [5, 6]))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_texts_of_a_batch_see_themselves_alone(native):
+    base = base_of("llama") if native else base_of("llama").float()
+    model, begins = SegmentedModel(base, (3,)), [0, 3, 11]
+    texts = [IDS, IDS[::-1], [7, *IDS[1:]]]
+    cache = model.new_cache(32, batch=3)
+    with torch.inference_mode():
+        for column in zip(*texts):
+            h = model.embed(column)
+            for s in range(model.num_segments):
+                h = model.run_batch(s, h, [min(b, cache.length(model.bounds[s])) for b in begins], cache)
+    for lane, (begin, text) in enumerate(zip(begins, texts)):
+        alone = through(model, model.new_cache(32), text[begin:])[-1]            # rotary angles only tell distances
+        assert (h[0, lane] - alone).abs().mean() < (0.03 if native else 1e-5) * alone.abs().mean()
+
+
 def test_a_cut_back_cache_is_as_if_the_rows_had_never_been():
     model = SegmentedModel(base_of("llama"), ())
     with torch.inference_mode():

@@ -12,7 +12,7 @@ from conftest import tiny_engine
 import training.data
 from cascadeexit.exits import ADAPTERS, ExitBank
 from training.confidence import auroc, expected_calibration_error, platt
-from training.data import ChatTemplate, Document, Row, Sources, Split, load_documents, save_shard
+from training.data import ChatTemplate, Row, Sources
 from training.distill import (
     ExitHead,
     Inputs,
@@ -23,6 +23,7 @@ from training.distill import (
     frequent_tokens,
     micro_batches,
 )
+from training.documents import Document, Split, load_documents, save_shard
 from training.features import FeatureStore
 from training.join import join
 from training.provenance import provenance

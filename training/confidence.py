@@ -29,8 +29,8 @@ from cascadeexit.exits import ConfidenceHead, ExitBank, SketchConfidence, softma
 from cascadeexit.hub import load_model
 from cascadeexit.linear import pack
 from cascadeexit.model import SegmentedModel
-from training.data import Split, load_documents
 from training.distill import carried, frequent_tokens
+from training.documents import Split, load_documents
 from training.features import FeatureStore
 from training.plots import reliability_plot
 from training.provenance import provenance, save_json

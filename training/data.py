@@ -10,94 +10,32 @@ template it answers user turns from --prompts, JSONL rows {"prompt": ...}, and i
 user's turn too; of --texts it reads the first words of a passage and goes on by itself. `text` only tokenizes: plain
 files (documents divided by blank lines) or JSONL rows {"text": ...} or {"prompt": ...}.
 
-A shard holds documents as flat token ids with offsets, a flag per token (1 = the model chose it) and a key per
-document by which training, calibration and test documents are divided. A run that is started again keeps the shards
-it finds.
+A run that is started again keeps the shards it finds. With --features, `policy` keeps the hidden states that training
+will ask for while they are at hand, which saves training to run the model over the same text again.
 """
 
 import argparse
-import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from cascadeexit.hub import DEFAULT_MODEL, load_model, resolve
+from cascadeexit.hub import DEFAULT_MODEL, exit_layers, load_model, resolve
 from cascadeexit.model import SegmentedModel
+from training.documents import Document, key_of, load_shard, save_shard
+from training.features import Features, FeatureStore, wanted
 from training.provenance import provenance, save_json
 
 MIN_TOKENS = 16
 MAX_CONTINUATION = 160      # tokens after a passage of plain text, which rarely ends by itself
 TOP_K = 50
-
-
-class Split(IntEnum):
-    TRAIN = 0
-    CALIBRATION = 1
-    TEST = 2
-
-
-@dataclass
-class Document:
-    ids: list[int] = field(default_factory=list)
-    chosen: list[int] = field(default_factory=list)     # 1 where the model picked the token
-    key: int = 0
-
-    @property
-    def split(self) -> "Split":
-        """Of 25 documents one tests, two calibrate, the rest train. By key, so a prompt never changes sides."""
-        return {0: Split.TEST, 1: Split.CALIBRATION, 2: Split.CALIBRATION}.get(self.key % 25, Split.TRAIN)
-
-
-def key_of(content: str) -> int:
-    """A stable 48-bit key: equal content lands in the same split."""
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=6).digest(), "big")
-
-
-# -- shards -----------------------------------------------------------------------------------------------------------
-
-
-def save_shard(path: Path, documents: list[Document]) -> None:
-    offsets = torch.tensor([0] + [len(d.ids) for d in documents]).cumsum(0)
-    tensors = {
-        "ids": torch.tensor([i for d in documents for i in d.ids], dtype=torch.int32),
-        "chosen": torch.tensor([c for d in documents for c in d.chosen], dtype=torch.uint8),
-        "offsets": offsets,
-        "keys": torch.tensor([d.key for d in documents]),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    temporary.rename(path)
-
-
-def load_documents(folders: list[Path]) -> list[Document]:
-    """Every document of these folders, duplicates (equal token ids) dropped, in a fixed order.
-
-    Raises FileNotFoundError when a folder holds no shard.
-    """
-    documents, seen = [], set()
-    for folder in folders:
-        shards = sorted(Path(folder).glob("shard-*.safetensors"))
-        if not shards:
-            raise FileNotFoundError(f"no shard-*.safetensors in {folder}: write them with python -m training.data")
-        for shard in shards:
-            t = load_file(shard)
-            ids, chosen, offsets = t["ids"].tolist(), t["chosen"].tolist(), t["offsets"].tolist()
-            for a, b, key in zip(offsets, offsets[1:], t["keys"].tolist()):
-                fingerprint = hash(tuple(ids[a:b]))
-                if fingerprint not in seen:
-                    seen.add(fingerprint)
-                    documents.append(Document(ids[a:b], chosen[a:b], key))
-    return documents
 
 
 # -- text the model writes --------------------------------------------------------------------------------------------
@@ -167,7 +105,7 @@ class Row:
 
     def __init__(self, sources: Sources):
         self.sources = sources
-        self.finished: list[Document] = []
+        self.finished: list[tuple[int, Document]] = []          # each with the slot of its first token
         self.begin(0)
 
     def begin(self, slot: int) -> None:
@@ -193,40 +131,52 @@ class Row:
     def close(self) -> None:
         if sum(self.document.chosen) >= MIN_TOKENS:
             self.document.key = self.document.key or key_of(str(self.document.ids))
-            self.finished.append(self.document)
+            self.finished.append((self.start, self.document))
 
 
 @torch.inference_mode()
-def write_round(model: SegmentedModel, rows: list[Row], steps: int, temperature: float, bar: tqdm) -> list[Document]:
+def write_round(model: SegmentedModel, rows: list[Row], steps: int, temperature: float, bar: tqdm,
+                keep: bool = False) -> tuple[list[Document], list[Features]]:
     """Run all lanes in lock-step for `steps` slots of one static cache; a finished lane starts anew.
 
-    Each pass looks at the cache only as far as it is filled, rounded up: the text need not be bitwise that of decoding.
+    keep: return the features of each document, too, from these very passes; else none.
+
+    The text need not be bitwise that of decoding: passes have other shapes.
     """
-    cache, layers = model.new_cache(steps, batch=len(rows)), range(model.num_layers)
-    slots = torch.arange(steps, device=model.device)
-    best = sampled = [0] * len(rows)
+    cache, best = model.new_cache(steps, batch=len(rows)), [0] * len(rows)
+    sampled, seen, choices = best, [], []
     for slot in range(steps):
-        tokens = torch.tensor([row.next_token(s, b, model.eos_ids, slot)
-                               for row, s, b in zip(rows, sampled, best, strict=True)], device=model.device)
-        # A lane sees only its own conversation: from where it began up to this slot.
-        start = torch.tensor([min(row.start, slot) for row in rows], device=model.device)
-        near = slots[:-(-(slot + 1) // 64) * 64]
-        mask = ((near >= start[:, None]) & (near <= slot))[:, None, None]                       # (B, 1, 1, C)
-        h = model.embed(tokens).transpose(0, 1)                                                 # (B, 1, D)
-        h = model.run_layers(layers, h, slots[None, slot:slot + 1], mask, cache)
-        cache.advance(layers, 1)
-        top, ids = model.logits(h.transpose(0, 1))[0].float().topk(TOP_K)                       # (B, K)
+        begins = [row.start for row in rows]        # a lane sees only its own conversation, up to this slot
+        tokens = [row.next_token(s, b, model.eos_ids, slot) for row, s, b in zip(rows, sampled, best, strict=True)]
+        h, at_exit = model.embed(tokens), []                                                    # (1, B, D)
+        for s in range(model.num_segments):
+            h = model.run_batch(s, h, begins, cache)
+            at_exit.append(h[0])
+        top, ids = model.logits(h)[0].float().topk(TOP_K)                                       # (B, K)
         pick = torch.multinomial((top / temperature).softmax(-1), 1)
         best, sampled = ids[:, 0].tolist(), ids.gather(1, pick)[:, 0].tolist()
+        if keep:
+            seen.append(torch.stack([*at_exit[:-1], model.norm(at_exit[-1]).to(at_exit[0].device)], 1))
+            choices.append(ids[:, 0].int())
         bar.update(len(rows))
     for row in rows:
         row.close()
-    return [d for row in rows for d in row.finished]
+    documents, features = [d for row in rows for _, d in row.finished], []
+    if keep:
+        seen, choices = torch.stack(seen, 1), torch.stack(choices, 1)                           # (B, steps, E + 1, D)
+        for lane, row in enumerate(rows):
+            for start, d in row.finished:
+                part = slice(start, start + len(d.ids))
+                features.append(Features(torch.tensor(d.ids, dtype=torch.int32, device=seen.device),
+                                         seen[lane, part, :-1], seen[lane, part, -1], choices[lane, part],
+                                         wanted(d).to(seen.device)))
+    return documents, features
 
 
 def write_policy(args) -> None:
     base, tokenizer, name = load_model(args.model)
-    model, template = SegmentedModel(base, (), name=name, native=False), ChatTemplate(tokenizer)
+    exits = exit_layers(args.exits, base.config.num_hidden_layers) if args.features else ()
+    model, template = SegmentedModel(base, exits, name=name), ChatTemplate(tokenizer)
     prompts = [json.loads(line)["prompt"] for file in args.prompts for line in open(file, encoding="utf-8")]
     prompts = sorted({p.strip() for p in prompts if len(p) <= args.max_prompt_chars})
     texts = sorted({t.strip() for file in args.texts for t in read_texts(file) if len(t) >= 80})
@@ -234,16 +184,27 @@ def write_policy(args) -> None:
     rounds = -(-args.tokens // per_round)
     save_json(args.out / "provenance.json",
               provenance(args.seed) | {"model": name, "prompts": len(prompts), "texts": len(texts)})
+    known: set[tuple[int, ...]] = set()
     with tqdm(total=rounds * per_round, unit="token", unit_scale=True, smoothing=0.05) as bar:
         for index in range(rounds):
             path = args.out / f"shard-{index:05d}.safetensors"
             if path.exists():
+                known.update(tuple(d.ids) for d in load_shard(path))
                 bar.update(per_round)
                 continue
             sources = Sources(template, prompts, texts, args.own_share, args.plain_share, f"{args.seed}-{index}")
             torch.manual_seed(sources.rng.randrange(2**31))
             rows = [Row(sources) for _ in range(args.batch)]
-            save_shard(path, write_round(model, rows, args.steps, args.temperature, bar))
+            documents, features = write_round(model, rows, args.steps, args.temperature, bar, bool(args.features))
+            new = []
+            for i, ids in enumerate(tuple(d.ids) for d in documents):
+                if ids not in known:
+                    known.add(ids)
+                    new.append(i)
+            documents, features = [documents[i] for i in new], [features[i] for i in new if features]
+            if features:
+                FeatureStore(model, documents, args.features, math.inf).put(features)
+            save_shard(path, documents)
 
 
 # -- local text -------------------------------------------------------------------------------------------------------
@@ -317,6 +278,9 @@ def main() -> None:
     policy.add_argument("--batch", type=int, default=128, help="documents written at once")
     policy.add_argument("--steps", type=int, default=384, help="cache slots a round; no conversation is longer")
     policy.add_argument("--temperature", type=float, default=0.8, help="of sampled replies; half of them are greedy")
+    policy.add_argument("--features", type=Path, help="keep the hidden states, too, that training will ask for: the "
+                                                      "folder which training.distill is given as --features")
+    policy.add_argument("--exits", help="with --features: the exits' layers, as for training.distill")
     policy.set_defaults(run=write_policy, tokens=500_000)
     text = kinds.add_parser("text", help="tokenize local text")
     text.add_argument("--files", type=Path, nargs="*", default=[], help="text or JSONL files")

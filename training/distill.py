@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cascadeexit.exits import ADAPTERS, ExitBank
-from cascadeexit.hub import DEFAULT_MODEL, default_exit_layers, load_model
+from cascadeexit.hub import DEFAULT_MODEL, exit_layers, load_model
 from cascadeexit.model import SegmentedModel
-from training.data import Split, load_documents
+from training.documents import Split, load_documents
 from training.features import Features, FeatureStore
 from training.plots import loss_plot
 from training.provenance import provenance, save_json
@@ -38,6 +38,7 @@ PRESETS = {
                       train_words=0, hard=0.5, labels="text", temperature=2.0, epochs=3.0, batch=16 * 512, lr=3e-4),
     "smollm2-135m-instruct": dict(model=DEFAULT_MODEL, exits="0,9,17,24"),
 }
+DEEPEST = 3             # tokens of an exit in a row that training makes believe
 _BLOCK = 512            # rows whose logits exist at the same time
 
 
@@ -263,26 +264,48 @@ def micro_batches(documents: list[int], lengths: dict[int, int], tokens: int) ->
 
 
 def adapted(bank: ExitBank, inputs: Inputs, features: list[Features], own: float = 0.0,
-            generator: torch.Generator | None = None) -> list[Tensor]:
+            generator: torch.Generator | None = None, deepest: int = DEEPEST) -> list[Tensor]:
     """Rows that are wanted of these documents, after each exit's adapter: (n, D) each.
 
-    own: share of them whose token counts as named by an exit, so that the adapted hidden state of an exit drawn at
-    random, instead of the full model's, is what is carried on to them.
+    own: share of them whose token counts as named by an exit, so that its adapted hidden state, instead of the full
+        model's, is what is carried on to them; up to `deepest` tokens in a row. An exit drawn at random named them;
+        what the exit before the first layer reads, itself did, since it drafts whole chains.
     """
     device = bank.adapters[0].norm.weight.device
     h = torch.cat([f.exits for f in features]).to(device)                                       # (N, E, D)
     said = torch.cat([carried(f) for f in features]).to(device)                                 # (N, D)
+    places = torch.cat([torch.arange(len(f.ids)) for f in features]).to(device)                 # in their documents
     rows = torch.cat([f.wanted for f in features]).to(device).nonzero()[:, 0]                   # (n,)
+    every, out = list(range(len(bank.adapters))), []
+    carry = handed_on(bank, inputs, h, said, places, rows, own, every, generator, deepest)
+    for s in every:
+        alone = bank.config.layers[s] == 0
+        handed = handed_on(bank, inputs, h, said, places, rows, own, [s], generator, deepest) if alone else carry
+        out.append(bank.hidden(s, *inputs(s, h[rows, s].float(), handed)))
+    return out
+
+
+@torch.no_grad()
+def handed_on(bank: ExitBank, inputs: Inputs, h: Tensor, said: Tensor, places: Tensor, rows: Tensor, own: float,
+              exits: list[int], generator: torch.Generator | None, deepest: int) -> Tensor:
+    """What is carried to these rows (n, D): the full model's state, or for a share `own` that of one of these exits.
+
+    Half of the latter follow one token of an exit, the others more, each a token less often, up to `deepest`.
+    """
     carry = said[rows].float()
-    if own and inputs.carry:
-        first = torch.cat([torch.arange(len(f.ids)) == 0 for f in features]).to(device)
-        draw = torch.rand(2, len(rows), generator=generator).to(device)
-        drawn = (draw[0] * len(bank.adapters)).long().masked_fill_((draw[1] >= own) | first[rows], -1)
-        with torch.no_grad():
-            for s in range(len(bank.adapters)):
-                before = rows[drawn == s] - 1
-                carry[drawn == s] = bank.hidden(s, *inputs(s, h[before, s].float(), said[before].float())).float()
-    return [bank.hidden(s, *inputs(s, h[rows, s].float(), carry)) for s in range(len(bank.adapters))]
+    if not own or not inputs.carry:
+        return carry
+    draw = torch.rand(3, len(rows), generator=generator).to(rows.device)
+    who = (draw[0] * len(exits)).long()
+    depth = (-draw[2].log2().floor().long()).clamp(1, deepest)                           # 1, 2, 3 ... by halves
+    depth = torch.minimum(depth.masked_fill(draw[1] >= own, 0), places[rows])
+    for back in range(deepest, 0, -1):
+        for i, s in enumerate(exits):
+            here = (depth >= back) & (who == i)
+            at = rows[here] - back
+            before = torch.where((depth[here] == back)[:, None], said[at].float(), carry[here])
+            carry[here] = bank.hidden(s, *inputs(s, h[at, s].float(), before)).float()
+    return carry
 
 
 def labels_of(features: Features, kind: str) -> Tensor:
@@ -299,7 +322,7 @@ def agreement(bank: ExitBank, inputs, store: FeatureStore, documents: list[int],
         f = store[number]
         choices = f.choices[f.wanted].to(accelerator.device)
         with accelerator.autocast():
-            hidden = adapted(bank, inputs, [f], own, generator)
+            hidden = adapted(bank, inputs, [f], own, generator, deepest=1)
         for s, rows in enumerate(hidden):
             hits[s] += (F.linear(rows.to(head.own.dtype), head.own).argmax(-1) == head.local[choices]).sum().cpu()
         total += len(choices)
@@ -404,18 +427,6 @@ def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, w
 
 
 # -- command ----------------------------------------------------------------------------------------------------------
-
-
-def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
-    """'8,16,22' are layers, '0.3,0.57,0.8' parts of the depth; None: the default depths. Raises ValueError."""
-    if text is None:
-        return default_exit_layers(num_layers)
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--exits takes layers such as 8,16,22 or parts of the depth such as 0.3,0.57,0.8, got "
-                         f"'{text}'") from None
-    return tuple(round(x * num_layers) if x < 1 else int(x) for x in numbers)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -34,8 +34,8 @@ from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load, load_model
 from cascadeexit.metrics import agreement, match
 from cascadeexit.prompts import bundled_prompts
-from training.data import Document, Split, load_documents
 from training.distill import carried
+from training.documents import Document, Split, load_documents
 from training.features import Features, FeatureStore
 from training.prompts import chat_ids
 from training.provenance import provenance, save_json

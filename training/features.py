@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cascadeexit.model import SegmentedModel
-from training.data import Document, Split
+from training.documents import Document, Split
 
 _CHUNK_TOKENS = 20_000
 
@@ -50,7 +50,8 @@ class FeatureStore:
             room -= len(document.ids)
             if room < 0:
                 break
-            if tokens >= _CHUNK_TOKENS or i + 1 == len(self.documents):
+            after = self.documents[i + 1].shard if i + 1 < len(self.documents) else None
+            if tokens >= _CHUNK_TOKENS or document.shard != after:      # no chunk is of two shards
                 self._chunks.append(range(first, i + 1))
                 first, tokens = i + 1, 0
         self._loaded: dict[int, Features] = {}
@@ -70,7 +71,16 @@ class FeatureStore:
         total = sum(len(self.documents[i].ids) for c in missing for i in c)
         with tqdm(total=total, unit="token", unit_scale=True, desc="features", disable=not missing) as bar:
             for chunk in missing:
-                self._write(chunk, bar)
+                features = []
+                for i in chunk:
+                    features.append(_run(self.model, self.documents[i]))
+                    bar.update(len(self.documents[i].ids))
+                self._write(chunk, features)
+
+    def put(self, features: Sequence[Features]) -> None:
+        """Write the chunks of these documents, whose features are known already."""
+        for chunk in self._chunks:
+            self._write(chunk, features[chunk.start:chunk.stop])
 
     def open(self) -> None:
         """Map the chunks into memory. Raises FileNotFoundError when `prepare` has not run to its end."""
@@ -116,14 +126,11 @@ class FeatureStore:
                           [(self.documents[i].ids, self.documents[i].chosen) for i in chunk]))
         return self.folder / f"{hashlib.blake2b(signature.encode(), digest_size=12).hexdigest()}.safetensors"
 
-    def _write(self, chunk: range, bar: tqdm) -> None:
-        parts = []
-        for i in chunk:
-            parts.append(vars(_run(self.model, self.documents[i])))
-            bar.update(len(self.documents[i].ids))
+    def _write(self, chunk: range, features: Sequence[Features]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(chunk)
-        save_file({name: torch.cat([p[name] for p in parts]).cpu() for name in parts[0]}, path.with_suffix(".tmp"))
+        save_file({name: torch.cat([vars(f)[name] for f in features]).cpu().contiguous() for name in vars(features[0])},
+                  path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
 
 

@@ -52,9 +52,10 @@ class ScriptedSampler(Sampler):
         super().__init__(*args)
         self._acceptance, self._coin = acceptance, random.Random(0)
 
-    def judge(self, draft, drafted_from, logits):
+    def judge(self, drafts, logits):
         best = int(logits.argmax())
-        return (True, draft) if self._coin.random() < self._acceptance else (False, best)
+        right = drafts and self._coin.random() < self._acceptance
+        return drafts[0] if right else best if best not in drafts else (best + 1) % self.vocab_size
 
 
 class ScriptedEngine(Engine):

@@ -1,0 +1,184 @@
+"""DraftTree: what may come next, as a tree of drafts that one pass of the full model judges.
+
+Drafts come from two sources that cost next to nothing: the exit before the first layer, which reads a token's embedding
+and the state that named it, and `Lookup`, which copies. Both are often unsure which of a few tokens is right, and a
+place in the text may have several drafts: the pass reads its weights once for all of them (SpecInfer: Miao et al.
+2023). A draft is taken in while the tokens it promises are worth its row of the pass; how often such promises were kept
+so far in this text says how much to believe of the next.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascadeexit.events import COPIED
+from cascadeexit.exits import ExitBank
+from cascadeexit.lookup import LONGEST_MATCH, Guess, Lookup
+from cascadeexit.model import SegmentedModel
+
+ROW_COST = 0.04             # of one more row to verify, in passes of the full model: measured from 1 to 8 rows
+_READ_COST = 0.5            # of a byte that drafting reads, in bytes of a pass: measured, they come from a near cache
+_BRANCHES = 6               # drafts that may follow one token
+_HOPE = 0.5                 # chance that a question brings a right draft, when it is not known yet
+_SURE = 0.5                 # copies likelier than this need no other opinion
+_PRIOR_WEIGHT = 8           # of the first trust in the exit's probabilities, in expected right drafts
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A token that may come, after the newest one or after another draft."""
+
+    token: int
+    exit: int                                       # that drafted it, or COPIED
+    confidences: tuple[float | None, ...]           # of each exit, as in a TokenEvent
+    parent: int                                     # number of the draft it goes on from; -1: the newest token
+    depth: int = 0                                  # drafts before it on its path
+    promised: float = 0.0                           # by the exit's softmax alone: the chance that it follows its parent
+    matched: int = 0                                # COPIED: tokens before it that stood in the text before
+
+
+@dataclass(slots=True)
+class _Node:
+    """A draft that is being considered: its path's end, and what the exit needs to go on from it."""
+
+    survival: float                                 # chance that it and all before it are right
+    token: int
+    parent: "_Node | None"
+    said: Tensor                                    # (1, D), the state that named it
+    depth: int
+    exit: int
+    promised: float = 0.0
+    matched: int = 0
+
+
+class DraftTree:
+    """Grows a tree for each pass of one run, and learns from what became of it.
+
+    Args:
+        prompt: the run's prompt, for copies.
+        temperature: of the run: the exit's softmax is taken at it, 1 when greedy.
+    """
+
+    def __init__(self, model: SegmentedModel, bank: ExitBank, prompt: Sequence[int], temperature: float):
+        self._model, self._bank, self._lookup = model, bank, Lookup(prompt)
+        self._temperature = temperature or 1.0
+        self._has_exit = model.exit_layers[:1] == (0,)
+        self._ask_bytes = bank.adapter_bytes(0) + bank.head_bytes if self._has_exit else 0
+        full = sum(model.segment_bytes) + model.head_bytes
+        self._ask_cost = _READ_COST * self._ask_bytes / full
+        self._kept: list[float] = []                # right drafts at each depth, and how many were promised
+        self._promised: list[float] = []
+        self.weight_bytes = 0                       # read by drafting since somebody set it to 0
+
+    def grow(self, text: Sequence[int], said: Tensor, limit: int, longest: int) -> list[Draft]:
+        """Drafts of what follows this text, parents first, the likeliest path before its siblings.
+
+        Args:
+            said: the state that named the newest token (1, D).
+            limit: the most drafts; longest: the most of them on one path.
+        """
+        spent = expected = 1.0                      # passes, and the tokens that they bring: speed is their ratio
+        level, kept = [_Node(1.0, text[-1], None, said, -1, COPIED)], []
+        for depth in range(longest):
+            needed = ROW_COST * expected / spent    # of survival: below it, a row costs more than it brings
+            guesses = [self._lookup.guess(_end(text, node)) for node in level]
+            asked = [i for i, (node, guess) in enumerate(zip(level, guesses))
+                     if node.survival * _HOPE > needed and not (guess and guess.chance > _SURE)]
+            hope = _HOPE * sum(level[i].survival for i in asked)
+            opinions = {}
+            if asked and self._has_exit and hope > self._ask_cost * expected / spent:
+                opinions = dict(zip(asked, self._ask([level[i] for i in asked])))
+                spent += self._ask_cost
+            candidates = [child for i, (node, guess) in enumerate(zip(level, guesses))
+                          for child in self._children(node, depth, guess, opinions.get(i))]
+            candidates.sort(key=lambda node: -node.survival)
+            level = []
+            for node in candidates[:limit - len(kept) if self._model.branches else 1]:
+                if node.survival <= ROW_COST * expected / spent:
+                    break
+                level.append(node)
+                expected += node.survival
+                spent += ROW_COST
+            kept += level
+            level = [node for node in level if node.token not in self._model.eos_ids]
+            if not level or len(kept) >= limit:
+                break
+        return self._in_order(kept)
+
+    def judged(self, drafts: Sequence[Draft], path: Sequence[int], confirmed: Sequence[int]) -> None:
+        """What became of a tree: the numbers of the drafts that stand, and all tokens that the text has won by it."""
+        for depth, parent in enumerate([-1, *path]):
+            right = path[depth] if depth < len(path) else None
+            children = [i for i, d in enumerate(drafts) if d.parent == parent]
+            if any(drafts[i].promised for i in children):
+                while len(self._kept) <= depth:
+                    self._kept.append(0.0)
+                    self._promised.append(0.0)
+                self._promised[depth] += sum(drafts[i].promised for i in children)
+                self._kept[depth] += right is not None and drafts[right].promised > 0
+            for i in children:
+                if drafts[i].matched:
+                    self._lookup.judged(drafts[i].matched, i == right)
+        self._lookup.extend(confirmed)
+
+    def _ask(self, nodes: Sequence[_Node]) -> list[tuple[Tensor, list[float], list[int]]]:
+        """Of each node: the exit's state (1, D), and the likeliest tokens with their probabilities."""
+        h = self._model.embed([node.token for node in nodes])[0]
+        hidden = self._bank.hidden(0, h, torch.cat([node.said for node in nodes]))              # (n, D)
+        logits = self._bank.logits(hidden).float() / self._temperature                          # (n, K)
+        top, index = logits.topk(min(_BRANCHES, logits.shape[-1]), dim=-1)
+        ids = index if self._bank.head_ids is None else self._bank.head_ids[index]
+        probs = (top - logits.logsumexp(-1, keepdim=True)).exp()
+        self.weight_bytes += self._ask_bytes
+        return list(zip(hidden[:, None], probs.tolist(), ids.tolist()))
+
+    def _children(self, node: _Node, depth: int, guess: Guess | None, opinion) -> list[_Node]:
+        """What may follow a node. A copy and a draft of the exit for the same token are one draft."""
+        said, children = node.said, {}
+        if opinion:
+            said, probs, ids = opinion
+            trust = self._trust(depth) * (1 - guess.chance if guess else 1)
+            children = {token: _Node(node.survival * p * trust, token, node, said, depth, 0, p)
+                        for p, token in zip(probs, ids)}
+        if guess:
+            copy = children.setdefault(guess.token, _Node(0.0, guess.token, node, said, depth, COPIED))
+            copy.survival, copy.matched = max(copy.survival, node.survival * guess.chance), guess.matched
+        return list(children.values())
+
+    def _trust(self, depth: int) -> float:
+        """Right drafts of the exit over those its softmax promised, at this depth."""
+        prior = 0.9 ** depth
+        if depth >= len(self._kept):
+            return prior
+        return (self._kept[depth] + prior * _PRIOR_WEIGHT) / (self._promised[depth] + _PRIOR_WEIGHT)
+
+    def _in_order(self, nodes: Sequence[_Node]) -> list[Draft]:
+        """Parents before children, and a whole branch before the next one, the likeliest first."""
+        children: dict[int, list[_Node]] = {}
+        for node in nodes:                                              # siblings stay by likelihood
+            children.setdefault(id(node.parent) if node.depth else 0, []).append(node)
+        drafts: list[Draft] = []
+
+        unasked = (None,) * len(self._model.exit_layers)
+
+        def put(node: _Node, parent: int) -> None:
+            sure = (node.promised * self._trust(node.depth), *unasked[1:]) if node.promised else unasked
+            drafts.append(Draft(node.token, node.exit, sure, parent, node.depth, node.promised, node.matched))
+            number = len(drafts) - 1
+            for child in children.get(id(node), []):
+                put(child, number)
+
+        for node in children.get(0, []):
+            put(node, -1)
+        return drafts
+
+
+def _end(text: Sequence[int], node: _Node) -> list[int]:
+    """The last tokens of the text with this node's path."""
+    path = []
+    while node.parent is not None:
+        path.append(node.token)
+        node = node.parent
+    return [*text[-LONGEST_MATCH:], *reversed(path)][-LONGEST_MATCH:]

@@ -1,0 +1,96 @@
+"""Trees of drafts: what they promise is worth their rows, several places are drafted at once, the text stays full's."""
+
+import pytest
+import torch
+from conftest import tiny_engine
+
+from cascadeexit.engine import DecodeConfig
+from cascadeexit.events import Status
+from cascadeexit.metrics import summarize
+from cascadeexit.stream import CASCADE, TokenStream
+from cascadeexit.tree import DraftTree
+from tests.browser.tiny_text import tiny_tokenizer
+
+PROMPTS = ([5], [5, 6, 7], [9, 3] * 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layers", [(0,), (0, 3), (2, 4)], ids=str)
+def test_verified_by_its_own_rule_equals_full(family, dtype, layers):
+    engine = tiny_engine(family, dtype=dtype, adapter="carry", layers=layers)
+    for prompt in PROMPTS:
+        full = engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=60)).token_ids
+        for max_draft in (1, 4, 16):
+            run = engine.run(prompt, DecodeConfig(mode="verified", max_new_tokens=60, max_draft=max_draft))
+            assert run.token_ids == full, max_draft
+
+
+def eager_engine():
+    """An exit before the first layer that is worth asking: its head is sharp, so that a few tokens are likely.
+
+    On a machine without a C++ compiler trees are chains.
+    """
+    engine = tiny_engine("qwen3", dtype=torch.bfloat16, adapter="carry", layers=(0, 3))
+    logits = engine.bank.logits
+    engine.bank.logits = lambda hidden: logits(hidden) * 3
+    return engine
+
+
+def test_a_tree_is_in_order_within_its_limits_and_never_drafts_a_token_twice_at_a_place():
+    engine, seen = eager_engine(), 0
+    for limit in (1, 5, 12):
+        tree = DraftTree(engine.model, engine.bank, [5, 6, 7, 5, 6], 0.0)
+        with torch.inference_mode():
+            drafts = tree.grow([5, 6, 7, 5, 6], torch.randn(1, 32).bfloat16(), limit, 4)
+        assert len(drafts) <= limit and all(d.depth < 4 for d in drafts)
+        for i, d in enumerate(drafts):
+            assert d.parent < i and d.depth == (drafts[d.parent].depth + 1 if d.parent >= 0 else 0)
+        assert len({(d.parent, d.token) for d in drafts}) == len(drafts)
+        seen = max(seen, sum(d.parent == -1 for d in drafts))
+    assert seen > 1 or not engine.model.branches, "no place had several drafts"
+
+
+def test_nothing_is_drafted_after_the_end_of_a_text():
+    engine = eager_engine()
+    engine.model.eos_ids = frozenset(range(97))
+    tree = DraftTree(engine.model, engine.bank, [5, 6, 7, 5, 6], 0.0)
+    with torch.inference_mode():
+        drafts = tree.grow([5, 6, 7, 5, 6], torch.randn(1, 32).bfloat16(), 8, 4)
+    assert drafts and all(d.depth == 0 for d in drafts)
+
+
+def test_an_exit_that_breaks_its_promises_is_believed_less():
+    engine = eager_engine()
+    tree, said = DraftTree(engine.model, engine.bank, [5], 0.0), torch.randn(1, 32).bfloat16()
+    sizes = []
+    with torch.inference_mode():
+        for _ in range(40):
+            drafts = tree.grow([5], said, 8, 4)
+            sizes.append(len(drafts))
+            tree.judged(drafts, [], [96])
+    assert sizes[0] > 1 and sizes[-1] < sizes[0]
+
+
+def test_every_draft_is_judged_and_the_page_sees_one_path():
+    """Each draft gets one verdict; records show no place twice at a time, and end with the text."""
+    engine, prompt = eager_engine(), [5, 6, 7]
+    config = DecodeConfig(mode="verified", max_new_tokens=60, max_draft=12)
+    run = engine.run(prompt, config)
+    kinds = [e.status for e in run.events]
+    assert kinds.count(Status.DRAFT) == kinds.count(Status.ACCEPTED) + kinds.count(Status.REJECTED) > 0
+    assert summarize(run.events, engine.costs).drafted == kinds.count(Status.DRAFT)
+    stream, written, pending = TokenStream(engine, tiny_tokenizer(), config, prompt), [], {}
+    for event in run.events:
+        before = len(stream.text)
+        stream.add(CASCADE, event)
+        if len(stream.text) == before:
+            continue
+        if event.status is Status.DRAFT:
+            assert event.index == len(written) + len(pending)
+            pending[event.index] = event.token_id
+        elif event.status is Status.REJECTED:
+            assert pending.pop(event.index) == event.token_id
+        else:
+            pending.pop(event.index, None)
+            written.append(event.token_id)
+    assert written == run.token_ids and not pending
