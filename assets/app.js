@@ -307,9 +307,9 @@ function panel(name) {
   listen(text, name);
   text.dataset.hint = name === 'full' ? 'The same model without exits answers here, for comparison.'
     : 'Press Run. Each token appears in the colour of the exit that wrote it.';
-  const [speed, first, typical, slow, right, total] = [1, 2, 3, 4, 5, 6].map(() => make('b', null, '–'));
+  const [speed, first, typical, slow, yielded, right, total] = [1, 2, 3, 4, 5, 6, 7].map(() => make('b', null, '–'));
   const facts = make('p', 'ce-facts', null, make('span', null, null, speed, ' tokens/s'), make('span', null, null, 'first token ', first),
-    make('span', null, null, 'then half under ', typical, ', 90% under ', slow), make('span', null, null, right, ' of the guesses right'), make('span', null, null, total));
+    make('span', null, null, 'then half under ', typical, ', 90% under ', slow), make('span', null, null, yielded, ' tokens a check, ', right, ' of the guesses right'), make('span', null, null, total));
   right.parentNode.hidden = true;
   const toggle = make('button', 'ce-toggle');
   toggle.type = 'button'; toggle.hidden = true;
@@ -319,7 +319,7 @@ function panel(name) {
     toggle.setAttribute('aria-pressed', String(on));
     drawToggle(parts[name], sides[name]);
   });
-  parts[name] = { title, sub, text, speed, first, typical, slow, right, total, toggle };
+  parts[name] = { title, sub, text, speed, first, typical, slow, yielded, right, total, toggle };
   return make('section', 'ce-panel', null, make('header', null, null, title, sub, facts, toggle), text);
 }
 
@@ -388,6 +388,7 @@ function drawSide(part, side) {
   put(part.slow, milliseconds(stats.token_seconds_p90));
   part.right.parentNode.hidden = stats.acceptance === null || stats.acceptance === undefined;
   put(part.right, percent(stats.acceptance));
+  put(part.yielded, stats.tokens_per_verification ? stats.tokens_per_verification.toFixed(1) : '–');
   put(part.total, stats.tokens + ' tokens in ' + number(stats.seconds, 2) + ' s' + (stats.done ? ' ✓' : ''));
 }
 
@@ -399,8 +400,7 @@ function drawToggle(part, side) {
 
 function drawShare(stats) {
   parts.ways.forEach((s, i) => {
-    const share = !stats ? 0 : s !== COPIED ? stats.routing_share[s]
-      : stats.tokens ? Math.max(0, 1 - stats.routing_share.reduce((a, b) => a + b, 0)) : 0;
+    const share = !stats ? 0 : s !== COPIED ? stats.routing_share[s] : stats.copied_share || 0;
     parts.share[i].style.flexGrow = share;
     put(parts.keys[i], stats ? Math.round(share * stats.tokens) + ' · ' + percent(share) : '');
     if (s === COPIED) parts.buttons[i].parentNode.hidden = share < 1e-9;

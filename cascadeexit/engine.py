@@ -121,7 +121,7 @@ class Staircase:
             rows = self.model.embed(self.tokens[self.filled(0):])
         else:
             rows, self.waiting[s] = self.waiting[s], None
-        parts = rows.split(_MAX_ROWS, dim=1)
+        parts = rows.split(_MAX_ROWS, dim=1) if rows.shape[1] > _MAX_ROWS else [rows]
         out = [self.model.run_segment(s, part, self.cache, parents) for part in parts]
         self.weight_bytes += len(parts) * self.model.segment_bytes[s]
         out = out[0] if len(out) == 1 else torch.cat(out, dim=1)
@@ -261,13 +261,14 @@ class Engine:
                     rows = stairs.run(s, None if parents == list(range(-1, len(drafts))) else parents)
             else:
                 # 3. Climb: deeper until an exit is sure enough, or to the top.
-                may_exit = not finished and len(drafts) < config.max_draft
+                may_exit, before = not finished and len(drafts) < config.max_draft, None
                 for s in range(last + 1):
                     rows = stairs.run(s)                                                    # (1, N, D)
                     if s == last or not may_exit or thresholds[s] is None:
+                        before = None
                         continue
                     hidden = bank.hidden(s, rows[0, -1:], said)                             # (1, D)
-                    confidence = float(bank.confidence(s, hidden))
+                    confidence, before = float(bank.confidence(s, hidden, before)), hidden
                     stairs.weight_bytes += bank.try_bytes(s)
                     asked = (*asked[:s], confidence, *asked[s + 1:])
                     if confidence >= thresholds[s]:
@@ -289,8 +290,8 @@ class Engine:
             # 5. The top: the row of a token speaks of the one after it. The newest token's row and those of the drafts
             #    judge: from the root on, as long as what stands is one of the drafts.
             confirmed = len(stairs.tokens) - len(drafts)
-            rows = rows[:, -len(drafts) - 1:]
-            logits = model.logits(rows)[0]                                                  # (drafts + 1, V)
+            top = model.norm(rows[:, -len(drafts) - 1:])
+            logits = model.read(top)[0]                                                  # (drafts + 1, V)
             stairs.weight_bytes += model.head_bytes
             path, token, at = [], None, -1
             while token is None and not (path and (confirmed + len(path) >= end or drafts[at].token in model.eos_ids)):
@@ -309,7 +310,7 @@ class Engine:
                 if i not in path:
                     yield event(confirmed + d.depth, d.token, d.exit, d.confidences, Status.REJECTED)
             if token is not None:
-                said = model.norm(rows[0, at + 1:at + 2])
+                said = top[0, at + 1:at + 2]
                 stairs.tokens.append(token)
                 yield event(len(stairs.tokens) - 1, token, last, asked, Status.EMITTED)
             if tree:

@@ -31,7 +31,7 @@ from cascadeexit.model import SegmentedModel
 
 log = logging.getLogger(__name__)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "exits.safetensors"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ExitConfig:
     width: int = 512
     """Inner width of the adapter's SwiGLU; 512 as published."""
     confidence_width: int = 256
-    """Inner width of the estimator; 256 as published."""
+    """Inner width of the estimator; 256 as published, 48 for a sketch."""
     confidence: str = "mlp"
     """'mlp': the published estimator. 'sketch': from the exit's probabilities of its most frequent words. 'softmax':
     the largest probability of the exit's whole head, for untrained exits."""
@@ -59,6 +59,8 @@ class ExitConfig:
     """'sketch': how many words."""
     head_size: int = 0
     """Words in the exits' trimmed head; 0 = the whole vocabulary."""
+    draft_size: int = 0
+    """The first words of the trimmed head, its most frequent ones, from which trees of drafts are made; 0 = all."""
     norm_eps: float = 1e-5
     head_fingerprint: str = ""
     """SHA-256 of the base model's head, or '' when unknown."""
@@ -74,10 +76,13 @@ class ExitConfig:
         if (self.confidence == "sketch") != (self.sketch_size > 0):
             raise ValueError(f"sketch_size goes with confidence 'sketch', got {self.sketch_size} with "
                              f"'{self.confidence}'")
+        if not 0 <= self.draft_size <= self.head_size or self.draft_size % 32:
+            raise ValueError(f"draft_size is a multiple of 32 up to head_size, {self.head_size}; got {self.draft_size}")
         if not all(a < b for a, b in zip((-1, *self.layers), (*self.layers, self.num_layers), strict=True)):
             raise ValueError(f"exit layers must ascend within 0..{self.num_layers - 1}, got {self.layers}")
         if self.format != _FORMAT:
-            raise ValueError(f"these exits have format {self.format}; this version reads format {_FORMAT}")
+            raise ValueError(f"these exits have format {self.format}; this version reads format {_FORMAT}: train them "
+                             "anew with training/run.sh, or use the version that made them")
 
 
 class ExitAdapter(nn.Module):
@@ -155,29 +160,60 @@ class ConfidenceHead(nn.Module):
 
 
 class SketchConfidence(nn.Module):
-    """The same question, answered by logistic regression on the exit's softmax over a few frequent words.
+    """The same question, answered from the exit's softmax over a few frequent words (`softmax_facts`).
 
-    Three facts of it: log p of the likeliest word, of the second, and the entropy in nats. (..., 3) -> logit (...,).
+    Where the exit before it was asked about the same token, what that one thought is read, too: two that agree are
+    more often right. (..., 3), or (..., 10) with the exit before -> logit (...,).
     """
 
-    def __init__(self):
+    def __init__(self, width: int):
         super().__init__()
-        self.linear = nn.Linear(3, 1)
+        self.alone, self.after = (nn.Sequential(nn.Linear(n, width), nn.SiLU(), nn.Linear(width, 1)) for n in (3, 10))
 
     def forward(self, facts: Tensor) -> Tensor:
-        return self.linear(facts).squeeze(-1)
+        return (self.alone if facts.shape[-1] == 3 else self.after)(facts).squeeze(-1)
 
 
-def softmax_facts(head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What `SketchConfidence` reads, from rows for this head (..., D): (..., 3)."""
+def softmax_facts(head: nn.Module) -> Callable[..., Tensor]:
+    """What `SketchConfidence` reads, from rows for this head: (..., D) -> (..., 3), with rows before (..., 10).
+
+    Of the softmax: log p of the likeliest word, of the second, the entropy in nats. With the rows of the exit before:
+    these three of both; 1 where the likeliest word is the same, else 0; log p that the exit before gives to this one's
+    word, and the other way round, at least -15; the cosine between the two rows.
+    """
     if isinstance(head, NativeLinear):
         return head.softmax_facts
 
-    def facts(hidden: Tensor) -> Tensor:
+    def of(hidden: Tensor) -> tuple[Tensor, Tensor]:
         log_p = head(hidden).float().log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
-        return torch.cat([log_p.topk(2, dim=-1).values, entropy], dim=-1)
+        return log_p, torch.cat([log_p.topk(2, dim=-1).values, entropy], dim=-1)
+
+    def facts(hidden: Tensor, before: Tensor | None = None) -> Tensor:
+        log_p, mine = of(hidden)
+        if before is None:
+            return mine
+        other, theirs = of(before)
+        best, their_best = log_p.argmax(-1, keepdim=True), other.argmax(-1, keepdim=True)
+        cosine = nn.functional.cosine_similarity(hidden.float(), before.float(), dim=-1)[..., None]
+        return torch.cat([mine, theirs, (best == their_best).float(), other.gather(-1, best).clamp(min=-15),
+                          log_p.gather(-1, their_best).clamp(min=-15), cosine], dim=-1)
     return facts
+
+
+def likeliest(head: nn.Module, words: int) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor]]:
+    """Of rows for this head (..., D), k and a temperature: the k likeliest of its first words, 0 = all (..., k).
+
+    Best first: their probabilities in the softmax over those words, and their numbers.
+    """
+    if isinstance(head, NativeLinear):
+        return (head.first(words) if words else head).likeliest
+
+    def ranked(hidden: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = head(hidden)[..., :words or None].float() / temperature
+        probs, numbers = logits.softmax(-1).topk(k, dim=-1)
+        return probs, numbers
+    return ranked
 
 
 class ExitBank(nn.Module):
@@ -188,14 +224,17 @@ class ExitBank(nn.Module):
         self.config = config
         self.adapters = nn.ModuleList(
             ADAPTERS[config.adapter](config.hidden_size, config.width, config.norm_eps) for _ in config.layers)
-        self.confidence_heads = nn.ModuleList(
-            ConfidenceHead(config.hidden_size, config.confidence_width) if config.confidence == "mlp"
-            else SketchConfidence() for _ in config.layers) if config.confidence != "softmax" else None
+        self.confidence_heads = None
+        if config.confidence != "softmax":
+            self.confidence_heads = nn.ModuleList(
+                ConfidenceHead(config.hidden_size, config.confidence_width) if config.confidence == "mlp"
+                else SketchConfidence(config.confidence_width) for _ in config.layers)
         self.register_buffer("head_ids", torch.arange(config.head_size) if config.head_size else None)
         self.register_buffer("sketch_ids", torch.arange(config.sketch_size) if config.sketch_size else None)
         self._adapt: list[Callable[[Tensor, Tensor], Tensor]] = list(self.adapters)
         self._project: Callable[[Tensor], Tensor] | None = None
         self._facts: Callable[[Tensor], Tensor] | None = None
+        self._likeliest: Callable[[Tensor, int, float], tuple[Tensor, Tensor]] | None = None
         self._sketch_bytes = 0
 
     @classmethod
@@ -229,10 +268,11 @@ class ExitBank(nn.Module):
         self.to(model.device).eval().requires_grad_(trainable)
         self.adapters.to(model.dtype)           # the estimators stay in fp32
         # Bound methods, not modules: the head belongs to the base model and must not be saved with the exits.
-        self._project, self.head_bytes, weight = model.project, model.head_bytes, model.head_weight.detach()
+        weight = model.head_weight.detach()
+        head, self.head_bytes = model.head, model.head_bytes
         if self.head_ids is not None:
-            own = weight[self.head_ids]
-            self._project, self.head_bytes = pack(own).forward, own.nbytes
+            head, self.head_bytes = pack(weight[self.head_ids]), len(self.head_ids) * weight[0].nbytes
+        self._project, self._likeliest = head.forward, likeliest(head, c.draft_size)
         if self.sketch_ids is not None:
             own = weight[self.sketch_ids]
             self._facts, self._sketch_bytes = softmax_facts(pack(own)), own.nbytes
@@ -251,17 +291,30 @@ class ExitBank(nn.Module):
         """Adapted hidden (..., D) -> logits over the exits' head (..., V) or (..., K); see `token_id`."""
         return self._project(hidden)
 
-    def confidence(self, s: int, hidden: Tensor) -> Tensor:
-        """Probability that exit s chooses what the full model would: adapted hidden (..., D) -> (...,) in [0, 1]."""
+    def likeliest(self, hidden: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """Adapted hidden (N, D) -> the k likeliest tokens for drafts, best first: probabilities, token ids (N, k)."""
+        probs, words = self._likeliest(hidden, k, temperature)
+        return probs, words if self.head_ids is None else self.head_ids[words]
+
+    def confidence(self, s: int, hidden: Tensor, before: Tensor | None = None) -> Tensor:
+        """Probability that exit s chooses what the full model would: adapted hidden (..., D) -> (...,) in [0, 1].
+
+        before: adapted hidden of the exit before it for the same tokens (..., D), where that exit was asked.
+        """
         if self.confidence_heads is None:
             return self.logits(hidden).float().softmax(-1).amax(-1)
-        return self.confidence_heads[s](hidden if self._facts is None else self._facts(hidden)).sigmoid()
+        return self.confidence_heads[s](hidden if self._facts is None else self._facts(hidden, before)).sigmoid()
 
     # -- bytes, for the cost metric ------------------------------------------------------------------------------
 
     def adapter_bytes(self, s: int) -> int:
         """Weight bytes that the adapter of exit s reads."""
         return sum(p.nbytes for p in self.adapters[s].parameters())
+
+    def draft_bytes(self, s: int) -> int:
+        """Weight bytes read to ask exit s for drafts."""
+        share = self.config.draft_size / self.config.head_size if self.config.draft_size else 1.0
+        return self.adapter_bytes(s) + round(share * self.head_bytes)
 
     def try_bytes(self, s: int) -> int:
         """Weight bytes read to ask exit s how sure it is."""
@@ -270,6 +323,12 @@ class ExitBank(nn.Module):
             return read + self.head_bytes
         read += self._sketch_bytes
         return read + sum(p.nbytes for p in self.confidence_heads[s].parameters())
+
+    @property
+    def memory_bytes(self) -> int:
+        """What attached exits hold beside the model: adapters, estimators, their own head and sketch."""
+        own_head = self.head_bytes if self.head_ids is not None else 0
+        return own_head + self._sketch_bytes + sum(p.nbytes for p in self.parameters())
 
     def fingerprint(self) -> str:
         """SHA-256 over names and fp32 bytes of the exits' weights: tells which exits made a result."""

@@ -5,6 +5,7 @@ package index has it. It is converted once to bf16 safetensors in a cache folder
 folder: the finished folder either exists whole or not at all.
 """
 
+import ctypes
 import errno
 import hashlib
 import logging
@@ -73,9 +74,19 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
     folder = find_exits(name, exits)
     if folder is None:
         segmented = SegmentedModel(base, default_exit_layers(base.config.num_hidden_layers), name=name)
-        return Engine(segmented, ExitBank.untrained(segmented)), tokenizer
-    bank = ExitBank.load(folder)
-    return Engine(SegmentedModel(base, bank.config.layers, name=name), bank), tokenizer
+        engine = Engine(segmented, ExitBank.untrained(segmented))
+    else:
+        bank = ExitBank.load(folder)
+        engine = Engine(SegmentedModel(base, bank.config.layers, name=name), bank)
+    _give_back_memory()
+    return engine, tokenizer
+
+
+def _give_back_memory() -> None:
+    """What loading held and freed goes back to the system, where the C library can be told so (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def load_model(model: str | None = None, *, device: str | None = None, dtype: torch.dtype | str | None = None,

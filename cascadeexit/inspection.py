@@ -86,6 +86,6 @@ def _read(engine: Engine, hidden: list[Tensor], rows: Tensor, top: int) -> tuple
         ids = logits.scatter(1, first, torch.inf).topk(top, dim=-1).indices
         best.append(ids if words is None else words[ids])
         probabilities.append(logits.float().softmax(-1).gather(1, ids))
-    confidences = [bank.confidence(s, h) for s, h in enumerate(hidden)]
+    confidences = [bank.confidence(s, h, hidden[s - 1] if s else None) for s, h in enumerate(hidden)]
     return (torch.stack(best, 1), torch.stack(probabilities, 1),
             torch.stack(confidences, 1) if confidences else rows.new_zeros(rows.shape[1], 0))

@@ -25,6 +25,7 @@ namespace {
 constexpr int BLOCK = 32;       // outputs of a weight block
 constexpr int KEYS = 16;        // keys of a score block
 constexpr int MAX_TILE = 8;     // rows that share one reading of a block from the first cache
+constexpr int MAX_QUERIES = 4;  // queries that share one reading of keys and values
 
 using bf16 = uint16_t;
 
@@ -107,8 +108,8 @@ inline void dot_pairs(const uint32_t* w, const uint32_t* x, size_t stride, int p
     for (int p = 0; p < pairs; p++, w += W) {
         __m512bh weights[V];
         for (int v = 0; v < V; v++) weights[v] = (__m512bh)_mm512_loadu_si512(w + 16 * v);
-        _mm_prefetch((const char*)(w + 32 * W), _MM_HINT_T0);
-        if (W > 16) _mm_prefetch((const char*)(w + 32 * W + 16), _MM_HINT_T0);
+        _mm_prefetch((const char*)(w + 64 * W), _MM_HINT_T0);
+        if (W > 16) _mm_prefetch((const char*)(w + 64 * W + 16), _MM_HINT_T0);
         for (int m = 0; m < M; m++) {
             __m512bh both = (__m512bh)_mm512_set1_epi32(int(x[m * stride + p]));
             for (int v = 0; v < V; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], weights[v], both);
@@ -261,13 +262,13 @@ void attend(const Past& past, const uint32_t* queries, const int* seen, int rows
     int longest = 0, first_block = past.first / KEYS, start = first_block * KEYS;
     for (int i = 0; i < rows; i++) longest = seen[i] > longest ? seen[i] : longest;
     int score_blocks = (longest + KEYS - 1) / KEYS, padded = score_blocks * KEYS;
-    float block_scores[MAX_TILE][KEYS];
+    float block_scores[MAX_QUERIES][KEYS];
     for (int b = first_block; b < score_blocks; b++) {
         const uint32_t* keys = b < past.common ? past.keys + b * block_size : past.tail_keys + (b - past.common) * block_size;
         dot_rows<KEYS>(rows, keys, queries, d / 2, d / 2, block_scores);
         for (int i = 0; i < rows; i++) std::memcpy(scores + size_t(i) * room + b * KEYS, block_scores[i], 4 * KEYS);
     }
-    float totals[MAX_TILE];
+    float totals[MAX_QUERIES];
     for (int i = 0; i < rows; i++) {
         float* row = scores + size_t(i) * room;
         bf16* to = probs + size_t(i) * room;
@@ -297,34 +298,43 @@ void attend(const Past& past, const uint32_t* queries, const int* seen, int rows
     auto values_at = [&](int p) {                       // of positions 2 p and 2 p + 1
         return p < common_pairs ? past.values + size_t(p) * d : past.tail_values + size_t(p - common_pairs) * d;
     };
-    for (int j = 0; j < d; j += KEYS) {
+    // Values, 64 columns at a time, so that they are read in order: sums of each column over positions, in order.
+    for (int j = 0; j < d; j += 64) {
+        int vectors = (d - j < 64 ? d - j : 64) / KEYS;
 #ifdef BF16_DOT
-        __m512 sum[MAX_TILE];
-        for (int i = 0; i < rows; i++) sum[i] = _mm512_setzero_ps();
+        __m512 sum[MAX_QUERIES][4];
+        for (int i = 0; i < rows; i++)
+            for (int v = 0; v < 4; v++) sum[i][v] = _mm512_setzero_ps();
         for (int p = start / 2; p < padded / 2; p++) {
-            __m512bh v = (__m512bh)_mm512_loadu_si512(values_at(p) + j);
+            const uint32_t* from = values_at(p) + j;
+            __m512bh value[4];
+            for (int v = 0; v < 4; v++) value[v] = (__m512bh)_mm512_loadu_si512(from + (v < vectors ? KEYS * v : 0));
             for (int i = 0; i < rows; i++) {
                 int both;
                 std::memcpy(&both, probs + size_t(i) * room + 2 * p, 4);
-                sum[i] = _mm512_dpbf16_ps(sum[i], v, (__m512bh)_mm512_set1_epi32(both));
+                __m512bh prob = (__m512bh)_mm512_set1_epi32(both);
+                for (int v = 0; v < 4; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], value[v], prob);
             }
         }
-        for (int i = 0; i < rows; i++) _mm512_storeu_ps(block_scores[i], sum[i]);
+        for (int i = 0; i < rows; i++)
+            for (int v = 0; v < vectors; v++) {
+                float lanes[KEYS];
+                _mm512_storeu_ps(lanes, sum[i][v]);
+                for (int l = 0; l < KEYS; l++) out[i][j + KEYS * v + l] = lanes[l] / totals[i];
+            }
 #else
         for (int i = 0; i < rows; i++) {
-            float sum[KEYS] = {};
+            float sum[64] = {};
             for (int p = start / 2; p < padded / 2; p++) {
                 float first = widen(probs[size_t(i) * room + 2 * p]), second = widen(probs[size_t(i) * room + 2 * p + 1]);
                 const uint32_t* v = values_at(p) + j;
-                for (int l = 0; l < KEYS; l++)
+                for (int l = 0; l < KEYS * vectors; l++)
                     sum[l] = __builtin_fmaf(widen(bf16(v[l] >> 16)), second,
                                             __builtin_fmaf(widen(bf16(v[l])), first, sum[l]));
             }
-            std::memcpy(block_scores[i], sum, sizeof sum);
+            for (int l = 0; l < KEYS * vectors; l++) out[i][j + l] = sum[l] / totals[i];
         }
 #endif
-        for (int i = 0; i < rows; i++)
-            for (int l = 0; l < KEYS; l++) out[i][j + l] = block_scores[i][l] / totals[i];
     }
 }
 
@@ -428,7 +438,9 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
     const int D = stack->hidden, H = stack->heads, G = stack->kv_heads, d = stack->head_dim, I = stack->inner;
     const int wide = (H + 2 * G) * d, group = H / G;
     const int together = parents || begins ? 1 : rows;          // rows whose queries may share a reading of keys
-    const int items_per_head = (together * group + 3) / 4;
+    // Few rows: smaller tiles, so that the threads share the work evenly.
+    const int tile_size = rows * group <= 2 * MAX_QUERIES ? 2 : MAX_QUERIES;
+    const int items_per_head = (together * group + tile_size - 1) / tile_size;
     const int room = (start + rows + KEYS - 1) / KEYS * KEYS, lanes = begins ? rows : 1;
     const int whole_blocks = start / KEYS, tail = (room / KEYS - whole_blocks) * KEYS * (d / 2);
     int* position = i_positions.get(rows);
@@ -442,16 +454,16 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
     float *h = f_h.get(size_t(rows) * D), *qkv = f_qkv.get(size_t(rows) * wide), *heads = f_heads.get(size_t(rows) * H * d);
     bf16 *x = b_x.get(size_t(rows) * D), *act = b_act.get(size_t(rows) * I), *attended = b_heads.get(size_t(rows) * H * d);
     bf16* queries = b_queries.get(size_t(rows) * H * d);
-    float* all_scores = f_scores.get(size_t(threads) * 4 * room);
-    bf16* all_probs = b_probs.get(size_t(threads) * 4 * room);
+    float* all_scores = f_scores.get(size_t(threads) * MAX_QUERIES * room);
+    bf16* all_probs = b_probs.get(size_t(threads) * MAX_QUERIES * room);
     for (size_t i = 0; i < size_t(rows) * D; i++) h[i] = widen(in[i]);
     Barrier barrier;
 
 #pragma omp parallel num_threads(threads)
     {
         Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
-        float* scores = all_scores + size_t(team.rank) * 4 * room;
-        bf16* probs = all_probs + size_t(team.rank) * 4 * room;
+        float* scores = all_scores + size_t(team.rank) * MAX_QUERIES * room;
+        bf16* probs = all_probs + size_t(team.rank) * MAX_QUERIES * room;
         auto normed = [&](const float* weight) {
             for (int r = team.from(rows); r < team.to(rows); r++)
                 norm_row(h + size_t(r) * D, weight, D, stack->eps, x + size_t(r) * D);
@@ -495,12 +507,13 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
                 }
             }
             team.meet();
-            // 3. attention, four queries of a key-value head at a time
+            // 3. attention, a few queries of a key-value head at a time
             const int units = rows / together, items = G * units * items_per_head;
             for (int i = team.from(items); i < team.to(items); i++) {
-                int g = i / (units * items_per_head), unit = i / items_per_head % units, from = i % items_per_head * 4;
-                int tile = together * group - from < 4 ? together * group - from : 4, seen[4];
-                float* to[4];
+                int g = i / (units * items_per_head), unit = i / items_per_head % units, from = i % items_per_head * tile_size;
+                int tile = together * group - from < tile_size ? together * group - from : tile_size;
+                int seen[MAX_QUERIES];
+                float* to[MAX_QUERIES];
                 for (int q = 0; q < tile; q++) {
                     int r = unit * together + (from + q) / group, head = g * group + (from + q) % group;
                     seen[q] = position[r] + 1;
@@ -578,31 +591,94 @@ void ce_exit(const Exit* exit, const bf16* h, const bf16* said, bf16* out, int32
     }
 }
 
-// Three facts of the softmax over a matrix' outputs, for rows x: log p of the likeliest, of the second, entropy in nats.
-void ce_softmax_facts(const Matrix* m, const bf16* x, float* facts, int32_t rows, int32_t threads) {
+// RMSNorm of rows (rows, D) bf16 -> out (rows, D) bf16.
+void ce_norm(const float* weight, float eps, const bf16* x, bf16* out, int32_t rows, int32_t D) {
+    static thread_local Scratch<float> f_row;
+    float* row = f_row.get(D);
+    for (int r = 0; r < rows; r++) {
+        for (int j = 0; j < D; j++) row[j] = widen(x[size_t(r) * D + j]);
+        norm_row(row, weight, D, eps, out + size_t(r) * D);
+    }
+}
+
+// The k likeliest outputs of a matrix for rows x, best first: their numbers, and their probabilities in the softmax at a
+// temperature. Of equal ones the lower number comes first.
+void ce_likeliest(const Matrix* m, const bf16* x, float temperature, int32_t k, int32_t* numbers, float* probs,
+                  int32_t rows, int32_t threads) {
     static thread_local Scratch<float> f_logits;
     float* logits = f_logits.get(size_t(rows) * m->out);
     ce_linear(m, x, logits, rows, threads);
-    for (int r = 0; r < rows; r++) {
+    for (int r = 0; r < rows; r++, numbers += k, probs += k) {
         const float* row = logits + size_t(r) * m->out;
-        float first = -INFINITY, second = -INFINITY;
+        int found = 0;
         for (int j = 0; j < m->out; j++) {
+            if (found == k && !(row[j] > row[numbers[k - 1]])) continue;
+            int at = found < k ? found++ : k - 1;
+            for (; at > 0 && row[j] > row[numbers[at - 1]]; at--) numbers[at] = numbers[at - 1];
+            numbers[at] = j;
+        }
+        float masses[16] = {}, top = row[numbers[0]], scale = 1 / temperature;
+        for (int j = 0; j < m->out; j++) masses[j % 16] += fast_exp((row[j] - top) * scale);
+        float mass = 0;
+        for (float part : masses) mass += part;
+        for (int i = 0; i < k; i++) probs[i] = fast_exp((row[numbers[i]] - top) * scale) / mass;
+    }
+}
+
+// Facts of the softmax over a matrix' outputs, for rows x (rows, in) bf16: log p of the likeliest output, of the second, and
+// the entropy in nats: 3 numbers a row. With rows `before` (rows, in), 10: these three of both; whether the likeliest is the
+// same; what each thinks of the other's, log p but not below -15; and the cosine between x and before.
+void ce_softmax_facts(const Matrix* m, const bf16* x, const bf16* before, float* facts, int32_t rows, int32_t threads) {
+    static thread_local Scratch<float> f_logits;
+    static thread_local Scratch<bf16> b_x;
+    const int in = m->in, V = m->out, all = before ? 2 * rows : rows;
+    float* logits = f_logits.get(size_t(all) * V);
+    bf16* both = b_x.get(size_t(all) * in);
+    std::memcpy(both, x, 2 * size_t(rows) * in);
+    if (before) std::memcpy(both + size_t(rows) * in, before, 2 * size_t(rows) * in);
+    ce_linear(m, both, logits, all, threads);
+    struct Seen {
+        int best;
+        float top, log_mass;                                    // log p of output j: logit - top - log_mass
+    };
+    auto look = [&](int r, float* to) {
+        const float* row = logits + size_t(r) * V;
+        float first = -INFINITY, second = -INFINITY;
+        for (int j = 0; j < V; j++) {
             float v = row[j];
             second = v > first ? first : v > second ? v : second;
             first = v > first ? v : first;
         }
         float masses[16] = {}, means[16] = {};
-        for (int j = 0; j < m->out; j++) {
+        for (int j = 0; j < V; j++) {
             float e = fast_exp(row[j] - first);
             masses[j % 16] += e;
             means[j % 16] = __builtin_fmaf(e, row[j] - first, means[j % 16]);
         }
         float mass = 0, mean = 0;
         for (int l = 0; l < 16; l++) mass += masses[l], mean += means[l];
-        float log_mass = std::log(mass);
-        facts[3 * r] = -log_mass;
-        facts[3 * r + 1] = second - first - log_mass;
-        facts[3 * r + 2] = log_mass - mean / mass;
+        Seen seen{0, first, std::log(mass)};
+        while (row[seen.best] != first && seen.best + 1 < V) seen.best++;
+        to[0] = -seen.log_mass, to[1] = second - first - seen.log_mass, to[2] = seen.log_mass - mean / mass;
+        return seen;
+    };
+    for (int r = 0; r < rows; r++) {
+        float* to = facts + size_t(r) * (before ? 10 : 3);
+        Seen now = look(r, to);
+        if (!before) continue;
+        Seen then = look(rows + r, to + 3);
+        auto log_p = [&](int row, const Seen& seen, int j) {
+            return std::fmax(-15.0f, logits[size_t(row) * V + j] - seen.top - seen.log_mass);
+        };
+        float dot = 0, xx = 0, yy = 0;
+        for (int j = 0; j < in; j++) {
+            float a = widen(x[size_t(r) * in + j]), b = widen(before[size_t(r) * in + j]);
+            dot += a * b, xx += a * a, yy += b * b;
+        }
+        to[6] = now.best == then.best;
+        to[7] = log_p(rows + r, then, now.best);
+        to[8] = log_p(r, now, then.best);
+        to[9] = dot / std::fmax(1e-8f, std::sqrt(xx) * std::sqrt(yy));
     }
 }
 

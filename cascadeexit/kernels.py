@@ -8,6 +8,7 @@ A row's result does not depend on the other rows of its pass, so row buckets nee
 be branches of a tree of drafts, or texts of a batch.
 """
 
+import copy
 import ctypes
 import functools
 import hashlib
@@ -110,7 +111,9 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
                               c_void_p, c_void_p, c_int32]
     lib.ce_keep.argtypes = [POINTER(_Cache), c_int32, c_int32, c_int32, c_int32, c_void_p, c_int32]
     lib.ce_exit.argtypes = [POINTER(_Exit), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
-    lib.ce_softmax_facts.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
+    lib.ce_norm.argtypes = [c_void_p, c_float, c_void_p, c_void_p, c_int32, c_int32]
+    lib.ce_likeliest.argtypes = [POINTER(_Matrix), c_void_p, c_float, c_int32, c_void_p, c_void_p, c_int32, c_int32]
+    lib.ce_softmax_facts.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
     return lib
 
 
@@ -179,16 +182,46 @@ class NativeLinear(nn.Module):
         library().ce_rows(byref(self._matrix), ids.data_ptr(), len(ids), out.data_ptr())
         return out
 
-    def softmax_facts(self, x: Tensor) -> Tensor:
-        """Of the outputs' softmax: log p of the likeliest, of the second, entropy in nats. (..., I) -> (..., 3)."""
+    def softmax_facts(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """Facts of the outputs' softmax, told in `cascadeexit.exits.softmax_facts`: (..., I) -> (..., 3 or 10)."""
         x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
-        facts = torch.empty(*x.shape[:-1], 3)
-        library().ce_softmax_facts(byref(self._matrix), x.data_ptr(), facts.data_ptr(), x.shape[:-1].numel(),
-                                   torch.get_num_threads())
+        before = None if before is None else before.to(torch.bfloat16).contiguous()
+        facts = torch.empty(*x.shape[:-1], 3 if before is None else 10)
+        library().ce_softmax_facts(byref(self._matrix), x.data_ptr(), None if before is None else before.data_ptr(),
+                                   facts.data_ptr(), x.shape[:-1].numel(), torch.get_num_threads())
         return facts
+
+    def likeliest(self, x: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """The k largest outputs (..., I) -> (..., k), best first: probabilities in their softmax, and their numbers."""
+        x = x.to(torch.bfloat16).contiguous()
+        probs, numbers = (torch.empty(*x.shape[:-1], k, dtype=dtype) for dtype in (torch.float32, torch.int32))
+        library().ce_likeliest(byref(self._matrix), x.data_ptr(), temperature, k, numbers.data_ptr(), probs.data_ptr(),
+                               x.shape[:-1].numel(), torch.get_num_threads())
+        return probs, numbers
+
+    def first(self, outputs: int) -> "NativeLinear":
+        """Its first outputs alone, on the same weights; `outputs` a multiple of 32."""
+        part = copy.copy(self)
+        part.shape = (outputs, self.shape[1])
+        part._matrix = _Matrix(self._matrix.weight, self._matrix.bias, self._matrix.inputs, outputs)
+        return part
 
     def extra_repr(self) -> str:
         return f"out, in = {self.shape}"
+
+
+class NativeNorm:
+    """RMSNorm of rows (..., D) bf16 -> bf16, computed in fp32."""
+
+    def __init__(self, weight: Tensor, eps: float):
+        self.weight, self._fp32, self._eps = weight, weight.detach().float().contiguous(), eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
+        out = torch.empty_like(x)
+        library().ce_norm(self._fp32.data_ptr(), self._eps, x.data_ptr(), out.data_ptr(), x.shape[:-1].numel(),
+                          x.shape[-1])
+        return out
 
 
 class NativeLayers:

@@ -24,6 +24,7 @@ class RunStats:
 
     tokens: int
     routing_share: tuple[float, ...]    # part of the tokens each segment produced
+    copied_share: float                 # part of the tokens copied from earlier in the text; with the shares above, 1
     average_depth: float | None         # mean depth of the segment that produced each token, layers only; copied: 0
     cost: float | None                  # weight bytes read per token / the full model's; heads and exits included
     drafted: int
@@ -56,6 +57,7 @@ def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
     return RunStats(
         tokens=len(final),
         routing_share=routing_share(final, len(costs.depths)),
+        copied_share=copied_share(final),
         average_depth=_mean([0.0 if e.exit == COPIED else costs.depths[e.exit] for e in final]),
         cost=sum(e.weight_bytes for e in events) / (len(final) * costs.full_token_bytes) if final else None,
         drafted=drafted,
@@ -70,9 +72,15 @@ def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
 
 
 def routing_share(events: Sequence[TokenEvent], num_segments: int) -> tuple[float, ...]:
-    """Part of the final tokens that each segment produced: (S,), zeros when there are none. The rest was copied."""
+    """Part of the final tokens that each segment produced: (S,), zeros when there are none."""
     final = [e for e in events if e.final]
     return tuple(sum(e.exit == s for e in final) / max(1, len(final)) for s in range(num_segments))
+
+
+def copied_share(events: Sequence[TokenEvent]) -> float:
+    """Part of the final tokens that no segment produced, but `Lookup`; 0 when there are none."""
+    final = [e for e in events if e.final]
+    return sum(e.exit == COPIED for e in final) / max(1, len(final))
 
 
 def verifications(events: Sequence[TokenEvent]) -> int:

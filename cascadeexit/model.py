@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cascadeexit.cache import KVCache
-from cascadeexit.kernels import NativeLayers
+from cascadeexit.kernels import NativeLayers, NativeNorm
 from cascadeexit.linear import pack, pack_stock
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -115,13 +115,17 @@ class SegmentedModel:
         self.head_bytes = head.weight.nbytes        # read by one vocabulary projection
         if self.device.type == "meta":
             raise ValueError("the vocabulary projection is not in memory: the device_map must put lm_head on a device")
-        self._head = pack(head.weight, head.bias)
+        self.head = pack(head.weight, head.bias)    # the vocabulary projection: normed rows (..., D) -> (..., V)
         self._native: NativeLayers | None = None
+        self.norm = model.model.norm                # (..., D) -> (..., D), before every head
         spread = hasattr(model, "hf_device_map")    # then accelerate's hooks, on the modules, bring weights and rows
         if native and not spread and NativeLayers.fits(layers, self.head_dim):
             cosines, sines = (t[0, :, :self.head_dim // 2] for t in model.model.rotary_emb(
                 torch.zeros((), dtype=torch.float32), position_ids=torch.arange(self.max_positions)[None]))
             self._native = NativeLayers(layers, model.config, self.head_dim, cosines, sines)
+            # A weight that was loaded is a view of the whole mapped file: a copy lets go of it.
+            model.model.norm.weight.data = model.model.norm.weight.detach().clone()
+            self.norm = NativeNorm(model.model.norm.weight, model.config.rms_norm_eps)
             # All these weights live in packed copies now; one of a tied head gives the embeddings too.
             model.model.layers = torch.nn.ModuleList()
             if head.weight is model.model.embed_tokens.weight:
@@ -175,12 +179,8 @@ class SegmentedModel:
     def head_weight(self) -> Tensor:
         """The vocabulary projection, shared by every exit: (V, D). Made anew from our own kernels' packed copy."""
         if isinstance(self.base.lm_head, torch.nn.Identity):
-            return self._head.rows(torch.arange(self.vocab_size))
+            return self.head.rows(torch.arange(self.vocab_size))
         return self.base.lm_head.weight
-
-    @property
-    def norm(self) -> torch.nn.Module:
-        return self.base.model.norm
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -216,7 +216,7 @@ class SegmentedModel:
         """Token ids (N,) -> hidden rows (1, N, D)."""
         ids = torch.as_tensor(ids, device=self.device).view(1, -1)
         if isinstance(self.base.model.embed_tokens, torch.nn.Identity):
-            return self._head.rows(ids[0])[None]
+            return self.head.rows(ids[0])[None]
         return self.base.model.embed_tokens(ids)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,11 +285,15 @@ class SegmentedModel:
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden rows after the last layer (1, N, D) -> the full model's logits (1, N, V)."""
-        return self.project(self.norm(self.pad_rows(h)).to(self.device))[:, :h.shape[1]]
+        return self.read(self.norm(h))
+
+    def read(self, normed: Tensor) -> Tensor:
+        """The same of rows that went through `norm` already: (1, N, D) -> (1, N, V)."""
+        return self.project(self.pad_rows(normed).to(self.device))[:, :normed.shape[1]]
 
     def project(self, hidden: Tensor) -> Tensor:
         """Normed rows (..., D) -> logits over the whole vocabulary (..., V)."""
-        return self._head(hidden)
+        return self.head(hidden)
 
     def pad_rows(self, h: Tensor) -> Tensor:
         """(1, N, D) with zero rows up to the row bucket."""

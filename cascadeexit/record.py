@@ -28,7 +28,7 @@ _SAID = {"text": str, "exit": int, "t": _NUMBER, "conf": list}
 # Fields that may be missing or null, but nothing else than this.
 _OPTIONAL = {
     "token": {"ms": _NUMBER, "read": _NUMBER, "bytes": str, "special": bool, "part": bool},
-    "stats": dict.fromkeys(("cost", "tokens_per_second", "first_token_seconds", "token_seconds_p50",
+    "stats": dict.fromkeys(("copied_share", "cost", "tokens_per_second", "first_token_seconds", "token_seconds_p50",
                             "token_seconds_p90", "token_seconds_p99"), _NUMBER),
     "versus": {"speedup": _NUMBER, "first_divergence": int},
     "end": {"agreement": _NUMBER, "first_divergence": int, "identical": bool, "differs": list},

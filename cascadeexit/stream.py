@@ -235,7 +235,7 @@ class TokenStream:
         ours, theirs = (side.ids for side in self.sides.values())
         match, choices = metrics.match(ours, theirs), seen.full_choices
         greedy = self.config.temperature == 0
-        lossless = self.config.mode is Mode.VERIFIED and greedy
+        lossless = self.config.mode is Mode.VERIFIED and not self.config.tolerance      # sampled, too: same seed
         self._write("end", agreement=_rounded(metrics.agreement(ours, choices)),
                     positional=_rounded(match.positional), first_divergence=match.first_divergence,
                     sequence=match.sequence, identical=match.sequence if lossless else None,

@@ -18,8 +18,8 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.lookup import LONGEST_MATCH, Guess, Lookup
 from cascadeexit.model import SegmentedModel
 
-ROW_COST = 0.04             # of one more row to verify, in passes of the full model: measured from 1 to 8 rows
-_READ_COST = 0.5            # of a byte that drafting reads, in bytes of a pass: measured, they come from a near cache
+ROW_COST = 0.03             # of one more row to verify, in passes of the full model: measured from 1 to 8 rows
+_READ_COST = 0.35           # of a byte that drafting reads, in bytes of a pass: measured, they come from a near cache
 _BRANCHES = 6               # drafts that may follow one token
 _HOPE = 0.5                 # chance that a question brings a right draft, when it is not known yet
 _SURE = 0.5                 # copies likelier than this need no other opinion
@@ -65,7 +65,7 @@ class DraftTree:
         self._model, self._bank, self._lookup = model, bank, Lookup(prompt)
         self._temperature = temperature or 1.0
         self._has_exit = model.exit_layers[:1] == (0,)
-        self._ask_bytes = bank.adapter_bytes(0) + bank.head_bytes if self._has_exit else 0
+        self._ask_bytes = bank.draft_bytes(0) if self._has_exit else 0
         full = sum(model.segment_bytes) + model.head_bytes
         self._ask_cost = _READ_COST * self._ask_bytes / full
         self._kept: list[float] = []                # right drafts at each depth, and how many were promised
@@ -127,10 +127,7 @@ class DraftTree:
         """Of each node: the exit's state (1, D), and the likeliest tokens with their probabilities."""
         h = self._model.embed([node.token for node in nodes])[0]
         hidden = self._bank.hidden(0, h, torch.cat([node.said for node in nodes]))              # (n, D)
-        logits = self._bank.logits(hidden).float() / self._temperature                          # (n, K)
-        top, index = logits.topk(min(_BRANCHES, logits.shape[-1]), dim=-1)
-        ids = index if self._bank.head_ids is None else self._bank.head_ids[index]
-        probs = (top - logits.logsumexp(-1, keepdim=True)).exp()
+        probs, ids = self._bank.likeliest(hidden, _BRANCHES, self._temperature)                  # (n, B)
         self.weight_bytes += self._ask_bytes
         return list(zip(hidden[:, None], probs.tolist(), ids.tolist()))
 

@@ -20,11 +20,11 @@ def figures(stream: TokenStream, full_choices: Sequence[int]) -> list[go.Figure]
 def routing_figure(stream: TokenStream) -> go.Figure:
     """Which exit wrote how much of the text."""
     engine, final = stream.engine, stream.sides[CASCADE].final
-    share = metrics.routing_share(final, engine.model.num_segments)
+    share, copied = metrics.routing_share(final, engine.model.num_segments), metrics.copied_share(final)
     names = [exit_name(s, Shape.of(engine)).partition(" (")[0] for s in range(len(share))]
     palette = colours(engine.num_exits)
-    if final and sum(share) < 1 - 1e-9:
-        share, names, palette = (*share, 1 - sum(share)), [*names, "Copied"], (*palette, COPIED_COLOUR)
+    if copied:
+        share, names, palette = (*share, copied), [*names, "Copied"], (*palette, COPIED_COLOUR)
     figure = go.Figure(go.Bar(
         x=share, y=names, orientation="h", cliponaxis=False,
         text=[f"{part:.1%}" for part in share], textposition="outside",

@@ -42,8 +42,11 @@ def tiny_engine(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype 
         if bank.config.confidence == "mlp":
             head.outer.weight.data.normal_(std=2.0)
         else:               # surer where the likeliest word is likelier, about as often sure as not
-            head.linear.weight.data.copy_(torch.tensor([[3.0, 0.0, 0.0]]))
-            head.linear.bias.data.fill_(2.0)
+            for net in (head.alone, head.after):
+                net[0].weight.data.zero_()[:, 0] = 3.0
+                net[0].bias.data.fill_(8.0)                     # there silu is nearly a straight line
+                net[2].weight.data.fill_(1 / len(net[0].weight))
+                net[2].bias.data.fill_(-6.0)
     return Engine(model, bank)
 
 

@@ -43,15 +43,21 @@ def test_untrained_confidence_is_the_largest_probability_of_the_head():
 
 def test_a_sketch_of_the_whole_vocabulary_knows_the_exits_probabilities():
     model = segmented()
-    bank = ExitBank.untrained(model, confidence="sketch", sketch_size=model.vocab_size).attach(model)
-    bank.confidence_heads[0].linear.weight.data.copy_(torch.tensor([[1.0, 0.5, -2.0]]))
-    bank.confidence_heads[0].linear.bias.data.fill_(0.25)
-    hidden = bank.hidden(0, torch.randn(5, model.hidden_size), torch.zeros(5, model.hidden_size))
-    p = bank.logits(hidden).softmax(-1)
-    best = p.topk(2).values
-    logit = best[:, 0].log() + 0.5 * best[:, 1].log() + 2 * (p * p.log()).sum(-1) + 0.25
-    torch.testing.assert_close(bank.confidence(0, hidden), logit.sigmoid())
-    assert bank.try_bytes(0) == sum(p.nbytes for p in bank.adapters[0].parameters()) + model.head_bytes + 4 * 4
+    bank = ExitBank.untrained(model, confidence="sketch", sketch_size=model.vocab_size, confidence_width=4)
+    bank.attach(model)
+    hidden, before = (bank.hidden(s, torch.randn(5, model.hidden_size), torch.zeros(5, model.hidden_size))
+                      for s in (1, 0))
+    (p, best), (other, their_best) = ((x, x.argmax(-1, keepdim=True)) for x in
+                                      (bank.logits(h).log_softmax(-1) for h in (hidden, before)))
+    mine, theirs = (torch.cat([x.topk(2).values, -(x * x.exp()).sum(-1, keepdim=True)], -1) for x in (p, other))
+    head = bank.confidence_heads[1]
+    torch.testing.assert_close(bank.confidence(1, hidden), head.alone(mine)[:, 0].sigmoid())
+    cosine = torch.nn.functional.cosine_similarity(hidden, before)[:, None]
+    facts = torch.cat([mine, theirs, (best == their_best).float(), other.gather(1, best).clamp(min=-15),
+                       p.gather(1, their_best).clamp(min=-15), cosine], 1)
+    torch.testing.assert_close(bank.confidence(1, hidden, before), head.after(facts)[:, 0].sigmoid())
+    read = sum(p.nbytes for p in (*bank.adapters[0].parameters(), *bank.confidence_heads[0].parameters()))
+    assert bank.try_bytes(0) == read + model.head_bytes
 
 
 @pytest.mark.parametrize("shape", [{}, {"head_size": 20}, {"adapter": "carry"},

@@ -6,7 +6,7 @@ from conftest import SHAPE
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from cascadeexit import kernels
-from cascadeexit.exits import ExitBank, softmax_facts
+from cascadeexit.exits import ExitBank, likeliest, softmax_facts
 from cascadeexit.linear import pack
 from cascadeexit.model import SegmentedModel
 
@@ -142,14 +142,36 @@ def test_linear_is_the_linear_it_replaces(outputs, inputs):
         torch.testing.assert_close(packed(x), linear.float()(x.float()), atol=1e-4, rtol=1e-4)
 
 
-def test_softmax_facts_are_those_of_torch():
+@pytest.mark.parametrize("paired", [False, True])
+def test_softmax_facts_are_those_of_torch(paired):
+    weight, x, before = (torch.randn(n, 64, dtype=torch.bfloat16) for n in (200, 7, 7))
+    before = torch.cat([x[:3] * 0.9, before[3:]]) if paired else None           # a few agree
+    stock = torch.nn.Linear(64, 200, bias=False)
+    stock.weight.data.copy_(weight)
+    with torch.inference_mode():
+        ours = softmax_facts(pack(weight))(x, before)
+        theirs = softmax_facts(stock)(x.float(), before.float() if paired else None)
+    assert ours.shape == (7, 10 if paired else 3)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("words", [0, 64])
+def test_the_likeliest_words_are_those_of_torch(words):
     weight, x = torch.randn(200, 64, dtype=torch.bfloat16), torch.randn(7, 64, dtype=torch.bfloat16)
     with torch.inference_mode():
-        ours, theirs = softmax_facts(pack(weight))(x), softmax_facts(torch.nn.Linear(64, 200))
-        log_p = (x.float() @ weight.float().T).log_softmax(-1)
-    expected = torch.cat([log_p.topk(2).values, -(log_p.exp() * log_p).sum(-1, keepdim=True)], -1)
-    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-3)
-    assert theirs(x.float()).shape == ours.shape
+        ours, numbers = likeliest(pack(weight), words)(x, 5, 4.0)
+        theirs, expected = likeliest(torch.nn.Linear(64, 200), words)(x.float(), 5, 4.0)
+        probs = (x.float() @ weight.float().T / 4)[:, :words or None].softmax(-1).topk(5, dim=-1)
+    assert torch.equal(numbers.long(), probs.indices) and theirs.shape == expected.shape == (7, 5)
+    torch.testing.assert_close(ours, probs.values, atol=1e-4, rtol=1e-3)
+
+
+def test_norms_are_those_of_transformers():
+    norm, x = base_of("llama").model.norm, torch.randn(2, 5, 96, dtype=torch.bfloat16) * 30
+    norm.weight.data.normal_()
+    with torch.inference_mode():
+        torch.testing.assert_close(kernels.NativeNorm(norm.weight, norm.variance_epsilon)(x).float(),
+                                   norm.float()(x.float()), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "carry"])

@@ -36,7 +36,7 @@ def run_stream(engine, tokenizer, mode: str, **options) -> stream.TokenStream:
     config = DecodeConfig(mode=mode, thresholds=options.pop("thresholds", 0.6), max_new_tokens=60, **options)
     prompt = [5, 6, 7]
     told = stream.TokenStream(engine, tokenizer, config, prompt)
-    full = DecodeConfig(mode=Mode.FULL, max_new_tokens=60)
+    full = DecodeConfig(mode=Mode.FULL, max_new_tokens=60, temperature=config.temperature)
     for _ in stream.frames(told, race({stream.CASCADE: engine.generate(prompt, config),
                                         stream.FULL: engine.generate(prompt, full)})):
         pass
@@ -167,10 +167,11 @@ def test_numbers_are_those_of_metrics(tokenizer):
     assert end["agreement"] == pytest.approx(metrics.agreement(ours.ids, choices), abs=1e-5)
 
 
-def test_only_a_greedy_verified_run_may_claim_to_be_identical(tokenizer):
+def test_only_a_verified_run_that_tolerates_nothing_may_claim_to_be_identical(tokenizer):
     engine = tiny_engine()
-    for mode, temperature, claim in (("verified", 0, True), ("verified", 0.8, None), ("cascade", 0, None)):
-        told = run_stream(engine, tokenizer, mode, temperature=temperature)
+    for mode, options, claim in (("verified", {}, True), ("verified", {"temperature": 0.8}, True),
+                                 ("verified", {"tolerance": 0.1}, None), ("cascade", {}, None)):
+        told = run_stream(engine, tokenizer, mode, **options)
         assert records(told, "end")[0]["identical"] is claim
 
 

@@ -8,19 +8,21 @@ import math
 import pytest
 import torch
 from conftest import tiny_engine
+from tqdm import tqdm
 
 import training.data
 from cascadeexit.exits import ADAPTERS, ExitBank
+from cascadeexit.hub import exit_layers
 from training.confidence import auroc, expected_calibration_error, platt
-from training.data import ChatTemplate, Row, Sources
+from training.data import ChatTemplate, Row, Sources, write_round
 from training.distill import (
     ExitHead,
     Inputs,
     batches,
     carried,
-    exit_layers,
     exit_loss,
     frequent_tokens,
+    handed_on,
     micro_batches,
 )
 from training.documents import Document, Split, load_documents, save_shard
@@ -247,8 +249,8 @@ def test_a_lane_without_prompts_invents_the_users_turn_too(monkeypatch):
     monkeypatch.setattr(training.data, "MIN_TOKENS", 1)
     row = lane()
     assert speak(row, [0, 41, 2, 0, 50, 2, 0, 42]) == [1, 41, 2, 3, 50, 2, 1, 42]
-    (document,) = row.finished
-    assert document.ids == [1, 41, 2, 3, 50, 2] and document.chosen == [0, 1, 1, 0, 1, 1]
+    ((start, document),) = row.finished
+    assert start == 0 and document.ids == [1, 41, 2, 3, 50, 2] and document.chosen == [0, 1, 1, 0, 1, 1]
     assert row.start == 6
 
 
@@ -259,7 +261,54 @@ def test_a_lane_given_a_passage_reads_its_first_words_and_goes_on_up_to_a_limit(
     read = len(row.forced)
     assert 8 <= read <= 48
     assert speak(row, [0] * read + [50, 51, 52, 0]) == [30] * read + [50, 51, 52, 1]
-    assert row.finished[0].key == training.data.key_of(" ".join(["30"] * 60))
+    assert row.finished[0][1].key == training.data.key_of(" ".join(["30"] * 60))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_features_kept_while_writing_are_those_of_reading_again(tmp_path, monkeypatch, native):
+    monkeypatch.setattr(training.data, "MIN_TOKENS", 4)
+    engine = tiny_engine("qwen3", dtype=torch.bfloat16 if native else torch.float32)
+    torch.manual_seed(0)
+    rows = [lane(prompts=["40 5", "7"]), lane(prompts=["9 9 9"]), lane()]
+    documents, features = write_round(engine.model, rows, 40, 1.0, tqdm(disable=True), keep=True)
+    assert len(documents) == len(features) >= 3
+    again = FeatureStore(engine.model, documents, tmp_path / "again", 1.0)
+    kept = FeatureStore(engine.model, documents, tmp_path / "kept", 1.0)
+    again.prepare()
+    kept.put(features)
+    again.open()
+    kept.open()
+    for i, document in enumerate(documents):
+        a, b = kept[i], again[i]
+        assert torch.equal(a.ids, b.ids) and a.ids.tolist() == document.ids and torch.equal(a.wanted, b.wanted)
+        for name in ("exits", "top"):
+            ours, theirs = getattr(a, name).float(), getattr(b, name).float()
+            assert (ours - theirs).abs().mean() < (0.03 if native else 1e-5) * theirs.abs().mean()
+        assert (a.choices == b.choices).float().mean() > (0.8 if native else 0.99)
+
+
+@pytest.mark.parametrize("deepest", [1, 3])
+def test_tokens_in_a_row_of_one_exit_hand_on_what_that_exit_said(tmp_path, deepest):
+    """Every carried state is the full model's, or that of a chain of the exit from one to `deepest` tokens long."""
+    bank, store = tiny_store("carry", tmp_path)
+    bank.attach(store.model, trainable=True)
+    f, found = store[0], set()
+    h, said, rows = f.exits.float(), carried(f).float(), f.wanted.nonzero()[:, 0]
+    inputs = Inputs(bank, store, range(20), torch.ones(32))
+    for seed in range(6):
+        carry = handed_on(bank, inputs, h, said, torch.arange(len(f.ids)), rows, 0.8, [1],
+                          torch.Generator().manual_seed(seed), deepest)
+        for row, got in zip(rows.tolist(), carry):
+            chains = [said[row]]
+            for length in range(1, min(deepest, row) + 1):
+                state = said[row - length]
+                for at in range(row - length, row):
+                    state = bank.hidden(1, *inputs(1, h[at:at + 1, 1], state.view(1, -1)))
+                chains.append(state.view(-1))
+            near = [n for n, state in enumerate(chains) if torch.allclose(got, state, atol=1e-4)]
+            assert near, row
+            found.add(near[0])
+    assert found == set(range(deepest + 1))
 
 
 def test_the_template_is_split_around_the_users_turn():

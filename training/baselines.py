@@ -46,12 +46,15 @@ class Uncached:
         *_, h = self.segments(text)
         return self.model.logits(h)[0].argmax(-1), self.model.norm(h[0])
 
-    def exit(self, s: int, h: Tensor, said: Tensor) -> tuple[int, float, Tensor]:
-        """Exit s at the newest row: its choice, confidence and adapted hidden (1, D). Projects whether taken or not."""
+    def exit(self, s: int, h: Tensor, said: Tensor, before: Tensor | None = None) -> tuple[int, float, Tensor]:
+        """Exit s at the newest row: its choice, confidence and adapted hidden (1, D). Projects whether taken or not.
+
+        before: the adapted hidden of the exit before it, where that was asked.
+        """
         hidden = self.bank.hidden(s, h[0, -1:], said)
         best = self.bank.logits(hidden)[0].argmax()
         token = best if self.bank.head_ids is None else self.bank.head_ids[best]
-        return int(token), float(self.bank.confidence(s, hidden)), hidden
+        return int(token), float(self.bank.confidence(s, hidden, before)), hidden
 
     def said(self, prompt: list[int]) -> Tensor:
         """What named the prompt's last token, as `Engine.generate` has it: (1, D)."""
@@ -75,11 +78,12 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
     run, text = Uncached(engine), list(prompt)
     said = run.said(prompt)
     while len(text) < len(prompt) + tokens and not _ended(engine, prompt, text):
+        hidden = None
         for s, h in enumerate(run.segments(text)):
             if s == engine.num_exits:
                 token, said = int(engine.model.logits(h)[0].argmax(-1)[-1]), engine.model.norm(h[0, -1:])
                 break
-            token, confidence, hidden = run.exit(s, h, said)
+            token, confidence, hidden = run.exit(s, h, said, hidden)
             if confidence >= thresholds[s]:
                 said = hidden
                 break

@@ -183,6 +183,7 @@ def row(contender: Contender, contenders: dict[str, Contender], engine: Engine, 
         "average_depth": over_tokens("average_depth"), "cost": over_tokens("cost"),
         "routing_share": [sum(s.routing_share[i] * s.tokens for s in stats) / total
                           for i in range(engine.model.num_segments)],
+        "copied_share": over_tokens("copied_share"),
         "acceptance": _mean(s.acceptance for s in stats if s.acceptance is not None),
         "tokens_per_verification": _mean(s.tokens_per_verification for s in stats if s.tokens_per_verification),
         "first_token_ms": middle("first_token_seconds"), "token_ms_p50": middle("token_seconds_p50"),
@@ -302,20 +303,22 @@ def compare(args) -> dict:
     chosen = bundled_prompts()[:args.prompts]
     prompts, kinds = [chat_ids(tokenizer, p.text) for p in chosen], [p.kind for p in chosen]
     engine.run(prompts[0], DecodeConfig(mode=Mode.FULL, max_new_tokens=8))
-    after = resident_bytes()
+    grown = None if before is None else resident_bytes() - before
     reference = load_model(args.model, dtype=dtype)[0]
     bandwidth = read_bandwidth(device)
     contenders = {c.name: c for c in make_contenders(engine, reference, args)}
     race_all(list(contenders.values()), prompts, device)
     rows = {name: row(c, contenders, engine, prompts, kinds, bandwidth) for name, c in contenders.items()}
-    weights = engine.costs.full_token_bytes
+    weights, held = engine.costs.full_token_bytes, engine.costs.full_token_bytes + engine.bank.memory_bytes
+    cache = engine.model.new_cache(engine.capacity(max(map(len, prompts)) + args.tokens)).keys.nbytes * 2
     result = {"provenance": provenance(0), "model": engine.model.name, "dtype": args.dtype, "device": str(device),
               "native_kernels": engine.model.native, "exits": engine.bank.fingerprint(),
               "trained_exits": engine.bank.config.trained, "prompts": len(prompts),
               "sets": {kind: kinds.count(kind) for kind in sorted(set(kinds))}, "tokens": args.tokens,
               "cascade_thresholds": args.cascade_thresholds, "max_draft": args.max_draft, "weight_bytes": weights,
               "read_bandwidth": bandwidth, "kernel_seconds": compiled - started, "load_seconds": loaded - compiled,
-              "memory_over_weights": None if before is None else (after - before) / weights, "rows": rows}
+              "exit_bytes": held - weights, "cache_bytes": cache, "grown_bytes": grown,
+              "memory_over_need": None if grown is None else grown / (held + cache), "rows": rows}
     print(f"\n{engine.model.name}, {args.dtype}, {device}, {len(prompts)} prompts of {args.tokens} new tokens; "
           f"{bandwidth / 1e9:.1f} GB/s read, {weights / 1e6:.0f} MB a token\n")
     print(table(rows))

@@ -2,13 +2,14 @@
 
     python -m training.confidence --exits runs/smollm2 --data data/policy data/text
 
-Two kinds. `sketch`, the default: logistic regression on three facts of the exit's softmax over its most frequent words
-(`SketchConfidence`), fitted on the calibration documents, which no adapter has seen; a small part of the head is read
-for it. `mlp`, as published: an MLP that sees the adapted hidden state alone. It learns in three steps. On the training
-documents, by binary cross-entropy averaged over rows, to tell the largest softmax probability of its exit's head:
-whether the exit is right cannot be learned there, since the adapters have seen these documents. Then on half of the
-calibration documents whether the exit's choice equals the full model's; it stops at the epoch that is best on the
-other half. That half then sets a scale and a shift of the logit (Platt 1999), folded into the weights.
+Two kinds. `sketch`, the default: small MLPs on facts of the exit's softmax over its most frequent words, by itself and
+beside what the exit before it thought (`SketchConfidence`), fitted on the calibration documents, which no adapter has
+seen; a small part of the head is read for it. `mlp`, as published: an MLP that sees the adapted hidden state alone. It
+learns in three steps. On the training documents, by binary cross-entropy averaged over rows, to tell the largest
+softmax probability of its exit's head: whether the exit is right cannot be learned there, since the adapters have seen
+these documents. Then on half of the calibration documents whether the exit's choice equals the full model's; it stops
+at the epoch that is best on the other half. That half then sets a scale and a shift of the logit (Platt 1999), folded
+into the weights.
 
 The test documents measure both: ECE and AUROC, beside three baselines that need all of the exit's logits: largest
 probability, entropy and margin, calibrated by Platt scaling. The estimators are written into the exits folder.
@@ -99,7 +100,7 @@ def fit(head: ConfidenceHead, hidden: Tensor, target: Tensor, *, epochs: int, lr
     for _ in tqdm(range(epochs), unit="epoch", desc="estimator", leave=False):
         order = torch.randperm(len(hidden), generator=generator)
         for part in order.tensor_split(steps):
-            loss = F.binary_cross_entropy_with_logits(head(hidden[part]), target[part].float())
+            loss = F.binary_cross_entropy_with_logits(head(hidden[part]).view(-1), target[part].float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -128,13 +129,14 @@ def platt(score: Tensor, right: Tensor, shift: bool = True) -> tuple[float, floa
     return a.item(), b.item()
 
 
-def fit_mlp(bank: ExitBank, s: int, store: FeatureStore, train: list[int], held: list[int], args) -> ConfidenceHead:
+def fit_mlp(bank: ExitBank, s: int, store: FeatureStore, train: list[int], held: list[int], width: int,
+            args) -> ConfidenceHead:
     """The published estimator, in the three steps told above."""
     layer = bank.config.layers[s]
     seen = exit_rows(bank, s, store, train, f"exit {layer}, training")
     fitted, checked = (exit_rows(bank, s, store, part, f"exit {layer}, calibration")
                        for part in (held[::2], held[1::2]))
-    head = ConfidenceHead(bank.config.hidden_size, args.width)
+    head = ConfidenceHead(bank.config.hidden_size, width)
     fit(head, seen.hidden, seen.softmax, epochs=args.epochs, lr=1e-3, weight_decay=0.01, batch=1024, seed=args.seed)
     fit(head, fitted.hidden, fitted.right, epochs=args.calibration_epochs, lr=2e-4, weight_decay=0.1, batch=256,
         seed=args.seed, check=(checked.hidden, checked.right))
@@ -145,18 +147,15 @@ def fit_mlp(bank: ExitBank, s: int, store: FeatureStore, train: list[int], held:
     return head
 
 
-def fit_sketch(facts: Tensor, right: Tensor) -> SketchConfidence:
-    """Logistic regression (n, 3) -> (n,), by Newton-like steps to the end."""
-    head = SketchConfidence()
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(head.linear(facts)[:, 0], right.float())
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+def fit_sketch(facts: list[Tensor], right: Tensor, width: int, seed: int) -> SketchConfidence:
+    """An estimator from facts of the exit alone (n, 3) and, where there are such, beside the exit before (n, 10)."""
+    head = SketchConfidence(width)
+    for net, x in zip((head.alone, head.after), facts):
+        mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
+        fit(net, (x - mean) / spread, right, epochs=20, lr=3e-3, weight_decay=0.01, batch=512, seed=seed)
+        with torch.no_grad():                                       # the net then reads facts as they come
+            net[0].weight.div_(spread)
+            net[0].bias.sub_(net[0].weight @ mean)
     return head
 
 
@@ -182,7 +181,7 @@ def main() -> None:
     parser.add_argument("--features", type=Path, help="folder for hidden states; default EXITS/features")
     parser.add_argument("--kind", choices=("sketch", "mlp"), default="sketch", help="mlp as published")
     parser.add_argument("--words", type=int, default=2048, help="sketch: most frequent words it reads")
-    parser.add_argument("--width", type=int, default=256, help="mlp: inner width; 256 as published")
+    parser.add_argument("--width", type=int, help="inner width; default 48, mlp 256 as published")
     parser.add_argument("--epochs", type=int, default=4, help="mlp: passes over the training rows, first step")
     parser.add_argument("--calibration-epochs", type=int, default=12, help="mlp: most passes over calibration rows")
     parser.add_argument("--train-rows", type=int, default=400_000, help="mlp: rows of the first step, at most")
@@ -209,35 +208,44 @@ def main() -> None:
         raise SystemExit(f"{len(held)} calibration and {len(tests)} test documents are too few: 2 in 25 and 1 in 25 of "
                          "all documents are set aside, so about 100 documents are needed. Write more data.")
     report, heads = [], nn.ModuleList()
-    shape = dict(confidence="mlp", confidence_width=args.width, sketch_size=0)
+    width = args.width or (256 if args.kind == "mlp" else 48)
+    shape = dict(confidence=args.kind, confidence_width=width, sketch_size=0)
+    bank.sketch_ids = None
     if args.kind == "sketch":
-        shape = dict(confidence="sketch", sketch_size=min(args.words, model.vocab_size))
+        shape["sketch_size"] = min(args.words, model.vocab_size)
         words = frequent_tokens(store.choices(store.of(Split.TRAIN)), model.vocab_size, model.eos_ids)
         bank.sketch_ids = words[:shape["sketch_size"]].to(model.device)
         facts = softmax_facts(pack(model.head_weight.detach()[bank.sketch_ids].cpu()))
 
-        @torch.no_grad()
-        def seen_by(rows: Rows) -> Tensor:
-            return torch.cat([facts(part) for part in rows.hidden.split(4096)])
-    else:
-        bank.sketch_ids = None
+    @torch.no_grad()
+    def seen_by(rows: Rows, before: Rows | None) -> list[Tensor]:
+        """What the estimator may read: by itself, and beside the exit before."""
+        if args.kind == "mlp":
+            return [rows.hidden]
+        parts = rows.hidden.split(4096)
+        alone = torch.cat([facts(part) for part in parts])
+        if before is None:
+            return [alone]
+        return [alone, torch.cat([facts(*both) for both in zip(parts, before.hidden.split(4096))])]
 
-        def seen_by(rows: Rows) -> Tensor:
-            return rows.hidden
+    before = None, None
     for s, layer in enumerate(bank.config.layers):
         calibration, test = (exit_rows(bank, s, store, part, f"exit {layer}, {what}")
                              for part, what in ((held, "calibration"), (tests, "test")))
         if args.kind == "sketch":
-            head = fit_sketch(seen_by(calibration), calibration.right)
+            head = fit_sketch(seen_by(calibration, before[0]), calibration.right, width, args.seed)
         else:
-            head = fit_mlp(bank, s, store, train, held, args)
+            head = fit_mlp(bank, s, store, train, held, width, args)
         with torch.no_grad():
-            confidence = head(seen_by(test)).sigmoid()
+            alone, *beside = [head(x).sigmoid() for x in seen_by(test, before[1])]
+        confidence = beside[0] if beside else alone
+        before = calibration, test
         heads.append(head.requires_grad_(False))
         bins = equal_mass_bins(confidence, test.right)
         report.append({
             "layer": layer, "agreement": test.right.float().mean().item(),
             "ece": expected_calibration_error(confidence, test.right), "auroc": auroc(confidence, test.right),
+            "ece_alone": expected_calibration_error(alone, test.right), "auroc_alone": auroc(alone, test.right),
             "bins": {"confidence": [c for c, _, _ in bins], "right": [r for _, r, _ in bins]},
             "baselines": baselines(calibration, test)})
         print(json.dumps({k: v for k, v in report[-1].items() if k != "bins"}))

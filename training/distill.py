@@ -429,6 +429,12 @@ def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, w
 # -- command ----------------------------------------------------------------------------------------------------------
 
 
+def _report(exits: Path | None) -> dict | None:
+    """How these exits were trained, where they say so."""
+    path = exits / "distill.json" if exits else None
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else None
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, help="settings of a known model; options given beside it win")
@@ -443,6 +449,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--width", type=int, default=512, help="inner width of the adapters")
     p.add_argument("--own-share", type=float, default=0.3, help="carry: share of tokens that count as named by an exit")
     p.add_argument("--head-size", type=int, default=16384, help="words in the exits' head; 0 = all")
+    p.add_argument("--draft-size", type=int, default=8192, help="of these, the most frequent, from which drafts are "
+                   "made; 0 = all")
     p.add_argument("--train-words", type=int, default=6144, help="most frequent words, in the loss of every step; 0 = "
                    "all")
     p.add_argument("--tail", type=int, default=4096, help="of the other words, as many are sampled at each step")
@@ -490,13 +498,14 @@ def main() -> None:
     store.open()
 
     bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=args.head_size,
+                              draft_size=min(args.draft_size, args.head_size) // 32 * 32,
                               adapter=args.adapter).attach(model, trainable=True)
     bank.adapters.float()
     training, weight = store.of(Split.TRAIN), model.head_weight
     words = ExitHead(weight, None, 0)
     if args.head_size:
         ranked = frequent_tokens(store.choices(training), model.vocab_size, model.eos_ids).to(model.device)
-        bank.head_ids.copy_(ranked[:args.head_size].sort().values)
+        bank.head_ids.copy_(ranked[:args.head_size])
         if args.train_words:
             words = ExitHead(weight, ranked[:args.train_words], args.tail)
     head = ExitHead(weight, bank.head_ids, 0)
@@ -525,7 +534,8 @@ def main() -> None:
             "provenance": provenance(args.seed), "settings": key, "data_note": args.data_note, "steps": steps,
             "processes": accelerator.num_processes, "documents": len(store), "rows": sum(map(store.rows, training)),
             "held_out_rows": sum(map(store.rows, held_out)), "head_coverage": covered, "untrained_agreement": before,
-            "held_out_agreement": after, "held_out_agreement_after_exits": drafting})
+            "held_out_agreement": after, "held_out_agreement_after_exits": drafting,
+            "went_on_from": _report(args.continue_from)})
         say("held-out agreement, untrained -> trained (after a token that an exit named): "
             + ", ".join(f"{b:.1%} -> {a:.1%} ({d:.1%})" for b, a, d in zip(before, after, drafting)))
     accelerator.end_training()

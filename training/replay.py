@@ -38,8 +38,8 @@ class ScriptedBank(ExitBank):
     def follow(self, routing: tuple[float, ...], seed: int) -> None:
         self._script, self._routing, self._wanted = random.Random(seed), routing, None
 
-    def confidence(self, s: int, hidden):
-        super().confidence(s, hidden)
+    def confidence(self, s: int, hidden, before=None):
+        super().confidence(s, hidden, before)
         if s == 0 or self._wanted is None:      # the first exit is asked once a token
             self._wanted = self._script.choices(range(len(self._routing)), self._routing)[0]
         return torch.tensor(float(s == self._wanted))
@@ -80,8 +80,8 @@ def make_engine(shape: str, device: torch.device) -> ScriptedEngine:
     model = SegmentedModel(base, layers, name=shape)
     model.eos_ids = frozenset()                                 # no token ends a run
     head = min(16384, config["vocab_size"] // 2)
-    bank = ScriptedBank.untrained(model, confidence="sketch", sketch_size=min(2048, head), adapter="carry",
-                                  width=min(512, config["hidden_size"]), head_size=head)
+    bank = ScriptedBank.untrained(model, confidence="sketch", confidence_width=48, sketch_size=min(2048, head),
+                                  adapter="carry", width=min(512, config["hidden_size"]), head_size=head)
     bank.follow(PUBLISHED_ROUTING, 0)
     return ScriptedEngine(model, bank)
 

@@ -23,8 +23,8 @@ SHAPES = {
 
 
 ESTIMATORS = {
-    "sketch": """logistic regression on the two largest log-probabilities and the entropy of the exit's softmax over
-  the {sketch_size:,} most frequent words""",
+    "sketch": """a small MLP on the exit's softmax over the {sketch_size:,} most frequent words (the two largest
+  log-probabilities, the entropy), beside that of the exit before and how far the two agree""",
     "mlp": "an MLP of width {confidence_width} on the adapted hidden state, as published"}
 
 
@@ -159,8 +159,9 @@ prompts, then the geometric mean over the sets. `cascade` with its threshold; `v
 {speed['read_bandwidth'] / 1e9:.0f} GB/s. *Agreement*: part of the tokens that the full model would have chosen given
 the same text before them. *Depth*: mean part of the layers below the exit taken. *Cost*: weight bytes read per token
 over those of the full model, heads, adapters and estimators included. Kernels were there after
-{speed['kernel_seconds']:.1f} s, the model after {speed['load_seconds']:.1f} s; the process grew by
-{speed['memory_over_weights']:.2f} times the weights. {source(speed)}
+{speed['kernel_seconds']:.1f} s, the model after {speed['load_seconds']:.1f} s; from before they
+were loaded to after a first run the process grew by {speed['grown_bytes'] / 1e6:.0f} MB,
+{speed['memory_over_need']:.2f} times the weights of model and exits and the cache. {source(speed)}
 
 **Cost of a token against length**, milliseconds. By bytes: what `full` would take if a token cost what it reads,
 weights, keys and values:
@@ -175,7 +176,7 @@ and after Platt scaling. Layer 0 is before the first:
 
 {exits_table(SHIPPED)}
 
-{chr(10).join(source(report) + "  " for _, report in parts(distill, config))}
+{chr(10).join(source(report) + "  " for report in runs(distill, config))}
 
 **Quality of each exit, teacher-forced.** Top-1 and top-5 count the full model's first choice; perplexity is that of
 the text. The full model reaches {full_perplexities(exits[0])}. A `swiglu` exit reads one
@@ -238,17 +239,17 @@ difference stands, the model's two best tokens are {apart}):
 def parts(distill: dict, config: dict) -> list[tuple[list[int], dict]]:
     """Reports of the training runs behind an artifact, with the layers that each was for; joined ones have several."""
     if "parts" not in distill:
-        return [(config["layers"], distill)]
-    runs: list[tuple[list[int], dict]] = []
+        return [(config.get("layers") or distill["settings"]["layers"], distill)]
+    found: list[tuple[list[int], dict]] = []
     for part in distill["parts"]:
         report = {k: v for k, v in part.items() if k != "layer"}
-        for layers, other in runs:
+        for layers, other in found:
             if other == report:
                 layers.append(part["layer"])
                 break
         else:
-            runs.append(([part["layer"]], report))
-    return runs
+            found.append(([part["layer"]], report))
+    return found
 
 
 def layers_text(layers: list[int]) -> str:
@@ -256,18 +257,34 @@ def layers_text(layers: list[int]) -> str:
 
 
 def trained(layers: list[int], report: dict, start: str) -> str:
-    settings = report["settings"]
-    return f"""\
+    settings, before = report["settings"], report.get("went_on_from")
+    start = "the exits told of next" if before else start
+    text = f"""\
 - **Adapters after {layers_text(layers)}**: from {start}, then {report['steps']:,} steps of {settings['batch']:,}
   tokens, AdamW, {1 - settings['hard']:g} x KL to the full model + {settings['hard']:g} x cross-entropy of its choice.
   {report['rows']:,} training tokens in {report['documents']:,} documents, {report['held_out_rows']:,} test tokens; the
   head covers {report['head_coverage']:.1%} of the model's choices there. Data: {report['data_note']}
   {source(report)}"""
+    if not before:
+        return text
+    return "\n".join([text, *(trained(part, other, "ridge regression") for part, other in parts(before, {}))])
+
+
+def runs(distill: dict, config: dict) -> list[dict]:
+    """Every training run behind an artifact, the newest first."""
+    found = []
+    for _, report in parts(distill, config):
+        found += [report, *(runs(report["went_on_from"], {}) if report.get("went_on_from") else [])]
+    return found
 
 
 def training_text(distill: dict, config: dict) -> str:
-    return "; ".join(f"after {layers_text(layers)} on {report['held_out_rows']:,} tokens, trained on {report['rows']:,}"
-                     for layers, report in parts(distill, config))
+    texts = []
+    for layers, report in parts(distill, config):
+        before = parts(report["went_on_from"], {}) if report.get("went_on_from") else []
+        texts.append(f"after {layers_text(layers)} on {report['held_out_rows']:,} tokens, trained on {report['rows']:,}"
+                     + "".join(f", before that after {layers_text(other)} on {run['rows']:,}" for other, run in before))
+    return "; ".join(texts)
 
 
 def card(folder: Path) -> str:
