@@ -108,8 +108,8 @@ inline void dot_pairs(const uint32_t* w, const uint32_t* x, size_t stride, int p
     for (int p = 0; p < pairs; p++, w += W) {
         __m512bh weights[V];
         for (int v = 0; v < V; v++) weights[v] = (__m512bh)_mm512_loadu_si512(w + 16 * v);
-        _mm_prefetch((const char*)(w + 32 * W), _MM_HINT_T0);
-        if (W > 16) _mm_prefetch((const char*)(w + 32 * W + 16), _MM_HINT_T0);
+        _mm_prefetch((const char*)(w + 64 * W), _MM_HINT_T0);
+        if (W > 16) _mm_prefetch((const char*)(w + 64 * W + 16), _MM_HINT_T0);
         for (int m = 0; m < M; m++) {
             __m512bh both = (__m512bh)_mm512_set1_epi32(int(x[m * stride + p]));
             for (int v = 0; v < V; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], weights[v], both);
