@@ -276,7 +276,8 @@ def main() -> None:
     parser.add_argument("--tolerances", type=float, nargs="*", default=[0.3, 0.6], help="of lossy verification")
     parser.add_argument("--max-draft", type=int, default=DecodeConfig.max_draft)
     parser.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp where llama_cpp is installed")
-    parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="leave out contenders whose names begin so")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="leave out contenders with names that "
+                        "begin so")
     parser.add_argument("--growth", action="store_true", help="also the cost of a token against length")
     parser.add_argument("--replay", action="store_true", help="only the engine with random weights, scripted exits")
     parser.add_argument("--shape", choices=replay.SHAPES, help="--replay: of the model; default by device")
