@@ -289,11 +289,7 @@ class SegmentedModel:
 
     def read(self, normed: Tensor) -> Tensor:
         """The same of rows that went through `norm` already: (1, N, D) -> (1, N, V)."""
-        return self.project(self.pad_rows(normed).to(self.device))[:, :normed.shape[1]]
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """Normed rows (..., D) -> logits over the whole vocabulary (..., V)."""
-        return self.head(hidden)
+        return self.head(self.pad_rows(normed).to(self.device))[:, :normed.shape[1]]
 
     def pad_rows(self, h: Tensor) -> Tensor:
         """(1, N, D) with zero rows up to the row bucket."""

@@ -18,8 +18,8 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.lookup import LONGEST_MATCH, Guess, Lookup
 from cascadeexit.model import SegmentedModel
 
-ROW_COST = 0.04             # of one more row to verify, in passes of the full model: measured from 1 to 8 rows
-_READ_COST = 0.5           # of a byte that drafting reads, in bytes of a pass: measured, they come from a near cache
+_ROW_COST = 0.04            # of one more row to verify, in passes of the full model: measured from 1 to 8 rows
+_READ_COST = 0.5            # of a byte that drafting reads, in bytes of a pass: measured, they come from a near cache
 _BRANCHES = 6               # drafts that may follow one token
 _HOPE = 0.5                 # chance that a question brings a right draft, when it is not known yet
 _SURE = 0.5                 # copies likelier than this need no other opinion
@@ -82,7 +82,7 @@ class DraftTree:
         spent = expected = 1.0                      # passes, and the tokens that they bring: speed is their ratio
         level, kept = [_Node(1.0, text[-1], None, said, -1, COPIED)], []
         for depth in range(longest):
-            needed = ROW_COST * expected / spent    # of survival: below it, a row costs more than it brings
+            needed = _ROW_COST * expected / spent   # of survival: below it, a row costs more than it brings
             guesses = [self._lookup.guess(_end(text, node)) for node in level]
             asked = [i for i, (node, guess) in enumerate(zip(level, guesses))
                      if node.survival * _HOPE > needed and not (guess and guess.chance > _SURE)]
@@ -96,11 +96,11 @@ class DraftTree:
             candidates.sort(key=lambda node: -node.survival)
             level = []
             for node in candidates[:limit - len(kept) if self._model.branches else 1]:
-                if node.survival <= ROW_COST * expected / spent:
+                if node.survival <= _ROW_COST * expected / spent:
                     break
                 level.append(node)
                 expected += node.survival
-                spent += ROW_COST
+                spent += _ROW_COST
             kept += level
             level = [node for node in level if node.token not in self._model.eos_ids]
             if not level or len(kept) >= limit:
@@ -157,7 +157,6 @@ class DraftTree:
         for node in nodes:                                              # siblings stay by likelihood
             children.setdefault(id(node.parent) if node.depth else 0, []).append(node)
         drafts: list[Draft] = []
-
         unasked = (None,) * len(self._model.exit_layers)
 
         def put(node: _Node, parent: int) -> None:

@@ -146,7 +146,7 @@ class Tally:
 @torch.inference_mode()
 def read_document(engine: Engine, f: Features, tallies: dict[str, Tally]) -> None:
     """Count every exit's rows of one document; `tallies` by who named the token before: 'full', 'exit'."""
-    bank, project = engine.bank, engine.model.project
+    bank, project = engine.bank, engine.model.head
     wanted = f.wanted.clone()
     wanted[-1] = False                                       # nothing follows the last token
     following, truth = f.ids.roll(-1)[wanted].long(), f.choices[wanted].long()

@@ -54,8 +54,9 @@ class ScriptedSampler(Sampler):
 
     def judge(self, drafts, logits):
         best = int(logits.argmax())
-        right = drafts and self._coin.random() < self._acceptance
-        return drafts[0] if right else best if best not in drafts else (best + 1) % self.vocab_size
+        if drafts and self._coin.random() < self._acceptance:
+            return drafts[0]
+        return best if best not in drafts else (best + 1) % self.vocab_size
 
 
 class ScriptedEngine(Engine):

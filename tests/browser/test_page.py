@@ -144,12 +144,18 @@ def test_verified_mode_proves_that_it_is_identical(page, tiny):
     assert shown_ids(page, "cascade") == shown_ids(page, "full") == expected(tiny, "full")
     assert page.locator(".ce-badge").inner_text().startswith("✓ Identical to the full model")
     assert page.locator(".ce-text .draft").count() == 0
-    corrections = page.locator(".ce-text[data-side=cascade] .ef.correction")
-    assert corrections.count() <= page.locator(".rejected").count()         # of exits' guesses; copies are none
     rejected = page.locator(".ce-text .rejected")
     assert rejected.count() > 0 and not rejected.first.is_visible()
     page.get_by_role("button", name="rejected guess").click()
     assert rejected.first.is_visible()
+
+
+def test_a_correction_is_marked_where_an_exit_had_guessed(page, tiny):
+    page.get_by_label("Verified: exact").check()
+    choose_exit(page, "Always at exit 1")
+    run_to_end(page)
+    assert shown_ids(page, "cascade") == expected(tiny, "full")
+    assert 0 < page.locator(".ce-text[data-side=cascade] .ef.correction").count() <= page.locator(".rejected").count()
 
 
 def test_cascade_mode_claims_no_identity(page):
