@@ -25,6 +25,7 @@ namespace {
 constexpr int BLOCK = 32;       // outputs of a weight block
 constexpr int KEYS = 16;        // keys of a score block
 constexpr int MAX_TILE = 8;     // rows that share one reading of a block from the first cache
+constexpr int MANY = 3;         // rows from which a tile computes about as long as it waits for its weights
 constexpr int MAX_QUERIES = 4;  // queries that share one reading of keys and values
 
 using bf16 = uint16_t;
@@ -97,6 +98,19 @@ struct Team {
 
 // -- dot products of pairs --------------------------------------------------------------------------------------------
 
+#ifdef BF16_DOT
+// Asks memory for weights that are needed later. Few rows wait for memory all the time, and it is kept busiest by one long
+// reach into the first cache. Many rows also compute, and what would come too early there waits in the second one.
+template <int M, int W>
+inline void ahead(const uint32_t* w) {
+    constexpr int near = M < MANY ? 64 : 16, far = 256;
+    for (int v = 0; v < W; v += 16) {
+        _mm_prefetch((const char*)(w + near * W + v), _MM_HINT_T0);
+        if (M >= MANY) _mm_prefetch((const char*)(w + far * W + v), _MM_HINT_T1);
+    }
+}
+#endif
+
 // out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and W outputs; w and x hold pairs of bf16.
 template <int M, int W>
 inline void dot_pairs(const uint32_t* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
@@ -108,8 +122,7 @@ inline void dot_pairs(const uint32_t* w, const uint32_t* x, size_t stride, int p
     for (int p = 0; p < pairs; p++, w += W) {
         __m512bh weights[V];
         for (int v = 0; v < V; v++) weights[v] = (__m512bh)_mm512_loadu_si512(w + 16 * v);
-        _mm_prefetch((const char*)(w + 64 * W), _MM_HINT_T0);
-        if (W > 16) _mm_prefetch((const char*)(w + 64 * W + 16), _MM_HINT_T0);
+        ahead<M, W>(w);
         for (int m = 0; m < M; m++) {
             __m512bh both = (__m512bh)_mm512_set1_epi32(int(x[m * stride + p]));
             for (int v = 0; v < V; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], weights[v], both);
