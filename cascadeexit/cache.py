@@ -30,11 +30,16 @@ class KVCache:
 
     def positions(self, layer_idx: int, n: int) -> Tensor:
         """The n positions that follow what this layer holds: (1, N)."""
+        start = self._room(layer_idx, n)
+        return self._slots[None, start:start + n]
+
+    def _room(self, layer_idx: int, n: int) -> int:
+        """Where this layer's next n positions begin."""
         start = self.lengths[layer_idx]
         if start + n > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions, {start} are used and {n} more were asked "
                              "for: make it with a larger capacity")
-        return self._slots[None, start:start + n]
+        return start
 
     def mask(self, layer_idx: int, n: int) -> Tensor:
         """True where row i may look: every slot up to its own position. Shape (1, 1, N, C).
@@ -57,7 +62,7 @@ class KVCache:
 
     def claim(self, layers: range, n: int) -> int:
         """Make room for n more real positions in these layers, for kernels that write them: where they begin."""
-        start = self.positions(layers[0], n)[0, 0].item() if n else self.length(layers[0])
+        start = self._room(layers[0], n)
         self.advance(layers, n)
         return start
 

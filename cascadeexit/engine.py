@@ -206,12 +206,11 @@ class Engine:
         self.check(prompt_ids, config)
         return self._timed(prompt_ids, config)
 
-    @torch.inference_mode()
     def _timed(self, prompt_ids: list[int], config: DecodeConfig) -> Iterator[TokenEvent]:
         watch = _Stopwatch(self.model.device)
-        for event in self._decode(prompt_ids, config, watch):
+        for burst in self._decode(prompt_ids, config, watch):
             watch.pause()
-            yield event
+            yield from burst
             watch.resume()
 
     def sampler(self, config: DecodeConfig) -> Sampler:
@@ -219,7 +218,9 @@ class Engine:
         return Sampler(config.temperature, config.top_p, config.seed, self.model.vocab_size, self.model.device,
                        config.tolerance)
 
-    def _decode(self, prompt: list[int], config: DecodeConfig, watch: _Stopwatch) -> Iterator[TokenEvent]:
+    @torch.inference_mode()
+    def _decode(self, prompt: list[int], config: DecodeConfig, watch: _Stopwatch) -> Iterator[list[TokenEvent]]:
+        """The events of a run, those of one moment together."""
         model, bank, last = self.model, self.bank, self.num_exits
         verified = config.mode is Mode.VERIFIED
         thresholds = (None,) * last if config.mode is Mode.FULL else config.threshold_per_exit(last)
@@ -254,8 +255,7 @@ class Engine:
                 stairs.tokens += [draft.token for draft in drafts]
                 stairs.weight_bytes += tree.weight_bytes
                 tree.weight_bytes = 0
-                for d in drafts:
-                    yield event(confirmed + d.depth, d.token, d.exit, d.confidences, Status.DRAFT)
+                yield [event(confirmed + d.depth, d.token, d.exit, d.confidences, Status.DRAFT) for d in drafts]
                 parents = [-1, *(d.parent + 1 for d in drafts)]
                 for s in range(last + 1):
                     rows = stairs.run(s, None if parents == list(range(-1, len(drafts))) else parents)
@@ -284,7 +284,7 @@ class Engine:
                 said = exit_hidden
                 if verified:
                     drafts.append(Draft(token, s, asked, len(drafts) - 1, len(drafts)))
-                yield event(len(stairs.tokens) - 1, token, s, asked, Status.DRAFT if verified else Status.EMITTED)
+                yield [event(len(stairs.tokens) - 1, token, s, asked, Status.DRAFT if verified else Status.EMITTED)]
                 continue
 
             # 5. The top: the row of a token speaks of the one after it. The newest token's row and those of the drafts
@@ -293,29 +293,30 @@ class Engine:
             top = model.norm(rows[:, -len(drafts) - 1:])
             logits = model.read(top)[0]                                                  # (drafts + 1, V)
             stairs.weight_bytes += model.head_bytes
-            path, token, at = [], None, -1
+            burst, path, token, at = [], [], None, -1
             while token is None and not (path and (confirmed + len(path) >= end or drafts[at].token in model.eos_ids)):
                 offered = {d.token: i for i, d in enumerate(drafts) if d.parent == at}
                 stands = sampler.judge(list(offered), logits[at + 1])
                 if stands in offered:
                     at = offered[stands]
                     draft = drafts[at]
-                    yield event(confirmed + len(path), draft.token, draft.exit, draft.confidences, Status.ACCEPTED)
+                    burst.append(event(confirmed + len(path), draft.token, draft.exit, draft.confidences,
+                                       Status.ACCEPTED))
                     path.append(at)
                 else:
                     token = stands
             # 6. Rollback: drafts that do not stand never were. The full model adds a token of its own.
             stairs.keep(len(drafts), path)
-            for i, d in enumerate(drafts):
-                if i not in path:
-                    yield event(confirmed + d.depth, d.token, d.exit, d.confidences, Status.REJECTED)
+            burst += [event(confirmed + d.depth, d.token, d.exit, d.confidences, Status.REJECTED)
+                      for i, d in enumerate(drafts) if i not in path]
             if token is not None:
                 said = top[0, at + 1:at + 2]
                 stairs.tokens.append(token)
-                yield event(len(stairs.tokens) - 1, token, last, asked, Status.EMITTED)
+                burst.append(event(len(stairs.tokens) - 1, token, last, asked, Status.EMITTED))
             if tree:
                 tree.judged(drafts, path, stairs.tokens[confirmed:])
             drafts = []
+            yield burst
 
     @torch.inference_mode()
     def full_choices(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[int]:

@@ -293,4 +293,5 @@ class SegmentedModel:
 
     def pad_rows(self, h: Tensor) -> Tensor:
         """(1, N, D) with zero rows up to the row bucket."""
-        return F.pad(h, (0, 0, 0, self.pad(h.shape[1]) - h.shape[1]))
+        missing = self.pad(h.shape[1]) - h.shape[1]
+        return F.pad(h, (0, 0, 0, missing)) if missing else h

@@ -34,7 +34,8 @@ class Sampler:
     @staticmethod
     def likeliest(logits: Tensor, ids: Tensor | None = None) -> int:
         """The token with the largest logit; arguments as for `choose`."""
-        best = logits.argmax()
+        # numpy looks through a vocabulary ten times as fast as torch on a CPU; both take the first of equals.
+        best = (logits.numpy() if logits.device.type == "cpu" and logits.dtype == torch.float32 else logits).argmax()
         return int(best if ids is None else ids[best])
 
     def judge(self, drafts: Sequence[int], logits: Tensor) -> int:
