@@ -26,7 +26,7 @@ constexpr int BLOCK = 32;       // outputs of a weight block
 constexpr int KEYS = 16;        // keys of a score block
 constexpr int MAX_TILE = 8;     // rows that share one reading of a block from the first cache
 constexpr int MANY = 3;         // rows from which a tile computes about as long as it waits for its weights
-constexpr int MAX_QUERIES = 4;  // queries that share one reading of keys and values
+constexpr int MAX_QUERIES = 8;  // queries that share one reading of keys and values
 
 using bf16 = uint16_t;
 
@@ -260,33 +260,88 @@ inline void rotate(float* x, const float* norm, float eps, const float* cosine, 
     }
 }
 
-// Where the keys and values of a head are: those of the first positions in the cache, the others in a tail of its own.
+// sum[i][j] += sum over pairs p of values[p][j] . probs[i][p], for M queries and up to 64 columns, pairs in order.
+template <int M>
+inline void add_values(const uint32_t* values, int d, int columns, const bf16* probs, size_t room, int pairs,
+                       float (*sum)[64]) {
+#ifdef BF16_DOT
+    __m512 sums[M][4];
+    int last = columns / KEYS - 1;                      // fewer than 64 columns: the last are summed again
+    for (int i = 0; i < M; i++)
+        for (int v = 0; v < 4; v++) sums[i][v] = _mm512_loadu_ps(sum[i] + KEYS * v);
+    for (int p = 0; p < pairs; p++, values += d) {
+        __m512bh value[4];
+        for (int v = 0; v < 4; v++) value[v] = (__m512bh)_mm512_loadu_si512(values + KEYS * (v < last ? v : last));
+        for (int i = 0; i < M; i++) {
+            int both;
+            std::memcpy(&both, probs + i * room + 2 * p, 4);
+            __m512bh prob = (__m512bh)_mm512_set1_epi32(both);
+            for (int v = 0; v < 4; v++) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], value[v], prob);
+        }
+    }
+    for (int i = 0; i < M; i++)
+        for (int v = 0; v < 4; v++) _mm512_storeu_ps(sum[i] + KEYS * v, sums[i][v]);
+#else
+    for (int i = 0; i < M; i++)
+        for (int p = 0; p < pairs; p++) {
+            float first = widen(probs[i * room + 2 * p]), second = widen(probs[i * room + 2 * p + 1]);
+            const uint32_t* v = values + size_t(p) * d;
+            for (int l = 0; l < columns; l++)
+                sum[i][l] = __builtin_fmaf(widen(bf16(v[l] >> 16)), second, __builtin_fmaf(widen(bf16(v[l])), first, sum[i][l]));
+        }
+#endif
+}
+
+void add_values(int queries, const uint32_t* values, int d, int columns, const bf16* probs, size_t room, int pairs,
+                float (*sum)[64]) {
+    for (; queries >= 4; queries -= 4, probs += 4 * room, sum += 4)
+        add_values<4>(values, d, columns, probs, room, pairs, sum);
+    switch (queries) {
+        case 1: return add_values<1>(values, d, columns, probs, room, pairs, sum);
+        case 2: return add_values<2>(values, d, columns, probs, room, pairs, sum);
+        case 3: return add_values<3>(values, d, columns, probs, room, pairs, sum);
+    }
+}
+
+// Where a head's keys and values are, and what of them a row sees: positions from `first` on, those before `fork` at their
+// own slots, for all rows alike; those of a tree's row from there on at the slots of its path.
 struct Past {
-    const uint32_t *keys, *values, *tail_keys, *tail_values;
-    int first;                      // positions before it are not seen
-    int common;                     // blocks of KEYS positions that lie in the cache
+    const uint32_t *keys, *values;
+    int first, fork, end;           // end: of the slots in use
 };
 
-// Rows of one key-value head: `rows` queries (rows, d) as bf16 pairs, row i at position seen[i] - 1, sharing each
-// reading of keys and values. scores: room for (rows, positions) floats and as many bf16. out: (rows, d) sums.
-void attend(const Past& past, const uint32_t* queries, const int* seen, int rows, int d, float scale, float* scores,
-            bf16* probs, int room, float* const* out) {
-    const size_t block_size = size_t(d / 2) * KEYS;     // of keys, and of values
+// The values of positions 2 p and 2 p + 1 for p >= fork / 2 up to position n, side by side as a text would have them.
+void path_values(const Past& past, const int* path, int n, int d, uint32_t* to) {
+    auto slot = [&](int t) { return t < past.fork ? t : path[(t < n ? t : n - 1) - past.fork]; };
+    for (int t = past.fork / 2 * 2; t < n; t += 2, to += d) {
+        const uint32_t *a = past.values + size_t(slot(t) / 2) * d, *b = past.values + size_t(slot(t + 1) / 2) * d;
+        int down = slot(t) % 2 * 16, up = 16 - slot(t + 1) % 2 * 16;
+        for (int j = 0; j < d; j++) to[j] = (a[j] >> down & 0xFFFF) | (b[j] << up & 0xFFFF0000u);
+    }
+}
+
+// Rows of one key-value head: queries (n, d) as bf16 pairs, query i at position seen[i] - 1 of a row whose path is
+// paths[i], null in a text; they share each reading of keys and values. scores: room for (n, room) floats, and probs for
+// as many bf16; tail for a path's values. out: d sums each.
+void attend(const Past& past, const uint32_t* queries, const int* seen, const int* const* paths, int n, int d, float scale,
+            float* scores, bf16* probs, int room, uint32_t* tail, float* const* out) {
+    const size_t block_size = size_t(d / 2) * KEYS;
     int longest = 0, first_block = past.first / KEYS, start = first_block * KEYS;
-    for (int i = 0; i < rows; i++) longest = seen[i] > longest ? seen[i] : longest;
-    int score_blocks = (longest + KEYS - 1) / KEYS, padded = score_blocks * KEYS;
+    for (int i = 0; i < n; i++) longest = seen[i] > longest ? seen[i] : longest;
+    int score_blocks = ((paths[0] ? past.end : longest) + KEYS - 1) / KEYS;
     float block_scores[MAX_QUERIES][KEYS];
     for (int b = first_block; b < score_blocks; b++) {
-        const uint32_t* keys = b < past.common ? past.keys + b * block_size : past.tail_keys + (b - past.common) * block_size;
-        dot_rows<KEYS>(rows, keys, queries, d / 2, d / 2, block_scores);
-        for (int i = 0; i < rows; i++) std::memcpy(scores + size_t(i) * room + b * KEYS, block_scores[i], 4 * KEYS);
+        dot_rows<KEYS>(n, past.keys + b * block_size, queries, d / 2, d / 2, block_scores);
+        for (int i = 0; i < n; i++) std::memcpy(scores + size_t(i) * room + b * KEYS, block_scores[i], 4 * KEYS);
     }
     float totals[MAX_QUERIES];
-    for (int i = 0; i < rows; i++) {
+    for (int i = 0; i < n; i++) {
         float* row = scores + size_t(i) * room;
         bf16* to = probs + size_t(i) * room;
-        int n = seen[i], whole = (n + KEYS - 1) / KEYS * KEYS;
-        for (int t = n; t < whole; t++) row[t] = -INFINITY;
+        int whole = (seen[i] + KEYS - 1) / KEYS * KEYS;
+        if (paths[i])                                   // ascending slots, none before its position
+            for (int t = past.fork; t < seen[i]; t++) row[t] = row[paths[i][t - past.fork]];
+        for (int t = seen[i]; t < whole; t++) row[t] = -INFINITY;
         for (int t = start; t < past.first; t++) row[t] = -INFINITY;
         float lanes[KEYS];
         for (int l = 0; l < KEYS; l++) lanes[l] = row[start + l];
@@ -296,82 +351,49 @@ void attend(const Past& past, const uint32_t* queries, const int* seen, int rows
         for (float x : lanes) top = x > top ? x : top;
         for (int t = start; t < whole; t += KEYS)
             for (int l = 0; l < KEYS; l++) {
-                bool visible = t + l < n && t + l >= past.first;
+                bool visible = t + l < seen[i] && t + l >= past.first;
                 float e = fast_exp((row[t + l] - top) * scale);
                 e = visible ? e : 0.0f;
                 sums[l] += e;
                 to[t + l] = narrow(e);
             }
-        std::memset(to + whole, 0, 2 * size_t(padded - whole));
+        std::memset(to + whole, 0, 2 * size_t(score_blocks * KEYS - whole));
         float total = 0;
         for (float s : sums) total += s;
         totals[i] = total;
     }
-    const int common_pairs = past.common * (KEYS / 2);
-    auto values_at = [&](int p) {                       // of positions 2 p and 2 p + 1
-        return p < common_pairs ? past.values + size_t(p) * d : past.tail_values + size_t(p - common_pairs) * d;
-    };
     // Values, 64 columns at a time, so that they are read in order: sums of each column over positions, in order.
+    int shared = (paths[0] ? past.fork : score_blocks * KEYS) / 2;
     for (int j = 0; j < d; j += 64) {
-        int vectors = (d - j < 64 ? d - j : 64) / KEYS;
-#ifdef BF16_DOT
-        __m512 sum[MAX_QUERIES][4];
-        for (int i = 0; i < rows; i++)
-            for (int v = 0; v < 4; v++) sum[i][v] = _mm512_setzero_ps();
-        for (int p = start / 2; p < padded / 2; p++) {
-            const uint32_t* from = values_at(p) + j;
-            __m512bh value[4];
-            for (int v = 0; v < 4; v++) value[v] = (__m512bh)_mm512_loadu_si512(from + (v < vectors ? KEYS * v : 0));
-            for (int i = 0; i < rows; i++) {
-                int both;
-                std::memcpy(&both, probs + size_t(i) * room + 2 * p, 4);
-                __m512bh prob = (__m512bh)_mm512_set1_epi32(both);
-                for (int v = 0; v < 4; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], value[v], prob);
-            }
+        int columns = d - j < 64 ? d - j : 64;
+        float sum[MAX_QUERIES][64] = {};
+        add_values(n, past.values + size_t(start / 2) * d + j, d, columns, probs + start, room, shared - start / 2, sum);
+        for (int i = 0, same; paths[0] && i < n; i += same) {
+            for (same = 1; i + same < n && paths[i + same] == paths[i];) same++;
+            path_values(past, paths[i], seen[i], d, tail);
+            add_values(same, tail + j, d, columns, probs + size_t(i) * room + 2 * shared, room, (seen[i] + 1) / 2 - shared,
+                       sum + i);
         }
-        for (int i = 0; i < rows; i++)
-            for (int v = 0; v < vectors; v++) {
-                float lanes[KEYS];
-                _mm512_storeu_ps(lanes, sum[i][v]);
-                for (int l = 0; l < KEYS; l++) out[i][j + KEYS * v + l] = lanes[l] / totals[i];
-            }
-#else
-        for (int i = 0; i < rows; i++) {
-            float sum[64] = {};
-            for (int p = start / 2; p < padded / 2; p++) {
-                float first = widen(probs[size_t(i) * room + 2 * p]), second = widen(probs[size_t(i) * room + 2 * p + 1]);
-                const uint32_t* v = values_at(p) + j;
-                for (int l = 0; l < KEYS * vectors; l++)
-                    sum[l] = __builtin_fmaf(widen(bf16(v[l] >> 16)), second,
-                                            __builtin_fmaf(widen(bf16(v[l])), first, sum[l]));
-            }
-            for (int l = 0; l < KEYS * vectors; l++) out[i][j + l] = sum[l] / totals[i];
-        }
-#endif
+        for (int i = 0; i < n; i++)
+            for (int l = 0; l < columns; l++) out[i][j + l] = sum[i][l] / totals[i];
     }
 }
 
-// One position's keys and values of a head, from a slot of one buffer to a slot of another.
-inline void copy_slot(const uint32_t* keys, const uint32_t* values, int from, uint32_t* to_keys, uint32_t* to_values,
-                      int to, int d) {
-    keys += size_t(from / KEYS) * (d / 2) * KEYS + from % KEYS;
-    to_keys += size_t(to / KEYS) * (d / 2) * KEYS + to % KEYS;
-    for (int p = 0; p < d / 2; p++) to_keys[size_t(p) * KEYS] = keys[size_t(p) * KEYS];
-    const bf16* value = (const bf16*)(values + size_t(from / 2) * d) + from % 2;
-    bf16* to_value = (bf16*)(to_values + size_t(to / 2) * d) + to % 2;
-    for (int j = 0; j < d; j++) to_value[2 * j] = value[2 * j];
+// One position's keys and values of a head, from a slot to another.
+inline void copy_slot(uint32_t* keys, uint32_t* values, int from, int to, int d) {
+    auto key = [&](int t) { return keys + size_t(t / KEYS) * (d / 2) * KEYS + t % KEYS; };
+    auto value = [&](int t) { return (bf16*)(values + size_t(t / 2) * d) + t % 2; };
+    for (int p = 0; p < d / 2; p++) key(to)[size_t(p) * KEYS] = key(from)[size_t(p) * KEYS];
+    for (int j = 0; j < d; j++) value(to)[2 * j] = value(from)[2 * j];
 }
 
-// The blocks that a row of a tree sees after the first whole_blocks, as a text would have them: what precedes the tree,
-// then the row's path, each at its own position. keys, values: `tail` words each.
-void gather(const Past& cache, int whole_blocks, int start, const int32_t* parents, const int* position, int row, int tail,
-            int d, uint32_t* keys, uint32_t* values) {
-    std::memset(keys, 0, 4 * size_t(tail));
-    std::memset(values, 0, 4 * size_t(tail));
-    int before = whole_blocks * KEYS;
-    for (int t = before; t < start; t++) copy_slot(cache.keys, cache.values, t, keys, values, t - before, d);
-    for (int r = row; r >= 0; r = r ? parents[r] : -1)
-        copy_slot(cache.keys, cache.values, start + r, keys, values, position[r] - before, d);
+// f(j, j % 16) for j = 0..n-1, sixteen at a time, so that it vectorizes.
+template <class F>
+inline void each_lane(int n, F f) {
+    int j = 0;
+    for (; j + 16 <= n; j += 16)
+        for (int lane = 0; lane < 16; lane++) f(j + lane, lane);
+    for (; j < n; j++) f(j, j % 16);
 }
 
 // Scratch of a call, grown to the largest one seen.
@@ -447,23 +469,29 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
     static thread_local Scratch<float> f_h, f_qkv, f_heads, f_scores;
     static thread_local Scratch<bf16> b_x, b_heads, b_act, b_queries, b_probs;
     static thread_local Scratch<uint32_t> u_tails;
-    static thread_local Scratch<int> i_positions;
+    static thread_local Scratch<int> i_positions, i_paths;
     const int D = stack->hidden, H = stack->heads, G = stack->kv_heads, d = stack->head_dim, I = stack->inner;
     const int wide = (H + 2 * G) * d, group = H / G;
-    const int together = parents || begins ? 1 : rows;          // rows whose queries may share a reading of keys
-    // Few rows: smaller tiles, so that the threads share the work evenly.
-    const int tile_size = rows * group <= 2 * MAX_QUERIES ? 2 : MAX_QUERIES;
-    const int items_per_head = (together * group + tile_size - 1) / tile_size;
+    const int together = begins ? 1 : rows;                     // rows whose queries may share a reading of keys
+    const int queries_per_unit = together * group, units = rows / together;
+    // Queries of a head and unit in as few tiles as share them out evenly among the threads.
+    int tiles = (queries_per_unit + MAX_QUERIES - 1) / MAX_QUERIES;
+    while (tiles < queries_per_unit && G * units * tiles % threads) tiles++;
+    const int tile_size = (queries_per_unit + tiles - 1) / tiles;
+    const int tiles_per_unit = (queries_per_unit + tile_size - 1) / tile_size;
     const int room = (start + rows + KEYS - 1) / KEYS * KEYS, lanes = begins ? rows : 1;
-    const int whole_blocks = start / KEYS, tail = (room / KEYS - whole_blocks) * KEYS * (d / 2);
+    const int tail = parents ? (rows / 2 + 2) * d : 0;
     int* position = i_positions.get(rows);
     for (int r = 0; r < rows; r++)
         position[r] = begins ? start : !parents ? start + r : r ? position[parents[r]] + 1 : start;
+    int* path = i_paths.get(parents ? rows * rows : 0);         // of row r: the slots of its positions from start on
+    for (int r = 0; parents && r < rows; r++)
+        for (int at = r, t = position[r] - start; t >= 0; at = parents[at], t--) path[r * rows + t] = start + at;
     auto slot = [&](int r) { return begins ? start : start + r; };
     auto head_of = [&](int l, int r, int g) {                   // where a head's part of the cache begins
         return ((size_t(l) * lanes + (begins ? r : 0)) * G + g) * cache->capacity * (d / 2);
     };
-    uint32_t* tails = u_tails.get(parents ? size_t(threads) * 2 * tail : 0);
+    uint32_t* tails = u_tails.get(size_t(threads) * tail);
     float *h = f_h.get(size_t(rows) * D), *qkv = f_qkv.get(size_t(rows) * wide), *heads = f_heads.get(size_t(rows) * H * d);
     bf16 *x = b_x.get(size_t(rows) * D), *act = b_act.get(size_t(rows) * I), *attended = b_heads.get(size_t(rows) * H * d);
     bf16* queries = b_queries.get(size_t(rows) * H * d);
@@ -521,27 +549,23 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
             }
             team.meet();
             // 3. attention, a few queries of a key-value head at a time
-            const int units = rows / together, items = G * units * items_per_head;
+            const int items = G * units * tiles_per_unit;
             for (int i = team.from(items); i < team.to(items); i++) {
-                int g = i / (units * items_per_head), unit = i / items_per_head % units, from = i % items_per_head * tile_size;
-                int tile = together * group - from < tile_size ? together * group - from : tile_size;
+                int g = i / (units * tiles_per_unit), unit = i / tiles_per_unit % units, from = i % tiles_per_unit * tile_size;
+                int tile = queries_per_unit - from < tile_size ? queries_per_unit - from : tile_size;
                 int seen[MAX_QUERIES];
+                const int* paths[MAX_QUERIES];
                 float* to[MAX_QUERIES];
                 for (int q = 0; q < tile; q++) {
                     int r = unit * together + (from + q) / group, head = g * group + (from + q) % group;
                     seen[q] = position[r] + 1;
+                    paths[q] = parents ? path + r * rows : nullptr;
                     to[q] = heads + (size_t(r) * H + head) * d;
                 }
                 size_t head_at = head_of(l, unit, g);
-                Past past{cache->keys + head_at, cache->values + head_at, nullptr, nullptr, begins ? begins[unit] : 0,
-                          room / KEYS};
-                if (position[unit * together] != slot(unit * together)) {       // its path does not lie in a row
-                    uint32_t *keys = tails + size_t(team.rank) * 2 * tail, *values = keys + tail;
-                    gather(past, whole_blocks, start, parents, position, unit, tail, d, keys, values);
-                    past.tail_keys = keys, past.tail_values = values, past.common = whole_blocks;
-                }
-                attend(past, (const uint32_t*)(queries + (size_t(g) * rows * group + unit * together * group + from) * d),
-                       seen, tile, d, stack->scale, scores, probs, room, to);
+                Past past{cache->keys + head_at, cache->values + head_at, begins ? begins[unit] : 0, start, start + rows};
+                attend(past, (const uint32_t*)(queries + (size_t(g) * rows * group + unit * queries_per_unit + from) * d), seen,
+                       paths, tile, d, stack->scale, scores, probs, room, tails + size_t(team.rank) * tail, to);
                 for (int q = 0; q < tile; q++) {
                     bf16* rounded = attended + (to[q] - heads);
                     for (int j = 0; j < d; j++) rounded[j] = narrow(to[q][j]);
@@ -569,7 +593,7 @@ void ce_keep(const Cache* cache, int32_t layers, int32_t kv_heads, int32_t d, in
         uint32_t* keys = cache->keys + size_t(head) * cache->capacity * (d / 2);
         uint32_t* values = cache->values + size_t(head) * cache->capacity * (d / 2);
         for (int i = 0; i < n; i++)
-            if (path[i] != i) copy_slot(keys, values, start + path[i], keys, values, start + i, d);
+            if (path[i] != i) copy_slot(keys, values, start + path[i], start + i, d);
     }
 }
 
@@ -631,7 +655,7 @@ void ce_likeliest(const Matrix* m, const bf16* x, float temperature, int32_t k, 
             numbers[at] = j;
         }
         float masses[16] = {}, top = row[numbers[0]], scale = 1 / temperature;
-        for (int j = 0; j < m->out; j++) masses[j % 16] += fast_exp((row[j] - top) * scale);
+        each_lane(m->out, [&](int j, int lane) { masses[lane] += fast_exp((row[j] - top) * scale); });
         float mass = 0;
         for (float part : masses) mass += part;
         for (int i = 0; i < k; i++) probs[i] = fast_exp((row[numbers[i]] - top) * scale) / mass;
@@ -663,11 +687,11 @@ void ce_softmax_facts(const Matrix* m, const bf16* x, const bf16* before, float*
             first = v > first ? v : first;
         }
         float masses[16] = {}, means[16] = {};
-        for (int j = 0; j < V; j++) {
+        each_lane(V, [&](int j, int lane) {
             float e = fast_exp(row[j] - first);
-            masses[j % 16] += e;
-            means[j % 16] = __builtin_fmaf(e, row[j] - first, means[j % 16]);
-        }
+            masses[lane] += e;
+            means[lane] = __builtin_fmaf(e, row[j] - first, means[lane]);
+        });
         float mass = 0, mean = 0;
         for (int l = 0; l < 16; l++) mass += masses[l], mean += means[l];
         Seen seen{0, first, std::log(mass)};

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _BLOCK = 32                     # outputs of a weight block, as in kernels.cpp
 _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 
