@@ -40,7 +40,7 @@ class DecodeConfig:
 
     mode: Mode = Mode.CASCADE
     max_new_tokens: int = 256
-    max_draft: int = 6
+    max_draft: int = 7
     """verified: the most tokens drafted before the full model looks at them."""
     thresholds: float | Sequence[float | None] | None = None
     """Confidence in [0, 1] from which an exit is taken: one for all exits, or one each; None in their place closes an

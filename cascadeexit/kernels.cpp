@@ -648,11 +648,20 @@ void ce_likeliest(const Matrix* m, const bf16* x, float temperature, int32_t k, 
     for (int r = 0; r < rows; r++, numbers += k, probs += k) {
         const float* row = logits + size_t(r) * m->out;
         int found = 0;
-        for (int j = 0; j < m->out; j++) {
-            if (found == k && !(row[j] > row[numbers[k - 1]])) continue;
-            int at = found < k ? found++ : k - 1;
-            for (; at > 0 && row[j] > row[numbers[at - 1]]; at--) numbers[at] = numbers[at - 1];
-            numbers[at] = j;
+        for (int from = 0; from < m->out; from += BLOCK) {
+            int to = m->out - from < BLOCK ? m->out : from + BLOCK;
+            if (found == k) {                                   // nearly all blocks have nothing to offer
+                float bound = row[numbers[k - 1]];
+                bool any = false;
+                for (int j = from; j < to; j++) any |= row[j] > bound;
+                if (!any) continue;
+            }
+            for (int j = from; j < to; j++) {
+                if (found == k && !(row[j] > row[numbers[k - 1]])) continue;
+                int at = found < k ? found++ : k - 1;
+                for (; at > 0 && row[j] > row[numbers[at - 1]]; at--) numbers[at] = numbers[at - 1];
+                numbers[at] = j;
+            }
         }
         float masses[16] = {}, top = row[numbers[0]], scale = 1 / temperature;
         each_lane(m->out, [&](int j, int lane) { masses[lane] += fast_exp((row[j] - top) * scale); });

@@ -18,7 +18,7 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.lookup import LONGEST_MATCH, Guess, Lookup
 from cascadeexit.model import SegmentedModel
 
-_ROW_COST = 0.04            # of one more row to verify, in passes of the full model: measured from 1 to 8 rows
+_ROW_COST = 0.02            # of one more row to verify, in passes of the full model: measured from 1 to 8 rows
 _READ_COST = 0.5            # of a byte that drafting reads, in bytes of a pass: measured, they come from a near cache
 _BRANCHES = 6               # drafts that may follow one token
 _HOPE = 0.5                 # chance that a question brings a right draft, when it is not known yet

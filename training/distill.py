@@ -449,7 +449,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--width", type=int, default=512, help="inner width of the adapters")
     p.add_argument("--own-share", type=float, default=0.3, help="carry: share of tokens that count as named by an exit")
     p.add_argument("--head-size", type=int, default=16384, help="words in the exits' head; 0 = all")
-    p.add_argument("--draft-size", type=int, default=8192, help="of these, the most frequent, from which drafts are "
+    p.add_argument("--draft-size", type=int, default=4096, help="of these, the most frequent, from which drafts are "
                    "made; 0 = all")
     p.add_argument("--train-words", type=int, default=6144, help="most frequent words, in the loss of every step; 0 = "
                    "all")
