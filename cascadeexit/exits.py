@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cascadeexit.kernels import NativeAdapter, NativeLinear
+from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeLinear
 from cascadeexit.linear import pack
 from cascadeexit.model import SegmentedModel
 
@@ -201,6 +201,14 @@ def softmax_facts(head: nn.Module) -> Callable[..., Tensor]:
     return facts
 
 
+def sketch_confidence(head: nn.Module, estimator: SketchConfidence) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Of rows for this head (..., D), and of the exit before or None: the chance that the exit is right (...,)."""
+    if isinstance(head, NativeLinear):
+        return NativeConfidence(head, estimator.alone, estimator.after)
+    facts = softmax_facts(head)
+    return lambda hidden, before: estimator(facts(hidden, before)).sigmoid()
+
+
 def likeliest(head: nn.Module, words: int) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor]]:
     """Of rows for this head (..., D), k and a temperature: the k likeliest of its first words, 0 = all (..., k).
 
@@ -233,7 +241,7 @@ class ExitBank(nn.Module):
         self.register_buffer("sketch_ids", torch.arange(config.sketch_size) if config.sketch_size else None)
         self._adapt: list[Callable[[Tensor, Tensor], Tensor]] = list(self.adapters)
         self._project: Callable[[Tensor], Tensor] | None = None
-        self._facts: Callable[[Tensor], Tensor] | None = None
+        self._confidence: list[Callable[[Tensor, Tensor | None], Tensor]] = []
         self._likeliest: Callable[[Tensor, int, float], tuple[Tensor, Tensor]] | None = None
         self._sketch_bytes = 0
 
@@ -275,7 +283,8 @@ class ExitBank(nn.Module):
         self._project, self._likeliest = head.forward, likeliest(head, c.draft_size)
         if self.sketch_ids is not None:
             own = weight[self.sketch_ids]
-            self._facts, self._sketch_bytes = softmax_facts(pack(own)), own.nbytes
+            sketch, self._sketch_bytes = pack(own), own.nbytes
+            self._confidence = [sketch_confidence(sketch, head) for head in self.confidence_heads]
         if model.native and not trainable:
             self._adapt = [NativeAdapter(a.gate.weight, a.down.weight, a.up.weight, a.norm.weight, a.norm.eps,
                                          a.straight) for a in self.adapters]
@@ -303,7 +312,9 @@ class ExitBank(nn.Module):
         """
         if self.confidence_heads is None:
             return self.logits(hidden).float().softmax(-1).amax(-1)
-        return self.confidence_heads[s](hidden if self._facts is None else self._facts(hidden, before)).sigmoid()
+        if self.sketch_ids is None:
+            return self.confidence_heads[s](hidden).sigmoid()
+        return self._confidence[s](hidden, before)
 
     # -- bytes, for the cost metric ------------------------------------------------------------------------------
 

@@ -191,6 +191,12 @@ struct Exit {                       // an adapter: norm(straight x + up(silu(gat
     float eps;
 };
 
+struct Estimator {                  // sigmoid(outer . silu(inner x + inner_bias) + outer_bias)
+    const float *inner, *inner_bias, *outer;        // (width, in), (width), (width)
+    float outer_bias;
+    int32_t in, width;
+};
+
 struct Cache {
     uint32_t *keys, *values;        // of layer 0; head h of layer l begins at (l * kv_heads + h) * capacity * d / 2
     int32_t capacity;
@@ -689,12 +695,16 @@ void ce_softmax_facts(const Matrix* m, const bf16* x, const bf16* before, float*
     };
     auto look = [&](int r, float* to) {
         const float* row = logits + size_t(r) * V;
-        float first = -INFINITY, second = -INFINITY;
-        for (int j = 0; j < V; j++) {
-            float v = row[j];
-            second = v > first ? first : v > second ? v : second;
+        float firsts[16], seconds[16], first = -INFINITY, second = -INFINITY;
+        for (int l = 0; l < 16; l++) firsts[l] = seconds[l] = -INFINITY;
+        auto rank = [](float v, float& first, float& second) {
+            float least = v < first ? v : first;
+            second = least > second ? least : second;
             first = v > first ? v : first;
-        }
+        };
+        each_lane(V, [&](int j, int lane) { rank(row[j], firsts[lane], seconds[lane]); });
+        for (int l = 0; l < 16; l++) rank(firsts[l], first, second);
+        for (int l = 0; l < 16; l++) second = seconds[l] > second ? seconds[l] : second;
         float masses[16] = {}, means[16] = {};
         each_lane(V, [&](int j, int lane) {
             float e = fast_exp(row[j] - first);
@@ -725,6 +735,24 @@ void ce_softmax_facts(const Matrix* m, const bf16* x, const bf16* before, float*
         to[7] = log_p(rows + r, then, now.best);
         to[8] = log_p(r, now, then.best);
         to[9] = dot / std::fmax(1e-8f, std::sqrt(xx) * std::sqrt(yy));
+    }
+}
+
+// What an estimator makes of these facts: chances (rows) that the exit is right.
+void ce_confidence(const Matrix* m, const Estimator* estimator, const bf16* x, const bf16* before, float* chances, int32_t rows,
+                   int32_t threads) {
+    static thread_local Scratch<float> f_facts;
+    const int in = estimator->in;
+    float* facts = f_facts.get(size_t(rows) * in);
+    ce_softmax_facts(m, x, before, facts, rows, threads);
+    for (int r = 0; r < rows; r++) {
+        float logit = estimator->outer_bias;
+        for (int w = 0; w < estimator->width; w++) {
+            float sum = estimator->inner_bias[w];
+            for (int j = 0; j < in; j++) sum += estimator->inner[w * in + j] * facts[r * in + j];
+            logit += estimator->outer[w] * silu(sum);
+        }
+        chances[r] = 1 / (1 + fast_exp(-logit));
     }
 }
 

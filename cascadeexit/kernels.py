@@ -53,6 +53,11 @@ class _Exit(ctypes.Structure):
     _fields_ = [("straight", _Matrix), ("gate_down", _Matrix), ("up", _Matrix), ("norm", c_void_p), ("eps", c_float)]
 
 
+class _Estimator(ctypes.Structure):
+    _fields_ = [("inner", c_void_p), ("inner_bias", c_void_p), ("outer", c_void_p), ("outer_bias", c_float),
+                ("inputs", c_int32), ("width", c_int32)]
+
+
 class _Cache(ctypes.Structure):
     _fields_ = [("keys", c_void_p), ("values", c_void_p), ("capacity", c_int32)]
 
@@ -114,6 +119,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_norm.argtypes = [c_void_p, c_float, c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_likeliest.argtypes = [POINTER(_Matrix), c_void_p, c_float, c_int32, c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_softmax_facts.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
+    lib.ce_confidence.argtypes = [POINTER(_Matrix), POINTER(_Estimator), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
     return lib
 
 
@@ -308,6 +314,33 @@ class NativeAdapter:
         library().ce_exit(byref(self._exit), h.data_ptr(), said.data_ptr() if self._carries else None, out.data_ptr(),
                           h.shape[:-1].numel(), torch.get_num_threads())
         return out
+
+
+class NativeConfidence:
+    """A `SketchConfidence` with the head it looks at: rows (..., D), of the exit before too or None -> chances (...,).
+
+    Args:
+        alone, after: its networks, without and with the exit before: linear, SiLU, linear.
+    """
+
+    def __init__(self, head: NativeLinear, alone: nn.Sequential, after: nn.Sequential):
+        self._head, self._kept = head, []
+        self._alone, self._after = self._estimator(alone), self._estimator(after)
+
+    def _estimator(self, network: nn.Sequential) -> _Estimator:
+        inner, _, outer = network
+        kept = [t.detach().float().contiguous() for t in (inner.weight, inner.bias, outer.weight)]
+        self._kept += kept
+        return _Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
+
+    def __call__(self, x: Tensor, before: Tensor | None) -> Tensor:
+        x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
+        before = None if before is None else before.to(torch.bfloat16).contiguous()
+        chances = torch.empty(x.shape[:-1])
+        library().ce_confidence(byref(self._head._matrix), byref(self._alone if before is None else self._after),
+                                x.data_ptr(), None if before is None else before.data_ptr(), chances.data_ptr(),
+                                chances.numel(), torch.get_num_threads())
+        return chances
 
 
 def _joined(*biases: Tensor | None) -> Tensor | None:

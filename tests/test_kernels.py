@@ -6,7 +6,7 @@ from conftest import SHAPE
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from cascadeexit import kernels
-from cascadeexit.exits import ExitBank, likeliest, softmax_facts
+from cascadeexit.exits import ExitBank, SketchConfidence, likeliest, sketch_confidence, softmax_facts
 from cascadeexit.linear import pack
 from cascadeexit.model import SegmentedModel
 
@@ -152,6 +152,17 @@ def test_softmax_facts_are_those_of_torch(paired):
         ours = softmax_facts(pack(weight))(x, before)
         theirs = softmax_facts(stock)(x.float(), before.float() if paired else None)
     assert ours.shape == (7, 10 if paired else 3)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_confidence_is_that_of_torch(paired):
+    weight, x, before = (torch.randn(n, 64, dtype=torch.bfloat16) for n in (200, 7, 7))
+    before, estimator, stock = before if paired else None, SketchConfidence(48), torch.nn.Linear(64, 200, bias=False)
+    stock.weight.data.copy_(weight)
+    with torch.inference_mode():
+        ours = sketch_confidence(pack(weight), estimator)(x, before)
+        theirs = sketch_confidence(stock, estimator)(x.float(), None if before is None else before.float())
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
