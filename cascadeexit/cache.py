@@ -18,6 +18,8 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)      # (L, B, H, C, d)
         self.values = torch.zeros(shape, dtype=dtype, device=device)    # (L, B, H, C, d)
         self.lengths = [0] * num_layers
+        self.at: Tensor | None = None                                   # (N,), the slots that `update` writes
+        self.replayed: dict = {}            # recordings of work on these very buffers, see `SegmentedModel`
         self._slots = torch.arange(capacity, device=device)             # (C,)
 
     @property
@@ -41,23 +43,22 @@ class KVCache:
                              "for: make it with a larger capacity")
         return start
 
-    def mask(self, layer_idx: int, n: int) -> Tensor:
-        """True where row i may look: every slot up to its own position. Shape (1, 1, N, C).
+    def mask(self, positions: Tensor) -> Tensor:
+        """True where rows at these positions (1, N) may look: every slot up to their own. Shape (1, 1, N, C).
 
         Always explicit and always over the whole buffer: transformers' SDPA path with no mask keeps only the
         first N keys, and slicing the buffer to its length makes kernels round differently from step to step.
         """
-        return (self._slots[None] <= self.positions(layer_idx, n).T)[None, None]
+        return (self._slots[None] <= positions.T)[None, None]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, H, N, d) after what the layer holds; return its whole buffers (B, H, C, d).
+        """Write keys and values (B, H, N, d) into the slots `at`; return the layer's whole buffers (B, H, C, d).
 
         The length does not move: padded rows are written too, and only `advance` makes rows real.
         """
-        start, n = self.lengths[layer_idx], keys.shape[2]
-        self.keys[layer_idx, :, :, start:start + n] = keys
-        self.values[layer_idx, :, :, start:start + n] = values
-        # A model spread over devices: the layer may sit elsewhere than the buffers. Here, `to` does nothing.
+        place = self.keys.device                # a model spread over devices: the layer may sit elsewhere
+        self.keys[layer_idx].index_copy_(2, self.at, keys.to(place))
+        self.values[layer_idx].index_copy_(2, self.at, values.to(place))
         return self.keys[layer_idx].to(keys.device), self.values[layer_idx].to(keys.device)
 
     def claim(self, layers: range, n: int) -> int:

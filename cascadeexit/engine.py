@@ -9,6 +9,7 @@ Letters: N rows in a pass, D hidden size, V vocabulary, S segments (the last one
 """
 
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -101,6 +102,7 @@ class Staircase:
     def __init__(self, model: SegmentedModel, capacity: int):
         self.model = model
         self.cache = model.new_cache(capacity)
+        weakref.finalize(self, model.reuse, self.cache)
         self.tokens: list[int] = []
         self.waiting: list[Tensor | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
         self.weight_bytes = 0

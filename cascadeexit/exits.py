@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cascadeexit.graphs import Replayed
 from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeLinear
 from cascadeexit.linear import pack
 from cascadeexit.model import SegmentedModel
@@ -158,6 +159,10 @@ class ConfidenceHead(nn.Module):
         inner = nn.functional.silu(self.inner(hidden.to(self.inner.weight.dtype)))
         return self.outer(inner).squeeze(-1).float()
 
+    def chance(self, hidden: Tensor) -> Tensor:
+        """The same as a probability."""
+        return self(hidden).sigmoid()
+
 
 class SketchConfidence(nn.Module):
     """The same question, answered from the exit's softmax over a few frequent words (`softmax_facts`).
@@ -201,12 +206,12 @@ def softmax_facts(head: nn.Module) -> Callable[..., Tensor]:
     return facts
 
 
-def sketch_confidence(head: nn.Module, estimator: SketchConfidence) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Of rows for this head (..., D), and of the exit before or None: the chance that the exit is right (...,)."""
+def sketch_confidence(head: nn.Module, estimator: SketchConfidence) -> Callable[..., Tensor]:
+    """Of rows for this head (..., D), and those of the exit before if it was asked: chances to be right (...,)."""
     if isinstance(head, NativeLinear):
         return NativeConfidence(head, estimator.alone, estimator.after)
     facts = softmax_facts(head)
-    return lambda hidden, before: estimator(facts(hidden, before)).sigmoid()
+    return lambda *rows: estimator(facts(*rows)).sigmoid()
 
 
 def likeliest(head: nn.Module, words: int) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor]]:
@@ -241,7 +246,8 @@ class ExitBank(nn.Module):
         self.register_buffer("sketch_ids", torch.arange(config.sketch_size) if config.sketch_size else None)
         self._adapt: list[Callable[[Tensor, Tensor], Tensor]] = list(self.adapters)
         self._project: Callable[[Tensor], Tensor] | None = None
-        self._confidence: list[Callable[[Tensor, Tensor | None], Tensor]] = []
+        self._confidence: list[Callable[..., Tensor]] = [head.chance for head in self.confidence_heads or ()
+                                                         if config.confidence == "mlp"]
         self._likeliest: Callable[[Tensor, int, float], tuple[Tensor, Tensor]] | None = None
         self._sketch_bytes = 0
 
@@ -254,7 +260,7 @@ class ExitBank(nn.Module):
                             head_fingerprint=model.head_fingerprint, **shape)
         bank = cls(config)
         for adapter in bank.adapters:
-            adapter.norm.weight.data.copy_(model.norm.weight)
+            adapter.norm.weight.data.copy_(model.norm_weight)
         return bank
 
     def attach(self, model: SegmentedModel, *, trainable: bool = False) -> Self:
@@ -288,6 +294,12 @@ class ExitBank(nn.Module):
         if model.native and not trainable:
             self._adapt = [NativeAdapter(a.gate.weight, a.down.weight, a.up.weight, a.norm.weight, a.norm.eps,
                                          a.straight) for a in self.adapters]
+        if model.replays and not trainable:
+            def replayed(function: Callable) -> Replayed:
+                return Replayed(function, rows=1)
+
+            self._adapt, self._confidence = ([replayed(f) for f in part] for part in (self.adapters, self._confidence))
+            self._project = replayed(self._project)
         return self
 
     # -- one exit, hidden rows in --------------------------------------------------------------------------------
@@ -313,8 +325,8 @@ class ExitBank(nn.Module):
         if self.confidence_heads is None:
             return self.logits(hidden).float().softmax(-1).amax(-1)
         if self.sketch_ids is None:
-            return self.confidence_heads[s](hidden).sigmoid()
-        return self._confidence[s](hidden, before)
+            return self._confidence[s](hidden)
+        return self._confidence[s](hidden, before) if before is not None else self._confidence[s](hidden)
 
     # -- bytes, for the cost metric ------------------------------------------------------------------------------
 

@@ -220,7 +220,7 @@ class NativeNorm:
     """RMSNorm of rows (..., D) bf16 -> bf16, computed in fp32."""
 
     def __init__(self, weight: Tensor, eps: float):
-        self.weight, self._fp32, self._eps = weight, weight.detach().float().contiguous(), eps
+        self._fp32, self._eps = weight.detach().float().contiguous(), eps
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
@@ -317,7 +317,7 @@ class NativeAdapter:
 
 
 class NativeConfidence:
-    """A `SketchConfidence` with the head it looks at: rows (..., D), of the exit before too or None -> chances (...,).
+    """A `SketchConfidence` with the head it looks at: rows (..., D), and those of the exit before -> chances (...,).
 
     Args:
         alone, after: its networks, without and with the exit before: linear, SiLU, linear.
@@ -333,7 +333,7 @@ class NativeConfidence:
         self._kept += kept
         return _Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
 
-    def __call__(self, x: Tensor, before: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, before: Tensor | None = None) -> Tensor:
         x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
         before = None if before is None else before.to(torch.bfloat16).contiguous()
         chances = torch.empty(x.shape[:-1])

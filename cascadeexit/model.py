@@ -22,11 +22,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cascadeexit import graphs
 from cascadeexit.cache import KVCache
+from cascadeexit.graphs import Replayed
 from cascadeexit.kernels import NativeLayers, NativeNorm
 from cascadeexit.linear import pack, pack_stock
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+_REPLAYED_CAPACITY = 1024       # a recording is for one cache, so few sizes are best; unused slots cost little to read
+_IDLE_CACHES = 4
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -118,14 +122,15 @@ class SegmentedModel:
         self.head = pack(head.weight, head.bias)    # the vocabulary projection: normed rows (..., D) -> (..., V)
         self._native: NativeLayers | None = None
         self.norm = model.model.norm                # (..., D) -> (..., D), before every head
+        self.norm_weight = model.model.norm.weight
         spread = hasattr(model, "hf_device_map")    # then accelerate's hooks, on the modules, bring weights and rows
         if native and not spread and NativeLayers.fits(layers, self.head_dim):
             cosines, sines = (t[0, :, :self.head_dim // 2] for t in model.model.rotary_emb(
                 torch.zeros((), dtype=torch.float32), position_ids=torch.arange(self.max_positions)[None]))
             self._native = NativeLayers(layers, model.config, self.head_dim, cosines, sines)
             # A weight that was loaded is a view of the whole mapped file: a copy lets go of it.
-            model.model.norm.weight.data = model.model.norm.weight.detach().clone()
-            self.norm = NativeNorm(model.model.norm.weight, model.config.rms_norm_eps)
+            self.norm_weight.data = self.norm_weight.detach().clone()
+            self.norm = NativeNorm(self.norm_weight, model.config.rms_norm_eps)
             # All these weights live in packed copies now; one of a tied head gives the embeddings too.
             model.model.layers = torch.nn.ModuleList()
             if head.weight is model.model.embed_tokens.weight:
@@ -136,10 +141,15 @@ class SegmentedModel:
                 for child, module in list(block.named_children()):
                     if isinstance(module, torch.nn.Linear):
                         setattr(block, child, pack_stock(module.weight, module.bias))
+        self.replays = not spread and graphs.wanted(self.device)
+        self._idle_caches: list[KVCache] = []
         # Stock kernels, CPU: every multiple of 4 rows up to 40 agrees bitwise. GPU kernels vary more with shape: one
         # bucket for all. Our own: a row does not depend on the others.
         self.row_multiple, self.max_verify_rows = (
             (16, 16) if self.device.type == "cuda" else (4, 32) if self._native is None else (1, 32))
+        self._project = self.head
+        if self.replays:
+            self._project, self.norm = (Replayed(f, self.row_multiple) for f in (self.head, self.norm))
 
     # -- shape and place ------------------------------------------------------------------------------------------
 
@@ -203,10 +213,20 @@ class SegmentedModel:
         return self._native is not None
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """An empty cache for `capacity` positions; rows of padding need room too (see `pad`)."""
-        capacity = -(-capacity // 16) * 16              # whole blocks of our own kernels
+        """An empty cache for at least `capacity` positions; rows of padding need room too (see `pad`)."""
+        step = _REPLAYED_CAPACITY if self.replays else 16       # 16: whole blocks of our own kernels
+        capacity = -(-capacity // step) * step
+        for i, cache in enumerate(self._idle_caches):
+            if cache.capacity == capacity and cache.keys.shape[1] == batch:
+                return self._idle_caches.pop(i)
         return KVCache(self.num_layers, self.num_kv_heads, self.head_dim, capacity, batch=batch, dtype=self.dtype,
                        device=self.device)
+
+    def reuse(self, cache: KVCache) -> None:
+        """Nobody reads this cache any more: where work on it was recorded, the next run of its size takes it over."""
+        if self.replays:
+            cache.truncate(0)
+            self._idle_caches = [cache, *self._idle_caches][:_IDLE_CACHES]
 
     def pad(self, n: int) -> int:
         """n rounded up to the row bucket."""
@@ -228,6 +248,7 @@ class SegmentedModel:
 
         mask: (B, 1, N, C), True where a row may look.
         """
+        cache.at = positions[0]
         angles = self.angles(positions)
         added = additive_mask(mask, self.num_heads // self.num_kv_heads, h.dtype)
         for layer_idx in layers:
@@ -251,7 +272,13 @@ class SegmentedModel:
             return self._native.run(layers, h, cache.keys, cache.values, start, parents=parents)
         padded = self.pad_rows(h)
         positions = cache.positions(layers[0], padded.shape[1])
-        out = self.run_layers(layers, padded, positions, cache.mask(layers[0], padded.shape[1]), cache)
+
+        def through(h: Tensor, positions: Tensor) -> Tensor:
+            return self.run_layers(layers, h, positions, cache.mask(positions), cache)
+
+        if self.replays:
+            through = cache.replayed.setdefault(s, Replayed(through, self.row_multiple))
+        out = through(padded, positions)
         cache.advance(layers, n)
         return out[:, :n]
 
@@ -289,7 +316,7 @@ class SegmentedModel:
 
     def read(self, normed: Tensor) -> Tensor:
         """The same of rows that went through `norm` already: (1, N, D) -> (1, N, V)."""
-        return self.head(self.pad_rows(normed).to(self.device))[:, :normed.shape[1]]
+        return self._project(self.pad_rows(normed).to(self.device))[:, :normed.shape[1]]
 
     def pad_rows(self, h: Tensor) -> Tensor:
         """(1, N, D) with zero rows up to the row bucket."""

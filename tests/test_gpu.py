@@ -33,6 +33,17 @@ def test_verified_equals_full_on_tiny_models(family, dtype):
             assert engine.run(PROMPT, config).token_ids == full, (threshold, max_draft)
 
 
+@pytest.mark.parametrize("config", [DecodeConfig(mode="full"), DecodeConfig(mode="cascade", thresholds=0.5),
+                                    DecodeConfig(mode="verified", thresholds=0.4, max_draft=5)], ids=lambda c: c.mode)
+def test_recorded_kernels_say_what_kernels_one_by_one_say(family, config, monkeypatch):
+    recorded = on_gpu(family, torch.float32)
+    monkeypatch.setenv("CASCADEEXIT_GRAPHS", "0")
+    plain = on_gpu(family, torch.float32)
+    assert recorded.model.replays and not plain.model.replays
+    for _ in range(2):
+        assert recorded.run(PROMPT, config).token_ids == plain.run(PROMPT, config).token_ids
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.bundled
 def test_verified_equals_full_on_the_bundled_model(dtype):

@@ -158,11 +158,11 @@ def test_softmax_facts_are_those_of_torch(paired):
 @pytest.mark.parametrize("paired", [False, True])
 def test_confidence_is_that_of_torch(paired):
     weight, x, before = (torch.randn(n, 64, dtype=torch.bfloat16) for n in (200, 7, 7))
-    before, estimator, stock = before if paired else None, SketchConfidence(48), torch.nn.Linear(64, 200, bias=False)
+    rows, estimator, stock = (x, before) if paired else (x,), SketchConfidence(48), torch.nn.Linear(64, 200, bias=False)
     stock.weight.data.copy_(weight)
     with torch.inference_mode():
-        ours = sketch_confidence(pack(weight), estimator)(x, before)
-        theirs = sketch_confidence(stock, estimator)(x.float(), None if before is None else before.float())
+        ours = sketch_confidence(pack(weight), estimator)(*rows)
+        theirs = sketch_confidence(stock, estimator)(*(r.float() for r in rows))
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 

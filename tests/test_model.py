@@ -84,13 +84,14 @@ def test_fingerprint_does_not_depend_on_the_loaded_dtype():
 def test_truncate_is_subtraction_and_advance_makes_rows_real():
     cache = KVCache(2, 1, 4, capacity=8)
     rows = torch.randn(1, 1, 4, 4)
+    cache.at = cache.positions(0, 4)[0]
     keys, _ = cache.update(rows, rows, 0)
     assert cache.lengths == [0, 0] and torch.equal(keys[:, :, :4], rows)
     cache.advance(range(2), 3)
     cache.truncate(2)
     assert cache.lengths == [2, 2]
     assert cache.positions(0, 2).tolist() == [[2, 3]]
-    assert cache.mask(0, 2).int().tolist() == [[[[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]]]
+    assert cache.mask(cache.positions(0, 2)).int().tolist() == [[[[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]]]
 
 
 def test_a_full_cache_says_how_much_it_holds():

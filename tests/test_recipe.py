@@ -98,6 +98,21 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(recipe, tmp_path):
     assert done.returncode == 1 and "other settings" in done.stderr and "--no-resume" in done.stderr
 
 
+def test_exits_that_are_not_to_learn_stay_as_they_are(recipe, tmp_path):
+    first, then = tmp_path / "first", tmp_path / "then"
+    run(*distill(recipe, first))
+    deepest = json.loads((first / "config.json").read_text())["layers"][-1]
+    run(*distill(recipe, then), "--continue-from", first, "--only", deepest)
+    before, after = weights(first), weights(then)
+    changed = {name.split(".")[1] for name in before
+               if name.startswith("adapters.") and not torch.equal(before[name], after[name])}
+    assert changed == {"2"}
+    assert all(len(record["kl"]) == 1 for record in losses(then))
+    done = subprocess.run(command(*distill(recipe, tmp_path / "wrong"), "--only", deepest), cwd=ROOT, env=ENVIRONMENT,
+                          text=True, capture_output=True)
+    assert done.returncode == 1 and "--continue-from" in done.stderr
+
+
 def test_two_processes_train_as_one(recipe, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run(*distill(recipe, one), "--own-share", 0)

@@ -192,6 +192,12 @@ def test_every_epoch_sees_every_document_once_in_its_own_order():
     assert {len(step) for step in plan} == {3}
 
 
+def test_an_epoch_passes_over_some_documents_more_often():
+    steps = batches({i: 10 for i in range(9)}, batch=20, epochs=2, seed=0, repeats={4: 3})
+    seen = [i for step in steps for i in step]
+    assert seen.count(4) == 6 and all(seen.count(i) == 2 for i in range(9) if i != 4)
+
+
 def test_micro_batches_hold_every_document_within_the_limit():
     lengths = {i: 5 + i for i in range(12)}
     parts = micro_batches(list(lengths), lengths, tokens=40)

@@ -235,9 +235,13 @@ def carried(features: Features) -> Tensor:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def batches(rows: dict[int, int], batch: int, epochs: float, seed: int) -> list[list[int]]:
-    """Documents of each step: every epoch its own order, cut where `batch` rows are reached."""
-    order, numbers = [], sorted(rows)
+def batches(rows: dict[int, int], batch: int, epochs: float, seed: int,
+            repeats: dict[int, int] | None = None) -> list[list[int]]:
+    """Documents of each step: every epoch its own order, cut where `batch` rows are reached.
+
+    repeats: how often an epoch passes over a document, 1 where it does not say.
+    """
+    order, numbers = [], [i for i in sorted(rows) for _ in range((repeats or {}).get(i, 1))]
     for epoch in range(math.ceil(epochs)):
         generator = torch.Generator().manual_seed(seed * 1009 + epoch)
         order += [numbers[i] for i in torch.randperm(len(numbers), generator=generator)]
@@ -264,8 +268,9 @@ def micro_batches(documents: list[int], lengths: dict[int, int], tokens: int) ->
 
 
 def adapted(bank: ExitBank, inputs: Inputs, features: list[Features], own: float = 0.0,
-            generator: torch.Generator | None = None, deepest: int = DEEPEST) -> list[Tensor]:
-    """Rows that are wanted of these documents, after each exit's adapter: (n, D) each.
+            generator: torch.Generator | None = None, deepest: int = DEEPEST,
+            learn: list[int] | None = None) -> list[Tensor]:
+    """Rows that are wanted of these documents, after the adapters of the exits in `learn`, None = all: (n, D) each.
 
     own: share of them whose token counts as named by an exit, so that its adapted hidden state, instead of the full
         model's, is what is carried on to them; up to `deepest` tokens in a row. An exit drawn at random named them;
@@ -278,7 +283,7 @@ def adapted(bank: ExitBank, inputs: Inputs, features: list[Features], own: float
     rows = torch.cat([f.wanted for f in features]).to(device).nonzero()[:, 0]                   # (n,)
     every, out = list(range(len(bank.adapters))), []
     carry = handed_on(bank, inputs, h, said, places, rows, own, every, generator, deepest)
-    for s in every:
+    for s in every if learn is None else learn:
         alone = bank.config.layers[s] == 0
         handed = handed_on(bank, inputs, h, said, places, rows, own, [s], generator, deepest) if alone else carry
         out.append(bank.hidden(s, *inputs(s, h[rows, s].float(), handed)))
@@ -366,10 +371,13 @@ def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, w
 
     head: the one the exits will have; words: those they are trained on.
     """
+    learn = [s for s, layer in enumerate(bank.config.layers) if not args.only or layer in args.only]
     lengths = {i: len(d.ids) for i, d in enumerate(store.documents)}
-    plan = batches({i: store.rows(i) for i in store.of(Split.TRAIN)}, args.batch, args.epochs, args.seed)
+    training, own = store.of(Split.TRAIN), set(store.of(Split.TRAIN, policy_only=True))
+    plan = batches({i: store.rows(i) for i in training}, args.batch, args.epochs, args.seed,
+                   {i: args.text_repeats for i in training if i not in own})
     held_out = store.of(Split.TEST, policy_only=True) or store.of(Split.TEST)
-    weights = list(bank.adapters.parameters())
+    weights = [w for s in learn for w in bank.adapters[s].parameters()]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     warm_up = max(1, len(plan) // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
@@ -401,10 +409,10 @@ def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, w
             top, labels, choices = (torch.cat([kind(f)[f.wanted] for f in features]).to(accelerator.device) for kind in
                                     (lambda f: f.top, lambda f: labels_of(f, args.labels), lambda f: f.choices))
             with accelerator.autocast():
-                hiddens = adapted(bank, inputs, features, args.own_share, generator)
+                hiddens = adapted(bank, inputs, features, args.own_share, generator, learn=learn)
             sums = sums + backward(hiddens, top, labels, choices, words, args.seed * 1009 + step, rows, args)
         if accelerator.num_processes > 1:
-            sums = accelerator.reduce(torch.zeros(len(bank.adapters), 3, device=accelerator.device) + sums)
+            sums = accelerator.reduce(torch.zeros(len(learn), 3, device=accelerator.device) + sums)
             for weight in weights:
                 grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 weight.grad = accelerator.reduce(grad)
@@ -421,6 +429,7 @@ def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, w
             keep(step + 1)
             if accelerator.is_main_process:
                 rates = agreement(bank, inputs, store, held_out[:60], head, accelerator)
+                rates = [rates[s] for s in learn]
                 run.log(step=step + 1, held_out_agreement=rates)
                 bar.write(f"step {step + 1}: held-out agreement " + " / ".join(f"{r:.1%}" for r in rates))
     return len(plan)
@@ -442,6 +451,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by training.data")
     p.add_argument("--out", type=Path, required=True, help="folder for the artifact, log and checkpoint")
     p.add_argument("--continue-from", type=Path, help="exits folder to go on from; layers it does not have start anew")
+    p.add_argument("--only", type=lambda text: [int(part) for part in text.split(",")], default=[],
+                   help="with --continue-from: the exit layers that learn (0,24); the others stay as they are")
     p.add_argument("--data-note", default="", help="what the data is, in words, for the model card")
     p.add_argument("--exits", help="exit layers (0,9,17,24; 0 is before the first) or parts of the depth "
                    "(0.3,0.57,0.8, the default)")
@@ -460,6 +471,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--labels", choices=("choice", "text"), default="choice", help="what the cross-entropy asks for: "
                    "the full model's choice, or the text's next token")
     p.add_argument("--epochs", type=float, default=3.0, help="passes over the training documents")
+    p.add_argument("--text-repeats", type=int, default=1, help="passes of one epoch over text that the model did not "
+                   "write")
     p.add_argument("--batch", type=int, default=1024, help="training rows a step, over all processes")
     p.add_argument("--micro-batch", type=int, default=8192, help="tokens in one backward pass; a step may have several")
     p.add_argument("--lr", type=float, default=1e-3)
@@ -514,22 +527,27 @@ def main() -> None:
     say(f"{len(store)} documents, {sum(map(store.rows, training))} training rows; features of {store.kept} documents "
         f"are kept; the exits' head covers {covered:.2%} of the held-out choices")
     before = agreement(bank, lambda s, h, said: (h, said), store, held_out, head, accelerator)
-    inputs = Inputs(bank, store, training[:args.fit_documents], model.norm.weight.float())
+    inputs = Inputs(bank, store, training[:args.fit_documents], model.norm_weight.float())
     trained = ExitBank.load(args.continue_from) if args.continue_from else None
+    if set(args.only) - set(trained.config.layers if trained else ()) or set(args.only) - set(layers):
+        raise SystemExit(f"--only {args.only} must name layers of --exits {list(layers)} that --continue-from has")
     if trained:
         say(f"going on from {args.continue_from} after layers {inputs.adopt(bank, trained)}")
 
     key = {"config": {k: v for k, v in asdict(bank.config).items() if k != "layers"}, "layers": list(layers),
            "documents": store.fingerprint(), "start": trained.fingerprint() if trained else None}
     key |= {k: getattr(args, k) for k in ("loss", "temperature", "hard", "labels", "epochs", "batch", "lr", "own_share",
-                                          "train_words", "tail", "fit_documents", "seed")}
+                                          "train_words", "tail", "fit_documents", "seed", "only", "text_repeats")}
     run = Run(args.out, key, args.resume, accelerator.is_main_process)
     steps = train(bank, inputs, store, head, words, run, accelerator, args)
     if accelerator.is_main_process:
         after, drafting = (agreement(bank, inputs, store, held_out, head, accelerator, own) for own in (0.0, 1.0))
         inputs.fold(bank)
+        for s, layer in enumerate(layers):
+            if args.only and layer not in args.only and layer in trained.config.layers:     # to the bit
+                bank.adapters[s].load_state_dict(trained.adapters[trained.config.layers.index(layer)].state_dict())
         bank.to(model.dtype).save(args.out)
-        loss_plot(run.records(), layers, args.out / "loss.html")
+        loss_plot(run.records(), args.only or layers, args.out / "loss.html")
         save_json(args.out / "distill.json", {
             "provenance": provenance(args.seed), "settings": key, "data_note": args.data_note, "steps": steps,
             "processes": accelerator.num_processes, "documents": len(store), "rows": sum(map(store.rows, training)),

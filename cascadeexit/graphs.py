@@ -1,0 +1,64 @@
+"""Replayed: a function of tensors that a CUDA device runs from a recording.
+
+A token takes hundreds of small kernels, and Python starts them more slowly than a GPU finishes them. Recorded once for
+each shape of its inputs as a CUDA graph, a function is started by one call. The recorded kernels read and write where
+they did when they were recorded, so inputs are copied to their places first and the result is copied away.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def wanted(device: torch.device) -> bool:
+    """True where recordings pay: on CUDA, unless CASCADEEXIT_GRAPHS=0."""
+    return device.type == "cuda" and os.environ.get("CASCADEEXIT_GRAPHS") != "0"
+
+
+class Replayed:
+    """Answers as `function` does, from a recording where the inputs (..., N, D) have at most `rows` rows.
+
+    The function must do the same work for every input of a shape: no Python decision may hang on a tensor's values. It
+    runs a few times when it is recorded. One that cannot be recorded is called as it is from then on.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], rows: int):
+        self._function, self._rows = function, rows
+        self._recordings: dict[tuple, tuple[list[Tensor], Callable[[], None], Tensor]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if inputs[0].shape[-2] > self._rows:
+            return self._function(*inputs)
+        key = tuple((t.shape, t.dtype) for t in inputs)
+        if key not in self._recordings:
+            places = [t.clone() for t in inputs]
+            try:
+                self._recordings[key] = (places, *record(self._function, places))
+            except RuntimeError as error:
+                log.warning("No CUDA graph of this could be made, so it runs kernel by kernel: %s", error)
+                self._rows = -1
+                return self._function(*inputs)
+        places, replay, out = self._recordings[key]
+        for place, given in zip(places, inputs):
+            place.copy_(given)
+        replay()
+        return out.clone()
+
+
+def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of function(*places): what replays it, and where its result then is."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):                       # first calls allocate workspaces and pick kernels
+        for _ in range(3):
+            function(*places)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):      # other threads may go on with their work
+        out = function(*places)
+    return graph.replay, out

@@ -1,0 +1,95 @@
+"""Recordings answer as the functions they are of. A CPU has none: here a stand-in keeps their rules of memory."""
+
+import pytest
+import torch
+from conftest import tiny_base, tiny_engine
+
+from cascadeexit import graphs
+from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.exits import ExitBank
+from cascadeexit.graphs import Replayed
+from cascadeexit.model import SegmentedModel
+
+PROMPT = [11, 3, 60, 22, 9, 41, 77, 30, 2]
+CONFIGS = [DecodeConfig(max_new_tokens=40, **options) for options in (
+    dict(mode="full"), dict(mode="full", temperature=0.9), dict(mode="cascade", thresholds=0.5),
+    dict(mode="verified", thresholds=0.4, max_draft=3), dict(mode="verified"))]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Recording as on CUDA: the same places are read and written each time. Lists the shapes that were recorded."""
+    shapes = []
+
+    def record(function, places):
+        shapes.append([tuple(t.shape) for t in places])
+        out = function(*places)
+        return lambda: out.copy_(function(*places)), out
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "wanted", lambda device: True)
+    return shapes
+
+
+def engines(monkeypatch, **shape) -> tuple[Engine, Engine]:
+    """The same model and exits, without recordings and with them."""
+    with monkeypatch.context() as plain:
+        plain.setattr(graphs, "wanted", lambda device: False)
+        stock = tiny_engine(**shape)
+    model = SegmentedModel(tiny_base("llama-untied"), stock.model.exit_layers)
+    bank = ExitBank(stock.bank.config)
+    bank.load_state_dict(stock.bank.state_dict())
+    return stock, Engine(model, bank)
+
+
+@pytest.mark.parametrize("shape", [{}, {"adapter": "carry", "confidence": "sketch", "sketch_size": 30, "head_size": 60},
+                                   {"adapter": "carry", "layers": (0, 2, 4)}], ids=["swiglu", "sketch", "first"])
+def test_recorded_runs_say_what_others_say(recorded, monkeypatch, shape):
+    stock, replayed = engines(monkeypatch, **shape)
+    for config in CONFIGS:
+        expected = stock.run(PROMPT, config)
+        for _ in range(2):                                      # the second run takes over the cache of the first
+            run = replayed.run(PROMPT, config)
+            assert run.token_ids == expected.token_ids, config
+            assert [e.exit for e in run.events] == [e.exit for e in expected.events], config
+    assert recorded
+
+
+def test_nothing_is_recorded_twice_and_caches_are_taken_over(recorded, monkeypatch):
+    _, replayed = engines(monkeypatch)
+    replayed.run(PROMPT, CONFIGS[3])
+    before = len(recorded)
+    replayed.run(PROMPT[:5], CONFIGS[3])
+    assert len(recorded) == before > 0
+    assert all(shape[0][-2] <= replayed.model.row_multiple for shape in recorded)        # no prompt was recorded
+
+
+def test_runs_that_take_turns_do_not_share_a_cache(recorded, monkeypatch):
+    stock, replayed = engines(monkeypatch)
+    prompts = [PROMPT, PROMPT[::-1]]
+    expected = [stock.run(p, CONFIGS[0]).token_ids for p in prompts]
+    turns = [replayed.generate(p, CONFIGS[0]) for p in prompts]
+    for _ in range(2):
+        got = [[], []]
+        while any([(event := next(turn, None)) and tokens.append(event.token_id) is None
+                   for turn, tokens in zip(turns, got)]):
+            pass
+        assert got == expected
+        turns = [replayed.generate(p, CONFIGS[0]) for p in prompts]
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
+    def refuse(function, places):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "record", refuse)
+    double = Replayed(lambda x: 2 * x, rows=4)
+    assert torch.equal(double(torch.ones(1, 3)), torch.full((1, 3), 2.0))
+    assert torch.equal(double(torch.ones(1, 3)), torch.full((1, 3), 2.0))
+    assert caplog.text.count("not permitted") == 1
+
+
+def test_recordings_can_be_refused(monkeypatch):
+    assert graphs.wanted(torch.device("cuda")) and not graphs.wanted(torch.device("cpu"))
+    monkeypatch.setenv("CASCADEEXIT_GRAPHS", "0")
+    assert not graphs.wanted(torch.device("cuda"))
