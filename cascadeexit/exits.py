@@ -288,8 +288,12 @@ class ExitBank(nn.Module):
             head, self.head_bytes = pack(weight[self.head_ids]), len(self.head_ids) * weight[0].nbytes
         self._project, self._likeliest = head.forward, likeliest(head, c.draft_size)
         if self.sketch_ids is not None:
-            own = weight[self.sketch_ids]
-            sketch, self._sketch_bytes = pack(own), own.nbytes
+            words, self._sketch_bytes = len(self.sketch_ids), len(self.sketch_ids) * weight[0].nbytes
+            if isinstance(head, NativeLinear) and words % 32 == 0 and self.head_ids is not None and torch.equal(
+                    self.head_ids[:words], self.sketch_ids):
+                sketch = head.first(words)      # the same memory, still near when the exit's whole head is read
+            else:
+                sketch = pack(weight[self.sketch_ids])
             self._confidence = [sketch_confidence(sketch, head) for head in self.confidence_heads]
         if model.native and not trainable:
             self._adapt = [NativeAdapter(a.gate.weight, a.down.weight, a.up.weight, a.norm.weight, a.norm.eps,

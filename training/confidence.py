@@ -212,8 +212,10 @@ def main() -> None:
     shape = dict(confidence=args.kind, confidence_width=width, sketch_size=0)
     bank.sketch_ids = None
     if args.kind == "sketch":
-        shape["sketch_size"] = min(args.words, model.vocab_size)
-        words = frequent_tokens(store.choices(store.of(Split.TRAIN)), model.vocab_size, model.eos_ids)
+        words = bank.head_ids            # the most frequent first; an exit that is taken finds them read already
+        if words is None:
+            words = frequent_tokens(store.choices(store.of(Split.TRAIN)), model.vocab_size, model.eos_ids)
+        shape["sketch_size"] = min(args.words, len(words))
         bank.sketch_ids = words[:shape["sketch_size"]].to(model.device)
         facts = softmax_facts(pack(model.head_weight.detach()[bank.sketch_ids].cpu()))
 
