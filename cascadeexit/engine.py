@@ -26,6 +26,7 @@ from cascadeexit.tree import Draft, DraftTree
 
 _MAX_ROWS = 256             # rows of one prefill or catch-up pass: bounds the memory of masks and activations
 CASCADE_THRESHOLD = 0.7
+_REACH = 0.3                # by more than this an exit is seldom surer than the one before it: measured
 _CAPACITY_STEP = 128        # cache sizes come in steps, so that runs of like length share kernels and buffers
 
 
@@ -215,6 +216,15 @@ class Engine:
             yield from burst
             watch.resume()
 
+    def worth_asking(self, s: int, thresholds: Sequence[float | None], sure: float | None) -> bool:
+        """Whether exit s may be taken, after the exit that was asked last was `sure`, None if none was.
+
+        An exit that is much less sure than is wanted rules out those soon after it; the deepest is always asked.
+        """
+        if s == self.num_exits or thresholds[s] is None:
+            return False
+        return sure is None or s == self.num_exits - 1 or sure >= thresholds[s] - _REACH
+
     def sampler(self, config: DecodeConfig) -> Sampler:
         """How tokens are chosen and drafts judged in a run."""
         return Sampler(config.temperature, config.top_p, config.seed, self.model.vocab_size, self.model.device,
@@ -263,10 +273,10 @@ class Engine:
                     rows = stairs.run(s, None if parents == list(range(-1, len(drafts))) else parents)
             else:
                 # 3. Climb: deeper until an exit is sure enough, or to the top.
-                may_exit, before = not finished and len(drafts) < config.max_draft, None
+                may_exit, before, confidence = not finished and len(drafts) < config.max_draft, None, None
                 for s in range(last + 1):
                     rows = stairs.run(s)                                                    # (1, N, D)
-                    if s == last or not may_exit or thresholds[s] is None:
+                    if not may_exit or not self.worth_asking(s, thresholds, confidence):
                         before = None
                         continue
                     hidden = bank.hidden(s, rows[0, -1:], said)                             # (1, D)

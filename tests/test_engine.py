@@ -321,3 +321,11 @@ def test_the_longest_run_that_fits_is_right():
     prompt = [3 + i % 90 for i in range(500)]
     out = engine.run(prompt, DecodeConfig(mode="verified", max_new_tokens=12, thresholds=0.3)).token_ids
     assert out == generate(base, prompt, 12)
+
+
+def test_an_exit_far_from_sure_rules_out_the_next_but_not_the_deepest():
+    engine = tiny_engine()
+    wanted = (0.6,) * engine.num_exits
+    assert [engine.worth_asking(s, wanted, None) for s in range(engine.num_exits + 1)] == [True] * 3 + [False]
+    assert [engine.worth_asking(s, wanted, 0.2) for s in (1, 2)] == [False, True]
+    assert engine.worth_asking(1, wanted, 0.5) and not engine.worth_asking(1, (0.6, None, 0.6), 0.5)

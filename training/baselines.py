@@ -78,11 +78,14 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
     run, text = Uncached(engine), list(prompt)
     said = run.said(prompt)
     while len(text) < len(prompt) + tokens and not _ended(engine, prompt, text):
-        hidden = None
+        hidden, confidence = None, None
         for s, h in enumerate(run.segments(text)):
             if s == engine.num_exits:
                 token, said = int(engine.model.logits(h)[0].argmax(-1)[-1]), engine.model.norm(h[0, -1:])
                 break
+            if not engine.worth_asking(s, thresholds, confidence):
+                hidden = None
+                continue
             token, confidence, hidden = run.exit(s, h, said, hidden)
             if confidence >= thresholds[s]:
                 said = hidden
