@@ -7,6 +7,7 @@ they did when they were recorded, so inputs are copied to their places first and
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 
 import torch
@@ -30,24 +31,26 @@ class Replayed:
     def __init__(self, function: Callable[..., Tensor], rows: int):
         self._function, self._rows = function, rows
         self._recordings: dict[tuple, tuple[list[Tensor], Callable[[], None], Tensor]] = {}
+        self._turn = threading.Lock()           # runs in other threads use the same places
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if inputs[0].shape[-2] > self._rows:
             return self._function(*inputs)
-        key = tuple((t.shape, t.dtype) for t in inputs)
-        if key not in self._recordings:
-            places = [t.clone() for t in inputs]
-            try:
-                self._recordings[key] = (places, *record(self._function, places))
-            except RuntimeError as error:
-                log.warning("No CUDA graph of this could be made, so it runs kernel by kernel: %s", error)
-                self._rows = -1
-                return self._function(*inputs)
-        places, replay, out = self._recordings[key]
-        for place, given in zip(places, inputs):
-            place.copy_(given)
-        replay()
-        return out.clone()
+        with self._turn:
+            key = tuple((t.shape, t.dtype) for t in inputs)
+            if key not in self._recordings:
+                places = [t.clone() for t in inputs]
+                try:
+                    self._recordings[key] = (places, *record(self._function, places))
+                except RuntimeError as error:
+                    log.warning("No CUDA graph of this could be made, so it runs kernel by kernel: %s", error)
+                    self._rows = -1
+                    return self._function(*inputs)
+            places, replay, out = self._recordings[key]
+            for place, given in zip(places, inputs):
+                place.copy_(given)
+            replay()
+            return out.clone()
 
 
 def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Callable[[], None], Tensor]:
