@@ -56,9 +56,9 @@ class KVCache:
 
         The length does not move: padded rows are written too, and only `advance` makes rows real.
         """
-        place = self.keys.device                # a model spread over devices: the layer may sit elsewhere
-        self.keys[layer_idx].index_copy_(2, self.at, keys.to(place))
-        self.values[layer_idx].index_copy_(2, self.at, values.to(place))
+        # `to`: the layer of a model that is spread over devices may sit elsewhere than the buffers.
+        self.keys[layer_idx].index_copy_(2, self.at, keys.to(self.keys))
+        self.values[layer_idx].index_copy_(2, self.at, values.to(self.values))
         return self.keys[layer_idx].to(keys.device), self.values[layer_idx].to(keys.device)
 
     def claim(self, layers: range, n: int) -> int:
@@ -71,6 +71,12 @@ class KVCache:
         """The first n rows written last in these layers are real."""
         for layer_idx in layers:
             self.lengths[layer_idx] += n
+
+    def clear(self) -> None:
+        """As new, in the same memory."""
+        self.truncate(0)
+        self.keys.zero_()
+        self.values.zero_()
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on, in every layer."""

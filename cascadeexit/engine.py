@@ -157,7 +157,7 @@ class _Stopwatch:
 
     def read(self) -> float:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         return self._spent + time.perf_counter() - self._since
 
     def pause(self) -> None:
@@ -302,7 +302,7 @@ class Engine:
             # 5. The top: the row of a token speaks of the one after it. The newest token's row and those of the drafts
             #    judge: from the root on, as long as what stands is one of the drafts.
             confirmed = len(stairs.tokens) - len(drafts)
-            top = model.norm(rows[:, -len(drafts) - 1:])
+            top = model.norm(model.pad_rows(rows[:, -len(drafts) - 1:]))
             logits = model.read(top)[0]                                                  # (drafts + 1, V)
             stairs.weight_bytes += model.head_bytes
             burst, path, token, at = [], [], None, -1

@@ -249,7 +249,7 @@ class ExitBank(nn.Module):
         self._confidence: list[Callable[..., Tensor]] = [head.chance for head in self.confidence_heads or ()
                                                          if config.confidence == "mlp"]
         self._likeliest: Callable[[Tensor, int, float], tuple[Tensor, Tensor]] | None = None
-        self._sketch_bytes = 0
+        self._sketch_bytes = self._own_sketch_bytes = 0
 
     @classmethod
     def untrained(cls, model: SegmentedModel, *, confidence: str = "softmax", **shape) -> Self:
@@ -287,13 +287,15 @@ class ExitBank(nn.Module):
         if self.head_ids is not None:
             head, self.head_bytes = pack(weight[self.head_ids]), len(self.head_ids) * weight[0].nbytes
         self._project, self._likeliest = head.forward, likeliest(head, c.draft_size)
+        if c.confidence == "mlp":
+            self._confidence = [head.chance for head in self.confidence_heads]
         if self.sketch_ids is not None:
             words, self._sketch_bytes = len(self.sketch_ids), len(self.sketch_ids) * weight[0].nbytes
             if isinstance(head, NativeLinear) and words % 32 == 0 and self.head_ids is not None and torch.equal(
                     self.head_ids[:words], self.sketch_ids):
                 sketch = head.first(words)      # the same memory, still near when the exit's whole head is read
             else:
-                sketch = pack(weight[self.sketch_ids])
+                sketch, self._own_sketch_bytes = pack(weight[self.sketch_ids]), self._sketch_bytes
             self._confidence = [sketch_confidence(sketch, head) for head in self.confidence_heads]
         if model.native and not trainable:
             self._adapt = [NativeAdapter(a.gate.weight, a.down.weight, a.up.weight, a.norm.weight, a.norm.eps,
@@ -355,7 +357,7 @@ class ExitBank(nn.Module):
     def memory_bytes(self) -> int:
         """What attached exits hold beside the model: adapters, estimators, their own head and sketch."""
         own_head = self.head_bytes if self.head_ids is not None else 0
-        return own_head + self._sketch_bytes + sum(p.nbytes for p in self.parameters())
+        return own_head + self._own_sketch_bytes + sum(p.nbytes for p in self.parameters())
 
     def fingerprint(self) -> str:
         """SHA-256 over names and fp32 bytes of the exits' weights: tells which exits made a result."""

@@ -5,6 +5,7 @@ each shape of its inputs as a CUDA graph, a function is started by one call. The
 they did when they were recorded, so inputs are copied to their places first and the result is copied away.
 """
 
+import functools
 import logging
 import os
 import threading
@@ -53,15 +54,25 @@ class Replayed:
             return out.clone()
 
 
+_RECORDING = threading.Lock()           # CUDA records one graph at a time
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where a device's graphs are recorded: one stream, since libraries keep a workspace for each."""
+    return torch.cuda.Stream(device)
+
+
 def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Callable[[], None], Tensor]:
     """A CUDA graph of function(*places): what replays it, and where its result then is."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):                       # first calls allocate workspaces and pick kernels
-        for _ in range(3):
-            function(*places)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):      # other threads may go on with their work
-        out = function(*places)
+    device = places[0].device
+    with _RECORDING, torch.cuda.device(device):
+        now, side, graph = torch.cuda.current_stream(), _side_stream(device), torch.cuda.CUDAGraph()
+        side.wait_stream(now)
+        with torch.cuda.stream(side):                   # leaves this stream even where recording fails
+            for _ in range(3):                          # first calls allocate workspaces and pick kernels
+                function(*places)
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):   # others may go on working
+                out = function(*places)
+        now.wait_stream(side)
     return graph.replay, out

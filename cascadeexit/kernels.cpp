@@ -6,7 +6,8 @@
 // whatever other rows are in the pass: that is what makes verification exact.
 //
 // Letters: N rows, D hidden size, H query heads on G key-value heads of size d, C cache capacity.
-// Cache of a layer and head (of each text, where there are several): keys [C/16][d/2][16][2], values [C/2][d][2]; both are dotted in pairs without shuffles.
+// Cache of a layer and head (of each text, where there are several): keys [C/16][d/2][16][2], values [C/2][d][2]; both
+// are dotted in pairs without shuffles.
 
 #include <atomic>
 #include <cmath>

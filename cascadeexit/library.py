@@ -1,5 +1,6 @@
 """Library: the models that a page offers, one of them in memory at a time."""
 
+import itertools
 import logging
 import queue
 import threading
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from cascadeexit import hub
-from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.exits import ExitBank
 from cascadeexit.stream import Shape
 
@@ -73,7 +74,10 @@ class Library:
                 offer = self._offers[label]
                 self._held = None                               # room first: both might not fit
                 engine, tokenizer = hub.load(offer.model, offer.exits, progress=progress, **self._place)
-                engine.run([0], DecodeConfig(max_new_tokens=4))     # warm: no visitor's clock pays for it
+                # Warm, in turns as in a race: no visitor's clock pays for it.
+                turns = [engine.generate([0], DecodeConfig(mode=mode, max_new_tokens=8)) for mode in Mode]
+                for _ in itertools.zip_longest(*turns):
+                    pass
                 self._held = (label, engine, tokenizer)
             return self._held[1:]
 

@@ -12,7 +12,9 @@ Letters: N rows in the pass, D hidden size, V vocabulary, C cache capacity, S se
 """
 
 import hashlib
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -143,6 +145,7 @@ class SegmentedModel:
                         setattr(block, child, pack_stock(module.weight, module.bias))
         self.replays = not spread and graphs.wanted(self.device)
         self._idle_caches: list[KVCache] = []
+        self._caches_turn = threading.RLock()       # a run may end, and give its cache back, wherever memory is tidied
         # Stock kernels, CPU: every multiple of 4 rows up to 40 agrees bitwise. GPU kernels vary more with shape: one
         # bucket for all. Our own: a row does not depend on the others.
         self.row_multiple, self.max_verify_rows = (
@@ -216,17 +219,21 @@ class SegmentedModel:
         """An empty cache for at least `capacity` positions; rows of padding need room too (see `pad`)."""
         step = _REPLAYED_CAPACITY if self.replays else 16       # 16: whole blocks of our own kernels
         capacity = -(-capacity // step) * step
-        for i, cache in enumerate(self._idle_caches):
-            if cache.capacity == capacity and cache.keys.shape[1] == batch:
-                return self._idle_caches.pop(i)
+        with self._caches_turn:
+            for cache in self._idle_caches:
+                if cache.capacity == capacity and cache.keys.shape[1] == batch:
+                    self._idle_caches.remove(cache)
+                    return cache
         return KVCache(self.num_layers, self.num_kv_heads, self.head_dim, capacity, batch=batch, dtype=self.dtype,
                        device=self.device)
 
     def reuse(self, cache: KVCache) -> None:
         """Nobody reads this cache any more: where work on it was recorded, the next run of its size takes it over."""
         if self.replays:
-            cache.truncate(0)
-            self._idle_caches = [cache, *self._idle_caches][:_IDLE_CACHES]
+            cache.clear()
+            with self._caches_turn:
+                self._idle_caches.insert(0, cache)
+                del self._idle_caches[_IDLE_CACHES:]
 
     def pad(self, n: int) -> int:
         """n rounded up to the row bucket."""
@@ -273,14 +280,21 @@ class SegmentedModel:
         padded = self.pad_rows(h)
         positions = cache.positions(layers[0], padded.shape[1])
 
-        def through(h: Tensor, positions: Tensor) -> Tensor:
-            return self.run_layers(layers, h, positions, cache.mask(positions), cache)
-
-        if self.replays:
-            through = cache.replayed.setdefault(s, Replayed(through, self.row_multiple))
-        out = through(padded, positions)
+        out = self._through(s, cache, padded.shape[1])(padded, positions)
         cache.advance(layers, n)
         return out[:, :n]
+
+    def _through(self, s: int, cache: KVCache, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """What takes rows (1, N, D) at positions (1, N) through a segment, recorded where that is possible."""
+        layers, held = range(self.bounds[s], self.bounds[s + 1]), weakref.ref(cache)    # the cache holds the recording
+
+        def through(h: Tensor, positions: Tensor) -> Tensor:
+            cache = held()
+            return self.run_layers(layers, h, positions, cache.mask(positions), cache)
+
+        if not self.replays or rows > self.row_multiple:
+            return through
+        return cache.replayed.setdefault(s, Replayed(through, self.row_multiple))
 
     @property
     def branches(self) -> bool:

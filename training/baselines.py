@@ -73,8 +73,9 @@ def standard(engine: Engine, prompt: list[int], tokens: int) -> list[int]:
 
 
 @torch.inference_mode()
-def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[float, ...]) -> list[int]:
-    """Each token leaves at the first exit that is confident enough."""
+def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[float, ...],
+            ask_all: bool = False) -> list[int]:
+    """Each token leaves at the first exit that is confident enough; ask_all, as published: none is ruled out before."""
     run, text = Uncached(engine), list(prompt)
     said = run.said(prompt)
     while len(text) < len(prompt) + tokens and not _ended(engine, prompt, text):
@@ -83,7 +84,7 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
             if s == engine.num_exits:
                 token, said = int(engine.model.logits(h)[0].argmax(-1)[-1]), engine.model.norm(h[0, -1:])
                 break
-            if not engine.worth_asking(s, thresholds, confidence):
+            if not ask_all and not engine.worth_asking(s, thresholds, confidence):
                 hidden = None
                 continue
             token, confidence, hidden = run.exit(s, h, said, hidden)
@@ -139,7 +140,7 @@ def main() -> None:
         return lambda ids: engine.run(ids, config).token_ids
 
     jobs = {("uncached", "standard"): lambda ids: standard(engine, ids, n),
-            ("uncached", "cascade"): lambda ids: cascade(engine, ids, n, thresholds),
+            ("uncached", "cascade"): lambda ids: cascade(engine, ids, n, thresholds, ask_all=True),
             ("cached", "standard"): ours(Mode.FULL),
             ("cached", "cascade"): ours(Mode.CASCADE, thresholds=thresholds)}
     for e, layer in enumerate(engine.model.exit_layers):

@@ -342,7 +342,8 @@ class Run:
         self.state = None
         if resume and self.checkpoint.exists():
             self.state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            changed = {k: (v, key.get(k)) for k, v in self.state["key"].items() if key.get(k) != v}
+            before = {"only": [], "text_repeats": 1} | self.state["key"]        # what older ones did not know
+            changed = {k: (before.get(k), key.get(k)) for k in before | key if before.get(k) != key.get(k)}
             if changed:
                 raise SystemExit(f"{self.checkpoint} was made with other settings, before and now: {changed}. Give "
                                  "the same ones, another --out, or --no-resume to start anew.")
@@ -451,7 +452,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by training.data")
     p.add_argument("--out", type=Path, required=True, help="folder for the artifact, log and checkpoint")
     p.add_argument("--continue-from", type=Path, help="exits folder to go on from; layers it does not have start anew")
-    p.add_argument("--only", type=lambda text: [int(part) for part in text.split(",")], default=[],
+    p.add_argument("--only", type=lambda text: sorted({int(part) for part in text.split(",")}), default=[],
                    help="with --continue-from: the exit layers that learn (0,24); the others stay as they are")
     p.add_argument("--data-note", default="", help="what the data is, in words, for the model card")
     p.add_argument("--exits", help="exit layers (0,9,17,24; 0 is before the first) or parts of the depth "
@@ -504,6 +505,10 @@ def main() -> None:
 
     base, _, name = load_model(args.model, device=str(accelerator.device), device_map=args.device_map)
     layers = exit_layers(args.exits, base.config.num_hidden_layers)
+    trained = ExitBank.load(args.continue_from) if args.continue_from else None
+    if args.only and not (set(args.only) <= set(layers) <= set(trained.config.layers if trained else ())):
+        raise SystemExit(f"--only {args.only} must name some of --exits {list(layers)}, and --continue-from must have "
+                         "all of these: those that do not learn stay as they are there")
     model = SegmentedModel(base, layers, name=name)
     store = FeatureStore(model, load_documents(args.data), args.features or args.out / "features", args.feature_gb)
     store.prepare(accelerator.process_index, accelerator.num_processes)
@@ -528,9 +533,6 @@ def main() -> None:
         f"are kept; the exits' head covers {covered:.2%} of the held-out choices")
     before = agreement(bank, lambda s, h, said: (h, said), store, held_out, head, accelerator)
     inputs = Inputs(bank, store, training[:args.fit_documents], model.norm_weight.float())
-    trained = ExitBank.load(args.continue_from) if args.continue_from else None
-    if set(args.only) - set(trained.config.layers if trained else ()) or set(args.only) - set(layers):
-        raise SystemExit(f"--only {args.only} must name layers of --exits {list(layers)} that --continue-from has")
     if trained:
         say(f"going on from {args.continue_from} after layers {inputs.adopt(bank, trained)}")
 
@@ -544,7 +546,7 @@ def main() -> None:
         after, drafting = (agreement(bank, inputs, store, held_out, head, accelerator, own) for own in (0.0, 1.0))
         inputs.fold(bank)
         for s, layer in enumerate(layers):
-            if args.only and layer not in args.only and layer in trained.config.layers:     # to the bit
+            if args.only and layer not in args.only:        # to the bit
                 bank.adapters[s].load_state_dict(trained.adapters[trained.config.layers.index(layer)].state_dict())
         bank.to(model.dtype).save(args.out)
         loss_plot(run.records(), args.only or layers, args.out / "loss.html")
