@@ -18,7 +18,9 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.lookup import LONGEST_MATCH, Guess, Lookup
 from cascadeexit.model import SegmentedModel
 
-_ROW_COST = 0.02            # of one more row to verify, in passes of the full model: measured from 1 to 8 rows
+_ROW_COST = 0.02            # of one more row to verify, in passes of the full model: measured from 1 to 8 rows,
+_TILE = 8                   # which our kernels take through a weight together;
+_LATE_ROW_COST = 0.1        # of a row beyond those
 _READ_COST = 0.5            # of a byte that drafting reads, in bytes of a pass: measured, they come from a near cache
 _BRANCHES = 6               # drafts that may follow one token
 _HOPE = 0.5                 # chance that a question brings a right draft, when it is not known yet
@@ -82,7 +84,7 @@ class DraftTree:
         spent = expected = 1.0                      # passes, and the tokens that they bring: speed is their ratio
         level, kept = [_Node(1.0, text[-1], None, said, -1, COPIED)], []
         for depth in range(longest):
-            needed = _ROW_COST * expected / spent   # of survival: below it, a row costs more than it brings
+            needed = _row_cost(1 + len(kept)) * expected / spent    # of survival: below it, a row costs too much
             guesses = [self._lookup.guess(_end(text, node)) for node in level]
             asked = [i for i, (node, guess) in enumerate(zip(level, guesses))
                      if node.survival * _HOPE > needed and not (guess and guess.chance > _SURE)]
@@ -96,11 +98,12 @@ class DraftTree:
             candidates.sort(key=lambda node: -node.survival)
             level = []
             for node in candidates[:limit - len(kept) if self._model.branches else 1]:
-                if node.survival <= _ROW_COST * expected / spent:
+                cost = _row_cost(1 + len(kept) + len(level))
+                if node.survival <= cost * expected / spent:
                     break
                 level.append(node)
                 expected += node.survival
-                spent += _ROW_COST
+                spent += cost
             kept += level
             level = [node for node in level if node.token not in self._model.eos_ids]
             if not level or len(kept) >= limit:
@@ -169,6 +172,11 @@ class DraftTree:
         for node in children.get(0, []):
             put(node, -1)
         return drafts
+
+
+def _row_cost(rows: int) -> float:
+    """Of one more row beside so many, in passes."""
+    return _ROW_COST if rows < _TILE else _LATE_ROW_COST
 
 
 def _end(text: Sequence[int], node: _Node) -> list[int]:

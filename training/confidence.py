@@ -216,7 +216,7 @@ def main() -> None:
         if words is None:
             words = frequent_tokens(store.choices(store.of(Split.TRAIN)), model.vocab_size, model.eos_ids)
         shape["sketch_size"] = min(args.words, len(words))
-        bank.sketch_ids = words[:shape["sketch_size"]].to(model.device)
+        bank.sketch_ids = words[:shape["sketch_size"]].to(model.device).clone()     # a tensor of its own, to be saved
         facts = softmax_facts(pack(model.head_weight.detach()[bank.sketch_ids].cpu()))
 
     @torch.no_grad()
