@@ -481,11 +481,6 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
     const int wide = (H + 2 * G) * d, group = H / G;
     const int together = begins ? 1 : rows;                     // rows whose queries may share a reading of keys
     const int queries_per_unit = together * group, units = rows / together;
-    // Queries of a head and unit in as few tiles as share them out evenly among the threads.
-    int tiles = (queries_per_unit + MAX_QUERIES - 1) / MAX_QUERIES;
-    while (tiles < queries_per_unit && G * units * tiles % threads) tiles++;
-    const int tile_size = (queries_per_unit + tiles - 1) / tiles;
-    const int tiles_per_unit = (queries_per_unit + tile_size - 1) / tile_size;
     const int room = (start + rows + KEYS - 1) / KEYS * KEYS, lanes = begins ? rows : 1;
     const int tail = parents ? (rows / 2 + 2) * d : 0;
     int* position = i_positions.get(rows);
@@ -556,10 +551,11 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
             }
             team.meet();
             // 3. attention, a few queries of a key-value head at a time
-            const int items = G * units * tiles_per_unit;
-            for (int i = team.from(items); i < team.to(items); i++) {
-                int g = i / (units * tiles_per_unit), unit = i / tiles_per_unit % units, from = i % tiles_per_unit * tile_size;
-                int tile = queries_per_unit - from < tile_size ? queries_per_unit - from : tile_size;
+            const int all_queries = G * units * queries_per_unit, end = team.to(all_queries);
+            for (int next = team.from(all_queries), tile; next < end; next += tile) {
+                int g = next / (units * queries_per_unit), unit = next / queries_per_unit % units, from = next % queries_per_unit;
+                int left = queries_per_unit - from < end - next ? queries_per_unit - from : end - next;
+                tile = left < MAX_QUERIES ? left : MAX_QUERIES;
                 int seen[MAX_QUERIES];
                 const int* paths[MAX_QUERIES];
                 float* to[MAX_QUERIES];
