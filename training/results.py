@@ -239,7 +239,7 @@ difference stands, the model's two best tokens are {apart}):
 def parts(distill: dict, config: dict) -> list[tuple[list[int], dict]]:
     """Reports of the training runs behind an artifact, with the layers that each was for; joined ones have several."""
     if "parts" not in distill:
-        return [(config.get("layers") or distill["settings"]["layers"], distill)]
+        return [(distill["settings"].get("only") or config.get("layers") or distill["settings"]["layers"], distill)]
     found: list[tuple[list[int], dict]] = []
     for part in distill["parts"]:
         report = {k: v for k, v in part.items() if k != "layer"}
@@ -281,10 +281,18 @@ def runs(distill: dict, config: dict) -> list[dict]:
 def training_text(distill: dict, config: dict) -> str:
     texts = []
     for layers, report in parts(distill, config):
-        before = parts(report["went_on_from"], {}) if report.get("went_on_from") else []
-        texts.append(f"after {layers_text(layers)} on {report['held_out_rows']:,} tokens, trained on {report['rows']:,}"
-                     + "".join(f", before that after {layers_text(other)} on {run['rows']:,}" for other, run in before))
+        texts.append(f"{report['held_out_rows']:,} tokens; after {layers_text(layers)} trained on {report['rows']:,}"
+                     + "".join(f", before that after {layers_text(other)} on {run['rows']:,}"
+                               for other, run in history(report)))
     return "; ".join(texts)
+
+
+def history(report: dict) -> list[tuple[list[int], dict]]:
+    """The training runs before this one, the newest first, with the layers that each was for."""
+    if not report.get("went_on_from"):
+        return []
+    before = parts(report["went_on_from"], {})
+    return before + [older for _, run in before for older in history(run)]
 
 
 def card(folder: Path) -> str:
