@@ -294,7 +294,9 @@ class SegmentedModel:
 
         if not self.replays or rows > self.row_multiple:
             return through
-        return cache.replayed.setdefault(s, Replayed(through, self.row_multiple))
+        if s not in cache.replayed:
+            cache.replayed[s] = Replayed(through, self.row_multiple)
+        return cache.replayed[s]
 
     @property
     def branches(self) -> bool:

@@ -19,7 +19,7 @@ from cascadeexit.lookup import LONGEST_MATCH, Guess, Lookup
 from cascadeexit.model import SegmentedModel
 
 _ROW_COST = 0.02            # of one more row to verify, in passes of the full model: measured from 1 to 8 rows,
-_TILE = 8                   # which our kernels take through a weight together;
+_TILE = 8                   # which our kernels take through a weight together (MAX_TILE there);
 _LATE_ROW_COST = 0.1        # of a row beyond those
 _READ_COST = 0.5            # of a byte that drafting reads, in bytes of a pass: measured, they come from a near cache
 _BRANCHES = 6               # drafts that may follow one token

@@ -274,7 +274,7 @@ def runs(distill: dict, config: dict) -> list[dict]:
     """Every training run behind an artifact, the newest first."""
     found = []
     for _, report in parts(distill, config):
-        found += [report, *(runs(report["went_on_from"], {}) if report.get("went_on_from") else [])]
+        found += [report, *(run for _, run in history(report))]
     return found
 
 
