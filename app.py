@@ -24,7 +24,7 @@ import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 
 from cascadeexit import evaluation, hub, metrics, prompts, record, stream, views  # noqa: E402
-from cascadeexit.engine import DecodeConfig, Mode  # noqa: E402
+from cascadeexit.engine import CASCADE_THRESHOLD, DecodeConfig, Mode, graded_thresholds  # noqa: E402
 from cascadeexit.inspection import Inspection, inspect  # noqa: E402
 from cascadeexit.library import Library, Offer  # noqa: E402
 from cascadeexit.race import race  # noqa: E402
@@ -43,8 +43,7 @@ EXAMPLES = {
 }
 MODES = [("Cascade: fast, keeps what a sure exit says", Mode.CASCADE),
          ("Verified: exact, the full model checks every guess", Mode.VERIFIED)]
-PRESETS = [("Fast", 0.5), ("Balanced", 0.7), ("Careful", 0.9)]
-DEFAULT_THRESHOLD = 0.7
+PRESETS = [("Fast", 0.4), ("Balanced", CASCADE_THRESHOLD), ("Careful", 0.8)]
 MAX_UPLOAD = 10_000_000         # bytes that the server takes in at all; what reads a file has its own, smaller limit
 MAX_PROMPT_CHARACTERS = 20_000
 NEVER = 1.0             # a threshold slider at its end closes the exit
@@ -88,6 +87,13 @@ def decode_configs(num_exits: int, mode, max_new_tokens, max_draft, temperature,
                 DecodeConfig(mode=Mode.FULL, **shared))
     except TypeError:
         raise ValueError("A setting is empty: give it a value.") from None
+
+
+def sliders_at(threshold: float, shape: stream.Shape) -> list[float]:
+    """Each threshold slider at one price (`graded_thresholds`), that of the first exit as given; NEVER closes all."""
+    depths = [layer / shape.num_layers for layer in shape.exit_layers]
+    each = [t if t >= NEVER else min(round(t, 2), 0.99) for t in graded_thresholds(threshold, depths)]
+    return [*each, *[threshold] * MAX_EXITS][:MAX_EXITS]
 
 
 def _left_out(s: int) -> int:
@@ -295,13 +301,14 @@ def add_endpoints(page: Page) -> None:
     """/models, /generate, /compare and /evaluate; plain JSON in and out."""
     library = page.library
 
-    def prepared(model: str, prompt: str | None, chat: bool, **options) -> tuple:
+    def prepared(model: str, prompt: str | None, chat: bool, threshold: float, **options) -> tuple:
         try:
             label = model or library.labels[0]
             if label not in library.labels:
                 raise ValueError(f"model '{label}' is not offered here; /models lists {', '.join(library.labels)}")
             engine, tokenizer = library.get(label)
-            config, full = decode_configs(engine.num_exits, **options)
+            config, full = decode_configs(engine.num_exits, **options, force=FIRST_SURE,
+                                          thresholds=graded_thresholds(threshold, engine.exit_depths))
             ids = None if prompt is None else prompt_ids(tokenizer, prompt, chat)
             engine.check([0] if ids is None else ids, config)
             return engine, tokenizer, ids, config, full
@@ -313,7 +320,7 @@ def add_endpoints(page: Page) -> None:
         return [dict(model=label, layers=shape.num_layers, exit_layers=list(shape.exit_layers), trained=shape.trained)
                 for label, shape in library.shapes.items()]
 
-    def generate(prompt: str, mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 128,
+    def generate(prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD, max_new_tokens: int = 128,
                  max_draft: int = MAX_DRAFT, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
                  chat: bool = True, model: str = "") -> dict:
         """Write with early exits.
@@ -321,7 +328,8 @@ def add_endpoints(page: Page) -> None:
         Args:
             prompt: what to answer, or with chat=False what to continue.
             mode: 'cascade' (fast, keeps what a sure exit says), 'verified' (exactly the full model's text) or 'full'.
-            threshold: cascade mode: how sure an exit must be, 0 to 1; 1 closes all exits.
+            threshold: cascade mode: how sure the first exit must be, 0 to 1; deeper ones, which save less, must be
+                surer in proportion. 1 closes all exits.
             max_new_tokens: the most tokens to write.
             max_draft: verified mode: the most guesses before the full model looks.
             temperature: 0 takes the likeliest token always.
@@ -334,13 +342,13 @@ def add_endpoints(page: Page) -> None:
         earlier in the text) and stats.
         """
         engine, tokenizer, ids, config, _ = prepared(
-            model, prompt, chat, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
-            temperature=temperature, top_p=top_p, seed=seed, force=FIRST_SURE, thresholds=[threshold] * MAX_EXITS)
+            model, prompt, chat, threshold, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
+            temperature=temperature, top_p=top_p, seed=seed)
         run = engine.run(ids, config)
         return dict(text=tokenizer.decode(run.token_ids, skip_special_tokens=True), token_ids=run.token_ids,
                     exits=[e.exit for e in run.events if e.final], stats=asdict(run.stats))
 
-    def compare(prompt: str, mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 128,
+    def compare(prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD, max_new_tokens: int = 128,
                 max_draft: int = MAX_DRAFT, chat: bool = True, model: str = "") -> dict:
         """Write with early exits and with the full model, side by side; arguments as for generate.
 
@@ -348,8 +356,8 @@ def add_endpoints(page: Page) -> None:
         model would have chosen too), positional_match, first_divergence and identical.
         """
         engine, tokenizer, ids, config, full = prepared(
-            model, prompt, chat, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft, temperature=0.0,
-            top_p=1.0, seed=0, force=FIRST_SURE, thresholds=[threshold] * MAX_EXITS)
+            model, prompt, chat, threshold, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
+            temperature=0.0, top_p=1.0, seed=0)
         told = stream.TokenStream(engine, tokenizer, config, ids)
         for _ in stream.frames(told, race({stream.CASCADE: engine.generate(ids, config),
                                            stream.FULL: engine.generate(ids, full)})):
@@ -364,8 +372,8 @@ def add_endpoints(page: Page) -> None:
                     positional_match=match.positional, first_divergence=match.first_divergence,
                     identical=match.sequence)
 
-    def evaluate(texts: list[str], mode: str = "cascade", threshold: float = 0.7, max_new_tokens: int = 64,
-                 max_draft: int = MAX_DRAFT, chat: bool = True, model: str = "") -> dict:
+    def evaluate(texts: list[str], mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
+                 max_new_tokens: int = 64, max_draft: int = MAX_DRAFT, chat: bool = True, model: str = "") -> dict:
         """Compare over many prompts; arguments as for generate.
 
         Args:
@@ -376,8 +384,8 @@ def add_endpoints(page: Page) -> None:
         if not texts or len(texts) > prompts.MAX_PROMPTS:
             raise gr.Error(f"give 1 to {prompts.MAX_PROMPTS} prompts, got {len(texts)}", print_exception=False)
         engine, tokenizer, _, config, _ = prepared(
-            model, None, chat, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft, temperature=0.0,
-            top_p=1.0, seed=0, force=FIRST_SURE, thresholds=[threshold] * MAX_EXITS)
+            model, None, chat, threshold, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
+            temperature=0.0, top_p=1.0, seed=0)
         results = list(evaluation.evaluate(
             engine, partial(prompt_ids, tokenizer, chat=chat), [prompts.Prompt("own", str(text)) for text in texts],
             config, partial(tokenizer.decode, skip_special_tokens=True)))
@@ -518,12 +526,14 @@ def build_demo(library: Library) -> gr.Blocks:
                     model, [prompt, *outputs], cancels=[running, again], queue=False, **quiet)
         charts.expand(page.charts, charted, figures, queue=False, **quiet)
         model.input(lambda label: (stream.model_line(library.shapes[label]), *NO_CHARTS, *_fit(library.shapes[label]),
-                                   *_dials_at(DEFAULT_THRESHOLD, curves[label])),
+                                   *_dials_at(CASCADE_THRESHOLD, curves[label])),
                     model, [*outputs, force, *thresholds, preset, quality], cancels=[running, again], queue=False,
                     **quiet)
-        preset.input(lambda value, label: ([value] * MAX_EXITS + _dials_at(value, curves[label])[1:]),
+        preset.input(lambda value, label: (*sliders_at(value, library.shapes[label]),
+                                           _dials_at(value, curves[label])[1]),
                      [preset, model], [*thresholds, quality], queue=False, **quiet)
-        quality.input(lambda percent, label: [threshold_for(percent / 100, curves[label])] * MAX_EXITS + [None],
+        quality.input(lambda percent, label: (*sliders_at(threshold_for(percent / 100, curves[label]),
+                                                          library.shapes[label]), None),
                       [quality, model], [*thresholds, preset], queue=False, **quiet)
         gr.on([slider.input for slider in thresholds], None, None, preset, js="() => null", **quiet)
         link.click(None, inputs, js=COPY_LINK).then(
@@ -545,7 +555,8 @@ def build_demo(library: Library) -> gr.Blocks:
             wanted = values[-MAX_EXITS:][:len(shape.exit_layers)]
             dials = [gr.skip()] * 2
             if all(isinstance(t, float) for t in wanted):
-                dials = _dials_at(wanted[0] if len(set(wanted)) == 1 else None, curves[label])
+                dials = _dials_at(wanted[0] if wanted == sliders_at(wanted[0], shape)[:len(wanted)] else None,
+                                  curves[label])
             for update, value in zip(fitted, values[-len(fitted):]):        # the menu and its choice in one
                 update.update(value if isinstance(value, dict) else dict(value=value))
             return (*values[:-len(fitted)], *fitted, *dials,
@@ -592,11 +603,11 @@ def _many_prompts() -> tuple[gr.components.Component, ...]:
 
 
 def _dials(curve: list[dict]) -> tuple[gr.Radio, gr.Slider]:
-    """Both set all thresholds: a word, or a wanted quality where one was measured."""
+    """Both set all thresholds, at one price: a word, or a wanted quality where one was measured."""
     with gr.Row(elem_id="ce-dials"):
-        return (gr.Radio(PRESETS, value=DEFAULT_THRESHOLD, label="How sure must an exit be?", elem_id="ce-preset",
+        return (gr.Radio(PRESETS, value=CASCADE_THRESHOLD, label="How sure must an exit be?", elem_id="ce-preset",
                          scale=3, min_width=280),
-                gr.Slider(70, 97, _percent_at(DEFAULT_THRESHOLD, curve), step=1, label="Agreement wanted, %",
+                gr.Slider(70, 97, _percent_at(CASCADE_THRESHOLD, curve), step=1, label="Agreement wanted, %",
                           buttons=[], elem_id="ce-quality", scale=2, min_width=200, visible=bool(curve)))
 
 
@@ -605,7 +616,7 @@ def _percent_at(threshold: float, curve: list[dict]) -> int:
 
 
 def _dials_at(threshold: float | None, curve: list[dict]) -> list[dict]:
-    """Updates of both dials for one threshold of all exits; None: they differ."""
+    """Updates of both dials for thresholds at one price, that of the first exit given; None: at none."""
     named = threshold if threshold in dict(PRESETS).values() else None
     percent = {} if threshold is None else dict(value=_percent_at(threshold, curve))
     return [gr.update(value=named), gr.update(visible=bool(curve), **percent)]
@@ -619,8 +630,8 @@ def _exit_controls(shape: stream.Shape) -> tuple[list[gr.Slider], gr.Dropdown]:
                 " Verified mode guesses wherever that saves time.</p>", elem_id="ce-hint", apply_default_css=False,
                 min_width=220)
     with gr.Row():
-        sliders = [gr.Slider(0, NEVER, DEFAULT_THRESHOLD, step=0.01, buttons=[], min_width=200, **_slider(s, shape))
-                   for s in range(MAX_EXITS)]
+        sliders = [gr.Slider(0, NEVER, t, step=0.01, buttons=[], min_width=200, **_slider(s, shape))
+                   for s, t in enumerate(sliders_at(CASCADE_THRESHOLD, shape))]
     return sliders, force
 
 
@@ -639,7 +650,7 @@ def _slider(s: int, shape: stream.Shape) -> dict:
 def _fit(shape: stream.Shape) -> list[dict]:
     """Updates that make the exit controls those of another model, as it is first shown."""
     return [gr.update(**_ways_out(shape)),
-            *(gr.update(value=DEFAULT_THRESHOLD, **_slider(s, shape)) for s in range(MAX_EXITS))]
+            *(gr.update(value=t, **_slider(s, shape)) for s, t in enumerate(sliders_at(CASCADE_THRESHOLD, shape)))]
 
 
 def _more_settings() -> list[gr.components.Component]:

@@ -25,7 +25,7 @@ from cascadeexit.sampling import Sampler
 from cascadeexit.tree import Draft, DraftTree
 
 _MAX_ROWS = 256             # rows of one prefill or catch-up pass: bounds the memory of masks and activations
-CASCADE_THRESHOLD = 0.7
+CASCADE_THRESHOLD = 0.6
 _REACH = 0.3                # by more than this an exit is seldom surer than the one before it: measured
 _CAPACITY_STEP = 128        # cache sizes come in steps, so that runs of like length share kernels and buffers
 
@@ -45,9 +45,10 @@ class DecodeConfig:
     max_draft: int = 7
     """verified: the most tokens drafted before the full model looks at them."""
     thresholds: float | Sequence[float | None] | None = None
-    """Confidence in [0, 1] from which an exit is taken: one for all exits, or one each; None in their place closes an
-    exit. None alone is each mode's own rule: 0.7 for cascade; for verified a tree of drafts, from the exit before the
-    first layer and copied from earlier text, as large as is likely to save more than it costs (`DraftTree`)."""
+    """Confidence in [0, 1] from which an exit is taken: the first exit's, from which those of deeper ones follow
+    (`graded_thresholds`), or one each; None in their place closes an exit. None alone is each mode's own rule: 0.6 for
+    cascade; for verified a tree of drafts, from the exit before the first layer and copied from earlier text, as large
+    as is likely to save more than it costs (`DraftTree`)."""
     tolerance: float = 0.0
     """verified, greedy: a draft also stands when the full model gives it at least 1 - tolerance times the probability
     of its own choice. 0 is lossless; above, the text may differ where the full model itself is torn."""
@@ -77,15 +78,28 @@ class DecodeConfig:
         if any(t is not None and not 0 <= t <= 1 for t in each):
             raise ValueError(f"thresholds must be in [0, 1] or None, got {self.thresholds}")
 
-    def threshold_per_exit(self, num_exits: int) -> tuple[float | None, ...]:
-        """One threshold per exit, None where it is closed or has none that is fixed; ValueError for a wrong number."""
-        if self.thresholds is None:
-            return (CASCADE_THRESHOLD if self.mode is Mode.CASCADE else None,) * num_exits
-        if isinstance(self.thresholds, (int, float)):
-            return (self.thresholds,) * num_exits
-        if len(self.thresholds) != num_exits:
-            raise ValueError(f"this model has {num_exits} exits, got {len(self.thresholds)} thresholds")
-        return tuple(self.thresholds)
+    def threshold_per_exit(self, depths: Sequence[float]) -> tuple[float | None, ...]:
+        """One threshold for each exit at these depths, None where it is closed or has none that is fixed.
+
+        Raises ValueError for a wrong number of thresholds.
+        """
+        wanted = CASCADE_THRESHOLD if self.thresholds is None and self.mode is Mode.CASCADE else self.thresholds
+        if wanted is None:
+            return (None,) * len(depths)
+        if isinstance(wanted, (int, float)):
+            return graded_thresholds(wanted, depths)
+        if len(wanted) != len(depths):
+            raise ValueError(f"this model has {len(depths)} exits, got {len(wanted)} thresholds")
+        return tuple(wanted)
+
+
+def graded_thresholds(first: float, depths: Sequence[float]) -> tuple[float, ...]:
+    """Thresholds of exits at these depths (parts of the layers, ascending) at one price, from that of the first exit.
+
+    To leave early saves the layers above and risks a wrong word. An exit is taken where that risk, 1 - confidence, is
+    at most a price times what it saves; so a deeper exit, which saves less, must be surer.
+    """
+    return tuple(1 - (1 - first) * (1 - depth) / (1 - depths[0]) for depth in depths)
 
 
 @dataclass(frozen=True)
@@ -179,6 +193,11 @@ class Engine:
     def num_exits(self) -> int:
         return self.model.num_segments - 1
 
+    @property
+    def exit_depths(self) -> tuple[float, ...]:
+        """The part of the layers below each exit."""
+        return self.costs.depths[:-1]
+
     def check(self, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
         """Raise ValueError when this run cannot work; called before any work by `generate`."""
         if len(prompt_ids) == 0:
@@ -193,7 +212,7 @@ class Engine:
         if config.mode is Mode.VERIFIED and config.max_draft >= self.model.max_verify_rows:
             raise ValueError(f"max_draft must be below {self.model.max_verify_rows} on this device (one pass of that "
                              f"many rows verifies the drafts), got {config.max_draft}")
-        config.threshold_per_exit(self.num_exits)
+        config.threshold_per_exit(self.exit_depths)
 
     def run(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Generation:
         """Generate to the end. Raises ValueError as `generate` does."""
@@ -235,7 +254,7 @@ class Engine:
         """The events of a run, those of one moment together."""
         model, bank, last = self.model, self.bank, self.num_exits
         verified = config.mode is Mode.VERIFIED
-        thresholds = (None,) * last if config.mode is Mode.FULL else config.threshold_per_exit(last)
+        thresholds = (None,) * last if config.mode is Mode.FULL else config.threshold_per_exit(self.exit_depths)
         tree = DraftTree(model, bank, prompt, config.temperature) if verified and config.thresholds is None else None
         sampler = self.sampler(config)
         stairs = Staircase(model, self.capacity(len(prompt) + config.max_new_tokens + config.max_draft))

@@ -176,7 +176,7 @@ class TokenStream:
         self._tokenizer, self._special = tokenizer, frozenset(tokenizer.all_special_ids)
         self.text = model_line(Shape.of(engine))
         self._write("run", run=self.run, mode=config.mode, greedy=config.temperature == 0,
-                    thresholds=config.threshold_per_exit(engine.num_exits), prompt_tokens=len(self.prompt_ids),
+                    thresholds=config.threshold_per_exit(engine.exit_depths), prompt_tokens=len(self.prompt_ids),
                     max_new_tokens=config.max_new_tokens, settings=settings or {})
 
     def add(self, name: str, event: TokenEvent) -> None:

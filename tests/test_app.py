@@ -20,6 +20,13 @@ def test_a_threshold_shows_the_agreement_that_was_measured_there(threshold, agre
     assert app.agreement_at(threshold, CURVE) == pytest.approx(agreement, abs=0.006)
 
 
+def test_sliders_at_one_price_rise_with_depth_and_only_the_end_closes_exits():
+    shape = stream.Shape("m", 30, (0, 9, 17, 24), True)
+    assert app.sliders_at(0.5, shape)[:4] == [0.5, 0.65, 0.78, 0.9]
+    assert app.sliders_at(0.99, shape)[:4] == [0.99] * 4 and app.sliders_at(1.0, shape) == [1.0] * app.MAX_EXITS
+    assert len(app.sliders_at(0.3, stream.Shape("m", 30, (9, 24), True))) == app.MAX_EXITS
+
+
 def test_the_measured_curve_is_that_of_the_shipped_exits():
     """Whoever ships new exits measures them: the quality dial would lie otherwise."""
     library = Library([Offer(hub.DEFAULT_MODEL, hub.DEFAULT_MODEL)])

@@ -219,6 +219,16 @@ def test_cascade_at_threshold_zero_leaves_at_the_first_open_exit(engine):
     assert {e.exit for e in engine.run(PROMPTS[1], config).events} == {1}
 
 
+def test_one_threshold_is_the_first_exits_and_deeper_ones_rise_as_less_is_saved(engine):
+    assert engine.exit_depths == pytest.approx((2 / 6, 3 / 6, 5 / 6))
+    assert DecodeConfig(thresholds=0.2).threshold_per_exit((0, 0.25, 0.5)) == pytest.approx((0.2, 0.4, 0.6))
+    assert DecodeConfig(thresholds=0.6).threshold_per_exit(engine.exit_depths) == pytest.approx((0.6, 0.7, 0.9))
+    for end in (0.0, 1.0):
+        assert DecodeConfig(thresholds=end).threshold_per_exit(engine.exit_depths)[0] == end
+    assert DecodeConfig(thresholds=1).threshold_per_exit(engine.exit_depths) == (1, 1, 1)
+    assert DecodeConfig(thresholds=(0.5, None, 0.4)).threshold_per_exit(engine.exit_depths) == (0.5, None, 0.4)
+
+
 def test_identity_exits_of_the_last_layer_but_one_read_as_the_logit_lens():
     base = tiny_base()
     model = SegmentedModel(tiny_base(), (5,))

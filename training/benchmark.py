@@ -109,6 +109,12 @@ def llama_cpp(gguf: Path, tokens: int, eos: frozenset[int]) -> Callable:
     return decode
 
 
+def thresholds(wanted: str) -> float | tuple[float | None, ...]:
+    """0.6 as it is; no,0.3,0.4 one each. Raises ValueError for what is neither."""
+    first, *others = (None if part == "no" else float(part) for part in wanted.split(","))
+    return (first, *others) if others else first
+
+
 def make_contenders(engine: Engine, reference, args) -> list[Contender]:
     n, first = args.tokens, next(layer for layer in engine.model.exit_layers if layer)
     jobs = {GENERATE: theirs(reference, n)}
@@ -119,8 +125,8 @@ def make_contenders(engine: Engine, reference, args) -> list[Contender]:
     if args.gguf and importlib.util.find_spec("llama_cpp"):
         jobs["llama.cpp, 4-bit"] = llama_cpp(args.gguf, n, engine.model.eos_ids)
     jobs["full"] = ours(engine, n, Mode.FULL)
-    for threshold in args.cascade_thresholds:
-        jobs[f"cascade {threshold:g}"] = ours(engine, n, Mode.CASCADE, thresholds=threshold)
+    for wanted in args.cascade_thresholds:
+        jobs[f"cascade {wanted}"] = ours(engine, n, Mode.CASCADE, thresholds=thresholds(wanted))
     jobs["verified"] = ours(engine, n, Mode.VERIFIED, max_draft=args.max_draft)
     for tolerance in args.tolerances:
         jobs[f"verified, tolerance {tolerance:g}"] = ours(engine, n, Mode.VERIFIED, max_draft=args.max_draft,
@@ -272,7 +278,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=int, help="default 50, --quick 8")
     parser.add_argument("--tokens", type=int, help="new tokens a prompt; default 128, --quick 64")
-    parser.add_argument("--cascade-thresholds", type=float, nargs="+", default=[0.9, 0.7, 0.4])
+    parser.add_argument("--cascade-thresholds", nargs="+", default=["0.8", "0.6", "0.4"], metavar="T", help="of the "
+                        "first exit, from which the others follow; or of each by commas, 'no' for one that is closed")
     parser.add_argument("--tolerances", type=float, nargs="*", default=[0.3, 0.6], help="of lossy verification")
     parser.add_argument("--max-draft", type=int, default=DecodeConfig.max_draft)
     parser.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp where llama_cpp is installed")

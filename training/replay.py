@@ -94,7 +94,8 @@ def measure(shape: str | None, tokens: int, read_bandwidth: Callable, acceptance
     shape = shape or ("llama-3.2-3b" if device.type == "cuda" else "smollm2-135m")
     engine, prompt = make_engine(shape, device), list(range(2, 34))
     only_first = (0.0, *(None,) * (engine.num_exits - 1))       # one exit drafts, four at a time, whatever it thinks
-    jobs = {"full": (0.0, dict(mode=Mode.FULL)), "cascade": (0.0, dict(mode=Mode.CASCADE, thresholds=0.5))}
+    jobs = {"full": (0.0, dict(mode=Mode.FULL)),
+            "cascade": (0.0, dict(mode=Mode.CASCADE, thresholds=(0.5,) * engine.num_exits))}
     jobs |= {f"verified, {a:.0%} right": (a, dict(mode=Mode.VERIFIED, thresholds=only_first, max_draft=4))
              for a in acceptances}
     runs: dict[str, list] = {name: [] for name in jobs}

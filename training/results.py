@@ -150,7 +150,8 @@ def readme_section() -> str:
 **Speed and quality**, {speed['model']}, {speed['dtype']}, {speed['device']}: {speed['prompts']} prompts
 ({", ".join(f"{n} {kind}" for kind, n in speed['sets'].items())}) of up to {speed['tokens']} new tokens, greedy, all
 alternated in one run, prefill included. Tokens/s are medians over prompts; a ratio is the median in each set of
-prompts, then the geometric mean over the sets. `cascade` with its threshold; `verified` by its own rule, up to
+prompts, then the geometric mean over the sets. `cascade` with its first exit's threshold, from which
+the others follow, or with one each (`no`: closed); `verified` by its own rule, up to
 {speed['max_draft']} drafts.
 
 {speed_table(speed)}
@@ -187,8 +188,8 @@ exit itself left behind:
 
 {source(exits[0])}
 
-**Quality of the cascade, closed loop**, {decode['prompts']} prompts of up to {decode['tokens']} tokens, one threshold
-for all exits:
+**Quality of the cascade, closed loop**, {decode['prompts']} prompts of up to {decode['tokens']} tokens. The
+threshold is that of the first exit; the others' follow from it, higher the less an exit saves:
 
 {cascade_table(decode)}
 

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from cascadeexit.engine import DecodeConfig
+from cascadeexit.stream import Shape
 from tests.browser.test_page import FINAL, SKY, shown_ids
 
 pytestmark = pytest.mark.browser
@@ -60,8 +61,9 @@ def tokens(page, n: int) -> None:
 def ids_of(tiny, n: int, mode: str) -> list[int]:
     import app
     engine, tokenizer = tiny
+    thresholds = app.sliders_at(app.CASCADE_THRESHOLD, Shape.of(engine))[:engine.num_exits]
     return engine.run(app.prompt_ids(tokenizer, SKY, chat=True),
-                      DecodeConfig(mode=mode, max_new_tokens=n, thresholds=0.7)).token_ids
+                      DecodeConfig(mode=mode, max_new_tokens=n, thresholds=thresholds)).token_ids
 
 
 @pytest.mark.parametrize("mode", ["cascade", "verified"])

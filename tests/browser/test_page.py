@@ -17,6 +17,7 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.library import Library
 from cascadeexit.model import SegmentedModel
 from cascadeexit.race import race
+from cascadeexit.stream import Shape
 from tests.browser.conftest import SEED
 from tests.browser.server import serve, serve_library
 from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
@@ -47,9 +48,14 @@ def run_to_end(page) -> None:
     page.wait_for_selector(".ce-status.done")
 
 
+def sliders(engine, threshold: float) -> list[float]:
+    """The thresholds that the page has at one price."""
+    return app.sliders_at(threshold, Shape.of(engine))[:engine.num_exits]
+
+
 def expected(tiny, mode: str, prompt: str = SKY) -> list[int]:
     engine, tokenizer = tiny
-    config = DecodeConfig(mode=mode, max_new_tokens=200, thresholds=0.7)
+    config = DecodeConfig(mode=mode, max_new_tokens=200, thresholds=sliders(engine, app.CASCADE_THRESHOLD))
     return engine.run(app.prompt_ids(tokenizer, prompt, chat=True), config).token_ids
 
 
@@ -353,10 +359,11 @@ def test_a_preset_sets_every_threshold_also_behind_closed_settings(page, tiny):
     page.get_by_label("Careful").check()
     run_to_end(page)
     engine, tokenizer = tiny
-    config = DecodeConfig(max_new_tokens=200, thresholds=0.9)
+    careful = sliders(engine, dict(app.PRESETS)["Careful"])
+    config = DecodeConfig(max_new_tokens=200, thresholds=careful)
     assert shown_ids(page, "cascade") == engine.run(app.prompt_ids(tokenizer, SKY, chat=True), config).token_ids
     open_settings(page)
-    assert thresholds_shown(page) == ["0.9"] * 3
+    assert thresholds_shown(page) == [f"{t:g}" for t in careful]
     slider = page.get_by_label("number input for Exit 2")
     slider.fill("0.4")
     slider.press("Tab")
@@ -430,7 +437,7 @@ def test_a_link_restores_every_setting(page, open_page):
     page.wait_for_timeout(300)
     link = link_of(page)
     assert link == dict(p="a & b = c? <b>é😀", mode="verified", chat="false", n="77", drafts="3", temp="0.5",
-                        top_p="0.9", seed="12", exit="-4", t="0.55,0.65,0.7,0.7,0.7,0.7", model="llama-untied")
+                        top_p="0.9", seed="12", exit="-4", t="0.55,0.65,0.9,0.6,0.6,0.6", model="llama-untied")
     other = open_page(page.url)
     other.wait_for_function("document.querySelector('#ce-prompt textarea').value.startsWith('a & b')")
     other.evaluate("history.replaceState(null, '', '/')")
@@ -438,8 +445,9 @@ def test_a_link_restores_every_setting(page, open_page):
     assert other.locator("#ce-preset input:checked").count() == 0, "no preset has these thresholds"
 
 
-def test_a_link_shows_the_preset_that_it_holds(open_page, tiny_url):
-    page = open_page(f"{tiny_url}?t={','.join(['0.9'] * 6)}")
+def test_a_link_shows_the_preset_that_it_holds(open_page, tiny, tiny_url):
+    careful = sliders(tiny[0], dict(app.PRESETS)["Careful"])
+    page = open_page(f"{tiny_url}?t={','.join(map(str, careful))}")
     page.wait_for_function("document.querySelector('#ce-preset input:checked + *, #ce-preset .selected')"
                            ".textContent.includes('Careful')")
 
