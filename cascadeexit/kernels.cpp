@@ -1,8 +1,8 @@
 // Decoder layers on a CPU, near the speed at which memory delivers their weights.
 //
 // One call takes a few rows through many layers: one team of threads, no allocation, no dispatch between operations.
-// Weights are bf16, packed so that a pass reads each of them once, in order: blocks of 32 outputs, pairs of inputs side
-// by side. Sums are fp32 and run over inputs in order, each row by itself, so a row's result is bitwise the same
+// Weights are bf16, or integers of 8 bits, packed so that a pass reads each of them once, in order: blocks of 32 outputs,
+// pairs of inputs side by side. Sums are fp32 and run over inputs in order, each row by itself, so a row's result is bitwise the same
 // whatever other rows are in the pass: that is what makes verification exact.
 //
 // Letters: N rows, D hidden size, H query heads on G key-value heads of size d, C cache capacity.
@@ -102,19 +102,32 @@ struct Team {
 #ifdef BF16_DOT
 // Asks memory for weights that are needed later. Few rows wait for memory all the time, and it is kept busiest by one long
 // reach into the first cache. Many rows also compute, and what would come too early there waits in the second one.
-template <int M, int W>
-inline void ahead(const uint32_t* w) {
-    constexpr int near = M < MANY ? 64 : 16, far = 256;
-    for (int v = 0; v < W; v += 16) {
-        _mm_prefetch((const char*)(w + near * W + v), _MM_HINT_T0);
-        if (M >= MANY) _mm_prefetch((const char*)(w + far * W + v), _MM_HINT_T1);
+template <int M, int W, class Pair>
+inline void ahead(const Pair* w) {
+    constexpr int line = 64 / sizeof(Pair), near = (M < MANY ? 128 : 32) * W, far = 512 * W;     // in bytes: times 2
+    for (int v = 0; v < W; v += line) {
+        _mm_prefetch((const char*)(w + v) + 2 * near, _MM_HINT_T0);
+        if (M >= MANY) _mm_prefetch((const char*)(w + v) + 2 * far, _MM_HINT_T1);
     }
+}
+
+// Pairs of weights of 16 outputs, as bf16; integers of 8 bits are exact there.
+inline __m512bh load_pairs(const uint32_t* w) { return (__m512bh)_mm512_loadu_si512(w); }
+inline __m512bh load_pairs(const uint16_t* w) {
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w)));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(w + 8))));
+    return _mm512_cvtne2ps_pbh(high, low);
 }
 #endif
 
-// out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and W outputs; w and x hold pairs of bf16.
-template <int M, int W>
-inline void dot_pairs(const uint32_t* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
+inline void widen_pair(uint32_t pair, float& first, float& second) {
+    first = widen(bf16(pair)), second = widen(bf16(pair >> 16));
+}
+inline void widen_pair(uint16_t pair, float& first, float& second) { first = int8_t(pair), second = int8_t(pair >> 8); }
+
+// out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and W outputs; x holds pairs of bf16, w of those or of 8 bits.
+template <int M, int W, class Pair>
+inline void dot_pairs(const Pair* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
 #ifdef BF16_DOT
     constexpr int V = W / 16;
     __m512 sum[M][V];
@@ -122,7 +135,7 @@ inline void dot_pairs(const uint32_t* w, const uint32_t* x, size_t stride, int p
         for (int v = 0; v < V; v++) sum[m][v] = _mm512_setzero_ps();
     for (int p = 0; p < pairs; p++, w += W) {
         __m512bh weights[V];
-        for (int v = 0; v < V; v++) weights[v] = (__m512bh)_mm512_loadu_si512(w + 16 * v);
+        for (int v = 0; v < V; v++) weights[v] = load_pairs(w + 16 * v);
         ahead<M, W>(w);
         for (int m = 0; m < M; m++) {
             __m512bh both = (__m512bh)_mm512_set1_epi32(int(x[m * stride + p]));
@@ -134,14 +147,12 @@ inline void dot_pairs(const uint32_t* w, const uint32_t* x, size_t stride, int p
 #else
     for (int m = 0; m < M; m++) {
         float sum[W] = {};
-        const uint32_t* at = w;
+        const Pair* at = w;
         for (int p = 0; p < pairs; p++, at += W) {
-            float first = widen(bf16(x[m * stride + p])), second = widen(bf16(x[m * stride + p] >> 16));
+            float first, second, a, b;
+            widen_pair(x[m * stride + p], first, second);
             for (int j = 0; j < W; j++) {
-                uint32_t low = at[j] << 16, high = at[j] & 0xFFFF0000u;
-                float a, b;
-                std::memcpy(&a, &low, 4);
-                std::memcpy(&b, &high, 4);
+                widen_pair(at[j], a, b);
                 sum[j] = __builtin_fmaf(b, second, __builtin_fmaf(a, first, sum[j]));
             }
         }
@@ -150,8 +161,8 @@ inline void dot_pairs(const uint32_t* w, const uint32_t* x, size_t stride, int p
 #endif
 }
 
-template <int W>
-void dot_rows(int rows, const uint32_t* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
+template <int W, class Pair>
+void dot_rows(int rows, const Pair* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
     switch (rows) {
         case 1: return dot_pairs<1, W>(w, x, stride, pairs, out);
         case 2: return dot_pairs<2, W>(w, x, stride, pairs, out);
@@ -168,9 +179,9 @@ void dot_rows(int rows, const uint32_t* w, const uint32_t* x, size_t stride, int
 
 extern "C" {
 
-struct Matrix {                     // (out, in), packed by ce_pack; bias may be null
-    const uint32_t* weight;
-    const float* bias;
+struct Matrix {                     // (out, in), packed by ce_pack, or with `scale` in 8 bits; bias may be null
+    const void* weight;
+    const float *scale, *bias;      // of each output, whole blocks of scales
     int32_t in, out;
 };
 
@@ -209,7 +220,8 @@ namespace {
 
 inline int blocks(const Matrix& m) { return (m.out + BLOCK - 1) / BLOCK; }
 inline int pairs(const Matrix& m) { return (m.in + 1) / 2; }
-inline const uint32_t* block(const Matrix& m, int b) { return m.weight + size_t(b) * pairs(m) * BLOCK; }
+template <class Pair = uint32_t>
+inline const Pair* block(const Matrix& m, int b) { return (const Pair*)m.weight + size_t(b) * pairs(m) * BLOCK; }
 
 // x (rows, in) times the matrix: done(row, first output, 32 sums) for each block of this thread's share.
 template <class Done>
@@ -218,7 +230,13 @@ inline void multiply(const Team& team, const Matrix& m, const bf16* x, size_t st
     for (int b = team.from(blocks(m)); b < team.to(blocks(m)); b++)
         for (int r = 0; r < rows; r += MAX_TILE) {
             int tile = rows - r < MAX_TILE ? rows - r : MAX_TILE;
-            dot_rows<BLOCK>(tile, block(m, b), (const uint32_t*)(x + r * stride), stride / 2, pairs(m), out);
+            const uint32_t* from = (const uint32_t*)(x + r * stride);
+            if (!m.scale) dot_rows<BLOCK>(tile, block(m, b), from, stride / 2, pairs(m), out);
+            else {
+                dot_rows<BLOCK>(tile, block<uint16_t>(m, b), from, stride / 2, pairs(m), out);
+                for (int i = 0; i < tile; i++)
+                    for (int j = 0; j < BLOCK; j++) out[i][j] *= m.scale[b * BLOCK + j];
+            }
             for (int i = 0; i < tile; i++) done(r + i, b * BLOCK, out[i]);
         }
 }
@@ -441,7 +459,7 @@ void ce_pack(const bf16* weight, int32_t out, int32_t in, uint32_t* packed, int3
             }
 }
 
-// Rows of the weight as they were before packing: outputs ids[0..n-1] -> out (n, in) bf16.
+// Rows of a bf16 weight as they were before packing: outputs ids[0..n-1] -> out (n, in) bf16.
 void ce_rows(const Matrix* m, const int64_t* ids, int32_t n, bf16* out) {
     for (int i = 0; i < n; i++) {
         const uint32_t* from = block(*m, int(ids[i] / BLOCK)) + ids[i] % BLOCK;

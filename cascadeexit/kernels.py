@@ -35,7 +35,8 @@ _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int32), ("outputs", c_int32)]
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("inputs", c_int32),
+                ("outputs", c_int32)]
 
 
 class _Layer(ctypes.Structure):
@@ -135,9 +136,9 @@ def usable(weight: Tensor) -> bool:
 class _Store:
     """Keeps alive what C holds pointers to, and packs weights into huge pages, which are read a third faster."""
 
-    def __init__(self, matrices: Sequence[Sequence[Tensor]]):
-        lib = library()
-        size = sum(-(-lib.ce_packed_bytes(*w.shape) // 64) * 64 for parts in matrices for w in parts)
+    def __init__(self, matrices: Sequence[Sequence[Tensor]], in_8_bits: Sequence[Tensor] = ()):
+        size = sum(_whole_lines(library().ce_packed_bytes(*w.shape)) for parts in matrices for w in parts)
+        size += sum(_whole_lines(w.nbytes) for w in in_8_bits)
         self._room = mmap.mmap(-1, max(size, 1))
         if _HUGE_PAGES is not None:
             try:
@@ -153,9 +154,16 @@ class _Store:
         for i, part in enumerate(parts):
             part = part.detach().contiguous()
             lib.ce_pack(part.data_ptr(), outputs, inputs, at, i, len(parts))
-            self._free += -(-lib.ce_packed_bytes(outputs, inputs) // 64) * 64
+            self._free += _whole_lines(lib.ce_packed_bytes(outputs, inputs))
         rows = outputs if len(parts) == 1 else len(parts) * -(-outputs // _BLOCK) * _BLOCK
-        return _Matrix(at, self.floats(bias), inputs, rows)
+        return _Matrix(at, None, self.floats(bias), inputs, rows)
+
+    def matrix_in_8_bits(self, weight: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None) -> _Matrix:
+        """One weight as `_in_8_bits` made it."""
+        at = self._free
+        ctypes.memmove(at, weight.data_ptr(), weight.nbytes)
+        self._free += _whole_lines(weight.nbytes)
+        return _Matrix(at, self.floats(scale), self.floats(bias), 2 * weight.shape[1], outputs)
 
     def floats(self, values: Tensor | None) -> int | None:
         """Address of an fp32 copy; None for None."""
@@ -165,14 +173,48 @@ class _Store:
         return self._kept[-1].data_ptr()
 
 
-class NativeLinear(nn.Module):
-    """x (..., I) bf16 -> x W^T + b (..., O) in fp32. Inference only: no gradient passes through."""
+def _whole_lines(size: int) -> int:
+    """Bytes up to the next cache line."""
+    return -(-size // 64) * 64
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+
+def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (O, I), I even, as integers up to 127, by blocks of 32 outputs and pairs of inputs: (O / 32, I / 2, 64).
+
+    And what the integers of each output are to be multiplied by, for whole blocks.
+    """
+    parts, scales = [], []
+    for block in weight.detach().split(_BLOCK):
+        block = nn.functional.pad(block.float(), (0, 0, 0, _BLOCK - len(block)))
+        scales.append(block.abs().amax(1).clamp(min=1e-30) / 127)
+        whole = (block / scales[-1][:, None]).round().to(torch.int8)
+        parts.append(whole.view(_BLOCK, -1, 2).transpose(0, 1).reshape(-1, 2 * _BLOCK))
+    return torch.stack(parts), torch.cat(scales)
+
+
+class NativeLinear(nn.Module):
+    """x (..., I) bf16 -> x W^T + b (..., O) in fp32. Inference only: no gradient passes through.
+
+    Args:
+        eight_bits: keep the weights as integers of 8 bits, each output with a scale of its own: half as much to read,
+            for results that need not be those of the bf16 weights.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, eight_bits: bool = False):
         super().__init__()
-        self.shape = tuple(weight.shape)
-        self._store = _Store([[weight]])
-        self._matrix = self._store.matrix(weight, bias=bias)
+        self.shape, self.eight_bits = tuple(weight.shape), eight_bits
+        if eight_bits:
+            whole, scale = _in_8_bits(weight)
+            self._store = _Store([], [whole])
+            self._matrix = self._store.matrix_in_8_bits(whole, scale, len(weight), bias)
+        else:
+            self._store = _Store([[weight]])
+            self._matrix = self._store.matrix(weight, bias=bias)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of weights that one output reads."""
+        return self.shape[1] + 4 if self.eight_bits else 2 * self.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
@@ -182,7 +224,9 @@ class NativeLinear(nn.Module):
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the weight: (n,) -> (n, I) bf16."""
+        """Rows of the weight: (n,) -> (n, I) bf16. Raises ValueError where they were rounded to 8 bits."""
+        if self.eight_bits:
+            raise ValueError("these weights were rounded to 8 bits; ask the layer that they were made from")
         ids = ids.to(torch.int64).contiguous()
         out = torch.empty(len(ids), self.shape[1], dtype=torch.bfloat16)
         library().ce_rows(byref(self._matrix), ids.data_ptr(), len(ids), out.data_ptr())
@@ -209,7 +253,7 @@ class NativeLinear(nn.Module):
         """Its first outputs alone, on the same weights; `outputs` a multiple of 32."""
         part = copy.copy(self)
         part.shape = (outputs, self.shape[1])
-        part._matrix = _Matrix(self._matrix.weight, self._matrix.bias, self._matrix.inputs, outputs)
+        part._matrix = _Matrix(self._matrix.weight, self._matrix.scale, self._matrix.bias, self._matrix.inputs, outputs)
         return part
 
     def extra_repr(self) -> str:

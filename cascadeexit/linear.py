@@ -19,10 +19,13 @@ def can_pack(weight: Tensor) -> bool:
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    """A frozen linear layer with this weight (O, I), packed where that is possible; our own kernels answer in fp32."""
+def pack(weight: Tensor, bias: Tensor | None = None, *, eight_bits: bool = False) -> nn.Module:
+    """A frozen linear layer with this weight (O, I), packed where that is possible; our own kernels answer in fp32.
+
+    eight_bits: where our own kernels run, its weights may be rounded to 8 bits.
+    """
     if kernels.usable(weight):
-        return kernels.NativeLinear(weight, bias)
+        return kernels.NativeLinear(weight, bias, eight_bits=eight_bits)
     return pack_stock(weight, bias)
 
 

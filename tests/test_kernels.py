@@ -142,6 +142,21 @@ def test_linear_is_the_linear_it_replaces(outputs, inputs):
         torch.testing.assert_close(packed(x), linear.float()(x.float()), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2)])
+def test_a_linear_in_8_bits_is_the_one_with_its_weights_rounded(outputs, inputs):
+    weight, x = torch.randn(outputs, inputs, dtype=torch.bfloat16), torch.randn(1, 9, inputs, dtype=torch.bfloat16)
+    packed, scale = pack(weight, eight_bits=True), weight.float().abs().amax(1, keepdim=True) / 127
+    rounded = (weight.float() / scale).round() * scale
+    assert packed.row_bytes == inputs + 4
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), x.float() @ rounded.T, atol=1e-4, rtol=1e-4)
+        assert torch.equal(torch.cat([packed(x[:, i:i + 1]) for i in range(9)], dim=1), packed(x)), "a row stands alone"
+        if outputs > 32:
+            torch.testing.assert_close(packed.first(32)(x), packed(x)[..., :32], atol=0, rtol=0)
+    with pytest.raises(ValueError, match="8 bits"):
+        packed.rows(torch.tensor([0]))
+
+
 @pytest.mark.parametrize("paired", [False, True])
 def test_softmax_facts_are_those_of_torch(paired):
     weight, x, before = (torch.randn(n, 64, dtype=torch.bfloat16) for n in (200, 7, 7))
