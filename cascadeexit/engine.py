@@ -309,8 +309,8 @@ class Engine:
             # 4. An exit was taken: its head names the token; deeper layers catch up when somebody next climbs there.
             if exit_hidden is not None:
                 choose = sampler.likeliest if verified else sampler.choose
-                token = choose(bank.logits(exit_hidden)[0], bank.head_ids)
-                stairs.weight_bytes += bank.head_bytes
+                token = choose(bank.logits(s, exit_hidden)[0], bank.head_ids)
+                stairs.weight_bytes += bank.head_bytes(s)
                 stairs.tokens.append(token)
                 said = exit_hidden
                 if verified:

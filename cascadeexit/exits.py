@@ -59,7 +59,9 @@ class ExitConfig:
     sketch_size: int = 0
     """'sketch': how many words."""
     head_size: int = 0
-    """Words in the exits' trimmed head; 0 = the whole vocabulary."""
+    """Words in the exits' trimmed head, the most frequent first; 0 = the whole vocabulary."""
+    head_sizes: tuple[int, ...] = ()
+    """How many of these, the first ones, each exit reads; () = all. Deep exits know rare words, shallow ones do not."""
     draft_size: int = 0
     """The first words of the trimmed head, its most frequent ones, from which trees of drafts are made; 0 = all."""
     norm_eps: float = 1e-5
@@ -69,7 +71,8 @@ class ExitConfig:
     format: int = _FORMAT
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("layers", "head_sizes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.adapter not in ADAPTERS:
             raise ValueError(f"adapter must be one of {', '.join(ADAPTERS)}, got '{self.adapter}'")
         if self.confidence not in ("mlp", "sketch", "softmax"):
@@ -79,11 +82,19 @@ class ExitConfig:
                              f"'{self.confidence}'")
         if not 0 <= self.draft_size <= self.head_size or self.draft_size % 32:
             raise ValueError(f"draft_size is a multiple of 32 up to head_size, {self.head_size}; got {self.draft_size}")
+        if self.head_sizes and (len(self.head_sizes) != len(self.layers) or max(self.head_sizes) != self.head_size
+                                or any(n < 1 or n % 32 and n != self.head_size for n in self.head_sizes)):
+            raise ValueError(f"head_sizes are one for each of {len(self.layers)} exits, multiples of 32 up to "
+                             f"head_size, {self.head_size}; got {self.head_sizes}")
         if not all(a < b for a, b in zip((-1, *self.layers), (*self.layers, self.num_layers), strict=True)):
             raise ValueError(f"exit layers must ascend within 0..{self.num_layers - 1}, got {self.layers}")
         if self.format != _FORMAT:
             raise ValueError(f"these exits have format {self.format}; this version reads format {_FORMAT}: train them "
                              "anew with training/run.sh, or use the version that made them")
+
+    def words(self, s: int) -> int:
+        """How many words exit s chooses from."""
+        return self.head_sizes[s] if self.head_sizes else self.head_size or self.vocab_size
 
 
 class ExitAdapter(nn.Module):
@@ -250,11 +261,11 @@ class ExitBank(nn.Module):
         self.register_buffer("head_ids", torch.arange(config.head_size) if config.head_size else None)
         self.register_buffer("sketch_ids", torch.arange(config.sketch_size) if config.sketch_size else None)
         self._adapt: list[Callable[[Tensor, Tensor], Tensor]] = list(self.adapters)
-        self._project: Callable[[Tensor], Tensor] | None = None
+        self._project: list[Callable[[Tensor], Tensor]] = []
         self._confidence: list[Callable[..., Tensor]] = [head.chance for head in self.confidence_heads or ()
                                                          if config.confidence == "mlp"]
         self._likeliest: Callable[[Tensor, int, float], tuple[Tensor, Tensor]] | None = None
-        self._sketch_bytes = self._own_sketch_bytes = 0
+        self._word_bytes = self._sketch_bytes = self._own_sketch_bytes = 0
 
     @classmethod
     def untrained(cls, model: SegmentedModel, *, confidence: str = "softmax", **shape) -> Self:
@@ -269,7 +280,7 @@ class ExitBank(nn.Module):
         return bank
 
     def attach(self, model: SegmentedModel, *, trainable: bool = False) -> Self:
-        """Move to the model's device and dtype and share its head; `head_bytes` is what one projection reads.
+        """Move to the model's device and dtype and share its head.
 
         trainable: gradients pass through the adapters, which our own kernels do not allow.
 
@@ -288,11 +299,21 @@ class ExitBank(nn.Module):
         self.adapters.to(model.dtype)           # the estimators stay in fp32
         # Bound methods, not modules: the head belongs to the base model and must not be saved with the exits.
         weight = model.head_weight.detach()
-        head, self.head_bytes = model.head, model.head_bytes
+        head, whole = model.head, c.head_size or c.vocab_size
         if self.head_ids is not None:
-            head = pack(weight[self.head_ids], eight_bits=True)         # as good as in bf16, and half as much to read
-            self.head_bytes = len(self.head_ids) * _row_bytes(head, weight)
-        self._project, self._likeliest = head.forward, likeliest(head, c.draft_size)
+            trimmed = weight[self.head_ids]
+            head = pack(trimmed, eight_bits=True)               # as good as in bf16, and half as much to read
+        self._word_bytes = _row_bytes(head, weight)
+
+        def first(words: int) -> nn.Module:
+            if words == whole:
+                return head
+            return head.first(words) if isinstance(head, NativeLinear) else pack(trimmed[:words])
+
+        sizes = [c.words(s) for s in range(len(c.layers))]
+        heads = {n: first(n) for n in sizes}
+        self._project = [heads[n].forward for n in sizes]
+        self._likeliest = likeliest(head, c.draft_size)
         if c.confidence == "mlp":
             self._confidence = [head.chance for head in self.confidence_heads]
         if self.sketch_ids is not None:
@@ -313,7 +334,8 @@ class ExitBank(nn.Module):
                 return Replayed(function, rows=1)
 
             self._adapt, self._confidence = ([replayed(f) for f in part] for part in (self.adapters, self._confidence))
-            self._project = replayed(self._project)
+            shared = {n: replayed(of.forward) for n, of in heads.items()}
+            self._project = [shared[n] for n in sizes]
         return self
 
     # -- one exit, hidden rows in --------------------------------------------------------------------------------
@@ -322,9 +344,9 @@ class ExitBank(nn.Module):
         """Hidden rows after segment s, and for each the adapted or normed hidden that named its token: (..., D)."""
         return self._adapt[s](h, said)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Adapted hidden (..., D) -> logits over the exits' head (..., V) or (..., K); see `token_id`."""
-        return self._project(hidden)
+    def logits(self, s: int, hidden: Tensor) -> Tensor:
+        """Adapted hidden (..., D) of exit s -> logits (..., V), or (..., K) over the first K of `head_ids`."""
+        return self._project[s](hidden)
 
     def likeliest(self, hidden: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Adapted hidden (N, D) -> the k likeliest tokens for drafts, best first: probabilities, token ids (N, k)."""
@@ -337,7 +359,7 @@ class ExitBank(nn.Module):
         before: adapted hidden of the exit before it for the same tokens (..., D), where that exit was asked.
         """
         if self.confidence_heads is None:
-            return self.logits(hidden).float().softmax(-1).amax(-1)
+            return self.logits(s, hidden).float().softmax(-1).amax(-1)
         if self.sketch_ids is None:
             return self._confidence[s](hidden)
         return self._confidence[s](hidden, before) if before is not None else self._confidence[s](hidden)
@@ -348,23 +370,27 @@ class ExitBank(nn.Module):
         """Weight bytes that the adapter of exit s reads."""
         return sum(p.nbytes for p in self.adapters[s].parameters())
 
+    def head_bytes(self, s: int) -> int:
+        """Weight bytes that the vocabulary projection of exit s reads."""
+        return self.config.words(s) * self._word_bytes
+
     def draft_bytes(self, s: int) -> int:
         """Weight bytes read to ask exit s for drafts."""
-        share = self.config.draft_size / self.config.head_size if self.config.draft_size else 1.0
-        return self.adapter_bytes(s) + round(share * self.head_bytes)
+        words = self.config.draft_size or self.config.head_size or self.config.vocab_size
+        return self.adapter_bytes(s) + words * self._word_bytes
 
     def try_bytes(self, s: int) -> int:
         """Weight bytes read to ask exit s how sure it is."""
         read = self.adapter_bytes(s)
         if self.confidence_heads is None:
-            return read + self.head_bytes
+            return read + self.head_bytes(s)
         read += self._sketch_bytes
         return read + sum(p.nbytes for p in self.confidence_heads[s].parameters())
 
     @property
     def memory_bytes(self) -> int:
         """What attached exits hold beside the model: adapters, estimators, their own head and sketch."""
-        own_head = self.head_bytes if self.head_ids is not None else 0
+        own_head = len(self.head_ids) * self._word_bytes if self.head_ids is not None else 0
         return own_head + self._own_sketch_bytes + sum(p.nbytes for p in self.parameters())
 
     def fingerprint(self) -> str:

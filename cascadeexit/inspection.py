@@ -78,7 +78,7 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
 def _read(engine: Engine, hidden: list[Tensor], rows: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates (n, S, K), their probabilities, and confidences (n, S - 1) of adapted rows and the full model's."""
     bank = engine.bank
-    tables = [(bank.logits(h), bank.head_ids) for h in hidden] + [(engine.model.logits(rows)[0], None)]
+    tables = [(bank.logits(s, h), bank.head_ids) for s, h in enumerate(hidden)] + [(engine.model.logits(rows)[0], None)]
     best, probabilities = [], []
     for logits, words in tables:
         # Equal logits are common in bf16: decoding takes the first of them, so it leads here too.

@@ -25,7 +25,7 @@ class Sampler:
 
         Args:
             logits: (V,), or (K,) over a trimmed head.
-            ids: the K token ids of a trimmed head.
+            ids: the token ids of a trimmed head, at least K.
         """
         if self.greedy:
             return self.likeliest(logits, ids)
@@ -55,7 +55,7 @@ class Sampler:
         return token
 
     def distribution(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Probabilities (V,) after temperature and top-p: fp32 logits (V,), or (K,) over the tokens `ids`."""
+        """Probabilities (V,) after temperature and top-p: fp32 logits (V,), or (K,) over the first K of `ids`."""
         probs = (logits.float() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ranked, order = probs.sort(descending=True)
@@ -64,4 +64,4 @@ class Sampler:
             probs = torch.zeros_like(probs).scatter_(0, order, ranked / ranked.sum())
         if ids is None:
             return probs
-        return torch.zeros(self.vocab_size, device=probs.device).scatter_(0, ids, probs)
+        return torch.zeros(self.vocab_size, device=probs.device).scatter_(0, ids[:len(probs)], probs)

@@ -153,7 +153,7 @@ def test_scripted_exits_are_accepted_or_rejected(shift, acceptance):
     full = engine.run(PROMPTS[2], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
     position = 0
 
-    def scripted_logits(hidden):
+    def scripted_logits(s, hidden):
         return torch.nn.functional.one_hot(torch.tensor([(full[position] + shift) % 97]), 97).float()
 
     engine.bank.logits = scripted_logits
@@ -193,7 +193,7 @@ def test_an_exit_is_handed_the_state_that_named_the_newest_token(mode, monkeypat
 
     def recorded(s, h, said):
         if text:
-            handed.append((engine.bank.logits(said).argmax().item(), text[-1]))
+            handed.append((engine.bank.logits(0, said).argmax().item(), text[-1]))
         return hidden(s, h, said)
 
     monkeypatch.setattr(engine.bank, "hidden", recorded)

@@ -38,7 +38,7 @@ def test_untrained_confidence_is_the_largest_probability_of_the_head():
     model = segmented()
     bank = ExitBank.untrained(model).attach(model)
     hidden = bank.hidden(0, torch.randn(5, model.hidden_size), torch.randn(5, model.hidden_size))
-    torch.testing.assert_close(bank.confidence(0, hidden), bank.logits(hidden).softmax(-1).amax(-1))
+    torch.testing.assert_close(bank.confidence(0, hidden), bank.logits(0, hidden).softmax(-1).amax(-1))
 
 
 def test_a_sketch_of_the_whole_vocabulary_knows_the_exits_probabilities():
@@ -48,7 +48,7 @@ def test_a_sketch_of_the_whole_vocabulary_knows_the_exits_probabilities():
     hidden, before = (bank.hidden(s, torch.randn(5, model.hidden_size), torch.zeros(5, model.hidden_size))
                       for s in (1, 0))
     (p, best), (other, their_best) = ((x, x.argmax(-1, keepdim=True)) for x in
-                                      (bank.logits(h).log_softmax(-1) for h in (hidden, before)))
+                                      (bank.logits(0, h).log_softmax(-1) for h in (hidden, before)))
     mine, theirs = (torch.cat([x.topk(2).values, -(x * x.exp()).sum(-1, keepdim=True)], -1) for x in (p, other))
     head = bank.confidence_heads[1]
     torch.testing.assert_close(bank.confidence(1, hidden), head.alone(mine)[:, 0].sigmoid())
@@ -60,9 +60,10 @@ def test_a_sketch_of_the_whole_vocabulary_knows_the_exits_probabilities():
     assert bank.try_bytes(0) == read + model.head_bytes
 
 
-@pytest.mark.parametrize("shape", [{}, {"head_size": 20}, {"adapter": "carry"},
+@pytest.mark.parametrize("shape", [{}, {"head_size": 20}, {"head_size": 90, "head_sizes": (32, 64, 90)},
+                                   {"adapter": "carry"},
                                    {"adapter": "carry", "confidence": "sketch", "sketch_size": 30}],
-                         ids=["whole-head", "trimmed-head", "carry", "sketch"])
+                         ids=["whole-head", "trimmed-head", "heads-of-their-own", "carry", "sketch"])
 def test_saved_exits_decode_the_same_when_loaded(tmp_path, shape):
     engine = tiny_engine(**shape)
     engine.bank.save(tmp_path)
@@ -73,6 +74,27 @@ def test_saved_exits_decode_the_same_when_loaded(tmp_path, shape):
     assert [e.confidences for e in a.events] == [e.confidences for e in b.events]
     assert {f.name for f in tmp_path.iterdir()} == {"config.json", "exits.safetensors"}
     assert engine.bank.fingerprint() == again.bank.fingerprint()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_exit_reads_the_first_words_of_the_head_that_are_its_own(dtype):
+    model = segmented(dtype=dtype)
+    whole, own = (ExitBank.untrained(model, head_size=90, **sizes) for sizes in ({}, {"head_sizes": (32, 64, 90)}))
+    for bank in (whole, own):
+        bank.head_ids.copy_(torch.arange(90).flip(0))
+        bank.attach(model)
+    hidden = torch.randn(4, model.hidden_size).to(dtype)
+    for s, words in enumerate((32, 64, 90)):
+        assert own.config.words(s) == words and whole.config.words(s) == 90
+        torch.testing.assert_close(own.logits(s, hidden), whole.logits(s, hidden)[:, :words])
+        assert own.head_bytes(s) * 90 == whole.head_bytes(s) * words
+    assert own.memory_bytes == whole.memory_bytes
+
+
+@pytest.mark.parametrize("sizes", [(32, 64), (32, 40, 90), (32, 64, 64), (0, 64, 90)])
+def test_head_sizes_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(ValueError, match="head_sizes are one for each of 3 exits"):
+        ExitBank.untrained(segmented(), head_size=90, head_sizes=sizes)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

@@ -42,7 +42,8 @@ def engines(monkeypatch, **shape) -> tuple[Engine, Engine]:
     return stock, Engine(model, bank)
 
 
-@pytest.mark.parametrize("shape", [{}, {"adapter": "carry", "confidence": "sketch", "sketch_size": 30, "head_size": 60},
+@pytest.mark.parametrize("shape", [{}, {"adapter": "carry", "confidence": "sketch", "sketch_size": 30, "head_size": 60,
+                                        "head_sizes": (32, 32, 60)},
                                    {"adapter": "carry", "layers": (0, 2, 4)}], ids=["swiglu", "sketch", "first"])
 def test_recorded_runs_say_what_others_say(recorded, monkeypatch, shape):
     stock, replayed = engines(monkeypatch, **shape)

@@ -153,6 +153,9 @@ def test_exits_trained_apart_are_joined_by_layer():
     torch.nn.init.normal_(shallow.adapters[1].up.weight)        # another exit after the same layer
     whole = join([deep, shallow])
     assert whole.config.layers == (0, 2, 3, 5) and torch.equal(whole.head_ids, deep.head_ids)
+    assert [whole.config.words(s) for s in range(4)] == [20] * 4
+    mixed = join([tiny_engine(adapter="carry", head_size=90, head_sizes=(32, 64, 90)).bank, shallow])
+    assert mixed.config.head_sizes == (90, 32, 64, 90)
     h, said = torch.randn(2, 4, 32)
     for bank, layer in ((shallow, 0), (deep, 2), (deep, 3), (deep, 5)):
         ours, theirs = (b.adapters[b.config.layers.index(layer)] for b in (whole, bank))

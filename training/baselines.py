@@ -52,7 +52,7 @@ class Uncached:
         before: the adapted hidden of the exit before it, where that was asked.
         """
         hidden = self.bank.hidden(s, h[0, -1:], said)
-        best = self.bank.logits(hidden)[0].argmax()
+        best = self.bank.logits(s, hidden)[0].argmax()
         token = best if self.bank.head_ids is None else self.bank.head_ids[best]
         return int(token), float(self.bank.confidence(s, hidden, before)), hidden
 

@@ -80,7 +80,7 @@ def exit_rows(bank: ExitBank, s: int, store: FeatureStore, documents: list[int],
         f = store[i]
         wanted = f.wanted.to(device)
         h = bank.hidden(s, f.exits[:, s].to(device)[wanted], carried(f).to(device)[wanted])
-        logits = bank.logits(h).float()
+        logits = bank.logits(s, h).float()
         picked = logits.argmax(-1) if bank.head_ids is None else bank.head_ids[logits.argmax(-1)]
         log_p = logits.log_softmax(-1)
         top = log_p.topk(2).values.exp()

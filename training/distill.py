@@ -34,9 +34,9 @@ from training.provenance import provenance, save_json
 
 PRESETS = {
     # Hyper-parameters of the published exits for Llama-3.2-3B; the loss is per token here, theirs summed over the text.
-    "published": dict(model="meta-llama/Llama-3.2-3B", exits="8,16,22", adapter="swiglu", width=512, head_size=0,
+    "published": dict(model="meta-llama/Llama-3.2-3B", exits="8,16,22", adapter="swiglu", width=512, head_size=[0],
                       train_words=0, hard=0.5, labels="text", temperature=2.0, epochs=3.0, batch=16 * 512, lr=3e-4),
-    "smollm2-135m-instruct": dict(model=DEFAULT_MODEL, exits="0,9,17,24"),
+    "smollm2-135m-instruct": dict(model=DEFAULT_MODEL, exits="0,9,17,24", head_size=[8192, 8192, 8192, 49152]),
 }
 DEEPEST = 3             # tokens of an exit in a row that training makes believe
 _BLOCK = 512            # rows whose logits exist at the same time
@@ -329,7 +329,8 @@ def agreement(bank: ExitBank, inputs, store: FeatureStore, documents: list[int],
         with accelerator.autocast():
             hidden = adapted(bank, inputs, [f], own, generator, deepest=1)
         for s, rows in enumerate(hidden):
-            hits[s] += (F.linear(rows.to(head.own.dtype), head.own).argmax(-1) == head.local[choices]).sum().cpu()
+            own = head.own[:bank.config.words(s)]
+            hits[s] += (F.linear(rows.to(own.dtype), own).argmax(-1) == head.local[choices]).sum().cpu()
         total += len(choices)
     return (hits / max(1, total)).tolist()
 
@@ -460,7 +461,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--adapter", choices=tuple(ADAPTERS), default="carry", help="kind of adapter: swiglu as published")
     p.add_argument("--width", type=int, default=512, help="inner width of the adapters")
     p.add_argument("--own-share", type=float, default=0.3, help="carry: share of tokens that count as named by an exit")
-    p.add_argument("--head-size", type=int, default=16384, help="words in the exits' head; 0 = all")
+    p.add_argument("--head-size", type=lambda text: [int(part) for part in text.split(",")], default=[16384],
+                   help="words in the exits' head, one number or one for each exit (8192,8192,49152); 0 = all")
     p.add_argument("--draft-size", type=int, default=4096, help="of these, the most frequent, from which drafts are "
                    "made; 0 = all")
     p.add_argument("--train-words", type=int, default=6144, help="most frequent words, in the loss of every step; 0 = "
@@ -515,22 +517,28 @@ def main() -> None:
     accelerator.wait_for_everyone()
     store.open()
 
-    bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=args.head_size,
-                              draft_size=min(args.draft_size, args.head_size) // 32 * 32,
-                              adapter=args.adapter).attach(model, trainable=True)
+    head_size = max(args.head_size)
+    try:
+        bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=head_size, adapter=args.adapter,
+                                  head_sizes=args.head_size if len(args.head_size) > 1 else (),
+                                  draft_size=min(args.draft_size, head_size) // 32 * 32)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    bank.attach(model, trainable=True)
     bank.adapters.float()
     training, weight = store.of(Split.TRAIN), model.head_weight
     words = ExitHead(weight, None, 0)
-    if args.head_size:
+    if head_size:
         ranked = frequent_tokens(store.choices(training), model.vocab_size, model.eos_ids).to(model.device)
-        bank.head_ids.copy_(ranked[:args.head_size])
+        bank.head_ids.copy_(ranked[:head_size])
         if args.train_words:
             words = ExitHead(weight, ranked[:args.train_words], args.tail)
     head = ExitHead(weight, bank.head_ids, 0)
     held_out = store.of(Split.TEST, policy_only=True) or store.of(Split.TEST)
-    covered = (head.local[store.choices(held_out).to(head.local.device)] >= 0).float().mean().item()
+    at = head.local[store.choices(held_out).to(head.local.device)]
+    covered = [((at >= 0) & (at < bank.config.words(s))).float().mean().item() for s in range(len(layers))]
     say(f"{len(store)} documents, {sum(map(store.rows, training))} training rows; features of {store.kept} documents "
-        f"are kept; the exits' head covers {covered:.2%} of the held-out choices")
+        f"are kept; the exits' heads cover {' / '.join(f'{c:.2%}' for c in covered)} of the held-out choices")
     before = agreement(bank, lambda s, h, said: (h, said), store, held_out, head, accelerator)
     inputs = Inputs(bank, store, training[:args.fit_documents], model.norm_weight.float())
     if trained:

@@ -158,7 +158,7 @@ def read_document(engine: Engine, f: Features, tallies: dict[str, Tally]) -> Non
             if name == "exit":
                 hidden = bank.hidden(s, f.exits[:, s], torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]]))
             hidden = hidden[wanted]
-            best = bank.logits(hidden).topk(5, dim=-1).indices
+            best = bank.logits(s, hidden).topk(5, dim=-1).indices
             hits = (best if bank.head_ids is None else bank.head_ids[best]) == truth[:, None]
             tally.top1[s] += hits[:, 0].sum().item()
             tally.top5[s] += hits.any(-1).sum().item()

@@ -253,6 +253,12 @@ def parts(distill: dict, config: dict) -> list[tuple[list[int], dict]]:
     return found
 
 
+def percents(shares: float | list[float]) -> str:
+    """One share for all exits, or one each, equal ones once."""
+    each = list(dict.fromkeys(f"{share:.1%}" for share in (shares if isinstance(shares, list) else [shares])))
+    return " / ".join(each)
+
+
 def layers_text(layers: list[int]) -> str:
     return "layers " + ", ".join(map(str, layers)) if len(layers) > 1 else f"layer {layers[0]}"
 
@@ -264,7 +270,7 @@ def trained(layers: list[int], report: dict, start: str) -> str:
 - **Adapters after {layers_text(layers)}**: from {start}, then {report['steps']:,} steps of {settings['batch']:,}
   tokens, AdamW, {1 - settings['hard']:g} x KL to the full model + {settings['hard']:g} x cross-entropy of its choice.
   {report['rows']:,} training tokens in {report['documents']:,} documents, {report['held_out_rows']:,} test tokens; the
-  head covers {report['head_coverage']:.1%} of the model's choices there. Data: {report['data_note']}
+  exits' heads cover {percents(report['head_coverage'])} of the model's choices there. Data: {report['data_note']}
   {source(report)}"""
     if not before:
         return text
@@ -308,7 +314,8 @@ SmolLM2-135M-Instruct that CascadeExit bundles: the 4-bit GGUF of the `llm-smoll
 `{config['head_fingerprint'][:16]}`.
 
 - **Adapter**, `{config['adapter']}`: {SHAPES[config['adapter']].format(width=config['width'])}.
-- **Head**: the model's own, trimmed to the {config['head_size']:,} words it chooses most often.
+- **Head**: the model's own, of which an exit reads the words that the model chooses most often:
+  {', '.join(f'{n:,}' for n in config['head_sizes'] or [config['head_size']])}.
 - **Estimator**: {estimator}.
 
 {exits_table([folder])}
