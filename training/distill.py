@@ -329,8 +329,8 @@ def agreement(bank: ExitBank, inputs, store: FeatureStore, documents: list[int],
         with accelerator.autocast():
             hidden = adapted(bank, inputs, [f], own, generator, deepest=1)
         for s, rows in enumerate(hidden):
-            own = head.own[:bank.config.words(s)]
-            hits[s] += (F.linear(rows.to(own.dtype), own).argmax(-1) == head.local[choices]).sum().cpu()
+            words = head.own[:bank.config.words(s)]
+            hits[s] += (F.linear(rows.to(words.dtype), words).argmax(-1) == head.local[choices]).sum().cpu()
         total += len(choices)
     return (hits / max(1, total)).tolist()
 
