@@ -217,7 +217,7 @@ class NativeLinear(nn.Module):
         return self.shape[1] + 4 if self.eight_bits else 2 * self.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
+        x = _bf16(x)
         out = torch.empty(*x.shape[:-1], self.shape[0])
         library().ce_linear(byref(self._matrix), x.data_ptr(), out.data_ptr(), x.shape[:-1].numel(),
                             torch.get_num_threads())
@@ -234,8 +234,8 @@ class NativeLinear(nn.Module):
 
     def softmax_facts(self, x: Tensor, before: Tensor | None = None) -> Tensor:
         """Facts of the outputs' softmax, told in `cascadeexit.exits.softmax_facts`: (..., I) -> (..., 3 or 10)."""
-        x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
-        before = None if before is None else before.to(torch.bfloat16).contiguous()
+        x = _bf16(x)
+        before = None if before is None else _bf16(before)
         facts = torch.empty(*x.shape[:-1], 3 if before is None else 10)
         library().ce_softmax_facts(byref(self._matrix), x.data_ptr(), None if before is None else before.data_ptr(),
                                    facts.data_ptr(), x.shape[:-1].numel(), torch.get_num_threads())
@@ -243,7 +243,7 @@ class NativeLinear(nn.Module):
 
     def likeliest(self, x: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """The k largest outputs (..., I) -> (..., k), best first: probabilities in their softmax, and their numbers."""
-        x = x.to(torch.bfloat16).contiguous()
+        x = _bf16(x)
         probs, numbers = (torch.empty(*x.shape[:-1], k, dtype=dtype) for dtype in (torch.float32, torch.int32))
         library().ce_likeliest(byref(self._matrix), x.data_ptr(), temperature, k, numbers.data_ptr(), probs.data_ptr(),
                                x.shape[:-1].numel(), torch.get_num_threads())
@@ -267,7 +267,7 @@ class NativeNorm:
         self._fp32, self._eps = weight.detach().float().contiguous(), eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
+        x = _bf16(x)
         out = torch.empty_like(x)
         library().ce_norm(self._fp32.data_ptr(), self._eps, x.data_ptr(), out.data_ptr(), x.shape[:-1].numel(),
                           x.shape[-1])
@@ -330,6 +330,11 @@ class NativeLayers:
         library().ce_keep(byref(_cache(keys, values)), layers, heads, d, start, _ints(path), len(path))
 
 
+def _bf16(x: Tensor) -> Tensor:
+    """As C reads whatever lies there."""
+    return x.to(torch.bfloat16).contiguous()
+
+
 def _cache(keys: Tensor, values: Tensor) -> _Cache:
     return _Cache(keys.data_ptr(), values.data_ptr(), keys.shape[3])
 
@@ -353,7 +358,7 @@ class NativeAdapter:
         self._carries = straight is not None
 
     def __call__(self, h: Tensor, said: Tensor) -> Tensor:
-        h, said = h.to(torch.bfloat16).contiguous(), said.to(torch.bfloat16).contiguous() if self._carries else None
+        h, said = _bf16(h), _bf16(said) if self._carries else None
         out = torch.empty_like(h)
         library().ce_exit(byref(self._exit), h.data_ptr(), said.data_ptr() if self._carries else None, out.data_ptr(),
                           h.shape[:-1].numel(), torch.get_num_threads())
@@ -378,8 +383,8 @@ class NativeConfidence:
         return _Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
 
     def __call__(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        x = x.to(torch.bfloat16).contiguous()       # C reads whatever lies there as bf16
-        before = None if before is None else before.to(torch.bfloat16).contiguous()
+        x = _bf16(x)
+        before = None if before is None else _bf16(before)
         chances = torch.empty(x.shape[:-1])
         library().ce_confidence(byref(self._head._matrix), byref(self._alone if before is None else self._after),
                                 x.data_ptr(), None if before is None else before.data_ptr(), chances.data_ptr(),

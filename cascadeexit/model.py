@@ -260,7 +260,7 @@ class SegmentedModel:
         added = additive_mask(mask, self.num_heads // self.num_kv_heads, h.dtype)
         for layer_idx in layers:
             h = self.base.model.layers[layer_idx](h, attention_mask=added, position_ids=positions,
-                                                  position_embeddings=angles, past_key_values=cache)
+                                                  position_embeddings=angles, cache=cache)
         return h
 
     def run_segment(self, s: int, h: Tensor, cache: KVCache, parents: Sequence[int] | None = None) -> Tensor:

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -17,7 +18,7 @@ def provenance(seed: int | None = None) -> dict:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else sys.argv[0]
     return {
-        "command": " ".join([program, *map(_portable, sys.argv[1:])]),
+        "command": " ".join([program, *(shlex.quote(_portable(argument)) for argument in sys.argv[1:])]),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
         "date": datetime.date.today().isoformat(),
         "seed": seed,
