@@ -70,7 +70,7 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
     return tokenizer(prompt, add_special_tokens=not (chat and tokenizer.chat_template)).input_ids
 
 
-def decode_configs(num_exits: int, mode, max_new_tokens, max_draft, temperature, top_p, seed, force,
+def decode_configs(num_exits: int, mode, max_new_tokens, max_draft, tolerance, temperature, top_p, seed, force,
                    thresholds) -> tuple[DecodeConfig, DecodeConfig]:
     """(with exits, full), as the controls ask. Raises ValueError with a message for the visitor."""
     try:
@@ -83,7 +83,8 @@ def decode_configs(num_exits: int, mode, max_new_tokens, max_draft, temperature,
             wanted = [None if s == _left_out(force) else t for s, t in enumerate(wanted)]
         elif mode == Mode.VERIFIED:     # its text does not depend on them: it guesses where that saves time
             wanted = None
-        return (DecodeConfig(mode=mode, max_draft=int(max_draft), thresholds=wanted, **shared),
+        tolerance = tolerance if mode == Mode.VERIFIED else 0
+        return (DecodeConfig(mode=mode, max_draft=int(max_draft), thresholds=wanted, tolerance=tolerance, **shared),
                 DecodeConfig(mode=Mode.FULL, **shared))
     except TypeError:
         raise ValueError("A setting is empty: give it a value.") from None
@@ -108,12 +109,13 @@ class Page:
         self.library = library
         self._seen: OrderedDict[str, tuple[stream.TokenStream, Inspection, object]] = OrderedDict()
 
-    def respond(self, label, prompt, mode, chat, max_new_tokens, max_draft, temperature, top_p, seed, force,
+    def respond(self, label, prompt, mode, chat, max_new_tokens, max_draft, tolerance, temperature, top_p, seed, force,
                 *thresholds) -> Iterator[tuple]:
         """Race the exits against the full model: yields (stream, box of charts, which run the charts are of)."""
         wait = (gr.skip(),) * 2
         settings = dict(prompt=prompt, mode=mode, chat=chat, tokens=max_new_tokens, drafts=max_draft,
-                        temperature=temperature, top_p=top_p, seed=seed, force=force, thresholds=thresholds)
+                        tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed, force=force,
+                        thresholds=thresholds)
         try:
             if not (prompt or "").strip():
                 raise ValueError("Please write a prompt first.")
@@ -121,8 +123,8 @@ class Page:
                 for line in self.library.load(label):
                     yield stream.model_line(self.library.shapes[label]) + stream.status_line(line), *wait
             engine, tokenizer = self.library.get(label)
-            config, full = decode_configs(engine.num_exits, mode, max_new_tokens, max_draft, temperature, top_p,
-                                          seed, force, thresholds)
+            config, full = decode_configs(engine.num_exits, mode, max_new_tokens, max_draft, tolerance, temperature,
+                                          top_p, seed, force, thresholds)
             ids = prompt_ids(tokenizer, prompt, chat)
             contest = race({stream.CASCADE: engine.generate(ids, config), stream.FULL: engine.generate(ids, full)})
         except (ValueError, hub.ModelUnavailable, FileNotFoundError) as error:
@@ -148,8 +150,8 @@ class Page:
         finally:
             contest.close()                                         # also when the visitor stops or leaves
 
-    def try_all(self, kinds, each, pasted, file, label, mode, chat, max_new_tokens, max_draft, temperature, top_p,
-                 seed, force, *thresholds) -> Iterator[tuple]:
+    def try_all(self, kinds, each, pasted, file, label, mode, chat, max_new_tokens, max_draft, tolerance, temperature,
+                top_p, seed, force, *thresholds) -> Iterator[tuple]:
         """Many prompts: yields (what happens, table, figure, JSON file, CSV file); every result is kept at once."""
         wait = (gr.skip(),) * 4
         try:
@@ -158,7 +160,7 @@ class Page:
                 for line in self.library.load(label):
                     yield _said(line), *wait
             engine, tokenizer = self.library.get(label)
-            config, _ = decode_configs(engine.num_exits, mode, max_new_tokens, max_draft, temperature, top_p,
+            config, _ = decode_configs(engine.num_exits, mode, max_new_tokens, max_draft, tolerance, temperature, top_p,
                                        seed, force, thresholds)
             running = evaluation.evaluate(engine, partial(prompt_ids, tokenizer, chat=chat), chosen, config,
                                           partial(tokenizer.decode, skip_special_tokens=True), pauses=True)
@@ -321,8 +323,8 @@ def add_endpoints(page: Page) -> None:
                 for label, shape in library.shapes.items()]
 
     def generate(prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD, max_new_tokens: int = 128,
-                 max_draft: int = MAX_DRAFT, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-                 chat: bool = True, model: str = "") -> dict:
+                 max_draft: int = MAX_DRAFT, tolerance: float = 0.0, temperature: float = 0.0, top_p: float = 1.0,
+                 seed: int = 0, chat: bool = True, model: str = "") -> dict:
         """Write with early exits.
 
         Args:
@@ -332,6 +334,8 @@ def add_endpoints(page: Page) -> None:
                 surer in proportion. 1 closes all exits.
             max_new_tokens: the most tokens to write.
             max_draft: verified mode: the most guesses before the full model looks.
+            tolerance: verified mode, temperature 0: a guess also stands when the full model gives it at least
+                1 - tolerance times the chance of its own choice; 0 is lossless.
             temperature: 0 takes the likeliest token always.
             top_p: below 1, choose among the likeliest tokens only.
             seed: the same seed writes the same text.
@@ -343,13 +347,13 @@ def add_endpoints(page: Page) -> None:
         """
         engine, tokenizer, ids, config, _ = prepared(
             model, prompt, chat, threshold, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
-            temperature=temperature, top_p=top_p, seed=seed)
+            tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed)
         run = engine.run(ids, config)
         return dict(text=tokenizer.decode(run.token_ids, skip_special_tokens=True), token_ids=run.token_ids,
                     exits=[e.exit for e in run.events if e.final], stats=asdict(run.stats))
 
     def compare(prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD, max_new_tokens: int = 128,
-                max_draft: int = MAX_DRAFT, chat: bool = True, model: str = "") -> dict:
+                max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True, model: str = "") -> dict:
         """Write with early exits and with the full model, side by side; arguments as for generate.
 
         Returns exits and full (text, token_ids, stats each), speedup, agreement (part of the tokens that the full
@@ -357,7 +361,7 @@ def add_endpoints(page: Page) -> None:
         """
         engine, tokenizer, ids, config, full = prepared(
             model, prompt, chat, threshold, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
-            temperature=0.0, top_p=1.0, seed=0)
+            tolerance=tolerance, temperature=0.0, top_p=1.0, seed=0)
         told = stream.TokenStream(engine, tokenizer, config, ids)
         for _ in stream.frames(told, race({stream.CASCADE: engine.generate(ids, config),
                                            stream.FULL: engine.generate(ids, full)})):
@@ -373,7 +377,8 @@ def add_endpoints(page: Page) -> None:
                     identical=match.sequence)
 
     def evaluate(texts: list[str], mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
-                 max_new_tokens: int = 64, max_draft: int = MAX_DRAFT, chat: bool = True, model: str = "") -> dict:
+                 max_new_tokens: int = 64, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
+                 model: str = "") -> dict:
         """Compare over many prompts; arguments as for generate.
 
         Args:
@@ -385,7 +390,7 @@ def add_endpoints(page: Page) -> None:
             raise gr.Error(f"give 1 to {prompts.MAX_PROMPTS} prompts, got {len(texts)}", print_exception=False)
         engine, tokenizer, _, config, _ = prepared(
             model, None, chat, threshold, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
-            temperature=0.0, top_p=1.0, seed=0)
+            tolerance=tolerance, temperature=0.0, top_p=1.0, seed=0)
         results = list(evaluation.evaluate(
             engine, partial(prompt_ids, tokenizer, chat=chat), [prompts.Prompt("own", str(text)) for text in texts],
             config, partial(tokenizer.decode, skip_special_tokens=True)))
@@ -398,7 +403,7 @@ def add_endpoints(page: Page) -> None:
 
 # -- a link that restores the settings ------------------------------------------------------------------------
 
-LINK = ("p", "mode", "chat", "n", "drafts", "temp", "top_p", "seed", "exit")       # then t: thresholds, by commas
+LINK = ("p", "mode", "chat", "n", "drafts", "tol", "temp", "top_p", "seed", "exit")     # then t: thresholds, by commas
 
 COPY_LINK = """(label, ...values) => {
     const names = NAMES, query = new URLSearchParams();
@@ -485,7 +490,8 @@ def build_demo(library: Library) -> gr.Blocks:
                                 elem_id="ce-examples", example_labels=list(EXAMPLES))
                 with gr.Column(min_width=300):
                     mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", elem_id="ce-mode",
-                                    info="To keep 95% of the full model's words, Verified measured faster.")
+                                    info="To keep 95% of the full model's words, Verified measured faster; with a "
+                                         "tolerance (More settings) faster still.")
                     preset, quality = _dials(curves[library.labels[0]])
                     model = gr.Dropdown(library.labels, value=library.labels[0], label="Model", elem_id="ce-model-menu",
                                         visible=len(library.labels) > 1)
@@ -517,7 +523,7 @@ def build_demo(library: Library) -> gr.Blocks:
         turns = dict(show_progress="minimal", show_progress_on=[queue], api_visibility="private",
                      concurrency_id="model", concurrency_limit=1)
         inputs, outputs = [model, prompt, *settings], [view, charts, charted]
-        seed = settings[6]
+        seed = settings[7]
         running = gr.on([run.click, prompt.submit], page.respond, inputs, outputs, **turns)
         again = retry.click(lambda value: int(value or 0) + 1, seed, seed, queue=False, **quiet).then(
             page.respond, inputs, outputs, **turns)
@@ -660,13 +666,16 @@ def _more_settings() -> list[gr.components.Component]:
         tokens = gr.Slider(1, 1024, 200, step=1, label="Most new tokens", buttons=[])
         draft = gr.Slider(1, 15, MAX_DRAFT, step=1, label="Guesses per check",
                           info="Verified mode: the most guesses before the full model looks", buttons=[])
+        tolerance = gr.Slider(0, 0.9, 0, step=0.05, label="Tolerance", buttons=[],
+                              info="Verified mode: above 0 a guess also stands where the full model finds it nearly as "
+                                   "likely as its own word")
     with gr.Row():
         temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", buttons=[],
                                 info="0: always the likeliest token")
         top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", buttons=[],
                           info="Below 1: choose among the likeliest tokens only")
         seed = gr.Number(0, label="Seed", precision=0, info="Same seed, same text; Retry counts it up")
-    return [chat, tokens, draft, temperature, top_p, seed]
+    return [chat, tokens, draft, tolerance, temperature, top_p, seed]
 
 
 def launch_options() -> dict:

@@ -350,7 +350,8 @@ function chart(title, note, lines) {
 function begin() {
   const verified = run.mode === 'verified';
   put(parts.cascade.title, verified ? 'Early exits, verified' : 'With early exits');
-  put(parts.cascade.sub, verified ? 'exits guess ahead, the full model checks every guess'
+  put(parts.cascade.sub, verified ? run.tolerance ? 'exits guess ahead; what the full model finds nearly as likely may stand'
+    : 'exits guess ahead, the full model checks every guess'
     : 'each token leaves as soon as an exit is sure');
   parts.charts.hidden = false;
   if (!playing && innerWidth < 768) parts.legend.scrollIntoView({ behavior: still ? 'auto' : 'smooth' });

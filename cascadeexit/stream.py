@@ -3,7 +3,8 @@
 Lines by `type`, one record a line, in order of time:
 
     model    format, model, layers, exits [{layer, depth}], trained, colours
-    run      run (its id), mode, greedy, thresholds, prompt_tokens, max_new_tokens, settings (as chosen on the page)
+    run      run (its id), mode, greedy, thresholds, tolerance (of verified), prompt_tokens, max_new_tokens, settings
+             (as chosen on the page)
     token    side ('cascade' or 'full'), i (position), id, status (emitted, draft, accepted, rejected); if not rejected
              text, exit (0 the first, -1 copied from earlier in the text), t (engine seconds), conf (of each exit, null
              = not asked), read (weights read, in tokens of the full model); ms since the token before; special where it
@@ -177,7 +178,7 @@ class TokenStream:
         self.text = model_line(Shape.of(engine))
         self._write("run", run=self.run, mode=config.mode, greedy=config.temperature == 0,
                     thresholds=config.threshold_per_exit(engine.exit_depths), prompt_tokens=len(self.prompt_ids),
-                    max_new_tokens=config.max_new_tokens, settings=settings or {})
+                    max_new_tokens=config.max_new_tokens, tolerance=config.tolerance, settings=settings or {})
 
     def add(self, name: str, event: TokenEvent) -> None:
         """One more event of the side with this name."""

@@ -45,6 +45,15 @@ def test_compare_measures_both_sides(served):
     assert said["agreement"] == 1.0 and said["speedup"] > 0
 
 
+def test_a_tolerance_is_the_engines(served):
+    engine, tokenizer, client = served
+    asked = dict(mode="verified", max_new_tokens=24, tolerance=0.9)
+    said = client.predict(prompt="hi there", chat=False, **asked, api_name="/generate")
+    assert said["token_ids"] == engine.run(tokenizer("hi there").input_ids, DecodeConfig(**asked)).token_ids
+    with pytest.raises(AppError, match="tolerance goes with mode verified and temperature 0"):
+        client.predict(prompt="hi there", temperature=1.0, **asked, api_name="/generate")
+
+
 def test_evaluate_keeps_failures(served):
     said = served[2].predict(texts=["hi there", ""], max_new_tokens=8, chat=False, api_name="/evaluate")
     assert said["summary"]["prompts"] == 2 and said["summary"]["failed"] == 1

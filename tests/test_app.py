@@ -47,15 +47,16 @@ def test_without_options_every_kind_of_shipped_exits_is_offered(monkeypatch):
 
 
 def test_forced_exits_and_closed_ones():
-    config, full = app.decode_configs(3, "cascade", 10, 4, 0.0, 1.0, 0, 1, [0.5, 0.6, 1.0, 0.7])
-    assert config.thresholds == [None, 0.0, None] and full.mode == "full"
-    config, _ = app.decode_configs(3, "cascade", 10, 4, 0.0, 1.0, None, app.FIRST_SURE, [0.5, 0.6, 1.0, 0.7])
+    config, full = app.decode_configs(3, "cascade", 10, 4, 0.3, 0.0, 1.0, 0, 1, [0.5, 0.6, 1.0, 0.7])
+    assert config.thresholds == [None, 0.0, None] and full.mode == "full" and config.tolerance == 0
+    config, _ = app.decode_configs(3, "cascade", 10, 4, 0.3, 0.0, 1.0, None, app.FIRST_SURE, [0.5, 0.6, 1.0, 0.7])
     assert config.thresholds == [0.5, 0.6, None]
-    config, _ = app.decode_configs(3, "verified", 10, 4, 0.0, 1.0, None, app.FIRST_SURE, [0.5, 0.6, 1.0, 0.7])
+    config, _ = app.decode_configs(3, "verified", 10, 4, 0.3, 0.0, 1.0, None, app.FIRST_SURE, [0.5, 0.6, 1.0, 0.7])
     assert config.thresholds is None, "verified has a rule of its own"
+    assert config.tolerance == 0.3 and full.tolerance == 0
     without_2 = next(value for name, value in app._ways_out(stream.Shape("m", 6, (2, 3, 5), True))["choices"]
                      if name == "Never at exit 2")
-    config, _ = app.decode_configs(3, "cascade", 10, 4, 0.0, 1.0, 0, without_2, [0.5, 0.6, 0.9, 0.7])
+    config, _ = app.decode_configs(3, "cascade", 10, 4, 0.3, 0.0, 1.0, 0, without_2, [0.5, 0.6, 0.9, 0.7])
     assert config.thresholds == [0.5, None, 0.9]
     with pytest.raises(ValueError, match="A setting is empty"):
-        app.decode_configs(3, "cascade", None, 4, 0.0, 1.0, 0, app.FIRST_SURE, [0.5] * 3)
+        app.decode_configs(3, "cascade", None, 4, 0.3, 0.0, 1.0, 0, app.FIRST_SURE, [0.5] * 3)

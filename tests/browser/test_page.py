@@ -164,6 +164,18 @@ def test_a_correction_is_marked_where_an_exit_had_guessed(page, tiny):
     assert 0 < page.locator(".ce-text[data-side=cascade] .ef.correction").count() <= page.locator(".rejected").count()
 
 
+def test_verified_with_a_tolerance_is_what_the_engine_says_and_claims_no_identity(page, tiny):
+    page.get_by_label("Verified: exact").check()
+    choose_exit(page, "Always at exit 1")
+    set_number(page, "number input for Tolerance", 0.9)
+    run_to_end(page)
+    engine, tokenizer = tiny
+    config = DecodeConfig(mode="verified", max_new_tokens=200, tolerance=0.9, thresholds=(0, None, None))
+    ids = engine.run(app.prompt_ids(tokenizer, SKY, chat=True), config).token_ids
+    assert shown_ids(page, "cascade") == ids != expected(tiny, "full")
+    assert page.locator(".ce-badge").is_hidden() and page.get_by_text("nearly as likely may stand").is_visible()
+
+
 def test_cascade_mode_claims_no_identity(page):
     run_to_end(page)
     assert page.locator(".ce-badge").is_hidden()
@@ -431,12 +443,13 @@ def test_a_link_restores_every_setting(page, open_page):
     choose_exit(page, "Never at exit 3")
     page.get_by_label("Chat", exact=True).uncheck()
     for label, value in (("number input for Most new tokens", 77), ("number input for Guesses", 3),
-                         ("number input for Temperature", 0.5), ("number input for Top-p", 0.9), ("Seed", 12),
-                         ("number input for Exit 1", 0.55), ("number input for Exit 2", 0.65)):
+                         ("number input for Tolerance", 0.3), ("number input for Temperature", 0.5),
+                         ("number input for Top-p", 0.9), ("Seed", 12), ("number input for Exit 1", 0.55),
+                         ("number input for Exit 2", 0.65)):
         set_number(page, label, value)
     page.wait_for_timeout(300)
     link = link_of(page)
-    assert link == dict(p="a & b = c? <b>é😀", mode="verified", chat="false", n="77", drafts="3", temp="0.5",
+    assert link == dict(p="a & b = c? <b>é😀", mode="verified", chat="false", n="77", drafts="3", tol="0.3", temp="0.5",
                         top_p="0.9", seed="12", exit="-4", t="0.55,0.65,0.9,0.6,0.6,0.6", model="llama-untied")
     other = open_page(page.url)
     other.wait_for_function("document.querySelector('#ce-prompt textarea').value.startsWith('a & b')")
