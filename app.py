@@ -314,7 +314,7 @@ def add_endpoints(page: Page) -> None:
             ids = None if prompt is None else prompt_ids(tokenizer, prompt, chat)
             engine.check([0] if ids is None else ids, config)
             return engine, tokenizer, ids, config, full
-        except (ValueError, hub.ModelUnavailable) as error:
+        except (TypeError, ValueError, hub.ModelUnavailable) as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
     def models() -> list[dict]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from cascadeexit.graphs import Replayed
 from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeLinear
-from cascadeexit.linear import pack
+from cascadeexit.linear import PackedLinear, pack
 from cascadeexit.model import SegmentedModel
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class ExitConfig:
     head_sizes: tuple[int, ...] = ()
     """How many of these, the first ones, each exit reads; () = all. Deep exits know rare words, shallow ones do not."""
     draft_size: int = 0
-    """The first words of the trimmed head, its most frequent ones, from which trees of drafts are made; 0 = all."""
+    """The first words of the trimmed head, its most frequent ones, from which trees of drafts are made; 0 = those of
+    the first exit, which makes them."""
     norm_eps: float = 1e-5
     head_fingerprint: str = ""
     """SHA-256 of the base model's head, or '' when unknown."""
@@ -80,12 +81,13 @@ class ExitConfig:
         if (self.confidence == "sketch") != (self.sketch_size > 0):
             raise ValueError(f"sketch_size goes with confidence 'sketch', got {self.sketch_size} with "
                              f"'{self.confidence}'")
-        if not 0 <= self.draft_size <= self.head_size or self.draft_size % 32:
-            raise ValueError(f"draft_size is a multiple of 32 up to head_size, {self.head_size}; got {self.draft_size}")
         if self.head_sizes and (len(self.head_sizes) != len(self.layers) or max(self.head_sizes) != self.head_size
                                 or any(n < 1 or n % 32 and n != self.head_size for n in self.head_sizes)):
             raise ValueError(f"head_sizes are one for each of {len(self.layers)} exits, multiples of 32 up to "
                              f"head_size, {self.head_size}; got {self.head_sizes}")
+        if not 0 <= self.draft_size <= self.head_size or self.draft_size % 32 or self.draft_size > self.words(0):
+            raise ValueError("draft_size is a multiple of 32 within a trimmed head and the first exit's part of it, "
+                             f"{self.words(0) if self.head_size else 0}; got {self.draft_size}")
         if not all(a < b for a, b in zip((-1, *self.layers), (*self.layers, self.num_layers), strict=True)):
             raise ValueError(f"exit layers must ascend within 0..{self.num_layers - 1}, got {self.layers}")
         if self.format != _FORMAT:
@@ -226,16 +228,17 @@ def sketch_confidence(head: nn.Module, estimator: SketchConfidence) -> Callable[
 
 
 def likeliest(head: nn.Module, words: int) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor]]:
-    """Of rows for this head (..., D), k and a temperature: the k likeliest of its first words, 0 = all (..., k).
+    """Of rows for this head (..., D), k and a temperature: the k likeliest of its first words (..., k).
 
-    Best first: their probabilities in the softmax over those words, and their numbers.
+    As many as there are when there are fewer. Best first: their probabilities in the softmax over those words, and
+    their numbers.
     """
     if isinstance(head, NativeLinear):
-        return (head.first(words) if words else head).likeliest
+        return head.first(words).likeliest
 
     def ranked(hidden: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = head(hidden)[..., :words or None].float() / temperature
-        probs, numbers = logits.softmax(-1).topk(k, dim=-1)
+        logits = head(hidden)[..., :words].float() / temperature
+        probs, numbers = logits.softmax(-1).topk(min(k, words), dim=-1)
         return probs, numbers
     return ranked
 
@@ -265,7 +268,7 @@ class ExitBank(nn.Module):
         self._confidence: list[Callable[..., Tensor]] = [head.chance for head in self.confidence_heads or ()
                                                          if config.confidence == "mlp"]
         self._likeliest: Callable[[Tensor, int, float], tuple[Tensor, Tensor]] | None = None
-        self._word_bytes = self._sketch_bytes = self._own_sketch_bytes = 0
+        self._word_bytes = self._sketch_bytes = self._own_sketch_bytes = self._own_head_bytes = 0
 
     @classmethod
     def untrained(cls, model: SegmentedModel, *, confidence: str = "softmax", **shape) -> Self:
@@ -313,7 +316,10 @@ class ExitBank(nn.Module):
         sizes = [c.words(s) for s in range(len(c.layers))]
         heads = {n: first(n) for n in sizes}
         self._project = [heads[n].forward for n in sizes]
-        self._likeliest = likeliest(head, c.draft_size)
+        self._likeliest = likeliest(head, self._draft_words)
+        # Packed by torch, each part is a copy of its own; else they share the memory of the whole.
+        held = sum({whole, *sizes}) if isinstance(head, PackedLinear) else whole
+        self._own_head_bytes = held * self._word_bytes if self.head_ids is not None else 0
         if c.confidence == "mlp":
             self._confidence = [head.chance for head in self.confidence_heads]
         if self.sketch_ids is not None:
@@ -376,8 +382,11 @@ class ExitBank(nn.Module):
 
     def draft_bytes(self, s: int) -> int:
         """Weight bytes read to ask exit s for drafts."""
-        words = self.config.draft_size or self.config.head_size or self.config.vocab_size
-        return self.adapter_bytes(s) + words * self._word_bytes
+        return self.adapter_bytes(s) + self._draft_words * self._word_bytes
+
+    @property
+    def _draft_words(self) -> int:
+        return self.config.draft_size or self.config.words(0)
 
     def try_bytes(self, s: int) -> int:
         """Weight bytes read to ask exit s how sure it is."""
@@ -390,12 +399,11 @@ class ExitBank(nn.Module):
     @property
     def memory_bytes(self) -> int:
         """What attached exits hold beside the model: adapters, estimators, their own head and sketch."""
-        own_head = len(self.head_ids) * self._word_bytes if self.head_ids is not None else 0
-        return own_head + self._own_sketch_bytes + sum(p.nbytes for p in self.parameters())
+        return self._own_head_bytes + self._own_sketch_bytes + sum(p.nbytes for p in self.parameters())
 
     def fingerprint(self) -> str:
         """SHA-256 over names and fp32 bytes of the exits' weights: tells which exits made a result."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.config.head_sizes).encode() if self.config.head_sizes else b"")
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -426,6 +426,7 @@ template <class T>
 struct Scratch {
     T* data = nullptr;
     size_t size = 0;
+    ~Scratch() { std::free(data); }                             // threads come and go
     T* get(size_t n) {
         if (n > size) {
             std::free(data);

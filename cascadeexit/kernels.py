@@ -1,4 +1,4 @@
-"""Kernels: the CPU's own way through decoder layers, exits and heads in bf16, from kernels.cpp.
+"""Kernels: the CPU's own way through decoder layers, exits and heads, in bf16 and 8 bits, from kernels.cpp.
 
 Stock matrix kernels read weights at a quarter of the memory bandwidth when a pass has few rows, and dispatch costs
 as much again. One C++ file takes rows through whole segments at most of the bandwidth. The machine's own C++ compiler
@@ -243,14 +243,14 @@ class NativeLinear(nn.Module):
 
     def likeliest(self, x: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """The k largest outputs (..., I) -> (..., k), best first: probabilities in their softmax, and their numbers."""
-        x = _bf16(x)
+        x, k = _bf16(x), min(k, self.shape[0])
         probs, numbers = (torch.empty(*x.shape[:-1], k, dtype=dtype) for dtype in (torch.float32, torch.int32))
         library().ce_likeliest(byref(self._matrix), x.data_ptr(), temperature, k, numbers.data_ptr(), probs.data_ptr(),
                                x.shape[:-1].numel(), torch.get_num_threads())
         return probs, numbers
 
     def first(self, outputs: int) -> "NativeLinear":
-        """Its first outputs alone, on the same weights; `outputs` a multiple of 32."""
+        """Its first outputs alone, on the same weights: a multiple of 32, or all."""
         part = copy.copy(self)
         part.shape = (outputs, self.shape[1])
         part._matrix = _Matrix(self._matrix.weight, self._matrix.scale, self._matrix.bias, self._matrix.inputs, outputs)

@@ -82,7 +82,7 @@ def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) 
             x=[1 / point["cost"] for point in curve], y=[point["agreement"] for point in curve], mode="lines+markers",
             name="other thresholds, measured before (speed by weights read)",
             line=dict(color=_OUTLINE, width=1.5, dash="dot"),
-            text=[f"threshold {point['threshold']:g}" for point in curve],
+            text=[f"first exit's threshold {point['threshold']:g}" for point in curve],
             hovertemplate="%{text}: %{y:.1%} agreement, %{x:.2f}x by weights read<extra></extra>")
     points = quality_speed_points(results)
     for kind, colour in zip(dict.fromkeys(p["kind"] for p in points), (*_KIND_COLOURS, *[_OUTLINE] * len(points))):

@@ -365,7 +365,7 @@ def test_articles_of_wikitext_are_put_together_and_other_rows_are_documents(tmp_
 
 @pytest.mark.parametrize("argument, shown", [
     ("../elsewhere/texts/test.txt", "texts/test.txt"), ("/home/me/run", "me/run"), ("data/policy", "data/policy"),
-    ("--epochs", "--epochs"), ("a note / of words", "a note / of words")])
+    ("--epochs", "--epochs"), ("a note / of words", "'a note / of words'")])
 def test_provenance_keeps_this_machines_paths_to_itself(argument, shown, monkeypatch):
     monkeypatch.setattr("sys.argv", ["program", argument])
     assert provenance()["command"].split(" ", 1)[1].endswith(shown)

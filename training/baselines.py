@@ -149,7 +149,7 @@ def main() -> None:
             name = f"self-speculation, layer {layer}, K = {k}"
             jobs["uncached", name] = lambda ids, e=e, k=k: self_speculation(engine, ids, n, e, k)
             jobs["cached", name] = ours(Mode.VERIFIED, thresholds=only, max_draft=k)
-    jobs["cached", "verified, all exits"] = ours(Mode.VERIFIED, thresholds=0.7, max_draft=3)
+    jobs["cached", "verified, all exits"] = ours(Mode.VERIFIED, thresholds=(0.7,) * engine.num_exits, max_draft=3)
 
     speeds, outputs = defaultdict(list), {}
     for i, ids in enumerate(tqdm([prompts[0], *prompts], unit="prompt")):

@@ -111,8 +111,9 @@ def llama_cpp(gguf: Path, tokens: int, eos: frozenset[int]) -> Callable:
 
 def thresholds(wanted: str) -> float | tuple[float | None, ...]:
     """0.6 as it is; no,0.3,0.4 one each. Raises ValueError for what is neither."""
-    first, *others = (None if part == "no" else float(part) for part in wanted.split(","))
-    return (first, *others) if others else first
+    if "," not in wanted:
+        return float(wanted)
+    return tuple(None if part == "no" else float(part) for part in wanted.split(","))
 
 
 def make_contenders(engine: Engine, reference, args) -> list[Contender]:

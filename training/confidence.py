@@ -217,7 +217,7 @@ def main() -> None:
             words = frequent_tokens(store.choices(store.of(Split.TRAIN)), model.vocab_size, model.eos_ids)
         shape["sketch_size"] = min(args.words, len(words))
         bank.sketch_ids = words[:shape["sketch_size"]].to(model.device).clone()     # a tensor of its own, to be saved
-        facts = softmax_facts(pack(model.head_weight.detach()[bank.sketch_ids].cpu()))
+        facts = softmax_facts(pack(model.head_weight.detach()[bank.sketch_ids].cpu(), eight_bits=True))
 
     @torch.no_grad()
     def seen_by(rows: Rows, before: Rows | None) -> list[Tensor]:

@@ -344,6 +344,7 @@ class Run:
         if resume and self.checkpoint.exists():
             self.state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             before = {"only": [], "text_repeats": 1} | self.state["key"]        # what older ones did not know
+            before["config"] = {"head_sizes": ()} | before["config"]
             changed = {k: (before.get(k), key.get(k)) for k in before | key if before.get(k) != key.get(k)}
             if changed:
                 raise SystemExit(f"{self.checkpoint} was made with other settings, before and now: {changed}. Give "
@@ -462,7 +463,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--width", type=int, default=512, help="inner width of the adapters")
     p.add_argument("--own-share", type=float, default=0.3, help="carry: share of tokens that count as named by an exit")
     p.add_argument("--head-size", type=lambda text: [int(part) for part in text.split(",")], default=[16384],
-                   help="words in the exits' head, one number or one for each exit (8192,8192,49152); 0 = all")
+                   help="words in the exits' head, one number, 0 = all, or one for each exit (8192,8192,49152)")
     p.add_argument("--draft-size", type=int, default=4096, help="of these, the most frequent, from which drafts are "
                    "made; 0 = all")
     p.add_argument("--train-words", type=int, default=6144, help="most frequent words, in the loss of every step; 0 = "

@@ -195,7 +195,8 @@ def exits(args) -> None:
                       f"perplexity {row['perplexity']:.2f} = {row['perplexity_ratio']:.2f}x")
     save_json(args.out or RESULTS / "exits.json", {
         "provenance": provenance(0), "model": engine.model.name, "exits": engine.bank.fingerprint(),
-        "adapter": engine.bank.config.adapter, "head_size": engine.bank.config.head_size,
+        "adapter": engine.bank.config.adapter,
+        "head_sizes": [engine.bank.config.words(s) for s in range(engine.num_exits)],
         "exit_parameters": sum(p.numel() for p in engine.bank.adapters.parameters()) // engine.num_exits,
         "window": args.window, "texts": report})
 

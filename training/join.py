@@ -27,8 +27,8 @@ def join(banks: list[ExitBank]) -> ExitBank:
                                  f"{getattr(other, name)} in another")
     adapters = {layer: adapter for bank in reversed(banks) for layer, adapter in zip(bank.config.layers, bank.adapters)}
     words = {layer: bank.config.words(s) for bank in reversed(banks) for s, layer in enumerate(bank.config.layers)}
-    sizes = tuple(min(words[layer], first.head_size) for layer in sorted(words)) if first.head_size else ()
-    sizes = sizes if len(set(sizes)) > 1 and max(sizes) == first.head_size else ()
+    sizes = tuple(min(-(-words[layer] // 32) * 32, first.head_size) for layer in sorted(words))
+    sizes = sizes if first.head_size and len(set(sizes)) > 1 else ()
     config = dataclasses.replace(first, head_sizes=sizes, layers=tuple(sorted(adapters)), confidence="mlp",
                                  sketch_size=0, trained=False)
     whole = ExitBank(config).to(banks[0].adapters[0].norm.weight.dtype)

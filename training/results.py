@@ -201,7 +201,8 @@ is the full model's, always.
 {source(decode)}
 
 **The published setting.** Its speed-ups (cascade 1.76, self-speculation 0.43 to 0.84) compare with a loop that caches
-nothing. The same methods in that setting and in ours, the cascade at threshold {baselines['threshold']:g}:
+nothing. The same methods in that setting and in ours, the cascade at threshold {baselines['threshold']:g} at
+every exit:
 
 {baselines_table(baselines)}
 
@@ -315,7 +316,7 @@ SmolLM2-135M-Instruct that CascadeExit bundles: the 4-bit GGUF of the `llm-smoll
 
 - **Adapter**, `{config['adapter']}`: {SHAPES[config['adapter']].format(width=config['width'])}.
 - **Head**: the model's own, of which an exit reads the words that the model chooses most often:
-  {', '.join(f'{n:,}' for n in config['head_sizes'] or [config['head_size']])}.
+  {', '.join(f'{n:,}' for n in config.get('head_sizes') or [config['head_size']])}.
 - **Estimator**: {estimator}.
 
 {exits_table([folder])}
