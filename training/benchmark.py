@@ -223,38 +223,45 @@ def show(value: float | None, form: str) -> str:
 # -- length -----------------------------------------------------------------------------------------------------------
 
 
-def growth(engine: Engine, reference, tokenizer, max_draft: int) -> dict:
+def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 3) -> dict:
     """Milliseconds a token against the length of context (decoding 32 tokens) and of output; no token ends a text.
 
-    `allowed`: what a token costs at this context by the bytes it reads, weights and keys and values, over that at the
-    shortest context.
+    Medians over `rounds`, the lengths in turn. `allowed`: what a token costs at this context by the bytes it reads,
+    weights and keys and values, over that at the shortest context.
     """
-    model, eos = engine.model, engine.model.eos_ids
+    model, eos, weights = engine.model, engine.model.eos_ids, engine.costs.full_token_bytes
     longest = min(max(CONTEXTS), model.max_positions - 64)
     text = (tokenizer(" ".join(p.text for p in bundled_prompts()))["input_ids"] * 20)[:longest]
-    model.eos_ids = frozenset()
+    prompt = chat_ids(tokenizer, bundled_prompts()[0].text)
     position_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.dtype.itemsize
-    contexts, outputs = [], []
+
+    def ours(ids: list[int], tokens: int) -> dict[str, float]:
+        configs = {mode: DecodeConfig(mode=mode, max_new_tokens=tokens, max_draft=max_draft)
+                   for mode in (Mode.FULL, Mode.VERIFIED)}
+        return {mode.value: 1e3 / engine.run(ids, config).stats.tokens_per_second for mode, config in configs.items()}
+
+    def at_context(length: int) -> dict[str, float]:
+        allowed = (weights + position_bytes * length) / (weights + position_bytes * CONTEXTS[0])
+        return {"context": length, "allowed": allowed, **ours(text[:length], 32),
+                GENERATE: _generate_ms(reference, text[:length])}
+
+    def at_output(length: int) -> dict[str, float]:
+        return {"output": length, **ours(prompt, length)}
+
+    model.eos_ids = frozenset()
     try:
-        for length in tqdm([c for c in CONTEXTS if c <= longest], desc="context", unit="length"):
-            weights = engine.costs.full_token_bytes
-            entry = {"context": length, "allowed": (weights + position_bytes * length)
-                     / (weights + position_bytes * CONTEXTS[0])}
-            for name, mode in (("full", Mode.FULL), ("verified", Mode.VERIFIED)):
-                stats = engine.run(text[:length], DecodeConfig(mode=mode, max_new_tokens=32, max_draft=max_draft)).stats
-                entry[name] = 1e3 / stats.tokens_per_second
-            entry[GENERATE] = _generate_ms(reference, text[:length])
-            contexts.append(entry)
-        prompt = chat_ids(tokenizer, bundled_prompts()[0].text)
-        for length in tqdm([n for n in OUTPUTS if n + len(prompt) < longest], desc="output", unit="length"):
-            entry = {"output": length}
-            for name, mode in (("full", Mode.FULL), ("verified", Mode.VERIFIED)):
-                config = DecodeConfig(mode=mode, max_new_tokens=length, max_draft=max_draft)
-                entry[name] = 1e3 / engine.run(prompt, config).stats.tokens_per_second
-            outputs.append(entry)
+        return {"context": _in_turn(at_context, [c for c in CONTEXTS if c <= longest], rounds, "context"),
+                "output": _in_turn(at_output, [n for n in OUTPUTS if n + len(prompt) < longest], rounds, "output")}
     finally:
         model.eos_ids = eos
-    return {"context": contexts, "output": outputs}
+
+
+def _in_turn(measure: Callable[[int], dict[str, float]], lengths: list[int], rounds: int, desc: str) -> list[dict]:
+    """For each length the medians of what is measured there in each round."""
+    seen = defaultdict(list)
+    for length in tqdm(lengths * rounds, desc=desc, unit="length"):
+        seen[length].append(measure(length))
+    return [{name: median(entry[name] for entry in entries) for name in entries[0]} for entries in seen.values()]
 
 
 def _generate_ms(reference, ids: list[int], tokens: int = 32) -> float:
