@@ -324,14 +324,13 @@ class ExitBank(nn.Module):
             self._confidence = [head.chance for head in self.confidence_heads]
         if self.sketch_ids is not None:
             words = len(self.sketch_ids)
-            if isinstance(head, NativeLinear) and words % 32 == 0 and self.head_ids is not None and torch.equal(
-                    self.head_ids[:words], self.sketch_ids):
-                sketch = head.first(words)      # the same memory, still near when the exit's whole head is read
-                self._sketch_bytes = words * _row_bytes(sketch, weight)
-            else:
-                sketch = pack(weight[self.sketch_ids], eight_bits=True)
-                self._sketch_bytes = self._own_sketch_bytes = words * _row_bytes(sketch, weight)
-            self._confidence = [sketch_confidence(sketch, head) for head in self.confidence_heads]
+            # The same memory where it can be, still near when the exit's whole head is read.
+            shared = (isinstance(head, NativeLinear) and words % 32 == 0 and self.head_ids is not None
+                      and torch.equal(self.head_ids[:words], self.sketch_ids))
+            sketch = head.first(words) if shared else pack(weight[self.sketch_ids], eight_bits=True)
+            self._sketch_bytes = words * _row_bytes(sketch, weight)
+            self._own_sketch_bytes = 0 if shared else self._sketch_bytes
+            self._confidence = [sketch_confidence(sketch, estimator) for estimator in self.confidence_heads]
         if model.native and not trainable:
             self._adapt = [NativeAdapter(a.gate.weight, a.down.weight, a.up.weight, a.norm.weight, a.norm.eps,
                                          a.straight) for a in self.adapters]
@@ -340,8 +339,8 @@ class ExitBank(nn.Module):
                 return Replayed(function, rows=1)
 
             self._adapt, self._confidence = ([replayed(f) for f in part] for part in (self.adapters, self._confidence))
-            shared = {n: replayed(of.forward) for n, of in heads.items()}
-            self._project = [shared[n] for n in sizes]
+            projections = {n: replayed(of.forward) for n, of in heads.items()}
+            self._project = [projections[n] for n in sizes]
         return self
 
     # -- one exit, hidden rows in --------------------------------------------------------------------------------
@@ -402,7 +401,7 @@ class ExitBank(nn.Module):
         return self._own_head_bytes + self._own_sketch_bytes + sum(p.nbytes for p in self.parameters())
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and fp32 bytes of the exits' weights: tells which exits made a result."""
+        """SHA-256 over the exits' weights, in fp32, and their parts of the head: tells which exits made a result."""
         digest = hashlib.sha256(repr(self.config.head_sizes).encode() if self.config.head_sizes else b"")
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())

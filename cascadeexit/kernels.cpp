@@ -2,8 +2,8 @@
 //
 // One call takes a few rows through many layers: one team of threads, no allocation, no dispatch between operations.
 // Weights are bf16, or integers of 8 bits, packed so that a pass reads each of them once, in order: blocks of 32 outputs,
-// pairs of inputs side by side. Sums are fp32 and run over inputs in order, each row by itself, so a row's result is bitwise the same
-// whatever other rows are in the pass: that is what makes verification exact.
+// pairs of inputs side by side. Sums are fp32 and run over inputs in order, each row by itself, so a row's result is
+// bitwise the same whatever other rows are in the pass: that is what makes verification exact.
 //
 // Letters: N rows, D hidden size, H query heads on G key-value heads of size d, C cache capacity.
 // Cache of a layer and head (of each text, where there are several): keys [C/16][d/2][16][2], values [C/2][d][2]; both

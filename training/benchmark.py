@@ -127,7 +127,9 @@ def make_contenders(engine: Engine, reference, args) -> list[Contender]:
         jobs["llama.cpp, 4-bit"] = llama_cpp(args.gguf, n, engine.model.eos_ids)
     jobs["full"] = ours(engine, n, Mode.FULL)
     for wanted in args.cascade_thresholds:
-        jobs[f"cascade {wanted}"] = ours(engine, n, Mode.CASCADE, thresholds=thresholds(wanted))
+        each = wanted if isinstance(wanted, tuple) else (wanted,)
+        name = ",".join("no" if t is None else f"{t:g}" for t in each)
+        jobs[f"cascade {name}"] = ours(engine, n, Mode.CASCADE, thresholds=wanted)
     jobs["verified"] = ours(engine, n, Mode.VERIFIED, max_draft=args.max_draft)
     for tolerance in args.tolerances:
         jobs[f"verified, tolerance {tolerance:g}"] = ours(engine, n, Mode.VERIFIED, max_draft=args.max_draft,
@@ -286,8 +288,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=int, help="default 50, --quick 8")
     parser.add_argument("--tokens", type=int, help="new tokens a prompt; default 128, --quick 64")
-    parser.add_argument("--cascade-thresholds", nargs="+", default=["0.8", "0.6", "0.4"], metavar="T", help="of the "
-                        "first exit, from which the others follow; or of each by commas, 'no' for one that is closed")
+    parser.add_argument("--cascade-thresholds", type=thresholds, nargs="+", default=[0.8, 0.6, 0.4], metavar="T",
+                        help="of the first exit, from which the others follow; or of each by commas, 'no' for one that "
+                        "is closed")
     parser.add_argument("--tolerances", type=float, nargs="*", default=[0.3, 0.6], help="of lossy verification")
     parser.add_argument("--max-draft", type=int, default=DecodeConfig.max_draft)
     parser.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp where llama_cpp is installed")

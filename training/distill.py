@@ -465,7 +465,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--head-size", type=lambda text: [int(part) for part in text.split(",")], default=[16384],
                    help="words in the exits' head, one number, 0 = all, or one for each exit (8192,8192,49152)")
     p.add_argument("--draft-size", type=int, default=4096, help="of these, the most frequent, from which drafts are "
-                   "made; 0 = all")
+                   "made; 0 = all that the first exit reads")
     p.add_argument("--train-words", type=int, default=6144, help="most frequent words, in the loss of every step; 0 = "
                    "all")
     p.add_argument("--tail", type=int, default=4096, help="of the other words, as many are sampled at each step")
@@ -522,7 +522,7 @@ def main() -> None:
     try:
         bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=head_size, adapter=args.adapter,
                                   head_sizes=args.head_size if len(args.head_size) > 1 else (),
-                                  draft_size=min(args.draft_size, head_size) // 32 * 32)
+                                  draft_size=min(args.draft_size, args.head_size[0]) // 32 * 32)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     bank.attach(model, trainable=True)
