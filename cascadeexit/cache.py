@@ -9,14 +9,17 @@ Letters: B sequences, H key-value heads, N rows in this pass, C capacity in posi
 import torch
 from torch import Tensor
 
+from cascadeexit import memory
+
 
 class KVCache:
     def __init__(self, num_layers: int, num_heads: int, head_dim: int, capacity: int, *,
                  batch: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         # Zeros, not empty: slots past a layer's length are masked, but NaN times zero would still be NaN.
         shape = (num_layers, batch, num_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)      # (L, B, H, C, d)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)    # (L, B, H, C, d)
+        on_cpu = torch.device(device).type == "cpu"
+        self.keys, self.values = (memory.zeros(shape, dtype) if on_cpu else
+                                  torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # (L, B, H, C, d)
         self.lengths = [0] * num_layers
         self.at: Tensor | None = None                                   # (N,), the slots that `update` writes
         self.replayed: dict = {}            # recordings of work on these very buffers, see `SegmentedModel`

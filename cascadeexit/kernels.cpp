@@ -28,6 +28,8 @@ constexpr int KEYS = 16;        // keys of a score block
 constexpr int MAX_TILE = 8;     // rows that share one reading of a block from the first cache
 constexpr int MANY = 3;         // rows from which a tile computes about as long as it waits for its weights
 constexpr int MAX_QUERIES = 8;  // queries that share one reading of keys and values
+constexpr int SPAN = 512;       // positions that are attended to at a time; a multiple of KEYS
+constexpr int ROUND = 16;       // tiles of queries for each thread between two meetings
 
 using bf16 = uint16_t;
 
@@ -335,73 +337,138 @@ struct Past {
     int first, fork, end;           // end: of the slots in use
 };
 
-// The values of positions 2 p and 2 p + 1 for p >= fork / 2 up to position n, side by side as a text would have them.
-void path_values(const Past& past, const int* path, int n, int d, uint32_t* to) {
+// Up to MAX_QUERIES rows of one key-value head, which share each reading of keys and values: queries (n, d) as bf16 pairs,
+// query i at position seen[i] - 1 of a row whose path is paths[i], null in a text.
+struct Tile {
+    Past past;
+    const uint32_t* queries;
+    int n, longest;                 // longest: of seen
+    int seen[MAX_QUERIES];
+    const int* paths[MAX_QUERIES];
+    bf16* to[MAX_QUERIES];          // where the d results go
+};
+
+// What the queries of a tile make of one span of positions: the largest score, the sum of exp(scale (score - largest)), and
+// the values weighted by these (n, d). Spans begin at multiples of SPAN, so a row's sums do not depend on who else computes.
+struct Found {
+    float top[MAX_QUERIES], total[MAX_QUERIES];
+    float* sums;
+};
+
+// The values of positions 2 p and 2 p + 1 from `begin` (even, in a path's part) up to position n, side by side as a text
+// would have them.
+void path_values(const Past& past, const int* path, int begin, int n, int d, uint32_t* to) {
     auto slot = [&](int t) { return t < past.fork ? t : path[(t < n ? t : n - 1) - past.fork]; };
-    for (int t = past.fork / 2 * 2; t < n; t += 2, to += d) {
+    for (int t = begin; t < n; t += 2, to += d) {
         const uint32_t *a = past.values + size_t(slot(t) / 2) * d, *b = past.values + size_t(slot(t + 1) / 2) * d;
         int down = slot(t) % 2 * 16, up = 16 - slot(t + 1) % 2 * 16;
         for (int j = 0; j < d; j++) to[j] = (a[j] >> down & 0xFFFF) | (b[j] << up & 0xFFFF0000u);
     }
 }
 
-// Rows of one key-value head: queries (n, d) as bf16 pairs, query i at position seen[i] - 1 of a row whose path is
-// paths[i], null in a text; they share each reading of keys and values. scores: room for (n, room) floats, and probs for
-// as many bf16; tail for a path's values. out: d sums each.
-void attend(const Past& past, const uint32_t* queries, const int* seen, const int* const* paths, int n, int d, float scale,
-            float* scores, bf16* probs, int room, uint32_t* tail, float* const* out) {
-    const size_t block_size = size_t(d / 2) * KEYS;
-    int longest = 0, first_block = past.first / KEYS, start = first_block * KEYS;
-    for (int i = 0; i < n; i++) longest = seen[i] > longest ? seen[i] : longest;
-    int score_blocks = ((paths[0] ? past.end : longest) + KEYS - 1) / KEYS;
-    float block_scores[MAX_QUERIES][KEYS];
-    for (int b = first_block; b < score_blocks; b++) {
-        dot_rows<KEYS>(n, past.keys + b * block_size, queries, d / 2, d / 2, block_scores);
-        for (int i = 0; i < n; i++) std::memcpy(scores + size_t(i) * room + b * KEYS, block_scores[i], 4 * KEYS);
+// Scores row[first..seen-1] -> `top`, the largest, and to[t], exp(scale (score - top)) as bf16, 0 in the rest of their blocks;
+// returns the sum of these. -infinity and 0 where there are none.
+float weigh(const float* row, int first, int seen, float scale, bf16* to, float& top) {
+    const int start = first / KEYS * KEYS;
+#ifdef BF16_DOT
+    auto visible = [&](int t) {
+        return __mmask16(0xFFFFu << (t < first ? first - t : 0) & 0xFFFFu >> (t + KEYS > seen ? t + KEYS - seen : 0));
+    };
+    __m512 most = _mm512_set1_ps(-INFINITY), sums = _mm512_setzero_ps();
+    for (int t = start; t < seen; t += KEYS) most = _mm512_mask_max_ps(most, visible(t), most, _mm512_loadu_ps(row + t));
+    top = _mm512_reduce_max_ps(most);
+    // 2^(whole + part), part within half of 0: a polynomial with a relative error below 3e-6, far below bf16's.
+    const __m512 unit = _mm512_set1_ps(scale * 1.44269504f), shift = _mm512_set1_ps(-top * scale * 1.44269504f);
+    for (int t = start; t < seen; t += KEYS) {
+        __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(row + t), unit, shift);
+        __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = _mm512_sub_ps(x, whole);
+        __m512 power = _mm512_set1_ps(9.5828446e-3f);
+        power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(5.5906437e-2f));
+        power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(2.4024099e-1f));
+        power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(6.9312418e-1f));
+        power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(1.0f));
+        power = _mm512_maskz_scalef_ps(visible(t), power, whole);
+        sums = _mm512_add_ps(sums, power);
+        _mm256_storeu_si256((__m256i*)(to + t), (__m256i)_mm512_cvtneps_pbh(power));
     }
-    float totals[MAX_QUERIES];
+    return _mm512_reduce_add_ps(sums);
+#else
+    top = -INFINITY;
+    for (int t = first; t < seen; t++) top = row[t] > top ? row[t] : top;
+    float sums[KEYS] = {}, total = 0;
+    for (int t = start; t < seen; t += KEYS)
+        for (int l = 0; l < KEYS; l++) {
+            bool visible = t + l >= first && t + l < seen;
+            float e = fast_exp((row[t + l] - top) * scale);
+            e = visible ? e : 0.0f;
+            sums[l] += e;
+            to[t + l] = narrow(e);
+        }
+    for (float s : sums) total += s;
+    return total;
+#endif
+}
+
+// One span of a tile. scores: room for (MAX_QUERIES, room) floats, and probs for as many bf16, a span and a tree's rows;
+// tail for a path's values.
+void attend(const Tile& tile, int span, int d, float scale, float* scores, bf16* probs, int room, uint32_t* tail,
+            Found& found) {
+    const Past& past = tile.past;
+    const bool tree = tile.paths[0];
+    const int n = tile.n, begin = span * SPAN, first = past.first > begin ? past.first : begin;
+    const int start = first / KEYS * KEYS, end = begin + SPAN < tile.longest ? begin + SPAN : tile.longest;
+    // A tree's slots lie up to its end, wherever its positions are.
+    const int blocks_end = ((tree && end > past.fork ? past.end : end) + KEYS - 1) / KEYS * KEYS;
+    const size_t block_size = size_t(d / 2) * KEYS;
+    float block_scores[MAX_QUERIES][KEYS];
+    for (int t = start; t < blocks_end; t += KEYS) {
+        dot_rows<KEYS>(n, past.keys + t / KEYS * block_size, tile.queries, d / 2, d / 2, block_scores);
+        for (int i = 0; i < n; i++) std::memcpy(scores + size_t(i) * room + t - start, block_scores[i], 4 * KEYS);
+    }
+    const int probs_end = (end + KEYS - 1) / KEYS * KEYS;
     for (int i = 0; i < n; i++) {
-        float* row = scores + size_t(i) * room;
-        bf16* to = probs + size_t(i) * room;
-        int whole = (seen[i] + KEYS - 1) / KEYS * KEYS;
-        if (paths[i])                                   // ascending slots, none before its position
-            for (int t = past.fork; t < seen[i]; t++) row[t] = row[paths[i][t - past.fork]];
-        for (int t = seen[i]; t < whole; t++) row[t] = -INFINITY;
-        for (int t = start; t < past.first; t++) row[t] = -INFINITY;
-        float lanes[KEYS];
-        for (int l = 0; l < KEYS; l++) lanes[l] = row[start + l];
-        for (int t = start + KEYS; t < whole; t += KEYS)
-            for (int l = 0; l < KEYS; l++) lanes[l] = row[t + l] > lanes[l] ? row[t + l] : lanes[l];
-        float top = lanes[0], sums[KEYS] = {};
-        for (float x : lanes) top = x > top ? x : top;
-        for (int t = start; t < whole; t += KEYS)
-            for (int l = 0; l < KEYS; l++) {
-                bool visible = t + l < seen[i] && t + l >= past.first;
-                float e = fast_exp((row[t + l] - top) * scale);
-                e = visible ? e : 0.0f;
-                sums[l] += e;
-                to[t + l] = narrow(e);
-            }
-        std::memset(to + whole, 0, 2 * size_t(score_blocks * KEYS - whole));
-        float total = 0;
-        for (float s : sums) total += s;
-        totals[i] = total;
+        float* row = scores + size_t(i) * room - start;         // by position
+        bf16* to = probs + size_t(i) * room - start;
+        int seen = tile.seen[i] < end ? tile.seen[i] : end;
+        seen = seen > start ? seen : start;                     // a row before this span sees none of it
+        const int whole = (seen + KEYS - 1) / KEYS * KEYS;
+        if (tree)                                               // ascending slots, none before its position
+            for (int t = past.fork > first ? past.fork : first; t < seen; t++) row[t] = row[tile.paths[i][t - past.fork]];
+        found.total[i] = weigh(row, first, seen, scale, to, found.top[i]);
+        for (int t = whole; t < probs_end; t++) to[t] = 0;
     }
     // Values, 64 columns at a time, so that they are read in order: sums of each column over positions, in order.
-    int shared = (paths[0] ? past.fork : score_blocks * KEYS) / 2;
+    const int own = past.fork / 2 * 2 > start ? past.fork / 2 * 2 : start;      // from here on a path's values are its own
+    const int shared = tree && own < probs_end ? own : probs_end;
     for (int j = 0; j < d; j += 64) {
         int columns = d - j < 64 ? d - j : 64;
         float sum[MAX_QUERIES][64] = {};
-        add_values(n, past.values + size_t(start / 2) * d + j, d, columns, probs + start, room, shared - start / 2, sum);
-        for (int i = 0, same; paths[0] && i < n; i += same) {
-            for (same = 1; i + same < n && paths[i + same] == paths[i];) same++;
-            path_values(past, paths[i], seen[i], d, tail);
-            add_values(same, tail + j, d, columns, probs + size_t(i) * room + 2 * shared, room, (seen[i] + 1) / 2 - shared,
+        add_values(n, past.values + size_t(start / 2) * d + j, d, columns, probs, room, (shared - start) / 2, sum);
+        for (int i = 0, same; shared < probs_end && i < n; i += same) {
+            for (same = 1; i + same < n && tile.paths[i + same] == tile.paths[i];) same++;
+            const int seen = tile.seen[i] < end ? tile.seen[i] : end;
+            if (seen <= shared) continue;
+            path_values(past, tile.paths[i], shared, seen, d, tail);
+            add_values(same, tail + j, d, columns, probs + size_t(i) * room + shared - start, room, (seen + 1 - shared) / 2,
                        sum + i);
         }
-        for (int i = 0; i < n; i++)
-            for (int l = 0; l < columns; l++) out[i][j + l] = sum[i][l] / totals[i];
+        for (int i = 0; i < n; i++) std::memcpy(found.sums + size_t(i) * d + j, sum[i], 4 * size_t(columns));
     }
+}
+
+// What query i found in spans 0..n-1, as one softmax: d results as bf16. Spans in order.
+void combine(const Found* found, int n, int i, int d, float scale, float* sum, bf16* to) {
+    float top = -INFINITY, total = 0;
+    for (int s = 0; s < n; s++) top = found[s].top[i] > top ? found[s].top[i] : top;
+    std::memset(sum, 0, 4 * size_t(d));
+    for (int s = 0; s < n; s++) {
+        if (found[s].total[i] == 0) continue;
+        float weight = found[s].top[i] == top ? 1.0f : fast_exp((found[s].top[i] - top) * scale);
+        const float* part = found[s].sums + size_t(i) * d;
+        total = __builtin_fmaf(weight, found[s].total[i], total);
+        for (int j = 0; j < d; j++) sum[j] = __builtin_fmaf(weight, part[j], sum[j]);
+    }
+    for (int j = 0; j < d; j++) to[j] = narrow(sum[j] / total);
 }
 
 // One position's keys and values of a head, from a slot to another.
@@ -492,15 +559,22 @@ void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t
 //   begins: row r is position `start` of text r of the cache, which sees from position begins[r] on.
 void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, bf16* out, int32_t rows,
                const Cache* cache, int32_t start, const int32_t* parents, const int32_t* begins, int32_t threads) {
-    static thread_local Scratch<float> f_h, f_qkv, f_heads, f_scores;
+    static thread_local Scratch<float> f_h, f_qkv, f_scores, f_sums;
     static thread_local Scratch<bf16> b_x, b_heads, b_act, b_queries, b_probs;
+    static thread_local Scratch<Found> found_by_span;
     static thread_local Scratch<uint32_t> u_tails;
     static thread_local Scratch<int> i_positions, i_paths;
     const int D = stack->hidden, H = stack->heads, G = stack->kv_heads, d = stack->head_dim, I = stack->inner;
     const int wide = (H + 2 * G) * d, group = H / G;
     const int together = begins ? 1 : rows;                     // rows whose queries may share a reading of keys
-    const int queries_per_unit = together * group, units = rows / together;
-    const int room = (start + rows + KEYS - 1) / KEYS * KEYS, lanes = begins ? rows : 1;
+    const int queries_per_unit = together * group, units = rows / together, lanes = begins ? rows : 1;
+    const int tiles_per_unit = (queries_per_unit + MAX_QUERIES - 1) / MAX_QUERIES, tiles = G * units * tiles_per_unit;
+    int first_span = 0;
+    for (int r = 0; begins && r < rows; r++)
+        first_span = r == 0 || begins[r] / SPAN < first_span ? begins[r] / SPAN : first_span;
+    const int spans = (start + (begins ? 1 : rows) + SPAN - 1) / SPAN - first_span;
+    const int round = tiles < ROUND * threads ? tiles : ROUND * threads;        // tiles that are worked on together
+    const int room = SPAN + (rows + 2 * KEYS) / KEYS * KEYS;
     const int tail = parents ? (rows / 2 + 2) * d : 0;
     int* position = i_positions.get(rows);
     for (int r = 0; r < rows; r++)
@@ -513,11 +587,32 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
         return ((size_t(l) * lanes + (begins ? r : 0)) * G + g) * cache->capacity * (d / 2);
     };
     uint32_t* tails = u_tails.get(size_t(threads) * tail);
-    float *h = f_h.get(size_t(rows) * D), *qkv = f_qkv.get(size_t(rows) * wide), *heads = f_heads.get(size_t(rows) * H * d);
+    float *h = f_h.get(size_t(rows) * D), *qkv = f_qkv.get(size_t(rows) * wide);
     bf16 *x = b_x.get(size_t(rows) * D), *act = b_act.get(size_t(rows) * I), *attended = b_heads.get(size_t(rows) * H * d);
     bf16* queries = b_queries.get(size_t(rows) * H * d);
     float* all_scores = f_scores.get(size_t(threads) * MAX_QUERIES * room);
     bf16* all_probs = b_probs.get(size_t(threads) * MAX_QUERIES * room);
+    Found* found = found_by_span.get(size_t(round) * spans);
+    float* sums_found = f_sums.get(size_t(round) * spans * MAX_QUERIES * d);
+    for (int i = 0; i < round * spans; i++) found[i].sums = sums_found + size_t(i) * MAX_QUERIES * d;
+    auto tile_of = [&](int l, int number) {
+        int g = number / (units * tiles_per_unit), unit = number / tiles_per_unit % units;
+        int from = number % tiles_per_unit * MAX_QUERIES, left = queries_per_unit - from;
+        size_t head_at = head_of(l, unit, g);
+        Tile tile;
+        tile.past = {cache->keys + head_at, cache->values + head_at, begins ? begins[unit] : 0, start, start + rows};
+        tile.queries = (const uint32_t*)(queries + (size_t(g) * rows * group + unit * queries_per_unit + from) * d);
+        tile.n = left < MAX_QUERIES ? left : MAX_QUERIES;
+        tile.longest = 0;
+        for (int q = 0; q < tile.n; q++) {
+            int r = unit * together + (from + q) / group, head = g * group + (from + q) % group;
+            tile.seen[q] = position[r] + 1;
+            tile.paths[q] = parents ? path + r * rows : nullptr;
+            tile.to[q] = attended + (size_t(r) * H + head) * d;
+            tile.longest = tile.seen[q] > tile.longest ? tile.seen[q] : tile.longest;
+        }
+        return tile;
+    };
     for (size_t i = 0; i < size_t(rows) * D; i++) h[i] = widen(in[i]);
     Barrier barrier;
 
@@ -569,31 +664,22 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
                 }
             }
             team.meet();
-            // 3. attention, a few queries of a key-value head at a time
-            const int all_queries = G * units * queries_per_unit, end = team.to(all_queries);
-            for (int next = team.from(all_queries), tile; next < end; next += tile) {
-                int g = next / (units * queries_per_unit), unit = next / queries_per_unit % units, from = next % queries_per_unit;
-                int left = queries_per_unit - from < end - next ? queries_per_unit - from : end - next;
-                tile = left < MAX_QUERIES ? left : MAX_QUERIES;
-                int seen[MAX_QUERIES];
-                const int* paths[MAX_QUERIES];
-                float* to[MAX_QUERIES];
-                for (int q = 0; q < tile; q++) {
-                    int r = unit * together + (from + q) / group, head = g * group + (from + q) % group;
-                    seen[q] = position[r] + 1;
-                    paths[q] = parents ? path + r * rows : nullptr;
-                    to[q] = heads + (size_t(r) * H + head) * d;
+            // 3. attention, a span of positions for a few queries of a key-value head at a time
+            for (int begin = 0, count; begin < tiles; begin += count) {
+                count = tiles - begin < round ? tiles - begin : round;
+                for (int i = team.from(count * spans); i < team.to(count * spans); i++) {
+                    Tile tile = tile_of(l, begin + i / spans);
+                    attend(tile, first_span + i % spans, d, stack->scale, scores, probs, room,
+                           tails + size_t(team.rank) * tail, found[i]);
                 }
-                size_t head_at = head_of(l, unit, g);
-                Past past{cache->keys + head_at, cache->values + head_at, begins ? begins[unit] : 0, start, start + rows};
-                attend(past, (const uint32_t*)(queries + (size_t(g) * rows * group + unit * queries_per_unit + from) * d), seen,
-                       paths, tile, d, stack->scale, scores, probs, room, tails + size_t(team.rank) * tail, to);
-                for (int q = 0; q < tile; q++) {
-                    bf16* rounded = attended + (to[q] - heads);
-                    for (int j = 0; j < d; j++) rounded[j] = narrow(to[q][j]);
+                team.meet();
+                for (int i = team.from(count * MAX_QUERIES); i < team.to(count * MAX_QUERIES); i++) {
+                    Tile tile = tile_of(l, begin + i / MAX_QUERIES);
+                    if (int q = i % MAX_QUERIES; q < tile.n)
+                        combine(found + size_t(i / MAX_QUERIES) * spans, spans, q, d, stack->scale, scores, tile.to[q]);
                 }
+                team.meet();
             }
-            team.meet();
             multiply(team, layer.o, attended, size_t(H) * d, rows, add_to_h(layer.o));
             team.meet();
             // 4. MLP: a thread holds gate and up of the same 32 outputs

@@ -13,7 +13,6 @@ import ctypes
 import functools
 import hashlib
 import logging
-import mmap
 import os
 import platform
 import shutil
@@ -26,12 +25,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cascadeexit.memory import room
+
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _BLOCK = 32                     # outputs of a weight block, as in kernels.cpp
-_HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 class _Matrix(ctypes.Structure):
@@ -139,12 +139,7 @@ class _Store:
     def __init__(self, matrices: Sequence[Sequence[Tensor]], in_8_bits: Sequence[Tensor] = ()):
         size = sum(_whole_lines(library().ce_packed_bytes(*w.shape)) for parts in matrices for w in parts)
         size += sum(_whole_lines(w.nbytes) for w in in_8_bits)
-        self._room = mmap.mmap(-1, max(size, 1))
-        if _HUGE_PAGES is not None:
-            try:
-                self._room.madvise(_HUGE_PAGES)
-            except OSError:                             # a kernel without them
-                log.debug("no huge pages here")
+        self._room = room(size)
         self._free = ctypes.addressof(c_int32.from_buffer(self._room)) if size >= 4 else 0
         self._kept: list = []
 

@@ -11,7 +11,7 @@ from cascadeexit.linear import pack
 from cascadeexit.model import SegmentedModel
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
-WIDE = SHAPE | dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
+WIDE = SHAPE | dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1280)
 FAMILIES = {
     "llama": LlamaConfig(**WIDE, tie_word_embeddings=False),
     "llama-biased": LlamaConfig(**WIDE, attention_bias=True),
@@ -77,20 +77,20 @@ def through(model: SegmentedModel, cache, ids: list[int], parents: list[int] | N
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("before", [1, 9, 15, 16, 17])
+@pytest.mark.parametrize("before", [1, 9, 15, 16, 17, 505, 511, 512, 1020])
 def test_each_path_of_a_tree_is_bitwise_the_text_that_it_says(family, before):
-    """Wherever blocks of the cache begin; and the cache after `keep` is that of the path's text."""
+    """Wherever blocks and spans of the cache begin; and the cache after `keep` is that of the path's text."""
     model, parents = SegmentedModel(base_of(family), (3,)), [-1, 0, 1, 2, 0, 4, 1, 5, 7, 8, 3]
-    tree = [3, 50, 7, 21, 9, 9, 33, 4, 18, 60, 2]
-    cache = model.new_cache(64)
-    through(model, cache, IDS[:before])
+    tree, text = [3, 50, 7, 21, 9, 9, 33, 4, 18, 60, 2], (IDS * 49)[:before]
+    cache = model.new_cache(before + 16)
+    through(model, cache, text)
     rows = through(model, cache, tree, parents)
     for row in range(len(tree)):
         path = [row]
         while path[0]:
             path.insert(0, parents[path[0]])
-        alone = model.new_cache(64)
-        through(model, alone, IDS[:before])
+        alone = model.new_cache(before + 16)
+        through(model, alone, text)
         assert torch.equal(through(model, alone, [tree[i] for i in path])[-1], rows[row]), row
         if row == 9:
             longest, expected = path, alone
@@ -99,19 +99,34 @@ def test_each_path_of_a_tree_is_bitwise_the_text_that_it_says(family, before):
     assert torch.equal(through(model, cache, [5, 6]), through(model, expected, [5, 6]))
 
 
+@torch.inference_mode()
+def test_long_texts_are_attended_to_as_transformers_does():
+    """Attention works in spans of 512 positions: rows that see several, on their own and many in a pass."""
+    model, text = SegmentedModel(base_of("llama"), (3,)), IDS * 53
+    exact, rounded = (base(torch.tensor([text])).logits[0, -300:].float()
+                      for base in (base_of("llama").float(), base_of("llama")))
+    cache = model.new_cache(len(text))
+    many = torch.cat([through(model, cache, text[:700]), through(model, cache, text[700:])])
+    ours = model.logits(many[None])[0, -300:]
+    assert (ours - exact).abs().mean() <= 1.1 * (rounded - exact).abs().mean()
+    cache.truncate(len(text) - 1)
+    assert torch.equal(through(model, cache, text[-1:])[0], many[-1])
+
+
 @pytest.mark.parametrize("native", [True, False])
-def test_texts_of_a_batch_see_themselves_alone(native):
+@pytest.mark.parametrize("repeats", [1, 30])
+def test_texts_of_a_batch_see_themselves_alone(native, repeats):
     base = base_of("llama") if native else base_of("llama").float()
-    model, begins = SegmentedModel(base, (3,)), [0, 3, 11]
-    texts = [IDS, IDS[::-1], [7, *IDS[1:]]]
-    cache = model.new_cache(32, batch=3)
+    model, begins = SegmentedModel(base, (3,)), [0, 3, 11] if repeats == 1 else [0, 500, 515]
+    texts = [text * repeats for text in (IDS, IDS[::-1], [7, *IDS[1:]])]
+    cache = model.new_cache(len(texts[0]), batch=3)
     with torch.inference_mode():
         for column in zip(*texts):
             h = model.embed(column)
             for s in range(model.num_segments):
                 h = model.run_batch(s, h, [min(b, cache.length(model.bounds[s])) for b in begins], cache)
     for lane, (begin, text) in enumerate(zip(begins, texts)):
-        alone = through(model, model.new_cache(32), text[begin:])[-1]            # rotary angles only tell distances
+        alone = through(model, model.new_cache(len(text)), text[begin:])[-1]            # rotary angles only tell distances
         assert (h[0, lane] - alone).abs().mean() < (0.03 if native else 1e-5) * alone.abs().mean()
 
 
