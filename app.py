@@ -705,7 +705,8 @@ def main() -> None:
                         f"several make a menu (default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
     parser.add_argument("--exits", help="folder of trained exits (default: those shipped for the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
+                        help="default: bfloat16, or float16 on a GPU that only emulates that")
     parser.add_argument("--host", help="address to serve on, 0.0.0.0 for every network (default: 127.0.0.1)")
     parser.add_argument("--mcp", action="store_true", help="offer the endpoints as MCP tools too (needs gradio[mcp])")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")

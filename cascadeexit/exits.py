@@ -227,18 +227,18 @@ def sketch_confidence(head: nn.Module, estimator: SketchConfidence) -> Callable[
     return lambda *rows: estimator(facts(*rows)).sigmoid()
 
 
-def likeliest(head: nn.Module, words: int) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor]]:
-    """Of rows for this head (..., D), k and a temperature: the k likeliest of its first words (..., k).
+def likeliest(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor]]:
+    """Of rows for this head (..., D), k and a temperature: the k likeliest of its words (..., k).
 
     As many as there are when there are fewer. Best first: their probabilities in the softmax over those words, and
     their numbers.
     """
     if isinstance(head, NativeLinear):
-        return head.first(words).likeliest
+        return head.likeliest
 
     def ranked(hidden: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = head(hidden)[..., :words].float() / temperature
-        probs, numbers = logits.softmax(-1).topk(min(k, words), dim=-1)
+        logits = head(hidden).float() / temperature
+        probs, numbers = logits.softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
         return probs, numbers
     return ranked
 
@@ -313,12 +313,12 @@ class ExitBank(nn.Module):
                 return head
             return head.first(words) if isinstance(head, NativeLinear) else pack(trimmed[:words])
 
-        sizes = [c.words(s) for s in range(len(c.layers))]
-        heads = {n: first(n) for n in sizes}
+        sizes, drafts = [c.words(s) for s in range(len(c.layers))], self._draft_words
+        heads = {n: first(n) for n in (*sizes, drafts)}
         self._project = [heads[n].forward for n in sizes]
-        self._likeliest = likeliest(head, self._draft_words)
+        self._likeliest = likeliest(heads[drafts])
         # Packed by torch, each part is a copy of its own; else they share the memory of the whole.
-        held = sum({whole, *sizes}) if isinstance(head, PackedLinear) else whole
+        held = sum({whole, *heads}) if isinstance(head, PackedLinear) else whole
         self._own_head_bytes = held * self._word_bytes if self.head_ids is not None else 0
         if c.confidence == "mlp":
             self._confidence = [head.chance for head in self.confidence_heads]
@@ -340,7 +340,7 @@ class ExitBank(nn.Module):
 
             self._adapt, self._confidence = ([replayed(f) for f in part] for part in (self.adapters, self._confidence))
             projections = {n: replayed(of.forward) for n, of in heads.items()}
-            self._project = [projections[n] for n in sizes]
+            self._project, self._likeliest = [projections[n] for n in sizes], likeliest(projections[drafts])
         return self
 
     # -- one exit, hidden rows in --------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ each shape of its inputs as a CUDA graph, a function is started by one call. The
 they did when they were recorded, so inputs are copied to their places first and the result is copied away.
 """
 
+import contextlib
 import functools
+import gc
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ class Replayed:
     def __call__(self, *inputs: Tensor) -> Tensor:
         if inputs[0].shape[-2] > self._rows:
             return self._function(*inputs)
-        with self._turn:
+        with self._turn, torch.inference_mode():         # its places may be written from outside of it
             key = tuple((t.shape, t.dtype) for t in inputs)
             if key not in self._recordings:
                 places = [t.clone() for t in inputs]
@@ -63,6 +65,18 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage stays: what is freed while a graph is recorded, a cache that is cleared, would be recorded with it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Callable[[], None], Tensor]:
     """A CUDA graph of function(*places): what replays it, and where its result then is."""
     device = places[0].device
@@ -72,7 +86,8 @@ def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Calla
         with torch.cuda.stream(side):                   # leaves this stream even where recording fails
             for _ in range(3):                          # first calls allocate workspaces and pick kernels
                 function(*places)
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):   # others may go on working
+            others_work_on = dict(capture_error_mode="thread_local")
+            with _no_collection(), torch.cuda.graph(graph, stream=side, **others_work_on):
                 out = function(*places)
         now.wait_stream(side)
     return graph.replay, out

@@ -65,7 +65,7 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         model: the bundled name, a Hub id or a local folder; default $CASCADEEXIT_MODEL, else the bundled model.
         exits: an exits folder; default the ones shipped for this model, else untrained ones.
         device: default a GPU when there is one.
-        dtype: a torch dtype or its name; default bfloat16.
+        dtype: a torch dtype or its name; default bfloat16, or float16 on a GPU that only emulates that.
         progress: called with short lines about slow steps; default the log.
 
     Raises ModelUnavailable, ValueError (unsupported model, exits of another model), FileNotFoundError (no exits there).
@@ -97,8 +97,8 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     Arguments and errors as for `load`; `token` opens gated and private Hub models, default $HF_TOKEN. `device_map`,
     as transformers takes it ('auto'), spreads a model over several devices, main memory or disk instead.
     """
-    model, dtype = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, _torch_dtype(dtype)
-    place = _device(device)
+    model, place = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, _device(device)
+    dtype = _torch_dtype(dtype, place)
     source = resolve(model, progress)
     hub = dict(token=token, trust_remote_code=False)    # unset, transformers would ask on the console to run code
     read_model_config(model, source, hub)
@@ -137,7 +137,7 @@ def short_name(source: str) -> str:
 
 def _device(wanted: str | None) -> torch.device:
     """The device asked for, else a GPU when there is one. Raises ValueError when there is no such device."""
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0    # the count ignores a driver too old
     try:
         device = torch.device(wanted or ("cuda" if gpus else "cpu"))
     except RuntimeError as error:
@@ -202,8 +202,12 @@ def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
     return tuple(round(x * num_layers) if x < 1 else int(x) for x in numbers)
 
 
-def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.bfloat16
+def _torch_dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype:
+    """The dtype asked for, else bf16; fp16 on a GPU that only emulates bf16, such as a T4."""
+    if dtype is None:
+        emulated = place.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.float16 if emulated else torch.bfloat16
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype must be a torch dtype or the name of one, such as 'bfloat16', got {dtype!r}")
     return found

@@ -1,5 +1,6 @@
 """Library: the models that a page offers, one of them in memory at a time."""
 
+import gc
 import itertools
 import logging
 import queue
@@ -9,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import torch
+
 from cascadeexit import hub
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.exits import ExitBank
 from cascadeexit.stream import Shape
 
 log = logging.getLogger(__name__)
+_WARM_UP = [*(DecodeConfig(mode=mode, max_new_tokens=8) for mode in Mode),
+            DecodeConfig(thresholds=1.0, max_new_tokens=8)]         # asks every exit
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,12 @@ class Library:
             if not self.ready(label):
                 offer = self._offers[label]
                 self._held = None                               # room first: both might not fit
+                gc.collect()                                    # recordings and their model hold each other
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
                 engine, tokenizer = hub.load(offer.model, offer.exits, progress=progress, **self._place)
-                # Warm, in turns as in a race: no visitor's clock pays for it.
-                turns = [engine.generate([0], DecodeConfig(mode=mode, max_new_tokens=8)) for mode in Mode]
+                # Warm, in turns as in a race, from a few rows through every segment: no visitor's clock pays for it.
+                turns = [engine.generate([0] * 9, config) for config in _WARM_UP]
                 for _ in itertools.zip_longest(*turns):
                     pass
                 self._held = (label, engine, tokenizer)

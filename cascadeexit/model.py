@@ -217,7 +217,7 @@ class SegmentedModel:
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for at least `capacity` positions; rows of padding need room too (see `pad`)."""
-        step = _REPLAYED_CAPACITY if self.replays else 16       # 16: whole blocks of our own kernels
+        step = _REPLAYED_CAPACITY if self.replays and batch == 1 else 16        # 16: whole blocks of our own kernels
         capacity = -(-capacity // step) * step
         with self._caches_turn:
             for cache in self._idle_caches:
@@ -230,7 +230,8 @@ class SegmentedModel:
     def reuse(self, cache: KVCache) -> None:
         """Nobody reads this cache any more: where work on it was recorded, the next run of its size takes it over."""
         if self.replays:
-            cache.clear()
+            with torch.inference_mode():        # as it was written
+                cache.clear()
             with self._caches_turn:
                 self._idle_caches.insert(0, cache)
                 del self._idle_caches[_IDLE_CACHES:]
@@ -320,7 +321,7 @@ class SegmentedModel:
         if self._native is not None:
             return self._native.run(layers, h, cache.keys, cache.values, cache.claim(layers, 1), begins=begins)
         positions = cache.positions(layers[0], 1)                                               # (1, 1)
-        near = torch.arange(-(-(int(positions) + 1) // 64) * 64, device=h.device)[:cache.capacity]
+        near = torch.arange(-(-(cache.length(layers[0]) + 1) // 64) * 64, device=h.device)[:cache.capacity]
         mask = (near >= torch.tensor(begins, device=h.device)[:, None]) & (near <= positions)
         out = self.run_layers(layers, h.transpose(0, 1), positions, mask[:, None, None], cache)
         cache.advance(layers, 1)

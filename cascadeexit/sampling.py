@@ -60,7 +60,8 @@ class Sampler:
         if self.top_p < 1:
             ranked, order = probs.sort(descending=True)
             # A token stays when the mass before it is still short of top_p: the first one always stays.
-            ranked[ranked.cumsum(0) - ranked >= self.top_p] = 0
+            mass = ranked.double().cumsum(0)                # fp32 sums on a GPU vary from call to call
+            ranked[mass - ranked >= self.top_p] = 0
             probs = torch.zeros_like(probs).scatter_(0, order, ranked / ranked.sum())
         if ids is None:
             return probs

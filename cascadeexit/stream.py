@@ -171,11 +171,12 @@ class TokenStream:
 
     def __init__(self, engine: Engine, tokenizer, config: DecodeConfig, prompt_ids: Sequence[int],
                  settings: dict | None = None):
-        self.engine, self.config, self.prompt_ids = engine, config, list(prompt_ids)
+        self.config, self.prompt_ids, self.shape = config, list(prompt_ids), Shape.of(engine)
+        self._costs, self._eos = engine.costs, engine.model.eos_ids     # not the engine: pages keep many runs
         self.run = uuid.uuid4().hex[:12]
         self.sides = {CASCADE: _Side(tokenizer), FULL: _Side(tokenizer)}
         self._tokenizer, self._special = tokenizer, frozenset(tokenizer.all_special_ids)
-        self.text = model_line(Shape.of(engine))
+        self.text = model_line(self.shape)
         self._write("run", run=self.run, mode=config.mode, greedy=config.temperature == 0,
                     thresholds=config.threshold_per_exit(engine.exit_depths), prompt_tokens=len(self.prompt_ids),
                     max_new_tokens=config.max_new_tokens, tolerance=config.tolerance, settings=settings or {})
@@ -190,7 +191,7 @@ class TokenStream:
         record = dict(side=name, i=event.index, id=event.token_id, status=event.status)
         if event.status is not Status.REJECTED:
             record |= dict(text=piece, exit=event.exit, t=event.seconds, conf=event.confidences,
-                           read=event.weight_bytes / self.engine.costs.full_token_bytes)
+                           read=event.weight_bytes / self._costs.full_token_bytes)
         if event.final and len(side.final) > 1:
             record["ms"] = 1000 * metrics.token_seconds(side.final[-2:])[0]
         if event.token_id in self._special:
@@ -206,7 +207,7 @@ class TokenStream:
         speed = {}
         for name, side in self.sides.items():
             if side.final:
-                stats = metrics.summarize(side.events, self.engine.costs)
+                stats = metrics.summarize(side.events, self._costs)
                 speed[name] = stats.tokens_per_second
                 self._write("stats", side=name, seconds=round(side.final[-1].seconds, 5),
                             done=self._done(side), **_rounded(asdict(stats)))
@@ -221,7 +222,7 @@ class TokenStream:
 
     def _done(self, side: _Side) -> bool:
         return (len(side.final) == self.config.max_new_tokens
-                or side.final[-1].token_id in self.engine.model.eos_ids)
+                or side.final[-1].token_id in self._eos)
 
     def close_text(self) -> None:
         """Both sides are done: give each last token the text held back for it, and the final numbers."""

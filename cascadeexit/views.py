@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from cascadeexit import metrics
 from cascadeexit.evaluation import Result, quality_speed_points, summarize_results
-from cascadeexit.stream import CASCADE, COPIED_COLOUR, FULL, Shape, TokenStream, colours, exit_name
+from cascadeexit.stream import CASCADE, COPIED_COLOUR, FULL, TokenStream, colours, exit_name
 
 _OUTLINE = "#7D838C"                        # visible on a light and on a dark page
 _KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # Paul Tol's "bright" scheme
@@ -19,10 +19,10 @@ def figures(stream: TokenStream, full_choices: Sequence[int]) -> list[go.Figure]
 
 def routing_figure(stream: TokenStream) -> go.Figure:
     """Which exit wrote how much of the text."""
-    engine, final = stream.engine, stream.sides[CASCADE].final
-    share, copied = metrics.routing_share(final, engine.model.num_segments), metrics.copied_share(final)
-    names = [exit_name(s, Shape.of(engine)).partition(" (")[0] for s in range(len(share))]
-    palette = colours(engine.num_exits)
+    exits, final = len(stream.shape.exit_layers), stream.sides[CASCADE].final
+    share, copied = metrics.routing_share(final, exits + 1), metrics.copied_share(final)
+    names = [exit_name(s, stream.shape).partition(" (")[0] for s in range(len(share))]
+    palette = colours(exits)
     if copied:
         share, names, palette = (*share, copied), [*names, "Copied"], (*palette, COPIED_COLOUR)
     figure = go.Figure(go.Bar(
@@ -50,9 +50,9 @@ def latency_figure(stream: TokenStream) -> go.Figure:
 
 def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Figure:
     """How sure the exit was that wrote each token; crosses where the full model would have differed."""
-    engine, figure = stream.engine, go.Figure()
-    final, palette = stream.sides[CASCADE].final, colours(stream.engine.num_exits)
-    for s in range(engine.num_exits):
+    exits, final, figure = len(stream.shape.exit_layers), stream.sides[CASCADE].final, go.Figure()
+    palette = colours(exits)
+    for s in range(exits):
         points = [e for e in final if e.exit == s]
         figure.add_scatter(
             x=[e.index for e in points], y=[e.confidences[s] for e in points],
@@ -60,14 +60,14 @@ def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Fi
             marker=dict(color=palette[s], size=8, line=dict(color=_OUTLINE, width=0.6)),
             hovertemplate="token %{x}: %{y:.0%} sure<extra>" + f"Exit {s + 1}</extra>")
     others = [e for e, choice in zip(final, full_choices)
-              if 0 <= e.exit < engine.num_exits and e.token_id != choice]
+              if 0 <= e.exit < exits and e.token_id != choice]
     figure.add_scatter(
         x=[e.index for e in others], y=[e.confidences[e.exit] for e in others], mode="markers",
         name="full model differs", marker=dict(color="#D55E00", size=8, symbol="x-thin-open", line_width=2),
         hovertemplate="token %{x}: the full model would say something else<extra></extra>")
     figure.update_xaxes(title="token")
     figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
-    return _styled(figure, "How sure the exits were", legend_rows=1 + engine.num_exits // 2)
+    return _styled(figure, "How sure the exits were", legend_rows=1 + exits // 2)
 
 
 def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) -> go.Figure:

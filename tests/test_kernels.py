@@ -126,7 +126,7 @@ def test_texts_of_a_batch_see_themselves_alone(native, repeats):
             for s in range(model.num_segments):
                 h = model.run_batch(s, h, [min(b, cache.length(model.bounds[s])) for b in begins], cache)
     for lane, (begin, text) in enumerate(zip(begins, texts)):
-        alone = through(model, model.new_cache(len(text)), text[begin:])[-1]            # rotary angles only tell distances
+        alone = through(model, model.new_cache(len(text)), text[begin:])[-1]     # rotary angles tell distances
         assert (h[0, lane] - alone).abs().mean() < (0.03 if native else 1e-5) * alone.abs().mean()
 
 

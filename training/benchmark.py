@@ -138,8 +138,8 @@ def make_contenders(engine: Engine, reference, args) -> list[Contender]:
 
 
 def race_all(contenders: list[Contender], prompts: list[list[int]], device: torch.device) -> None:
-    """Decode every prompt with every contender; the first prompt warms up and is not counted."""
-    for index, ids in enumerate(tqdm([prompts[0], *prompts], unit="prompt")):
+    """Decode every prompt with every contender; the longest prompt warms up, uncounted: it sizes what is compiled."""
+    for index, ids in enumerate(tqdm([max(prompts, key=len), *prompts], unit="prompt")):
         order = contenders[index % len(contenders):] + contenders[:index % len(contenders)]
         for contender in order:
             start = _now(device)
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 prompts of 64 tokens: a minute or two on a CPU")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
     parser.add_argument("--exits", type=Path, help="exits folder; default the shipped ones")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=int, help="default 50, --quick 8")
     parser.add_argument("--tokens", type=int, help="new tokens a prompt; default 128, --quick 64")
     parser.add_argument("--cascade-thresholds", type=thresholds, nargs="+", default=[0.8, 0.6, 0.4], metavar="T",
@@ -324,6 +324,8 @@ def compare(args) -> dict:
     prompts, kinds = [chat_ids(tokenizer, p.text) for p in chosen], [p.kind for p in chosen]
     engine.run(prompts[0], DecodeConfig(mode=Mode.FULL, max_new_tokens=8))
     grown = None if before is None else resident_bytes() - before
+    if device.type == "cuda":
+        grown = torch.cuda.max_memory_allocated(device)         # of this process, which had none before
     reference = load_model(args.model, dtype=dtype)[0]
     bandwidth = read_bandwidth(device)
     contenders = {c.name: c for c in make_contenders(engine, reference, args)}

@@ -275,7 +275,7 @@ def main() -> None:
         kind.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
         kind.add_argument("--exits", type=Path, help="exits folder; default the shipped ones")
         kind.add_argument("--out", type=Path, help="default assets/results/KIND.json")
-    check.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    check.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     check.add_argument("--prompts", type=int, default=50)
     check.add_argument("--reference", type=int, default=20, help="prompts also decoded by transformers' generate")
     check.add_argument("--tokens", type=int, default=128, help="new tokens a prompt")

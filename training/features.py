@@ -91,7 +91,10 @@ class FeatureStore:
                 self._loaded[i] = Features(**{name: t[a:b] for name, t in tensors.items()})
 
     def __getitem__(self, i: int) -> Features:
-        return self._loaded.get(i) or _run(self.model, self.documents[i])
+        """Of one document, on the model's device."""
+        if i not in self._loaded:
+            return _run(self.model, self.documents[i])
+        return Features(**{name: t.to(self.model.device) for name, t in vars(self._loaded[i]).items()})
 
     def rows(self, i: int) -> int:
         """Positions of a document where an exit learns."""
