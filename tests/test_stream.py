@@ -1,11 +1,13 @@
 """What is shown is what was said: pieces add up, hostile text survives, drafts leave no trace."""
 
+import gc
 import json
+import weakref
 
 import pytest
 from conftest import tiny_engine
 
-from cascadeexit import hub, metrics, stream
+from cascadeexit import hub, metrics, stream, views
 from cascadeexit.engine import DecodeConfig, Mode
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.inspection import inspect
@@ -173,6 +175,15 @@ def test_only_a_verified_run_that_tolerates_nothing_may_claim_to_be_identical(to
                                  ("verified", {"tolerance": 0.1}, None), ("cascade", {}, None)):
         told = run_stream(engine, tokenizer, mode, **options)
         assert records(told, "end")[0]["identical"] is claim
+
+
+def test_a_kept_run_holds_no_model(tokenizer):
+    """A page keeps many runs; models are exchanged meanwhile."""
+    engine = tiny_engine()
+    told, model = run_stream(engine, tokenizer, Mode.CASCADE), weakref.ref(engine.model)
+    del engine
+    gc.collect()
+    assert model() is None and views.figures(told, []) and told.text
 
 
 def test_stopping_keeps_what_was_said_and_says_so_once(tokenizer):
