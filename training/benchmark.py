@@ -228,12 +228,12 @@ def show(value: float | None, form: str) -> str:
 def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 3) -> dict:
     """Milliseconds a token against the length of context (decoding 32 tokens) and of output; no token ends a text.
 
+    The context is one that the model wrote, drawn at temperature 1: where text repeats, drafts would be copied from it.
     Medians over `rounds`, the lengths in turn. `allowed`: what a token costs at this context by the bytes it reads,
     weights and keys and values, over that at the shortest context.
     """
     model, eos, weights = engine.model, engine.model.eos_ids, engine.costs.full_token_bytes
     longest = min(max(CONTEXTS), model.max_positions - 64)
-    text = (tokenizer(" ".join(p.text for p in bundled_prompts()))["input_ids"] * 20)[:longest]
     prompt = chat_ids(tokenizer, bundled_prompts()[0].text)
     position_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.dtype.itemsize
 
@@ -252,6 +252,9 @@ def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 3
 
     model.eos_ids = frozenset()
     try:
+        wanted = DecodeConfig(mode=Mode.FULL, max_new_tokens=max(1, longest - len(prompt)), temperature=1.0)
+        text = [*prompt, *(event.token_id for event in tqdm(engine.generate(prompt, wanted), desc="context to read",
+                                                            total=wanted.max_new_tokens, unit="token"))]
         return {"context": _in_turn(at_context, [c for c in CONTEXTS if c <= longest], rounds, "context"),
                 "output": _in_turn(at_output, [n for n in OUTPUTS if n + len(prompt) < longest], rounds, "output")}
     finally:

@@ -164,8 +164,8 @@ over those of the full model, heads, adapters and estimators included. Kernels w
 were loaded to after a first run the process grew by {speed['grown_bytes'] / 1e6:.0f} MB,
 {speed['memory_over_need']:.2f} times the weights of model and exits and the cache. {source(speed)}
 
-**Cost of a token against length**, milliseconds. By bytes: what `full` would take if a token cost what it reads,
-weights, keys and values:
+**Cost of a token against length**, milliseconds, after a context that the model wrote at temperature 1. By bytes: what
+`full` would take if a token cost what it reads, weights, keys and values:
 
 {growth_table(speed['growth'])}
 
