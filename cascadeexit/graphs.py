@@ -86,8 +86,8 @@ def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Calla
         with torch.cuda.stream(side):                   # leaves this stream even where recording fails
             for _ in range(3):                          # first calls allocate workspaces and pick kernels
                 function(*places)
-            others_work_on = dict(capture_error_mode="thread_local")
-            with _no_collection(), torch.cuda.graph(graph, stream=side, **others_work_on):
+            # thread_local: other threads may go on working
+            with _no_collection(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 out = function(*places)
         now.wait_stream(side)
     return graph.replay, out

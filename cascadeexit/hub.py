@@ -205,11 +205,15 @@ def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
 def _torch_dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype:
     """The dtype asked for, else bf16; fp16 on a GPU that only emulates bf16, such as a T4."""
     if dtype is None:
-        emulated = place.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.float16 if emulated else torch.bfloat16
+        if place.type == "cpu":
+            return torch.bfloat16
+        with torch.cuda.device(place):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype must be a torch dtype or the name of one, such as 'bfloat16', got {dtype!r}")
+    if found is torch.float16 and place.type == "cpu":
+        raise ValueError("float16 is for GPUs: on a CPU its results are not held to be exact. Use bfloat16 or float32.")
     return found
 
 

@@ -29,7 +29,7 @@ constexpr int MAX_TILE = 8;     // rows that share one reading of a block from t
 constexpr int MANY = 3;         // rows from which a tile computes about as long as it waits for its weights
 constexpr int MAX_QUERIES = 8;  // queries that share one reading of keys and values
 constexpr int SPAN = 512;       // positions that are attended to at a time; a multiple of KEYS
-constexpr int ROUND = 16;       // tiles of queries for each thread between two meetings
+constexpr int ROUND = 64;       // spans of tiles for each thread between two meetings: bounds what is kept of them
 
 using bf16 = uint16_t;
 
@@ -573,7 +573,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
     for (int r = 0; begins && r < rows; r++)
         first_span = r == 0 || begins[r] / SPAN < first_span ? begins[r] / SPAN : first_span;
     const int spans = (start + (begins ? 1 : rows) + SPAN - 1) / SPAN - first_span;
-    const int round = tiles < ROUND * threads ? tiles : ROUND * threads;        // tiles that are worked on together
+    const int most = (ROUND * threads + spans - 1) / spans, round = tiles < most ? tiles : most;    // tiles worked on together
     const int room = SPAN + (rows + 2 * KEYS) / KEYS * KEYS;
     const int tail = parents ? (rows / 2 + 2) * d : 0;
     int* position = i_positions.get(rows);

@@ -134,7 +134,7 @@ def usable(weight: Tensor) -> bool:
 
 
 class _Store:
-    """Keeps alive what C holds pointers to, and packs weights into huge pages, which are read a third faster."""
+    """Keeps alive what C holds pointers to, and packs weights into huge pages."""
 
     def __init__(self, matrices: Sequence[Sequence[Tensor]], in_8_bits: Sequence[Tensor] = ()):
         size = sum(_whole_lines(library().ce_packed_bytes(*w.shape)) for parts in matrices for w in parts)

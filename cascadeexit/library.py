@@ -18,8 +18,6 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.stream import Shape
 
 log = logging.getLogger(__name__)
-_WARM_UP = [*(DecodeConfig(mode=mode, max_new_tokens=8) for mode in Mode),
-            DecodeConfig(thresholds=1.0, max_new_tokens=8)]         # asks every exit
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,17 @@ class Offer:
     label: str
     model: str | None
     exits: Path | None = None
+
+
+def _warm_up(engine: Engine) -> None:
+    """Do once all that a run may do, from a few rows through every segment: no visitor's clock pays for it."""
+    prompt = [0] * 9
+    turns = [engine.generate(prompt, DecodeConfig(mode=mode, max_new_tokens=8)) for mode in Mode]
+    for _ in itertools.zip_longest(*turns):                         # as in a race
+        pass
+    for s in range(engine.num_exits):                               # each exit after the one before it, and taken
+        asked = {s - 1: 1.0, s: 0.3}
+        engine.run(prompt, DecodeConfig(thresholds=[asked.get(k) for k in range(engine.num_exits)], max_new_tokens=4))
 
 
 class Library:
@@ -82,10 +91,7 @@ class Library:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 engine, tokenizer = hub.load(offer.model, offer.exits, progress=progress, **self._place)
-                # Warm, in turns as in a race, from a few rows through every segment: no visitor's clock pays for it.
-                turns = [engine.generate([0] * 9, config) for config in _WARM_UP]
-                for _ in itertools.zip_longest(*turns):
-                    pass
+                _warm_up(engine)
                 self._held = (label, engine, tokenizer)
             return self._held[1:]
 

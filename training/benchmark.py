@@ -27,6 +27,7 @@ from statistics import geometric_mean, median, quantiles
 import torch
 from tqdm import tqdm
 
+from cascadeexit import memory
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load, load_model
 from cascadeexit.kernels import library
@@ -51,7 +52,10 @@ class Contender:
 
 def read_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
     """Bytes per second that summing a large tensor reads: the best of five."""
-    data, times = torch.ones(megabytes * 2**18, device=device), []
+    count = megabytes * 2**18
+    data = memory.zeros((count,), torch.float32) if device.type == "cpu" else torch.empty(count, device=device)
+    data.fill_(1)
+    times = []
     for _ in range(6):
         start = _now(device)
         data.sum()
@@ -324,11 +328,13 @@ def compare(args) -> dict:
     engine, tokenizer = load(args.model, args.exits, dtype=dtype)
     loaded, device = time.perf_counter(), engine.model.device
     chosen = bundled_prompts()[:args.prompts]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)              # without what only loading took
     prompts, kinds = [chat_ids(tokenizer, p.text) for p in chosen], [p.kind for p in chosen]
     engine.run(prompts[0], DecodeConfig(mode=Mode.FULL, max_new_tokens=8))
     grown = None if before is None else resident_bytes() - before
     if device.type == "cuda":
-        grown = torch.cuda.max_memory_allocated(device)         # of this process, which had none before
+        grown = torch.cuda.max_memory_allocated(device)
     reference = load_model(args.model, dtype=dtype)[0]
     bandwidth = read_bandwidth(device)
     contenders = {c.name: c for c in make_contenders(engine, reference, args)}

@@ -106,7 +106,7 @@ class FeatureStore:
         """The full model's choices at the wanted rows of these documents, up to about `limit` of them: (n,)."""
         parts, total = [], 0
         for i in numbers:
-            f = self[i]
+            f = self._loaded.get(i) or self[i]          # from disk no more than is asked for
             parts.append(f.choices[f.wanted].cpu())
             total += len(parts[-1])
             if total >= limit:
