@@ -490,8 +490,7 @@ def build_demo(library: Library) -> gr.Blocks:
                                 elem_id="ce-examples", example_labels=list(EXAMPLES))
                 with gr.Column(min_width=300):
                     mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", elem_id="ce-mode",
-                                    info="To keep 95% of the full model's words, Verified measured faster; with a "
-                                         "tolerance (More settings) faster still.")
+                                    info="To keep 95% of the full model's words, Verified measured faster.")
                     preset, quality = _dials(curves[library.labels[0]])
                     model = gr.Dropdown(library.labels, value=library.labels[0], label="Model", elem_id="ce-model-menu",
                                         visible=len(library.labels) > 1)
