@@ -17,9 +17,7 @@ class KVCache:
                  batch: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         # Zeros, not empty: slots past a layer's length are masked, but NaN times zero would still be NaN.
         shape = (num_layers, batch, num_heads, capacity, head_dim)
-        on_cpu = torch.device(device).type == "cpu"
-        self.keys, self.values = (memory.zeros(shape, dtype) if on_cpu else
-                                  torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # (L, B, H, C, d)
+        self.keys, self.values = (memory.zeros(shape, dtype, device) for _ in range(2))     # (L, B, H, C, d)
         self.lengths = [0] * num_layers
         self.at: Tensor | None = None                                   # (N,), the slots that `update` writes
         self.replayed: dict = {}            # recordings of work on these very buffers, see `SegmentedModel`

@@ -25,9 +25,9 @@ def room(size: int) -> mmap.mmap:
     return space
 
 
-def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A CPU tensor of zeros there."""
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A tensor of zeros, there where the device is the CPU."""
     count = math.prod(shape)
-    if not count:
-        return torch.zeros(shape, dtype=dtype)
+    if torch.device(device).type != "cpu" or not count:
+        return torch.zeros(shape, dtype=dtype, device=device)
     return torch.frombuffer(room(count * dtype.itemsize), dtype=dtype, count=count).view(*shape)

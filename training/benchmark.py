@@ -52,10 +52,7 @@ class Contender:
 
 def read_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
     """Bytes per second that summing a large tensor reads: the best of five."""
-    count = megabytes * 2**18
-    data = memory.zeros((count,), torch.float32) if device.type == "cpu" else torch.empty(count, device=device)
-    data.fill_(1)
-    times = []
+    data, times = memory.zeros((megabytes * 2**18,), torch.float32, device).fill_(1), []
     for _ in range(6):
         start = _now(device)
         data.sum()
