@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import json
 import math
+import runpy
+import sys
 
 import pytest
 import torch
@@ -370,3 +372,25 @@ def test_provenance_keeps_this_machines_paths_to_itself(argument, shown, monkeyp
     monkeypatch.setattr("sys.argv", ["program", argument])
     assert provenance()["command"].split(" ", 1)[1].endswith(shown)
     assert "/home" not in provenance()["command"] and "elsewhere" not in provenance()["command"]
+
+
+@pytest.mark.filterwarnings("ignore:'training:RuntimeWarning")       # runpy: the module was imported before
+@pytest.mark.parametrize("line, says", [
+    ("benchmark --model {empty}", "config.json"),
+    ("benchmark --dtype float16", "float16 is for GPUs"),
+    ("evaluate decode --model {empty}", "config.json"),
+    ("evaluate exits --data {empty}", "no shard-*.safetensors"),
+    ("data policy --model {empty} --out {empty}", "config.json"),
+    ("distill --preset smollm2-135m-instruct --data {empty} --out {empty}", "no shard-*.safetensors"),
+    ("confidence --exits {empty} --data {empty}", "no config.json"),
+    ("join {empty} --out {empty}", "no config.json"),
+    ("baselines --exits {empty}", "config.json and exits.safetensors missing"),
+])
+def test_wrong_input_is_told_in_a_line(line, says, tmp_path, monkeypatch):
+    if torch.cuda.is_available() and "float16" in line:
+        pytest.skip("GPUs take float16")
+    module, *arguments = line.format(empty=tmp_path).split()
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", *arguments])
+    with pytest.raises(SystemExit) as told:
+        runpy.run_module(f"training.{module}", run_name="__main__")
+    assert told.value.code.startswith(f"{module}: ") and says in told.value.code

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load
 from cascadeexit.prompts import bundled_prompts
+from training.command import run_command
 from training.prompts import chat_ids
 from training.provenance import provenance, save_json
 
@@ -180,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -34,6 +34,7 @@ from cascadeexit.kernels import library
 from cascadeexit.metrics import RunStats, agreement, match
 from cascadeexit.prompts import bundled_prompts
 from training import replay
+from training.command import run_command
 from training.plots import growth_plot
 from training.prompts import chat_ids
 from training.provenance import provenance, save_json
@@ -360,4 +361,4 @@ def compare(args) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

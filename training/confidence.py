@@ -30,6 +30,7 @@ from cascadeexit.exits import ConfidenceHead, ExitBank, SketchConfidence, softma
 from cascadeexit.hub import load_model
 from cascadeexit.linear import pack
 from cascadeexit.model import SegmentedModel
+from training.command import run_command
 from training.distill import carried, frequent_tokens
 from training.documents import Split, load_documents
 from training.features import FeatureStore
@@ -261,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

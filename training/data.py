@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 from cascadeexit.hub import DEFAULT_MODEL, exit_layers, load_model, resolve
 from cascadeexit.model import SegmentedModel
+from training.command import run_command
 from training.documents import Document, key_of, load_shard, save_shard
 from training.features import Features, FeatureStore, wanted
 from training.provenance import provenance, save_json
@@ -299,4 +300,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

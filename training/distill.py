@@ -27,6 +27,7 @@ from tqdm import tqdm
 from cascadeexit.exits import ADAPTERS, ExitBank
 from cascadeexit.hub import DEFAULT_MODEL, exit_layers, load_model
 from cascadeexit.model import SegmentedModel
+from training.command import run_command
 from training.documents import Split, load_documents
 from training.features import Features, FeatureStore
 from training.plots import loss_plot
@@ -519,12 +520,9 @@ def main() -> None:
     store.open()
 
     head_size = max(args.head_size)
-    try:
-        bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=head_size, adapter=args.adapter,
-                                  head_sizes=args.head_size if len(args.head_size) > 1 else (),
-                                  draft_size=min(args.draft_size, args.head_size[0]) // 32 * 32)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=head_size, adapter=args.adapter,
+                              head_sizes=args.head_size if len(args.head_size) > 1 else (),
+                              draft_size=min(args.draft_size, args.head_size[0]) // 32 * 32)
     bank.attach(model, trainable=True)
     bank.adapters.float()
     training, weight = store.of(Split.TRAIN), model.head_weight
@@ -571,4 +569,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -34,6 +34,7 @@ from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load, load_model
 from cascadeexit.metrics import agreement, match
 from cascadeexit.prompts import bundled_prompts
+from training.command import run_command
 from training.distill import carried
 from training.documents import Document, Split, load_documents
 from training.features import Features, FeatureStore
@@ -288,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from cascadeexit.exits import ExitBank
+from training.command import run_command
 from training.provenance import provenance, save_json
 
 _BY_LAYER = ("untrained_agreement", "held_out_agreement", "held_out_agreement_after_exits")
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
