@@ -1,6 +1,11 @@
 """What the page decides by itself: thresholds for a wanted quality, settings from a link, the menu of models."""
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
 import app
 from cascadeexit import hub, stream
@@ -60,3 +65,12 @@ def test_forced_exits_and_closed_ones():
     assert config.thresholds == [0.5, None, 0.9]
     with pytest.raises(ValueError, match="A setting is empty"):
         app.decode_configs(3, "cascade", None, 4, 0.3, 0.0, 1.0, 0, app.FIRST_SURE, [0.5] * 3)
+
+
+def test_a_space_is_told_what_the_page_needs():
+    root = Path(app.__file__).parent
+    told = yaml.safe_load(re.match("---\n(.*?)\n---\n", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1])
+    needs = {r.name: r for line in (root / "requirements.txt").read_text().splitlines()
+             if (r := Requirement(line.split("#")[0].strip()))}
+    assert told["sdk"] == "gradio" and needs["gradio"].specifier.contains(told["sdk_version"])
+    assert (root / told["app_file"]).is_file() and told["python_version"] == "3.12"
