@@ -1,4 +1,4 @@
-// TokenView: draws a growing string of JSON lines, one record a line (cascadeexit/views.py writes them).
+// TokenView: draws a growing string of JSON lines, one record a line (cascadeexit/stream.py writes them).
 //
 // Gradio runs this once per mount, with `element`, `props` and `watch` in scope. The value is cumulative: a frame may
 // be skipped, repeated or replaced, so we read on from `offset`, or start again when the text is another one. All text

@@ -105,11 +105,20 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     try:
         base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa",
                                                     device_map=device_map, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     except Exception as error:      # the readers of these files raise errors of many kinds, KeyError and Rust's too
         raise _explained(model, source, error) from error
+    tokenizer = load_tokenizer(model, progress=progress, token=token)
     base = base if device_map else base.to(place)
     return base.eval().requires_grad_(False), tokenizer, short_name(source)
+
+
+def load_tokenizer(model: str, *, progress: Progress | None = None, token: str | None = None):
+    """A model's tokenizer. Arguments and errors as for `load_model`."""
+    source = resolve(model, progress)
+    try:
+        return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
+    except Exception as error:
+        raise _explained(model, source, error) from error
 
 
 def describe(model: str | None = None, exits: str | Path | None = None) -> Shape:
@@ -191,9 +200,12 @@ def default_exit_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
-    """'8,16,22' are layers, '0.3,0.57,0.8' parts of the depth; None: the default depths. Raises ValueError."""
+    """'8,16,22' are layers, '0.3,0.57,0.8' parts of the depth. Raises ValueError.
+
+    None: the default depths, and before the first layer, where drafts cost next to nothing once that exit is trained.
+    """
     if text is None:
-        return default_exit_layers(num_layers)
+        return 0, *default_exit_layers(num_layers)
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:

@@ -139,20 +139,20 @@ class DraftTree:
         said, children = node.said, {}
         if opinion:
             said, probs, ids = opinion
-            trust = self._trust(depth) * (1 - guess.chance if guess else 1)
-            children = {token: _Node(node.survival * p * trust, token, node, said, depth, 0, p)
+            other = 1 - guess.chance if guess else 1                    # the chance that it is not the copy
+            children = {token: _Node(node.survival * self._chance(p, depth) * other, token, node, said, depth, 0, p)
                         for p, token in zip(probs, ids)}
         if guess:
             copy = children.setdefault(guess.token, _Node(0.0, guess.token, node, said, depth, COPIED))
             copy.survival, copy.matched = max(copy.survival, node.survival * guess.chance), guess.matched
         return list(children.values())
 
-    def _trust(self, depth: int) -> float:
-        """Right drafts of the exit over those its softmax promised, at this depth."""
-        prior = 0.9 ** depth
-        if depth >= len(self._kept):
-            return prior
-        return (self._kept[depth] + prior * _PRIOR_WEIGHT) / (self._promised[depth] + _PRIOR_WEIGHT)
+    def _chance(self, promised: float, depth: int) -> float:
+        """That a draft of the exit is right, for one its softmax promised at this depth: as often as such ones were."""
+        trust = 0.9 ** depth
+        if depth < len(self._kept):
+            trust = (self._kept[depth] + trust * _PRIOR_WEIGHT) / (self._promised[depth] + _PRIOR_WEIGHT)
+        return min(1.0, promised * trust)
 
     def _in_order(self, nodes: Sequence[_Node]) -> list[Draft]:
         """Parents before children, and a whole branch before the next one, the likeliest first."""
@@ -163,7 +163,7 @@ class DraftTree:
         unasked = (None,) * len(self._model.exit_layers)
 
         def put(node: _Node, parent: int) -> None:
-            sure = (node.promised * self._trust(node.depth), *unasked[1:]) if node.promised else unasked
+            sure = (self._chance(node.promised, node.depth), *unasked[1:]) if node.promised else unasked
             drafts.append(Draft(node.token, node.exit, sure, parent, node.depth, node.promised, node.matched))
             number = len(drafts) - 1
             for child in children.get(id(node), []):

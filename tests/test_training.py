@@ -211,7 +211,8 @@ def test_micro_batches_hold_every_document_within_the_limit():
     assert micro_batches([3], {3: 99}, tokens=40) == [[3]]
 
 
-@pytest.mark.parametrize("text, layers", [("8,16,22", (8, 16, 22)), ("0.3,0.57,0.8", (9, 17, 24)), (None, (9, 17, 24))])
+@pytest.mark.parametrize("text, layers", [("8,16,22", (8, 16, 22)), ("0.3,0.57,0.8", (9, 17, 24)),
+                                          (None, (0, 9, 17, 24))])
 def test_exits_are_given_as_layers_or_parts_of_the_depth(text, layers):
     assert exit_layers(text, 30) == layers
     with pytest.raises(ValueError, match="--exits takes"):
@@ -378,13 +379,15 @@ def test_provenance_keeps_this_machines_paths_to_itself(argument, shown, monkeyp
 @pytest.mark.parametrize("line, says", [
     ("benchmark --model {empty}", "config.json"),
     ("benchmark --dtype float16", "float16 is for GPUs"),
-    ("evaluate decode --model {empty}", "config.json"),
+    ("evaluate decode --exits {empty}", "give --out a file"),
+    ("baselines --model {empty}", "give --out a file"),
+    ("evaluate decode --model {empty} --out {empty}/d.json", "config.json"),
     ("evaluate exits --data {empty}", "no shard-*.safetensors"),
     ("data policy --model {empty} --out {empty}", "config.json"),
     ("distill --preset smollm2-135m-instruct --data {empty} --out {empty}", "no shard-*.safetensors"),
     ("confidence --exits {empty} --data {empty}", "no config.json"),
     ("join {empty} --out {empty}", "no config.json"),
-    ("baselines --exits {empty}", "config.json and exits.safetensors missing"),
+    ("baselines --exits {empty} --out {empty}/b.json", "config.json and exits.safetensors missing"),
 ])
 def test_wrong_input_is_told_in_a_line(line, says, tmp_path, monkeypatch):
     if torch.cuda.is_available() and "float16" in line:

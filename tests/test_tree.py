@@ -50,6 +50,24 @@ def test_a_tree_is_in_order_within_its_limits_and_never_drafts_a_token_twice_at_
     assert seen > 1 or not engine.model.branches, "no place had several drafts"
 
 
+def test_no_draft_is_surer_than_sure():
+    """However often drafts were right where the softmax promised little."""
+    engine, text, sure = eager_engine(), [5, 6, 7], []
+    tree = DraftTree(engine.model, engine.bank, text, 0.0)
+    for _ in range(30):
+        with torch.inference_mode():
+            drafts = tree.grow(text, torch.randn(1, 32).bfloat16(), 8, 4)
+        path = []
+        for i, draft in enumerate(drafts):
+            if draft.parent == (path[-1] if path else -1):
+                path.append(i)
+        sure += [draft.confidences[0] for draft in drafts if draft.confidences[0] is not None]
+        confirmed = [*(drafts[i].token for i in path), 1]
+        tree.judged(drafts, path, confirmed)
+        text += confirmed
+    assert sure and all(0 <= c <= 1 for c in sure) and max(sure) > 0.5
+
+
 def test_nothing_is_drafted_after_the_end_of_a_text():
     engine = eager_engine()
     engine.model.eos_ids = frozenset(range(97))

@@ -308,6 +308,8 @@ def main() -> None:
     args = parser.parse_args()
     args.prompts = args.prompts or (8 if args.quick else 50)
     args.tokens = args.tokens or (64 if args.quick else 128)
+    if any(name.startswith(skipped) for skipped in args.skip for name in (GENERATE, "full")):
+        parser.error(f"--skip {' '.join(args.skip)}: '{GENERATE}' and 'full' stay, all others are measured by them")
     if args.replay:
         result = {"provenance": provenance(0)} | replay.measure(args.shape, args.tokens, read_bandwidth)
         print(replay.table(result))

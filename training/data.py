@@ -25,15 +25,15 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from cascadeexit.hub import DEFAULT_MODEL, exit_layers, load_model, resolve
+from cascadeexit.hub import DEFAULT_MODEL, exit_layers, load_model, load_tokenizer
 from cascadeexit.model import SegmentedModel
 from training.command import run_command
 from training.documents import Document, key_of, load_shard, save_shard
 from training.features import Features, FeatureStore, wanted
 from training.provenance import provenance, save_json
 
+_SETTINGS = ("seed", "temperature", "batch", "steps", "own_share", "plain_share", "max_prompt_chars")   # of the text
 MIN_TOKENS = 16
 MAX_CONTINUATION = 160      # tokens after a passage of plain text, which rarely ends by itself
 TOP_K = 50
@@ -174,6 +174,16 @@ def write_round(model: SegmentedModel, rows: list[Row], steps: int, temperature:
     return documents, features
 
 
+def check_settings(folder: Path, settings: dict) -> None:
+    """Raise ValueError where shards of other settings lie: they would pass for ones of these."""
+    file = folder / "provenance.json"
+    before = json.loads(file.read_text(encoding="utf-8")).get("settings", {}) if file.exists() else {}
+    changed = {k: (before[k], settings.get(k)) for k in before if before[k] != settings.get(k)}
+    if changed and any(folder.glob("shard-*.safetensors")):
+        raise ValueError(f"{folder} holds text of other settings, before and now: {changed}. Give the same ones, or "
+                         "another --out.")
+
+
 def write_policy(args) -> None:
     base, tokenizer, name = load_model(args.model)
     exits = exit_layers(args.exits, base.config.num_hidden_layers) if args.features else ()
@@ -183,8 +193,11 @@ def write_policy(args) -> None:
     texts = sorted({t.strip() for file in args.texts for t in read_texts(file) if len(t) >= 80})
     per_round = args.batch * args.steps
     rounds = -(-args.tokens // per_round)
-    save_json(args.out / "provenance.json",
-              provenance(args.seed) | {"model": name, "prompts": len(prompts), "texts": len(texts)})
+    settings = {"head": model.head_fingerprint} | {k: getattr(args, k) for k in _SETTINGS}
+    settings["sources"] = key_of(json.dumps([prompts, texts]))
+    check_settings(args.out, settings)
+    save_json(args.out / "provenance.json", provenance(args.seed) | {
+        "model": name, "prompts": len(prompts), "texts": len(texts), "settings": settings})
     known: set[tuple[int, ...]] = set()
     with tqdm(total=rounds * per_round, unit="token", unit_scale=True, smoothing=0.05) as bar:
         for index in range(rounds):
@@ -242,7 +255,7 @@ def read_dataset(args) -> Iterator[str]:
 def write_text(args) -> None:
     if not args.files and not args.dataset:
         raise SystemExit("nothing to read: give --files or --dataset")
-    tokenizer = AutoTokenizer.from_pretrained(resolve(args.model))
+    tokenizer = load_tokenizer(args.model)
     texts = [t.strip() for file in args.files for t in read_texts(file) if t.strip()]
     if args.dataset:
         texts += [t.strip() for t in read_dataset(args) if t.strip()]

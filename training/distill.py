@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -397,11 +397,14 @@ def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, w
         run.save(step, adapters=bank.adapters.state_dict(), optimizer=optimizer.state_dict(),
                  schedule=schedule.state_dict())
 
+    if accelerator.num_processes > 1:
+        broadcast([weight.data for weight in weights])      # regressions on several GPUs differ in their last bits
     started, tokens = time.perf_counter(), 0
     bar = tqdm(range(first, len(plan)), initial=first, total=len(plan), unit="step", desc="distill",
                disable=not accelerator.is_main_process)
     for step in bar:
-        if time.perf_counter() - started > args.minutes * 60:
+        late = torch.tensor(float(accelerator.is_main_process and time.perf_counter() - started > args.minutes * 60))
+        if accelerator.reduce(late.to(accelerator.device)).item():      # one clock for all processes
             bar.write(f"stopped by --minutes at step {step} of {len(plan)}; the same command goes on")
             keep(step)
             return step
@@ -459,7 +462,7 @@ def parser() -> argparse.ArgumentParser:
                    help="with --continue-from: the exit layers that learn (0,24); the others stay as they are")
     p.add_argument("--data-note", default="", help="what the data is, in words, for the model card")
     p.add_argument("--exits", help="exit layers (0,9,17,24; 0 is before the first) or parts of the depth "
-                   "(0.3,0.57,0.8, the default)")
+                   "(default 0,0.3,0.57,0.8)")
     p.add_argument("--adapter", choices=tuple(ADAPTERS), default="carry", help="kind of adapter: swiglu as published")
     p.add_argument("--width", type=int, default=512, help="inner width of the adapters")
     p.add_argument("--own-share", type=float, default=0.3, help="carry: share of tokens that count as named by an exit")
@@ -519,8 +522,9 @@ def main() -> None:
     accelerator.wait_for_everyone()
     store.open()
 
+    args.head_size = [min(size, model.vocab_size) for size in args.head_size]
     head_size = max(args.head_size)
-    bank = ExitBank.untrained(model, confidence="mlp", width=args.width, head_size=head_size, adapter=args.adapter,
+    bank = ExitBank.untrained(model, width=args.width, head_size=head_size, adapter=args.adapter,
                               head_sizes=args.head_size if len(args.head_size) > 1 else (),
                               draft_size=min(args.draft_size, args.head_size[0]) // 32 * 32)
     bank.attach(model, trainable=True)

@@ -39,9 +39,7 @@ from training.distill import carried
 from training.documents import Document, Split, load_documents
 from training.features import Features, FeatureStore
 from training.prompts import chat_ids
-from training.provenance import provenance, save_json
-
-RESULTS = Path(__file__).parents[1] / "assets" / "results"
+from training.provenance import provenance, results_file, save_json
 
 
 def lossless_prompt(engine: Engine, ids: list[int], args, reference) -> dict:
@@ -84,23 +82,26 @@ def lossless(args) -> None:
     dtype = getattr(torch, args.dtype)
     engine, tokenizer = load(args.model, args.exits, dtype=dtype)
     reference = load_model(args.model, dtype=dtype)[0] if args.reference else None
-    out = args.out or RESULTS / f"lossless-{engine.model.device.type}-{args.dtype}.json"
+    out = args.out or results_file(args.model, args.exits, f"lossless-{engine.model.device.type}-{args.dtype}.json")
     partial = out.with_suffix(".partial.jsonl")
     # Rows of an interrupted run count only if they were made for the same exits and the same question.
-    key = {"exits": engine.bank.fingerprint(), "tokens": args.tokens, "thresholds": args.thresholds,
-           "max_draft": args.max_draft, "dtype": args.dtype}
-    rows = [row for row in map(json.loads, partial.open())
-            if row.pop("key") == key] if partial.exists() else []
+    key = {"model": engine.model.name, "exits": engine.bank.fingerprint(), "tokens": args.tokens,
+           "thresholds": args.thresholds, "max_draft": args.max_draft, "dtype": args.dtype}
+    asked = {"key": key | {"reference": args.reference}}
+    lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]       # a kill may tear the last one
+    rows = [{k: v for k, v in row.items() if k != "key"} for row in rows if row["key"] == asked["key"]]
     prompts = [(p.kind, p.text) for p in bundled_prompts()[:args.prompts]]
     started = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text("".join(json.dumps(row | asked) + "\n" for row in rows), encoding="utf-8")
     for index in tqdm(range(len(rows), len(prompts)), initial=len(rows), total=len(prompts), unit="prompt"):
         name, prompt = prompts[index]
         row = {"set": name, "prompt": prompt} | lossless_prompt(
             engine, chat_ids(tokenizer, prompt), args, reference if index < args.reference else None)
         rows.append(row)
         with partial.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"key": key}) + "\n")
+            file.write(json.dumps(row | asked) + "\n")
     summary = summarize_lossless(rows)
     save_json(out, {"provenance": provenance(0), **key, "trained_exits": engine.bank.config.trained,
                     "minutes": round((time.perf_counter() - started) / 60, 1), **summary, "rows": rows})
@@ -174,12 +175,14 @@ def windows(tokenizer, path: Path, window: int, tokens: int) -> list[Document]:
 
 
 def exits(args) -> None:
+    out = args.out or results_file(args.model, args.exits, "exits.json")
     engine, tokenizer = load(args.model, args.exits)
     sources = {f"{path.parent.name}/{path.name}": windows(tokenizer, path, args.window, args.tokens)
                for path in args.text}
     if args.data:
         sources["held-out"] = [d for d in load_documents(args.data) if d.split == Split.TEST and any(d.chosen)]
-    if not any(sources.values()):
+    sources = {name: documents for name, documents in sources.items() if documents}
+    if not sources:
         raise SystemExit("nothing to read: give --text FILE, or --data FOLDER with test documents")
     report = {}
     for name, documents in sources.items():
@@ -194,7 +197,7 @@ def exits(args) -> None:
             for row in tally.report(list(engine.model.exit_layers))["exits"]:
                 print(f"{name}, after {kind}: layer {row['layer']}: top-1 {row['top1']:.1%}, top-5 {row['top5']:.1%}, "
                       f"perplexity {row['perplexity']:.2f} = {row['perplexity_ratio']:.2f}x")
-    save_json(args.out or RESULTS / "exits.json", {
+    save_json(out, {
         "provenance": provenance(0), "model": engine.model.name, "exits": engine.bank.fingerprint(),
         "adapter": engine.bank.config.adapter,
         "head_sizes": [engine.bank.config.words(s) for s in range(engine.num_exits)],
@@ -206,6 +209,7 @@ def exits(args) -> None:
 
 
 def decode(args) -> None:
+    out = args.out or results_file(args.model, args.exits, "decode.json")
     engine, tokenizer = load(args.model, args.exits)
     prompts = [chat_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
     fulls = [engine.run(ids, DecodeConfig(mode=Mode.FULL, max_new_tokens=args.tokens)).token_ids
@@ -222,7 +226,7 @@ def decode(args) -> None:
         drafting.append({"layer": engine.model.exit_layers[exit], "max_draft": max_draft}
                         | decode_drafts(engine, prompts, fulls, config))
         print(json.dumps(drafting[-1]))
-    save_json(args.out or RESULTS / "decode.json", {
+    save_json(out, {
         "provenance": provenance(0), "model": engine.model.name, "exits": engine.bank.fingerprint(),
         "prompts": len(prompts), "tokens": args.tokens, "cascade": cascade, "self_speculation": drafting})
 

@@ -1,8 +1,8 @@
 """Hidden states of the frozen model at its exits: computed once and kept on disk within a budget, or made again.
 
-An exit learns from the hidden state at its layer; an exit with attention looks back over the whole document, so
-features are kept by document, every position of it. Beyond the disk budget nothing is kept: those documents are run
-through the model each time they are asked for.
+An exit learns from the hidden state at its layer and the one that named the newest token, and its estimator from what
+the text said before; so features are kept by document, every position of it. Beyond the disk budget nothing is kept:
+those documents are run through the model each time they are asked for.
 """
 
 import hashlib

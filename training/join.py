@@ -30,7 +30,7 @@ def join(banks: list[ExitBank]) -> ExitBank:
     words = {layer: bank.config.words(s) for bank in reversed(banks) for s, layer in enumerate(bank.config.layers)}
     sizes = tuple(min(-(-words[layer] // 32) * 32, first.head_size) for layer in sorted(words))
     sizes = sizes if first.head_size and len(set(sizes)) > 1 else ()
-    config = dataclasses.replace(first, head_sizes=sizes, layers=tuple(sorted(adapters)), confidence="mlp",
+    config = dataclasses.replace(first, head_sizes=sizes, layers=tuple(sorted(adapters)), confidence="softmax",
                                  sketch_size=0, trained=False)
     whole = ExitBank(config).to(banks[0].adapters[0].norm.weight.dtype)
     for into, layer in zip(whole.adapters, config.layers):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from cascadeexit.hub import DEFAULT_MODEL
+
 
 def provenance(seed: int | None = None) -> dict:
     """A JSON-ready record of this run, to lie beside what it made."""
@@ -19,12 +21,20 @@ def provenance(seed: int | None = None) -> dict:
     program = f"python -m {spec.name}" if spec else sys.argv[0]
     return {
         "command": " ".join([program, *(shlex.quote(_portable(argument)) for argument in sys.argv[1:])]),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "commit": (_git("rev-parse", "--short", "HEAD") or "unknown")
+                  + ("+changes" if _git("status", "--porcelain") else ""),
         "date": datetime.date.today().isoformat(),
         "seed": seed,
         "machine": _machine(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers")},
     }
+
+
+def results_file(model: str, exits: Path | None, name: str) -> Path:
+    """Where a result of the shipped model and its exits belongs. Raises ValueError for others: they want a place."""
+    if model != DEFAULT_MODEL or exits is not None:
+        raise ValueError("give --out a file: assets/results tells of the shipped model and its exits alone")
+    return Path(__file__).parents[1] / "assets" / "results" / name
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -53,5 +63,8 @@ def _machine() -> str:
 
 
 def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:                                     # no git: a result is not lost for that
+        return ""
     return done.stdout.strip()

@@ -7,7 +7,7 @@
 #
 #   MODEL     bundled name, Hub id or local folder             smollm2-135m-instruct
 #   OUT       folder for data, checkpoints and the exits       runs/MODEL
-#   EXITS     layers or parts of the depth                     0.3,0.57,0.8
+#   EXITS     layers or parts of the depth                     0,0.3,0.57,0.8
 #   TOKENS    how much text the model writes                   2000000
 #   PROMPTS   JSONL files, rows {"prompt": ...}, spaces between: user turns for it to answer
 #   TEXTS     text files, spaces between: passages for it to go on with, and plain text to learn from
