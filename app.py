@@ -168,10 +168,13 @@ class Page:
             yield _said(str(error), "error"), *wait
             return
         folder, results, began = Path(tempfile.mkdtemp(prefix="cascadeexit-")), [], time.monotonic()
-        curve, next_figure = measured_curve(engine.bank.fingerprint()), began
+        curve, next_figure, next_yield = measured_curve(engine.bank.fingerprint()), began, began
         yield _said(f"0 of {len(chosen)} prompts"), [], *wait[1:]
         for result in running:
-            if result is None:              # a chance to stop in the middle of a prompt
+            if result is None:              # in the middle of a prompt: only where it yields can a run be stopped
+                if time.monotonic() >= next_yield:
+                    next_yield = time.monotonic() + YIELD_SECONDS
+                    yield (gr.skip(),) * 5
                 continue
             results.append(result)
             (folder / "evaluation.json").write_text(evaluation.results_json(results, config, label), encoding="utf-8")
@@ -226,6 +229,7 @@ def replayed(path: str | Path) -> str:
 COLUMNS = ("prompt", "kind", "agreement", "same text", "first difference", "speed", "layers used", "weights read",
            "problem")
 FIGURE_SECONDS = 3.0            # at least, between two pictures of an evaluation under way
+YIELD_SECONDS = 0.2             # at least, between two places where it can be cancelled
 
 
 def chosen_prompts(kinds, each, pasted, file) -> list[prompts.Prompt]:
@@ -477,7 +481,8 @@ def build_demo(library: Library) -> gr.Blocks:
     """The page around these models."""
     page, shape = Page(library), library.shapes[library.labels[0]]
     curves = {label: measured_curve(library.fingerprint(label)) for label in library.labels}
-    recorded = TRACE.exists() and not library.ready(library.labels[0])
+    # Shown until the model that wrote it is ready.
+    recorded = TRACE.exists() and shape.name == hub.DEFAULT_MODEL and not library.ready(library.labels[0])
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
         gr.HTML("<h1>CascadeExit</h1><p>Easy words leave a language model early, hard words take every layer."
                 " Watch it race its full self.</p>", elem_id="ce-title", apply_default_css=False)
@@ -490,7 +495,8 @@ def build_demo(library: Library) -> gr.Blocks:
                                 elem_id="ce-examples", example_labels=list(EXAMPLES))
                 with gr.Column(min_width=300):
                     mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", elem_id="ce-mode",
-                                    info="To keep 95% of the full model's words, Verified measured faster.")
+                                    info="To keep 95% of the full model's words, Verified measured faster, on a CPU."
+                                    if curves[library.labels[0]] else None)
                     preset, quality = _dials(curves[library.labels[0]])
                     model = gr.Dropdown(library.labels, value=library.labels[0], label="Model", elem_id="ce-model-menu",
                                         visible=len(library.labels) > 1)
@@ -565,7 +571,8 @@ def build_demo(library: Library) -> gr.Blocks:
             for update, value in zip(fitted, values[-len(fitted):]):        # the menu and its choice in one
                 update.update(value if isinstance(value, dict) else dict(value=value))
             return (*values[:-len(fitted)], *fitted, *dials,
-                    gr.skip() if label == first else stream.model_line(shape))
+                    gr.skip() if label == first and not (recorded and library.ready(first))
+                    else stream.model_line(shape))
 
         demo.load(restore, None, [*inputs, preset, quality, view], queue=False, **quiet)
         add_endpoints(page)

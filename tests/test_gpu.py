@@ -7,6 +7,7 @@ from conftest import tiny_base, tiny_engine
 from cascadeexit import hub
 from cascadeexit.engine import DecodeConfig, Engine
 from cascadeexit.exits import ExitBank
+from cascadeexit.inspection import inspect
 from cascadeexit.model import SegmentedModel
 from cascadeexit.prompts import bundled_prompts
 from training.prompts import chat_ids
@@ -15,8 +16,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 PROMPT = [11, 3, 60, 22, 9, 41, 77, 30, 2]
 
 
-def on_gpu(family: str, dtype: torch.dtype) -> Engine:
-    tiny = tiny_engine(family, dtype=dtype)
+OURS = dict(layers=(0, 3), adapter="carry", confidence="sketch", sketch_size=40)        # what ships, tiny
+
+
+def on_gpu(family: str, dtype: torch.dtype, **shape) -> Engine:
+    tiny = tiny_engine(family, dtype=dtype, **shape)
     model = SegmentedModel(tiny_base(family, dtype=dtype).cuda(), tiny.model.exit_layers)
     bank = ExitBank(tiny.bank.config)
     bank.load_state_dict(tiny.bank.state_dict())
@@ -33,12 +37,38 @@ def test_verified_equals_full_on_tiny_models(family, dtype):
             assert engine.run(PROMPT, config).token_ids == full, (threshold, max_draft)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_verified_by_its_own_rule_equals_full_on_tiny_models(family, dtype, temperature):
+    engine, drafted = on_gpu(family, dtype, **OURS), 0
+    for prompt in (PROMPT, [9, 3] * 12):
+        settings = dict(max_new_tokens=60, temperature=temperature, seed=4)
+        full = engine.run(prompt, DecodeConfig(mode="full", **settings))
+        for max_draft in (1, 7, 15):
+            run = engine.run(prompt, DecodeConfig(mode="verified", max_draft=max_draft, **settings))
+            assert run.token_ids == full.token_ids, (prompt, max_draft)
+            drafted += run.stats.drafted
+        if not temperature:
+            assert inspect(engine, prompt, full.events).full_choices == full.token_ids
+    assert drafted
+
+
+def test_how_sure_exits_are_is_what_a_cpu_computes(family):
+    config = DecodeConfig(thresholds=0.5, max_new_tokens=24)
+    theirs, ours = on_gpu(family, torch.float32, **OURS), tiny_engine(family, dtype=torch.float32, **OURS)
+    for prompt in (PROMPT, [9, 3] * 12):
+        a, b = (inspect(engine, prompt, ours.run(prompt, config).events).confidences for engine in (theirs, ours))
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("config", [DecodeConfig(mode="full"), DecodeConfig(mode="cascade", thresholds=0.5),
-                                    DecodeConfig(mode="verified", thresholds=0.4, max_draft=5)], ids=lambda c: c.mode)
-def test_recorded_kernels_say_what_kernels_one_by_one_say(family, config, monkeypatch):
-    recorded = on_gpu(family, torch.float32)
+                                    DecodeConfig(mode="verified", thresholds=0.4, max_draft=5),
+                                    DecodeConfig(mode="verified")], ids=lambda c: f"{c.mode} {c.thresholds}")
+@pytest.mark.parametrize("shape", [{}, OURS], ids=["published", "ours"])
+def test_recorded_kernels_say_what_kernels_one_by_one_say(family, config, shape, monkeypatch):
+    recorded = on_gpu(family, torch.float32, **shape)
     monkeypatch.setenv("CASCADEEXIT_GRAPHS", "0")
-    plain = on_gpu(family, torch.float32)
+    plain = on_gpu(family, torch.float32, **shape)
     assert recorded.model.replays and not plain.model.replays
     for _ in range(2):
         assert recorded.run(PROMPT, config).token_ids == plain.run(PROMPT, config).token_ids
@@ -51,6 +81,6 @@ def test_verified_equals_full_on_the_bundled_model(dtype):
     for prompt in [p.text for p in bundled_prompts()[:8]]:
         ids = chat_ids(tokenizer, prompt)
         full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=128)).token_ids
-        for threshold in (0, 0.3, 0.6, 0.9):
+        for threshold in (0, 0.3, 0.6, 0.9, None):
             config = DecodeConfig(mode="verified", max_new_tokens=128, thresholds=threshold, max_draft=7)
             assert engine.run(ids, config).token_ids == full, (prompt, threshold)

@@ -47,11 +47,12 @@ def test_a_bad_set_gets_a_message(many):
 
 
 def test_cancelling_keeps_what_is_there(many, tiny, monkeypatch):
-    fast = tiny[0].generate
+    fast, made = tiny[0].generate, []
 
     def generate(ids, config):
         for event in fast(ids, config):
-            time.sleep(0.004)
+            time.sleep(0.01)
+            made.append(event)
             yield event
     monkeypatch.setattr(tiny[0], "generate", generate)
     many.fill("#ce-pasted textarea", "\n".join(f"prompt {i}" for i in range(20)))
@@ -61,6 +62,9 @@ def test_cancelling_keeps_what_is_there(many, tiny, monkeypatch):
     many.wait_for_selector("#ce-said .ce-status.stopped")
     said = many.locator("#ce-said").inner_text()
     many.wait_for_timeout(800)
+    stopped = len(made)
+    many.wait_for_timeout(500)
+    assert len(made) == stopped, "it went on in the middle of a prompt"
     assert many.locator("#ce-said").inner_text() == said and "stopped" in said
     assert "prompt 1" in many.locator("#ce-results").inner_text()
     assert many.get_by_text("Save table (CSV)").is_enabled()
