@@ -9,6 +9,7 @@ import argparse
 import html
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -24,6 +25,7 @@ import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 
 from cascadeexit import evaluation, hub, metrics, prompts, record, stream, views  # noqa: E402
+from cascadeexit.calibration import Calibration  # noqa: E402
 from cascadeexit.engine import CASCADE_THRESHOLD, DecodeConfig, Mode, graded_thresholds  # noqa: E402
 from cascadeexit.inspection import Inspection, inspect  # noqa: E402
 from cascadeexit.library import Library, Offer  # noqa: E402
@@ -47,6 +49,7 @@ PRESETS = [("Fast", 0.4), ("Balanced", CASCADE_THRESHOLD), ("Careful", 0.8)]
 MAX_UPLOAD = 10_000_000         # bytes that the server takes in at all; what reads a file has its own, smaller limit
 MAX_PROMPT_CHARACTERS = 20_000
 NEVER = 1.0             # a threshold slider at its end closes the exit
+LEAST_WANTED = 50       # percent of agreement, at the lower end of the quality dial
 MAX_DRAFT = DecodeConfig.max_draft
 MAX_EXITS = 6           # sliders on the page
 FIRST_SURE = -1         # no exit is forced or left out
@@ -93,7 +96,9 @@ def decode_configs(num_exits: int, mode, max_new_tokens, max_draft, tolerance, t
 def sliders_at(threshold: float, shape: stream.Shape) -> list[float]:
     """Each threshold slider at one price (`graded_thresholds`), that of the first exit as given; NEVER closes all."""
     depths = [layer / shape.num_layers for layer in shape.exit_layers]
-    each = [t if t >= NEVER else min(round(t, 2), 0.99) for t in graded_thresholds(threshold, depths)]
+    # Up, not to the nearest: a calibrated threshold keeps its promise.
+    each = [t if t >= NEVER else min(math.ceil(round(100 * t, 6)) / 100, 0.99)
+            for t in graded_thresholds(threshold, depths)]
     return [*each, *[threshold] * MAX_EXITS][:MAX_EXITS]
 
 
@@ -252,23 +257,16 @@ def measured_curve(fingerprint: str) -> list[dict]:
     return measured["cascade"] if measured.get("exits") == fingerprint else []
 
 
-def threshold_for(agreement: float, curve: list[dict]) -> float:
-    """The threshold at which this agreement was measured."""
-    return round(_between(agreement, [(point["agreement"], point["threshold"]) for point in curve]), 2)
+def threshold_for(percent: float, calibration: Calibration) -> float:
+    """The loosest threshold that is sure to keep this agreement; NEVER where none that was measured does."""
+    threshold = calibration.threshold(1 - percent / 100)
+    return NEVER if threshold is None else threshold
 
 
-def agreement_at(threshold: float, curve: list[dict]) -> float:
-    """The agreement that was measured at this threshold."""
-    return round(_between(threshold, [(point["threshold"], point["agreement"]) for point in curve]), 2)
-
-
-def _between(x: float, points: list[tuple[float, float]]) -> float:
-    """y at x on straight lines between points (x, y), of the first or last point beyond them."""
-    points = sorted(points)
-    for (a, low), (b, high) in zip(points, points[1:]):
-        if a <= x <= b:
-            return low + (high - low) * (x - a) / max(b - a, 1e-9)
-    return points[0][1] if x < points[0][0] else points[-1][1]
+def percent_at(threshold: float, calibration: Calibration) -> int:
+    """The agreement that is sure at this threshold, as at the next looser one that was measured; 0: none was."""
+    at_most = [point.at_most for point in calibration.points if point.threshold <= threshold]
+    return math.floor(100 * (1 - at_most[0])) if at_most else 0
 
 
 def _rows(results: list[evaluation.Result]) -> list[list]:
@@ -307,14 +305,17 @@ def add_endpoints(page: Page) -> None:
     """/models, /generate, /compare and /evaluate; plain JSON in and out."""
     library = page.library
 
-    def prepared(model: str, prompt: str | None, chat: bool, threshold: float, **options) -> tuple:
+    def prepared(model: str, prompt: str | None, chat: bool, threshold: float, target: float, **options) -> tuple:
         try:
             label = model or library.labels[0]
             if label not in library.labels:
                 raise ValueError(f"model '{label}' is not offered here; /models lists {', '.join(library.labels)}")
             engine, tokenizer = library.get(label)
-            config, full = decode_configs(engine.num_exits, **options, force=FIRST_SURE,
-                                          thresholds=graded_thresholds(threshold, engine.exit_depths))
+            thresholds = graded_thresholds(threshold, engine.exit_depths)
+            if target:
+                thresholds = [NEVER if t is None else t for t in engine.thresholds(DecodeConfig(
+                    mode=options["mode"], temperature=options["temperature"], target_disagreement=target))]
+            config, full = decode_configs(engine.num_exits, **options, force=FIRST_SURE, thresholds=thresholds)
             ids = None if prompt is None else prompt_ids(tokenizer, prompt, chat)
             engine.check([0] if ids is None else ids, config)
             return engine, tokenizer, ids, config, full
@@ -328,7 +329,7 @@ def add_endpoints(page: Page) -> None:
 
     def generate(prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD, max_new_tokens: int = 128,
                  max_draft: int = MAX_DRAFT, tolerance: float = 0.0, temperature: float = 0.0, top_p: float = 1.0,
-                 seed: int = 0, chat: bool = True, model: str = "") -> dict:
+                 seed: int = 0, chat: bool = True, model: str = "", target_disagreement: float = 0.0) -> dict:
         """Write with early exits.
 
         Args:
@@ -345,26 +346,31 @@ def add_endpoints(page: Page) -> None:
             seed: the same seed writes the same text.
             chat: put the prompt through the model's chat template.
             model: a name from models; empty: the first.
+            target_disagreement: cascade mode, temperature 0, above 0 instead of a threshold: the part of the tokens
+                that may be others than the full model would choose; kept to by exits that were calibrated.
 
         Returns text, token_ids, exits (0 = the first exit, the highest number = the full model, -1 = copied from
         earlier in the text) and stats.
         """
         engine, tokenizer, ids, config, _ = prepared(
-            model, prompt, chat, threshold, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
+            model, prompt, chat, threshold, target_disagreement, mode=mode, max_new_tokens=max_new_tokens,
+            max_draft=max_draft,
             tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed)
         run = engine.run(ids, config)
         return dict(text=tokenizer.decode(run.token_ids, skip_special_tokens=True), token_ids=run.token_ids,
                     exits=[e.exit for e in run.events if e.final], stats=asdict(run.stats))
 
     def compare(prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD, max_new_tokens: int = 128,
-                max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True, model: str = "") -> dict:
+                max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True, model: str = "",
+                target_disagreement: float = 0.0) -> dict:
         """Write with early exits and with the full model, side by side; arguments as for generate.
 
         Returns exits and full (text, token_ids, stats each), speedup, agreement (part of the tokens that the full
         model would have chosen too), positional_match, first_divergence and identical.
         """
         engine, tokenizer, ids, config, full = prepared(
-            model, prompt, chat, threshold, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
+            model, prompt, chat, threshold, target_disagreement, mode=mode, max_new_tokens=max_new_tokens,
+            max_draft=max_draft,
             tolerance=tolerance, temperature=0.0, top_p=1.0, seed=0)
         told = stream.TokenStream(engine, tokenizer, config, ids)
         for _ in stream.frames(told, race({stream.CASCADE: engine.generate(ids, config),
@@ -382,7 +388,7 @@ def add_endpoints(page: Page) -> None:
 
     def evaluate(texts: list[str], mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                  max_new_tokens: int = 64, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
-                 model: str = "") -> dict:
+                 model: str = "", target_disagreement: float = 0.0) -> dict:
         """Compare over many prompts; arguments as for generate.
 
         Args:
@@ -393,7 +399,8 @@ def add_endpoints(page: Page) -> None:
         if not texts or len(texts) > prompts.MAX_PROMPTS:
             raise gr.Error(f"give 1 to {prompts.MAX_PROMPTS} prompts, got {len(texts)}", print_exception=False)
         engine, tokenizer, _, config, _ = prepared(
-            model, None, chat, threshold, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
+            model, None, chat, threshold, target_disagreement, mode=mode, max_new_tokens=max_new_tokens,
+            max_draft=max_draft,
             tolerance=tolerance, temperature=0.0, top_p=1.0, seed=0)
         results = list(evaluation.evaluate(
             engine, partial(prompt_ids, tokenizer, chat=chat), [prompts.Prompt("own", str(text)) for text in texts],
@@ -480,7 +487,8 @@ def _of_size(asked, n: int) -> list:
 def build_demo(library: Library) -> gr.Blocks:
     """The page around these models."""
     page, shape = Page(library), library.shapes[library.labels[0]]
-    curves = {label: measured_curve(library.fingerprint(label)) for label in library.labels}
+    known = {label: library.calibration(label) for label in library.labels}
+    measured = bool(measured_curve(library.fingerprint(library.labels[0])))
     # Shown until the model that wrote it is ready.
     recorded = TRACE.exists() and shape.name == hub.DEFAULT_MODEL and not library.ready(library.labels[0])
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
@@ -496,8 +504,8 @@ def build_demo(library: Library) -> gr.Blocks:
                 with gr.Column(min_width=300):
                     mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", elem_id="ce-mode",
                                     info="To keep 95% of the full model's words, Verified measured faster, on a CPU."
-                                    if curves[library.labels[0]] else None)
-                    preset, quality = _dials(curves[library.labels[0]])
+                                    if measured else None)
+                    preset, quality = _dials(known[library.labels[0]])
                     model = gr.Dropdown(library.labels, value=library.labels[0], label="Model", elem_id="ce-model-menu",
                                         visible=len(library.labels) > 1)
             with gr.Row(elem_id="ce-actions"):
@@ -537,13 +545,13 @@ def build_demo(library: Library) -> gr.Blocks:
                     model, [prompt, *outputs], cancels=[running, again], queue=False, **quiet)
         charts.expand(page.charts, charted, figures, queue=False, **quiet)
         model.input(lambda label: (stream.model_line(library.shapes[label]), *NO_CHARTS, *_fit(library.shapes[label]),
-                                   *_dials_at(CASCADE_THRESHOLD, curves[label])),
+                                   *_dials_at(CASCADE_THRESHOLD, known[label])),
                     model, [*outputs, force, *thresholds, preset, quality], cancels=[running, again], queue=False,
                     **quiet)
         preset.input(lambda value, label: (*sliders_at(value, library.shapes[label]),
-                                           _dials_at(value, curves[label])[1]),
+                                           _dials_at(value, known[label])[1]),
                      [preset, model], [*thresholds, quality], queue=False, **quiet)
-        quality.input(lambda percent, label: (*sliders_at(threshold_for(percent / 100, curves[label]),
+        quality.input(lambda percent, label: (*sliders_at(threshold_for(percent, known[label]),
                                                           library.shapes[label]), None),
                       [quality, model], [*thresholds, preset], queue=False, **quiet)
         gr.on([slider.input for slider in thresholds], None, None, preset, js="() => null", **quiet)
@@ -567,7 +575,7 @@ def build_demo(library: Library) -> gr.Blocks:
             dials = [gr.skip()] * 2
             if all(isinstance(t, float) for t in wanted):
                 dials = _dials_at(wanted[0] if wanted == sliders_at(wanted[0], shape)[:len(wanted)] else None,
-                                  curves[label])
+                                  known[label])
             for update, value in zip(fitted, values[-len(fitted):]):        # the menu and its choice in one
                 update.update(value if isinstance(value, dict) else dict(value=value))
             return (*values[:-len(fitted)], *fitted, *dials,
@@ -614,24 +622,25 @@ def _many_prompts() -> tuple[gr.components.Component, ...]:
     return kinds, each, pasted, file, start, cancel, said, table, chart, as_json, as_csv
 
 
-def _dials(curve: list[dict]) -> tuple[gr.Radio, gr.Slider]:
-    """Both set all thresholds, at one price: a word, or a wanted quality where one was measured."""
+def _dials(calibration: Calibration | None) -> tuple[gr.Radio, gr.Slider]:
+    """Both set all thresholds, at one price: a word, or a wanted quality where exits were calibrated."""
     with gr.Row(elem_id="ce-dials"):
         return (gr.Radio(PRESETS, value=CASCADE_THRESHOLD, label="How sure must an exit be?", elem_id="ce-preset",
                          scale=3, min_width=280),
-                gr.Slider(70, 97, _percent_at(CASCADE_THRESHOLD, curve), step=1, label="Agreement wanted, %",
-                          buttons=[], elem_id="ce-quality", scale=2, min_width=200, visible=bool(curve)))
+                gr.Slider(LEAST_WANTED, 99, max(LEAST_WANTED, percent_at(CASCADE_THRESHOLD, calibration))
+                          if calibration else LEAST_WANTED, step=1, label="Agreement wanted, %", info=(
+                              f"Kept with {1 - calibration.delta:.0%} certainty on prompts like the "
+                              f"{calibration.prompts} it was tested on") if calibration else None,
+                          buttons=[], elem_id="ce-quality", scale=2, min_width=200, visible=bool(calibration)))
 
 
-def _percent_at(threshold: float, curve: list[dict]) -> int:
-    return round(100 * agreement_at(threshold, curve)) if curve else 0
-
-
-def _dials_at(threshold: float | None, curve: list[dict]) -> list[dict]:
+def _dials_at(threshold: float | None, calibration: Calibration | None) -> list[dict]:
     """Updates of both dials for thresholds at one price, that of the first exit given; None: at none."""
     named = threshold if threshold in dict(PRESETS).values() else None
-    percent = {} if threshold is None else dict(value=_percent_at(threshold, curve))
-    return [gr.update(value=named), gr.update(visible=bool(curve), **percent)]
+    percent = {}
+    if calibration and threshold is not None:
+        percent = dict(value=max(LEAST_WANTED, percent_at(threshold, calibration)))
+    return [gr.update(value=named), gr.update(visible=bool(calibration), **percent)]
 
 
 def _exit_controls(shape: stream.Shape) -> tuple[list[gr.Slider], gr.Dropdown]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.exits import ExitBank
+from cascadeexit.lookup import Lookup
 from cascadeexit.metrics import Costs, RunStats, summarize
 from cascadeexit.model import SegmentedModel
 from cascadeexit.sampling import Sampler
@@ -49,6 +50,9 @@ class DecodeConfig:
     (`graded_thresholds`), or one each; None in their place closes an exit. None alone is each mode's own rule: 0.6 for
     cascade; for verified a tree of drafts, from the exit before the first layer and copied from earlier text, as large
     as is likely to save more than it costs (`DraftTree`)."""
+    target_disagreement: float | None = None
+    """cascade, greedy, instead of thresholds: the part of the tokens, in (0, 1), that may be others than the full model
+    would choose after the same text. The exits' calibration knows the thresholds (`cascadeexit.calibration`)."""
     tolerance: float = 0.0
     """verified, greedy: a draft also stands when the full model gives it at least 1 - tolerance times the probability
     of its own choice. 0 is lossless; above, the text may differ where the full model itself is torn."""
@@ -72,6 +76,12 @@ class DecodeConfig:
             raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}")
         if self.tolerance and (self.mode is not Mode.VERIFIED or self.temperature):
             raise ValueError("tolerance goes with mode verified and temperature 0: elsewhere nothing is judged by it")
+        if self.target_disagreement is not None:
+            if not 0 < self.target_disagreement < 1:
+                raise ValueError(f"target_disagreement must be in (0, 1), got {self.target_disagreement}")
+            if self.mode is not Mode.CASCADE or self.temperature or self.thresholds is not None:
+                raise ValueError("target_disagreement goes with mode cascade, temperature 0 and no thresholds: that is "
+                                 "what it was measured for")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         each = [self.thresholds] if isinstance(self.thresholds, (int, float)) else list(self.thresholds or ())
@@ -212,7 +222,22 @@ class Engine:
         if config.mode is Mode.VERIFIED and config.max_draft >= self.model.max_verify_rows:
             raise ValueError(f"max_draft must be below {self.model.max_verify_rows} on this device (one pass of that "
                              f"many rows verifies the drafts), got {config.max_draft}")
-        config.threshold_per_exit(self.exit_depths)
+        self.thresholds(config)
+
+    def thresholds(self, config: DecodeConfig) -> tuple[float | None, ...]:
+        """One threshold for each exit, None where it is closed or has none that is fixed.
+
+        Raises ValueError for a wrong number of thresholds, or for a target when these exits were never calibrated.
+        """
+        if config.mode is Mode.FULL:
+            return (None,) * self.num_exits
+        if config.target_disagreement is None:
+            return config.threshold_per_exit(self.exit_depths)
+        if self.bank.calibration is None:
+            raise ValueError("target_disagreement wants exits that were calibrated: run python -m training.calibrate, "
+                             "or give thresholds")
+        first = self.bank.calibration.threshold(config.target_disagreement)
+        return (None,) * self.num_exits if first is None else graded_thresholds(first, self.exit_depths)
 
     def run(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Generation:
         """Generate to the end. Raises ValueError as `generate` does."""
@@ -254,8 +279,9 @@ class Engine:
         """The events of a run, those of one moment together."""
         model, bank, last = self.model, self.bank, self.num_exits
         verified = config.mode is Mode.VERIFIED
-        thresholds = (None,) * last if config.mode is Mode.FULL else config.threshold_per_exit(self.exit_depths)
+        thresholds = self.thresholds(config)
         tree = DraftTree(model, bank, prompt, config.temperature) if verified and config.thresholds is None else None
+        said_before = Lookup(prompt)            # the text that is confirmed
         sampler = self.sampler(config)
         stairs = Staircase(model, self.capacity(len(prompt) + config.max_new_tokens + config.max_draft))
         drafts: list[Draft] = []                                 # tokens not yet confirmed, parents first
@@ -293,13 +319,16 @@ class Engine:
             else:
                 # 3. Climb: deeper until an exit is sure enough, or to the top.
                 may_exit, before, confidence = not finished and len(drafts) < config.max_draft, None, None
+                if may_exit:
+                    said_before.extend(stairs.tokens[len(said_before):len(stairs.tokens) - len(drafts)])
+                    copied = bank.copies([said_before.copied(stairs.tokens)])
                 for s in range(last + 1):
                     rows = stairs.run(s)                                                    # (1, N, D)
                     if not may_exit or not self.worth_asking(s, thresholds, confidence):
                         before = None
                         continue
                     hidden = bank.hidden(s, rows[0, -1:], said)                             # (1, D)
-                    confidence, before = float(bank.confidence(s, hidden, before)), hidden
+                    confidence, before = float(bank.confidence(s, hidden, copied, before)), hidden
                     stairs.weight_bytes += bank.try_bytes(s)
                     asked = (*asked[:s], confidence, *asked[s + 1:])
                     if confidence >= thresholds[s]:

@@ -1,9 +1,9 @@
 """Exits: a small adapter and a confidence estimator behind each exit layer, and the artifact that holds them.
 
 An adapter turns a hidden state into one that the frozen, shared head can read; it never sees the vocabulary. The
-estimator says how likely that head's choice equals the full model's, from the hidden state alone or a sketch of the
-head, so that the one vocabulary projection of a token is paid by the exit that is taken. Artifact: config.json +
-exits.safetensors.
+estimator says how likely that head's choice equals the full model's, from the hidden state alone, or from a sketch of
+the head and what the text said before, so that the one vocabulary projection of a token is paid by the exit that is
+taken. Artifact: config.json + exits.safetensors.
 
 Two kinds of adapter. `swiglu`, the published one, reads the hidden state at its layer. `carry` reads beside it the
 hidden state that named the newest token: the full model's, or the adapted one of the exit that token left by. It is
@@ -15,8 +15,9 @@ Letters: N rows, D hidden size, V vocabulary, K words of a trimmed head.
 import hashlib
 import json
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -25,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cascadeexit.calibration import Calibration
 from cascadeexit.graphs import Replayed
 from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeLinear
 from cascadeexit.linear import PackedLinear, pack
@@ -32,7 +34,7 @@ from cascadeexit.model import SegmentedModel
 
 log = logging.getLogger(__name__)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "exits.safetensors"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class ExitConfig:
     confidence_width: int = 256
     """Inner width of the estimator; 256 as published, 48 for a sketch."""
     confidence: str = "mlp"
-    """'mlp': the published estimator. 'sketch': from the exit's probabilities of its most frequent words. 'softmax':
-    the largest probability of the exit's whole head, for untrained exits."""
+    """'mlp': the published estimator. 'sketch': from the exit's probabilities of its most frequent words, and what the
+    text said before. 'softmax': the largest probability of the exit's whole head, for untrained exits."""
     sketch_size: int = 0
     """'sketch': how many words."""
     head_size: int = 0
@@ -81,6 +83,8 @@ class ExitConfig:
         if (self.confidence == "sketch") != (self.sketch_size > 0):
             raise ValueError(f"sketch_size goes with confidence 'sketch', got {self.sketch_size} with "
                              f"'{self.confidence}'")
+        if self.head_size > self.vocab_size:
+            raise ValueError(f"head_size is at most the vocabulary, {self.vocab_size}; got {self.head_size}")
         if self.head_sizes and (len(self.head_sizes) != len(self.layers) or max(self.head_sizes) != self.head_size
                                 or any(n < 1 or n % 32 and n != self.head_size for n in self.head_sizes)):
             raise ValueError(f"head_sizes are one for each of {len(self.layers)} exits, multiples of 32 up to "
@@ -180,24 +184,26 @@ class ConfidenceHead(nn.Module):
 class SketchConfidence(nn.Module):
     """The same question, answered from the exit's softmax over a few frequent words (`softmax_facts`).
 
-    Where the exit before it was asked about the same token, what that one thought is read, too: two that agree are
-    more often right. (..., 3), or (..., 10) with the exit before -> logit (...,).
+    What followed where the text said the same before is read, too, and what the exit before it thought, where that
+    was asked about the same token: those that agree are more often right. (..., 5), or (..., 12) with the exit before
+    -> logit (...,).
     """
 
     def __init__(self, width: int):
         super().__init__()
-        self.alone, self.after = (nn.Sequential(nn.Linear(n, width), nn.SiLU(), nn.Linear(width, 1)) for n in (3, 10))
+        self.alone, self.after = (nn.Sequential(nn.Linear(n, width), nn.SiLU(), nn.Linear(width, 1)) for n in (5, 12))
 
     def forward(self, facts: Tensor) -> Tensor:
-        return (self.alone if facts.shape[-1] == 3 else self.after)(facts).squeeze(-1)
+        return (self.alone if facts.shape[-1] == 5 else self.after)(facts).squeeze(-1)
 
 
 def softmax_facts(head: nn.Module) -> Callable[..., Tensor]:
-    """What `SketchConfidence` reads, from rows for this head: (..., D) -> (..., 3), with rows before (..., 10).
+    """What `SketchConfidence` reads, from rows for this head (..., D) and copies (..., 2): (..., 5), or (..., 12).
 
     Of the softmax: log p of the likeliest word, of the second, the entropy in nats. With the rows of the exit before:
     these three of both; 1 where the likeliest word is the same, else 0; log p that the exit before gives to this one's
-    word, and the other way round, at least -15; the cosine between the two rows.
+    word, and the other way round, at least -15; the cosine between the two rows. Of the copy: log(1 + its length)
+    where the likeliest word is the one copied, else 0; the same where it is another.
     """
     if isinstance(head, NativeLinear):
         return head.softmax_facts
@@ -207,20 +213,22 @@ def softmax_facts(head: nn.Module) -> Callable[..., Tensor]:
         entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
         return log_p, torch.cat([log_p.topk(2, dim=-1).values, entropy], dim=-1)
 
-    def facts(hidden: Tensor, before: Tensor | None = None) -> Tensor:
+    def facts(hidden: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
         log_p, mine = of(hidden)
+        best, (word, reach) = log_p.argmax(-1, keepdim=True), copied.split(1, dim=-1)
+        copy = torch.cat([reach * (best == word), reach * (best != word)], dim=-1)
         if before is None:
-            return mine
+            return torch.cat([mine, copy], dim=-1)
         other, theirs = of(before)
-        best, their_best = log_p.argmax(-1, keepdim=True), other.argmax(-1, keepdim=True)
+        their_best = other.argmax(-1, keepdim=True)
         cosine = nn.functional.cosine_similarity(hidden.float(), before.float(), dim=-1)[..., None]
         return torch.cat([mine, theirs, (best == their_best).float(), other.gather(-1, best).clamp(min=-15),
-                          log_p.gather(-1, their_best).clamp(min=-15), cosine], dim=-1)
+                          log_p.gather(-1, their_best).clamp(min=-15), cosine, copy], dim=-1)
     return facts
 
 
 def sketch_confidence(head: nn.Module, estimator: SketchConfidence) -> Callable[..., Tensor]:
-    """Of rows for this head (..., D), and those of the exit before if it was asked: chances to be right (...,)."""
+    """Of rows for this head (..., D), copies (..., 2), rows of the exit before if it was asked: chances (...,)."""
     if isinstance(head, NativeLinear):
         return NativeConfidence(head, estimator.alone, estimator.after)
     facts = softmax_facts(head)
@@ -268,6 +276,9 @@ class ExitBank(nn.Module):
         self._confidence: list[Callable[..., Tensor]] = [head.chance for head in self.confidence_heads or ()
                                                          if config.confidence == "mlp"]
         self._likeliest: Callable[[Tensor, int, float], tuple[Tensor, Tensor]] | None = None
+        self.calibration: Calibration | None = None         # how far these very exits may be trusted, where measured
+        self._places: dict[int, int] = {}                   # of the sketch's words
+        self._device = torch.device("cpu")
         self._word_bytes = self._sketch_bytes = self._own_sketch_bytes = self._own_head_bytes = 0
 
     @classmethod
@@ -322,6 +333,8 @@ class ExitBank(nn.Module):
         self._own_head_bytes = held * self._word_bytes if self.head_ids is not None else 0
         if c.confidence == "mlp":
             self._confidence = [head.chance for head in self.confidence_heads]
+        self._device = model.device
+        self.sketch(self.sketch_ids)
         if self.sketch_ids is not None:
             words = len(self.sketch_ids)
             # The same memory where it can be, still near when the exit's whole head is read.
@@ -358,16 +371,31 @@ class ExitBank(nn.Module):
         probs, words = self._likeliest(hidden, k, temperature)
         return probs, words if self.head_ids is None else self.head_ids[words]
 
-    def confidence(self, s: int, hidden: Tensor, before: Tensor | None = None) -> Tensor:
-        """Probability that exit s chooses what the full model would: adapted hidden (..., D) -> (...,) in [0, 1].
+    def sketch(self, words: Tensor | None) -> None:
+        """Let estimators look at these words (N,), or at none."""
+        self.sketch_ids = words
+        self._places = {} if words is None else {token: place for place, token in enumerate(words.tolist())}
 
-        before: adapted hidden of the exit before it for the same tokens (..., D), where that exit was asked.
+    def copies(self, copied: Sequence[tuple[int, int]]) -> Tensor:
+        """What estimators read of copies, tokens and lengths as from `Lookup.copied`: (N, 2).
+
+        Each token's place in the sketch, -1 outside of it, and log(1 + length).
+        """
+        return torch.tensor([(self._places.get(token, -1), math.log1p(length)) for token, length in copied],
+                            device=self._device)
+
+    def confidence(self, s: int, hidden: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
+        """Probability that exit s chooses what the full model would: adapted hidden (N, D) -> (N,) in [0, 1].
+
+        Args:
+            copied: for each row what the text said before (N, 2), from `copies`.
+            before: adapted hidden of the exit before it for the same tokens (N, D), where that exit was asked.
         """
         if self.confidence_heads is None:
             return self.logits(s, hidden).float().softmax(-1).amax(-1)
         if self.sketch_ids is None:
             return self._confidence[s](hidden)
-        return self._confidence[s](hidden, before) if before is not None else self._confidence[s](hidden)
+        return self._confidence[s](hidden, copied, *([] if before is None else [before]))
 
     # -- bytes, for the cost metric ------------------------------------------------------------------------------
 
@@ -429,8 +457,13 @@ class ExitBank(nn.Module):
         try:
             bank = cls(read_config(folder))
             bank.load_state_dict(load_file(folder / WEIGHTS_FILE))
+            bank.calibration = Calibration.load(folder)
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"{folder} holds no exits that this version can read: {error}") from error
+        if bank.calibration and bank.calibration.exits != bank.fingerprint():
+            log.warning("The calibration in %s is that of other exits and is left aside: run python -m "
+                        "training.calibrate", folder)
+            bank.calibration = None
         return bank
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cascadeexit.engine import Engine, Staircase
-from cascadeexit.events import TokenEvent
+from cascadeexit.events import Status, TokenEvent
+from cascadeexit.lookup import Lookup
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,12 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
     text = [prompt_ids[-1], *(e.token_id for e in final[:-1])] if final else []
     stairs = Staircase(engine.model, engine.capacity(len(prompt_ids) + len(final)))
     said = engine.last_said(stairs.prefill(prompt_ids[:-1]))
-    parts = []
+    written, before, copied, parts = list(prompt_ids), Lookup(prompt_ids), [], []
+    for event in final:
+        copied.append(before.copied(written))
+        written.append(event.token_id)
+        if event.status is Status.EMITTED:                      # until then there were drafts, which nobody copies
+            before.extend(written[len(before):])
     for a in range(0, len(text), engine.model.max_verify_rows):
         part = slice(a, a + engine.model.max_verify_rows)
         rows = stairs.prefill(text[part])
@@ -68,15 +74,20 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
         for i, event in enumerate(final[part]):
             hidden.append([engine.bank.hidden(s, rows[s][0, i:i + 1], said) for s in range(engine.num_exits)])
             said = hidden[-1][event.exit] if 0 <= event.exit < engine.num_exits else named[i:i + 1]
-        parts.append(_read(engine, [torch.cat(column) for column in zip(*hidden)], rows[-1], top))
+        parts.append(_read(engine, [torch.cat(column) for column in zip(*hidden)], engine.bank.copies(copied[part]),
+                           rows[-1], top))
     if not parts:
         return Inspection(torch.zeros(0, engine.num_exits + 1, top, dtype=torch.long),
                           torch.zeros(0, engine.num_exits + 1, top), torch.zeros(0, engine.num_exits))
     return Inspection(*(torch.cat(column).cpu() for column in zip(*parts)))
 
 
-def _read(engine: Engine, hidden: list[Tensor], rows: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates (n, S, K), their probabilities, and confidences (n, S - 1) of adapted rows and the full model's."""
+def _read(engine: Engine, hidden: list[Tensor], copied: Tensor, rows: Tensor,
+          top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates (n, S, K), their probabilities, and confidences (n, S - 1) of adapted rows and the full model's.
+
+    copied: as for `ExitBank.confidence`.
+    """
     bank = engine.bank
     tables = [(bank.logits(s, h), bank.head_ids) for s, h in enumerate(hidden)] + [(engine.model.logits(rows)[0], None)]
     best, probabilities = [], []
@@ -86,6 +97,6 @@ def _read(engine: Engine, hidden: list[Tensor], rows: Tensor, top: int) -> tuple
         ids = logits.scatter(1, first, torch.inf).topk(top, dim=-1).indices
         best.append(ids if words is None else words[ids])
         probabilities.append(logits.float().softmax(-1).gather(1, ids))
-    confidences = [bank.confidence(s, h, hidden[s - 1] if s else None) for s, h in enumerate(hidden)]
+    confidences = [bank.confidence(s, h, copied, hidden[s - 1] if s else None) for s, h in enumerate(hidden)]
     return (torch.stack(best, 1), torch.stack(probabilities, 1),
             torch.stack(confidences, 1) if confidences else rows.new_zeros(rows.shape[1], 0))

@@ -780,9 +780,11 @@ void ce_likeliest(const Matrix* m, const bf16* x, float temperature, int32_t k, 
 }
 
 // Facts of the softmax over a matrix' outputs, for rows x (rows, in) bf16: log p of the likeliest output, of the second, and
-// the entropy in nats: 3 numbers a row. With rows `before` (rows, in), 10: these three of both; whether the likeliest is the
-// same; what each thinks of the other's, log p but not below -15; and the cosine between x and before.
-void ce_softmax_facts(const Matrix* m, const bf16* x, const bf16* before, float* facts, int32_t rows, int32_t threads) {
+// the entropy in nats. With rows `before` (rows, in): these three of both; whether the likeliest is the same; what each thinks
+// of the other's, log p but not below -15; and the cosine between x and before. Of `copied` (rows, 2), an output and a number:
+// the number where the likeliest is that output, else 0; the same where it is not. 5 or 12 facts a row.
+void ce_softmax_facts(const Matrix* m, const bf16* x, const float* copied, const bf16* before, float* facts, int32_t rows,
+                      int32_t threads) {
     static thread_local Scratch<float> f_logits;
     static thread_local Scratch<bf16> b_x;
     const int in = m->in, V = m->out, all = before ? 2 * rows : rows;
@@ -821,8 +823,10 @@ void ce_softmax_facts(const Matrix* m, const bf16* x, const bf16* before, float*
         return seen;
     };
     for (int r = 0; r < rows; r++) {
-        float* to = facts + size_t(r) * (before ? 10 : 3);
+        float *to = facts + size_t(r) * (before ? 12 : 5), *copy = to + (before ? 10 : 3);
         Seen now = look(r, to);
+        const bool same = copied[2 * r] == now.best;
+        copy[0] = same ? copied[2 * r + 1] : 0, copy[1] = same ? 0 : copied[2 * r + 1];
         if (!before) continue;
         Seen then = look(rows + r, to + 3);
         auto log_p = [&](int row, const Seen& seen, int j) {
@@ -841,12 +845,12 @@ void ce_softmax_facts(const Matrix* m, const bf16* x, const bf16* before, float*
 }
 
 // What an estimator makes of these facts: chances (rows) that the exit is right.
-void ce_confidence(const Matrix* m, const Estimator* estimator, const bf16* x, const bf16* before, float* chances, int32_t rows,
-                   int32_t threads) {
+void ce_confidence(const Matrix* m, const Estimator* estimator, const bf16* x, const float* copied, const bf16* before,
+                   float* chances, int32_t rows, int32_t threads) {
     static thread_local Scratch<float> f_facts;
     const int in = estimator->in;
     float* facts = f_facts.get(size_t(rows) * in);
-    ce_softmax_facts(m, x, before, facts, rows, threads);
+    ce_softmax_facts(m, x, copied, before, facts, rows, threads);
     for (int r = 0; r < rows; r++) {
         float logit = estimator->outer_bias;
         for (int w = 0; w < estimator->width; w++) {

@@ -119,8 +119,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_exit.argtypes = [POINTER(_Exit), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_norm.argtypes = [c_void_p, c_float, c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_likeliest.argtypes = [POINTER(_Matrix), c_void_p, c_float, c_int32, c_void_p, c_void_p, c_int32, c_int32]
-    lib.ce_softmax_facts.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
-    lib.ce_confidence.argtypes = [POINTER(_Matrix), POINTER(_Estimator), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
+    lib.ce_softmax_facts.argtypes = [POINTER(_Matrix), *[c_void_p] * 4, c_int32, c_int32]
+    lib.ce_confidence.argtypes = [POINTER(_Matrix), POINTER(_Estimator), *[c_void_p] * 4, c_int32, c_int32]
     return lib
 
 
@@ -227,13 +227,13 @@ class NativeLinear(nn.Module):
         library().ce_rows(byref(self._matrix), ids.data_ptr(), len(ids), out.data_ptr())
         return out
 
-    def softmax_facts(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """Facts of the outputs' softmax, told in `cascadeexit.exits.softmax_facts`: (..., I) -> (..., 3 or 10)."""
-        x = _bf16(x)
-        before = None if before is None else _bf16(before)
-        facts = torch.empty(*x.shape[:-1], 3 if before is None else 10)
-        library().ce_softmax_facts(byref(self._matrix), x.data_ptr(), None if before is None else before.data_ptr(),
-                                   facts.data_ptr(), x.shape[:-1].numel(), torch.get_num_threads())
+    def softmax_facts(self, x: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
+        """Facts told in `cascadeexit.exits.softmax_facts`: rows (N, I), copies (N, 2) -> (N, 5 or 12)."""
+        x, copied, before = _bf16(x), copied.float().contiguous(), None if before is None else _bf16(before)
+        facts = torch.empty(*x.shape[:-1], 5 if before is None else 12)
+        library().ce_softmax_facts(byref(self._matrix), x.data_ptr(), copied.data_ptr(),
+                                   None if before is None else before.data_ptr(), facts.data_ptr(),
+                                   x.shape[:-1].numel(), torch.get_num_threads())
         return facts
 
     def likeliest(self, x: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -291,6 +291,7 @@ class NativeLayers:
                    floats(layer.post_attention_layernorm.weight), floats(_weight(a, "q_norm")),
                    floats(_weight(a, "k_norm")))
             for w, layer, (a, m) in zip(qkv, layers, blocks)))
+        self._positions = len(cosines)
         self._stack = _Stack(self._layers, floats(cosines), floats(sines), config.hidden_size,
                              config.num_attention_heads, config.num_key_value_heads, head_dim, config.intermediate_size,
                              config.rms_norm_eps, layers[0].self_attn.scaling)
@@ -313,6 +314,9 @@ class NativeLayers:
                 parent is -1, from the text. See `keep`.
             begins: row r is position `start` of text r of B = N, which sees its own positions from begins[r] on.
         """
+        end = start + (h.shape[1] if parents is None and begins is None else 1)
+        if end > self._positions:
+            raise ValueError(f"this model has {self._positions} positions, {end} were asked for")
         h, out = h.contiguous(), torch.empty_like(h)
         library().ce_layers(byref(self._stack), layers.start, layers.stop, h.data_ptr(), out.data_ptr(), h.shape[1],
                             byref(_cache(keys, values)), start, _ints(parents), _ints(begins), torch.get_num_threads())
@@ -361,7 +365,7 @@ class NativeAdapter:
 
 
 class NativeConfidence:
-    """A `SketchConfidence` with the head it looks at: rows (..., D), and those of the exit before -> chances (...,).
+    """A `SketchConfidence` with the head it looks at: rows (N, D), copies (N, 2), rows of the exit before -> (N,).
 
     Args:
         alone, after: its networks, without and with the exit before: linear, SiLU, linear.
@@ -377,13 +381,12 @@ class NativeConfidence:
         self._kept += kept
         return _Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
 
-    def __call__(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        x = _bf16(x)
-        before = None if before is None else _bf16(before)
+    def __call__(self, x: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
+        x, copied, before = _bf16(x), copied.float().contiguous(), None if before is None else _bf16(before)
         chances = torch.empty(x.shape[:-1])
         library().ce_confidence(byref(self._head._matrix), byref(self._alone if before is None else self._after),
-                                x.data_ptr(), None if before is None else before.data_ptr(), chances.data_ptr(),
-                                chances.numel(), torch.get_num_threads())
+                                x.data_ptr(), copied.data_ptr(), None if before is None else before.data_ptr(),
+                                chances.data_ptr(), chances.numel(), torch.get_num_threads())
         return chances
 
 

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 
 from cascadeexit import hub
+from cascadeexit.calibration import Calibration
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.exits import ExitBank
 from cascadeexit.stream import Shape
@@ -70,10 +71,19 @@ class Library:
 
     def fingerprint(self, label: str) -> str:
         """Of this offer's exits, "" for untrained ones that are not in memory; needs no model."""
+        bank = self._bank(label)
+        return bank.fingerprint() if bank else ""
+
+    def calibration(self, label: str) -> Calibration | None:
+        """Of this offer's exits, None where there is none; needs no model."""
+        bank = self._bank(label)
+        return bank.calibration if bank else None
+
+    def _bank(self, label: str) -> ExitBank | None:
         if self.ready(label):
-            return self._held[1].bank.fingerprint()
+            return self._held[1].bank
         folder = hub.find_exits(self.shapes[label].name, self._offers[label].exits)
-        return ExitBank.load(folder).fingerprint() if folder else ""
+        return ExitBank.load(folder) if folder else None
 
     def ready(self, label: str) -> bool:
         return self._held is not None and self._held[0] == label

@@ -1,4 +1,4 @@
-"""Lookup: drafts for free, copied from where the text said the same before.
+"""Lookup: what followed where the text said the same before. Drafts for free, and a second opinion on an exit's choice.
 
 When the newest tokens stood in the text already, prompt included, what followed them is a guess at what follows now
 (prompt lookup: Saxena 2023). How often such guesses were right so far in this text says how sure to be of the next.
@@ -10,6 +10,8 @@ from typing import NamedTuple
 _LENGTHS = (5, 3, 2, 1)                 # tokens that must match, longest first
 _PRIOR = {5: 0.8, 3: 0.6, 2: 0.4, 1: 0.15}      # chance of being right before anything was seen
 LONGEST_MATCH = _LENGTHS[0]
+FARTHEST = 32                           # tokens
+NOTHING_COPIED = -1, 0
 _PRIOR_WEIGHT = 4                       # in guesses
 
 
@@ -29,6 +31,9 @@ class Lookup:
         self._tried = dict.fromkeys(_LENGTHS, _PRIOR_WEIGHT)
         self.extend(tokens)
 
+    def __len__(self) -> int:
+        return len(self._text)
+
     def extend(self, tokens: Sequence[int]) -> None:
         """More of the text is final."""
         for token in tokens:
@@ -44,6 +49,21 @@ class Lookup:
             if at is not None:
                 return Guess(self._text[at], self._right[n] / self._tried[n], n)
         return None
+
+    def copied(self, text: Sequence[int]) -> tuple[int, int]:
+        """What followed this text's newest tokens when they stood here last, and how many those are.
+
+        `NOTHING_COPIED` when they did not. Only the newest tokens of `text` matter, `FARTHEST` of them, at which
+        counting ends.
+        """
+        guess = self.guess(text)
+        if guess is None:
+            return NOTHING_COPIED
+        at, length = self._after[tuple(text[-guess.matched:])], guess.matched
+        most = min(FARTHEST, at, len(text))
+        while length < most and self._text[at - 1 - length] == text[-1 - length]:
+            length += 1
+        return guess.token, length
 
     def judged(self, matched: int, right: bool) -> None:
         """A guess that matched so many tokens was right or wrong."""

@@ -178,7 +178,7 @@ class TokenStream:
         self._tokenizer, self._special = tokenizer, frozenset(tokenizer.all_special_ids)
         self.text = model_line(self.shape)
         self._write("run", run=self.run, mode=config.mode, greedy=config.temperature == 0,
-                    thresholds=config.threshold_per_exit(engine.exit_depths), prompt_tokens=len(self.prompt_ids),
+                    thresholds=engine.thresholds(config), prompt_tokens=len(self.prompt_ids),
                     max_new_tokens=config.max_new_tokens, tolerance=config.tolerance, settings=settings or {})
 
     def add(self, name: str, event: TokenEvent) -> None:

@@ -8,6 +8,7 @@ from conftest import tiny_engine
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
+from cascadeexit.calibration import Calibration, Point
 from cascadeexit.engine import DecodeConfig
 from tests.browser.server import serve
 from tests.browser.tiny_text import tiny_tokenizer
@@ -52,6 +53,22 @@ def test_a_tolerance_is_the_engines(served):
     assert said["token_ids"] == engine.run(tokenizer("hi there").input_ids, DecodeConfig(**asked)).token_ids
     with pytest.raises(AppError, match="tolerance goes with mode verified and temperature 0"):
         client.predict(prompt="hi there", temperature=1.0, **asked, api_name="/generate")
+
+
+def test_a_wanted_quality_is_kept_by_calibrated_exits_alone(served):
+    engine, _, client = served
+    asked = dict(prompt="hi there", chat=False, max_new_tokens=12, target_disagreement=0.1)
+    with pytest.raises(AppError, match="training.calibrate"):
+        client.predict(**asked, api_name="/generate")
+    engine.bank.calibration = Calibration("", 9, 64, 0.1, (Point(0.7, 0.0, 0.05, 1.0), Point(0.1, 0.2, 0.3, 1.0)))
+    try:
+        said = client.predict(**asked, api_name="/generate")
+        with pytest.raises(AppError, match="target_disagreement goes with mode cascade"):
+            client.predict(**asked, temperature=0.5, api_name="/generate")
+    finally:
+        engine.bank.calibration = None
+    by_threshold = client.predict(**asked | dict(target_disagreement=0, threshold=0.7), api_name="/generate")
+    assert said["token_ids"] == by_threshold["token_ids"] and said["exits"] == by_threshold["exits"]
 
 
 def test_evaluate_keeps_failures(served):

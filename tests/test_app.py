@@ -9,25 +9,27 @@ from packaging.requirements import Requirement
 
 import app
 from cascadeexit import hub, stream
+from cascadeexit.calibration import Calibration, Point
 from cascadeexit.library import Library, Offer
 
-CURVE = [{"threshold": t, "agreement": a} for t, a in ((0.5, 0.7), (0.9, 0.95), (0.7, 0.8))]
+CALIBRATION = Calibration("exits", 300, 64, 0.1, tuple(
+    Point(t, bound / 2, bound, 1.0) for t, bound in ((0.9, 0.02), (0.7, 0.052), (0.5, 0.2))))
 
 
-@pytest.mark.parametrize("wanted, threshold", [(0.7, 0.5), (0.75, 0.6), (0.8, 0.7), (0.875, 0.8), (0.1, 0.5),
-                                               (0.99, 0.9)])
-def test_a_wanted_agreement_becomes_the_threshold_that_was_measured(wanted, threshold):
-    assert app.threshold_for(wanted, CURVE) == pytest.approx(threshold)
+@pytest.mark.parametrize("wanted, threshold", [(80, 0.5), (81, 0.7), (94, 0.7), (95, 0.9), (98, 0.9), (99, app.NEVER),
+                                               (50, 0.5)])
+def test_a_wanted_agreement_becomes_the_loosest_threshold_that_is_sure_to_keep_it(wanted, threshold):
+    assert app.threshold_for(wanted, CALIBRATION) == threshold
 
 
-@pytest.mark.parametrize("threshold, agreement", [(0.5, 0.7), (0.6, 0.75), (0.8, 0.875), (0.1, 0.7), (0.99, 0.95)])
-def test_a_threshold_shows_the_agreement_that_was_measured_there(threshold, agreement):
-    assert app.agreement_at(threshold, CURVE) == pytest.approx(agreement, abs=0.006)
+@pytest.mark.parametrize("threshold, percent", [(0.5, 80), (0.6, 80), (0.7, 94), (0.95, 98), (0.4, 0)])
+def test_a_threshold_shows_the_agreement_that_is_sure_there(threshold, percent):
+    assert app.percent_at(threshold, CALIBRATION) == percent
 
 
 def test_sliders_at_one_price_rise_with_depth_and_only_the_end_closes_exits():
     shape = stream.Shape("m", 30, (0, 9, 17, 24), True)
-    assert app.sliders_at(0.5, shape)[:4] == [0.5, 0.65, 0.78, 0.9]
+    assert app.sliders_at(0.5, shape)[:4] == [0.5, 0.65, 0.79, 0.9]
     assert app.sliders_at(0.99, shape)[:4] == [0.99] * 4 and app.sliders_at(1.0, shape) == [1.0] * app.MAX_EXITS
     assert len(app.sliders_at(0.3, stream.Shape("m", 30, (9, 24), True))) == app.MAX_EXITS
 

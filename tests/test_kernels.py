@@ -142,6 +142,13 @@ def test_a_cut_back_cache_is_as_if_the_rows_had_never_been():
     assert torch.equal(*rows)
 
 
+def test_positions_that_the_model_does_not_have_are_refused():
+    model = SegmentedModel(base_of("llama"), ())
+    cache = model.new_cache(model.max_positions + 16)
+    with torch.inference_mode(), pytest.raises(ValueError, match=f"has {model.max_positions} positions, .* asked for"):
+        model.run_segment(0, model.embed([3] * (model.max_positions + 1)), cache)
+
+
 def test_a_full_native_cache_says_how_much_it_holds():
     model = SegmentedModel(base_of("llama"), ())
     with torch.inference_mode(), pytest.raises(ValueError, match="holds 16 positions, 0 are used and 21 more"):
@@ -172,6 +179,12 @@ def test_a_linear_in_8_bits_is_the_one_with_its_weights_rounded(outputs, inputs)
         packed.rows(torch.tensor([0]))
 
 
+def copies_of(logits: torch.Tensor) -> torch.Tensor:
+    """Copies for 7 rows of these logits: three of their likeliest word, three of another, one of none."""
+    best = logits.argmax(-1).float()
+    return torch.stack([torch.cat([best[:3], 199 - best[3:6], best.new_tensor([-1])]), torch.arange(6, -1, -1) / 2], 1)
+
+
 @pytest.mark.parametrize("paired", [False, True])
 def test_softmax_facts_are_those_of_torch(paired):
     weight, x, before = (torch.randn(n, 64, dtype=torch.bfloat16) for n in (200, 7, 7))
@@ -179,18 +192,20 @@ def test_softmax_facts_are_those_of_torch(paired):
     stock = torch.nn.Linear(64, 200, bias=False)
     stock.weight.data.copy_(weight)
     with torch.inference_mode():
-        ours = softmax_facts(pack(weight))(x, before)
-        theirs = softmax_facts(stock)(x.float(), before.float() if paired else None)
-    assert ours.shape == (7, 10 if paired else 3)
+        copied = copies_of(stock(x.float()))
+        ours = softmax_facts(pack(weight))(x, copied, before)
+        theirs = softmax_facts(stock)(x.float(), copied, before.float() if paired else None)
+    assert ours.shape == (7, 12 if paired else 5) and ours[:, -2:].count_nonzero() == 6
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_confidence_is_that_of_torch(paired):
     weight, x, before = (torch.randn(n, 64, dtype=torch.bfloat16) for n in (200, 7, 7))
-    rows, estimator, stock = (x, before) if paired else (x,), SketchConfidence(48), torch.nn.Linear(64, 200, bias=False)
+    estimator, stock = SketchConfidence(48), torch.nn.Linear(64, 200, bias=False)
     stock.weight.data.copy_(weight)
     with torch.inference_mode():
+        rows = (x, copies_of(stock(x.float())), *([before] if paired else []))
         ours = sketch_confidence(pack(weight), estimator)(*rows)
         theirs = sketch_confidence(stock, estimator)(*(r.float() for r in rows))
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)

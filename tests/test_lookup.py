@@ -6,7 +6,8 @@ from conftest import tiny_engine
 
 from cascadeexit.engine import DecodeConfig
 from cascadeexit.events import COPIED, Status
-from cascadeexit.lookup import Lookup
+from cascadeexit.lookup import FARTHEST, NOTHING_COPIED, Lookup
+from training.confidence import copied_along
 
 
 def test_what_followed_the_newest_tokens_last_is_the_guess():
@@ -16,6 +17,22 @@ def test_what_followed_the_newest_tokens_last_is_the_guess():
     assert lookup.guess([2, 4]) is None and lookup.guess([2, 2]) == (4, 0.15, 1)
     lookup.extend([5, 1, 2])
     assert lookup.guess([1, 2])[0] == 4, "the end of the text has no follower yet"
+
+
+def test_a_copy_is_as_long_as_the_text_agrees_with_itself():
+    text = [8, *range(10, 60)] * 2
+    lookup = Lookup(text)
+    assert lookup.copied(text) == (8, FARTHEST) and len(lookup) == 102
+    assert lookup.copied([3, 8, 10, 11, 12]) == (13, 4), "four tokens, the fifth is another"
+    assert lookup.copied([3, 9, 10]) == (11, 1) and lookup.copied([10]) == (11, 1)
+    assert lookup.copied([3]) == NOTHING_COPIED and lookup.copied([]) == NOTHING_COPIED
+    assert Lookup([1, 2, 1, 2]).copied([1, 2, 1, 2]) == (1, 2), "no further than the text's beginning"
+    assert Lookup([5] * 9).copied([5] * 9) == (5, 8)
+
+
+def test_the_text_before_counts_for_each_position():
+    ids = torch.randint(0, 5, (80,)).tolist()
+    assert copied_along(ids) == [Lookup(ids[:i + 1]).copied(ids[:i + 1]) for i in range(80)]
 
 
 def test_guesses_are_trusted_as_far_as_they_were_right():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def test_a_strangers_model_gets_trained_exits(recipe):
     full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=24)).token_ids
     verified = engine.run(ids, DecodeConfig(mode="verified", max_new_tokens=24))
     assert verified.token_ids == full and any(e.exit == 0 for e in verified.events), "its own exit drafts"
+    assert engine.bank.calibration.prompts == 4
     for name in ("config.json", "distill.json", "confidence.json", "evaluation.json", "loss.html", "reliability.html"):
         assert (recipe / "exits" / name).exists(), name
 
@@ -91,6 +93,28 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(recipe, tmp_path):
     assert steps[0] == steps[1] == sorted(set(steps[0]))
 
 
+def test_a_killed_calibration_ends_as_an_uninterrupted_one(recipe, tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for folder in (whole, torn):
+        folder.mkdir()
+        for name in ("config.json", "exits.safetensors"):
+            shutil.copy(recipe / "exits" / name, folder)
+    args = ("--model", recipe / "model", "--data", recipe / "data/policy", "--prompts", 6, "--tokens", 40)
+    run("training.calibrate", "--exits", whole, *args)
+    process = subprocess.Popen(command("training.calibrate", "--exits", torn, *args), cwd=ROOT, env=ENVIRONMENT,
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    partial, deadline = torn / "calibration.partial.jsonl", time.time() + 120
+    while not (partial.exists() and partial.stat().st_size) and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (torn / "calibration.json").exists(), "killed too late to show anything"
+    partial.write_text(partial.read_text() + '{"torn')
+    run("training.calibrate", "--exits", torn, *args)
+    ours, theirs = (json.loads((folder / "calibration.json").read_text())["points"] for folder in (whole, torn))
+    assert ours == theirs and not partial.exists()
+
+
 def test_other_settings_do_not_go_on_from_a_checkpoint(recipe, tmp_path):
     run(*distill(recipe, tmp_path), "--minutes", 0, launch=("torch.distributed.run", "--nproc-per-node", "2", "-m"))
     done = subprocess.run(command(*distill(recipe, tmp_path), "--lr", 0.5), cwd=ROOT, env=ENVIRONMENT, text=True,
@@ -106,7 +130,7 @@ def test_exits_that_are_not_to_learn_stay_as_they_are(recipe, tmp_path):
     before, after = weights(first), weights(then)
     changed = {name.split(".")[1] for name in before
                if name.startswith("adapters.") and not torch.equal(before[name], after[name])}
-    assert changed == {"2"}
+    assert changed == {"3"}
     assert all(len(record["kl"]) == 1 for record in losses(then))
     done = subprocess.run(command(*distill(recipe, tmp_path / "wrong"), "--only", deepest), cwd=ROOT, env=ENVIRONMENT,
                           text=True, capture_output=True)

@@ -1,6 +1,6 @@
 """The published setting rebuilt: nothing cached, every token reads the whole text again. And beside it, ours.
 
-    python -m training.baselines --out assets/results/baselines-cpu.json
+    python -m training.baselines
 
 The published figures (cascade 1.76x, self-speculation 0.43x to 0.84x) compare with an uncached loop that also projects
 every position onto the vocabulary. These three small loops do the same with the same model and exits, and serve the
@@ -21,12 +21,11 @@ from tqdm import tqdm
 
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load
+from cascadeexit.lookup import NOTHING_COPIED, Lookup
 from cascadeexit.prompts import bundled_prompts
 from training.command import run_command
 from training.prompts import chat_ids
-from training.provenance import provenance, save_json
-
-RESULTS = Path(__file__).parents[1] / "assets" / "results"
+from training.provenance import provenance, results_file, save_json
 
 
 class Uncached:
@@ -47,15 +46,18 @@ class Uncached:
         *_, h = self.segments(text)
         return self.model.logits(h)[0].argmax(-1), self.model.norm(h[0])
 
-    def exit(self, s: int, h: Tensor, said: Tensor, before: Tensor | None = None) -> tuple[int, float, Tensor]:
+    def exit(self, s: int, h: Tensor, said: Tensor, copied: tuple[int, int],
+             before: Tensor | None = None) -> tuple[int, float, Tensor]:
         """Exit s at the newest row: its choice, confidence and adapted hidden (1, D). Projects whether taken or not.
 
-        before: the adapted hidden of the exit before it, where that was asked.
+        Args:
+            copied: what the text said before, from `Lookup.copied`.
+            before: the adapted hidden of the exit before it, where that was asked.
         """
         hidden = self.bank.hidden(s, h[0, -1:], said)
         best = self.bank.logits(s, hidden)[0].argmax()
         token = best if self.bank.head_ids is None else self.bank.head_ids[best]
-        return int(token), float(self.bank.confidence(s, hidden, before)), hidden
+        return int(token), float(self.bank.confidence(s, hidden, self.bank.copies([copied]), before)), hidden
 
     def said(self, prompt: list[int]) -> Tensor:
         """What named the prompt's last token, as `Engine.generate` has it: (1, D)."""
@@ -78,8 +80,9 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
             ask_all: bool = False) -> list[int]:
     """Each token leaves at the first exit that is confident enough; ask_all, as published: none is ruled out before."""
     run, text = Uncached(engine), list(prompt)
-    said = run.said(prompt)
+    said, before = run.said(prompt), Lookup(prompt)
     while len(text) < len(prompt) + tokens and not _ended(engine, prompt, text):
+        before.extend(text[len(before):])
         hidden, confidence = None, None
         for s, h in enumerate(run.segments(text)):
             if s == engine.num_exits:
@@ -88,7 +91,7 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
             if not ask_all and not engine.worth_asking(s, thresholds, confidence):
                 hidden = None
                 continue
-            token, confidence, hidden = run.exit(s, h, said, hidden)
+            token, confidence, hidden = run.exit(s, h, said, before.copied(text), hidden)
             if confidence >= thresholds[s]:
                 said = hidden
                 break
@@ -105,7 +108,7 @@ def self_speculation(engine: Engine, prompt: list[int], tokens: int, exit: int, 
         confirmed, drafted_said = len(text), said
         for _ in range(max_draft):
             h = next(islice(run.segments(text), exit, None))
-            token, _, drafted_said = run.exit(exit, h, drafted_said)
+            token, _, drafted_said = run.exit(exit, h, drafted_said, NOTHING_COPIED)
             text.append(token)
         choices, top = run.top(text)
         right = 0
@@ -130,8 +133,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="new tokens a prompt")
     parser.add_argument("--threshold", type=float, default=0.5, help="of the cascade, at every exit")
     parser.add_argument("--max-draft", type=int, nargs="+", default=[3, 5, 7])
-    parser.add_argument("--out", type=Path, default=RESULTS / "baselines.json")
+    parser.add_argument("--out", type=Path, help="default assets/results/baselines.json")
     args = parser.parse_args()
+    out = args.out or results_file(args.model, args.exits, "baselines.json")
     engine, tokenizer = load(args.model, args.exits)
     prompts = [chat_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
     thresholds, n = (args.threshold,) * engine.num_exits, args.tokens
@@ -176,7 +180,7 @@ def main() -> None:
               f"{r['over_uncached']:>7.2f}x uncached{r['identical']:>6.0%} identical")
     result = {"provenance": provenance(0), "model": engine.model.name, "exits": engine.bank.fingerprint(),
               "prompts": len(prompts), "tokens": n, "threshold": args.threshold, "rows": rows}
-    save_json(args.out, result)
+    save_json(out, result)
     print(json.dumps(result))
 
 

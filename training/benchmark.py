@@ -39,7 +39,7 @@ from training.plots import growth_plot
 from training.prompts import chat_ids
 from training.provenance import provenance, save_json
 
-GENERATE = "transformers generate"
+GENERATE, LLAMA_CPP = "transformers generate", "llama.cpp, 4-bit"
 CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024)
 
 
@@ -126,7 +126,7 @@ def make_contenders(engine: Engine, reference, args) -> list[Contender]:
     jobs["generate, prompt lookup"] = theirs(reference, n, prompt_lookup_num_tokens=10)
     jobs[f"generate, early exit after {first}"] = theirs(reference, n, assistant_early_exit=first)
     if args.gguf and importlib.util.find_spec("llama_cpp"):
-        jobs["llama.cpp, 4-bit"] = llama_cpp(args.gguf, n, engine.model.eos_ids)
+        jobs[LLAMA_CPP] = llama_cpp(args.gguf, n, engine.model.eos_ids)
     jobs["full"] = ours(engine, n, Mode.FULL)
     for wanted in args.cascade_thresholds:
         each = wanted if isinstance(wanted, tuple) else (wanted,)
@@ -172,7 +172,8 @@ def row(contender: Contender, contenders: dict[str, Contender], engine: Engine, 
     result = {
         "tokens_per_second": speed, "quartiles": [low, high],
         "over_generate": ratio(contender, base, kinds), "over_full": ratio(contender, full, kinds),
-        "roofline_multiple": speed * engine.costs.full_token_bytes / bandwidth,
+        # Of the model's own weights: 4-bit ones are fewer bytes.
+        "roofline_multiple": speed * engine.costs.full_token_bytes / bandwidth if contender.name != LLAMA_CPP else None,
         "sequence_match": _mean(match(a, b).sequence for (a, _), (b, _) in zip(contender.outputs, full.outputs)),
     }
     stats = [stats for _, stats in contender.outputs]
@@ -214,9 +215,9 @@ def table(rows: dict[str, dict]) -> str:
     for name, r in rows.items():
         low, high = r["quartiles"]
         lines.append(f"{name:<33}{r['tokens_per_second']:>9.1f}{f'{low:.1f}-{high:.1f}':>15}{r['over_generate']:>11.2f}"
-                     f"{r['over_full']:>8.2f}{r['roofline_multiple']:>9.2f}{show(r.get('agreement'), '.1%'):>11}"
-                     f"{show(r['sequence_match'], '.0%'):>11}{show(r.get('average_depth'), '.2f'):>7}"
-                     f"{show(r.get('cost'), '.2f'):>6}")
+                     f"{r['over_full']:>8.2f}{show(r['roofline_multiple'], '.2f'):>9}"
+                     f"{show(r.get('agreement'), '.1%'):>11}{show(r['sequence_match'], '.0%'):>11}"
+                     f"{show(r.get('average_depth'), '.2f'):>7}{show(r.get('cost'), '.2f'):>6}")
     return "\n".join(lines)
 
 

@@ -2,8 +2,9 @@
 
     python -m training.confidence --exits runs/smollm2 --data data/policy data/text
 
-Two kinds. `sketch`, the default: small MLPs on facts of the exit's softmax over its most frequent words, by itself and
-beside what the exit before it thought (`SketchConfidence`), fitted on the calibration documents, which no adapter has
+Two kinds. `sketch`, the default: small MLPs on facts of the exit's softmax over its most frequent words and on what
+followed where the text said the same before, by themselves and beside what the exit before it thought
+(`SketchConfidence`), fitted on the calibration documents, which no adapter has
 seen; a small part of the head is read for it. `mlp`, as published: an MLP that sees the adapted hidden state alone. It
 learns in three steps. On the training documents, by binary cross-entropy averaged over rows, to tell the largest
 softmax probability of its exit's head: whether the exit is right cannot be learned there, since the adapters have seen
@@ -19,6 +20,7 @@ import argparse
 import copy
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from tqdm import tqdm
 from cascadeexit.exits import ConfidenceHead, ExitBank, SketchConfidence, softmax_facts
 from cascadeexit.hub import load_model
 from cascadeexit.linear import pack
+from cascadeexit.lookup import FARTHEST, Lookup
 from cascadeexit.model import SegmentedModel
 from training.command import run_command
 from training.distill import carried, frequent_tokens
@@ -67,10 +70,20 @@ class Rows:
     """One exit over the wanted rows of some documents."""
 
     hidden: Tensor      # (n, D) adapted
+    copied: Tensor      # (n, 2) what the text said before, as `ExitBank.copies` has it
     right: Tensor       # (n,) its choice is the full model's
     softmax: Tensor     # (n,) largest probability of its head
     margin: Tensor      # (n,) largest minus second largest probability
     entropy: Tensor     # (n,) of its head, in nats
+
+
+def copied_along(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """`Lookup.copied` at each position of a text, which knows what is before it alone."""
+    before, copied = Lookup(()), []
+    for i, token in enumerate(ids):
+        before.extend([token])
+        copied.append(before.copied(ids[max(0, i - FARTHEST):i + 1]))
+    return copied
 
 
 @torch.no_grad()
@@ -85,7 +98,8 @@ def exit_rows(bank: ExitBank, s: int, store: FeatureStore, documents: list[int],
         picked = logits.argmax(-1) if bank.head_ids is None else bank.head_ids[logits.argmax(-1)]
         log_p = logits.log_softmax(-1)
         top = log_p.topk(2).values.exp()
-        parts.append((h, picked == f.choices[f.wanted].to(picked.device), top[:, 0], top[:, 0] - top[:, 1],
+        copies = bank.copies([copy for copy, asked in zip(copied_along(f.ids.tolist()), f.wanted.tolist()) if asked])
+        parts.append((h, copies, picked == f.choices[f.wanted].to(picked.device), top[:, 0], top[:, 0] - top[:, 1],
                       -(log_p.exp() * log_p).sum(-1)))
     return Rows(*(torch.cat(column).cpu() for column in zip(*parts)))
 
@@ -149,7 +163,7 @@ def fit_mlp(bank: ExitBank, s: int, store: FeatureStore, train: list[int], held:
 
 
 def fit_sketch(facts: list[Tensor], right: Tensor, width: int, seed: int) -> SketchConfidence:
-    """An estimator from facts of the exit alone (n, 3) and, where there are such, beside the exit before (n, 10)."""
+    """An estimator from facts of the exit alone (n, 5) and, where there are such, beside the exit before (n, 12)."""
     head = SketchConfidence(width)
     for net, x in zip((head.alone, head.after), facts):
         mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
@@ -211,13 +225,13 @@ def main() -> None:
     report, heads = [], nn.ModuleList()
     width = args.width or (256 if args.kind == "mlp" else 48)
     shape = dict(confidence=args.kind, confidence_width=width, sketch_size=0)
-    bank.sketch_ids = None
+    bank.sketch(None)
     if args.kind == "sketch":
         words = bank.head_ids            # the most frequent first; an exit that is taken finds them read already
         if words is None:
             words = frequent_tokens(store.choices(store.of(Split.TRAIN)), model.vocab_size, model.eos_ids)
         shape["sketch_size"] = min(args.words, len(words))
-        bank.sketch_ids = words[:shape["sketch_size"]].to(model.device).clone()     # a tensor of its own, to be saved
+        bank.sketch(words[:shape["sketch_size"]].to(model.device).clone())          # a tensor of its own, to be saved
         facts = softmax_facts(pack(model.head_weight.detach()[bank.sketch_ids].cpu(), eight_bits=True))
 
     @torch.no_grad()
@@ -225,11 +239,11 @@ def main() -> None:
         """What the estimator may read: by itself, and beside the exit before."""
         if args.kind == "mlp":
             return [rows.hidden]
-        parts = rows.hidden.split(4096)
-        alone = torch.cat([facts(part) for part in parts])
+        parts = list(zip(rows.hidden.split(4096), rows.copied.split(4096)))
+        alone = torch.cat([facts(*part) for part in parts])
         if before is None:
             return [alone]
-        return [alone, torch.cat([facts(*both) for both in zip(parts, before.hidden.split(4096))])]
+        return [alone, torch.cat([facts(*part, then) for part, then in zip(parts, before.hidden.split(4096))])]
 
     before = None, None
     for s, layer in enumerate(bank.config.layers):

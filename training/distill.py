@@ -543,7 +543,8 @@ def main() -> None:
     say(f"{len(store)} documents, {sum(map(store.rows, training))} training rows; features of {store.kept} documents "
         f"are kept; the exits' heads cover {' / '.join(f'{c:.2%}' for c in covered)} of the held-out choices")
     before = agreement(bank, lambda s, h, said: (h, said), store, held_out, head, accelerator)
-    inputs = Inputs(bank, store, training[:args.fit_documents], model.norm_weight.float())
+    inputs = Inputs(bank, store, training[:args.fit_documents],
+                    model.norm_weight.to(model.device).float())       # a model in parts may have it elsewhere
     if trained:
         say(f"going on from {args.continue_from} after layers {inputs.adopt(bank, trained)}")
 

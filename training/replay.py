@@ -38,8 +38,8 @@ class ScriptedBank(ExitBank):
     def follow(self, routing: tuple[float, ...], seed: int) -> None:
         self._script, self._routing, self._wanted = random.Random(seed), routing, None
 
-    def confidence(self, s: int, hidden, before=None):
-        float(super().confidence(s, hidden, before))            # a real exit is waited for
+    def confidence(self, s: int, hidden, copied, before=None):
+        float(super().confidence(s, hidden, copied, before))            # a real exit is waited for
         if s == 0 or self._wanted is None:      # the first exit is asked once a token
             self._wanted = self._script.choices(range(len(self._routing)), self._routing)[0]
         return torch.tensor(1.0 if s == self._wanted else 0.4)          # near enough not to rule out the next one

@@ -24,7 +24,8 @@ SHAPES = {
 
 ESTIMATORS = {
     "sketch": """a small MLP on the exit's softmax over the {sketch_size:,} most frequent words (the two largest
-  log-probabilities, the entropy), beside that of the exit before and how far the two agree""",
+  log-probabilities, the entropy), beside that of the exit before and how far the two agree, and on whether the text,
+  where the same tokens stood in it before, went on with the same word""",
     "mlp": "an MLP of width {confidence_width} on the adapted hidden state, as published"}
 
 
@@ -44,7 +45,7 @@ def speed_table(result: dict) -> str:
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, row in result["rows"].items():
         lines.append(f"| {name} | {row['tokens_per_second']:.1f} | {row['over_generate']:.2f} | {row['over_full']:.2f} "
-                     f"| {row['roofline_multiple']:.2f} | {show(row.get('agreement'), '.1%')} "
+                     f"| {show(row['roofline_multiple'], '.2f')} | {show(row.get('agreement'), '.1%')} "
                      f"| {show(row['sequence_match'], '.0%')} "
                      f"| {show(row.get('average_depth'), '.2f')} | {show(row.get('cost'), '.2f')} |")
     return "\n".join(lines)
@@ -107,6 +108,14 @@ def cascade_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def calibration_table(result: dict) -> str:
+    lines = ["| threshold | disagreement | at most | cost |", "| --- | --- | --- | --- |"]
+    for point in result["points"]:
+        lines.append(f"| {point['threshold']:g} | {point['disagreement']:.1%} | {point['at_most']:.1%} "
+                     f"| {point['cost']:.2f} |")
+    return "\n".join(lines)
+
+
 def acceptance_table(result: dict) -> str:
     drafts = sorted({row["max_draft"] for row in result["self_speculation"]})
     lines = [f"| one exit alone | {' | '.join(f'K = {k}' for k in drafts)} |", "| --- " * (len(drafts) + 1) + "|"]
@@ -143,7 +152,7 @@ def lossless_table(results: list[dict]) -> str:
 def readme_section() -> str:
     speed = read(RESULTS / "benchmark-cpu.json")
     lossless = [read(path) for path in sorted(RESULTS.glob("lossless-*.json"))]
-    distill, config = read(EXITS / "distill.json"), read(EXITS / "config.json")
+    distill, config, calibration = (read(EXITS / f"{name}.json") for name in ("distill", "config", "calibration"))
     decode, baselines = (read(RESULTS / f"{name}.json") for name in ("decode", "baselines"))
     exits = [read(path) for path in sorted(RESULTS.glob("exits*.json"))]
     return f"""\
@@ -192,6 +201,14 @@ exit itself left behind:
 threshold is that of the first exit; the others' follow from it, higher the less an exit saves:
 
 {cascade_table(decode)}
+
+**The quality dial.** {calibration['prompts']} prompts of test documents, up to {calibration['tokens']} tokens each:
+mean disagreement with the full model, and what it stays below on such prompts with
+{1 - calibration['delta']:.0%} certainty:
+
+{calibration_table(calibration)}
+
+{source(calibration)}
 
 **Drafts of one exit alone**, threshold 0, K at a time: accepted drafts, and tokens a pass of the full model. The text
 is the full model's, always.

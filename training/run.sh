@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole recipe: text that the model writes itself, adapters, estimators, evaluation. Ends with exits that the page
+# The whole recipe: text that the model writes itself, adapters, estimators, evaluation, calibration. Ends with exits that the page
 # can load. Interrupted anywhere, the same command goes on.
 #
 #   MODEL=./my-llama OUT=runs/my-llama training/run.sh
@@ -26,6 +26,7 @@ read -ra distill <<< "${DISTILL:-}"
 read -ra confidence <<< "${CONFIDENCE:-}"
 policy=(--tokens "$TOKENS")
 evaluate=(--tokens 100000)
+calibrate=()
 
 if [[ ${SMOKE:-} ]]; then
   OUT=${SMOKE_OUT:-runs/smoke}
@@ -35,6 +36,7 @@ if [[ ${SMOKE:-} ]]; then
   policy=(--tokens 24000 --batch 32 --steps 96)
   distill=(--epochs 1 --batch 512 --width 32 --head-size 256 --train-words 128 --tail 64 --save-every 20)
   confidence=(--epochs 1 --calibration-epochs 2 --width 16)
+  calibrate=(--prompts 4 --tokens 8 --thresholds 0.9 0.5)
 fi
 
 say() { printf '\n== %s\n' "$*"; }
@@ -62,5 +64,8 @@ $python -m training.confidence --model "$MODEL" --exits "$OUT/exits" --data "${d
 say "4. evaluation"
 $python -m training.evaluate exits --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${evaluate[@]}" \
   --out "$OUT/exits/evaluation.json"
+
+say "5. calibration of the quality dial"
+$python -m training.calibrate --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${calibrate[@]}"
 
 say "done: python app.py --model $MODEL --exits $OUT/exits"

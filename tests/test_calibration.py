@@ -1,0 +1,86 @@
+"""The quality dial: its bounds hold as often as they say, and what is not certified is refused."""
+
+import json
+import logging
+import random
+
+import pytest
+from conftest import tiny_engine
+
+from cascadeexit.calibration import CALIBRATION_FILE, Calibration, p_value, upper_bound
+from cascadeexit.engine import DecodeConfig
+from cascadeexit.exits import ExitBank
+from training.calibrate import prompt_of, prompts_of
+from training.documents import Document
+
+
+def calibration(exits: str = "", **losses: float) -> Calibration:
+    """Of 400 prompts that all have the same loss at a threshold: _9=0.01 at 0.9."""
+    losses = {int(name[1:]) / 10: [loss] * 400 for name, loss in losses.items()}
+    return Calibration.of(losses, dict.fromkeys(losses, 1.0), exits=exits, tokens=64, delta=0.1)
+
+
+def test_bounds_are_the_published_ones():
+    # Without any loss the exact bound would be 1 - delta ** (1 / n); Bentkus' has e before the chance, Hoeffding's not.
+    assert upper_bound(0.0, 100, 0.05) == pytest.approx(1 - 0.05 ** (1 / 100), abs=1e-6)
+    assert p_value(0.1, 50, 0.05) == 1.0 and p_value(0.02, 50, 1.0) == 0.0
+    risks = [upper_bound(0.05, n, 0.1) for n in (20, 100, 500, 4000)]
+    assert risks == sorted(risks, reverse=True) and 0.05 < risks[-1] < 0.06 < 0.15 < risks[0]
+
+
+@pytest.mark.parametrize("risk, spread", [(0.05, 0.02), (0.05, 0.5), (0.2, 1.0)])
+def test_bounds_fail_no_oftener_than_they_say(risk, spread):
+    """Losses that are 0 or `spread`, with this mean: over many calibrations the bound is above the truth."""
+    draw, spread = random.Random(0), max(risk, spread)
+    failed = sum(upper_bound(sum(spread * (draw.random() < risk / spread) for _ in range(60)) / 60, 60, 0.1) < risk
+                 for _ in range(400))
+    assert failed <= 400 * 0.1
+
+
+def test_the_loosest_threshold_that_keeps_to_the_target_is_taken_and_none_behind_a_failure():
+    measured = calibration(_9=0.0, _8=0.02, _7=0.3, _6=0.0)
+    assert [p.threshold for p in measured.points] == [0.9, 0.8, 0.7, 0.6]
+    assert measured.threshold(0.1) == 0.8 and measured.threshold(0.5) == 0.6
+    assert measured.threshold(0.001) is None
+    assert measured.points[3].at_most == measured.points[2].at_most > 0.3
+
+
+def test_a_target_becomes_thresholds_or_says_why_not(tmp_path):
+    engine = tiny_engine()
+    with pytest.raises(ValueError, match="training.calibrate"):
+        engine.run([5, 6], DecodeConfig(target_disagreement=0.1))
+    engine.bank.calibration = calibration(_8=0.01, _5=0.2)
+    assert engine.thresholds(DecodeConfig(target_disagreement=0.1)) == engine.thresholds(DecodeConfig(thresholds=0.8))
+    strict = DecodeConfig(target_disagreement=0.001, max_new_tokens=12)
+    assert engine.run([5, 6], strict).token_ids == engine.run([5, 6], DecodeConfig("full", 12)).token_ids
+    for wrong in ({"mode": "verified"}, {"temperature": 0.5}, {"thresholds": 0.5}):
+        with pytest.raises(ValueError, match="target_disagreement goes with"):
+            DecodeConfig(target_disagreement=0.1, **wrong)
+    for wrong in (0, 1, -0.1):
+        with pytest.raises(ValueError, match=r"in \(0, 1\)"):
+            DecodeConfig(target_disagreement=wrong)
+
+
+def test_a_calibration_counts_for_the_exits_it_was_made_with(tmp_path, caplog):
+    bank = tiny_engine().bank
+    bank.save(tmp_path)
+    made = calibration(bank.fingerprint(), _8=0.01)
+    told = {"provenance": {}, "exits": made.exits, "prompts": 400, "tokens": 64, "delta": 0.1,
+            "points": [vars(point) for point in made.points]}
+    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(told))
+    assert ExitBank.load(tmp_path).calibration == made
+    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(told | {"exits": "others"}))
+    with caplog.at_level(logging.WARNING):
+        assert ExitBank.load(tmp_path).calibration is None
+    assert "training.calibrate" in caplog.text
+    (tmp_path / CALIBRATION_FILE).write_text("{}")
+    with pytest.raises(ValueError, match="holds no calibration"):
+        ExitBank.load(tmp_path)
+
+
+def test_prompts_are_what_stands_before_the_last_reply_of_test_documents():
+    assert prompt_of(Document([1, 2, 3, 4, 5], [0, 1, 0, 1, 1])) == (1, 2, 3)
+    documents = [Document([i % 7 + 1, 2, 9], [0, 0, 1], key) for i, key in enumerate(range(0, 25 * 20, 25))]
+    documents += [Document([50, 2, 9], [0, 0, 1], 3), Document([60, 61], [0, 0], 0), Document([70, 71], [1, 1], 0)]
+    assert sorted(prompts_of(documents, 99, 0)) == [(i, 2) for i in range(1, 8)]
+    assert prompts_of(documents, 3, 0) == prompts_of(documents, 99, 0)[:3] != prompts_of(documents, 3, 1)
