@@ -284,11 +284,12 @@ def layers_text(layers: list[int]) -> str:
 def trained(layers: list[int], report: dict, start: str) -> str:
     settings, before = report["settings"], report.get("went_on_from")
     start = "the exits told of next" if before else start
+    data = f" Data: {report['data_note']}" if report["data_note"] else ""
     text = f"""\
 - **Adapters after {layers_text(layers)}**: from {start}, then {report['steps']:,} steps of {settings['batch']:,}
   tokens, AdamW, {1 - settings['hard']:g} x KL to the full model + {settings['hard']:g} x cross-entropy of its choice.
   {report['rows']:,} training tokens in {report['documents']:,} documents, {report['held_out_rows']:,} test tokens; the
-  exits' heads cover {percents(report['head_coverage'])} of the model's choices there. Data: {report['data_note']}
+  exits' heads cover {percents(report['head_coverage'])} of the model's choices there.{data}
   {source(report)}"""
     if not before:
         return text
