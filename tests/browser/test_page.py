@@ -9,9 +9,11 @@ from urllib.parse import parse_qsl, urlparse
 
 import pytest
 from conftest import tiny_base, tiny_engine
+from playwright.sync_api import expect
 
 import app
 from cascadeexit import hub, stream
+from cascadeexit.calibration import Calibration, Point
 from cascadeexit.engine import DecodeConfig, Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.library import Library
@@ -424,6 +426,22 @@ def test_tokens_are_saved_as_a_table(page, tmp_path):
         rows = list(csv.DictReader(file))
     assert [int(r["token"]) for r in rows if r["side"] == "cascade"] == shown_ids(page, "cascade")
     assert not any(r["text"].startswith(("=", "+", "-", "@")) for r in rows)
+
+
+def test_the_quality_dial_takes_certified_thresholds(open_page):
+    engine = tiny_engine(seed=SEED)
+    engine.bank.calibration = Calibration("", 40, 64, 0.1, (Point(0.9, 0.01, 0.05, 0.9), Point(0.5, 0.1, 0.2, 0.5)))
+    with serve(engine, tiny_tokenizer()) as url:
+        page = open_page(url)
+        dial = page.locator("#ce-quality")
+        assert "90% certainty on prompts like the 40" in dial.inner_text()
+        assert dial.locator("input[type=number]").input_value() == "80", "what is certain at the balanced threshold"
+        page.get_by_text("More settings").click()
+        for wanted, threshold in ((95, 0.9), (81, 0.9), (70, 0.5), (99, app.NEVER)):
+            set_number(page, "number input for Agreement wanted, %", wanted)
+            for s, at in enumerate(sliders(engine, threshold)):
+                box = page.get_by_label(f"number input for Exit {s + 1}").and_(page.locator("input[type=number]"))
+                expect(box).to_have_value(f"{at:g}")
 
 
 def set_number(page, label: str, value) -> None:
