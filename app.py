@@ -354,8 +354,7 @@ def add_endpoints(page: Page) -> None:
         """
         engine, tokenizer, ids, config, _ = prepared(
             model, prompt, chat, threshold, target_disagreement, mode=mode, max_new_tokens=max_new_tokens,
-            max_draft=max_draft,
-            tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed)
+            max_draft=max_draft, tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed)
         run = engine.run(ids, config)
         return dict(text=tokenizer.decode(run.token_ids, skip_special_tokens=True), token_ids=run.token_ids,
                     exits=[e.exit for e in run.events if e.final], stats=asdict(run.stats))
@@ -370,8 +369,7 @@ def add_endpoints(page: Page) -> None:
         """
         engine, tokenizer, ids, config, full = prepared(
             model, prompt, chat, threshold, target_disagreement, mode=mode, max_new_tokens=max_new_tokens,
-            max_draft=max_draft,
-            tolerance=tolerance, temperature=0.0, top_p=1.0, seed=0)
+            max_draft=max_draft, tolerance=tolerance, temperature=0.0, top_p=1.0, seed=0)
         told = stream.TokenStream(engine, tokenizer, config, ids)
         for _ in stream.frames(told, race({stream.CASCADE: engine.generate(ids, config),
                                            stream.FULL: engine.generate(ids, full)})):
@@ -400,8 +398,7 @@ def add_endpoints(page: Page) -> None:
             raise gr.Error(f"give 1 to {prompts.MAX_PROMPTS} prompts, got {len(texts)}", print_exception=False)
         engine, tokenizer, _, config, _ = prepared(
             model, None, chat, threshold, target_disagreement, mode=mode, max_new_tokens=max_new_tokens,
-            max_draft=max_draft,
-            tolerance=tolerance, temperature=0.0, top_p=1.0, seed=0)
+            max_draft=max_draft, tolerance=tolerance, temperature=0.0, top_p=1.0, seed=0)
         results = list(evaluation.evaluate(
             engine, partial(prompt_ids, tokenizer, chat=chat), [prompts.Prompt("own", str(text)) for text in texts],
             config, partial(tokenizer.decode, skip_special_tokens=True)))

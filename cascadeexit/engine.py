@@ -281,7 +281,7 @@ class Engine:
         verified = config.mode is Mode.VERIFIED
         thresholds = self.thresholds(config)
         tree = DraftTree(model, bank, prompt, config.temperature) if verified and config.thresholds is None else None
-        said_before = Lookup(prompt)            # the text that is confirmed
+        lookup = Lookup(())                     # of the confirmed text, as far as exits were asked
         sampler = self.sampler(config)
         stairs = Staircase(model, self.capacity(len(prompt) + config.max_new_tokens + config.max_draft))
         drafts: list[Draft] = []                                 # tokens not yet confirmed, parents first
@@ -319,14 +319,15 @@ class Engine:
             else:
                 # 3. Climb: deeper until an exit is sure enough, or to the top.
                 may_exit, before, confidence = not finished and len(drafts) < config.max_draft, None, None
-                if may_exit:
-                    said_before.extend(stairs.tokens[len(said_before):len(stairs.tokens) - len(drafts)])
-                    copied = bank.copies([said_before.copied(stairs.tokens)])
+                copied = None
                 for s in range(last + 1):
                     rows = stairs.run(s)                                                    # (1, N, D)
                     if not may_exit or not self.worth_asking(s, thresholds, confidence):
                         before = None
                         continue
+                    if copied is None:
+                        lookup.extend(stairs.tokens[len(lookup):len(stairs.tokens) - len(drafts)])
+                        copied = bank.copies([lookup.copied(stairs.tokens)])
                     hidden = bank.hidden(s, rows[0, -1:], said)                             # (1, D)
                     confidence, before = float(bank.confidence(s, hidden, copied, before)), hidden
                     stairs.weight_bytes += bank.try_bytes(s)

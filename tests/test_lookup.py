@@ -32,7 +32,7 @@ def test_a_copy_is_as_long_as_the_text_agrees_with_itself():
 
 def test_the_text_before_counts_for_each_position():
     ids = torch.randint(0, 5, (80,)).tolist()
-    assert copied_along(ids) == [Lookup(ids[:i + 1]).copied(ids[:i + 1]) for i in range(80)]
+    assert copied_along(tuple(ids)) == [Lookup(ids[:i + 1]).copied(ids[:i + 1]) for i in range(80)]
 
 
 def test_guesses_are_trusted_as_far_as_they_were_right():

@@ -19,8 +19,8 @@ probability, entropy and margin, calibrated by Platt scaling. The estimators are
 import argparse
 import copy
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -77,7 +77,8 @@ class Rows:
     entropy: Tensor     # (n,) of its head, in nats
 
 
-def copied_along(ids: Sequence[int]) -> list[tuple[int, int]]:
+@functools.cache                            # every exit asks for the same
+def copied_along(ids: tuple[int, ...]) -> list[tuple[int, int]]:
     """`Lookup.copied` at each position of a text, which knows what is before it alone."""
     before, copied = Lookup(()), []
     for i, token in enumerate(ids):
@@ -98,7 +99,8 @@ def exit_rows(bank: ExitBank, s: int, store: FeatureStore, documents: list[int],
         picked = logits.argmax(-1) if bank.head_ids is None else bank.head_ids[logits.argmax(-1)]
         log_p = logits.log_softmax(-1)
         top = log_p.topk(2).values.exp()
-        copies = bank.copies([copy for copy, asked in zip(copied_along(f.ids.tolist()), f.wanted.tolist()) if asked])
+        along = zip(copied_along(tuple(f.ids.tolist())), f.wanted.tolist())
+        copies = bank.copies([copy for copy, asked in along if asked])
         parts.append((h, copies, picked == f.choices[f.wanted].to(picked.device), top[:, 0], top[:, 0] - top[:, 1],
                       -(log_p.exp() * log_p).sum(-1)))
     return Rows(*(torch.cat(column).cpu() for column in zip(*parts)))
