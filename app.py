@@ -484,7 +484,7 @@ def _of_size(asked, n: int) -> list:
 def build_demo(library: Library) -> gr.Blocks:
     """The page around these models."""
     page, shape = Page(library), library.shapes[library.labels[0]]
-    known = {label: library.calibration(label) for label in library.labels}
+    calibrations = {label: library.calibration(label) for label in library.labels}
     measured = bool(measured_curve(library.fingerprint(library.labels[0])))
     # Shown until the model that wrote it is ready.
     recorded = TRACE.exists() and shape.name == hub.DEFAULT_MODEL and not library.ready(library.labels[0])
@@ -502,7 +502,7 @@ def build_demo(library: Library) -> gr.Blocks:
                     mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", elem_id="ce-mode",
                                     info="To keep 95% of the full model's words, Verified measured faster, on a CPU."
                                     if measured else None)
-                    preset, quality = _dials(known[library.labels[0]])
+                    preset, quality = _dials(calibrations[library.labels[0]])
                     model = gr.Dropdown(library.labels, value=library.labels[0], label="Model", elem_id="ce-model-menu",
                                         visible=len(library.labels) > 1)
             with gr.Row(elem_id="ce-actions"):
@@ -542,13 +542,13 @@ def build_demo(library: Library) -> gr.Blocks:
                     model, [prompt, *outputs], cancels=[running, again], queue=False, **quiet)
         charts.expand(page.charts, charted, figures, queue=False, **quiet)
         model.input(lambda label: (stream.model_line(library.shapes[label]), *NO_CHARTS, *_fit(library.shapes[label]),
-                                   *_dials_at(CASCADE_THRESHOLD, known[label])),
+                                   *_dials_at(CASCADE_THRESHOLD, calibrations[label])),
                     model, [*outputs, force, *thresholds, preset, quality], cancels=[running, again], queue=False,
                     **quiet)
         preset.input(lambda value, label: (*sliders_at(value, library.shapes[label]),
-                                           _dials_at(value, known[label])[1]),
+                                           _dials_at(value, calibrations[label])[1]),
                      [preset, model], [*thresholds, quality], queue=False, **quiet)
-        quality.input(lambda percent, label: (*sliders_at(threshold_for(percent, known[label]),
+        quality.input(lambda percent, label: (*sliders_at(threshold_for(percent, calibrations[label]),
                                                           library.shapes[label]), None),
                       [quality, model], [*thresholds, preset], queue=False, **quiet)
         gr.on([slider.input for slider in thresholds], None, None, preset, js="() => null", **quiet)
@@ -572,7 +572,7 @@ def build_demo(library: Library) -> gr.Blocks:
             dials = [gr.skip()] * 2
             if all(isinstance(t, float) for t in wanted):
                 dials = _dials_at(wanted[0] if wanted == sliders_at(wanted[0], shape)[:len(wanted)] else None,
-                                  known[label])
+                                  calibrations[label])
             for update, value in zip(fitted, values[-len(fitted):]):        # the menu and its choice in one
                 update.update(value if isinstance(value, dict) else dict(value=value))
             return (*values[:-len(fitted)], *fitted, *dials,

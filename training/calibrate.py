@@ -25,7 +25,7 @@ from cascadeexit.hub import load
 from cascadeexit.metrics import agreement
 from training.command import run_command
 from training.documents import Document, Split, load_documents
-from training.provenance import provenance, save_json
+from training.provenance import provenance, read_lines, save_json
 
 
 def prompt_of(document: Document) -> tuple[int, ...]:
@@ -68,9 +68,7 @@ def main() -> None:
         raise ValueError("no test document has a prompt: write more data with python -m training.data policy (1 "
                          "in 25 documents tests)")
     partial, key = args.exits / "calibration.partial.jsonl", [engine.bank.fingerprint(), args.tokens]
-    lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []
-    kept = [json.loads(line) for line in lines if line.endswith("}")]           # a kill may tear the last one
-    done = {(row["threshold"], *row["prompt"]): row for row in kept if row["key"] == key}
+    done = {(row["threshold"], *row["prompt"]): row for row in read_lines(partial) if row["key"] == key}
     partial.write_text("".join(json.dumps(row) + "\n" for row in done.values()), encoding="utf-8")
     wanted = [(t, prompt) for t in sorted(args.thresholds, reverse=True) for prompt in prompts]
     with partial.open("a", encoding="utf-8") as file:

@@ -31,7 +31,7 @@ from training.command import run_command
 from training.documents import Split, load_documents
 from training.features import Features, FeatureStore
 from training.plots import loss_plot
-from training.provenance import provenance, save_json
+from training.provenance import provenance, read_lines, save_json
 
 PRESETS = {
     # Hyper-parameters of the published exits for Llama-3.2-3B; the loss is per token here, theirs summed over the text.
@@ -355,8 +355,7 @@ class Run:
             self.log_file.write_text("".join(json.dumps(r) + "\n" for r in records if r["step"] <= self.state["step"]))
 
     def records(self) -> list[dict]:
-        lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return read_lines(self.log_file)
 
     def log(self, **record) -> None:
         if self.main:

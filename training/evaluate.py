@@ -39,7 +39,7 @@ from training.distill import carried
 from training.documents import Document, Split, load_documents
 from training.features import Features, FeatureStore
 from training.prompts import chat_ids
-from training.provenance import provenance, results_file, save_json
+from training.provenance import provenance, read_lines, results_file, save_json
 
 
 def lossless_prompt(engine: Engine, ids: list[int], args, reference) -> dict:
@@ -88,9 +88,7 @@ def lossless(args) -> None:
     key = {"model": engine.model.name, "exits": engine.bank.fingerprint(), "tokens": args.tokens,
            "thresholds": args.thresholds, "max_draft": args.max_draft, "dtype": args.dtype}
     asked = {"key": key | {"reference": args.reference}}
-    lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]       # a kill may tear the last one
-    rows = [{k: v for k, v in row.items() if k != "key"} for row in rows if row["key"] == asked["key"]]
+    rows = [{k: v for k, v in row.items() if k != "key"} for row in read_lines(partial) if row["key"] == asked["key"]]
     prompts = [(p.kind, p.text) for p in bundled_prompts()[:args.prompts]]
     started = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,12 @@ def save_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
+def read_lines(path: Path) -> list[dict]:
+    """Records of a JSON-lines file, none where there is none; a line that a kill tore is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def _portable(argument: str) -> str:
     """A path outside the working folder by its last two parts: the rest is this machine's affair."""
     outside = argument.startswith(("../", "/", "~")) and " " not in argument
