@@ -51,7 +51,7 @@ def test_cancelling_keeps_what_is_there(many, tiny, monkeypatch):
 
     def generate(ids, config):
         for event in fast(ids, config):
-            time.sleep(0.01)
+            time.sleep(0.004 if len(made) < 800 else 0.05)          # the third prompt would take 20 s
             made.append(event)
             yield event
     monkeypatch.setattr(tiny[0], "generate", generate)
@@ -61,9 +61,9 @@ def test_cancelling_keeps_what_is_there(many, tiny, monkeypatch):
     many.click("#ce-cancel")
     many.wait_for_selector("#ce-said .ce-status.stopped")
     said = many.locator("#ce-said").inner_text()
-    many.wait_for_timeout(800)
+    many.wait_for_timeout(3000)
     stopped = len(made)
-    many.wait_for_timeout(500)
+    many.wait_for_timeout(800)
     assert len(made) == stopped, "it went on in the middle of a prompt"
     assert many.locator("#ce-said").inner_text() == said and "stopped" in said
     assert "prompt 1" in many.locator("#ce-results").inner_text()
