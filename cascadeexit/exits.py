@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cascadeexit.calibration import Calibration
 from cascadeexit.graphs import Replayed
-from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeLinear
+from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeDrafter, NativeLinear
 from cascadeexit.linear import PackedLinear, pack
 from cascadeexit.model import SegmentedModel
 
@@ -275,7 +275,9 @@ class ExitBank(nn.Module):
         self._project: list[Callable[[Tensor], Tensor]] = []
         self._confidence: list[Callable[..., Tensor]] = [head.chance for head in self.confidence_heads or ()
                                                          if config.confidence == "mlp"]
+        self._embed: Callable[[Sequence[int]], Tensor] | None = None
         self._likeliest: Callable[[Tensor, int, float], tuple[Tensor, Tensor]] | None = None
+        self._drafter: NativeDrafter | None = None
         self.calibration: Calibration | None = None         # how far these very exits may be trusted, where measured
         self._places: dict[int, int] = {}                   # of the sketch's words
         self._device = torch.device("cpu")
@@ -327,7 +329,7 @@ class ExitBank(nn.Module):
         sizes, drafts = [c.words(s) for s in range(len(c.layers))], self._draft_words
         heads = {n: first(n) for n in (*sizes, drafts)}
         self._project = [heads[n].forward for n in sizes]
-        self._likeliest = likeliest(heads[drafts])
+        self._embed, self._likeliest, self._drafter = model.embed, likeliest(heads[drafts]), None
         # Packed by torch, each part is a copy of its own; else they share the memory of the whole.
         held = sum({whole, *heads}) if isinstance(head, PackedLinear) else whole
         self._own_head_bytes = held * self._word_bytes if self.head_ids is not None else 0
@@ -347,6 +349,9 @@ class ExitBank(nn.Module):
         if model.native and not trainable:
             self._adapt = [NativeAdapter(a.gate.weight, a.down.weight, a.up.weight, a.norm.weight, a.norm.eps,
                                          a.straight) for a in self.adapters]
+            if c.layers[:1] == (0,) and model.embeds_by_head:
+                ids = None if self.head_ids is None else self.head_ids.tolist()
+                self._drafter = NativeDrafter(model.head, self._adapt[0], heads[drafts], ids)
         if model.replays and not trainable:
             def replayed(function: Callable) -> Replayed:
                 return Replayed(function, rows=1)
@@ -366,10 +371,22 @@ class ExitBank(nn.Module):
         """Adapted hidden (..., D) of exit s -> logits (..., V), or (..., K) over the first K of `head_ids`."""
         return self._project[s](hidden)
 
-    def likeliest(self, hidden: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """Adapted hidden (N, D) -> the k likeliest tokens for drafts, best first: probabilities, token ids (N, k)."""
+    def drafts(self, tokens: Sequence[int], said: Tensor, k: int,
+               temperature: float) -> list[tuple[Tensor, list[float], list[int]]]:
+        """What the exit before the first layer drafts after each of these tokens.
+
+        Args:
+            said: the hidden states that named them (N, D).
+
+        Returns for each its own hidden state (1, D), and the k likeliest tokens, best first: probabilities at this
+        temperature among the words that it drafts from, and token ids.
+        """
+        if self._drafter:
+            return self._drafter(tokens, said, k, temperature)
+        hidden = self.hidden(0, self._embed(tokens)[0], said)
         probs, words = self._likeliest(hidden, k, temperature)
-        return probs, words if self.head_ids is None else self.head_ids[words]
+        ids = words if self.head_ids is None else self.head_ids[words]
+        return list(zip(hidden[:, None], probs.tolist(), ids.tolist()))
 
     def sketch(self, words: Tensor | None) -> None:
         """Let estimators look at these words (N,), or at none."""

@@ -779,6 +779,17 @@ void ce_likeliest(const Matrix* m, const bf16* x, float temperature, int32_t k, 
     }
 }
 
+// What an exit before the first layer drafts after tokens (rows), rows of `embedding`, with what is carried to them: its own
+// rows `hidden` (rows, D), and the k likeliest of the outputs of `words`, as from ce_likeliest.
+void ce_draft(const Matrix* embedding, const Exit* exit, const Matrix* words, const int64_t* tokens, const bf16* said,
+              bf16* hidden, float temperature, int32_t k, int32_t* numbers, float* probs, int32_t rows, int32_t threads) {
+    static thread_local Scratch<bf16> b_h;
+    bf16* h = b_h.get(size_t(rows) * embedding->in);
+    ce_rows(embedding, tokens, rows, h);
+    ce_exit(exit, h, said, hidden, rows, threads);
+    ce_likeliest(words, hidden, temperature, k, numbers, probs, rows, threads);
+}
+
 // Facts of the softmax over a matrix' outputs, for rows x (rows, in) bf16: log p of the likeliest output, of the second, and
 // the entropy in nats. With rows `before` (rows, in): these three of both; whether the likeliest is the same; what each thinks
 // of the other's, log p but not below -15; and the cosine between x and before. Of `copied` (rows, 2), an output and a number:

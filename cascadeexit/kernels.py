@@ -119,6 +119,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_exit.argtypes = [POINTER(_Exit), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_norm.argtypes = [c_void_p, c_float, c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_likeliest.argtypes = [POINTER(_Matrix), c_void_p, c_float, c_int32, c_void_p, c_void_p, c_int32, c_int32]
+    lib.ce_draft.argtypes = [POINTER(_Matrix), POINTER(_Exit), POINTER(_Matrix), *[c_void_p] * 3, c_float, c_int32,
+                             c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_softmax_facts.argtypes = [POINTER(_Matrix), *[c_void_p] * 4, c_int32, c_int32]
     lib.ce_confidence.argtypes = [POINTER(_Matrix), POINTER(_Estimator), *[c_void_p] * 4, c_int32, c_int32]
     return lib
@@ -354,14 +356,37 @@ class NativeAdapter:
         matrix = self._store.matrix
         self._exit = _Exit(_Matrix() if straight is None else matrix(straight), matrix(gate, down), matrix(up),
                            self._store.floats(norm), eps)
-        self._carries = straight is not None
+        self.carries = straight is not None
 
     def __call__(self, h: Tensor, said: Tensor) -> Tensor:
-        h, said = _bf16(h), _bf16(said) if self._carries else None
+        h, said = _bf16(h), _bf16(said) if self.carries else None
         out = torch.empty_like(h)
-        library().ce_exit(byref(self._exit), h.data_ptr(), said.data_ptr() if self._carries else None, out.data_ptr(),
+        library().ce_exit(byref(self._exit), h.data_ptr(), said.data_ptr() if self.carries else None, out.data_ptr(),
                           h.shape[:-1].numel(), torch.get_num_threads())
         return out
+
+
+class NativeDrafter:
+    """The exit before the first layer as a whole: from tokens to what it drafts after them, in one call.
+
+    Args:
+        embedding: of all tokens; words: those that may be drafted, whose token ids are `ids`, None = their numbers.
+    """
+
+    def __init__(self, embedding: NativeLinear, adapter: NativeAdapter, words: NativeLinear, ids: Sequence[int] | None):
+        self._embedding, self._adapter, self._words, self._ids = embedding, adapter, words, ids
+        self._matrices = byref(embedding._matrix), byref(adapter._exit), byref(words._matrix)
+
+    def __call__(self, tokens: Sequence[int], said: Tensor, k: int, temperature: float):
+        """As `ExitBank.drafts`."""
+        n, k = len(tokens), min(k, self._words.shape[0])
+        said = _bf16(said) if self._adapter.carries else None
+        hidden = torch.empty(n, self._embedding.shape[1], dtype=torch.bfloat16)
+        numbers, probs = (c_int32 * (n * k))(), (c_float * (n * k))()
+        library().ce_draft(*self._matrices, (c_int64 * n)(*tokens), None if said is None else said.data_ptr(),
+                           hidden.data_ptr(), temperature, k, numbers, probs, n, torch.get_num_threads())
+        ids = numbers[:] if self._ids is None else [self._ids[number] for number in numbers]
+        return [(hidden[i:i + 1], probs[i * k:i * k + k], ids[i * k:i * k + k]) for i in range(n)]
 
 
 class NativeConfidence:

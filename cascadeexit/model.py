@@ -123,6 +123,7 @@ class SegmentedModel:
             raise ValueError("the vocabulary projection is not in memory: the device_map must put lm_head on a device")
         self.head = pack(head.weight, head.bias)    # the vocabulary projection: normed rows (..., D) -> (..., V)
         self._native: NativeLayers | None = None
+        self.embeds_by_head = False                 # the packed head gives the embeddings, too
         self.norm = model.model.norm                # (..., D) -> (..., D), before every head
         self.norm_weight = model.model.norm.weight
         spread = hasattr(model, "hf_device_map")    # then accelerate's hooks, on the modules, bring weights and rows
@@ -133,9 +134,10 @@ class SegmentedModel:
             # A weight that was loaded is a view of the whole mapped file: a copy lets go of it.
             self.norm_weight.data = self.norm_weight.detach().clone()
             self.norm = NativeNorm(self.norm_weight, model.config.rms_norm_eps)
-            # All these weights live in packed copies now; one of a tied head gives the embeddings too.
+            # All these weights live in packed copies now.
             model.model.layers = torch.nn.ModuleList()
-            if head.weight is model.model.embed_tokens.weight:
+            self.embeds_by_head = head.weight is model.model.embed_tokens.weight
+            if self.embeds_by_head:
                 model.model.embed_tokens = torch.nn.Identity()
             model.lm_head = torch.nn.Identity()
         for layer in () if spread else model.model.layers:
@@ -243,7 +245,7 @@ class SegmentedModel:
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Token ids (N,) -> hidden rows (1, N, D)."""
         ids = torch.as_tensor(ids, device=self.device).view(1, -1)
-        if isinstance(self.base.model.embed_tokens, torch.nn.Identity):
+        if self.embeds_by_head:
             return self.head.rows(ids[0])[None]
         return self.base.model.embed_tokens(ids)
 

@@ -128,11 +128,9 @@ class DraftTree:
 
     def _ask(self, nodes: Sequence[_Node]) -> list[tuple[Tensor, list[float], list[int]]]:
         """Of each node: the exit's state (1, D), and the likeliest tokens with their probabilities."""
-        h = self._model.embed([node.token for node in nodes])[0]
-        hidden = self._bank.hidden(0, h, torch.cat([node.said for node in nodes]))              # (n, D)
-        probs, ids = self._bank.likeliest(hidden, _BRANCHES, self._temperature)                  # (n, B)
         self.weight_bytes += self._ask_bytes
-        return list(zip(hidden[:, None], probs.tolist(), ids.tolist()))
+        return self._bank.drafts([node.token for node in nodes], torch.cat([node.said for node in nodes]), _BRANCHES,
+                                 self._temperature)
 
     def _children(self, node: _Node, depth: int, guess: Guess | None, opinion) -> list[_Node]:
         """What may follow a node. A copy and a draft of the exit for the same token are one draft."""

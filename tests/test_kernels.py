@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compil
 WIDE = SHAPE | dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1280)
 FAMILIES = {
     "llama": LlamaConfig(**WIDE, tie_word_embeddings=False),
+    "llama-tied": LlamaConfig(**WIDE, tie_word_embeddings=True),
     "llama-biased": LlamaConfig(**WIDE, attention_bias=True),
     "mistral": MistralConfig(**WIDE, sliding_window=None),
     "qwen2": Qwen2Config(**WIDE),
@@ -266,3 +267,20 @@ def test_a_compiler_that_fails_is_told_in_the_log(monkeypatch, caplog, tmp_path)
 def test_fp32_stays_with_stock_kernels():
     assert not SegmentedModel(base_of("llama").float(), (3,)).native
     assert not isinstance(pack(torch.zeros(4, 4)), kernels.NativeLinear)
+
+
+@pytest.mark.parametrize("shape", [{}, dict(head_size=64, draft_size=32)], ids=["all words", "few words"])
+def test_drafts_in_one_call_are_those_of_the_parts(adapter, shape):
+    model = SegmentedModel(base_of("llama-tied"), (0, 3))
+    bank = ExitBank.untrained(model, adapter=adapter, width=8, **shape)
+    for weight in bank.adapters[0].parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    bank.attach(model)
+    tokens, said = [7, 3, 60], torch.randn(3, 96, dtype=torch.bfloat16)
+    assert bank._drafter is not None
+    with torch.inference_mode():
+        ours = bank.drafts(tokens, said, 4, 0.7)
+        bank._drafter = None
+        parts = bank.drafts(tokens, said, 4, 0.7)
+    for (hidden, probs, ids), (hidden2, probs2, ids2) in zip(ours, parts, strict=True):
+        assert torch.equal(hidden, hidden2) and (probs, ids) == (probs2, ids2)

@@ -31,8 +31,8 @@ def eager_engine():
     On a machine without a C++ compiler trees are chains.
     """
     engine = tiny_engine("qwen3", dtype=torch.bfloat16, adapter="carry", layers=(0, 3))
-    likeliest = engine.bank.likeliest
-    engine.bank.likeliest = lambda hidden, k, temperature: likeliest(hidden, k, temperature / 3)
+    drafts = engine.bank.drafts
+    engine.bank.drafts = lambda tokens, said, k, temperature: drafts(tokens, said, k, temperature / 3)
     return engine
 
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -169,20 +170,25 @@ class Inputs:
     of the full model's last hidden state; a `swiglu` adapter, which adds its input to its output, only on scaled ones.
     """
 
-    def __init__(self, bank: ExitBank, store: FeatureStore, documents: list[int], final_norm: Tensor):
+    def __init__(self, bank: ExitBank, store: FeatureStore, documents: Sequence[int], final_norm: Tensor,
+                 total: Callable[[Tensor], Tensor] = lambda sums: sums):
+        """documents: this process's share of them; total: adds up what all processes have."""
         self.carry = bank.config.adapter == "carry"
         self.maps: list[Tensor | float] = []
+        device, D = final_norm.device, len(final_norm)
         for s, adapter in enumerate(bank.adapters):
             if not self.carry:
-                rms = sum(store[i].exits[:, s].float().pow(2).mean().sqrt().item() for i in documents) / len(documents)
-                self.maps.append(2.0 ** round(math.log2(rms)))      # dividing bf16 rows by it loses nothing
+                rms = [store[i].exits[:, s].float().pow(2).mean().sqrt().item() for i in documents]
+                added, number = total(torch.tensor([sum(rms), len(rms)], device=device)).tolist()
+                self.maps.append(2.0 ** round(math.log2(added / number)))      # dividing bf16 rows by it loses nothing
                 adapter.rescale(1 / self.maps[s], 1.0)
                 continue
-            rows, xx, xy = 0, 0.0, 0.0
+            rows, xx, xy = (torch.zeros(shape, device=device) for shape in ((), (2 * D, 2 * D), (2 * D, D)))
             for f in map(store.__getitem__, documents):
-                x = torch.cat([f.exits[:, s], carried(f)], -1)[f.wanted].to(final_norm.device).float()     # (n, 2 D)
-                y = f.top[f.wanted].to(final_norm.device).float() / final_norm
+                x = torch.cat([f.exits[:, s], carried(f)], -1)[f.wanted].to(device).float()     # (n, 2 D)
+                y = f.top[f.wanted].to(device).float() / final_norm
                 xx, xy, rows = xx + x.T @ x, xy + x.T @ y, rows + len(x)
+            xx, xy, rows = total(xx), total(xy), total(rows)
             values, vectors = torch.linalg.eigh(xx.double() / rows)
             values = values + 0.03 * values.mean()     # 0.001 to 0.3 tried: the best on held-out text
             self.maps.append((vectors * values.rsqrt() @ vectors.T).float())
@@ -322,18 +328,22 @@ def labels_of(features: Features, kind: str) -> Tensor:
 @torch.no_grad()
 def agreement(bank: ExitBank, inputs, store: FeatureStore, documents: list[int], head: ExitHead,
               accelerator: Accelerator, own: float = 0.0) -> list[float]:
-    """Top-1 agreement with the full model at each exit, over these documents; `own` as for `adapted`."""
-    hits, total, generator = torch.zeros(len(bank.adapters)), 0, torch.Generator().manual_seed(0)
-    for number in documents:
-        f = store[number]
+    """Top-1 agreement with the full model at each exit, over these documents; `own` as for `adapted`.
+
+    Each process reads its part of them, so all have to call.
+    """
+    sums = torch.zeros(len(bank.adapters) + 1, dtype=torch.float64, device=accelerator.device)      # and the rows
+    for number in documents[accelerator.process_index::accelerator.num_processes]:
+        f, generator = store[number], torch.Generator().manual_seed(number)
         choices = f.choices[f.wanted].to(accelerator.device)
         with accelerator.autocast():
             hidden = adapted(bank, inputs, [f], own, generator, deepest=1)
         for s, rows in enumerate(hidden):
             words = head.own[:bank.config.words(s)]
-            hits[s] += (F.linear(rows.to(words.dtype), words).argmax(-1) == head.local[choices]).sum().cpu()
-        total += len(choices)
-    return (hits / max(1, total)).tolist()
+            sums[s] += (F.linear(rows.to(words.dtype), words).argmax(-1) == head.local[choices]).sum()
+        sums[-1] += len(choices)
+    *hits, rows = accelerator.reduce(sums).tolist()
+    return [hit / max(1, rows) for hit in hits]
 
 
 class Run:
@@ -398,6 +408,7 @@ def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, w
 
     if accelerator.num_processes > 1:
         broadcast([weight.data for weight in weights])      # regressions on several GPUs differ in their last bits
+    mine = [step[accelerator.process_index::accelerator.num_processes] for step in plan]
     started, tokens = time.perf_counter(), 0
     bar = tqdm(range(first, len(plan)), initial=first, total=len(plan), unit="step", desc="distill",
                disable=not accelerator.is_main_process)
@@ -409,8 +420,8 @@ def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, w
             return step
         rows, sums = sum(store.rows(i) for i in plan[step]), 0
         generator = torch.Generator().manual_seed((args.seed * 1009 + step) * 64 + accelerator.process_index)
-        mine = plan[step][accelerator.process_index::accelerator.num_processes]
-        for part in micro_batches(mine, lengths, args.micro_batch):
+        store.expect(mine[step + 1] if step + 1 < len(plan) else [])
+        for part in micro_batches(mine[step], lengths, args.micro_batch):
             features = [store[i] for i in part]
             top, labels, choices = (torch.cat([kind(f)[f.wanted] for f in features]).to(accelerator.device) for kind in
                                     (lambda f: f.top, lambda f: labels_of(f, args.labels), lambda f: f.choices))
@@ -433,10 +444,10 @@ def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, w
                             f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
             keep(step + 1)
+            rates = agreement(bank, inputs, store, held_out[:60], head, accelerator)
+            rates = [rates[s] for s in learn]
+            run.log(step=step + 1, held_out_agreement=rates)
             if accelerator.is_main_process:
-                rates = agreement(bank, inputs, store, held_out[:60], head, accelerator)
-                rates = [rates[s] for s in learn]
-                run.log(step=step + 1, held_out_agreement=rates)
                 bar.write(f"step {step + 1}: held-out agreement " + " / ".join(f"{r:.1%}" for r in rates))
     return len(plan)
 
@@ -542,8 +553,9 @@ def main() -> None:
     say(f"{len(store)} documents, {sum(map(store.rows, training))} training rows; features of {store.kept} documents "
         f"are kept; the exits' heads cover {' / '.join(f'{c:.2%}' for c in covered)} of the held-out choices")
     before = agreement(bank, lambda s, h, said: (h, said), store, held_out, head, accelerator)
-    inputs = Inputs(bank, store, training[:args.fit_documents],
-                    model.norm_weight.to(model.device).float())       # a model in parts may have it elsewhere
+    share = training[:args.fit_documents][accelerator.process_index::accelerator.num_processes]
+    inputs = Inputs(bank, store, share, model.norm_weight.to(model.device).float(),     # a model in parts may have it
+                    accelerator.reduce)                                                 # elsewhere
     if trained:
         say(f"going on from {args.continue_from} after layers {inputs.adopt(bank, trained)}")
 
@@ -553,8 +565,8 @@ def main() -> None:
                                           "train_words", "tail", "fit_documents", "seed", "only", "text_repeats")}
     run = Run(args.out, key, args.resume, accelerator.is_main_process)
     steps = train(bank, inputs, store, head, words, run, accelerator, args)
+    after, drafting = (agreement(bank, inputs, store, held_out, head, accelerator, own) for own in (0.0, 1.0))
     if accelerator.is_main_process:
-        after, drafting = (agreement(bank, inputs, store, held_out, head, accelerator, own) for own in (0.0, 1.0))
         inputs.fold(bank)
         for s, layer in enumerate(layers):
             if args.only and layer not in args.only:        # to the bit

@@ -7,6 +7,7 @@ those documents are run through the model each time they are asked for.
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -55,6 +56,7 @@ class FeatureStore:
                 self._chunks.append(range(first, i + 1))
                 first, tokens = i + 1, 0
         self._loaded: dict[int, Features] = {}
+        self._reader = ThreadPoolExecutor(1)
         self._rows: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -95,6 +97,11 @@ class FeatureStore:
         if i not in self._loaded:
             return _run(self.model, self.documents[i])
         return Features(**{name: t.to(self.model.device) for name, t in vars(self._loaded[i]).items()})
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Begin to read these documents from disk, so that nobody waits when they are asked for."""
+        kept = [self._loaded[i] for i in numbers if i in self._loaded]
+        self._reader.submit(lambda: [t.clone() for f in kept for t in vars(f).values()])
 
     def rows(self, i: int) -> int:
         """Positions of a document where an exit learns."""
