@@ -67,10 +67,7 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
         raise ValueError("Please write a prompt first.")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise ValueError(f"This prompt has {len(prompt):,} characters, the limit {MAX_PROMPT_CHARACTERS:,}.")
-    if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(prompt, add_special_tokens=not (chat and tokenizer.chat_template)).input_ids
+    return prompts.token_ids(tokenizer, prompt, chat=chat)
 
 
 def decode_configs(num_exits: int, mode, max_new_tokens, max_draft, tolerance, temperature, top_p, seed, force,

@@ -57,6 +57,15 @@ def read_prompts(source: str | Path, limit: int = MAX_PROMPTS) -> list[Prompt]:
     return prompts
 
 
+def token_ids(tokenizer, text: str, *, chat: bool = True) -> list[int]:
+    """A prompt as token ids: one user turn in the model's chat template, ready for the reply; or plain text, where
+    `chat` is False or the model has no template."""
+    if not (chat and tokenizer.chat_template):
+        return tokenizer(text)["input_ids"]
+    turn = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
 def bundled_prompts(kinds: Sequence[str] | None = None, each: int | None = None) -> list[Prompt]:
     """The project's own prompts, the kinds taken in turn, so that any first part of them is balanced.
 

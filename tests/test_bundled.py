@@ -8,8 +8,7 @@ import torch
 from cascadeexit import hub
 from cascadeexit.engine import DecodeConfig
 from cascadeexit.inspection import inspect
-from cascadeexit.prompts import bundled_prompts
-from training.prompts import chat_ids
+from cascadeexit.prompts import bundled_prompts, token_ids
 
 pytestmark = pytest.mark.bundled
 TOKENS = 24
@@ -24,7 +23,7 @@ def test_verified_equals_full_bitwise(loaded):
     engine, tokenizer = loaded
     drafted = 0
     for prompt in [p.text for p in bundled_prompts()[:2]]:
-        ids = chat_ids(tokenizer, prompt)
+        ids = token_ids(tokenizer, prompt)
         run = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=TOKENS))
         full = run.token_ids
         assert inspect(engine, ids, run.events).full_choices == engine.full_choices(ids, full) == full
@@ -43,7 +42,7 @@ def test_full_equals_transformers_generate_in_fp32():
     engine, tokenizer = hub.load(hub.DEFAULT_MODEL, dtype=torch.float32, device="cpu")
     base, _, _ = hub.load_model(hub.DEFAULT_MODEL, dtype=torch.float32, device="cpu")
     for prompt in [p.text for p in bundled_prompts()[:2]]:
-        ids = chat_ids(tokenizer, prompt)
+        ids = token_ids(tokenizer, prompt)
         expected = base.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0, len(ids):].tolist()
         assert engine.run(ids, DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids == expected
 
@@ -57,6 +56,6 @@ def test_shipped_exits_belong_to_the_bundled_model(caplog):
 
 def test_a_cascade_of_the_shipped_exits_uses_several_of_them(loaded):
     engine, tokenizer = loaded
-    ids = chat_ids(tokenizer, "Explain why the sky is blue.")
+    ids = token_ids(tokenizer, "Explain why the sky is blue.")
     run = engine.run(ids, DecodeConfig(mode="cascade", max_new_tokens=64))
     assert len({e.exit for e in run.events}) >= 3

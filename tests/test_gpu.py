@@ -9,8 +9,7 @@ from cascadeexit.engine import DecodeConfig, Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.inspection import inspect
 from cascadeexit.model import SegmentedModel
-from cascadeexit.prompts import bundled_prompts
-from training.prompts import chat_ids
+from cascadeexit.prompts import bundled_prompts, token_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PROMPT = [11, 3, 60, 22, 9, 41, 77, 30, 2]
@@ -79,7 +78,7 @@ def test_recorded_kernels_say_what_kernels_one_by_one_say(family, config, shape,
 def test_verified_equals_full_on_the_bundled_model(dtype):
     engine, tokenizer = hub.load(hub.DEFAULT_MODEL, dtype=dtype, device="cuda")
     for prompt in [p.text for p in bundled_prompts()[:8]]:
-        ids = chat_ids(tokenizer, prompt)
+        ids = token_ids(tokenizer, prompt)
         full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=128)).token_ids
         for threshold in (0, 0.3, 0.6, 0.9, None):
             config = DecodeConfig(mode="verified", max_new_tokens=128, thresholds=threshold, max_draft=7)

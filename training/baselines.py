@@ -22,9 +22,8 @@ from tqdm import tqdm
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load
 from cascadeexit.lookup import NOTHING_COPIED, Lookup
-from cascadeexit.prompts import bundled_prompts
+from cascadeexit.prompts import bundled_prompts, token_ids
 from training.command import run_command
-from training.prompts import chat_ids
 from training.provenance import provenance, results_file, save_json
 
 
@@ -137,7 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out or results_file(args.model, args.exits, "baselines.json")
     engine, tokenizer = load(args.model, args.exits)
-    prompts = [chat_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
+    prompts = [token_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
     thresholds, n = (args.threshold,) * engine.num_exits, args.tokens
 
     def ours(mode: Mode, **settings):

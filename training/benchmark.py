@@ -32,11 +32,10 @@ from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load, load_model
 from cascadeexit.kernels import library
 from cascadeexit.metrics import RunStats, agreement, match
-from cascadeexit.prompts import bundled_prompts
+from cascadeexit.prompts import bundled_prompts, token_ids
 from training import replay
 from training.command import run_command
 from training.plots import growth_plot
-from training.prompts import chat_ids
 from training.provenance import provenance, save_json
 
 GENERATE, LLAMA_CPP = "transformers generate", "llama.cpp, 4-bit"
@@ -237,7 +236,7 @@ def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 3
     """
     model, eos, weights = engine.model, engine.model.eos_ids, engine.costs.full_token_bytes
     longest = min(max(CONTEXTS), model.max_positions - 64)
-    prompt = chat_ids(tokenizer, bundled_prompts()[0].text)
+    prompt = token_ids(tokenizer, bundled_prompts()[0].text)
     position_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.dtype.itemsize
 
     def ours(ids: list[int], tokens: int) -> dict[str, float]:
@@ -331,7 +330,7 @@ def compare(args) -> dict:
     chosen = bundled_prompts()[:args.prompts]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)              # without what only loading took
-    prompts, kinds = [chat_ids(tokenizer, p.text) for p in chosen], [p.kind for p in chosen]
+    prompts, kinds = [token_ids(tokenizer, p.text) for p in chosen], [p.kind for p in chosen]
     engine.run(prompts[0], DecodeConfig(mode=Mode.FULL, max_new_tokens=8))
     grown = None if before is None else resident_bytes() - before
     if device.type == "cuda":

@@ -33,12 +33,11 @@ from tqdm import tqdm
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.hub import DEFAULT_MODEL, load, load_model
 from cascadeexit.metrics import agreement, match
-from cascadeexit.prompts import bundled_prompts
+from cascadeexit.prompts import bundled_prompts, token_ids
 from training.command import run_command
 from training.distill import carried
 from training.documents import Document, Split, load_documents
 from training.features import Features, FeatureStore
-from training.prompts import chat_ids
 from training.provenance import provenance, read_lines, results_file, save_json
 
 
@@ -96,7 +95,7 @@ def lossless(args) -> None:
     for index in tqdm(range(len(rows), len(prompts)), initial=len(rows), total=len(prompts), unit="prompt"):
         name, prompt = prompts[index]
         row = {"set": name, "prompt": prompt} | lossless_prompt(
-            engine, chat_ids(tokenizer, prompt), args, reference if index < args.reference else None)
+            engine, token_ids(tokenizer, prompt), args, reference if index < args.reference else None)
         rows.append(row)
         with partial.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | asked) + "\n")
@@ -209,7 +208,7 @@ def exits(args) -> None:
 def decode(args) -> None:
     out = args.out or results_file(args.model, args.exits, "decode.json")
     engine, tokenizer = load(args.model, args.exits)
-    prompts = [chat_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
+    prompts = [token_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
     fulls = [engine.run(ids, DecodeConfig(mode=Mode.FULL, max_new_tokens=args.tokens)).token_ids
              for ids in tqdm(prompts, unit="prompt", desc="full")]
     cascade = []
