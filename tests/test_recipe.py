@@ -53,6 +53,16 @@ def test_a_strangers_model_gets_trained_exits(recipe):
         assert (recipe / "exits" / name).exists(), name
 
 
+def test_a_strangers_exits_can_be_measured(recipe, tmp_path):
+    shared = ("--model", recipe / "model", "--exits", recipe / "exits", "--prompts", 1, "--tokens", 6, "--max-draft", 2)
+    run("training.baselines", *shared, "--out", tmp_path / "baselines.json")
+    run("training.evaluate", "decode", *shared, "--thresholds", 0.5, "--out", tmp_path / "decode.json")
+    rows = json.loads((tmp_path / "baselines.json").read_text())["rows"]
+    assert all(r["identical"] == 1 for r in rows if r["method"] == "standard" or "self-speculation" in r["method"])
+    drafts = json.loads((tmp_path / "decode.json").read_text())["self_speculation"]
+    assert len(drafts) == 4 and all(row["identical"] == 1 for row in drafts)
+
+
 def test_training_brings_every_exit_nearer_to_the_full_model(recipe):
     report = json.loads((recipe / "exits" / "distill.json").read_text())
     assert all(after > before + 0.01 for before, after in

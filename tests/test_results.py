@@ -2,6 +2,7 @@
 
 import sys
 
+from cascadeexit.exits import ExitBank
 from training import results
 
 
@@ -15,3 +16,9 @@ def test_results_carry_their_provenance():
     for file in files:
         found = results.read(file)["provenance"]
         assert {"command", "commit", "date", "machine", "seed", "versions"} <= set(found), file.name
+
+
+def test_results_are_those_of_the_shipped_exits():
+    shipped = {ExitBank.load(folder).fingerprint() for folder in results.SHIPPED}
+    for name in ("baselines", "benchmark-cpu", "decode", "exits", "lossless-cpu-bfloat16"):
+        assert results.read(results.RESULTS / f"{name}.json")["exits"] in shipped, f"{name}.json is of other exits"

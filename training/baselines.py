@@ -161,10 +161,10 @@ def main() -> None:
             if i == 0 and job[0] == "uncached":
                 continue                                    # the first prompt warms up; one cached pass is enough
             start = time.perf_counter()
-            out = run(ids)
+            text = run(ids)
             if i:
-                speeds[job].append(len(out) / (time.perf_counter() - start))
-                outputs[job, i] = out
+                speeds[job].append(len(text) / (time.perf_counter() - start))
+                outputs[job, i] = text
     rows = []
     for setting, name in jobs:
         base = speeds[setting, "standard"]
