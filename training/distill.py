@@ -11,6 +11,7 @@ run goes on from its last checkpoint and ends as if it had not been interrupted.
 """
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -327,20 +328,21 @@ def labels_of(features: Features, kind: str) -> Tensor:
 
 @torch.no_grad()
 def agreement(bank: ExitBank, inputs, store: FeatureStore, documents: list[int], head: ExitHead,
-              accelerator: Accelerator, own: float = 0.0) -> list[float]:
-    """Top-1 agreement with the full model at each exit, over these documents; `own` as for `adapted`.
+              accelerator: Accelerator, own: float = 0.0, learn: list[int] | None = None) -> list[float]:
+    """Top-1 agreement with the full model over these documents, at the exits in `learn`; arguments as for `adapted`.
 
     Each process reads its part of them, so all have to call.
     """
-    sums = torch.zeros(len(bank.adapters) + 1, dtype=torch.float64, device=accelerator.device)      # and the rows
+    exits = list(range(len(bank.adapters))) if learn is None else learn
+    sums = torch.zeros(len(exits) + 1, dtype=torch.float64, device=accelerator.device)      # and the rows
     for number in documents[accelerator.process_index::accelerator.num_processes]:
         f, generator = store[number], torch.Generator().manual_seed(number)
         choices = f.choices[f.wanted].to(accelerator.device)
         with accelerator.autocast():
-            hidden = adapted(bank, inputs, [f], own, generator, deepest=1)
-        for s, rows in enumerate(hidden):
+            hidden = adapted(bank, inputs, [f], own, generator, deepest=1, learn=exits)
+        for i, (s, rows) in enumerate(zip(exits, hidden)):
             words = head.own[:bank.config.words(s)]
-            sums[s] += (F.linear(rows.to(words.dtype), words).argmax(-1) == head.local[choices]).sum()
+            sums[i] += (F.linear(rows.to(words.dtype), words).argmax(-1) == head.local[choices]).sum()
         sums[-1] += len(choices)
     *hits, rows = accelerator.reduce(sums).tolist()
     return [hit / max(1, rows) for hit in hits]
@@ -378,13 +380,18 @@ class Run:
             self.checkpoint.with_suffix(".tmp").replace(self.checkpoint)
 
 
+def learning(bank: ExitBank, args) -> list[int]:
+    """The exits that are to learn."""
+    return [s for s, layer in enumerate(bank.config.layers) if not args.only or layer in args.only]
+
+
 def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, words: ExitHead, run: Run,
           accelerator: Accelerator, args) -> int:
     """Train the adapters in place; returns the number of steps they have had.
 
     head: the one the exits will have; words: those they are trained on.
     """
-    learn = [s for s, layer in enumerate(bank.config.layers) if not args.only or layer in args.only]
+    learn = learning(bank, args)
     lengths = {i: len(d.ids) for i, d in enumerate(store.documents)}
     training, own = store.of(Split.TRAIN), set(store.of(Split.TRAIN, policy_only=True))
     plan = batches({i: store.rows(i) for i in training}, args.batch, args.epochs, args.seed,
@@ -444,8 +451,7 @@ def train(bank: ExitBank, inputs: Inputs, store: FeatureStore, head: ExitHead, w
                             f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
         if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
             keep(step + 1)
-            rates = agreement(bank, inputs, store, held_out[:60], head, accelerator)
-            rates = [rates[s] for s in learn]
+            rates = agreement(bank, inputs, store, held_out[:60], head, accelerator, learn=learn)
             run.log(step=step + 1, held_out_agreement=rates)
             if accelerator.is_main_process:
                 bar.write(f"step {step + 1}: held-out agreement " + " / ".join(f"{r:.1%}" for r in rates))
@@ -467,7 +473,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
     p.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by training.data")
     p.add_argument("--out", type=Path, required=True, help="folder for the artifact, log and checkpoint")
-    p.add_argument("--continue-from", type=Path, help="exits folder to go on from; layers it does not have start anew")
+    p.add_argument("--continue-from", type=Path, help="exits folder to go on from; layers it does not have start anew, "
+                   "and an exit that agrees less on the calibration documents in the end stays as it was there")
     p.add_argument("--only", type=lambda text: sorted({int(part) for part in text.split(",")}), default=[],
                    help="with --continue-from: the exit layers that learn (0,24); the others stay as they are")
     p.add_argument("--data-note", default="", help="what the data is, in words, for the model card")
@@ -556,8 +563,13 @@ def main() -> None:
     share = training[:args.fit_documents][accelerator.process_index::accelerator.num_processes]
     inputs = Inputs(bank, store, share, model.norm_weight.to(model.device).float(),     # a model in parts may have it
                     accelerator.reduce)                                                 # elsewhere
+    stays: list[int] = []           # layers whose exits are those of --continue-from in the end, to the bit
     if trained:
-        say(f"going on from {args.continue_from} after layers {inputs.adopt(bank, trained)}")
+        shared = inputs.adopt(bank, trained)
+        say(f"going on from {args.continue_from} after layers {shared}")
+        begun, again = copy.deepcopy(bank.adapters), [s for s in learning(bank, args) if layers[s] in shared]
+        check = store.of(Split.CALIBRATION, policy_only=True) or store.of(Split.CALIBRATION)
+        first = agreement(bank, inputs, store, check, head, accelerator, learn=again)
 
     key = {"config": {k: v for k, v in asdict(bank.config).items() if k != "layers"}, "layers": list(layers),
            "documents": store.fingerprint(), "start": trained.fingerprint() if trained else None}
@@ -565,20 +577,29 @@ def main() -> None:
                                           "train_words", "tail", "fit_documents", "seed", "only", "text_repeats")}
     run = Run(args.out, key, args.resume, accelerator.is_main_process)
     steps = train(bank, inputs, store, head, words, run, accelerator, args)
+    if trained:
+        now = agreement(bank, inputs, store, check, head, accelerator, learn=again)
+        worse = {layers[s] for s, old, new in zip(again, first, now) if new < old}
+        stays = sorted(worse | {layer for layer in shared if args.only and layer not in args.only})
+        for layer in worse:
+            bank.adapters[layers.index(layer)].load_state_dict(begun[layers.index(layer)].state_dict())
+        say("agreement on calibration documents, before -> after: "
+            + ", ".join(f"layer {layers[s]} {old:.2%} -> {new:.2%}" for s, old, new in zip(again, first, now))
+            + "".join(f"; the exit after layer {layer} stays as it was" for layer in sorted(worse)))
     after, drafting = (agreement(bank, inputs, store, held_out, head, accelerator, own) for own in (0.0, 1.0))
     if accelerator.is_main_process:
         inputs.fold(bank)
-        for s, layer in enumerate(layers):
-            if args.only and layer not in args.only:        # to the bit
-                bank.adapters[s].load_state_dict(trained.adapters[trained.config.layers.index(layer)].state_dict())
+        for layer in stays:
+            bank.adapters[layers.index(layer)].load_state_dict(
+                trained.adapters[trained.config.layers.index(layer)].state_dict())
         bank.to(model.dtype).save(args.out)
         loss_plot(run.records(), args.only or layers, args.out / "loss.html")
         save_json(args.out / "distill.json", {
             "provenance": provenance(args.seed), "settings": key, "data_note": args.data_note, "steps": steps,
-            "processes": accelerator.num_processes, "documents": len(store), "rows": sum(map(store.rows, training)),
-            "held_out_rows": sum(map(store.rows, held_out)), "head_coverage": covered, "untrained_agreement": before,
-            "held_out_agreement": after, "held_out_agreement_after_exits": drafting,
-            "went_on_from": _report(args.continue_from)})
+            "stays": stays, "processes": accelerator.num_processes, "documents": len(store),
+            "rows": sum(map(store.rows, training)), "held_out_rows": sum(map(store.rows, held_out)),
+            "head_coverage": covered, "untrained_agreement": before, "held_out_agreement": after,
+            "held_out_agreement_after_exits": drafting, "went_on_from": _report(args.continue_from)})
         say("held-out agreement, untrained -> trained (after a token that an exit named): "
             + ", ".join(f"{b:.1%} -> {a:.1%} ({d:.1%})" for b, a, d in zip(before, after, drafting)))
     accelerator.end_training()

@@ -258,7 +258,8 @@ difference stands, the model's two best tokens are {apart}):
 def parts(distill: dict, config: dict) -> list[tuple[list[int], dict]]:
     """Reports of the training runs behind an artifact, with the layers that each was for; joined ones have several."""
     if "parts" not in distill:
-        return [(distill["settings"].get("only") or config.get("layers") or distill["settings"]["layers"], distill)]
+        learned = distill["settings"].get("only") or config.get("layers") or distill["settings"]["layers"]
+        return [([layer for layer in learned if layer not in distill.get("stays", ())], distill)]
     found: list[tuple[list[int], dict]] = []
     for part in distill["parts"]:
         report = {k: v for k, v in part.items() if k != "layer"}
