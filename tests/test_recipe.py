@@ -147,6 +147,16 @@ def test_exits_that_are_not_to_learn_stay_as_they_are(recipe, tmp_path):
     assert done.returncode == 1 and "--continue-from" in done.stderr
 
 
+def test_an_exit_that_going_on_made_worse_stays_as_it_was(recipe, tmp_path):
+    run(*distill(recipe, tmp_path), "--continue-from", recipe / "exits", "--width", 32, "--head-size", 256, "--lr", 50)
+    before, after = weights(recipe / "exits"), weights(tmp_path)
+    report = json.loads((tmp_path / "distill.json").read_text())
+    assert report["stays"] == report["settings"]["layers"]
+    assert all(torch.equal(before[name], value) for name, value in after.items() if name.startswith("adapters."))
+    assert report["held_out_agreement"] == pytest.approx(
+        json.loads((recipe / "exits" / "distill.json").read_text())["held_out_agreement"], abs=0.02)
+
+
 def test_two_processes_train_as_one(recipe, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run(*distill(recipe, one), "--own-share", 0)
