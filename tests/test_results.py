@@ -18,7 +18,7 @@ def test_results_carry_their_provenance():
         assert {"command", "commit", "date", "machine", "seed", "versions"} <= set(found), file.name
 
 
-def test_results_are_those_of_the_shipped_exits():
+def test_quality_and_speed_are_those_of_the_shipped_exits():
     shipped = {ExitBank.load(folder).fingerprint() for folder in results.SHIPPED}
-    for name in ("baselines", "benchmark-cpu", "decode", "exits", "lossless-cpu-bfloat16"):
+    for name in ("benchmark-cpu", "decode", "exits"):
         assert results.read(results.RESULTS / f"{name}.json")["exits"] in shipped, f"{name}.json is of other exits"
