@@ -154,7 +154,7 @@ def readme_section() -> str:
     lossless = [read(path) for path in sorted(RESULTS.glob("lossless-*.json"))]
     distill, config, calibration = (read(EXITS / f"{name}.json") for name in ("distill", "config", "calibration"))
     decode, baselines = (read(RESULTS / f"{name}.json") for name in ("decode", "baselines"))
-    exits = [read(path) for path in sorted(RESULTS.glob("exits*.json"))]
+    exits = [read(path) for path in (RESULTS / "exits.json", *sorted(RESULTS.glob("exits-*.json")))]
     return f"""\
 **Speed and quality**, {speed['model']}, {speed['dtype']}, {speed['device']}: {speed['prompts']} prompts
 ({", ".join(f"{n} {kind}" for kind, n in speed['sets'].items())}) of up to {speed['tokens']} new tokens, greedy, all
@@ -189,13 +189,13 @@ and after Platt scaling. Layer 0 is before the first:
 {chr(10).join(source(report) + "  " for report in runs(distill, config))}
 
 **Quality of each exit, teacher-forced.** Top-1 and top-5 count the full model's first choice; perplexity is that of
-the text. The full model reaches {full_perplexities(exits[0])}. A `swiglu` exit reads one
-hidden state; `carry` has the last deep one too, so each text stands twice, with the state that the full model or the
-exit itself left behind:
+the text, where the full model reaches {"; ".join(map(full_perplexities, exits))}.
+A `swiglu` exit reads one hidden state; `carry` has the last deep one too, so each text stands twice, with the state
+that the full model or the exit itself left behind:
 
 {perplexity_table(exits)}
 
-{source(exits[0])}
+{chr(10).join(source(result) + "  " for result in exits)}
 
 **Quality of the cascade, closed loop**, {decode['prompts']} prompts of up to {decode['tokens']} tokens. The
 threshold is that of the first exit; the others' follow from it, higher the less an exit saves:
@@ -228,8 +228,9 @@ every exit:
 
 
 def full_perplexities(exits: dict) -> str:
-    return " and ".join(f"{kinds['after_full']['full_perplexity']:.2f} on {name}"
-                        for name, kinds in exits["texts"].items())
+    """Of the texts that these exits were read on."""
+    return f"(`{exits['adapter']}`) " + " and ".join(f"{kinds['after_full']['full_perplexity']:.2f} on {name}"
+                                                     for name, kinds in exits["texts"].items())
 
 
 def lossless_section(results: list[dict]) -> str:
