@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cascadeexit import DecodeConfig, load
+from cascadeexit.prompts import token_ids
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -43,8 +44,7 @@ def recipe(tmp_path_factory) -> Path:
 def test_a_strangers_model_gets_trained_exits(recipe):
     engine, tokenizer = load(str(recipe / "model"), recipe / "exits")
     assert engine.bank.config.trained and engine.bank.config.adapter == "carry" and engine.num_exits == 4
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True,
-                                        return_dict=True)["input_ids"]
+    ids = token_ids(tokenizer, "hello")
     full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=24)).token_ids
     verified = engine.run(ids, DecodeConfig(mode="verified", max_new_tokens=24))
     assert verified.token_ids == full and any(e.exit == 0 for e in verified.events), "its own exit drafts"

@@ -561,8 +561,8 @@ def main() -> None:
         f"are kept; the exits' heads cover {' / '.join(f'{c:.2%}' for c in covered)} of the held-out choices")
     before = agreement(bank, lambda s, h, said: (h, said), store, held_out, head, accelerator)
     share = training[:args.fit_documents][accelerator.process_index::accelerator.num_processes]
-    inputs = Inputs(bank, store, share, model.norm_weight.to(model.device).float(),     # a model in parts may have it
-                    accelerator.reduce)                                                 # elsewhere
+    final_norm = model.norm_weight.to(model.device).float()         # a model in parts may have it elsewhere
+    inputs = Inputs(bank, store, share, final_norm, accelerator.reduce)
     stays: list[int] = []           # layers whose exits are those of --continue-from in the end, to the bit
     if trained:
         shared = inputs.adopt(bank, trained)
