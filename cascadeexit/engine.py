@@ -292,7 +292,9 @@ class Engine:
             return TokenEvent(position - len(prompt), token, exit, confidences, status, watch.read(), read)
 
         # 1. Prefill: all but the newest token, through every segment, in every mode with the same shapes.
-        said = self.last_said(stairs.prefill(prompt[:-1]))       # the hidden state that named the newest token (1, D)
+        passed = stairs.prefill(prompt[:-1])                     # rows after each segment
+        said = self.last_said(passed)                            # the hidden state that named the newest token (1, D)
+        deep = self.deep(passed, len(prompt) - 2)                # and, for a drafter, what lay below it
         stairs.tokens.append(prompt[-1])
         stairs.weight_bytes = 0
         unasked = (None,) * last
@@ -307,15 +309,16 @@ class Engine:
             if tree:
                 # 2. Verified by its own rule: a tree of drafts that cost next to nothing, then one pass over all of it.
                 longest = min(config.max_draft, end - len(stairs.tokens))
-                drafts = tree.grow(stairs.tokens, said, config.max_draft, longest)
+                drafts = tree.grow(stairs.tokens, said, config.max_draft, longest, deep)
                 confirmed = len(stairs.tokens)
                 stairs.tokens += [draft.token for draft in drafts]
                 stairs.weight_bytes += tree.weight_bytes
                 tree.weight_bytes = 0
                 yield [event(confirmed + d.depth, d.token, d.exit, d.confidences, Status.DRAFT) for d in drafts]
                 parents = [-1, *(d.parent + 1 for d in drafts)]
-                for s in range(last + 1):
-                    rows = stairs.run(s, None if parents == list(range(-1, len(drafts))) else parents)
+                branching = parents != list(range(-1, len(drafts)))
+                passed = [stairs.run(s, parents if branching else None) for s in range(last + 1)]
+                rows = passed[-1]
             else:
                 # 3. Climb: deeper until an exit is sure enough, or to the top.
                 may_exit, before, confidence = not finished and len(drafts) < config.max_draft, None, None
@@ -376,6 +379,7 @@ class Engine:
                 burst.append(event(len(stairs.tokens) - 1, token, last, asked, Status.EMITTED))
             if tree:
                 tree.judged(drafts, path, stairs.tokens[confirmed:])
+                deep = self.deep(passed, at + 1)
             drafts = []
             yield burst
 
@@ -402,6 +406,18 @@ class Engine:
         if not rows:
             return torch.zeros(1, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)
         return self.model.norm(rows[-1][0, -1:])
+
+    def deep(self, passed: list[Tensor], row: int) -> Tensor | None:
+        """One row's states at all exits but the first, of rows after each segment (1, N, D): (1, E D), zeros without.
+
+        None where no drafter reads them.
+        """
+        if self.bank.drafter is None:
+            return None
+        if not passed:
+            return torch.zeros(1, self.bank.drafter.context.in_features, dtype=self.model.dtype,
+                               device=self.model.device)
+        return torch.cat([rows[0, row:row + 1].to(self.model.device) for rows in passed[1:-1]], dim=-1)
 
     def capacity(self, positions: int) -> int:
         """Cache slots for a run: room for the padding of the last pass, rounded up."""

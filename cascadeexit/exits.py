@@ -67,6 +67,8 @@ class ExitConfig:
     draft_size: int = 0
     """The first words of the trimmed head, its most frequent ones, from which trees of drafts are made; 0 = those of
     the first exit, which makes them."""
+    drafter_width: int = 0
+    """Inner width of a `Drafter`; 0 = the exit before the first layer makes the drafts."""
     norm_eps: float = 1e-5
     head_fingerprint: str = ""
     """SHA-256 of the base model's head, or '' when unknown."""
@@ -92,6 +94,8 @@ class ExitConfig:
         if not 0 <= self.draft_size <= self.head_size or self.draft_size % 32 or self.draft_size > self.words(0):
             raise ValueError("draft_size is a multiple of 32 within a trimmed head and the first exit's part of it, "
                              f"{self.words(0) if self.head_size else 0}; got {self.draft_size}")
+        if self.drafter_width and (self.layers[:1] != (0,) or len(self.layers) < 2):
+            raise ValueError(f"a drafter wants an exit before the first layer and one deeper, got {self.layers}")
         if not all(a < b for a, b in zip((-1, *self.layers), (*self.layers, self.num_layers), strict=True)):
             raise ValueError(f"exit layers must ascend within 0..{self.num_layers - 1}, got {self.layers}")
         if self.format != _FORMAT:
@@ -162,6 +166,24 @@ class CarryAdapter(nn.Module):
 
 
 ADAPTERS = {"swiglu": ExitAdapter, "carry": CarryAdapter}
+
+
+class Drafter(nn.Module):
+    """Drafts whole chains from one reading of the deep layers: (..., D) embeddings, (..., D), (..., D) -> (..., D).
+
+    A `carry` adapter before the first layer that also reads a context: what the layers at the other exits made of the
+    newest token that is certain, (..., E D) of E such exits, one for all drafts of a pass. That several depths tell
+    more of the tokens after the next one than the last does is EAGLE-3's finding (Li et al. 2025).
+    """
+
+    def __init__(self, hidden_size: int, width: int, states: int, norm_eps: float):
+        super().__init__()
+        self.adapter = CarryAdapter(hidden_size, width, norm_eps)
+        self.context = nn.Linear(states * hidden_size, hidden_size, bias=False)
+        nn.init.zeros_(self.context.weight)
+
+    def forward(self, h: Tensor, said: Tensor, context: Tensor) -> Tensor:
+        return self.adapter(h, said + context)
 
 
 class ConfidenceHead(nn.Module):
@@ -269,6 +291,9 @@ class ExitBank(nn.Module):
             self.confidence_heads = nn.ModuleList(
                 ConfidenceHead(config.hidden_size, config.confidence_width) if config.confidence == "mlp"
                 else SketchConfidence(config.confidence_width) for _ in config.layers)
+        self.drafter = None
+        if config.drafter_width:
+            self.drafter = Drafter(config.hidden_size, config.drafter_width, len(config.layers) - 1, config.norm_eps)
         self.register_buffer("head_ids", torch.arange(config.head_size) if config.head_size else None)
         self.register_buffer("sketch_ids", torch.arange(config.sketch_size) if config.sketch_size else None)
         self._adapt: list[Callable[[Tensor, Tensor], Tensor]] = list(self.adapters)
@@ -277,7 +302,9 @@ class ExitBank(nn.Module):
                                                          if config.confidence == "mlp"]
         self._embed: Callable[[Sequence[int]], Tensor] | None = None
         self._likeliest: Callable[[Tensor, int, float], tuple[Tensor, Tensor]] | None = None
-        self._drafter: NativeDrafter | None = None
+        self._draft: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._context: Callable[[Tensor], Tensor] | None = None
+        self._native_drafts: NativeDrafter | None = None
         self.calibration: Calibration | None = None         # how far these very exits may be trusted, where measured
         self._places: dict[int, int] = {}                   # of the sketch's words
         self._device = torch.device("cpu")
@@ -313,6 +340,8 @@ class ExitBank(nn.Module):
                         "verified stays lossless, but confidences may be wrong.", c.base_model)
         self.to(model.device).eval().requires_grad_(trainable)
         self.adapters.to(model.dtype)           # the estimators stay in fp32
+        if self.drafter:
+            self.drafter.to(model.dtype)
         # Bound methods, not modules: the head belongs to the base model and must not be saved with the exits.
         weight = model.head_weight.detach()
         head, whole = model.head, c.head_size or c.vocab_size
@@ -329,7 +358,10 @@ class ExitBank(nn.Module):
         sizes, drafts = [c.words(s) for s in range(len(c.layers))], self._draft_words
         heads = {n: first(n) for n in (*sizes, drafts)}
         self._project = [heads[n].forward for n in sizes]
-        self._embed, self._likeliest, self._drafter = model.embed, likeliest(heads[drafts]), None
+        self._embed, self._likeliest, self._native_drafts = model.embed, likeliest(heads[drafts]), None
+        drafter = self.drafter.adapter if self.drafter else self.adapters[0]
+        self._draft = drafter.forward
+        self._context = pack(self.drafter.context.weight.detach()).forward if self.drafter else None
         # Packed by torch, each part is a copy of its own; else they share the memory of the whole.
         held = sum({whole, *heads}) if isinstance(head, PackedLinear) else whole
         self._own_head_bytes = held * self._word_bytes if self.head_ids is not None else 0
@@ -347,16 +379,23 @@ class ExitBank(nn.Module):
             self._own_sketch_bytes = 0 if shared else self._sketch_bytes
             self._confidence = [sketch_confidence(sketch, estimator) for estimator in self.confidence_heads]
         if model.native and not trainable:
-            self._adapt = [NativeAdapter(a.gate.weight, a.down.weight, a.up.weight, a.norm.weight, a.norm.eps,
-                                         a.straight) for a in self.adapters]
+            def native(a: nn.Module, **how) -> NativeAdapter:
+                return NativeAdapter(a.gate.weight, a.down.weight, a.up.weight, a.norm.weight, a.norm.eps, a.straight,
+                                     **how)
+
+            self._adapt = [native(a) for a in self.adapters]
+            # What a drafter says decides nothing but speed.
+            self._draft = native(drafter, eight_bits=True) if self.drafter else self._adapt[0]
             if c.layers[:1] == (0,) and model.embeds_by_head:
                 ids = None if self.head_ids is None else self.head_ids.tolist()
-                self._drafter = NativeDrafter(model.head, self._adapt[0], heads[drafts], ids)
+                self._native_drafts = NativeDrafter(model.head, self._draft, heads[drafts], ids)
         if model.replays and not trainable:
             def replayed(function: Callable) -> Replayed:
                 return Replayed(function, rows=1)
 
             self._adapt, self._confidence = ([replayed(f) for f in part] for part in (self.adapters, self._confidence))
+            self._draft = replayed(drafter) if self.drafter else self._adapt[0]
+            self._context = self._context and replayed(self._context)
             projections = {n: replayed(of.forward) for n, of in heads.items()}
             self._project, self._likeliest = [projections[n] for n in sizes], likeliest(projections[drafts])
         return self
@@ -371,19 +410,28 @@ class ExitBank(nn.Module):
         """Adapted hidden (..., D) of exit s -> logits (..., V), or (..., K) over the first K of `head_ids`."""
         return self._project[s](hidden)
 
-    def drafts(self, tokens: Sequence[int], said: Tensor, k: int,
-               temperature: float) -> list[tuple[Tensor, list[float], list[int]]]:
-        """What the exit before the first layer drafts after each of these tokens.
+    def context(self, deep: Tensor) -> Tensor | None:
+        """What `drafts` may know of the newest certain token: its states at the other exits (1, E D) -> (1, D) in fp32.
+
+        None where the exit before the first layer drafts by itself.
+        """
+        return self._context(deep).float() if self._context else None
+
+    def drafts(self, tokens: Sequence[int], said: Tensor, k: int, temperature: float,
+               context: Tensor | None = None) -> list[tuple[Tensor, list[float], list[int]]]:
+        """What the drafter, or else the exit before the first layer, drafts after each of these tokens.
 
         Args:
             said: the hidden states that named them (N, D).
+            context: where there is a drafter, from `context`.
 
         Returns for each its own hidden state (1, D), and the k likeliest tokens, best first: probabilities at this
         temperature among the words that it drafts from, and token ids.
         """
-        if self._drafter:
-            return self._drafter(tokens, said, k, temperature)
-        hidden = self.hidden(0, self._embed(tokens)[0], said)
+        if self._native_drafts:
+            return self._native_drafts(tokens, said, k, temperature, context)
+        said = said if context is None else (said + context).to(said.dtype)
+        hidden = self._draft(self._embed(tokens)[0], said)
         probs, words = self._likeliest(hidden, k, temperature)
         ids = words if self.head_ids is None else self.head_ids[words]
         return list(zip(hidden[:, None], probs.tolist(), ids.tolist()))
@@ -424,9 +472,16 @@ class ExitBank(nn.Module):
         """Weight bytes that the vocabulary projection of exit s reads."""
         return self.config.words(s) * self._word_bytes
 
-    def draft_bytes(self, s: int) -> int:
-        """Weight bytes read to ask exit s for drafts."""
-        return self.adapter_bytes(s) + self._draft_words * self._word_bytes
+    @property
+    def draft_bytes(self) -> int:
+        """Weight bytes read to ask for drafts once."""
+        adapter = self.drafter.adapter if self.drafter else self.adapters[0]
+        return sum(p.nbytes for p in adapter.parameters()) + self._draft_words * self._word_bytes
+
+    @property
+    def context_bytes(self) -> int:
+        """Weight bytes that `context` reads."""
+        return self.drafter.context.weight.nbytes if self.drafter else 0
 
     @property
     def _draft_words(self) -> int:
@@ -446,11 +501,16 @@ class ExitBank(nn.Module):
         return self._own_head_bytes + self._own_sketch_bytes + sum(p.nbytes for p in self.parameters())
 
     def fingerprint(self) -> str:
-        """SHA-256 over the exits' weights, in fp32, and their parts of the head: tells which exits made a result."""
-        digest = hashlib.sha256(repr(self.config.head_sizes).encode() if self.config.head_sizes else b"")
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """SHA-256 over the exits' weights, in fp32, and their parts of the head: tells which exits made a result.
+
+        A drafter is not one of them: what they say, and how sure they are, is the same with any.
+        """
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("drafter.")}
+        return _digest(state, repr(self.config.head_sizes) if self.config.head_sizes else "")
+
+    def drafter_fingerprint(self) -> str | None:
+        """The same of the drafter, on which the speed of `verified` depends; None where there is none."""
+        return _digest(self.drafter.state_dict()) if self.drafter else None
 
     # -- artifact -------------------------------------------------------------------------------------------------
 
@@ -482,6 +542,14 @@ class ExitBank(nn.Module):
                         "training.calibrate", folder)
             bank.calibration = None
         return bank
+
+
+def _digest(state: dict[str, Tensor], begin: str = "") -> str:
+    """SHA-256 over named tensors in fp32, its first 16 digits."""
+    digest = hashlib.sha256(begin.encode())
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_config(folder: str | Path) -> ExitConfig:

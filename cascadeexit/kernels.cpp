@@ -203,6 +203,7 @@ struct Exit {                       // an adapter: norm(straight x + up(silu(gat
     Matrix straight, gate_down, up; // straight.weight may be null; gate_down: blocks of gate and down in turn
     const float* norm;
     float eps;
+    const float* reach;             // what x is multiplied by before straight and gate_down read it; may be null
 };
 
 struct Estimator {                  // sigmoid(outer . silu(inner x + inner_bias) + outer_bias)
@@ -225,6 +226,14 @@ inline int pairs(const Matrix& m) { return (m.in + 1) / 2; }
 template <class Pair = uint32_t>
 inline const Pair* block(const Matrix& m, int b) { return (const Pair*)m.weight + size_t(b) * pairs(m) * BLOCK; }
 
+// A block of outputs for a tile of rows: x holds pairs of bf16, a row every `stride` pairs.
+inline void dot_block(const Matrix& m, int b, int tile, const uint32_t* x, size_t stride, float (*out)[BLOCK]) {
+    if (!m.scale) return dot_rows<BLOCK>(tile, block(m, b), x, stride, pairs(m), out);
+    dot_rows<BLOCK>(tile, block<uint16_t>(m, b), x, stride, pairs(m), out);
+    for (int i = 0; i < tile; i++)
+        for (int j = 0; j < BLOCK; j++) out[i][j] *= m.scale[b * BLOCK + j];
+}
+
 // x (rows, in) times the matrix: done(row, first output, 32 sums) for each block of this thread's share.
 template <class Done>
 inline void multiply(const Team& team, const Matrix& m, const bf16* x, size_t stride, int rows, Done done) {
@@ -232,13 +241,7 @@ inline void multiply(const Team& team, const Matrix& m, const bf16* x, size_t st
     for (int b = team.from(blocks(m)); b < team.to(blocks(m)); b++)
         for (int r = 0; r < rows; r += MAX_TILE) {
             int tile = rows - r < MAX_TILE ? rows - r : MAX_TILE;
-            const uint32_t* from = (const uint32_t*)(x + r * stride);
-            if (!m.scale) dot_rows<BLOCK>(tile, block(m, b), from, stride / 2, pairs(m), out);
-            else {
-                dot_rows<BLOCK>(tile, block<uint16_t>(m, b), from, stride / 2, pairs(m), out);
-                for (int i = 0; i < tile; i++)
-                    for (int j = 0; j < BLOCK; j++) out[i][j] *= m.scale[b * BLOCK + j];
-            }
+            dot_block(m, b, tile, (const uint32_t*)(x + r * stride), stride / 2, out);
             for (int i = 0; i < tile; i++) done(r + i, b * BLOCK, out[i]);
         }
 }
@@ -250,8 +253,8 @@ inline void gated(const Team& team, const Matrix& both, const bf16* x, int rows,
         for (int r = 0; r < rows; r += MAX_TILE) {
             int tile = rows - r < MAX_TILE ? rows - r : MAX_TILE, width = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
             const uint32_t* from = (const uint32_t*)(x + size_t(r) * both.in);
-            dot_rows<BLOCK>(tile, block(both, 2 * b), from, both.in / 2, pairs(both), gate);
-            dot_rows<BLOCK>(tile, block(both, 2 * b + 1), from, both.in / 2, pairs(both), other);
+            dot_block(both, 2 * b, tile, from, both.in / 2, gate);
+            dot_block(both, 2 * b + 1, tile, from, both.in / 2, other);
             for (int t = 0; t < tile; t++)
                 for (int j = 0; j < width; j++)
                     out[size_t(r + t) * n + b * BLOCK + j] = narrow(silu(gate[t][j]) * other[t][j]);
@@ -716,6 +719,8 @@ void ce_exit(const Exit* exit, const bf16* h, const bf16* said, bf16* out, int32
         std::memcpy(x + size_t(r) * in, h + size_t(r) * D, 2 * size_t(D));
         if (said) std::memcpy(x + size_t(r) * in + D, said + size_t(r) * D, 2 * size_t(D));
         for (int j = 0; j < D; j++) sum[size_t(r) * D + j] = widen(h[size_t(r) * D + j]);
+        bf16* row = x + size_t(r) * in;
+        for (int j = 0; exit->reach && j < in; j++) row[j] = narrow(widen(row[j]) * exit->reach[j]);
     }
     Barrier barrier;
 #pragma omp parallel num_threads(threads)
@@ -779,14 +784,18 @@ void ce_likeliest(const Matrix* m, const bf16* x, float temperature, int32_t k, 
     }
 }
 
-// What an exit before the first layer drafts after tokens (rows), rows of `embedding`, with what is carried to them: its own
-// rows `hidden` (rows, D), and the k likeliest of the outputs of `words`, as from ce_likeliest.
+// What is drafted before the first layer after tokens (rows), rows of `embedding`, with what is carried to them (rows, D) and
+// a context (D) that is added to it, or null: rows `hidden` (rows, D), and the k likeliest of the outputs of `words`, as from
+// ce_likeliest.
 void ce_draft(const Matrix* embedding, const Exit* exit, const Matrix* words, const int64_t* tokens, const bf16* said,
-              bf16* hidden, float temperature, int32_t k, int32_t* numbers, float* probs, int32_t rows, int32_t threads) {
-    static thread_local Scratch<bf16> b_h;
-    bf16* h = b_h.get(size_t(rows) * embedding->in);
+              const float* context, bf16* hidden, float temperature, int32_t k, int32_t* numbers, float* probs, int32_t rows,
+              int32_t threads) {
+    static thread_local Scratch<bf16> b_h, b_said;
+    const int D = embedding->in;
+    bf16 *h = b_h.get(size_t(rows) * D), *both = b_said.get(size_t(rows) * D);
     ce_rows(embedding, tokens, rows, h);
-    ce_exit(exit, h, said, hidden, rows, threads);
+    for (size_t i = 0; context && i < size_t(rows) * D; i++) both[i] = narrow(widen(said[i]) + context[i % D]);
+    ce_exit(exit, h, context ? both : said, hidden, rows, threads);
     ce_likeliest(words, hidden, temperature, k, numbers, probs, rows, threads);
 }
 

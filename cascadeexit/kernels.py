@@ -51,7 +51,8 @@ class _Stack(ctypes.Structure):
 
 
 class _Exit(ctypes.Structure):
-    _fields_ = [("straight", _Matrix), ("gate_down", _Matrix), ("up", _Matrix), ("norm", c_void_p), ("eps", c_float)]
+    _fields_ = [("straight", _Matrix), ("gate_down", _Matrix), ("up", _Matrix), ("norm", c_void_p), ("eps", c_float),
+                ("reach", c_void_p)]
 
 
 class _Estimator(ctypes.Structure):
@@ -119,7 +120,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_exit.argtypes = [POINTER(_Exit), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_norm.argtypes = [c_void_p, c_float, c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_likeliest.argtypes = [POINTER(_Matrix), c_void_p, c_float, c_int32, c_void_p, c_void_p, c_int32, c_int32]
-    lib.ce_draft.argtypes = [POINTER(_Matrix), POINTER(_Exit), POINTER(_Matrix), *[c_void_p] * 3, c_float, c_int32,
+    lib.ce_draft.argtypes = [POINTER(_Matrix), POINTER(_Exit), POINTER(_Matrix), *[c_void_p] * 4, c_float, c_int32,
                              c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_softmax_facts.argtypes = [POINTER(_Matrix), *[c_void_p] * 4, c_int32, c_int32]
     lib.ce_confidence.argtypes = [POINTER(_Matrix), POINTER(_Estimator), *[c_void_p] * 4, c_int32, c_int32]
@@ -344,19 +345,47 @@ def _ints(values: Sequence[int] | None):
     return None if values is None else (c_int32 * len(values))(*values)
 
 
+def _adapter_in_8_bits(gate: Tensor, down: Tensor, up: Tensor, straight: Tensor | None):
+    """A store with an adapter's weights, its matrices as in `_Exit`, and the reach of its inputs (I,).
+
+    Weights of strong inputs are small, and rounding would lose them: so columns are brought to one size first, by
+    powers of 2, and the inputs by their inverse; what `up` reads, by the outputs of `down`.
+    """
+    def size_of_columns(weight: Tensor) -> Tensor:
+        return weight.square().mean(0).clamp(min=1e-30).sqrt().log2().round().exp2()
+
+    gate, down, up = gate.detach().float(), down.detach().float(), up.detach().float()
+    whole = [] if straight is None else [straight.detach().float()]
+    reach, inner = size_of_columns(torch.cat([*whole, gate, down])), size_of_columns(up)
+    first = [_in_8_bits(weight / reach) for weight in (*whole, gate, down * inner[:, None])]
+    (gates, gate_scale), (downs, down_scale) = first[-2:]
+    both = torch.stack([gates, downs], 1).flatten(0, 1)                         # block by block in turn
+    both_scale = torch.stack([gate_scale.view(-1, _BLOCK), down_scale.view(-1, _BLOCK)], 1).flatten()
+    ups, up_scale = _in_8_bits(up / inner)
+    store = _Store([], [*(packed for packed, _ in first[:-2]), both, ups])
+    matrix = store.matrix_in_8_bits
+    linear = matrix(*first[0], len(whole[0])) if whole else _Matrix()
+    return store, linear, matrix(both, both_scale, len(both_scale)), matrix(ups, up_scale, len(up)), reach
+
+
 class NativeAdapter:
     """An exit's adapter: rows (N, D), and what is carried to them (N, D) or None -> (N, D).
 
     Args:
         gate, down, up, norm: its weights; straight: that of its linear part, None where that is the identity.
+        eight_bits: round weights to 8 bits, for results that need not be those of the bf16 weights.
     """
 
-    def __init__(self, gate: Tensor, down: Tensor, up: Tensor, norm: Tensor, eps: float, straight: Tensor | None):
-        self._store = _Store([(gate, down, up, *([] if straight is None else [straight]))])
-        matrix = self._store.matrix
-        self._exit = _Exit(_Matrix() if straight is None else matrix(straight), matrix(gate, down), matrix(up),
-                           self._store.floats(norm), eps)
+    def __init__(self, gate: Tensor, down: Tensor, up: Tensor, norm: Tensor, eps: float, straight: Tensor | None, *,
+                 eight_bits: bool = False):
         self.carries = straight is not None
+        if eight_bits and up.shape[1] % 2 == 0:
+            self._store, *parts, reach = _adapter_in_8_bits(gate, down, up, straight)
+        else:
+            self._store, reach = _Store([(gate, down, up, *([straight] if self.carries else []))]), None
+            matrix = self._store.matrix
+            parts = matrix(straight) if self.carries else _Matrix(), matrix(gate, down), matrix(up)
+        self._exit = _Exit(*parts, self._store.floats(norm), eps, self._store.floats(reach))
 
     def __call__(self, h: Tensor, said: Tensor) -> Tensor:
         h, said = _bf16(h), _bf16(said) if self.carries else None
@@ -367,7 +396,7 @@ class NativeAdapter:
 
 
 class NativeDrafter:
-    """The exit before the first layer as a whole: from tokens to what it drafts after them, in one call.
+    """A drafter, or the exit before the first layer, as a whole: from tokens to what is drafted after, in one call.
 
     Args:
         embedding: of all tokens; words: those that may be drafted, whose token ids are `ids`, None = their numbers.
@@ -377,14 +406,15 @@ class NativeDrafter:
         self._embedding, self._adapter, self._words, self._ids = embedding, adapter, words, ids
         self._matrices = byref(embedding._matrix), byref(adapter._exit), byref(words._matrix)
 
-    def __call__(self, tokens: Sequence[int], said: Tensor, k: int, temperature: float):
+    def __call__(self, tokens: Sequence[int], said: Tensor, k: int, temperature: float, context: Tensor | None = None):
         """As `ExitBank.drafts`."""
         n, k = len(tokens), min(k, self._words.shape[0])
         said = _bf16(said) if self._adapter.carries else None
         hidden = torch.empty(n, self._embedding.shape[1], dtype=torch.bfloat16)
         numbers, probs = (c_int32 * (n * k))(), (c_float * (n * k))()
         library().ce_draft(*self._matrices, (c_int64 * n)(*tokens), None if said is None else said.data_ptr(),
-                           hidden.data_ptr(), temperature, k, numbers, probs, n, torch.get_num_threads())
+                           None if context is None else context.data_ptr(), hidden.data_ptr(), temperature, k, numbers,
+                           probs, n, torch.get_num_threads())
         ids = numbers[:] if self._ids is None else [self._ids[number] for number in numbers]
         return [(hidden[i:i + 1], probs[i * k:i * k + k], ids[i * k:i * k + k]) for i in range(n)]
 

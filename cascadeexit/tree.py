@@ -1,10 +1,10 @@
 """DraftTree: what may come next, as a tree of drafts that one pass of the full model judges.
 
-Drafts come from two sources that cost next to nothing: the exit before the first layer, which reads a token's embedding
-and the state that named it, and `Lookup`, which copies. Both are often unsure which of a few tokens is right, and a
-place in the text may have several drafts: the pass reads its weights once for all of them (SpecInfer: Miao et al.
-2023). A draft is taken in while the tokens it promises are worth its row of the pass; how often such promises were kept
-so far in this text says how much to believe of the next.
+Drafts come from two sources that cost next to nothing: the drafter, or else the exit before the first layer, which
+reads a token's embedding and the state that named it, and `Lookup`, which copies. Both are often unsure which of a few
+tokens is right, and a place in the text may have several drafts: the pass reads its weights once for all of them
+(SpecInfer: Miao et al. 2023). A draft is taken in while the tokens it promises are worth its row of the pass; how often
+such promises were kept so far in this text says how much to believe of the next.
 """
 
 from collections.abc import Sequence
@@ -67,21 +67,24 @@ class DraftTree:
         self._model, self._bank, self._lookup = model, bank, Lookup(prompt)
         self._temperature = temperature or 1.0
         self._has_exit = model.exit_layers[:1] == (0,)
-        self._ask_bytes = bank.draft_bytes(0) if self._has_exit else 0
+        self._ask_bytes = bank.draft_bytes if self._has_exit else 0
         full = sum(model.segment_bytes) + model.head_bytes
         self._ask_cost = _READ_COST * self._ask_bytes / full
         self._kept: list[float] = []                # right drafts at each depth, and how many were promised
         self._promised: list[float] = []
         self.weight_bytes = 0                       # read by drafting since somebody set it to 0
 
-    def grow(self, text: Sequence[int], said: Tensor, limit: int, longest: int) -> list[Draft]:
+    def grow(self, text: Sequence[int], said: Tensor, limit: int, longest: int,
+             deep: Tensor | None = None) -> list[Draft]:
         """Drafts of what follows this text, parents first, the likeliest path before its siblings.
 
         Args:
             said: the state that named the newest token (1, D).
             limit: the most drafts; longest: the most of them on one path.
+            deep: for a drafter, the states that led to `said`, after all exits but the first (1, E D).
         """
         spent = expected = 1.0                      # passes, and the tokens that they bring: speed is their ratio
+        context: Tensor | None = None
         level, kept = [_Node(1.0, text[-1], None, said, -1, COPIED)], []
         for depth in range(longest):
             needed = _row_cost(1 + len(kept)) * expected / spent    # of survival: below it, a row costs too much
@@ -91,7 +94,10 @@ class DraftTree:
             hope = _HOPE * sum(level[i].survival for i in asked)
             opinions = {}
             if asked and self._has_exit and hope > self._ask_cost * expected / spent:
-                opinions = dict(zip(asked, self._ask([level[i] for i in asked])))
+                if context is None and deep is not None:
+                    context = self._bank.context(deep)
+                    self.weight_bytes += self._bank.context_bytes
+                opinions = dict(zip(asked, self._ask([level[i] for i in asked], context)))
                 spent += self._ask_cost
             candidates = [child for i, (node, guess) in enumerate(zip(level, guesses))
                           for child in self._children(node, depth, guess, opinions.get(i))]
@@ -126,11 +132,11 @@ class DraftTree:
                     self._lookup.judged(drafts[i].matched, i == right)
         self._lookup.extend(confirmed)
 
-    def _ask(self, nodes: Sequence[_Node]) -> list[tuple[Tensor, list[float], list[int]]]:
+    def _ask(self, nodes: Sequence[_Node], context: Tensor | None) -> list[tuple[Tensor, list[float], list[int]]]:
         """Of each node: the exit's state (1, D), and the likeliest tokens with their probabilities."""
         self.weight_bytes += self._ask_bytes
         return self._bank.drafts([node.token for node in nodes], torch.cat([node.said for node in nodes]), _BRANCHES,
-                                 self._temperature)
+                                 self._temperature, context)
 
     def _children(self, node: _Node, depth: int, guess: Guess | None, opinion) -> list[_Node]:
         """What may follow a node. A copy and a draft of the exit for the same token are one draft."""

@@ -38,6 +38,8 @@ def tiny_engine(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype 
         for name, weight in adapter.named_parameters():
             if name in ("up.weight", "linear.weight"):
                 weight.data.normal_(std=0.1)
+    for weight in bank.drafter.parameters() if bank.drafter else ():
+        weight.data.normal_(std=0.3)
     for head in bank.confidence_heads:
         if bank.config.confidence == "mlp":
             head.outer.weight.data.normal_(std=2.0)

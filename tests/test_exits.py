@@ -72,16 +72,17 @@ def test_a_sketch_of_the_whole_vocabulary_knows_the_exits_probabilities():
 
 @pytest.mark.parametrize("shape", [{}, {"head_size": 20}, {"head_size": 90, "head_sizes": (32, 64, 90)},
                                    {"adapter": "carry"},
-                                   {"adapter": "carry", "confidence": "sketch", "sketch_size": 30}],
-                         ids=["whole-head", "trimmed-head", "heads-of-their-own", "carry", "sketch"])
+                                   {"adapter": "carry", "confidence": "sketch", "sketch_size": 30},
+                                   {"adapter": "carry", "layers": (0, 2, 5), "drafter_width": 8}],
+                         ids=["whole-head", "trimmed-head", "heads-of-their-own", "carry", "sketch", "drafter"])
 def test_saved_exits_decode_the_same_when_loaded(tmp_path, shape):
     engine = tiny_engine(**shape)
     engine.bank.save(tmp_path)
-    again = Engine(segmented(), ExitBank.load(tmp_path))
-    config = DecodeConfig(mode="cascade", max_new_tokens=30, thresholds=0.4)
-    a, b = engine.run([5, 6, 7], config), again.run([5, 6, 7], config)
-    assert a.token_ids == b.token_ids
-    assert [e.confidences for e in a.events] == [e.confidences for e in b.events]
+    again = Engine(SegmentedModel(tiny_base(), engine.model.exit_layers), ExitBank.load(tmp_path))
+    for config in (DecodeConfig(mode="cascade", max_new_tokens=30, thresholds=0.4),
+                   DecodeConfig(mode="verified", max_new_tokens=30)):
+        a, b = engine.run([5, 6, 7], config), again.run([5, 6, 7], config)
+        assert [(e.token_id, e.confidences) for e in a.events] == [(e.token_id, e.confidences) for e in b.events]
     assert {f.name for f in tmp_path.iterdir()} == {"config.json", "exits.safetensors"}
     assert engine.bank.fingerprint() == again.bank.fingerprint()
 

@@ -6,7 +6,8 @@ from conftest import SHAPE
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from cascadeexit import kernels
-from cascadeexit.exits import ExitBank, SketchConfidence, likeliest, sketch_confidence, softmax_facts
+from cascadeexit.exits import ADAPTERS, ExitBank, SketchConfidence, likeliest, sketch_confidence, softmax_facts
+from cascadeexit.kernels import NativeAdapter
 from cascadeexit.linear import pack
 from cascadeexit.model import SegmentedModel
 
@@ -277,10 +278,44 @@ def test_drafts_in_one_call_are_those_of_the_parts(adapter, shape):
         weight.data += 0.1 * torch.randn_like(weight)
     bank.attach(model)
     tokens, said = [7, 3, 60], torch.randn(3, 96, dtype=torch.bfloat16)
-    assert bank._drafter is not None
+    assert bank._native_drafts is not None
     with torch.inference_mode():
         ours = bank.drafts(tokens, said, 4, 0.7)
-        bank._drafter = None
+        bank._native_drafts = None
         parts = bank.drafts(tokens, said, 4, 0.7)
     for (hidden, probs, ids), (hidden2, probs2, ids2) in zip(ours, parts, strict=True):
         assert torch.equal(hidden, hidden2) and (probs, ids) == (probs2, ids2)
+
+
+def test_a_drafter_in_8_bits_drafts_nearly_what_it_says():
+    model = SegmentedModel(base_of("llama-tied"), (0, 2, 3))
+    bank = ExitBank.untrained(model, adapter="carry", width=8, drafter_width=8)
+    for weight in bank.drafter.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    bank.attach(model)
+    tokens, said = [7, 3, 60], torch.randn(3, 96, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        context = bank.context(torch.randn(1, 192).bfloat16())
+        ours, alone = (bank.drafts(tokens, said, 4, 0.7, told) for told in (context, None))
+        exact = bank.drafter(model.embed(tokens)[0], said, context.bfloat16()).float()
+        bank._native_drafts = None
+        parts = bank.drafts(tokens, said, 4, 0.7, context)
+    for (hidden, probs, ids), (hidden2, probs2, ids2), right in zip(ours, parts, exact, strict=True):
+        assert torch.equal(hidden, hidden2) and (probs, ids) == (probs2, ids2)
+        assert (hidden[0].float() - right).norm() < 0.05 * right.norm()
+    assert (alone[0][0][0].float() - exact[0]).norm() > 0.2 * exact[0].norm(), "its context says nothing"
+
+
+def test_columns_of_any_size_keep_their_weights_in_8_bits(adapter):
+    """Rounded as they are, the small weights of strong inputs would be gone."""
+    torch.manual_seed(2)
+    size = torch.logspace(-3, 3, 64)[torch.randperm(64)]
+    layer = ADAPTERS[adapter](64, 32, 1e-5)
+    layer.up.weight.data.normal_(std=0.1)
+    for part in (layer.gate, layer.down, *([layer.linear] if adapter == "carry" else [])):
+        part.weight.data[:, :64].div_(size)
+    h, said = (torch.randn(5, 64) * size).bfloat16(), torch.randn(5, 64).bfloat16()
+    ours = NativeAdapter(layer.gate.weight, layer.down.weight, layer.up.weight, layer.norm.weight, 1e-5, layer.straight,
+                         eight_bits=True)(h, said)
+    exact = layer(h.float(), said.float())
+    assert (ours.float() - exact).norm() < 0.05 * exact.norm()

@@ -30,6 +30,17 @@ def run(*args: object, launch: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
+def kill_once(file: Path, *args: object) -> None:
+    """Run a command until this file is there and not empty, no longer."""
+    process = subprocess.Popen(command(*args), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (file.exists() and file.stat().st_size) and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     """The folder that `SMOKE=1 training/run.sh` leaves behind."""
@@ -48,8 +59,9 @@ def test_a_strangers_model_gets_trained_exits(recipe):
     full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=24)).token_ids
     verified = engine.run(ids, DecodeConfig(mode="verified", max_new_tokens=24))
     assert verified.token_ids == full and any(e.exit == 0 for e in verified.events), "its own exit drafts"
-    assert engine.bank.calibration.prompts == 4
-    for name in ("config.json", "distill.json", "confidence.json", "evaluation.json", "loss.html", "reliability.html"):
+    assert engine.bank.calibration.prompts == 4 and engine.bank.drafter
+    for name in ("config.json", "distill.json", "drafter.json", "confidence.json", "evaluation.json", "loss.html",
+                 "reliability.html"):
         assert (recipe / "exits" / name).exists(), name
 
 
@@ -70,6 +82,23 @@ def test_training_brings_exits_nearer_to_the_full_model(recipe):
     assert sum(gains) / len(gains) > 0.02 and min(gains) > -0.01
 
 
+def test_a_drafter_learns_and_goes_on_after_a_kill(recipe, tmp_path):
+    report = json.loads((recipe / "exits" / "drafter.json").read_text())
+    before, after = report["held_out_agreement_before"], report["held_out_agreement"]
+    assert len(after) == 4 and sum(after) > sum(before), "over all places of a chain; there are few held-out tokens"
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    args = ("training.drafter", "--model", recipe / "model", "--exits", recipe / "exits", "--data",
+            recipe / "data/policy", "--batch", 256, "--tail", 32, "--save-every", 4, "--mixed-precision", "no")
+    run(*args, "--out", whole)
+    kill_once(torn / "drafter/checkpoint.pt", *args, "--out", torn)
+    assert not (torn / "exits.safetensors").exists(), "killed too late to show anything"
+    run(*args, "--out", torn, launch=("torch.distributed.run", "--nproc-per-node", "1", "-m"))
+    ours, theirs, exits = weights(whole), weights(torn), weights(recipe / "exits")
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-5)
+        assert torch.equal(ours[name], exits[name]) or name.startswith("drafter."), "exits stay as they are"
+
+
 def distill(recipe: Path, out: Path) -> tuple[object, ...]:
     return ("training.distill", "--model", recipe / "model", "--data", recipe / "data/policy", "--out", out,
             "--features", recipe / "exits/features", "--epochs", 2, "--batch", 512, "--width", 16, "--head-size", 128,
@@ -88,13 +117,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_killed_training_ends_as_an_uninterrupted_one(recipe, tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     run(*distill(recipe, whole))
-    process = subprocess.Popen(command(*distill(recipe, torn)), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (torn / "checkpoint.pt").exists() and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_once(torn / "checkpoint.pt", *distill(recipe, torn))
     assert not (torn / "exits.safetensors").exists(), "killed too late to show anything"
     run(*distill(recipe, torn))
     ours, theirs = weights(whole), weights(torn)
@@ -112,13 +135,8 @@ def test_a_killed_calibration_ends_as_an_uninterrupted_one(recipe, tmp_path):
             shutil.copy(recipe / "exits" / name, folder)
     args = ("--model", recipe / "model", "--data", recipe / "data/policy", "--prompts", 6, "--tokens", 40)
     run("training.calibrate", "--exits", whole, *args)
-    process = subprocess.Popen(command("training.calibrate", "--exits", torn, *args), cwd=ROOT, env=ENVIRONMENT,
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    partial, deadline = torn / "calibration.partial.jsonl", time.time() + 120
-    while not (partial.exists() and partial.stat().st_size) and time.time() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    partial = torn / "calibration.partial.jsonl"
+    kill_once(partial, "training.calibrate", "--exits", torn, *args)
     assert not (torn / "calibration.json").exists(), "killed too late to show anything"
     partial.write_text(partial.read_text() + '{"torn')
     run("training.calibrate", "--exits", torn, *args)
@@ -152,6 +170,7 @@ def test_exits_that_are_not_to_learn_stay_as_they_are(recipe, tmp_path):
 def test_an_exit_that_going_on_made_worse_stays_as_it_was(recipe, tmp_path):
     run(*distill(recipe, tmp_path), "--continue-from", recipe / "exits", "--width", 32, "--head-size", 256, "--lr", 50)
     before, after = weights(recipe / "exits"), weights(tmp_path)
+    assert torch.equal(before["drafter.context.weight"], after["drafter.context.weight"])
     report = json.loads((tmp_path / "distill.json").read_text())
     assert report["stays"] == report["settings"]["layers"]
     assert all(torch.equal(before[name], value) for name, value in after.items() if name.startswith("adapters."))
@@ -193,12 +212,7 @@ def test_exits_whose_estimators_are_still_to_come_say_how_sure_their_head_is(rec
 def test_writing_goes_on_after_a_kill_with_the_same_text(recipe, tmp_path):
     args = ("training.data", "policy", "--model", recipe / "model", "--tokens", 9000, "--batch", 32, "--steps", 96)
     run(*args, "--out", tmp_path / "whole")
-    process = subprocess.Popen(command(*args, "--out", tmp_path / "torn"), cwd=ROOT, env=ENVIRONMENT,
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "torn" / "shard-00000.safetensors").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_once(tmp_path / "torn" / "shard-00000.safetensors", *args, "--out", tmp_path / "torn")
     run(*args, "--out", tmp_path / "torn")
     files = sorted(p.name for p in (tmp_path / "whole").glob("shard-*.safetensors"))
     assert len(files) == 3

@@ -386,6 +386,7 @@ def test_provenance_keeps_this_machines_paths_to_itself(argument, shown, monkeyp
     ("data policy --model {empty} --out {empty}", "config.json"),
     ("distill --preset smollm2-135m-instruct --data {empty} --out {empty}", "no shard-*.safetensors"),
     ("confidence --exits {empty} --data {empty}", "no config.json"),
+    ("drafter --exits assets/exits/smollm2-135m-instruct-swiglu --data {empty} --out {empty}", "from a 'carry' exit"),
     ("join {empty} --out {empty}", "no config.json"),
     ("baselines --exits {empty} --out {empty}/b.json", "config.json and exits.safetensors missing"),
 ])

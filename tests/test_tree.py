@@ -32,7 +32,7 @@ def eager_engine():
     """
     engine = tiny_engine("qwen3", dtype=torch.bfloat16, adapter="carry", layers=(0, 3))
     drafts = engine.bank.drafts
-    engine.bank.drafts = lambda tokens, said, k, temperature: drafts(tokens, said, k, temperature / 3)
+    engine.bank.drafts = lambda tokens, said, k, temperature, context: drafts(tokens, said, k, temperature / 3, context)
     return engine
 
 

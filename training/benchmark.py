@@ -344,7 +344,8 @@ def compare(args) -> dict:
     cache = engine.model.new_cache(engine.capacity(max(map(len, prompts)) + args.tokens)).keys.nbytes * 2
     result = {"provenance": provenance(0), "model": engine.model.name, "dtype": args.dtype, "device": str(device),
               "native_kernels": engine.model.native, "exits": engine.bank.fingerprint(),
-              "trained_exits": engine.bank.config.trained, "prompts": len(prompts),
+              "drafter": engine.bank.drafter_fingerprint(), "trained_exits": engine.bank.config.trained,
+              "prompts": len(prompts),
               "sets": {kind: kinds.count(kind) for kind in sorted(set(kinds))}, "tokens": args.tokens,
               "cascade_thresholds": args.cascade_thresholds, "max_draft": args.max_draft, "weight_bytes": weights,
               "read_bandwidth": bandwidth, "kernel_seconds": compiled - started, "load_seconds": loaded - compiled,

@@ -3,7 +3,8 @@
     python -m training.join runs/deep runs/shallow --out runs/all
 
 Each layer's exit comes from the first folder that has one, the trimmed head from the first folder. All must be made for
-the same model with adapters of one shape. Estimators are left behind: fit them for the whole with training.confidence.
+the same model with adapters of one shape. Estimators are left behind: fit them for the whole with training.confidence;
+and so is a drafter: train one for these layers with training.drafter.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def join(banks: list[ExitBank]) -> ExitBank:
     sizes = tuple(min(-(-words[layer] // 32) * 32, first.head_size) for layer in sorted(words))
     sizes = sizes if first.head_size and len(set(sizes)) > 1 else ()
     config = dataclasses.replace(first, head_sizes=sizes, layers=tuple(sorted(adapters)), confidence="softmax",
-                                 sketch_size=0, trained=False)
+                                 sketch_size=0, trained=False, drafter_width=0)
     whole = ExitBank(config).to(banks[0].adapters[0].norm.weight.dtype)
     for into, layer in zip(whole.adapters, config.layers):
         into.load_state_dict(adapters[layer].state_dict())

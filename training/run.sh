@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole recipe: text that the model writes itself, adapters, estimators, evaluation, calibration. Ends with exits
+# The whole recipe: text that the model writes itself, adapters, drafter, estimators, evaluation, calibration. Ends with exits
 # that the page can load. Interrupted anywhere, the same command goes on.
 #
 #   MODEL=./my-llama OUT=runs/my-llama training/run.sh
@@ -12,7 +12,7 @@
 #   PROMPTS   JSONL files, rows {"prompt": ...}, spaces between: user turns for it to answer
 #   TEXTS     text files, spaces between: passages for it to go on with, and plain text to learn from
 #   PROCESSES how many processes or GPUs train                 1
-#   DISTILL, CONFIDENCE   more options for these steps
+#   DISTILL, DRAFTER, CONFIDENCE   more options for these steps
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,6 +23,7 @@ TOKENS=${TOKENS:-2000000}
 read -ra prompts <<< "${PROMPTS:-}"
 read -ra texts <<< "${TEXTS:-}"
 read -ra distill <<< "${DISTILL:-}"
+read -ra drafter <<< "${DRAFTER:-}"
 read -ra confidence <<< "${CONFIDENCE:-}"
 policy=(--tokens "$TOKENS")
 evaluate=(--tokens 100000)
@@ -35,6 +36,7 @@ if [[ ${SMOKE:-} ]]; then
   texts=(README.md)
   policy=(--tokens 24000 --batch 32 --steps 96)
   distill=(--epochs 1 --batch 512 --width 32 --head-size 256 --train-words 128 --tail 64 --save-every 20)
+  drafter=(--epochs 1 --batch 512 --tail 64 --save-every 20)
   confidence=(--epochs 1 --calibration-epochs 2 --width 16)
   calibrate=(--prompts 4 --tokens 8 --thresholds 0.9 0.5)
 fi
@@ -58,14 +60,20 @@ fi
 "${launch[@]}" -m training.distill --model "$MODEL" --data "${data[@]}" --out "$OUT/exits" \
   ${EXITS:+--exits "$EXITS"} "${distill[@]}"
 
-say "3. confidence estimators"
+# A drafter goes on from a `carry` exit before the first layer; without one, `verified` drafts by copying alone.
+if [[ ${EXITS:-0,} == 0,* && "${distill[*]}" != *swiglu* && "${distill[*]}" != *published* ]]; then
+  say "3. drafter"
+  "${launch[@]}" -m training.drafter --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${drafter[@]}"
+fi
+
+say "4. confidence estimators"
 $python -m training.confidence --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${confidence[@]}"
 
-say "4. evaluation"
+say "5. evaluation"
 $python -m training.evaluate exits --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${evaluate[@]}" \
   --out "$OUT/exits/evaluation.json"
 
-say "5. calibration of the quality dial"
+say "6. calibration of the quality dial"
 $python -m training.calibrate --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${calibrate[@]}"
 
 say "done: python app.py --model $MODEL --exits $OUT/exits"

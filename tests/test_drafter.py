@@ -1,0 +1,97 @@
+"""A drafter makes drafts and nothing else: the text stays full's, the exits theirs, and it is trained as it runs."""
+
+import pytest
+import torch
+from conftest import tiny_base, tiny_engine
+
+from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.exits import ExitBank
+from cascadeexit.model import SegmentedModel
+from training.documents import Document
+from training.drafter import Rows, Whitened
+from training.features import FeatureStore
+
+PROMPTS = ([5], [5, 6, 7], [9, 3] * 12)
+SHAPE = dict(adapter="carry", layers=(0, 2, 4), drafter_width=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_verified_equals_full_whatever_the_drafter_says(family, dtype):
+    engine = tiny_engine(family, dtype=dtype, **SHAPE)
+    for prompt in PROMPTS:
+        full = engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=60)).token_ids
+        for max_draft in (1, 4, 16):
+            run = engine.run(prompt, DecodeConfig(mode="verified", max_new_tokens=60, max_draft=max_draft))
+            assert run.token_ids == full, max_draft
+            assert any(e.exit == 0 for e in run.events), "it was never asked"
+
+
+def test_it_is_told_what_lay_below_the_state_that_named_the_newest_token(monkeypatch):
+    """In every pass, whatever was drafted: the states at the other exits, as a plain pass over the text has them."""
+    engine = tiny_engine("qwen3", dtype=torch.bfloat16, **SHAPE)
+    engine.bank.drafter.context.weight.data.mul_(0.1)
+    told, context = [], engine.bank.context
+    monkeypatch.setattr(engine.bank, "context", lambda deep: (told.append(deep.clone()), context(deep))[1])
+    text = [5, 6, 7] + engine.run([5, 6, 7], DecodeConfig(mode="verified", max_new_tokens=40)).token_ids
+    with torch.inference_mode():
+        cache, h, states = engine.model.new_cache(64), engine.model.embed(text), []
+        for s in range(engine.model.num_segments):
+            h = engine.model.run_segment(s, h, cache)
+            states.append(h[0])
+    true = torch.cat(states[1:-1], -1).float()
+    places = [int((true - deep.float()).abs().amax(1).argmin()) for deep in told]
+    for place, deep in zip(places, told):
+        torch.testing.assert_close(deep[0].float(), true[place], atol=2e-2, rtol=2e-2)
+    assert places[0] == 1 and places == sorted(places) and len(set(places)) > 10
+
+
+def test_the_exits_are_the_same_exits_with_a_drafter_and_without():
+    bank = tiny_engine(**SHAPE).bank
+    exits, drafter, memory = bank.fingerprint(), bank.drafter_fingerprint(), bank.memory_bytes
+    size = sum(p.nbytes for p in bank.drafter.parameters())
+    assert drafter and bank.context_bytes == 2 * 32 * 32 * 4
+    bank.drafter = None
+    assert bank.fingerprint() == exits and bank.drafter_fingerprint() is None
+    assert bank.memory_bytes == memory - size and bank.context_bytes == 0
+
+
+def test_its_context_is_counted_once_a_pass():
+    engine = tiny_engine(dtype=torch.bfloat16, **SHAPE)
+    plain = tiny_engine(dtype=torch.bfloat16, **SHAPE | {"drafter_width": 0})
+    config = DecodeConfig(mode="verified", max_new_tokens=1, max_draft=1)
+    read = [sum(e.weight_bytes for e in each.run([5, 6, 7], config).events) for each in (engine, plain)]
+    assert read[0] - read[1] == engine.bank.context_bytes
+
+
+@pytest.mark.parametrize("layers", [(2, 4), (0,)])
+def test_it_wants_an_exit_before_the_first_layer_and_one_to_read(layers):
+    with pytest.raises(ValueError, match="a drafter wants an exit before the first layer and one deeper"):
+        ExitBank.untrained(SegmentedModel(tiny_base(), layers), drafter_width=8)
+
+
+def test_chains_in_training_are_those_of_decoding(tmp_path):
+    """On plain rows after `fold`, token by token, the context being that of the last token the full model saw."""
+    engine = tiny_engine(**SHAPE)
+    generator = torch.Generator().manual_seed(3)
+    documents = [Document(ids.tolist(), [0] * 4 + [1] * 16, key) for key, ids in
+                 enumerate(torch.randint(2, 97, (8, 20), generator=generator))]
+    store = FeatureStore(engine.model, documents, tmp_path, 1.0)
+    store.prepare()
+    store.open()
+    drafter, rows = engine.bank.drafter, Rows([store[0], store[1]])
+    with torch.no_grad():
+        inputs = Whitened(drafter, store, range(8))
+        chain = inputs.chain(rows, 3)
+        inputs.fold()
+        for at in (3, 9, 25, 39):                                       # of two documents of 20 tokens each
+            said, context = rows.top[at - 3:at - 2], drafter.context(rows.deep[at - 3:at - 2])
+            for own, place in enumerate(range(at - 2, at + 1)):
+                said = drafter(rows.h[place:place + 1], said, context)
+                torch.testing.assert_close(chain[own][place:place + 1], said, atol=2e-3, rtol=2e-3)
+
+
+def test_a_loaded_engine_keeps_its_drafter(tmp_path):
+    engine = tiny_engine(**SHAPE)
+    engine.bank.save(tmp_path)
+    again = Engine(SegmentedModel(tiny_base(), SHAPE["layers"]), ExitBank.load(tmp_path))
+    assert again.bank.drafter_fingerprint() == engine.bank.drafter_fingerprint()
