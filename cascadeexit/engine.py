@@ -48,8 +48,8 @@ class DecodeConfig:
     thresholds: float | Sequence[float | None] | None = None
     """Confidence in [0, 1] from which an exit is taken: the first exit's, from which those of deeper ones follow
     (`graded_thresholds`), or one each; None in their place closes an exit. None alone is each mode's own rule: 0.6 for
-    cascade; for verified a tree of drafts, from the exit before the first layer and copied from earlier text, as large
-    as is likely to save more than it costs (`DraftTree`)."""
+    cascade; for verified a tree of drafts, made before the first layer and copied from earlier text, as large as is
+    likely to save more than it costs (`DraftTree`)."""
     target_disagreement: float | None = None
     """cascade, greedy, instead of thresholds: the part of the tokens, in (0, 1), that may be others than the full model
     would choose after the same text. The exits' calibration knows the thresholds (`cascadeexit.calibration`)."""

@@ -99,8 +99,9 @@ class DraftTree:
                     self.weight_bytes += self._bank.context_bytes
                 opinions = dict(zip(asked, self._ask([level[i] for i in asked], context)))
                 spent += self._ask_cost
+            needed, trust = _row_cost(1 + len(kept)) * expected / spent, self._trust(depth)
             candidates = [child for i, (node, guess) in enumerate(zip(level, guesses))
-                          for child in self._children(node, depth, guess, opinions.get(i))]
+                          for child in self._children(node, trust, guess, opinions.get(i), needed)]
             candidates.sort(key=lambda node: -node.survival)
             level = []
             for node in candidates[:limit - len(kept) if self._model.branches else 1]:
@@ -138,25 +139,28 @@ class DraftTree:
         return self._bank.drafts([node.token for node in nodes], torch.cat([node.said for node in nodes]), _BRANCHES,
                                  self._temperature, context)
 
-    def _children(self, node: _Node, depth: int, guess: Guess | None, opinion) -> list[_Node]:
-        """What may follow a node. A copy and a draft of the exit for the same token are one draft."""
-        said, children = node.said, {}
+    def _children(self, node: _Node, trust: float, guess: Guess | None, opinion, needed: float) -> list[_Node]:
+        """What may follow a node and survive oftener than needed. A copy and a draft for the same token are one."""
+        said, depth, children = node.said, node.depth + 1, {}
         if opinion:
             said, probs, ids = opinion
-            other = 1 - guess.chance if guess else 1                    # the chance that it is not the copy
-            children = {token: _Node(node.survival * self._chance(p, depth) * other, token, node, said, depth, 0, p)
-                        for p, token in zip(probs, ids)}
+            others = node.survival * (1 - guess.chance if guess else 1)         # the chance that it is not the copy
+            for p, token in zip(probs, ids):                                    # best first
+                survival = others * min(1.0, p * trust)
+                if survival <= needed:
+                    break
+                children[token] = _Node(survival, token, node, said, depth, 0, p)
         if guess:
             copy = children.setdefault(guess.token, _Node(0.0, guess.token, node, said, depth, COPIED))
             copy.survival, copy.matched = max(copy.survival, node.survival * guess.chance), guess.matched
         return list(children.values())
 
-    def _chance(self, promised: float, depth: int) -> float:
-        """That a draft of the exit is right, for one its softmax promised at this depth: as often as such ones were."""
+    def _trust(self, depth: int) -> float:
+        """How often drafts of the exit at this depth were right, over what its softmax promised."""
         trust = 0.9 ** depth
         if depth < len(self._kept):
             trust = (self._kept[depth] + trust * _PRIOR_WEIGHT) / (self._promised[depth] + _PRIOR_WEIGHT)
-        return min(1.0, promised * trust)
+        return trust
 
     def _in_order(self, nodes: Sequence[_Node]) -> list[Draft]:
         """Parents before children, and a whole branch before the next one, the likeliest first."""
@@ -167,7 +171,7 @@ class DraftTree:
         unasked = (None,) * len(self._model.exit_layers)
 
         def put(node: _Node, parent: int) -> None:
-            sure = (self._chance(node.promised, node.depth), *unasked[1:]) if node.promised else unasked
+            sure = (min(1.0, node.promised * self._trust(node.depth)), *unasked[1:]) if node.promised else unasked
             drafts.append(Draft(node.token, node.exit, sure, parent, node.depth, node.promised, node.matched))
             number = len(drafts) - 1
             for child in children.get(id(node), []):

@@ -12,7 +12,8 @@ def test_tables_are_those_of_the_result_files(monkeypatch):
 
 
 def test_results_carry_their_provenance():
-    files = [*results.RESULTS.glob("*.json"), results.EXITS / "distill.json", results.EXITS / "confidence.json"]
+    files = [*results.RESULTS.glob("*.json"), *(results.EXITS / f"{made}.json" for made in ("distill", "confidence",
+                                                                                              "drafter"))]
     for file in files:
         found = results.read(file)["provenance"]
         assert {"command", "commit", "date", "machine", "seed", "versions"} <= set(found), file.name

@@ -323,6 +323,21 @@ def history(report: dict) -> list[tuple[list[int], dict]]:
     return before + [older for _, run in before for older in history(run)]
 
 
+def drafter_text(folder: Path) -> list[str]:
+    """How a drafter was trained; nothing where there is none."""
+    if not (folder / "drafter.json").exists():
+        return []
+    report = read(folder / "drafter.json")
+    settings, rates = report["settings"], [" / ".join(f"{rate:.1%}" for rate in report[name]) for name in
+                                           ("held_out_agreement_before", "held_out_agreement")]
+    return [f"""\
+- **Drafter**, for `verified`: from the exit before the first layer, then {report['steps']:,} steps of
+  {settings['batch']:,} tokens on chains of its own drafts, {report['rows']:,} training tokens. Agreement after 0, 1, 2
+  and 3 tokens of its own, of the words that it drafts, on {report['held_out_rows']:,} test tokens: {rates[0]} before,
+  {rates[1]} after. Data: {report['data_note']}
+  {source(report)}"""]
+
+
 def card(folder: Path) -> str:
     config, distill, confidence = (read(folder / f"{name}.json") for name in ("config", "distill", "confidence"))
     estimator = ESTIMATORS[config["confidence"]].format(**config)
@@ -343,7 +358,7 @@ SmolLM2-135M-Instruct that CascadeExit bundles: the 4-bit GGUF of the `llm-smoll
 
 - **Split** by document: 22 of 25 train, 2 calibrate, 1 tests; agreement above is on test tokens that the model chose
   itself.
-{chr(10).join(trained(layers, report, start) for layers, report in parts(distill, config))}
+{chr(10).join([trained(layers, report, start) for layers, report in parts(distill, config)] + drafter_text(folder))}
 - **Estimators** learned from {confidence['rows']['calibration']:,} tokens of the calibration documents.
   {source(confidence)}
 

@@ -60,7 +60,7 @@ fi
 "${launch[@]}" -m training.distill --model "$MODEL" --data "${data[@]}" --out "$OUT/exits" \
   ${EXITS:+--exits "$EXITS"} "${distill[@]}"
 
-# A drafter goes on from a `carry` exit before the first layer; without one, `verified` drafts by copying alone.
+# A drafter goes on from a `carry` exit before the first layer; `verified` does without one, at less speed.
 if [[ ${EXITS:-0,} == 0,* && "${distill[*]}" != *swiglu* && "${distill[*]}" != *published* ]]; then
   say "3. drafter"
   "${launch[@]}" -m training.drafter --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${drafter[@]}"
