@@ -294,7 +294,7 @@ class Engine:
         # 1. Prefill: all but the newest token, through every segment, in every mode with the same shapes.
         passed = stairs.prefill(prompt[:-1])                     # rows after each segment
         said = self.last_said(passed)                            # the hidden state that named the newest token (1, D)
-        deep = self.deep(passed, len(prompt) - 2)                # and, for a drafter, what lay below it
+        deep = (passed[1:-1], len(prompt) - 2) if passed else None       # and, for a drafter, what lay below it
         stairs.tokens.append(prompt[-1])
         stairs.weight_bytes = 0
         unasked = (None,) * last
@@ -379,7 +379,7 @@ class Engine:
                 burst.append(event(len(stairs.tokens) - 1, token, last, asked, Status.EMITTED))
             if tree:
                 tree.judged(drafts, path, stairs.tokens[confirmed:])
-                deep = self.deep(passed, at + 1)
+                deep = passed[1:-1], at + 1
             drafts = []
             yield burst
 
@@ -406,18 +406,6 @@ class Engine:
         if not rows:
             return torch.zeros(1, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)
         return self.model.norm(rows[-1][0, -1:])
-
-    def deep(self, passed: list[Tensor], row: int) -> Tensor | None:
-        """One row's states at all exits but the first, of rows after each segment (1, N, D): (1, E D), zeros without.
-
-        None where no drafter reads them.
-        """
-        if self.bank.drafter is None:
-            return None
-        if not passed:
-            return torch.zeros(1, self.bank.drafter.context.in_features, dtype=self.model.dtype,
-                               device=self.model.device)
-        return torch.cat([rows[0, row:row + 1].to(self.model.device) for rows in passed[1:-1]], dim=-1)
 
     def capacity(self, positions: int) -> int:
         """Cache slots for a run: room for the padding of the last pass, rounded up."""

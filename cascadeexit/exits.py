@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cascadeexit.calibration import Calibration
 from cascadeexit.graphs import Replayed
-from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeDrafter, NativeLinear
+from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeContext, NativeDrafter, NativeLinear
 from cascadeexit.linear import PackedLinear, pack
 from cascadeexit.model import SegmentedModel
 
@@ -304,6 +304,7 @@ class ExitBank(nn.Module):
         self._likeliest: Callable[[Tensor, int, float], tuple[Tensor, Tensor]] | None = None
         self._draft: Callable[[Tensor, Tensor], Tensor] | None = None
         self._context: Callable[[Tensor], Tensor] | None = None
+        self._native_context: NativeContext | None = None
         self._native_drafts: NativeDrafter | None = None
         self.calibration: Calibration | None = None         # how far these very exits may be trusted, where measured
         self._places: dict[int, int] = {}                   # of the sketch's words
@@ -361,7 +362,7 @@ class ExitBank(nn.Module):
         self._embed, self._likeliest, self._native_drafts = model.embed, likeliest(heads[drafts]), None
         drafter = self.drafter.adapter if self.drafter else self.adapters[0]
         self._draft = drafter.forward
-        self._context = pack(self.drafter.context.weight.detach()).forward if self.drafter else None
+        self._context, self._native_context = self.drafter and self.drafter.context.forward, None
         # Packed by torch, each part is a copy of its own; else they share the memory of the whole.
         held = sum({whole, *heads}) if isinstance(head, PackedLinear) else whole
         self._own_head_bytes = held * self._word_bytes if self.head_ids is not None else 0
@@ -384,8 +385,10 @@ class ExitBank(nn.Module):
                                      **how)
 
             self._adapt = [native(a) for a in self.adapters]
-            # What a drafter says decides nothing but speed.
-            self._draft = native(drafter, eight_bits=True) if self.drafter else self._adapt[0]
+            self._draft = self._adapt[0]
+            if self.drafter:                    # what it says decides nothing but speed
+                self._draft = native(drafter, eight_bits=True)
+                self._native_context = NativeContext(self.drafter.context.weight)
             if c.layers[:1] == (0,) and model.embeds_by_head:
                 ids = None if self.head_ids is None else self.head_ids.tolist()
                 self._native_drafts = NativeDrafter(model.head, self._draft, heads[drafts], ids)
@@ -410,12 +413,16 @@ class ExitBank(nn.Module):
         """Adapted hidden (..., D) of exit s -> logits (..., V), or (..., K) over the first K of `head_ids`."""
         return self._project[s](hidden)
 
-    def context(self, deep: Tensor) -> Tensor | None:
-        """What `drafts` may know of the newest certain token: its states at the other exits (1, E D) -> (1, D) in fp32.
+    def context(self, states: Sequence[Tensor], row: int) -> Tensor | None:
+        """What a drafter draws from a row of the states at all exits but the first, E times (1, N, D): (1, D) in fp32.
 
         None where the exit before the first layer drafts by itself.
         """
-        return self._context(deep).float() if self._context else None
+        if self._native_context:
+            return self._native_context(states, row)
+        if self._context is None:
+            return None
+        return self._context(torch.cat([rows[0, row:row + 1].to(self._device) for rows in states], dim=-1)).float()
 
     def drafts(self, tokens: Sequence[int], said: Tensor, k: int, temperature: float,
                context: Tensor | None = None) -> list[tuple[Tensor, list[float], list[int]]]:
@@ -475,13 +482,17 @@ class ExitBank(nn.Module):
     @property
     def draft_bytes(self) -> int:
         """Weight bytes read to ask for drafts once."""
-        adapter = self.drafter.adapter if self.drafter else self.adapters[0]
-        return sum(p.nbytes for p in adapter.parameters()) + self._draft_words * self._word_bytes
+        adapter = self._bytes_of(self.drafter.adapter) if self.drafter else self.adapter_bytes(0)
+        return adapter + self._draft_words * self._word_bytes
 
     @property
     def context_bytes(self) -> int:
         """Weight bytes that `context` reads."""
-        return self.drafter.context.weight.nbytes if self.drafter else 0
+        return self._bytes_of(self.drafter.context) if self.drafter else 0
+
+    def _bytes_of(self, part: nn.Module) -> int:
+        """Weight bytes that a part of the drafter reads: our own kernels have it in 8 bits."""
+        return sum(p.numel() if self._native_context else p.nbytes for p in part.parameters())
 
     @property
     def _draft_words(self) -> int:

@@ -784,6 +784,15 @@ void ce_likeliest(const Matrix* m, const bf16* x, float temperature, int32_t k, 
     }
 }
 
+// The matrix times one row, which lies in parts of equal length, each input times its reach -> out.
+void ce_gathered(const Matrix* m, const float* reach, const bf16* const* row, int32_t parts, float* out, int32_t threads) {
+    static thread_local Scratch<bf16> b_x;
+    bf16* x = b_x.get(m->in);
+    const int each = m->in / parts;
+    for (int i = 0; i < m->in; i++) x[i] = narrow(widen(row[i / each][i % each]) * reach[i]);
+    ce_linear(m, x, out, 1, threads);
+}
+
 // What is drafted before the first layer after tokens (rows), rows of `embedding`, with what is carried to them (rows, D) and
 // a context (D) that is added to it, or null: rows `hidden` (rows, D), and the k likeliest of the outputs of `words`, as from
 // ce_likeliest.

@@ -122,6 +122,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_likeliest.argtypes = [POINTER(_Matrix), c_void_p, c_float, c_int32, c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_draft.argtypes = [POINTER(_Matrix), POINTER(_Exit), POINTER(_Matrix), *[c_void_p] * 4, c_float, c_int32,
                              c_void_p, c_void_p, c_int32, c_int32]
+    lib.ce_gathered.argtypes = [POINTER(_Matrix), c_void_p, POINTER(c_void_p), c_int32, c_void_p, c_int32]
     lib.ce_softmax_facts.argtypes = [POINTER(_Matrix), *[c_void_p] * 4, c_int32, c_int32]
     lib.ce_confidence.argtypes = [POINTER(_Matrix), POINTER(_Estimator), *[c_void_p] * 4, c_int32, c_int32]
     return lib
@@ -345,18 +346,20 @@ def _ints(values: Sequence[int] | None):
     return None if values is None else (c_int32 * len(values))(*values)
 
 
+def _reach(weight: Tensor) -> Tensor:
+    """The size of each column of a weight (O, I), as powers of 2 (I,)."""
+    return weight.square().mean(0).clamp(min=1e-30).sqrt().log2().round().exp2()
+
+
 def _adapter_in_8_bits(gate: Tensor, down: Tensor, up: Tensor, straight: Tensor | None):
     """A store with an adapter's weights, its matrices as in `_Exit`, and the reach of its inputs (I,).
 
     Weights of strong inputs are small, and rounding would lose them: so columns are brought to one size first, by
     powers of 2, and the inputs by their inverse; what `up` reads, by the outputs of `down`.
     """
-    def size_of_columns(weight: Tensor) -> Tensor:
-        return weight.square().mean(0).clamp(min=1e-30).sqrt().log2().round().exp2()
-
     gate, down, up = gate.detach().float(), down.detach().float(), up.detach().float()
     whole = [] if straight is None else [straight.detach().float()]
-    reach, inner = size_of_columns(torch.cat([*whole, gate, down])), size_of_columns(up)
+    reach, inner = _reach(torch.cat([*whole, gate, down])), _reach(up)
     first = [_in_8_bits(weight / reach) for weight in (*whole, gate, down * inner[:, None])]
     (gates, gate_scale), (downs, down_scale) = first[-2:]
     both = torch.stack([gates, downs], 1).flatten(0, 1)                         # block by block in turn
@@ -417,6 +420,25 @@ class NativeDrafter:
                            probs, n, torch.get_num_threads())
         ids = numbers[:] if self._ids is None else [self._ids[number] for number in numbers]
         return [(hidden[i:i + 1], probs[i * k:i * k + k], ids[i * k:i * k + k]) for i in range(n)]
+
+
+class NativeContext:
+    """A drafter's weight (D, E D) in 8 bits, for one row that lies in E parts: what was after each of E layers."""
+
+    def __init__(self, weight: Tensor):
+        weight = weight.detach().float()
+        reach = _reach(weight)
+        whole, scale = _in_8_bits(weight / reach)
+        self._store = _Store([], [whole])
+        self._matrix, self._reach = self._store.matrix_in_8_bits(whole, scale, len(weight)), self._store.floats(reach)
+
+    def __call__(self, states: Sequence[Tensor], row: int) -> Tensor:
+        """One row of each of these (1, N, D), bf16 as our layers give them -> (1, D) in fp32."""
+        parts = (c_void_p * len(states))(*(rows.data_ptr() + 2 * row * rows.shape[-1] for rows in states))
+        out = torch.empty(1, self._matrix.outputs)
+        library().ce_gathered(byref(self._matrix), self._reach, parts, len(states), out.data_ptr(),
+                              torch.get_num_threads())
+        return out
 
 
 class NativeConfidence:

@@ -25,7 +25,8 @@ _READ_COST = 0.5            # of a byte that drafting reads, in bytes of a pass:
 _BRANCHES = 6               # drafts that may follow one token
 _HOPE = 0.5                 # chance that a question brings a right draft, when it is not known yet
 _SURE = 0.5                 # copies likelier than this need no other opinion
-_PRIOR_WEIGHT = 8           # of the first trust in the exit's probabilities, in expected right drafts
+_KEPT = 0.95                # part of what a drafter promises that holds for each token of its own before, at first
+_PRIOR_WEIGHT = 20          # of this first trust, in expected right drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +76,13 @@ class DraftTree:
         self.weight_bytes = 0                       # read by drafting since somebody set it to 0
 
     def grow(self, text: Sequence[int], said: Tensor, limit: int, longest: int,
-             deep: Tensor | None = None) -> list[Draft]:
+             deep: tuple[Sequence[Tensor], int] | None = None) -> list[Draft]:
         """Drafts of what follows this text, parents first, the likeliest path before its siblings.
 
         Args:
             said: the state that named the newest token (1, D).
             limit: the most drafts; longest: the most of them on one path.
-            deep: for a drafter, the states that led to `said`, after all exits but the first (1, E D).
+            deep: for a drafter, the states after all exits but the first (1, N, D) and the row that led to `said`.
         """
         spent = expected = 1.0                      # passes, and the tokens that they bring: speed is their ratio
         context: Tensor | None = None
@@ -95,7 +96,7 @@ class DraftTree:
             opinions = {}
             if asked and self._has_exit and hope > self._ask_cost * expected / spent:
                 if context is None and deep is not None:
-                    context = self._bank.context(deep)
+                    context = self._bank.context(*deep)
                     self.weight_bytes += self._bank.context_bytes
                 opinions = dict(zip(asked, self._ask([level[i] for i in asked], context)))
                 spent += self._ask_cost
@@ -157,7 +158,7 @@ class DraftTree:
 
     def _trust(self, depth: int) -> float:
         """How often drafts of the exit at this depth were right, over what its softmax promised."""
-        trust = 0.9 ** depth
+        trust = _KEPT ** depth
         if depth < len(self._kept):
             trust = (self._kept[depth] + trust * _PRIOR_WEIGHT) / (self._promised[depth] + _PRIOR_WEIGHT)
         return trust

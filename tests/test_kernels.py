@@ -295,7 +295,10 @@ def test_a_drafter_in_8_bits_drafts_nearly_what_it_says():
     bank.attach(model)
     tokens, said = [7, 3, 60], torch.randn(3, 96, dtype=torch.bfloat16)
     with torch.inference_mode():
-        context = bank.context(torch.randn(1, 192).bfloat16())
+        states = [torch.randn(1, 5, 96).bfloat16() * size for size in (100, 1)]
+        context = bank.context(states, 3)
+        whole = bank.drafter.context(torch.cat([rows[0, 3:4] for rows in states], -1)).float()
+        assert (context - whole).norm() < 0.02 * whole.norm()
         ours, alone = (bank.drafts(tokens, said, 4, 0.7, told) for told in (context, None))
         exact = bank.drafter(model.embed(tokens)[0], said, context.bfloat16()).float()
         bank._native_drafts = None

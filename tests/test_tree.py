@@ -82,7 +82,7 @@ def test_an_exit_that_breaks_its_promises_is_believed_less():
     tree, said = DraftTree(engine.model, engine.bank, [5], 0.0), torch.randn(1, 32).bfloat16()
     sizes = []
     with torch.inference_mode():
-        for _ in range(40):
+        for _ in range(200):
             drafts = tree.grow([5], said, 8, 4)
             sizes.append(len(drafts))
             tree.judged(drafts, [], [96])
