@@ -362,8 +362,10 @@ class Run:
         self.state = None
         if resume and self.checkpoint.exists():
             self.state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            before = {"only": [], "text_repeats": 1} | self.state["key"]        # what older ones did not know
-            before["config"] = {"head_sizes": (), "drafter_width": 0} | before["config"]
+            before = self.state["key"]
+            if "config" in key:                                                 # what older ones did not know
+                before = {"only": [], "text_repeats": 1} | before
+                before["config"] = {"head_sizes": (), "drafter_width": 0} | before["config"]
             changed = {k: (before.get(k), key.get(k)) for k in before | key if before.get(k) != key.get(k)}
             if changed:
                 raise SystemExit(f"{self.checkpoint} was made with other settings, before and now: {changed}. Give "

@@ -220,7 +220,7 @@ def main() -> None:
                          "too few: write more with python -m training.data policy")
     inputs = Whitened(drafter, store, training[:args.fit_documents])
     before = agreement(inputs, store, held_out, head, accelerator)
-    key = {"config": {}, "documents": store.fingerprint(), "start": bank.fingerprint()}
+    key = {"documents": store.fingerprint(), "start": bank.fingerprint()}
     key |= {k: getattr(args, k) for k in ("hard", "tail", "epochs", "batch", "lr", "fit_documents", "seed")}
     run = Run(work, key, args.resume, accelerator.is_main_process)
     steps = train(inputs, drafter, store, held_out, head, words, run, accelerator, args)
@@ -228,7 +228,8 @@ def main() -> None:
     if accelerator.is_main_process:
         inputs.fold()
         bank.config = dataclasses.replace(c, drafter_width=first.gate.out_features)
-        bank.drafter = drafter.to(first.norm.weight.dtype)
+        bank.drafter = drafter.to(model.dtype)
+        bank.adapters.to(model.dtype)           # as they were saved; estimators stay in fp32
         bank.save(args.out)
         for path in args.exits.glob("*.json"):
             if not (args.out / path.name).exists():
