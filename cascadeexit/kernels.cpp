@@ -26,7 +26,7 @@ namespace {
 constexpr int BLOCK = 32;       // outputs of a weight block
 constexpr int KEYS = 16;        // keys of a score block
 constexpr int MAX_TILE = 8;     // rows that share one reading of a block from the first cache
-constexpr int MANY = 3;         // rows from which a tile computes about as long as it waits for its weights
+constexpr int MANY = 5;         // rows from which a tile computes about as long as it waits for its weights
 constexpr int MAX_QUERIES = 8;  // queries that share one reading of keys and values
 constexpr int SPAN = 512;       // positions that are attended to at a time; a multiple of KEYS
 constexpr int ROUND = 64;       // spans of tiles for each thread between two meetings: bounds what is kept of them
