@@ -165,8 +165,9 @@ the others follow, or with one each (`no`: closed); `verified` by its own rule, 
 
 {speed_table(speed)}
 
-*Roofline*: tokens/s times weight bytes over the bandwidth at which this machine read memory in the same run,
-{speed['read_bandwidth'] / 1e9:.0f} GB/s. *Agreement*: part of the tokens that the full model would have chosen given
+*Roofline*: tokens/s times weight bytes over the bandwidth at which this machine read memory before the race or after
+it, whichever was more, {speed['read_bandwidth'] / 1e9:.0f} GB/s.
+*Agreement*: part of the tokens that the full model would have chosen given
 the same text before them. *Depth*: mean part of the layers below the exit taken. *Cost*: weight bytes read per token
 over those of the full model, heads, adapters and estimators included. Kernels were there after
 {speed['kernel_seconds']:.1f} s, the model after {speed['load_seconds']:.1f} s; from before they
