@@ -121,11 +121,10 @@ def agreement(inputs: Whitened, store: FeatureStore, documents: list[int], head:
     return [hit / max(1, count) for hit in hits]
 
 
-def train(inputs: Whitened, drafter: Drafter, store: FeatureStore, held_out: list[int], head: ExitHead,
-          words: ExitHead, run: Run, accelerator: Accelerator, args) -> int:
+def train(inputs: Whitened, drafter: Drafter, store: FeatureStore, training: list[int], held_out: list[int],
+          head: ExitHead, words: ExitHead, run: Run, accelerator: Accelerator, args) -> int:
     """Train in place; returns the number of steps."""
     lengths = {i: len(d.ids) for i, d in enumerate(store.documents)}
-    training = store.of(Split.TRAIN, policy_only=True)
     plan = batches({i: store.rows(i) for i in training}, args.batch, args.epochs, args.seed)
     weights = list(drafter.parameters())
     optimizer, schedule = optimizer_for(weights, args.lr, len(plan))
@@ -223,7 +222,7 @@ def main() -> None:
     key = {"documents": store.fingerprint(), "start": bank.fingerprint()}
     key |= {k: getattr(args, k) for k in ("hard", "tail", "epochs", "batch", "lr", "fit_documents", "seed")}
     run = Run(work, key, args.resume, accelerator.is_main_process)
-    steps = train(inputs, drafter, store, held_out, head, words, run, accelerator, args)
+    steps = train(inputs, drafter, store, training, held_out, head, words, run, accelerator, args)
     after = agreement(inputs, store, held_out, head, accelerator)
     if accelerator.is_main_process:
         inputs.fold()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole recipe: text that the model writes itself, adapters, drafter, estimators, evaluation, calibration. Ends with exits
-# that the page can load. Interrupted anywhere, the same command goes on.
+# The whole recipe: text that the model writes itself, adapters, drafter, estimators, evaluation, calibration. Ends with
+# exits that the page can load. Interrupted anywhere, the same command goes on.
 #
 #   MODEL=./my-llama OUT=runs/my-llama training/run.sh
 #   SMOKE=1 training/run.sh                        # a tiny random model on a CPU, in about a minute
