@@ -120,17 +120,10 @@ inline __m512bh load_pairs(const uint16_t* w) {
     __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(w + 8))));
     return _mm512_cvtne2ps_pbh(high, low);
 }
-#endif
 
-inline void widen_pair(uint32_t pair, float& first, float& second) {
-    first = widen(bf16(pair)), second = widen(bf16(pair >> 16));
-}
-inline void widen_pair(uint16_t pair, float& first, float& second) { first = int8_t(pair), second = int8_t(pair >> 8); }
-
-// out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and W outputs; x holds pairs of bf16, w of those or of 8 bits.
+// out[m][j] = sum over p of w[p][j] . x[m][p], for M rows and W outputs; x holds pairs of bf16, w of those or of 8 bits.
 template <int M, int W, class Pair>
 inline void dot_pairs(const Pair* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
-#ifdef BF16_DOT
     constexpr int V = W / 16;
     __m512 sum[M][V];
     for (int m = 0; m < M; m++)
@@ -146,22 +139,112 @@ inline void dot_pairs(const Pair* w, const uint32_t* x, size_t stride, int pairs
     }
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) _mm512_storeu_ps(out[m] + 16 * v, sum[m][v]);
-#else
-    for (int m = 0; m < M; m++) {
-        float sum[W] = {};
-        const Pair* at = w;
-        for (int p = 0; p < pairs; p++, at += W) {
-            float first, second, a, b;
-            widen_pair(x[m * stride + p], first, second);
-            for (int j = 0; j < W; j++) {
-                widen_pair(at[j], a, b);
-                sum[j] = __builtin_fmaf(b, second, __builtin_fmaf(a, first, sum[j]));
-            }
-        }
-        std::memcpy(out[m], sum, sizeof sum);
-    }
-#endif
 }
+#else
+// Without such an instruction a pair is widened to two vectors of fp32. What GCC and Clang call vector extensions becomes the
+// processor's own: 16 lanes of AVX-512, else 8.
+#ifdef __AVX512F__
+constexpr int LANES = 16, REGISTERS = 32;
+#else
+constexpr int LANES = 8, REGISTERS = 16;
+#endif
+constexpr int CHUNK = 64;       // pairs of inputs that are read for all outputs and rows while they are in the first cache
+constexpr int REACH = 8192;     // bytes from the weights in use to those that are asked for
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using Shorts = int16_t __attribute__((vector_size(2 * LANES)));
+
+template <class To, class From>
+inline To load(const From* from) {
+    To out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+inline Floats all(float x) { return x - Floats{}; }
+// Of a vector of pairs the first or the second ones.
+inline Floats firsts(const uint32_t* w) { return (Floats)(load<Words>(w) << 16); }
+inline Floats seconds(const uint32_t* w) { return (Floats)(load<Words>(w) & 0xFFFF0000u); }
+inline Floats firsts(const uint16_t* w) {
+    return __builtin_convertvector(__builtin_convertvector(load<Shorts>(w), Ints) << 24 >> 24, Floats);
+}
+inline Floats seconds(const uint16_t* w) { return __builtin_convertvector(__builtin_convertvector(load<Shorts>(w), Ints) >> 8, Floats); }
+
+// A chunk of inputs: rows of pairs, widened, and what of the weights is to be asked for meanwhile.
+struct Chunk {
+    const float (*first)[CHUNK], (*second)[CHUNK];
+    int pairs;
+    const char* next;
+};
+
+// Adds to C columns of M rows what a chunk gives them, and asks for AHEAD bytes of later weights at each pair. Not inlined:
+// there GCC runs out of registers.
+template <int M, int C, int AHEAD, class Pair>
+__attribute__((noinline)) void dot_chunk(const Pair* w, size_t step, Chunk x, float* out, size_t out_stride) {
+    constexpr int V = C / LANES;
+    Floats sum[M][V], weights[V];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) sum[m][v] = load<Floats>(out + m * out_stride + LANES * v);
+    auto add = [&](const float (*inputs)[CHUNK], int p) __attribute__((always_inline)) {
+        for (int m = 0; m < M; m++) {
+            Floats input = all(inputs[m][p]);
+            for (int v = 0; v < V; v++) sum[m][v] += weights[v] * input;
+        }
+    };
+    const auto first = x.first, second = x.second;
+    const char* next = x.next;
+    for (int p = 0, pairs = x.pairs; p < pairs; p++, w += step, next += AHEAD) {
+        for (int f = 0; f < AHEAD; f += 64) __builtin_prefetch(next + f);
+        for (int v = 0; v < V; v++) weights[v] = firsts(w + LANES * v);
+        add(first, p);
+        for (int v = 0; v < V; v++) weights[v] = seconds(w + LANES * v);
+        add(second, p);
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) std::memcpy(out + m * out_stride + LANES * v, &sum[m][v], sizeof(Floats));
+}
+
+// The same in pieces whose sums fit the registers.
+template <int M, int C, int AHEAD, class Pair>
+inline void dot_columns(const Pair* w, size_t step, Chunk x, float* out, size_t out_stride) {
+    if constexpr (LANES == 16 || M <= 2 || (M <= 6 && C == 16)) {
+        dot_chunk<M, C, AHEAD>(w, step, x, out, out_stride);
+    } else if constexpr (M <= 6) {
+        dot_chunk<M, C / 2, AHEAD / 2>(w, step, x, out, out_stride);
+        x.next += x.pairs * (AHEAD / 2);
+        dot_chunk<M, C / 2, AHEAD / 2>(w + C / 2, step, x, out + C / 2, out_stride);
+    } else {
+        dot_columns<M - 2, C, AHEAD / 4 * 3>(w, step, x, out, out_stride);
+        x.first += M - 2, x.second += M - 2, x.next += x.pairs * (AHEAD / 4 * 3);
+        dot_columns<2, C, AHEAD / 4>(w, step, x, out + (M - 2) * out_stride, out_stride);
+    }
+}
+
+// out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and some columns, a multiple of 16; pair p of w begins at p * step.
+template <int M, class Pair>
+inline void add_dots(const Pair* w, size_t step, int columns, const uint32_t* x, size_t stride, int pairs, float* out,
+                     size_t out_stride) {
+    float first[M][CHUNK], second[M][CHUNK];
+    for (int begin = 0; begin < pairs; begin += CHUNK, w += CHUNK * step, x += CHUNK) {
+        Chunk chunk{first, second, pairs - begin < CHUNK ? pairs - begin : CHUNK, (const char*)w + REACH};
+        for (int m = 0; m < M; m++)
+            for (int p = 0; p < chunk.pairs; p++) {
+                const uint32_t both = x[m * stride + p];
+                first[m][p] = widen(bf16(both)), second[m][p] = widen(bf16(both >> 16));
+            }
+        int c = 0;
+        for (; c + 32 <= columns; c += 32, chunk.next += chunk.pairs * 32 * sizeof(Pair))
+            dot_columns<M, 32, 32 * sizeof(Pair)>(w + c, step, chunk, out + c, out_stride);
+        if (c < columns) dot_columns<M, 16, 16 * sizeof(Pair)>(w + c, step, chunk, out + c, out_stride);
+    }
+}
+
+template <int M, int W, class Pair>
+inline void dot_pairs(const Pair* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
+    std::memset(out, 0, sizeof(float) * M * W);
+    add_dots<M>(w, W, W, x, stride, pairs, out[0], W);
+}
+#endif
 
 template <int W, class Pair>
 void dot_rows(int rows, const Pair* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
@@ -312,13 +395,7 @@ inline void add_values(const uint32_t* values, int d, int columns, const bf16* p
     for (int i = 0; i < M; i++)
         for (int v = 0; v < 4; v++) _mm512_storeu_ps(sum[i] + KEYS * v, sums[i][v]);
 #else
-    for (int i = 0; i < M; i++)
-        for (int p = 0; p < pairs; p++) {
-            float first = widen(probs[i * room + 2 * p]), second = widen(probs[i * room + 2 * p + 1]);
-            const uint32_t* v = values + size_t(p) * d;
-            for (int l = 0; l < columns; l++)
-                sum[i][l] = __builtin_fmaf(widen(bf16(v[l] >> 16)), second, __builtin_fmaf(widen(bf16(v[l])), first, sum[i][l]));
-        }
+    add_dots<M>(values, d, columns, (const uint32_t*)probs, room / 2, pairs, sum[0], 64);
 #endif
 }
 
