@@ -29,6 +29,7 @@ constexpr int MAX_TILE = 8;     // rows that share one reading of a block from t
 constexpr int MANY = 5;         // rows from which a tile computes about as long as it waits for its weights
 constexpr int MAX_QUERIES = 8;  // queries that share one reading of keys and values
 constexpr int SPAN = 512;       // positions that are attended to at a time; a multiple of KEYS
+constexpr int OPEN = 8;         // one part in so many of a matrix is left to whoever comes first
 constexpr int ROUND = 64;       // spans of tiles for each thread between two meetings: bounds what is kept of them
 
 using bf16 = uint16_t;
@@ -94,9 +95,20 @@ public:
 struct Team {
     int rank, size;
     Barrier* barrier;
+    int* tickets;                   // zeros, one for each time that work is shared out; null: never
     void meet() const { barrier->meet(size); }
     int from(int items) const { return int(int64_t(items) * rank / size); }
     int to(int items) const { return int(int64_t(items) * (rank + 1) / size); }
+
+    // work(i) for i = 0..items-1, by anyone: each has a share of its own, and who is through with it helps with the rest,
+    // since memory does not serve all cores alike.
+    template <class Work>
+    void share(int items, Work work) {
+        const int own = items - items / OPEN;
+        for (int i = from(own); i < to(own); i++) work(i);
+        for (int i; (i = own + __atomic_fetch_add(tickets, 1, __ATOMIC_RELAXED)) < items;) work(i);
+        tickets++;
+    }
 };
 
 // -- dot products of pairs --------------------------------------------------------------------------------------------
@@ -149,7 +161,7 @@ constexpr int LANES = 16, REGISTERS = 32;
 constexpr int LANES = 8, REGISTERS = 16;
 #endif
 constexpr int CHUNK = 64;       // pairs of inputs that are read for all outputs and rows while they are in the first cache
-constexpr int REACH = 8192;     // bytes from the weights in use to those that are asked for
+constexpr int REACH = 12288;    // bytes from the weights in use to those that are asked for
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
@@ -319,20 +331,21 @@ inline void dot_block(const Matrix& m, int b, int tile, const uint32_t* x, size_
 
 // x (rows, in) times the matrix: done(row, first output, 32 sums) for each block of this thread's share.
 template <class Done>
-inline void multiply(const Team& team, const Matrix& m, const bf16* x, size_t stride, int rows, Done done) {
+inline void multiply(Team& team, const Matrix& m, const bf16* x, size_t stride, int rows, Done done) {
     float out[MAX_TILE][BLOCK];
-    for (int b = team.from(blocks(m)); b < team.to(blocks(m)); b++)
+    team.share(blocks(m), [&](int b) {
         for (int r = 0; r < rows; r += MAX_TILE) {
             int tile = rows - r < MAX_TILE ? rows - r : MAX_TILE;
             dot_block(m, b, tile, (const uint32_t*)(x + r * stride), stride / 2, out);
             for (int i = 0; i < tile; i++) done(r + i, b * BLOCK, out[i]);
         }
+    });
 }
 
 // silu(gate x) * other x as bf16 (rows, n), for a matrix with blocks of gate and other in turn.
-inline void gated(const Team& team, const Matrix& both, const bf16* x, int rows, int n, bf16* out) {
+inline void gated(Team& team, const Matrix& both, const bf16* x, int rows, int n, bf16* out) {
     float gate[MAX_TILE][BLOCK], other[MAX_TILE][BLOCK];
-    for (int b = team.from(blocks(both) / 2); b < team.to(blocks(both) / 2); b++)
+    team.share(blocks(both) / 2, [&](int b) {
         for (int r = 0; r < rows; r += MAX_TILE) {
             int tile = rows - r < MAX_TILE ? rows - r : MAX_TILE, width = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
             const uint32_t* from = (const uint32_t*)(x + size_t(r) * both.in);
@@ -342,6 +355,7 @@ inline void gated(const Team& team, const Matrix& both, const bf16* x, int rows,
                 for (int j = 0; j < width; j++)
                     out[size_t(r + t) * n + b * BLOCK + j] = narrow(silu(gate[t][j]) * other[t][j]);
         }
+    });
 }
 
 inline float row_scale(const float* x, int n, float eps) {      // of RMSNorm
@@ -589,6 +603,15 @@ struct Scratch {
 
 extern "C" {
 
+// What one more row costs in a pass of few, in passes of one row: measured from 1 to MAX_TILE rows.
+float ce_row_cost() {
+#ifdef BF16_DOT
+    return 0.02f;
+#else
+    return 0.05f;
+#endif
+}
+
 // Bytes that ce_pack writes for a matrix of this shape.
 int64_t ce_packed_bytes(int32_t out, int32_t in) {
     return int64_t((out + BLOCK - 1) / BLOCK) * ((in + 1) / 2) * BLOCK * 4;
@@ -621,9 +644,10 @@ void ce_rows(const Matrix* m, const int64_t* ids, int32_t n, bf16* out) {
 // x (rows, in) bf16 -> out (rows, out) fp32. `in` must be even.
 void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t threads) {
     Barrier barrier;
+    int ticket = 0;
 #pragma omp parallel num_threads(threads)
     {
-        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, &ticket};
         multiply(team, *m, x, m->in, rows, [&](int r, int first, const float* sums) {
             int n = m->out - first < BLOCK ? m->out - first : BLOCK;
             for (int j = 0; j < n; j++) out[size_t(r) * m->out + first + j] = sums[j] + (m->bias ? m->bias[first + j] : 0);
@@ -643,7 +667,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
     static thread_local Scratch<bf16> b_x, b_heads, b_act, b_queries, b_probs;
     static thread_local Scratch<Found> found_by_span;
     static thread_local Scratch<uint32_t> u_tails;
-    static thread_local Scratch<int> i_positions, i_paths;
+    static thread_local Scratch<int> i_positions, i_paths, i_tickets;
     const int D = stack->hidden, H = stack->heads, G = stack->kv_heads, d = stack->head_dim, I = stack->inner;
     const int wide = (H + 2 * G) * d, group = H / G;
     const int together = begins ? 1 : rows;                     // rows whose queries may share a reading of keys
@@ -694,11 +718,14 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
         return tile;
     };
     for (size_t i = 0; i < size_t(rows) * D; i++) h[i] = widen(in[i]);
+    const int shared = 4 * (last - first);                      // products
+    int* tickets = i_tickets.get(shared);
+    std::memset(tickets, 0, sizeof(int) * shared);
     Barrier barrier;
 
 #pragma omp parallel num_threads(threads)
     {
-        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, tickets};
         float* scores = all_scores + size_t(team.rank) * MAX_QUERIES * room;
         bf16* probs = all_probs + size_t(team.rank) * MAX_QUERIES * room;
         auto normed = [&](const float* weight) {
@@ -800,9 +827,10 @@ void ce_exit(const Exit* exit, const bf16* h, const bf16* said, bf16* out, int32
         for (int j = 0; exit->reach && j < in; j++) row[j] = narrow(widen(row[j]) * exit->reach[j]);
     }
     Barrier barrier;
+    int tickets[3] = {};
 #pragma omp parallel num_threads(threads)
     {
-        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, tickets};
         if (exit->straight.weight)
             multiply(team, exit->straight, x, in, rows, [&](int r, int o, const float* sums) {
                 for (int j = 0; j < BLOCK && o + j < D; j++) sum[size_t(r) * D + o + j] = sums[j];

@@ -109,6 +109,7 @@ def _build(compiler: str) -> Path:
 
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    lib.ce_row_cost.restype = c_float
     lib.ce_packed_bytes.restype = c_int64
     lib.ce_packed_bytes.argtypes = [c_int32, c_int32]
     lib.ce_pack.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int32]
@@ -295,6 +296,7 @@ class NativeLayers:
                    floats(layer.post_attention_layernorm.weight), floats(_weight(a, "q_norm")),
                    floats(_weight(a, "k_norm")))
             for w, layer, (a, m) in zip(qkv, layers, blocks)))
+        self.row_cost: float = library().ce_row_cost()      # of one more row, in passes of one
         self._positions = len(cosines)
         self._stack = _Stack(self._layers, floats(cosines), floats(sines), config.hidden_size,
                              config.num_attention_heads, config.num_key_value_heads, head_dim, config.intermediate_size,

@@ -33,6 +33,7 @@ from cascadeexit.linear import pack, pack_stock
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _REPLAYED_CAPACITY = 1024       # a recording is for one cache, so few sizes are best; unused slots cost little to read
 _IDLE_CACHES = 4
+_ROW_COST = 0.02                # with stock kernels and on a GPU, where a bucket of rows costs what one of them does
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -300,6 +301,11 @@ class SegmentedModel:
         if s not in cache.replayed:
             cache.replayed[s] = Replayed(through, self.row_multiple)
         return cache.replayed[s]
+
+    @property
+    def row_cost(self) -> float:
+        """What one more row costs in a pass of few rows, in passes of one row."""
+        return self._native.row_cost if self._native else _ROW_COST
 
     @property
     def branches(self) -> bool:
