@@ -2,7 +2,7 @@
 
 It knows token ids, segments and exits; it knows nothing of text, pages or files. Positions enter each segment in
 order, so how deep each position is computed is a staircase: filled[0] >= filled[1] >= ... Hidden states wait on
-each step; `Staircase.run(s)` takes everything waiting at segment s through its layers in one pass. Prefill, a
+each step; `Staircase.run` takes everything waiting at some segments through their layers in one pass. Prefill, a
 decode step, catch-up of skipped layers and verification are all that one call.
 
 Letters: N rows in a pass, D hidden size, V vocabulary, S segments (the last one ends in the full model).
@@ -139,27 +139,33 @@ class Staircase:
             return self.filled(s + 1) + (0 if waiting is None else waiting.shape[1])
         return self.cache.length(self.model.bounds[s])
 
-    def run(self, s: int, parents: Sequence[int] | None = None) -> Tensor:
-        """Everything waiting at segment s, through its layers: (1, N, D), the newest row last.
+    def run(self, segments: range, parents: Sequence[int] | None = None) -> list[Tensor]:
+        """Everything waiting at these segments, through them up to the last: the rows after each, (1, N, D).
 
-        parents: the rows are a tree, as for `SegmentedModel.run_segment`.
+        In each, the newest row is the last. A span on which nobody waits is one pass.
+
+        parents: the rows are a tree, as for `SegmentedModel.run_segments`.
         """
-        if s == 0:
-            rows = self.model.embed(self.tokens[self.filled(0):])
-        else:
-            rows, self.waiting[s] = self.waiting[s], None
-        parts = rows.split(_MAX_ROWS, dim=1) if rows.shape[1] > _MAX_ROWS else [rows]
-        out = [self.model.run_segment(s, part, self.cache, parents) for part in parts]
-        self.weight_bytes += len(parts) * self.model.segment_bytes[s]
-        out = out[0] if len(out) == 1 else torch.cat(out, dim=1)
-        if s + 1 < self.model.num_segments:
-            self.waiting[s + 1] = _append(self.waiting[s + 1], out)
+        out: list[Tensor] = []
+        while segments:
+            first, end = segments[0], next((s for s in segments[1:] if self.waiting[s] is not None), segments.stop)
+            span, segments = range(first, end), range(end, segments.stop)
+            if first == 0:
+                rows = self.model.embed(self.tokens[self.filled(0):])
+            else:
+                rows, self.waiting[first] = self.waiting[first], None
+            parts = rows.split(_MAX_ROWS, dim=1) if rows.shape[1] > _MAX_ROWS else [rows]
+            passed = [self.model.run_segments(span, part, self.cache, parents) for part in parts]
+            self.weight_bytes += len(parts) * sum(self.model.segment_bytes[first:end])
+            out += passed[0] if len(parts) == 1 else [torch.cat(rows, dim=1) for rows in zip(*passed)]
+            if end < self.model.num_segments:
+                self.waiting[end] = _append(self.waiting[end], out[-1])
         return out
 
     def prefill(self, tokens: Sequence[int]) -> list[Tensor]:
         """Add tokens and take them through every segment at once: the rows after each (1, N, D), [] without tokens."""
         self.tokens.extend(tokens)
-        return [self.run(s) for s in range(self.model.num_segments if len(tokens) else 0)]
+        return self.run(range(self.model.num_segments)) if len(tokens) else []
 
     def keep(self, drafts: int, path: Sequence[int]) -> None:
         """Of the newest `drafts` tokens only those on a path stay. Only after a full-depth pass, when nothing waits."""
@@ -269,6 +275,10 @@ class Engine:
             return False
         return sure is None or s == self.num_exits - 1 or sure >= thresholds[s] - _REACH
 
+    def next_exit(self, s: int, thresholds: Sequence[float | None], sure: float | None) -> int:
+        """The first exit from s on that is worth asking; the top where there is none."""
+        return next((t for t in range(s, self.num_exits) if self.worth_asking(t, thresholds, sure)), self.num_exits)
+
     def sampler(self, config: DecodeConfig) -> Sampler:
         """How tokens are chosen and drafts judged in a run."""
         return Sampler(config.temperature, config.top_p, config.seed, self.model.vocab_size, self.model.device,
@@ -317,27 +327,27 @@ class Engine:
                 yield [event(confirmed + d.depth, d.token, d.exit, d.confidences, Status.DRAFT) for d in drafts]
                 parents = [-1, *(d.parent + 1 for d in drafts)]
                 branching = parents != list(range(-1, len(drafts)))
-                passed = [stairs.run(s, parents if branching else None) for s in range(last + 1)]
+                passed = stairs.run(range(last + 1), parents if branching else None)
                 rows = passed[-1]
             else:
                 # 3. Climb: deeper until an exit is sure enough, or to the top.
                 may_exit, before, confidence = not finished and len(drafts) < config.max_draft, None, None
-                copied = None
-                for s in range(last + 1):
-                    rows = stairs.run(s)                                                    # (1, N, D)
-                    if not may_exit or not self.worth_asking(s, thresholds, confidence):
-                        before = None
-                        continue
+                copied, s = None, -1
+                while exit_hidden is None and s < last:
+                    below, s = s, self.next_exit(s + 1, thresholds, confidence) if may_exit else last
+                    rows = stairs.run(range(below + 1, s + 1))[-1]                          # (1, N, D)
+                    if s == last:
+                        break
                     if copied is None:
                         lookup.extend(stairs.tokens[len(lookup):len(stairs.tokens) - len(drafts)])
                         copied = bank.copies([lookup.copied(stairs.tokens)])
                     hidden = bank.hidden(s, rows[0, -1:], said)                             # (1, D)
-                    confidence, before = float(bank.confidence(s, hidden, copied, before)), hidden
+                    confidence = float(bank.confidence(s, hidden, copied, before if s == below + 1 else None))
+                    before = hidden
                     stairs.weight_bytes += bank.try_bytes(s)
                     asked = (*asked[:s], confidence, *asked[s + 1:])
                     if confidence >= thresholds[s]:
                         exit_hidden = hidden
-                        break
 
             # 4. An exit was taken: its head names the token; deeper layers catch up when somebody next climbs there.
             if exit_hidden is not None:

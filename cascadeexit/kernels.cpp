@@ -655,13 +655,14 @@ void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t
     }
 }
 
-// Rows (rows, D) bf16 through layers first..last-1 -> out (rows, D) bf16; their keys and values go into the cache.
+// Rows (rows, D) bf16 through layers first..last-1; their keys and values go into the cache. The rows before each of the layers
+// `stops`, ascending up to `last`, go to out (stops, rows, D) bf16, and it is these that the layer reads.
 // D, H * d and the inner size must be even, d a multiple of 16. What the rows are to one another:
 //   parents and begins null: one text, at positions start..start+rows-1;
 //   parents: a tree after `start` positions: row r goes on from row parents[r] < r, row 0 (parents[0] = -1) from the text.
 //     Slot start + r of the cache is row r's; ce_keep moves those of a path to where a text has them;
 //   begins: row r is position `start` of text r of the cache, which sees from position begins[r] on.
-void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, bf16* out, int32_t rows,
+void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* stops, const bf16* in, bf16* out, int32_t rows,
                const Cache* cache, int32_t start, const int32_t* parents, const int32_t* begins, int32_t threads) {
     static thread_local Scratch<float> f_h, f_qkv, f_scores, f_sums;
     static thread_local Scratch<bf16> b_x, b_heads, b_act, b_queries, b_probs;
@@ -740,7 +741,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
                 for (int j = 0; j < n; j++) to[j] += sums[j] + (m.bias ? m.bias[o + j] : 0);
             };
         };
-        for (int l = first; l < last; l++) {
+        for (int l = first, stop = 0; l < last; l++) {
             const Layer& layer = stack->layers[l];
             // 1. queries, keys, values
             normed(layer.attention_norm);
@@ -795,9 +796,14 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const bf16* in, 
             team.meet();
             multiply(team, layer.down, act, I, rows, add_to_h(layer.down));
             team.meet();
+            if (l + 1 != stops[stop]) continue;
+            for (size_t i = size_t(team.from(rows)) * D; i < size_t(team.to(rows)) * D; i++) {     // the rows that it norms next
+                bf16 rounded = narrow(h[i]);
+                out[size_t(stop) * rows * D + i] = rounded, h[i] = widen(rounded);
+            }
+            stop++;
         }
     }
-    for (size_t i = 0; i < size_t(rows) * D; i++) out[i] = narrow(h[i]);
 }
 
 // Of the rows that a tree wrote from slot `start` on, keeps those of a path, ascending, as a text has them: slot

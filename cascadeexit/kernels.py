@@ -115,8 +115,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_pack.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int32]
     lib.ce_rows.argtypes = [POINTER(_Matrix), c_void_p, c_int32, c_void_p]
     lib.ce_linear.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
-    lib.ce_layers.argtypes = [POINTER(_Stack), c_int32, c_int32, c_void_p, c_void_p, c_int32, POINTER(_Cache), c_int32,
-                              c_void_p, c_void_p, c_int32]
+    lib.ce_layers.argtypes = [POINTER(_Stack), c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int32, POINTER(_Cache),
+                              c_int32, c_void_p, c_void_p, c_int32]
     lib.ce_keep.argtypes = [POINTER(_Cache), c_int32, c_int32, c_int32, c_int32, c_void_p, c_int32]
     lib.ce_exit.argtypes = [POINTER(_Exit), c_void_p, c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_norm.argtypes = [c_void_p, c_float, c_void_p, c_void_p, c_int32, c_int32]
@@ -310,9 +310,11 @@ class NativeLayers:
                 and layers[0].mlp.act_fn.__class__.__name__ in ("SiLU", "SiLUActivation")
                 and mlp.down_proj.weight.shape[1] % 2 == 0 and usable(mlp.gate_proj.weight))
 
-    def run(self, layers: range, h: Tensor, keys: Tensor, values: Tensor, start: int, *,
-            parents: Sequence[int] | None = None, begins: Sequence[int] | None = None) -> Tensor:
-        """Rows (1, N, D) through some layers: (1, N, D). Without more said, they are positions start.. of one text.
+    def run(self, bounds: Sequence[int], h: Tensor, keys: Tensor, values: Tensor, start: int, *,
+            parents: Sequence[int] | None = None, begins: Sequence[int] | None = None) -> list[Tensor]:
+        """Rows (1, N, D) from layer bounds[0] on: what they are before each of the layers bounds[1:], (1, N, D).
+
+        Without more said, they are positions start.. of one text.
 
         Args:
             keys, values: the cache's buffers (L, B, H, C, d); the inner layout is the kernels' own, C a multiple of 16.
@@ -323,10 +325,12 @@ class NativeLayers:
         end = start + (h.shape[1] if parents is None and begins is None else 1)
         if end > self._positions:
             raise ValueError(f"this model has {self._positions} positions, {end} were asked for")
-        h, out = h.contiguous(), torch.empty_like(h)
-        library().ce_layers(byref(self._stack), layers.start, layers.stop, h.data_ptr(), out.data_ptr(), h.shape[1],
-                            byref(_cache(keys, values)), start, _ints(parents), _ints(begins), torch.get_num_threads())
-        return out
+        stops = [bound for bound in bounds[1:] if bound > bounds[0]]
+        h, out = h.contiguous(), torch.empty(len(stops), *h.shape[1:], dtype=h.dtype)
+        library().ce_layers(byref(self._stack), bounds[0], bounds[-1], _ints(stops), h.data_ptr(), out.data_ptr(),
+                            h.shape[1], byref(_cache(keys, values)), start, _ints(parents), _ints(begins),
+                            torch.get_num_threads())
+        return [h] * (len(bounds) - 1 - len(stops)) + list(out.split(1))
 
     @staticmethod
     def keep(keys: Tensor, values: Tensor, start: int, path: Sequence[int]) -> None:

@@ -268,25 +268,31 @@ class SegmentedModel:
         return h
 
     def run_segment(self, s: int, h: Tensor, cache: KVCache, parents: Sequence[int] | None = None) -> Tensor:
-        """The next N rows (1, N, D) of segment s, in order, through its layers: (1, N, D).
+        """The next N rows (1, N, D) of segment s, in order, through its layers: (1, N, D). As `run_segments`."""
+        return self.run_segments(range(s, s + 1), h, cache, parents)[0]
+
+    def run_segments(self, segments: range, h: Tensor, cache: KVCache,
+                     parents: Sequence[int] | None = None) -> list[Tensor]:
+        """The next N rows (1, N, D) of the first of these segments, through all: the rows after each, (1, N, D).
 
         Rows are padded to the bucket; padding is written past the real rows, masked, and overwritten later.
 
         parents: where `branches`; the rows are a tree, row r going on from row parents[r] < r, and row 0, with parent
             -1, from what the cache holds. `keep` makes one of its paths the text.
         """
-        n, layers = h.shape[1], range(self.bounds[s], self.bounds[s + 1])
-        if not layers:
-            return h
-        if self._native is not None:
-            start = cache.claim(layers, n)
-            return self._native.run(layers, h, cache.keys, cache.values, start, parents=parents)
-        padded = self.pad_rows(h)
-        positions = cache.positions(layers[0], padded.shape[1])
-
-        out = self._through(s, cache, padded.shape[1])(padded, positions)
-        cache.advance(layers, n)
-        return out[:, :n]
+        n, bounds = h.shape[1], self.bounds[segments.start:segments.stop + 1]
+        if self._native is not None and bounds[0] < bounds[-1]:
+            start = cache.claim(range(bounds[0], bounds[-1]), n)
+            return self._native.run(bounds, h, cache.keys, cache.values, start, parents=parents)
+        out = []
+        for s in segments:
+            if layers := range(self.bounds[s], self.bounds[s + 1]):
+                padded = self.pad_rows(h)
+                positions = cache.positions(layers[0], padded.shape[1])
+                h = self._through(s, cache, padded.shape[1])(padded, positions)[:, :n]
+                cache.advance(layers, n)
+            out.append(h)
+        return out
 
     def _through(self, s: int, cache: KVCache, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
         """What takes rows (1, N, D) at positions (1, N) through a segment, recorded where that is possible."""
@@ -327,7 +333,8 @@ class SegmentedModel:
         if not layers:
             return h
         if self._native is not None:
-            return self._native.run(layers, h, cache.keys, cache.values, cache.claim(layers, 1), begins=begins)
+            return self._native.run(self.bounds[s:s + 2], h, cache.keys, cache.values, cache.claim(layers, 1),
+                                    begins=begins)[0]
         positions = cache.positions(layers[0], 1)                                               # (1, 1)
         near = torch.arange(-(-(cache.length(layers[0]) + 1) // 64) * 64, device=h.device)[:cache.capacity]
         mask = (near >= torch.tensor(begins, device=h.device)[:, None]) & (near <= positions)
