@@ -223,13 +223,13 @@ class NativeLinear(nn.Module):
                             torch.get_num_threads())
         return out
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the weight: (n,) -> (n, I) bf16. Raises ValueError where they were rounded to 8 bits."""
+    def rows(self, ids: Sequence[int]) -> Tensor:
+        """Rows of the weight: n numbers -> (n, I) bf16. Raises ValueError where they were rounded to 8 bits."""
         if self.eight_bits:
             raise ValueError("these weights were rounded to 8 bits; ask the layer that they were made from")
-        ids = ids.to(torch.int64).contiguous()
-        out = torch.empty(len(ids), self.shape[1], dtype=torch.bfloat16)
-        library().ce_rows(byref(self._matrix), ids.data_ptr(), len(ids), out.data_ptr())
+        n = len(ids)
+        out = torch.empty(n, self.shape[1], dtype=torch.bfloat16)
+        library().ce_rows(byref(self._matrix), (c_int64 * n)(*ids), n, out.data_ptr())
         return out
 
     def softmax_facts(self, x: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
@@ -326,11 +326,11 @@ class NativeLayers:
         if end > self._positions:
             raise ValueError(f"this model has {self._positions} positions, {end} were asked for")
         stops = [bound for bound in bounds[1:] if bound > bounds[0]]
-        h, out = h.contiguous(), torch.empty(len(stops), *h.shape[1:], dtype=h.dtype)
+        h, out = h.contiguous(), torch.empty(len(stops), *h.shape, dtype=h.dtype)
         library().ce_layers(byref(self._stack), bounds[0], bounds[-1], _ints(stops), h.data_ptr(), out.data_ptr(),
                             h.shape[1], byref(_cache(keys, values)), start, _ints(parents), _ints(begins),
                             torch.get_num_threads())
-        return [h] * (len(bounds) - 1 - len(stops)) + list(out.split(1))
+        return [h] * (len(bounds) - 1 - len(stops)) + list(out.unbind())
 
     @staticmethod
     def keep(keys: Tensor, values: Tensor, start: int, path: Sequence[int]) -> None:
@@ -341,7 +341,7 @@ class NativeLayers:
 
 def _bf16(x: Tensor) -> Tensor:
     """As C reads whatever lies there."""
-    return x.to(torch.bfloat16).contiguous()
+    return x if x.dtype == torch.bfloat16 and x.is_contiguous() else x.to(torch.bfloat16).contiguous()
 
 
 def _cache(keys: Tensor, values: Tensor) -> _Cache:

@@ -195,7 +195,7 @@ class SegmentedModel:
     def head_weight(self) -> Tensor:
         """The vocabulary projection, shared by every exit: (V, D). Made anew from our own kernels' packed copy."""
         if isinstance(self.base.lm_head, torch.nn.Identity):
-            return self.head.rows(torch.arange(self.vocab_size))
+            return self.head.rows(range(self.vocab_size))
         return self.base.lm_head.weight
 
     @cached_property
@@ -245,10 +245,9 @@ class SegmentedModel:
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Token ids (N,) -> hidden rows (1, N, D)."""
-        ids = torch.as_tensor(ids, device=self.device).view(1, -1)
         if self.embeds_by_head:
-            return self.head.rows(ids[0])[None]
-        return self.base.model.embed_tokens(ids)
+            return self.head.rows(ids.tolist() if isinstance(ids, Tensor) else ids)[None]
+        return self.base.model.embed_tokens(torch.as_tensor(ids, device=self.device).view(1, -1))
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotary embedding at these positions (B, N): (B, N, d) each."""
@@ -348,6 +347,8 @@ class SegmentedModel:
 
     def read(self, normed: Tensor) -> Tensor:
         """The same of rows that went through `norm` already: (1, N, D) -> (1, N, V)."""
+        if self._native is not None:                    # nothing to pad or to move
+            return self.head(normed)
         return self._project(self.pad_rows(normed).to(self.device))[:, :normed.shape[1]]
 
     def pad_rows(self, h: Tensor) -> Tensor:
