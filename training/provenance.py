@@ -14,6 +14,8 @@ import torch
 
 from cascadeexit.hub import DEFAULT_MODEL
 
+_VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")       # as Linux calls them, best first
+
 
 def provenance(seed: int | None = None) -> dict:
     """A JSON-ready record of this run, to lie beside what it made."""
@@ -60,9 +62,12 @@ def _portable(argument: str) -> str:
 def _machine() -> str:
     cpu = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        facts = {name.strip(): value.strip() for name, value in facts.items()}
+        cpu = facts.get("model name", cpu)
+        # The name may not tell generations apart, which differ most in their vectors.
+        cpu += next((f" ({unit})" for unit in _VECTORS if unit in facts.get("flags", "").split()), "")
+    except OSError:
         pass
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}"
