@@ -183,11 +183,12 @@ class _Stopwatch:
     """Engine time: runs only while the engine works, not while a consumer holds the generator."""
 
     def __init__(self, device: torch.device):
-        self._device, self._spent, self._since = device, 0.0, time.perf_counter()
+        self._gpu = device if device.type == "cuda" else None
+        self._spent, self._since = 0.0, time.perf_counter()
 
     def read(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        if self._gpu:
+            torch.cuda.current_stream(self._gpu).synchronize()
         return self._spent + time.perf_counter() - self._since
 
     def pause(self) -> None:

@@ -156,9 +156,9 @@ inline void dot_pairs(const Pair* w, const uint32_t* x, size_t stride, int pairs
 // Without such an instruction a pair is widened to two vectors of fp32. What GCC and Clang call vector extensions becomes the
 // processor's own: 16 lanes of AVX-512, else 8.
 #ifdef __AVX512F__
-constexpr int LANES = 16, REGISTERS = 32;
+constexpr int LANES = 16;
 #else
-constexpr int LANES = 8, REGISTERS = 16;
+constexpr int LANES = 8;
 #endif
 constexpr int CHUNK = 64;       // pairs of inputs that are read for all outputs and rows while they are in the first cache
 constexpr int REACH = 12288;    // bytes from the weights in use to those that are asked for
@@ -177,10 +177,9 @@ inline Floats all(float x) { return x - Floats{}; }
 // Of a vector of pairs the first or the second ones.
 inline Floats firsts(const uint32_t* w) { return (Floats)(load<Words>(w) << 16); }
 inline Floats seconds(const uint32_t* w) { return (Floats)(load<Words>(w) & 0xFFFF0000u); }
-inline Floats firsts(const uint16_t* w) {
-    return __builtin_convertvector(__builtin_convertvector(load<Shorts>(w), Ints) << 24 >> 24, Floats);
-}
-inline Floats seconds(const uint16_t* w) { return __builtin_convertvector(__builtin_convertvector(load<Shorts>(w), Ints) >> 8, Floats); }
+inline Ints whole(const uint16_t* w) { return __builtin_convertvector(load<Shorts>(w), Ints); }
+inline Floats firsts(const uint16_t* w) { return __builtin_convertvector(whole(w) << 24 >> 24, Floats); }
+inline Floats seconds(const uint16_t* w) { return __builtin_convertvector(whole(w) >> 8, Floats); }
 
 // A chunk of inputs: rows of pairs, widened, and what of the weights is to be asked for meanwhile.
 struct Chunk {
@@ -216,7 +215,7 @@ __attribute__((noinline)) void dot_chunk(const Pair* w, size_t step, Chunk x, fl
         for (int v = 0; v < V; v++) std::memcpy(out + m * out_stride + LANES * v, &sum[m][v], sizeof(Floats));
 }
 
-// The same in pieces whose sums fit the registers.
+// The same in pieces whose sums fit the registers: with 16 lanes there are 32, with 8 there are 16.
 template <int M, int C, int AHEAD, class Pair>
 inline void dot_columns(const Pair* w, size_t step, Chunk x, float* out, size_t out_stride) {
     if constexpr (LANES == 16 || M <= 2 || (M <= 6 && C == 16)) {

@@ -85,10 +85,13 @@ def test_chains_in_training_are_those_of_decoding(tmp_path):
     store.prepare()
     store.open()
     drafter, rows = engine.bank.drafter, Rows([store[0], store[1]])
+    weights = {name: value.clone() for name, value in drafter.state_dict().items()}
     with torch.no_grad():
         inputs = Whitened(drafter, store, range(8))
         chain = inputs.chain(rows, 3)
         inputs.fold()
+        for name, value in drafter.state_dict().items():
+            torch.testing.assert_close(value, weights[name], atol=1e-3, rtol=1e-3, msg=f"{name} is not what it was")
         for at in (3, 9, 25, 39):                                       # of two documents of 20 tokens each
             said, context = rows.top[at - 3:at - 2], drafter.context(rows.deep[at - 3:at - 2])
             for own, place in enumerate(range(at - 2, at + 1)):

@@ -97,6 +97,11 @@ def test_a_drafter_learns_and_goes_on_after_a_kill(recipe, tmp_path):
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-5)
         assert torch.equal(ours[name], exits[name]) or name.startswith("drafter."), "exits stay as they are"
+    further = tmp_path / "further"
+    run(*args[:3], "--exits", whole, *args[5:], "--out", further, "--go-on", "--lr", 1e-4)
+    before, after = (json.loads((folder / "drafter.json").read_text()) for folder in (whole, further))
+    assert after["went_on_from"]["provenance"] == before["provenance"]
+    assert after["held_out_agreement_before"] == pytest.approx(before["held_out_agreement"], abs=0.01), "it began anew"
 
 
 def distill(recipe: Path, out: Path) -> tuple[object, ...]:

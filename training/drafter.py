@@ -1,16 +1,18 @@
 """Train a drafter: what makes the drafts that `verified` judges, in place of the exit before the first layer.
 
     python -m training.drafter --exits runs/my-llama --data data/my-llama
+    python -m training.drafter --exits runs/my-llama --data data/more --out runs/further --go-on
     torchrun --nproc-per-node 2 -m training.drafter ...
 
 It begins as the exit before the first layer, and learns on chains: its own rows are carried on to the tokens after
 (EAGLE-3's training-time test, Li et al. 2025), beside a context that it also has while decoding (`Drafter`). The exits
-stay as they are, so what was measured of them holds; only the speed of `verified` depends on the drafter. Started
-again, a run goes on from its last checkpoint.
+stay as they are, so what was measured of them holds; only the speed of `verified` depends on the drafter. With
+--go-on the drafter that they have learns further. Started again, a run goes on from its last checkpoint.
 """
 
 import argparse
 import dataclasses
+import json
 import shutil
 import time
 from pathlib import Path
@@ -62,19 +64,19 @@ class Whitened:
                 moments[j] = moments[j] + seen.T @ seen
             count += len(x)
         self.near, self.deep = (whitening(part / count) for part in moments)
-        self._change(torch.linalg.inv(self.near.double()).float())
+        self._change(*(torch.linalg.inv(part.double()).float() for part in (self.near, self.deep)))
 
     @torch.no_grad()
-    def _change(self, near: Tensor) -> None:
+    def _change(self, near: Tensor, deep: Tensor) -> None:
         adapter = self._drafter.adapter
-        for projection in (adapter.linear, adapter.gate, adapter.down):
-            projection.weight.copy_(projection.weight @ near.T)
+        for projection, change in ((adapter.linear, near), (adapter.gate, near), (adapter.down, near),
+                                   (self._drafter.context, deep)):
+            projection.weight.copy_(projection.weight @ change.T)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Make the drafter read rows as they come."""
-        self._change(self.near)
-        self._drafter.context.weight.copy_(self._drafter.context.weight @ self.deep.T)
+        self._change(self.near, self.deep)
 
     def chain(self, rows: Rows, length: int) -> list[Tensor]:
         """The drafter's rows (N, D) at each position, after 0, 1, ... tokens of its own on the way there."""
@@ -169,6 +171,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--exits", type=Path, required=True, help="exits folder, with an exit before the first layer")
     p.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by training.data")
     p.add_argument("--out", type=Path, help="folder for the exits with the drafter; default EXITS, which gain it")
+    p.add_argument("--go-on", action="store_true", help="train the drafter that EXITS have further, instead of "
+                   "beginning one as the exit before the first layer")
     p.add_argument("--data-note", default="", help="what the data is, in words")
     p.add_argument("--tail", type=int, default=1024, help="words that are not drafted, sampled at each step")
     p.add_argument("--hard", type=float, default=0.33, help="weight of the cross-entropy; KL has the rest")
@@ -199,6 +203,8 @@ def main() -> None:
     if bank.config.layers[:1] != (0,) or bank.config.adapter != "carry":
         raise ValueError(f"{args.exits} has '{bank.config.adapter}' exits after layers {bank.config.layers}; a drafter "
                          "goes on from a 'carry' exit before the first layer: train exits with --exits 0,...")
+    if args.go_on and not bank.drafter:
+        raise ValueError(f"{args.exits} has no drafter that could go on: train one without --go-on first")
     base, _, name = load_model(args.model or bank.config.base_model, device=str(accelerator.device))
     model = SegmentedModel(base, bank.config.layers, name=name)
     store = FeatureStore(model, load_documents(args.data), args.features or args.exits / "features", args.feature_gb)
@@ -207,8 +213,12 @@ def main() -> None:
     store.open()
 
     c, first = bank.config, bank.adapters[0]
-    drafter = Drafter(c.hidden_size, first.gate.out_features, len(c.layers) - 1, c.norm_eps).to(accelerator.device)
-    drafter.adapter.load_state_dict(first.state_dict())
+    width = c.drafter_width if args.go_on else first.gate.out_features
+    drafter = Drafter(c.hidden_size, width, len(c.layers) - 1, c.norm_eps).to(accelerator.device)
+    if args.go_on:
+        drafter.load_state_dict(bank.drafter.state_dict())
+    else:
+        drafter.adapter.load_state_dict(first.state_dict())
     drafted = torch.arange(c.vocab_size) if bank.head_ids is None else bank.head_ids[:c.draft_size or c.words(0)]
     drafted, weight = drafted.to(accelerator.device), model.head_weight.detach()
     head, words = ExitHead(weight, drafted, 0), ExitHead(weight, drafted, args.tail)
@@ -219,21 +229,24 @@ def main() -> None:
                          "too few: write more with python -m training.data policy")
     inputs = Whitened(drafter, store, training[:args.fit_documents])
     before = agreement(inputs, store, held_out, head, accelerator)
-    key = {"documents": store.fingerprint(), "start": bank.fingerprint()}
+    key = {"documents": store.fingerprint(),
+           "start": bank.drafter_fingerprint() if args.go_on else bank.fingerprint()}
     key |= {k: getattr(args, k) for k in ("hard", "tail", "epochs", "batch", "lr", "fit_documents", "seed")}
     run = Run(work, key, args.resume, accelerator.is_main_process)
     steps = train(inputs, drafter, store, training, held_out, head, words, run, accelerator, args)
     after = agreement(inputs, store, held_out, head, accelerator)
     if accelerator.is_main_process:
         inputs.fold()
-        bank.config = dataclasses.replace(c, drafter_width=first.gate.out_features)
+        bank.config = dataclasses.replace(c, drafter_width=width)
         bank.drafter = drafter.to(model.dtype)
         bank.adapters.to(model.dtype)           # as they were saved; estimators stay in fp32
         bank.save(args.out)
         for path in args.exits.glob("*.json"):
             if not (args.out / path.name).exists():
                 shutil.copy(path, args.out)
+        report = args.exits / "drafter.json"
         save_json(args.out / "drafter.json", {
+            "went_on_from": json.loads(report.read_text()) if args.go_on and report.exists() else None,
             "provenance": provenance(args.seed), "settings": key, "data_note": args.data_note, "steps": steps,
             "processes": accelerator.num_processes, "rows": sum(map(store.rows, training)),
             "held_out_rows": sum(map(store.rows, held_out)), "held_out_agreement_before": before,

@@ -150,7 +150,7 @@ def lossless_table(results: list[dict]) -> str:
 
 
 def readme_section() -> str:
-    speed = read(RESULTS / "benchmark-cpu.json")
+    speed, plain = (read(RESULTS / f"benchmark-cpu{kind}.json") for kind in ("", "-avx2"))
     lossless = [read(path) for path in sorted(RESULTS.glob("lossless-*.json"))]
     distill, config, calibration = (read(EXITS / f"{name}.json") for name in ("distill", "config", "calibration"))
     decode, baselines = (read(RESULTS / f"{name}.json") for name in ("decode", "baselines"))
@@ -173,6 +173,13 @@ over those of the full model, heads, adapters and estimators included. Kernels w
 {speed['kernel_seconds']:.1f} s, the model after {speed['load_seconds']:.1f} s; from before they
 were loaded to after a first run the process grew by {speed['grown_bytes'] / 1e6:.0f} MB,
 {speed['memory_over_need']:.2f} times the weights of model and exits and the cache. {source(speed)}
+
+**The same on an older processor**, which has no dot product of bf16, so that our kernels multiply in vectors of fp32,
+and reads memory at {plain['read_bandwidth'] / 1e9:.0f} GB/s:
+
+{speed_table(plain)}
+
+{source(plain)}
 
 **Cost of a token against length**, milliseconds, after a context that the model wrote at temperature 1. By bytes: what
 `full` would take if a token cost what it reads, weights, keys and values:
@@ -325,18 +332,22 @@ def history(report: dict) -> list[tuple[list[int], dict]]:
 
 
 def drafter_text(folder: Path) -> list[str]:
-    """How a drafter was trained; nothing where there is none."""
-    if not (folder / "drafter.json").exists():
-        return []
-    report = read(folder / "drafter.json")
-    settings, rates = report["settings"], [" / ".join(f"{rate:.1%}" for rate in report[name]) for name in
-                                           ("held_out_agreement_before", "held_out_agreement")]
-    return [f"""\
-- **Drafter**, for `verified`: from the exit before the first layer, then {report['steps']:,} steps of
+    """How a drafter was trained, the last run first; nothing where there is none."""
+    path, texts = folder / "drafter.json", []
+    report = read(path) if path.exists() else None
+    while report:
+        before = report.get("went_on_from")
+        start = "the drafter told of next" if before else "the exit before the first layer"
+        settings, rates = report["settings"], [" / ".join(f"{rate:.1%}" for rate in report[name]) for name in
+                                               ("held_out_agreement_before", "held_out_agreement")]
+        texts.append(f"""\
+- **Drafter**, for `verified`: from {start}, then {report['steps']:,} steps of
   {settings['batch']:,} tokens on chains of its own drafts, {report['rows']:,} training tokens. Agreement after 0, 1, 2
   and 3 tokens of its own, of the words that it drafts, on {report['held_out_rows']:,} test tokens: {rates[0]} before,
   {rates[1]} after. Data: {report['data_note']}
-  {source(report)}"""]
+  {source(report)}""")
+        report = before
+    return texts
 
 
 def card(folder: Path) -> str:
