@@ -1,5 +1,10 @@
 """Our own CPU kernels: the layers, exits and heads that transformers and torch compute, and rows that stand alone."""
 
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import SHAPE
@@ -21,7 +26,20 @@ FAMILIES = {
     "qwen2": Qwen2Config(**WIDE),
     "qwen3": Qwen3Config(**WIDE, head_dim=32),
 }
+CPU = Path("/proc/cpuinfo")
 IDS = [5, 9, 33, 2, 71, 8, 15, 60, 44, 3, 17, 90, 12, 6, 28, 51, 77, 4, 39, 10, 11]
+
+
+@pytest.fixture(params=["with all its vectors", "without dot products of bf16"])
+def processor(request, monkeypatch):
+    """This one, and where it has dot products of bf16, one that has not: kernels multiply in another way there."""
+    if request.param == "without dot products of bf16":
+        if not CPU.exists() or "avx512_bf16" not in CPU.read_text():
+            pytest.skip("this processor has none")
+        monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, "-mno-avx512bf16"))
+        compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+        other = kernels._declare(ctypes.CDLL(str(kernels._build(compiler))))
+        monkeypatch.setattr(kernels, "library", lambda: other)
 
 
 def base_of(family: str):
@@ -49,6 +67,7 @@ def decoded(model: SegmentedModel, chunks: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("processor")
 def test_layers_are_those_of_transformers(family):
     model = SegmentedModel(base_of(family), (3,))
     assert model.native
@@ -62,12 +81,26 @@ def test_layers_are_those_of_transformers(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("processor")
 def test_a_row_does_not_depend_on_the_rows_beside_it(family):
     model = SegmentedModel(base_of(family), (3,))
     alone = decoded(model, [1] * len(IDS))
     for size in (2, 3, 5, 8, 11):
         chunks = [size] * (len(IDS) // size) + [len(IDS) % size] * (len(IDS) % size > 0)
         assert torch.equal(decoded(model, chunks), alone), size
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("exits", [(), (0, 3), (1, 2, 3)])
+def test_segments_at_once_are_segments_one_by_one(native, exits):
+    model = SegmentedModel(base_of("llama"), exits, native=native)
+    with torch.inference_mode():
+        h, caches = model.embed(IDS[:8]), [model.new_cache(16), model.new_cache(16)]
+        at_once = model.run_segments(range(model.num_segments), h, caches[0])
+        for s, rows in enumerate(at_once):
+            h = model.run_segment(s, h, caches[1])
+            assert torch.equal(rows, h), s
+    assert torch.equal(caches[0].keys, caches[1].keys) and caches[0].lengths == caches[1].lengths
 
 
 @torch.inference_mode()
@@ -80,6 +113,7 @@ def through(model: SegmentedModel, cache, ids: list[int], parents: list[int] | N
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("before", [1, 9, 15, 16, 17, 505, 511, 512, 1020])
+@pytest.mark.usefixtures("processor")
 def test_each_path_of_a_tree_is_bitwise_the_text_that_it_says(family, before):
     """Wherever blocks and spans of the cache begin; and the cache after `keep` is that of the path's text."""
     model, parents = SegmentedModel(base_of(family), (3,)), [-1, 0, 1, 2, 0, 4, 1, 5, 7, 8, 3]
@@ -102,6 +136,7 @@ def test_each_path_of_a_tree_is_bitwise_the_text_that_it_says(family, before):
 
 
 @torch.inference_mode()
+@pytest.mark.usefixtures("processor")
 def test_long_texts_are_attended_to_as_transformers_does():
     """Attention works in spans of 512 positions: rows that see several, on their own and many in a pass."""
     model, text = SegmentedModel(base_of("llama"), (3,)), IDS * 53
@@ -157,16 +192,20 @@ def test_a_full_native_cache_says_how_much_it_holds():
         model.run_segment(0, model.embed(IDS), model.new_cache(16))
 
 
-@pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2)])
+@pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2), (40, 258)])
+@pytest.mark.usefixtures("processor")
 def test_linear_is_the_linear_it_replaces(outputs, inputs):
     linear = torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16)
     packed, x = pack(linear.weight, linear.bias), torch.randn(1, 9, inputs, dtype=torch.bfloat16)
     assert isinstance(packed, kernels.NativeLinear)
     with torch.inference_mode():
         torch.testing.assert_close(packed(x), linear.float()(x.float()), atol=1e-4, rtol=1e-4)
+        for n in range(1, 9):
+            assert torch.equal(packed(x[:, :n]), packed(x)[:, :n]), "a row stands alone"
 
 
-@pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2)])
+@pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2), (40, 258)])
+@pytest.mark.usefixtures("processor")
 def test_a_linear_in_8_bits_is_the_one_with_its_weights_rounded(outputs, inputs):
     weight, x = torch.randn(outputs, inputs, dtype=torch.bfloat16), torch.randn(1, 9, inputs, dtype=torch.bfloat16)
     packed, scale = pack(weight, eight_bits=True), weight.float().abs().amax(1, keepdim=True) / 127
