@@ -157,7 +157,7 @@ class Staircase:
             parts = rows.split(_MAX_ROWS, dim=1) if rows.shape[1] > _MAX_ROWS else [rows]
             passed = [self.model.run_segments(span, part, self.cache, parents) for part in parts]
             self.weight_bytes += len(parts) * sum(self.model.segment_bytes[first:end])
-            out += passed[0] if len(parts) == 1 else [torch.cat(rows, dim=1) for rows in zip(*passed)]
+            out += passed[0] if len(parts) == 1 else [torch.cat(after, dim=1) for after in zip(*passed)]
             if end < self.model.num_segments:
                 self.waiting[end] = _append(self.waiting[end], out[-1])
         return out
@@ -333,18 +333,18 @@ class Engine:
             else:
                 # 3. Climb: deeper until an exit is sure enough, or to the top.
                 may_exit, before, confidence = not finished and len(drafts) < config.max_draft, None, None
-                copied, s = None, -1
-                while exit_hidden is None and s < last:
-                    below, s = s, self.next_exit(s + 1, thresholds, confidence) if may_exit else last
-                    rows = stairs.run(range(below + 1, s + 1))[-1]                          # (1, N, D)
+                copied, first = None, 0
+                while exit_hidden is None:
+                    s = self.next_exit(first, thresholds, confidence) if may_exit else last
+                    rows = stairs.run(range(first, s + 1))[-1]                              # (1, N, D)
                     if s == last:
                         break
                     if copied is None:
                         lookup.extend(stairs.tokens[len(lookup):len(stairs.tokens) - len(drafts)])
                         copied = bank.copies([lookup.copied(stairs.tokens)])
                     hidden = bank.hidden(s, rows[0, -1:], said)                             # (1, D)
-                    confidence = float(bank.confidence(s, hidden, copied, before if s == below + 1 else None))
-                    before = hidden
+                    confidence = float(bank.confidence(s, hidden, copied, before if s == first else None))
+                    before, first = hidden, s + 1
                     stairs.weight_bytes += bank.try_bytes(s)
                     asked = (*asked[:s], confidence, *asked[s + 1:])
                     if confidence >= thresholds[s]:

@@ -95,7 +95,7 @@ public:
 struct Team {
     int rank, size;
     Barrier* barrier;
-    int* tickets;                   // zeros, one for each time that work is shared out; null: never
+    int* tickets;                   // zeros, one for each time that work is shared out
     void meet() const { barrier->meet(size); }
     int from(int items) const { return int(int64_t(items) * rank / size); }
     int to(int items) const { return int(int64_t(items) * (rank + 1) / size); }
@@ -328,7 +328,7 @@ inline void dot_block(const Matrix& m, int b, int tile, const uint32_t* x, size_
         for (int j = 0; j < BLOCK; j++) out[i][j] *= m.scale[b * BLOCK + j];
 }
 
-// x (rows, in) times the matrix: done(row, first output, 32 sums) for each block of this thread's share.
+// x (rows, in) times the matrix: done(row, first output, 32 sums) for each block that this thread takes.
 template <class Done>
 inline void multiply(Team& team, const Matrix& m, const bf16* x, size_t stride, int rows, Done done) {
     float out[MAX_TILE][BLOCK];

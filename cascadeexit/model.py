@@ -347,8 +347,6 @@ class SegmentedModel:
 
     def read(self, normed: Tensor) -> Tensor:
         """The same of rows that went through `norm` already: (1, N, D) -> (1, N, V)."""
-        if self._native is not None:                    # nothing to pad or to move
-            return self.head(normed)
         return self._project(self.pad_rows(normed).to(self.device))[:, :normed.shape[1]]
 
     def pad_rows(self, h: Tensor) -> Tensor:

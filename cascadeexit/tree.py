@@ -136,8 +136,8 @@ class DraftTree:
     def _ask(self, nodes: Sequence[_Node], context: Tensor | None) -> list[tuple[Tensor, list[float], list[int]]]:
         """Of each node: the exit's state (1, D), and the likeliest tokens with their probabilities."""
         self.weight_bytes += self._ask_bytes
-        said = nodes[0].said if len(nodes) == 1 else torch.cat([node.said for node in nodes])
-        return self._bank.drafts([node.token for node in nodes], said, _BRANCHES, self._temperature, context)
+        return self._bank.drafts([node.token for node in nodes], torch.cat([node.said for node in nodes]), _BRANCHES,
+                                 self._temperature, context)
 
     def _children(self, node: _Node, trust: float, guess: Guess | None, opinion, needed: float) -> list[_Node]:
         """What may follow a node and survive oftener than needed. A copy and a draft for the same token are one."""

@@ -244,9 +244,9 @@ def main() -> None:
         for path in args.exits.glob("*.json"):
             if not (args.out / path.name).exists():
                 shutil.copy(path, args.out)
-        report = args.exits / "drafter.json"
+        before_it = args.exits / "drafter.json"
         save_json(args.out / "drafter.json", {
-            "went_on_from": json.loads(report.read_text()) if args.go_on and report.exists() else None,
+            "went_on_from": json.loads(before_it.read_text()) if args.go_on and before_it.exists() else None,
             "provenance": provenance(args.seed), "settings": key, "data_note": args.data_note, "steps": steps,
             "processes": accelerator.num_processes, "rows": sum(map(store.rows, training)),
             "held_out_rows": sum(map(store.rows, held_out)), "held_out_agreement_before": before,

@@ -62,8 +62,8 @@ def _portable(argument: str) -> str:
 def _machine() -> str:
     cpu = platform.processor() or platform.machine()
     try:
-        facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        facts = {name.strip(): value.strip() for name, value in facts.items()}
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        facts = {name.strip(): value.strip() for name, _, value in lines}
         cpu = facts.get("model name", cpu)
         # The name may not tell generations apart, which differ most in their vectors.
         cpu += next((f" ({unit})" for unit in _VECTORS if unit in facts.get("flags", "").split()), "")

@@ -150,7 +150,7 @@ def lossless_table(results: list[dict]) -> str:
 
 
 def readme_section() -> str:
-    speed, plain = (read(RESULTS / f"benchmark-cpu{kind}.json") for kind in ("", "-avx2"))
+    speed, older = (read(RESULTS / f"benchmark-cpu{kind}.json") for kind in ("", "-avx2"))
     lossless = [read(path) for path in sorted(RESULTS.glob("lossless-*.json"))]
     distill, config, calibration = (read(EXITS / f"{name}.json") for name in ("distill", "config", "calibration"))
     decode, baselines = (read(RESULTS / f"{name}.json") for name in ("decode", "baselines"))
@@ -175,11 +175,11 @@ were loaded to after a first run the process grew by {speed['grown_bytes'] / 1e6
 {speed['memory_over_need']:.2f} times the weights of model and exits and the cache. {source(speed)}
 
 **The same on an older processor**, which has no dot product of bf16, so that our kernels multiply in vectors of fp32,
-and reads memory at {plain['read_bandwidth'] / 1e9:.0f} GB/s:
+and reads memory at {older['read_bandwidth'] / 1e9:.0f} GB/s:
 
-{speed_table(plain)}
+{speed_table(older)}
 
-{source(plain)}
+{source(older)}
 
 **Cost of a token against length**, milliseconds, after a context that the model wrote at temperature 1. By bytes: what
 `full` would take if a token cost what it reads, weights, keys and values:
