@@ -16,6 +16,7 @@
 #include <cstring>
 #include <omp.h>
 #include <sched.h>
+#include <type_traits>
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #include <immintrin.h>
 #define BF16_DOT 1
@@ -47,23 +48,57 @@ inline bf16 narrow(float x) {                                   // round to near
     return bf16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// exp for x <= 88, relative error below 3e-7: 2^n times a polynomial, without branches, so loops over it vectorize.
-inline float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = __builtin_floorf(__builtin_fmaf(x, 1.44269504f, 0.5f));
-    float r = __builtin_fmaf(n, -0.693359375f, x);
-    r = __builtin_fmaf(n, 2.12194440e-4f, r);
-    float p = 1.9875691500e-4f;
-    p = __builtin_fmaf(p, r, 1.3981999507e-3f);
-    p = __builtin_fmaf(p, r, 8.3334519073e-3f);
-    p = __builtin_fmaf(p, r, 4.1665795894e-2f);
-    p = __builtin_fmaf(p, r, 1.6666665459e-1f);
-    p = __builtin_fmaf(p, r, 5.0000001201e-1f);
-    p = __builtin_fmaf(p, r * r, r + 1.0f);
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
+// Vectors of fp32: what GCC and Clang call vector extensions becomes the processor's own, 16 lanes of AVX-512, else 8.
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using Shorts = int16_t __attribute__((vector_size(2 * LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+
+template <class To, class From>
+inline To load(const From* from) {
+    To out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+inline Floats broadcast(float x) { return x - Floats{}; }
+inline Ints lanes_in_order() {
+    Ints lanes;
+    for (int l = 0; l < LANES; l++) lanes[l] = l;
+    return lanes;
+}
+inline float sum_of(Floats x) {
+    float sum = 0;
+    for (int l = 0; l < LANES; l++) sum += x[l];
+    return sum;
+}
+inline Halves narrow(Floats x) {
+    Words bits = (Words)x;
+    return __builtin_convertvector((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16, Halves);
+}
+
+// exp of a float or of Floats, 0 far below; relative error below 1e-5, far below bf16's. 2^y is 2^whole times a polynomial of the
+// rest: y below 2^22 with 3 * 2^22 added is rounded, and the last bits are the whole number.
+template <class F>
+inline F fast_exp(F x) {
+    using Bits = std::conditional_t<sizeof(F) == sizeof(float), uint32_t, Words>;
+    const F least = F{} - 126.0f, most = F{} + 127.0f;
+    F y = x * 1.44269504f;
+    y = y < least ? least : y;
+    y = y > most ? most : y;
+    const F shifted = y + 12582912.0f, rest = y - (shifted - 12582912.0f);
+    F power = F{} + 9.5828446e-3f;
+    power = power * rest + 5.5906437e-2f;
+    power = power * rest + 2.4024099e-1f;
+    power = power * rest + 6.9312418e-1f;
+    power = power * rest + 1.0f;
+    const Bits bits = load<Bits>(&power) + (load<Bits>(&shifted) << 23);
+    return load<F>(&bits);
 }
 
 inline float silu(float x) { return x / (1.0f + fast_exp(-x)); }
@@ -153,27 +188,10 @@ inline void dot_pairs(const Pair* w, const uint32_t* x, size_t stride, int pairs
         for (int v = 0; v < V; v++) _mm512_storeu_ps(out[m] + 16 * v, sum[m][v]);
 }
 #else
-// Without such an instruction a pair is widened to two vectors of fp32. What GCC and Clang call vector extensions becomes the
-// processor's own: 16 lanes of AVX-512, else 8.
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
+// Without such an instruction a pair is widened to two vectors of fp32.
 constexpr int CHUNK = 64;       // pairs of inputs that are read for all outputs and rows while they are in the first cache
 constexpr int REACH = 12288;    // bytes from the weights in use to those that are asked for
-using Floats = float __attribute__((vector_size(4 * LANES)));
-using Words = uint32_t __attribute__((vector_size(4 * LANES)));
-using Ints = int32_t __attribute__((vector_size(4 * LANES)));
-using Shorts = int16_t __attribute__((vector_size(2 * LANES)));
 
-template <class To, class From>
-inline To load(const From* from) {
-    To out;
-    std::memcpy(&out, from, sizeof out);
-    return out;
-}
-inline Floats all(float x) { return x - Floats{}; }
 // Of a vector of pairs the first or the second ones.
 inline Floats firsts(const uint32_t* w) { return (Floats)(load<Words>(w) << 16); }
 inline Floats seconds(const uint32_t* w) { return (Floats)(load<Words>(w) & 0xFFFF0000u); }
@@ -198,7 +216,7 @@ __attribute__((noinline)) void dot_chunk(const Pair* w, size_t step, Chunk x, fl
         for (int v = 0; v < V; v++) sum[m][v] = load<Floats>(out + m * out_stride + LANES * v);
     auto add = [&](const float (*inputs)[CHUNK], int p) __attribute__((always_inline)) {
         for (int m = 0; m < M; m++) {
-            Floats input = all(inputs[m][p]);
+            Floats input = broadcast(inputs[m][p]);
             for (int v = 0; v < V; v++) sum[m][v] += weights[v] * input;
         }
     };
@@ -462,44 +480,24 @@ void path_values(const Past& past, const int* path, int begin, int n, int d, uin
 // Scores row[first..seen-1] -> `top`, the largest, and to[t], exp(scale (score - top)) as bf16, 0 in the rest of their blocks;
 // returns the sum of these. -infinity and 0 where there are none.
 float weigh(const float* row, int first, int seen, float scale, bf16* to, float& top) {
-    const int start = first / KEYS * KEYS;
-#ifdef BF16_DOT
-    auto visible = [&](int t) {
-        return __mmask16(0xFFFFu << (t < first ? first - t : 0) & 0xFFFFu >> (t + KEYS > seen ? t + KEYS - seen : 0));
-    };
-    __m512 most = _mm512_set1_ps(-INFINITY), sums = _mm512_setzero_ps();
-    for (int t = start; t < seen; t += KEYS) most = _mm512_mask_max_ps(most, visible(t), most, _mm512_loadu_ps(row + t));
-    top = _mm512_reduce_max_ps(most);
-    // 2^(whole + part), part within half of 0: a polynomial with a relative error below 3e-6, far below bf16's.
-    const __m512 unit = _mm512_set1_ps(scale * 1.44269504f), shift = _mm512_set1_ps(-top * scale * 1.44269504f);
-    for (int t = start; t < seen; t += KEYS) {
-        __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(row + t), unit, shift);
-        __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = _mm512_sub_ps(x, whole);
-        __m512 power = _mm512_set1_ps(9.5828446e-3f);
-        power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(5.5906437e-2f));
-        power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(2.4024099e-1f));
-        power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(6.9312418e-1f));
-        power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(1.0f));
-        power = _mm512_maskz_scalef_ps(visible(t), power, whole);
-        sums = _mm512_add_ps(sums, power);
-        _mm256_storeu_si256((__m256i*)(to + t), (__m256i)_mm512_cvtneps_pbh(power));
+    const Ints lane = lanes_in_order();
+    const int start = first / KEYS * KEYS, whole = (seen + KEYS - 1) / KEYS * KEYS;
+    auto visible = [&](int t) __attribute__((always_inline)) { return (lane + t >= first) & (lane + t < seen); };
+    Floats most = broadcast(-INFINITY), sums = {};
+    for (int t = start; t < seen; t += LANES) {
+        Floats score = load<Floats>(row + t);
+        most = (visible(t) & (score > most)) ? score : most;
     }
-    return _mm512_reduce_add_ps(sums);
-#else
-    top = -INFINITY;
-    for (int t = first; t < seen; t++) top = row[t] > top ? row[t] : top;
-    float sums[KEYS] = {}, total = 0;
-    for (int t = start; t < seen; t += KEYS)
-        for (int l = 0; l < KEYS; l++) {
-            bool visible = t + l >= first && t + l < seen;
-            float e = fast_exp((row[t + l] - top) * scale);
-            e = visible ? e : 0.0f;
-            sums[l] += e;
-            to[t + l] = narrow(e);
-        }
-    for (float s : sums) total += s;
-    return total;
-#endif
+    top = most[0];
+    for (int l = 1; l < LANES; l++) top = most[l] > top ? most[l] : top;
+    for (int t = start; t < whole; t += LANES) {
+        Floats power = fast_exp((load<Floats>(row + t) - top) * scale);
+        power = visible(t) ? power : Floats{};
+        sums += power;
+        Halves halves = narrow(power);
+        std::memcpy(to + t, &halves, sizeof halves);
+    }
+    return sum_of(sums);
 }
 
 // One span of a tile. scores: room for (MAX_QUERIES, room) floats, and probs for as many bf16, a span and a tree's rows;
@@ -572,13 +570,15 @@ inline void copy_slot(uint32_t* keys, uint32_t* values, int from, int to, int d)
     for (int j = 0; j < d; j++) value(to)[2 * j] = value(from)[2 * j];
 }
 
-// f(j, j % 16) for j = 0..n-1, sixteen at a time, so that it vectorizes.
+// f of all n numbers, a vector at a time; what is missing in the last one counts as so small that exp gives nothing for it.
 template <class F>
-inline void each_lane(int n, F f) {
+inline void each_vector(const float* numbers, int n, F f) {
     int j = 0;
-    for (; j + 16 <= n; j += 16)
-        for (int lane = 0; lane < 16; lane++) f(j + lane, lane);
-    for (; j < n; j++) f(j, j % 16);
+    for (; j + LANES <= n; j += LANES) f(load<Floats>(numbers + j));
+    if (j == n) return;
+    Floats last = broadcast(-1e30f);
+    std::memcpy(&last, numbers + j, sizeof(float) * (n - j));
+    f(last);
 }
 
 // Scratch of a call, grown to the largest one seen.
@@ -886,10 +886,10 @@ void ce_likeliest(const Matrix* m, const bf16* x, float temperature, int32_t k, 
                 numbers[at] = j;
             }
         }
-        float masses[16] = {}, top = row[numbers[0]], scale = 1 / temperature;
-        each_lane(m->out, [&](int j, int lane) { masses[lane] += fast_exp((row[j] - top) * scale); });
-        float mass = 0;
-        for (float part : masses) mass += part;
+        const float top = row[numbers[0]], scale = 1 / temperature;
+        Floats masses = {};
+        each_vector(row, m->out, [&](Floats logits) { masses += fast_exp((logits - top) * scale); });
+        const float mass = sum_of(masses);
         for (int i = 0; i < k; i++) probs[i] = fast_exp((row[numbers[i]] - top) * scale) / mass;
     }
 }
@@ -938,24 +938,22 @@ void ce_softmax_facts(const Matrix* m, const bf16* x, const float* copied, const
     };
     auto look = [&](int r, float* to) {
         const float* row = logits + size_t(r) * V;
-        float firsts[16], seconds[16], first = -INFINITY, second = -INFINITY;
-        for (int l = 0; l < 16; l++) firsts[l] = seconds[l] = -INFINITY;
-        auto rank = [](float v, float& first, float& second) {
-            float least = v < first ? v : first;
+        float first = -INFINITY, second = -INFINITY;
+        Floats firsts = broadcast(first), seconds = firsts, masses = {}, means = {};
+        auto rank = [](auto v, auto& first, auto& second) {
+            auto least = v < first ? v : first;
             second = least > second ? least : second;
             first = v > first ? v : first;
         };
-        each_lane(V, [&](int j, int lane) { rank(row[j], firsts[lane], seconds[lane]); });
-        for (int l = 0; l < 16; l++) rank(firsts[l], first, second);
-        for (int l = 0; l < 16; l++) second = seconds[l] > second ? seconds[l] : second;
-        float masses[16] = {}, means[16] = {};
-        each_lane(V, [&](int j, int lane) {
-            float e = fast_exp(row[j] - first);
-            masses[lane] += e;
-            means[lane] = __builtin_fmaf(e, row[j] - first, means[lane]);
+        each_vector(row, V, [&](Floats v) { rank(v, firsts, seconds); });
+        for (int l = 0; l < LANES; l++) rank(float(firsts[l]), first, second);
+        for (int l = 0; l < LANES; l++) second = seconds[l] > second ? seconds[l] : second;
+        each_vector(row, V, [&](Floats v) {
+            Floats e = fast_exp(v - first);
+            masses += e;
+            means += e * (v - first);
         });
-        float mass = 0, mean = 0;
-        for (int l = 0; l < 16; l++) mass += masses[l], mean += means[l];
+        const float mass = sum_of(masses), mean = sum_of(means);
         Seen seen{0, first, std::log(mass)};
         while (row[seen.best] != first && seen.best + 1 < V) seen.best++;
         to[0] = -seen.log_mass, to[1] = second - first - seen.log_mass, to[2] = seen.log_mass - mean / mass;
