@@ -1,7 +1,7 @@
 // Decoder layers on a CPU, near the speed at which memory delivers their weights.
 //
 // One call takes a few rows through many layers: one team of threads, no allocation, no dispatch between operations.
-// Weights are bf16, or integers of 8 bits, packed so that a pass reads each of them once, in order: blocks of 32 outputs,
+// Weights are bf16, or integers of 8 bits, packed so that a pass reads each of them once, in order: blocks of outputs,
 // pairs of inputs side by side. Sums are fp32 and run over inputs in order, each row by itself, so a row's result is
 // bitwise the same whatever other rows are in the pass: that is what makes verification exact.
 //
@@ -24,7 +24,6 @@
 
 namespace {
 
-constexpr int BLOCK = 32;       // outputs of a weight block
 constexpr int KEYS = 16;        // keys of a score block
 constexpr int MAX_TILE = 8;     // rows that share one reading of a block from the first cache
 constexpr int MANY = 5;         // rows from which a tile computes about as long as it waits for its weights
@@ -53,6 +52,12 @@ inline bf16 narrow(float x) {                                   // round to near
 constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
+#endif
+// Outputs of a weight block: as many as a row keeps sums of in registers, beside other rows; then a block is read in order.
+#if defined(BF16_DOT) || defined(__AVX512F__)
+constexpr int BLOCK = 32;
+#else
+constexpr int BLOCK = 16;
 #endif
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
@@ -243,9 +248,9 @@ inline void dot_columns(const Pair* w, size_t step, Chunk x, float* out, size_t 
         x.next += x.pairs * (AHEAD / 2);
         dot_chunk<M, C / 2, AHEAD / 2>(w + C / 2, step, x, out + C / 2, out_stride);
     } else {
-        dot_columns<M - 2, C, AHEAD / 4 * 3>(w, step, x, out, out_stride);
-        x.first += M - 2, x.second += M - 2, x.next += x.pairs * (AHEAD / 4 * 3);
-        dot_columns<2, C, AHEAD / 4>(w, step, x, out + (M - 2) * out_stride, out_stride);
+        dot_columns<4, C, AHEAD / 2>(w, step, x, out, out_stride);
+        x.first += 4, x.second += 4, x.next += x.pairs * (AHEAD / 2);
+        dot_columns<M - 4, C, AHEAD / 2>(w, step, x, out + 4 * out_stride, out_stride);
     }
 }
 
@@ -346,7 +351,7 @@ inline void dot_block(const Matrix& m, int b, int tile, const uint32_t* x, size_
         for (int j = 0; j < BLOCK; j++) out[i][j] *= m.scale[b * BLOCK + j];
 }
 
-// x (rows, in) times the matrix: done(row, first output, 32 sums) for each block that this thread takes.
+// x (rows, in) times the matrix: done(row, first output, BLOCK sums) for each block that this thread takes.
 template <class Done>
 inline void multiply(Team& team, const Matrix& m, const bf16* x, size_t stride, int rows, Done done) {
     float out[MAX_TILE][BLOCK];
@@ -602,12 +607,15 @@ struct Scratch {
 
 extern "C" {
 
-// What one more row costs in a pass of few, in passes of one row: measured from 1 to MAX_TILE rows.
-float ce_row_cost() {
+int32_t ce_block() { return BLOCK; }
+
+// What one more row beside so many costs, in passes of one row: measured.
+float ce_row_cost(int32_t rows) {
 #ifdef BF16_DOT
-    return 0.02f;
+    return rows < MAX_TILE ? 0.02f : 0.1f;
 #else
-    return 0.05f;
+    constexpr float costs[] = {0.03f, 0.03f, 0.04f, 0.1f, 0.05f, 0.2f, 0.1f};       // beside 1, 2 ... 7
+    return rows < MAX_TILE ? costs[rows - 1] : 0.2f;
 #endif
 }
 
@@ -789,7 +797,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
             }
             multiply(team, layer.o, attended, size_t(H) * d, rows, add_to_h(layer.o));
             team.meet();
-            // 4. MLP: a thread holds gate and up of the same 32 outputs
+            // 4. MLP: a thread holds gate and up of the same outputs
             normed(layer.mlp_norm);
             gated(team, layer.gate_up, x, rows, I, act);
             team.meet();

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-_BLOCK = 32                     # outputs of a weight block, as in kernels.cpp
 
 
 class _Matrix(ctypes.Structure):
@@ -110,6 +109,7 @@ def _build(compiler: str) -> Path:
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_row_cost.restype = c_float
+    lib.ce_row_cost.argtypes = [c_int32]
     lib.ce_packed_bytes.restype = c_int64
     lib.ce_packed_bytes.argtypes = [c_int32, c_int32]
     lib.ce_pack.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int32]
@@ -155,7 +155,7 @@ class _Store:
             part = part.detach().contiguous()
             lib.ce_pack(part.data_ptr(), outputs, inputs, at, i, len(parts))
             self._free += _whole_lines(lib.ce_packed_bytes(outputs, inputs))
-        rows = outputs if len(parts) == 1 else len(parts) * -(-outputs // _BLOCK) * _BLOCK
+        rows = outputs if len(parts) == 1 else len(parts) * -(-outputs // lib.ce_block()) * lib.ce_block()
         return _Matrix(at, None, self.floats(bias), inputs, rows)
 
     def matrix_in_8_bits(self, weight: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None) -> _Matrix:
@@ -179,16 +179,16 @@ def _whole_lines(size: int) -> int:
 
 
 def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (O, I), I even, as integers up to 127, by blocks of 32 outputs and pairs of inputs: (O / 32, I / 2, 64).
+    """A weight (O, I), I even, as integers up to 127, by blocks of B outputs and pairs of inputs: (O / B, I / 2, 2 B).
 
     And what the integers of each output are to be multiplied by, for whole blocks.
     """
-    parts, scales = [], []
-    for block in weight.detach().split(_BLOCK):
-        block = nn.functional.pad(block.float(), (0, 0, 0, _BLOCK - len(block)))
+    parts, scales, size = [], [], library().ce_block()
+    for block in weight.detach().split(size):
+        block = nn.functional.pad(block.float(), (0, 0, 0, size - len(block)))
         scales.append(block.abs().amax(1).clamp(min=1e-30) / 127)
         whole = (block / scales[-1][:, None]).round().to(torch.int8)
-        parts.append(whole.view(_BLOCK, -1, 2).transpose(0, 1).reshape(-1, 2 * _BLOCK))
+        parts.append(whole.view(size, -1, 2).transpose(0, 1).reshape(-1, 2 * size))
     return torch.stack(parts), torch.cat(scales)
 
 
@@ -296,11 +296,15 @@ class NativeLayers:
                    floats(layer.post_attention_layernorm.weight), floats(_weight(a, "q_norm")),
                    floats(_weight(a, "k_norm")))
             for w, layer, (a, m) in zip(qkv, layers, blocks)))
-        self.row_cost: float = library().ce_row_cost()      # of one more row, in passes of one
         self._positions = len(cosines)
         self._stack = _Stack(self._layers, floats(cosines), floats(sines), config.hidden_size,
                              config.num_attention_heads, config.num_key_value_heads, head_dim, config.intermediate_size,
                              config.rms_norm_eps, layers[0].self_attn.scaling)
+
+    @staticmethod
+    def row_cost(rows: int) -> float:
+        """What one more row beside so many costs, in passes of one row."""
+        return library().ce_row_cost(rows)
 
     @staticmethod
     def fits(layers: Sequence[nn.Module], head_dim: int) -> bool:
@@ -370,7 +374,8 @@ def _adapter_in_8_bits(gate: Tensor, down: Tensor, up: Tensor, straight: Tensor 
     first = [_in_8_bits(weight / reach) for weight in (*whole, gate, down * inner[:, None])]
     (gates, gate_scale), (downs, down_scale) = first[-2:]
     both = torch.stack([gates, downs], 1).flatten(0, 1)                         # block by block in turn
-    both_scale = torch.stack([gate_scale.view(-1, _BLOCK), down_scale.view(-1, _BLOCK)], 1).flatten()
+    size = library().ce_block()
+    both_scale = torch.stack([gate_scale.view(-1, size), down_scale.view(-1, size)], 1).flatten()
     ups, up_scale = _in_8_bits(up / inner)
     store = _Store([], [*(packed for packed, _ in first[:-2]), both, ups])
     matrix = store.matrix_in_8_bits

@@ -34,6 +34,8 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _REPLAYED_CAPACITY = 1024       # a recording is for one cache, so few sizes are best; unused slots cost little to read
 _IDLE_CACHES = 4
 _ROW_COST = 0.02                # with stock kernels and on a GPU, where a bucket of rows costs what one of them does
+_LATE_ROW_COST = 0.1            # beyond
+_FEW_ROWS = 8
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -307,10 +309,11 @@ class SegmentedModel:
             cache.replayed[s] = Replayed(through, self.row_multiple)
         return cache.replayed[s]
 
-    @property
-    def row_cost(self) -> float:
-        """What one more row costs in a pass of few rows, in passes of one row."""
-        return self._native.row_cost if self._native else _ROW_COST
+    def row_cost(self, rows: int) -> float:
+        """What one more row costs in a pass of so many, in passes of one row: measured."""
+        if self._native:
+            return self._native.row_cost(rows)
+        return _ROW_COST if rows < _FEW_ROWS else _LATE_ROW_COST
 
     @property
     def branches(self) -> bool:

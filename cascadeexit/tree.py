@@ -18,8 +18,6 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.lookup import LONGEST_MATCH, Guess, Lookup
 from cascadeexit.model import SegmentedModel
 
-_TILE = 8                   # rows that our kernels take through a weight together (MAX_TILE there)
-_LATE_ROW_COST = 0.1        # of one more row to verify beyond those, in passes of the full model: measured
 _READ_COST = 0.5            # of a byte that drafting reads, in bytes of a pass: measured, they come from a near cache
 _BRANCHES = 6               # drafts that may follow one token
 _HOPE = 0.5                 # chance that a question brings a right draft, when it is not known yet
@@ -87,7 +85,8 @@ class DraftTree:
         context: Tensor | None = None
         level, kept = [_Node(1.0, text[-1], None, said, -1, COPIED)], []
         for depth in range(longest):
-            needed = self._row_cost(1 + len(kept)) * expected / spent    # of survival: below it, a row costs too much
+            # Of survival: below it, a row costs too much.
+            needed = self._model.row_cost(1 + len(kept)) * expected / spent
             guesses = [self._lookup.guess(_end(text, node)) for node in level]
             asked = [i for i, (node, guess) in enumerate(zip(level, guesses))
                      if node.survival * _HOPE > needed and not (guess and guess.chance > _SURE)]
@@ -99,13 +98,13 @@ class DraftTree:
                     self.weight_bytes += self._bank.context_bytes
                 opinions = dict(zip(asked, self._ask([level[i] for i in asked], context)))
                 spent += self._ask_cost
-            needed, trust = self._row_cost(1 + len(kept)) * expected / spent, self._trust(depth)
+            needed, trust = self._model.row_cost(1 + len(kept)) * expected / spent, self._trust(depth)
             candidates = [child for i, (node, guess) in enumerate(zip(level, guesses))
                           for child in self._children(node, trust, guess, opinions.get(i), needed)]
             candidates.sort(key=lambda node: -node.survival)
             level = []
             for node in candidates[:limit - len(kept) if self._model.branches else 1]:
-                cost = self._row_cost(1 + len(kept) + len(level))
+                cost = self._model.row_cost(1 + len(kept) + len(level))
                 if node.survival <= cost * expected / spent:
                     break
                 level.append(node)
@@ -161,10 +160,6 @@ class DraftTree:
         if depth < len(self._kept):
             trust = (self._kept[depth] + trust * _PRIOR_WEIGHT) / (self._promised[depth] + _PRIOR_WEIGHT)
         return trust
-
-    def _row_cost(self, rows: int) -> float:
-        """Of one more row beside so many, in passes."""
-        return self._model.row_cost if rows < _TILE else _LATE_ROW_COST
 
     def _in_order(self, nodes: Sequence[_Node]) -> list[Draft]:
         """Parents before children, and a whole branch before the next one, the likeliest first."""

@@ -17,7 +17,8 @@ SHAPE = dict(adapter="carry", layers=(0, 2, 4), drafter_width=8)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_verified_equals_full_whatever_the_drafter_says(family, dtype, monkeypatch):
-    monkeypatch.setattr(SegmentedModel, "row_cost", 0.01)       # its drafts are poor: let none be too dear, anywhere
+    # Its drafts are poor: let none be too dear, anywhere.
+    monkeypatch.setattr(SegmentedModel, "row_cost", lambda model, rows: 0.01)
     engine = tiny_engine(family, dtype=dtype, **SHAPE)
     for prompt in PROMPTS:
         full = engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=60)).token_ids
