@@ -614,7 +614,7 @@ float ce_row_cost(int32_t rows) {
 #ifdef BF16_DOT
     return rows < MAX_TILE ? 0.02f : 0.1f;
 #else
-    constexpr float costs[] = {0.03f, 0.03f, 0.04f, 0.1f, 0.05f, 0.2f, 0.1f};       // beside 1, 2 ... 7
+    constexpr float costs[] = {0.03f, 0.03f, 0.03f, 0.1f, 0.1f, 0.2f, 0.2f};        // beside 1, 2 ... 7
     return rows < MAX_TILE ? costs[rows - 1] : 0.2f;
 #endif
 }
