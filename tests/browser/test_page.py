@@ -249,8 +249,11 @@ def test_a_phone_needs_no_sideways_scrolling(open_page, tiny_url, theme):
 def test_on_a_phone_a_card_leaves_its_token_in_sight(open_page, tiny_url):
     page = open_page(tiny_url, width=360, height=780, has_touch=True)
     run_to_end(page)
-    token = page.locator(f".ce-text[data-side=cascade] {FINAL}").nth(120)
-    token.tap()
+    tokens = page.locator(f".ce-text[data-side=cascade] {FINAL}")
+    # One that no line break cuts in two: the middle of its box is then on it.
+    whole = tokens.evaluate_all("""all => all.findIndex((t, i) => i >= 120 && t.getClientRects().length === 1
+        && t.innerText.trim() && t.getBoundingClientRect().width > 8)""")
+    tokens.nth(whole).tap()
     page.wait_for_selector(".ce-candidate")
     page.wait_for_function("""() => { const at = document.querySelector('.t.chosen').getBoundingClientRect(),
         card = document.querySelector('.ce-card').getBoundingClientRect();
