@@ -53,12 +53,7 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-// Outputs of a weight block: as many as a row keeps sums of in registers, beside other rows; then a block is read in order.
-#if defined(BF16_DOT) || defined(__AVX512F__)
-constexpr int BLOCK = 32;
-#else
-constexpr int BLOCK = 16;
-#endif
+constexpr int BLOCK = 2 * LANES;        // outputs of a weight block: sums of six rows fill 16 registers, and it is read in order
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));

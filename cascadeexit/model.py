@@ -34,8 +34,8 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _REPLAYED_CAPACITY = 1024       # a recording is for one cache, so few sizes are best; unused slots cost little to read
 _IDLE_CACHES = 4
 _ROW_COST = 0.02                # with stock kernels and on a GPU, where a bucket of rows costs what one of them does
-_LATE_ROW_COST = 0.1            # beyond
 _FEW_ROWS = 8
+_LATE_ROW_COST = 0.1            # of a row beside so many or more
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 

@@ -253,6 +253,7 @@ def test_on_a_phone_a_card_leaves_its_token_in_sight(open_page, tiny_url):
     # One that no line break cuts in two: the middle of its box is then on it.
     whole = tokens.evaluate_all("""all => all.findIndex((t, i) => i >= 120 && t.getClientRects().length === 1
         && t.innerText.trim() && t.getBoundingClientRect().width > 8)""")
+    assert whole >= 0
     tokens.nth(whole).tap()
     page.wait_for_selector(".ce-candidate")
     page.wait_for_function("""() => { const at = document.querySelector('.t.chosen').getBoundingClientRect(),
