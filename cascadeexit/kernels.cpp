@@ -47,6 +47,15 @@ inline bf16 narrow(float x) {                                   // round to near
     return bf16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
+// What products read: numbers rounded to bf16, kept as such where two of them are multiplied at once, else as fp32.
+#ifdef BF16_DOT
+using Number = bf16;
+#else
+using Number = float;
+#endif
+inline void round_to(bf16& to, float x) { to = narrow(x); }
+inline void round_to(float& to, float x) { to = widen(narrow(x)); }
+
 // Vectors of fp32: what GCC and Clang call vector extensions becomes the processor's own, 16 lanes of AVX-512, else 8.
 #ifdef __AVX512F__
 constexpr int LANES = 16;
@@ -54,6 +63,7 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 constexpr int BLOCK = 2 * LANES;        // outputs of a weight block: sums of six rows fill 16 registers, and it is read in order
+constexpr int GOOD_TILE = LANES == 16 ? MAX_TILE : 6;
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
@@ -66,6 +76,7 @@ inline To load(const From* from) {
     std::memcpy(&out, from, sizeof out);
     return out;
 }
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 inline Floats broadcast(float x) { return x - Floats{}; }
 inline Ints lanes_in_order() {
     Ints lanes;
@@ -77,10 +88,13 @@ inline float sum_of(Floats x) {
     for (int l = 0; l < LANES; l++) sum += x[l];
     return sum;
 }
-inline Halves narrow(Floats x) {
-    Words bits = (Words)x;
-    return __builtin_convertvector((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16, Halves);
+// Floats rounded to bf16 -> to.
+inline Words rounded(Floats x) { return (Words)x + 0x7FFFu + ((Words)x >> 16 & 1u); }
+inline void store_rounded(bf16* to, Floats x) {
+    Halves halves = __builtin_convertvector(rounded(x) >> 16, Halves);
+    std::memcpy(to, &halves, sizeof halves);
 }
+inline void store_rounded(float* to, Floats x) { store(to, (Floats)(rounded(x) & 0xFFFF0000u)); }
 
 // exp of a float or of Floats, 0 far below; relative error below 1e-5, far below bf16's. 2^y is 2^whole times a polynomial of the
 // rest: y below 2^22 with 3 * 2^22 added is rounded, and the last bits are the whole number.
@@ -170,7 +184,7 @@ inline __m512bh load_pairs(const uint16_t* w) {
 
 // out[m][j] = sum over p of w[p][j] . x[m][p], for M rows and W outputs; x holds pairs of bf16, w of those or of 8 bits.
 template <int M, int W, class Pair>
-inline void dot_pairs(const Pair* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
+inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, float (*out)[W]) {
     constexpr int V = W / 16;
     __m512 sum[M][V];
     for (int m = 0; m < M; m++)
@@ -180,7 +194,7 @@ inline void dot_pairs(const Pair* w, const uint32_t* x, size_t stride, int pairs
         for (int v = 0; v < V; v++) weights[v] = load_pairs(w + 16 * v);
         ahead<M, W>(w);
         for (int m = 0; m < M; m++) {
-            __m512bh both = (__m512bh)_mm512_set1_epi32(int(x[m * stride + p]));
+            __m512bh both = (__m512bh)_mm512_set1_epi32(load<int>(x + m * stride + 2 * p));
             for (int v = 0; v < V; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], weights[v], both);
         }
     }
@@ -188,8 +202,8 @@ inline void dot_pairs(const Pair* w, const uint32_t* x, size_t stride, int pairs
         for (int v = 0; v < V; v++) _mm512_storeu_ps(out[m] + 16 * v, sum[m][v]);
 }
 #else
-// Without such an instruction a pair is widened to two vectors of fp32.
-constexpr int CHUNK = 64;       // pairs of inputs that are read for all outputs and rows while they are in the first cache
+// Without such an instruction a pair of weights is widened to two vectors of fp32.
+constexpr int CHUNK = 64;       // pairs
 constexpr int REACH = 12288;    // bytes from the weights in use to those that are asked for
 
 // Of a vector of pairs the first or the second ones.
@@ -199,84 +213,66 @@ inline Ints whole(const uint16_t* w) { return __builtin_convertvector(load<Short
 inline Floats firsts(const uint16_t* w) { return __builtin_convertvector(whole(w) << 24 >> 24, Floats); }
 inline Floats seconds(const uint16_t* w) { return __builtin_convertvector(whole(w) >> 8, Floats); }
 
-// A chunk of inputs: rows of pairs, widened, and what of the weights is to be asked for meanwhile.
-struct Chunk {
-    const float (*first)[CHUNK], (*second)[CHUNK];
-    int pairs;
-    const char* next;
-};
-
-// Adds to C columns of M rows what a chunk gives them, and asks for AHEAD bytes of later weights at each pair. Not inlined:
-// there GCC runs out of registers.
+// out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and C columns; pair p of w begins at p * step, and AHEAD bytes from
+// `next` on are asked for at each. Not inlined: there GCC runs out of registers.
 template <int M, int C, int AHEAD, class Pair>
-__attribute__((noinline)) void dot_chunk(const Pair* w, size_t step, Chunk x, float* out, size_t out_stride) {
+__attribute__((noinline)) void add_columns(const Pair* w, size_t step, const Number* x, size_t stride, int pairs, float* out,
+                                           size_t out_stride, const char* next) {
     constexpr int V = C / LANES;
     Floats sum[M][V], weights[V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sum[m][v] = load<Floats>(out + m * out_stride + LANES * v);
-    auto add = [&](const float (*inputs)[CHUNK], int p) __attribute__((always_inline)) {
+    auto add = [&](const Number* input) __attribute__((always_inline)) {
         for (int m = 0; m < M; m++) {
-            Floats input = broadcast(inputs[m][p]);
-            for (int v = 0; v < V; v++) sum[m][v] += weights[v] * input;
+            Floats each = broadcast(input[m * stride]);
+            for (int v = 0; v < V; v++) sum[m][v] += weights[v] * each;
         }
     };
-    const auto first = x.first, second = x.second;
-    const char* next = x.next;
-    for (int p = 0, pairs = x.pairs; p < pairs; p++, w += step, next += AHEAD) {
+    for (int p = 0; p < pairs; p++, w += step, next += AHEAD) {
         for (int f = 0; f < AHEAD; f += 64) __builtin_prefetch(next + f);
         for (int v = 0; v < V; v++) weights[v] = firsts(w + LANES * v);
-        add(first, p);
+        add(x + 2 * p);
         for (int v = 0; v < V; v++) weights[v] = seconds(w + LANES * v);
-        add(second, p);
+        add(x + 2 * p + 1);
     }
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) std::memcpy(out + m * out_stride + LANES * v, &sum[m][v], sizeof(Floats));
+        for (int v = 0; v < V; v++) store(out + m * out_stride + LANES * v, sum[m][v]);
 }
 
-// The same in pieces whose sums fit the registers: with 16 lanes there are 32, with 8 there are 16.
-template <int M, int C, int AHEAD, class Pair>
-inline void dot_columns(const Pair* w, size_t step, Chunk x, float* out, size_t out_stride) {
-    if constexpr (LANES == 16 || M <= 2 || (M <= 6 && C == 16)) {
-        dot_chunk<M, C, AHEAD>(w, step, x, out, out_stride);
-    } else if constexpr (M <= 6) {
-        dot_chunk<M, C / 2, AHEAD / 2>(w, step, x, out, out_stride);
-        x.next += x.pairs * (AHEAD / 2);
-        dot_chunk<M, C / 2, AHEAD / 2>(w + C / 2, step, x, out + C / 2, out_stride);
-    } else {
-        dot_columns<4, C, AHEAD / 2>(w, step, x, out, out_stride);
-        x.first += 4, x.second += 4, x.next += x.pairs * (AHEAD / 2);
-        dot_columns<M - 4, C, AHEAD / 2>(w, step, x, out + 4 * out_stride, out_stride);
-    }
-}
-
-// out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and some columns, a multiple of 16; pair p of w begins at p * step.
+// The same for some columns, a multiple of 16, as many at a time as leave their sums in the registers: with 16 lanes there
+// are 32, with 8 there are 16.
 template <int M, class Pair>
-inline void add_dots(const Pair* w, size_t step, int columns, const uint32_t* x, size_t stride, int pairs, float* out,
+inline void add_dots(const Pair* w, size_t step, int columns, const Number* x, size_t stride, int pairs, float* out,
                      size_t out_stride) {
-    float first[M][CHUNK], second[M][CHUNK];
-    for (int begin = 0; begin < pairs; begin += CHUNK, w += CHUNK * step, x += CHUNK) {
-        Chunk chunk{first, second, pairs - begin < CHUNK ? pairs - begin : CHUNK, (const char*)w + REACH};
-        for (int m = 0; m < M; m++)
-            for (int p = 0; p < chunk.pairs; p++) {
-                const uint32_t both = x[m * stride + p];
-                first[m][p] = widen(bf16(both)), second[m][p] = widen(bf16(both >> 16));
+    if constexpr (LANES == 8 && M > GOOD_TILE) {
+        for (int c = 0; c < columns; c += 16)
+            for (int p = 0, n; p < pairs; p += n) {             // both halves read a piece while it is in the first cache
+                n = pairs - p < CHUNK ? pairs - p : CHUNK;
+                const Pair* from = w + p * step + c;
+                const char* next = (const char*)from + REACH;
+                add_columns<4, 16, 8 * sizeof(Pair)>(from, step, x + 2 * p, stride, n, out + c, out_stride, next);
+                add_columns<M - 4, 16, 8 * sizeof(Pair)>(from, step, x + 4 * stride + 2 * p, stride, n, out + 4 * out_stride + c,
+                                                         out_stride, next + n * 8 * sizeof(Pair));
             }
+    } else {
+        constexpr int C = LANES == 16 || M <= 2 ? 32 : 16;
+        const char* next = (const char*)w + REACH;
         int c = 0;
-        for (; c + 32 <= columns; c += 32, chunk.next += chunk.pairs * 32 * sizeof(Pair))
-            dot_columns<M, 32, 32 * sizeof(Pair)>(w + c, step, chunk, out + c, out_stride);
-        if (c < columns) dot_columns<M, 16, 16 * sizeof(Pair)>(w + c, step, chunk, out + c, out_stride);
+        for (; c + C <= columns; c += C, next += pairs * C * sizeof(Pair))
+            add_columns<M, C, C * sizeof(Pair)>(w + c, step, x, stride, pairs, out + c, out_stride, next);
+        if (c < columns) add_columns<M, 16, 16 * sizeof(Pair)>(w + c, step, x, stride, pairs, out + c, out_stride, next);
     }
 }
 
 template <int M, int W, class Pair>
-inline void dot_pairs(const Pair* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
+inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, float (*out)[W]) {
     std::memset(out, 0, sizeof(float) * M * W);
     add_dots<M>(w, W, W, x, stride, pairs, out[0], W);
 }
 #endif
 
 template <int W, class Pair>
-void dot_rows(int rows, const Pair* w, const uint32_t* x, size_t stride, int pairs, float (*out)[W]) {
+void dot_rows(int rows, const Pair* w, const Number* x, size_t stride, int pairs, float (*out)[W]) {
     switch (rows) {
         case 1: return dot_pairs<1, W>(w, x, stride, pairs, out);
         case 2: return dot_pairs<2, W>(w, x, stride, pairs, out);
@@ -338,8 +334,11 @@ inline int pairs(const Matrix& m) { return (m.in + 1) / 2; }
 template <class Pair = uint32_t>
 inline const Pair* block(const Matrix& m, int b) { return (const Pair*)m.weight + size_t(b) * pairs(m) * BLOCK; }
 
-// A block of outputs for a tile of rows: x holds pairs of bf16, a row every `stride` pairs.
-inline void dot_block(const Matrix& m, int b, int tile, const uint32_t* x, size_t stride, float (*out)[BLOCK]) {
+// Tiles of rows, as even as can be: many of them go at the pace of the processor.
+inline int tiles(int rows) { return rows <= MAX_TILE ? 1 : (rows + GOOD_TILE - 1) / GOOD_TILE; }
+
+// A block of outputs for a tile of rows, x (tile, in) with a row every `stride` numbers.
+inline void dot_block(const Matrix& m, int b, int tile, const Number* x, size_t stride, float (*out)[BLOCK]) {
     if (!m.scale) return dot_rows<BLOCK>(tile, block(m, b), x, stride, pairs(m), out);
     dot_rows<BLOCK>(tile, block<uint16_t>(m, b), x, stride, pairs(m), out);
     for (int i = 0; i < tile; i++)
@@ -348,29 +347,29 @@ inline void dot_block(const Matrix& m, int b, int tile, const uint32_t* x, size_
 
 // x (rows, in) times the matrix: done(row, first output, BLOCK sums) for each block that this thread takes.
 template <class Done>
-inline void multiply(Team& team, const Matrix& m, const bf16* x, size_t stride, int rows, Done done) {
+inline void multiply(Team& team, const Matrix& m, const Number* x, size_t stride, int rows, Done done) {
     float out[MAX_TILE][BLOCK];
     team.share(blocks(m), [&](int b) {
-        for (int r = 0; r < rows; r += MAX_TILE) {
-            int tile = rows - r < MAX_TILE ? rows - r : MAX_TILE;
-            dot_block(m, b, tile, (const uint32_t*)(x + r * stride), stride / 2, out);
+        for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
+            tile = (rows - r + left - 1) / left;
+            dot_block(m, b, tile, x + r * stride, stride, out);
             for (int i = 0; i < tile; i++) done(r + i, b * BLOCK, out[i]);
         }
     });
 }
 
-// silu(gate x) * other x as bf16 (rows, n), for a matrix with blocks of gate and other in turn.
-inline void gated(Team& team, const Matrix& both, const bf16* x, int rows, int n, bf16* out) {
+// silu(gate x) * other x (rows, n), for a matrix with blocks of gate and other in turn.
+inline void gated(Team& team, const Matrix& both, const Number* x, int rows, int n, Number* out) {
     float gate[MAX_TILE][BLOCK], other[MAX_TILE][BLOCK];
     team.share(blocks(both) / 2, [&](int b) {
-        for (int r = 0; r < rows; r += MAX_TILE) {
-            int tile = rows - r < MAX_TILE ? rows - r : MAX_TILE, width = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
-            const uint32_t* from = (const uint32_t*)(x + size_t(r) * both.in);
-            dot_block(both, 2 * b, tile, from, both.in / 2, gate);
-            dot_block(both, 2 * b + 1, tile, from, both.in / 2, other);
+        for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
+            tile = (rows - r + left - 1) / left;
+            int width = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
+            dot_block(both, 2 * b, tile, x + size_t(r) * both.in, both.in, gate);
+            dot_block(both, 2 * b + 1, tile, x + size_t(r) * both.in, both.in, other);
             for (int t = 0; t < tile; t++)
                 for (int j = 0; j < width; j++)
-                    out[size_t(r + t) * n + b * BLOCK + j] = narrow(silu(gate[t][j]) * other[t][j]);
+                    round_to(out[size_t(r + t) * n + b * BLOCK + j], silu(gate[t][j]) * other[t][j]);
         }
     });
 }
@@ -386,9 +385,10 @@ inline float row_scale(const float* x, int n, float eps) {      // of RMSNorm
     return 1.0f / std::sqrt(sum / n + eps);
 }
 
-inline void norm_row(const float* x, const float* weight, int n, float eps, bf16* out) {
+template <class To>
+inline void norm_row(const float* x, const float* weight, int n, float eps, To* out) {
     float scale = row_scale(x, n, eps);
-    for (int j = 0; j < n; j++) out[j] = narrow(x[j] * scale * weight[j]);
+    for (int j = 0; j < n; j++) round_to(out[j], x[j] * scale * weight[j]);
 }
 
 // A head of size d: its own norm where there is one, then the rotary embedding, in place.
@@ -406,7 +406,7 @@ inline void rotate(float* x, const float* norm, float eps, const float* cosine, 
 
 // sum[i][j] += sum over pairs p of values[p][j] . probs[i][p], for M queries and up to 64 columns, pairs in order.
 template <int M>
-inline void add_values(const uint32_t* values, int d, int columns, const bf16* probs, size_t room, int pairs,
+inline void add_values(const uint32_t* values, int d, int columns, const Number* probs, size_t room, int pairs,
                        float (*sum)[64]) {
 #ifdef BF16_DOT
     __m512 sums[M][4];
@@ -417,20 +417,18 @@ inline void add_values(const uint32_t* values, int d, int columns, const bf16* p
         __m512bh value[4];
         for (int v = 0; v < 4; v++) value[v] = (__m512bh)_mm512_loadu_si512(values + KEYS * (v < last ? v : last));
         for (int i = 0; i < M; i++) {
-            int both;
-            std::memcpy(&both, probs + i * room + 2 * p, 4);
-            __m512bh prob = (__m512bh)_mm512_set1_epi32(both);
+            __m512bh prob = (__m512bh)_mm512_set1_epi32(load<int>(probs + i * room + 2 * p));
             for (int v = 0; v < 4; v++) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], value[v], prob);
         }
     }
     for (int i = 0; i < M; i++)
         for (int v = 0; v < 4; v++) _mm512_storeu_ps(sum[i] + KEYS * v, sums[i][v]);
 #else
-    add_dots<M>(values, d, columns, (const uint32_t*)probs, room / 2, pairs, sum[0], 64);
+    add_dots<M>(values, d, columns, probs, room, pairs, sum[0], 64);
 #endif
 }
 
-void add_values(int queries, const uint32_t* values, int d, int columns, const bf16* probs, size_t room, int pairs,
+void add_values(int queries, const uint32_t* values, int d, int columns, const Number* probs, size_t room, int pairs,
                 float (*sum)[64]) {
     for (; queries >= 4; queries -= 4, probs += 4 * room, sum += 4)
         add_values<4>(values, d, columns, probs, room, pairs, sum);
@@ -448,15 +446,15 @@ struct Past {
     int first, fork, end;           // end: of the slots in use
 };
 
-// Up to MAX_QUERIES rows of one key-value head, which share each reading of keys and values: queries (n, d) as bf16 pairs,
+// Up to MAX_QUERIES rows of one key-value head, which share each reading of keys and values: queries (n, d),
 // query i at position seen[i] - 1 of a row whose path is paths[i], null in a text.
 struct Tile {
     Past past;
-    const uint32_t* queries;
+    const Number* queries;
     int n, longest;                 // longest: of seen
     int seen[MAX_QUERIES];
     const int* paths[MAX_QUERIES];
-    bf16* to[MAX_QUERIES];          // where the d results go
+    Number* to[MAX_QUERIES];        // where the d results go
 };
 
 // What the queries of a tile make of one span of positions: the largest score, the sum of exp(scale (score - largest)), and
@@ -477,9 +475,9 @@ void path_values(const Past& past, const int* path, int begin, int n, int d, uin
     }
 }
 
-// Scores row[first..seen-1] -> `top`, the largest, and to[t], exp(scale (score - top)) as bf16, 0 in the rest of their blocks;
+// Scores row[first..seen-1] -> `top`, the largest, and to[t], exp(scale (score - top)), 0 in the rest of their blocks;
 // returns the sum of these. -infinity and 0 where there are none.
-float weigh(const float* row, int first, int seen, float scale, bf16* to, float& top) {
+float weigh(const float* row, int first, int seen, float scale, Number* to, float& top) {
     const Ints lane = lanes_in_order();
     const int start = first / KEYS * KEYS, whole = (seen + KEYS - 1) / KEYS * KEYS;
     auto visible = [&](int t) __attribute__((always_inline)) { return (lane + t >= first) & (lane + t < seen); };
@@ -494,15 +492,14 @@ float weigh(const float* row, int first, int seen, float scale, bf16* to, float&
         Floats power = fast_exp((load<Floats>(row + t) - top) * scale);
         power = visible(t) ? power : Floats{};
         sums += power;
-        Halves halves = narrow(power);
-        std::memcpy(to + t, &halves, sizeof halves);
+        store_rounded(to + t, power);
     }
     return sum_of(sums);
 }
 
-// One span of a tile. scores: room for (MAX_QUERIES, room) floats, and probs for as many bf16, a span and a tree's rows;
+// One span of a tile. scores: room for (MAX_QUERIES, room) floats, and probs for as many numbers, a span and a tree's rows;
 // tail for a path's values.
-void attend(const Tile& tile, int span, int d, float scale, float* scores, bf16* probs, int room, uint32_t* tail,
+void attend(const Tile& tile, int span, int d, float scale, float* scores, Number* probs, int room, uint32_t* tail,
             Found& found) {
     const Past& past = tile.past;
     const bool tree = tile.paths[0];
@@ -513,13 +510,13 @@ void attend(const Tile& tile, int span, int d, float scale, float* scores, bf16*
     const size_t block_size = size_t(d / 2) * KEYS;
     float block_scores[MAX_QUERIES][KEYS];
     for (int t = start; t < blocks_end; t += KEYS) {
-        dot_rows<KEYS>(n, past.keys + t / KEYS * block_size, tile.queries, d / 2, d / 2, block_scores);
+        dot_rows<KEYS>(n, past.keys + t / KEYS * block_size, tile.queries, d, d / 2, block_scores);
         for (int i = 0; i < n; i++) std::memcpy(scores + size_t(i) * room + t - start, block_scores[i], 4 * KEYS);
     }
     const int probs_end = (end + KEYS - 1) / KEYS * KEYS;
     for (int i = 0; i < n; i++) {
         float* row = scores + size_t(i) * room - start;         // by position
-        bf16* to = probs + size_t(i) * room - start;
+        Number* to = probs + size_t(i) * room - start;
         int seen = tile.seen[i] < end ? tile.seen[i] : end;
         seen = seen > start ? seen : start;                     // a row before this span sees none of it
         const int whole = (seen + KEYS - 1) / KEYS * KEYS;
@@ -547,8 +544,8 @@ void attend(const Tile& tile, int span, int d, float scale, float* scores, bf16*
     }
 }
 
-// What query i found in spans 0..n-1, as one softmax: d results as bf16. Spans in order.
-void combine(const Found* found, int n, int i, int d, float scale, float* sum, bf16* to) {
+// What query i found in spans 0..n-1, as one softmax: d results. Spans in order.
+void combine(const Found* found, int n, int i, int d, float scale, float* sum, Number* to) {
     float top = -INFINITY, total = 0;
     for (int s = 0; s < n; s++) top = found[s].top[i] > top ? found[s].top[i] : top;
     std::memset(sum, 0, 4 * size_t(d));
@@ -559,7 +556,7 @@ void combine(const Found* found, int n, int i, int d, float scale, float* sum, b
         total = __builtin_fmaf(weight, found[s].total[i], total);
         for (int j = 0; j < d; j++) sum[j] = __builtin_fmaf(weight, part[j], sum[j]);
     }
-    for (int j = 0; j < d; j++) to[j] = narrow(sum[j] / total);
+    for (int j = 0; j < d; j++) round_to(to[j], sum[j] / total);
 }
 
 // One position's keys and values of a head, from a slot to another.
@@ -597,6 +594,14 @@ struct Scratch {
         return data;
     }
 };
+
+// bf16 as products read them, in this room where that is another way.
+inline const bf16* numbers(const bf16* x, size_t, Scratch<bf16>&) { return x; }
+inline const float* numbers(const bf16* x, size_t n, Scratch<float>& room) {
+    float* out = room.get(n);
+    for (size_t i = 0; i < n; i++) out[i] = widen(x[i]);
+    return out;
+}
 
 }  // namespace
 
@@ -645,12 +650,14 @@ void ce_rows(const Matrix* m, const int64_t* ids, int32_t n, bf16* out) {
 
 // x (rows, in) bf16 -> out (rows, out) fp32. `in` must be even.
 void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t threads) {
+    static thread_local Scratch<Number> n_x;
+    const Number* read = numbers(x, size_t(rows) * m->in, n_x);
     Barrier barrier;
     int ticket = 0;
 #pragma omp parallel num_threads(threads)
     {
         Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, &ticket};
-        multiply(team, *m, x, m->in, rows, [&](int r, int first, const float* sums) {
+        multiply(team, *m, read, m->in, rows, [&](int r, int first, const float* sums) {
             int n = m->out - first < BLOCK ? m->out - first : BLOCK;
             for (int j = 0; j < n; j++) out[size_t(r) * m->out + first + j] = sums[j] + (m->bias ? m->bias[first + j] : 0);
         });
@@ -667,7 +674,7 @@ void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t
 void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* stops, const bf16* in, bf16* out, int32_t rows,
                const Cache* cache, int32_t start, const int32_t* parents, const int32_t* begins, int32_t threads) {
     static thread_local Scratch<float> f_h, f_qkv, f_scores, f_sums;
-    static thread_local Scratch<bf16> b_x, b_heads, b_act, b_queries, b_probs;
+    static thread_local Scratch<Number> n_x, n_heads, n_act, n_queries, n_probs;
     static thread_local Scratch<Found> found_by_span;
     static thread_local Scratch<uint32_t> u_tails;
     static thread_local Scratch<int> i_positions, i_paths, i_tickets;
@@ -695,10 +702,10 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
     };
     uint32_t* tails = u_tails.get(size_t(threads) * tail);
     float *h = f_h.get(size_t(rows) * D), *qkv = f_qkv.get(size_t(rows) * wide);
-    bf16 *x = b_x.get(size_t(rows) * D), *act = b_act.get(size_t(rows) * I), *attended = b_heads.get(size_t(rows) * H * d);
-    bf16* queries = b_queries.get(size_t(rows) * H * d);
+    Number *x = n_x.get(size_t(rows) * D), *act = n_act.get(size_t(rows) * I), *attended = n_heads.get(size_t(rows) * H * d);
+    Number* queries = n_queries.get(size_t(rows) * H * d);
     float* all_scores = f_scores.get(size_t(threads) * MAX_QUERIES * room);
-    bf16* all_probs = b_probs.get(size_t(threads) * MAX_QUERIES * room);
+    Number* all_probs = n_probs.get(size_t(threads) * MAX_QUERIES * room);
     Found* found = found_by_span.get(size_t(round) * spans);
     float* sums_found = f_sums.get(size_t(round) * spans * MAX_QUERIES * d);
     for (int i = 0; i < round * spans; i++) found[i].sums = sums_found + size_t(i) * MAX_QUERIES * d;
@@ -708,7 +715,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
         size_t head_at = head_of(l, unit, g);
         Tile tile;
         tile.past = {cache->keys + head_at, cache->values + head_at, begins ? begins[unit] : 0, start, start + rows};
-        tile.queries = (const uint32_t*)(queries + (size_t(g) * rows * group + unit * queries_per_unit + from) * d);
+        tile.queries = queries + (size_t(g) * rows * group + unit * queries_per_unit + from) * d;
         tile.n = left < MAX_QUERIES ? left : MAX_QUERIES;
         tile.longest = 0;
         for (int q = 0; q < tile.n; q++) {
@@ -730,7 +737,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
     {
         Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, tickets};
         float* scores = all_scores + size_t(team.rank) * MAX_QUERIES * room;
-        bf16* probs = all_probs + size_t(team.rank) * MAX_QUERIES * room;
+        Number* probs = all_probs + size_t(team.rank) * MAX_QUERIES * room;
         auto normed = [&](const float* weight) {
             for (int r = team.from(rows); r < team.to(rows); r++)
                 norm_row(h + size_t(r) * D, weight, D, stack->eps, x + size_t(r) * D);
@@ -761,8 +768,8 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
                 const float* sine = stack->sines + size_t(position[r]) * (d / 2);
                 if (head < H) {                                 // rows of a group follow each other: (G, rows, group, d)
                     rotate(row, layer.q_norm, stack->eps, cosine, sine, d);
-                    bf16* to = queries + ((size_t(head / group) * rows + r) * group + head % group) * d;
-                    for (int j = 0; j < d; j++) to[j] = narrow(row[j]);
+                    Number* to = queries + ((size_t(head / group) * rows + r) * group + head % group) * d;
+                    for (int j = 0; j < d; j++) round_to(to[j], row[j]);
                 } else if (head < H + G) {
                     rotate(row, layer.k_norm, stack->eps, cosine, sine, d);
                     uint32_t* to = cache->keys + head_of(l, r, head - H) + size_t(at / KEYS) * (d / 2) * KEYS + at % KEYS;
@@ -823,16 +830,18 @@ void ce_keep(const Cache* cache, int32_t layers, int32_t kv_heads, int32_t d, in
 // The adapter of an exit: rows h and said (rows, D) bf16 -> out (rows, D) bf16. said is null where it is not read.
 void ce_exit(const Exit* exit, const bf16* h, const bf16* said, bf16* out, int32_t rows, int32_t threads) {
     static thread_local Scratch<float> f_sum;
-    static thread_local Scratch<bf16> b_x, b_act;
+    static thread_local Scratch<Number> n_x, n_act;
     const int D = exit->up.out, W = exit->up.in, in = exit->gate_down.in;
-    bf16 *x = b_x.get(size_t(rows) * in), *act = b_act.get(size_t(rows) * W);
+    Number *x = n_x.get(size_t(rows) * in), *act = n_act.get(size_t(rows) * W);
     float* sum = f_sum.get(size_t(rows) * D);
     for (int r = 0; r < rows; r++) {
-        std::memcpy(x + size_t(r) * in, h + size_t(r) * D, 2 * size_t(D));
-        if (said) std::memcpy(x + size_t(r) * in + D, said + size_t(r) * D, 2 * size_t(D));
         for (int j = 0; j < D; j++) sum[size_t(r) * D + j] = widen(h[size_t(r) * D + j]);
-        bf16* row = x + size_t(r) * in;
-        for (int j = 0; exit->reach && j < in; j++) row[j] = narrow(widen(row[j]) * exit->reach[j]);
+        for (int part = 0; part < (said ? 2 : 1); part++) {
+            const bf16* from = (part ? said : h) + size_t(r) * D;
+            const float* reach = exit->reach ? exit->reach + part * D : nullptr;
+            Number* to = x + size_t(r) * in + part * D;
+            for (int j = 0; j < D; j++) round_to(to[j], reach ? widen(from[j]) * reach[j] : widen(from[j]));
+        }
     }
     Barrier barrier;
     int tickets[3] = {};
