@@ -27,7 +27,6 @@ namespace {
 constexpr int KEYS = 16;        // keys of a score block
 constexpr int MAX_TILE = 8;     // rows that share one reading of a block from the first cache
 constexpr int MANY = 5;         // rows from which a tile computes about as long as it waits for its weights
-constexpr int MAX_QUERIES = 8;  // queries that share one reading of keys and values
 constexpr int SPAN = 512;       // positions that are attended to at a time; a multiple of KEYS
 constexpr int OPEN = 8;         // one part in so many of a matrix is left to whoever comes first
 constexpr int ROUND = 64;       // spans of tiles for each thread between two meetings: bounds what is kept of them
@@ -62,8 +61,9 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-constexpr int BLOCK = 2 * LANES;        // outputs of a weight block: sums of six rows fill 16 registers, and it is read in order
-constexpr int GOOD_TILE = LANES == 16 ? MAX_TILE : 6;
+constexpr int BLOCK = 2 * LANES;        // outputs of a weight block, which is read in order
+constexpr int GOOD_TILE = LANES == 16 ? MAX_TILE : 6;   // rows whose sums for a block still leave some registers
+constexpr int MAX_QUERIES = GOOD_TILE;  // queries that share one reading of keys and values
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
@@ -96,8 +96,8 @@ inline void store_rounded(bf16* to, Floats x) {
 }
 inline void store_rounded(float* to, Floats x) { store(to, (Floats)(rounded(x) & 0xFFFF0000u)); }
 
-// exp of a float or of Floats, 0 far below; relative error below 1e-5, far below bf16's. 2^y is 2^whole times a polynomial of the
-// rest: y below 2^22 with 3 * 2^22 added is rounded, and the last bits are the whole number.
+// exp of a float or of Floats, 0 far below; relative error below 1e-5, far below bf16's. 2^y is 2^whole times a polynomial of
+// the rest: y below 2^22 with 3 * 2^22 added is rounded, and the last bits are the whole number.
 template <class F>
 inline F fast_exp(F x) {
     using Bits = std::conditional_t<sizeof(F) == sizeof(float), uint32_t, Words>;
@@ -184,7 +184,7 @@ inline __m512bh load_pairs(const uint16_t* w) {
 
 // out[m][j] = sum over p of w[p][j] . x[m][p], for M rows and W outputs; x holds pairs of bf16, w of those or of 8 bits.
 template <int M, int W, class Pair>
-inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, float (*out)[W]) {
+inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
     constexpr int V = W / 16;
     __m512 sum[M][V];
     for (int m = 0; m < M; m++)
@@ -199,11 +199,11 @@ inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, 
         }
     }
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) _mm512_storeu_ps(out[m] + 16 * v, sum[m][v]);
+        for (int v = 0; v < V; v++) _mm512_storeu_ps(out + m * out_stride + 16 * v, sum[m][v]);
 }
 #else
 // Without such an instruction a pair of weights is widened to two vectors of fp32.
-constexpr int CHUNK = 64;       // pairs
+constexpr int PIECE = 64;       // pairs
 constexpr int REACH = 12288;    // bytes from the weights in use to those that are asked for
 
 // Of a vector of pairs the first or the second ones.
@@ -240,48 +240,49 @@ __attribute__((noinline)) void add_columns(const Pair* w, size_t step, const Num
 }
 
 // The same for some columns, a multiple of 16, as many at a time as leave their sums in the registers: with 16 lanes there
-// are 32, with 8 there are 16.
+// are 32, with 8 there are 16, and more than six rows are two parts. Where that takes several readings, all are made of a piece
+// that is in the first cache.
 template <int M, class Pair>
 inline void add_dots(const Pair* w, size_t step, int columns, const Number* x, size_t stride, int pairs, float* out,
                      size_t out_stride) {
-    if constexpr (LANES == 8 && M > GOOD_TILE) {
-        for (int c = 0; c < columns; c += 16)
-            for (int p = 0, n; p < pairs; p += n) {             // both halves read a piece while it is in the first cache
-                n = pairs - p < CHUNK ? pairs - p : CHUNK;
-                const Pair* from = w + p * step + c;
-                const char* next = (const char*)from + REACH;
-                add_columns<4, 16, 8 * sizeof(Pair)>(from, step, x + 2 * p, stride, n, out + c, out_stride, next);
-                add_columns<M - 4, 16, 8 * sizeof(Pair)>(from, step, x + 4 * stride + 2 * p, stride, n, out + 4 * out_stride + c,
-                                                         out_stride, next + n * 8 * sizeof(Pair));
-            }
-    } else {
-        constexpr int C = LANES == 16 || M <= 2 ? 32 : 16;
+    constexpr bool parts = LANES == 8 && M > GOOD_TILE;
+    constexpr int C = LANES == 16 || M <= 2 ? 32 : 16, bytes = C * sizeof(Pair);
+    const int piece = parts || columns > C ? PIECE : pairs;
+    for (int p = 0, n; p < pairs; p += n, w += n * step, x += 2 * n) {
+        n = pairs - p < piece ? pairs - p : piece;
         const char* next = (const char*)w + REACH;
         int c = 0;
-        for (; c + C <= columns; c += C, next += pairs * C * sizeof(Pair))
-            add_columns<M, C, C * sizeof(Pair)>(w + c, step, x, stride, pairs, out + c, out_stride, next);
-        if (c < columns) add_columns<M, 16, 16 * sizeof(Pair)>(w + c, step, x, stride, pairs, out + c, out_stride, next);
+        for (; c + C <= columns; c += C, next += n * bytes) {
+            if constexpr (parts) {
+                add_columns<4, C, bytes / 2>(w + c, step, x, stride, n, out + c, out_stride, next);
+                add_columns<M - 4, C, bytes / 2>(w + c, step, x + 4 * stride, stride, n, out + 4 * out_stride + c, out_stride,
+                                                 next + n * bytes / 2);
+            } else {
+                add_columns<M, C, bytes>(w + c, step, x, stride, n, out + c, out_stride, next);
+            }
+        }
+        if (c < columns) add_columns<M, 16, 16 * sizeof(Pair)>(w + c, step, x, stride, n, out + c, out_stride, next);
     }
 }
 
 template <int M, int W, class Pair>
-inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, float (*out)[W]) {
-    std::memset(out, 0, sizeof(float) * M * W);
-    add_dots<M>(w, W, W, x, stride, pairs, out[0], W);
+inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
+    for (int m = 0; m < M; m++) std::memset(out + m * out_stride, 0, sizeof(float) * W);
+    add_dots<M>(w, W, W, x, stride, pairs, out, out_stride);
 }
 #endif
 
 template <int W, class Pair>
-void dot_rows(int rows, const Pair* w, const Number* x, size_t stride, int pairs, float (*out)[W]) {
+void dot_rows(int rows, const Pair* w, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
     switch (rows) {
-        case 1: return dot_pairs<1, W>(w, x, stride, pairs, out);
-        case 2: return dot_pairs<2, W>(w, x, stride, pairs, out);
-        case 3: return dot_pairs<3, W>(w, x, stride, pairs, out);
-        case 4: return dot_pairs<4, W>(w, x, stride, pairs, out);
-        case 5: return dot_pairs<5, W>(w, x, stride, pairs, out);
-        case 6: return dot_pairs<6, W>(w, x, stride, pairs, out);
-        case 7: return dot_pairs<7, W>(w, x, stride, pairs, out);
-        default: return dot_pairs<8, W>(w, x, stride, pairs, out);
+        case 1: return dot_pairs<1, W>(w, x, stride, pairs, out, out_stride);
+        case 2: return dot_pairs<2, W>(w, x, stride, pairs, out, out_stride);
+        case 3: return dot_pairs<3, W>(w, x, stride, pairs, out, out_stride);
+        case 4: return dot_pairs<4, W>(w, x, stride, pairs, out, out_stride);
+        case 5: return dot_pairs<5, W>(w, x, stride, pairs, out, out_stride);
+        case 6: return dot_pairs<6, W>(w, x, stride, pairs, out, out_stride);
+        case 7: return dot_pairs<7, W>(w, x, stride, pairs, out, out_stride);
+        default: return dot_pairs<8, W>(w, x, stride, pairs, out, out_stride);
     }
 }
 
@@ -339,8 +340,8 @@ inline int tiles(int rows) { return rows <= MAX_TILE ? 1 : (rows + GOOD_TILE - 1
 
 // A block of outputs for a tile of rows, x (tile, in) with a row every `stride` numbers.
 inline void dot_block(const Matrix& m, int b, int tile, const Number* x, size_t stride, float (*out)[BLOCK]) {
-    if (!m.scale) return dot_rows<BLOCK>(tile, block(m, b), x, stride, pairs(m), out);
-    dot_rows<BLOCK>(tile, block<uint16_t>(m, b), x, stride, pairs(m), out);
+    if (!m.scale) return dot_rows<BLOCK>(tile, block(m, b), x, stride, pairs(m), out[0], BLOCK);
+    dot_rows<BLOCK>(tile, block<uint16_t>(m, b), x, stride, pairs(m), out[0], BLOCK);
     for (int i = 0; i < tile; i++)
         for (int j = 0; j < BLOCK; j++) out[i][j] *= m.scale[b * BLOCK + j];
 }
@@ -430,13 +431,16 @@ inline void add_values(const uint32_t* values, int d, int columns, const Number*
 
 void add_values(int queries, const uint32_t* values, int d, int columns, const Number* probs, size_t room, int pairs,
                 float (*sum)[64]) {
-    for (; queries >= 4; queries -= 4, probs += 4 * room, sum += 4)
-        add_values<4>(values, d, columns, probs, room, pairs, sum);
-    switch (queries) {
-        case 1: return add_values<1>(values, d, columns, probs, room, pairs, sum);
-        case 2: return add_values<2>(values, d, columns, probs, room, pairs, sum);
-        case 3: return add_values<3>(values, d, columns, probs, room, pairs, sum);
-    }
+    constexpr int most = LANES == 16 ? 4 : 6;
+    for (; queries > 0; queries -= most, probs += most * room, sum += most)
+        switch (queries < most ? queries : most) {
+            case 1: add_values<1>(values, d, columns, probs, room, pairs, sum); break;
+            case 2: add_values<2>(values, d, columns, probs, room, pairs, sum); break;
+            case 3: add_values<3>(values, d, columns, probs, room, pairs, sum); break;
+            case 4: add_values<4>(values, d, columns, probs, room, pairs, sum); break;
+            case 5: add_values<5>(values, d, columns, probs, room, pairs, sum); break;
+            case 6: add_values<6>(values, d, columns, probs, room, pairs, sum); break;
+        }
 }
 
 // Where a head's keys and values are, and what of them a row sees: positions from `first` on, those before `fork` at their
@@ -508,11 +512,8 @@ void attend(const Tile& tile, int span, int d, float scale, float* scores, Numbe
     // A tree's slots lie up to its end, wherever its positions are.
     const int blocks_end = ((tree && end > past.fork ? past.end : end) + KEYS - 1) / KEYS * KEYS;
     const size_t block_size = size_t(d / 2) * KEYS;
-    float block_scores[MAX_QUERIES][KEYS];
-    for (int t = start; t < blocks_end; t += KEYS) {
-        dot_rows<KEYS>(n, past.keys + t / KEYS * block_size, tile.queries, d, d / 2, block_scores);
-        for (int i = 0; i < n; i++) std::memcpy(scores + size_t(i) * room + t - start, block_scores[i], 4 * KEYS);
-    }
+    for (int t = start; t < blocks_end; t += KEYS)
+        dot_rows<KEYS>(n, past.keys + t / KEYS * block_size, tile.queries, d, d / 2, scores + t - start, room);
     const int probs_end = (end + KEYS - 1) / KEYS * KEYS;
     for (int i = 0; i < n; i++) {
         float* row = scores + size_t(i) * room - start;         // by position
@@ -614,8 +615,8 @@ float ce_row_cost(int32_t rows) {
 #ifdef BF16_DOT
     return rows < MAX_TILE ? 0.02f : 0.1f;
 #else
-    constexpr float costs[] = {0.03f, 0.03f, 0.03f, 0.1f, 0.1f, 0.2f, 0.2f};        // beside 1, 2 ... 7
-    return rows < MAX_TILE ? costs[rows - 1] : 0.2f;
+    constexpr float costs[] = {0.03f, 0.03f, 0.03f, 0.03f, 0.06f, 0.12f, 0.12f};       // beside 1, 2 ... 7
+    return rows < MAX_TILE ? costs[rows - 1] : 0.25f;
 #endif
 }
 
@@ -806,7 +807,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
             multiply(team, layer.down, act, I, rows, add_to_h(layer.down));
             team.meet();
             if (l + 1 != stops[stop]) continue;
-            for (size_t i = size_t(team.from(rows)) * D; i < size_t(team.to(rows)) * D; i++) {     // the rows that it norms next
+            for (size_t i = size_t(team.from(rows)) * D; i < size_t(team.to(rows)) * D; i++) {  // the rows it norms next
                 bf16 rounded = narrow(h[i]);
                 out[size_t(stop) * rows * D + i] = rounded, h[i] = widen(rounded);
             }

@@ -231,8 +231,8 @@ def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 3
     """Milliseconds a token against the length of context (decoding 32 tokens) and of output; no token ends a text.
 
     The context is one that the model wrote, drawn at temperature 1: where text repeats, drafts would be copied from it.
-    Medians over `rounds`, the lengths in turn. `allowed`: what a token costs at this context by the bytes it reads,
-    weights and keys and values, over that at the shortest context.
+    Medians over `rounds`, the lengths in turn; of ours alone where there is no reference. `allowed`: what a token costs
+    at this context by the bytes it reads, weights and keys and values, over that at the shortest context.
     """
     model, eos, weights = engine.model, engine.model.eos_ids, engine.costs.full_token_bytes
     longest = min(max(CONTEXTS), model.max_positions - 64)
@@ -246,8 +246,8 @@ def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 3
 
     def at_context(length: int) -> dict[str, float]:
         allowed = (weights + position_bytes * length) / (weights + position_bytes * CONTEXTS[0])
-        return {"context": length, "allowed": allowed, **ours(text[:length], 32),
-                GENERATE: _generate_ms(reference, text[:length])}
+        theirs = {GENERATE: _generate_ms(reference, text[:length])} if reference else {}
+        return {"context": length, "allowed": allowed, **ours(text[:length], 32), **theirs}
 
     def at_output(length: int) -> dict[str, float]:
         return {"output": length, **ours(prompt, length)}
@@ -301,7 +301,9 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp where llama_cpp is installed")
     parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="leave out contenders with names that "
                         "begin so")
-    parser.add_argument("--growth", action="store_true", help="also the cost of a token against length")
+    parser.add_argument("--growth", nargs="?", const="all", choices=("all", "ours"), help="also the cost of a token "
+                        "against length; ours: without generate, whose stock kernels take long to read a long context "
+                        "on a CPU that has no products of bf16")
     parser.add_argument("--replay", action="store_true", help="only the engine with random weights, scripted exits")
     parser.add_argument("--shape", choices=replay.SHAPES, help="--replay: of the model; default by device")
     parser.add_argument("--out", type=Path, help="also write the JSON here, and with --growth a plot beside it")
@@ -356,7 +358,7 @@ def compare(args) -> dict:
           f"{bandwidth / 1e9:.1f} GB/s read, {weights / 1e6:.0f} MB a token\n")
     print(table(rows))
     if args.growth:
-        result["growth"] = growth(engine, reference, tokenizer, args.max_draft)
+        result["growth"] = growth(engine, reference if args.growth == "all" else None, tokenizer, args.max_draft)
         for entry in result["growth"]["context"] + result["growth"]["output"]:
             print({k: round(v, 2) for k, v in entry.items()})
         if args.out:

@@ -57,7 +57,8 @@ def growth_table(growth: dict) -> str:
     first = growth["context"][0]["full"]
     for a, b in itertools.zip_longest(growth["context"], growth["output"]):
         left = ["", "", "", "", ""] if a is None else [
-            f"{a['context']:,}", *(f"{ms:.1f}" for ms in (a["full"], first * a["allowed"], a["verified"], a[GENERATE]))]
+            f"{a['context']:,}", *(show(ms, ".1f") for ms in (a["full"], first * a["allowed"], a["verified"],
+                                                               a.get(GENERATE)))]
         right = ["", "", ""] if b is None else [f"{b['output']:,}", f"{b['full']:.1f}", f"{b['verified']:.1f}"]
         lines.append("| " + " | ".join([*left, "", *right]) + " |")
     return "\n".join(lines)
@@ -185,6 +186,10 @@ and reads memory at {older['read_bandwidth'] / 1e9:.0f} GB/s:
 `full` would take if a token cost what it reads, weights, keys and values:
 
 {growth_table(speed['growth'])}
+
+and on the older processor, without `generate`:
+
+{growth_table(older['growth'])}
 
 {lossless_section(lossless)}\
 **Exits** of the bundled model on held-out text that the model wrote: {training_text(distill, config)}.
