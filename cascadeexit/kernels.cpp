@@ -63,6 +63,7 @@ constexpr int LANES = 8;
 #endif
 constexpr int BLOCK = 2 * LANES;        // outputs of a weight block, which is read in order
 constexpr int GOOD_TILE = LANES == 16 ? MAX_TILE : 6;   // rows whose sums for a block still leave some registers
+constexpr int FEW = 3;          // and for 32 columns with 8 lanes; fewer rows' sums for 16 would wait for each other
 constexpr int MAX_QUERIES = GOOD_TILE;  // queries that share one reading of keys and values
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
@@ -213,55 +214,63 @@ inline Ints whole(const uint16_t* w) { return __builtin_convertvector(load<Short
 inline Floats firsts(const uint16_t* w) { return __builtin_convertvector(whole(w) << 24 >> 24, Floats); }
 inline Floats seconds(const uint16_t* w) { return __builtin_convertvector(whole(w) >> 8, Floats); }
 
-// out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and C columns; pair p of w begins at p * step, and AHEAD bytes from
-// `next` on are asked for at each. Not inlined: there GCC runs out of registers.
-template <int M, int C, int AHEAD, class Pair>
-__attribute__((noinline)) void add_columns(const Pair* w, size_t step, const Number* x, size_t stride, int pairs, float* out,
-                                           size_t out_stride, const char* next) {
-    constexpr int V = C / LANES;
+// out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and 16 columns, or G = 2 times 16 that lie `apart`; pair p of w begins
+// at p * step. At each, AHEAD bytes of later weights are asked for, from `next` on, and as many next_apart from there. Not
+// inlined: there GCC runs out of registers.
+template <int M, int G, int AHEAD, class Pair>
+__attribute__((noinline)) void add_columns(const Pair* w, size_t step, size_t apart, const char* next, size_t next_apart,
+                                           const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
+    constexpr int each = 16 / LANES, V = G * each;
     Floats sum[M][V], weights[V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sum[m][v] = load<Floats>(out + m * out_stride + LANES * v);
     auto add = [&](const Number* input) __attribute__((always_inline)) {
-        for (int m = 0; m < M; m++) {
-            Floats each = broadcast(input[m * stride]);
-            for (int v = 0; v < V; v++) sum[m][v] += weights[v] * each;
+        if constexpr (M <= FEW) {
+            Floats inputs[M];
+            for (int m = 0; m < M; m++) inputs[m] = broadcast(input[m * stride]);
+            for (int v = 0; v < V; v++)
+                for (int m = 0; m < M; m++) sum[m][v] += weights[v] * inputs[m];
+        } else {
+            for (int m = 0; m < M; m++) {
+                Floats one = broadcast(input[m * stride]);
+                for (int v = 0; v < V; v++) sum[m][v] += weights[v] * one;
+            }
         }
     };
     for (int p = 0; p < pairs; p++, w += step, next += AHEAD) {
-        for (int f = 0; f < AHEAD; f += 64) __builtin_prefetch(next + f);
-        for (int v = 0; v < V; v++) weights[v] = firsts(w + LANES * v);
+        for (int g = 0; g < G; g++) __builtin_prefetch(next + g * next_apart);
+        auto of = [&](int v) __attribute__((always_inline)) { return w + v / each * apart + v % each * LANES; };
+        for (int v = 0; v < V; v++) weights[v] = firsts(of(v));
         add(x + 2 * p);
-        for (int v = 0; v < V; v++) weights[v] = seconds(w + LANES * v);
+        for (int v = 0; v < V; v++) weights[v] = seconds(of(v));
         add(x + 2 * p + 1);
     }
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) store(out + m * out_stride + LANES * v, sum[m][v]);
 }
 
-// The same for some columns, a multiple of 16, as many at a time as leave their sums in the registers: with 16 lanes there
-// are 32, with 8 there are 16, and more than six rows are two parts. Where that takes several readings, all are made of a piece
-// that is in the first cache.
+// The same for some columns, a multiple of 16; with 8 lanes there are 16 registers, and more than six rows are two parts. Where
+// weights are read more than once, that is done with a piece of them that is in the first cache.
 template <int M, class Pair>
 inline void add_dots(const Pair* w, size_t step, int columns, const Number* x, size_t stride, int pairs, float* out,
                      size_t out_stride) {
     constexpr bool parts = LANES == 8 && M > GOOD_TILE;
-    constexpr int C = LANES == 16 || M <= 2 ? 32 : 16, bytes = C * sizeof(Pair);
-    const int piece = parts || columns > C ? PIECE : pairs;
+    constexpr int G = LANES == 16 || M <= FEW ? 2 : 1, ahead = 16 * sizeof(Pair);
+    const int piece = parts || columns > 16 ? PIECE : pairs;
     for (int p = 0, n; p < pairs; p += n, w += n * step, x += 2 * n) {
         n = pairs - p < piece ? pairs - p : piece;
         const char* next = (const char*)w + REACH;
         int c = 0;
-        for (; c + C <= columns; c += C, next += n * bytes) {
+        for (; c + 16 * G <= columns; c += 16 * G, next += G * n * ahead) {
             if constexpr (parts) {
-                add_columns<4, C, bytes / 2>(w + c, step, x, stride, n, out + c, out_stride, next);
-                add_columns<M - 4, C, bytes / 2>(w + c, step, x + 4 * stride, stride, n, out + 4 * out_stride + c, out_stride,
-                                                 next + n * bytes / 2);
+                add_columns<4, G, ahead / 2>(w + c, step, 16, next, 0, x, stride, n, out + c, out_stride);
+                add_columns<M - 4, G, ahead / 2>(w + c, step, 16, next + n * ahead / 2, 0, x + 4 * stride, stride, n,
+                                                 out + 4 * out_stride + c, out_stride);
             } else {
-                add_columns<M, C, bytes>(w + c, step, x, stride, n, out + c, out_stride, next);
+                add_columns<M, G, ahead>(w + c, step, 16, next, size_t(n) * ahead, x, stride, n, out + c, out_stride);
             }
         }
-        if (c < columns) add_columns<M, 16, 16 * sizeof(Pair)>(w + c, step, x, stride, n, out + c, out_stride, next);
+        if (c < columns) add_columns<M, 1, ahead>(w + c, step, 16, next, 0, x, stride, n, out + c, out_stride);
     }
 }
 
@@ -269,6 +278,14 @@ template <int M, int W, class Pair>
 inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
     for (int m = 0; m < M; m++) std::memset(out + m * out_stride, 0, sizeof(float) * W);
     add_dots<M>(w, W, W, x, stride, pairs, out, out_stride);
+}
+
+// The same for two blocks of 16 columns at once.
+template <int M, class Pair>
+inline void dot_twice(const Pair* w, size_t apart, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
+    for (int m = 0; m < M; m++) std::memset(out + m * out_stride, 0, sizeof(float) * 32);
+    add_columns<M, 2, 16 * sizeof(Pair)>(w, 16, apart, (const char*)w + REACH, apart * sizeof(Pair), x, stride, pairs, out,
+                                         out_stride);
 }
 #endif
 
@@ -338,39 +355,54 @@ inline const Pair* block(const Matrix& m, int b) { return (const Pair*)m.weight 
 // Tiles of rows, as even as can be: many of them go at the pace of the processor.
 inline int tiles(int rows) { return rows <= MAX_TILE ? 1 : (rows + GOOD_TILE - 1) / GOOD_TILE; }
 
-// A block of outputs for a tile of rows, x (tile, in) with a row every `stride` numbers.
-inline void dot_block(const Matrix& m, int b, int tile, const Number* x, size_t stride, float (*out)[BLOCK]) {
-    if (!m.scale) return dot_rows<BLOCK>(tile, block(m, b), x, stride, pairs(m), out[0], BLOCK);
-    dot_rows<BLOCK>(tile, block<uint16_t>(m, b), x, stride, pairs(m), out[0], BLOCK);
+// One or two blocks of outputs for a tile of rows: x (tile, in) with a row every `stride` numbers, out with one every out_stride.
+template <class Pair>
+inline void dot_blocks(const Matrix& m, int b, int count, int tile, const Number* x, size_t stride, float* out,
+                       size_t out_stride) {
+    const Pair* w = block<Pair>(m, b);
+    const int n = pairs(m);
+#ifndef BF16_DOT
+    if (BLOCK == 16 && count == 2 && tile < FEW)
+        return (tile == 1 ? dot_twice<1, Pair> : dot_twice<2, Pair>)(w, size_t(n) * BLOCK, x, stride, n, out, out_stride);
+#endif
+    for (int i = 0; i < count; i++) dot_rows<BLOCK>(tile, w + size_t(i) * n * BLOCK, x, stride, n, out + i * BLOCK, out_stride);
+}
+
+inline void dot_blocks(const Matrix& m, int b, int count, int tile, const Number* x, size_t stride, float* out,
+                       size_t out_stride) {
+    if (!m.scale) return dot_blocks<uint32_t>(m, b, count, tile, x, stride, out, out_stride);
+    dot_blocks<uint16_t>(m, b, count, tile, x, stride, out, out_stride);
     for (int i = 0; i < tile; i++)
-        for (int j = 0; j < BLOCK; j++) out[i][j] *= m.scale[b * BLOCK + j];
+        for (int j = 0; j < count * BLOCK; j++) out[i * out_stride + j] *= m.scale[b * BLOCK + j];
 }
 
 // x (rows, in) times the matrix: done(row, first output, BLOCK sums) for each block that this thread takes.
 template <class Done>
 inline void multiply(Team& team, const Matrix& m, const Number* x, size_t stride, int rows, Done done) {
-    float out[MAX_TILE][BLOCK];
-    team.share(blocks(m), [&](int b) {
+    float out[MAX_TILE][2 * BLOCK];
+    const int together = LANES == 8 && rows < FEW ? 2 : 1;      // blocks
+    team.share((blocks(m) + together - 1) / together, [&](int unit) {
+        const int b = unit * together, count = blocks(m) - b < together ? 1 : together;
         for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
             tile = (rows - r + left - 1) / left;
-            dot_block(m, b, tile, x + r * stride, stride, out);
-            for (int i = 0; i < tile; i++) done(r + i, b * BLOCK, out[i]);
+            dot_blocks(m, b, count, tile, x + r * stride, stride, out[0], 2 * BLOCK);
+            for (int i = 0; i < tile; i++)
+                for (int k = 0; k < count; k++) done(r + i, (b + k) * BLOCK, out[i] + k * BLOCK);
         }
     });
 }
 
 // silu(gate x) * other x (rows, n), for a matrix with blocks of gate and other in turn.
 inline void gated(Team& team, const Matrix& both, const Number* x, int rows, int n, Number* out) {
-    float gate[MAX_TILE][BLOCK], other[MAX_TILE][BLOCK];
+    float sums[MAX_TILE][2 * BLOCK];
     team.share(blocks(both) / 2, [&](int b) {
+        const int width = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
         for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
             tile = (rows - r + left - 1) / left;
-            int width = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
-            dot_block(both, 2 * b, tile, x + size_t(r) * both.in, both.in, gate);
-            dot_block(both, 2 * b + 1, tile, x + size_t(r) * both.in, both.in, other);
+            dot_blocks(both, 2 * b, 2, tile, x + size_t(r) * both.in, both.in, sums[0], 2 * BLOCK);
             for (int t = 0; t < tile; t++)
                 for (int j = 0; j < width; j++)
-                    round_to(out[size_t(r + t) * n + b * BLOCK + j], silu(gate[t][j]) * other[t][j]);
+                    round_to(out[size_t(r + t) * n + b * BLOCK + j], silu(sums[t][j]) * sums[t][BLOCK + j]);
         }
     });
 }
