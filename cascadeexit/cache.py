@@ -73,6 +73,12 @@ class KVCache:
         for layer_idx in layers:
             self.lengths[layer_idx] += n
 
+    def copy(self, other: "KVCache") -> None:
+        """Hold what another one holds, which has no more slots than this: whole blocks of 16, for our own kernels."""
+        self.keys[:, :, :, :other.capacity] = other.keys
+        self.values[:, :, :, :other.capacity] = other.values
+        self.lengths = list(other.lengths)
+
     def clear(self) -> None:
         """As new, in the same memory."""
         self.truncate(0)

@@ -167,6 +167,11 @@ class Staircase:
         self.tokens.extend(tokens)
         return self.run(range(self.model.num_segments)) if len(tokens) else []
 
+    def adopt(self, other: "Staircase") -> None:
+        """Begin where another one is on which nothing waits."""
+        self.tokens = list(other.tokens)
+        self.cache.copy(other.cache)
+
     def keep(self, drafts: int, path: Sequence[int]) -> None:
         """Of the newest `drafts` tokens only those on a path stay. Only after a full-depth pass, when nothing waits."""
         assert all(w is None for w in self.waiting), "rows are waiting: keep a path only after the last segment ran"
@@ -199,10 +204,11 @@ class _Stopwatch:
 
 
 class Engine:
-    """Decodes with one model and its exits. Holds no state between runs, so runs may interleave."""
+    """Decodes with one model and its exits. No run leaves anything to the next one, so runs may interleave."""
 
     def __init__(self, model: SegmentedModel, bank: ExitBank):
         self.model, self.bank = model, bank.attach(model)
+        self._opening: Staircase | None = None
         self.costs = Costs(full_token_bytes=sum(model.segment_bytes) + model.head_bytes,
                            depths=tuple(b / model.num_layers for b in model.bounds[1:]))
 
@@ -245,6 +251,30 @@ class Engine:
                              "or give thresholds")
         first = self.bank.calibration.threshold(config.target_disagreement)
         return (None,) * self.num_exits if first is None else graded_thresholds(first, self.exit_depths)
+
+    @torch.inference_mode()
+    def read_opening(self, token_ids: Sequence[int]) -> None:
+        """Read once what many prompts begin with; runs go on from there, to the same result. No tokens: forget it.
+
+        Only with our own kernels, whose rows do not depend on those beside them: elsewhere nothing is kept.
+        """
+        self._opening = None
+        if len(token_ids) and self.model.native:
+            opening = Staircase(self.model, len(token_ids))
+            opening.prefill(token_ids)
+            self._opening = opening
+
+    def begin(self, prompt: Sequence[int], new_tokens: int) -> tuple[Staircase, list[Tensor]]:
+        """A staircase with room for so many tokens more that has read this prompt but for its newest token.
+
+        And the rows after each segment that were read now, (1, N, D): all but those of the opening. None of a prompt
+        of one token.
+        """
+        stairs, tokens = Staircase(self.model, self.capacity(len(prompt) + new_tokens)), prompt[:-1]
+        opening = self._opening
+        if opening and len(tokens) > len(opening.tokens) and opening.tokens == tokens[:len(opening.tokens)]:
+            stairs.adopt(opening)
+        return stairs, stairs.prefill(tokens[len(stairs.tokens):])
 
     def run(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Generation:
         """Generate to the end. Raises ValueError as `generate` does."""
@@ -294,7 +324,6 @@ class Engine:
         tree = DraftTree(model, bank, prompt, config.temperature) if verified and config.thresholds is None else None
         lookup = Lookup(())                     # of the confirmed text, as far as exits were asked
         sampler = self.sampler(config)
-        stairs = Staircase(model, self.capacity(len(prompt) + config.max_new_tokens + config.max_draft))
         drafts: list[Draft] = []                                 # tokens not yet confirmed, parents first
         end = len(prompt) + config.max_new_tokens
 
@@ -303,9 +332,9 @@ class Engine:
             return TokenEvent(position - len(prompt), token, exit, confidences, status, watch.read(), read)
 
         # 1. Prefill: all but the newest token, through every segment, in every mode with the same shapes.
-        passed = stairs.prefill(prompt[:-1])                     # rows after each segment
+        stairs, passed = self.begin(prompt, config.max_new_tokens + config.max_draft)        # rows after each segment
         said = self.last_said(passed)                            # the hidden state that named the newest token (1, D)
-        deep = (passed[1:-1], len(prompt) - 2) if passed else None       # and, for a drafter, what lay below it
+        deep = (passed[1:-1], passed[0].shape[1] - 1) if passed else None    # and, for a drafter, what lay below it
         stairs.tokens.append(prompt[-1])
         stairs.weight_bytes = 0
         unasked = (None,) * last
@@ -403,8 +432,7 @@ class Engine:
         """
         if not token_ids:
             return []
-        stairs = Staircase(self.model, self.capacity(len(prompt_ids) + len(token_ids)))
-        stairs.prefill(prompt_ids[:-1])
+        stairs, _ = self.begin(list(prompt_ids), len(token_ids))
         rows = [prompt_ids[-1], *token_ids[:-1]]
         choices = []
         for a in range(0, len(rows), self.model.max_verify_rows):

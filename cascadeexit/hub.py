@@ -36,6 +36,7 @@ from cascadeexit.engine import Engine
 from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, read_config
 from cascadeexit.kernels import cache_folder
 from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
+from cascadeexit.prompts import opening_ids
 from cascadeexit.stream import Shape
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
     else:
         bank = ExitBank.load(folder)
         engine = Engine(SegmentedModel(base, bank.config.layers, name=name), bank)
+    engine.read_opening(opening_ids(tokenizer))
     _give_back_memory()
     return engine, tokenizer
 

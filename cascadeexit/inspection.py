@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cascadeexit.engine import Engine, Staircase
+from cascadeexit.engine import Engine
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.lookup import Lookup
 
@@ -58,8 +58,8 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
     """
     final = [e for e in events if e.final]
     text = [prompt_ids[-1], *(e.token_id for e in final[:-1])] if final else []
-    stairs = Staircase(engine.model, engine.capacity(len(prompt_ids) + len(final)))
-    said = engine.last_said(stairs.prefill(prompt_ids[:-1]))
+    stairs, passed = engine.begin(list(prompt_ids), len(final))
+    said = engine.last_said(passed)
     written, before, copied, parts = list(prompt_ids), Lookup(prompt_ids), [], []
     for event in final:
         copied.append(before.copied(written))

@@ -647,7 +647,7 @@ float ce_row_cost(int32_t rows) {
 #ifdef BF16_DOT
     return rows < MAX_TILE ? 0.02f : 0.1f;
 #else
-    constexpr float costs[] = {0.03f, 0.03f, 0.03f, 0.03f, 0.06f, 0.12f, 0.12f};       // beside 1, 2 ... 7
+    constexpr float costs[] = {0.02f, 0.02f, 0.02f, 0.06f, 0.1f, 0.1f, 0.1f};          // beside 1, 2 ... 7
     return rows < MAX_TILE ? costs[rows - 1] : 0.25f;
 #endif
 }

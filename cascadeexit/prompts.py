@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os.path
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ def token_ids(tokenizer, text: str, *, chat: bool = True) -> list[int]:
         return tokenizer(text)["input_ids"]
     turn = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def opening_ids(tokenizer) -> list[int]:
+    """What every prompt of one user turn begins with: the chat template's words before the user's. [] without one."""
+    return os.path.commonprefix([token_ids(tokenizer, text) for text in ("a", "1")]) if tokenizer.chat_template else []
 
 
 def bundled_prompts(kinds: Sequence[str] | None = None, each: int | None = None) -> list[Prompt]:

@@ -18,7 +18,6 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.lookup import LONGEST_MATCH, Guess, Lookup
 from cascadeexit.model import SegmentedModel
 
-_READ_COST = 0.5            # of a byte that drafting reads, in bytes of a pass: measured, they come from a near cache
 _BRANCHES = 6               # drafts that may follow one token
 _HOPE = 0.5                 # chance that a question brings a right draft, when it is not known yet
 _SURE = 0.5                 # copies likelier than this need no other opinion
@@ -67,7 +66,7 @@ class DraftTree:
         self._has_exit = model.exit_layers[:1] == (0,)
         self._ask_bytes = bank.draft_bytes if self._has_exit else 0
         full = sum(model.segment_bytes) + model.head_bytes
-        self._ask_cost = _READ_COST * self._ask_bytes / full
+        self._ask_cost = self._ask_bytes / full     # in 8 bits they are read sooner, but have to be widened
         self._row_costs: list[float] = []           # of one more row beside 1, 2 ...; as far as they were asked for
         self._kept: list[float] = []                # right drafts at each depth, and how many were promised
         self._promised: list[float] = []

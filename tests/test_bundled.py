@@ -8,7 +8,7 @@ import torch
 from cascadeexit import hub
 from cascadeexit.engine import DecodeConfig
 from cascadeexit.inspection import inspect
-from cascadeexit.prompts import bundled_prompts, token_ids
+from cascadeexit.prompts import bundled_prompts, opening_ids, token_ids
 
 pytestmark = pytest.mark.bundled
 TOKENS = 24
@@ -36,6 +36,16 @@ def test_verified_equals_full_bitwise(loaded):
         runs = [engine.run(ids, DecodeConfig(mode=mode, **sampled)).token_ids for mode in ("full", "verified")]
         assert runs[0] == runs[1], prompt
     assert drafted > 0
+
+
+def test_what_the_chat_template_says_first_was_read_when_loaded():
+    engine, tokenizer = hub.load(hub.DEFAULT_MODEL, device="cpu")
+    prompts = [token_ids(tokenizer, p.text) for p in bundled_prompts()]
+    opening = opening_ids(tokenizer)
+    assert "system" in tokenizer.decode(opening) and all(ids[:len(opening)] == opening for ids in prompts)
+    with torch.inference_mode():
+        rows = engine.begin(prompts[0], 8)[1][0].shape[1]
+    assert rows == len(prompts[0]) - 1 - engine.model.native * len(opening)
 
 
 def test_full_equals_transformers_generate_in_fp32():

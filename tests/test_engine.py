@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,29 @@ def test_full_stops_at_end_of_sequence():
     engine.model.eos_ids = frozenset([eos])
     out = engine.run(PROMPTS[1], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
     assert out == generate(base, PROMPTS[1]) and out[-1] == eos and len(out) <= 8
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("read", [1, 16, 17, 38, 39, 40, None])
+def test_an_opening_that_was_read_before_changes_nothing_but_the_work(mode, read):
+    """Of a prompt of 40 tokens so many were read; None: those of another prompt. At least one is left to read."""
+    engine = tiny_engine(adapter="carry", confidence="sketch", sketch_size=40, dtype=torch.bfloat16)
+    prompt = [(7 * i) % 60 + 20 for i in range(40)]
+    opening = [3] * 10 if read is None else prompt[:read]
+    config = DecodeConfig(mode=mode, max_new_tokens=TOKENS)
+
+    def story():
+        run = engine.run(prompt, config)
+        return [replace(event, seconds=0) for event in run.events], engine.full_choices(prompt, run.token_ids)
+
+    plain = story()
+    engine.read_opening(opening)
+    assert story() == plain
+    with torch.inference_mode():
+        rows = engine.begin(prompt, TOKENS)[1][0].shape[1]
+    assert rows == (39 - read if engine.model.native and read and read < 39 else 39)
+    engine.read_opening([])
+    assert story() == plain
 
 
 def test_full_choices_of_a_full_text_are_that_text(engine):
