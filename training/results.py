@@ -180,7 +180,9 @@ and reads memory at {older['read_bandwidth'] / 1e9:.0f} GB/s:
 
 {speed_table(older)}
 
-{source(older)}
+{source(older)} Since that commit a pass of one row takes about 0.9 of the time on this processor, and one of six is
+nearly unchanged: `full` gained more than `verified`, whose ratio to it was 1.40 to 1.46 in trials
+(`assets/results/LOG.md`, 2026-11-27). The race has not been run again.
 
 **Cost of a token against length**, milliseconds, after a context that the model wrote at temperature 1. By bytes: what
 `full` would take if a token cost what it reads, weights, keys and values:
