@@ -73,7 +73,7 @@ class KVCache:
         for layer_idx in layers:
             self.lengths[layer_idx] += n
 
-    def copy(self, other: "KVCache") -> None:
+    def copy_from(self, other: "KVCache") -> None:
         """Hold what another one holds, which has no more slots than this: whole blocks of 16, for our own kernels."""
         self.keys[:, :, :, :other.capacity] = other.keys
         self.values[:, :, :, :other.capacity] = other.values

@@ -170,7 +170,7 @@ class Staircase:
     def adopt(self, other: "Staircase") -> None:
         """Begin where another one is on which nothing waits."""
         self.tokens = list(other.tokens)
-        self.cache.copy(other.cache)
+        self.cache.copy_from(other.cache)
 
     def keep(self, drafts: int, path: Sequence[int]) -> None:
         """Of the newest `drafts` tokens only those on a path stay. Only after a full-depth pass, when nothing waits."""
@@ -221,6 +221,11 @@ class Engine:
         """The part of the layers below each exit."""
         return self.costs.depths[:-1]
 
+    @property
+    def opening(self) -> list[int]:
+        """The tokens that `read_opening` keeps."""
+        return self._opening.tokens if self._opening else []
+
     def check(self, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
         """Raise ValueError when this run cannot work; called before any work by `generate`."""
         if len(prompt_ids) == 0:
@@ -270,10 +275,10 @@ class Engine:
         And the rows after each segment that were read now, (1, N, D): all but those of the opening. None of a prompt
         of one token.
         """
-        stairs, tokens = Staircase(self.model, self.capacity(len(prompt) + new_tokens)), prompt[:-1]
-        opening = self._opening
-        if opening and len(tokens) > len(opening.tokens) and opening.tokens == tokens[:len(opening.tokens)]:
-            stairs.adopt(opening)
+        stairs, tokens = Staircase(self.model, self.capacity(len(prompt) + new_tokens)), list(prompt[:-1])
+        n = len(self.opening)
+        if 0 < n < len(tokens) and tokens[:n] == self.opening:
+            stairs.adopt(self._opening)
         return stairs, stairs.prefill(tokens[len(stairs.tokens):])
 
     def run(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Generation:
@@ -432,7 +437,7 @@ class Engine:
         """
         if not token_ids:
             return []
-        stairs, _ = self.begin(list(prompt_ids), len(token_ids))
+        stairs, _ = self.begin(prompt_ids, len(token_ids))
         rows = [prompt_ids[-1], *token_ids[:-1]]
         choices = []
         for a in range(0, len(rows), self.model.max_verify_rows):

@@ -58,7 +58,7 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
     """
     final = [e for e in events if e.final]
     text = [prompt_ids[-1], *(e.token_id for e in final[:-1])] if final else []
-    stairs, passed = engine.begin(list(prompt_ids), len(final))
+    stairs, passed = engine.begin(prompt_ids, len(final))
     said = engine.last_said(passed)
     written, before, copied, parts = list(prompt_ids), Lookup(prompt_ids), [], []
     for event in final:

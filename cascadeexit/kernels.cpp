@@ -204,7 +204,7 @@ inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, 
 }
 #else
 // Without such an instruction a pair of weights is widened to two vectors of fp32.
-constexpr int PIECE = 64;       // pairs
+constexpr int PIECE = 64;       // pairs of weights that are read again while they are in the first cache
 constexpr int REACH = 12288;    // bytes from the weights in use to those that are asked for
 
 // Of a vector of pairs the first or the second ones.
@@ -225,7 +225,7 @@ __attribute__((noinline)) void add_columns(const Pair* w, size_t step, size_t ap
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sum[m][v] = load<Floats>(out + m * out_stride + LANES * v);
     auto add = [&](const Number* input) __attribute__((always_inline)) {
-        if constexpr (M <= FEW) {
+        if constexpr (M <= FEW) {           // registers are left for the inputs: sums of one vector come soonest
             Floats inputs[M];
             for (int m = 0; m < M; m++) inputs[m] = broadcast(input[m * stride]);
             for (int v = 0; v < V; v++)
@@ -289,18 +289,17 @@ inline void dot_twice(const Pair* w, size_t apart, const Number* x, size_t strid
 }
 #endif
 
+// f of n, up to MOST, as a constant.
+template <int MOST, class F>
+inline void with_rows(int n, F f) {
+    if constexpr (MOST > 1)
+        if (n < MOST) return with_rows<MOST - 1>(n, f);
+    f(std::integral_constant<int, MOST>{});
+}
+
 template <int W, class Pair>
 void dot_rows(int rows, const Pair* w, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
-    switch (rows) {
-        case 1: return dot_pairs<1, W>(w, x, stride, pairs, out, out_stride);
-        case 2: return dot_pairs<2, W>(w, x, stride, pairs, out, out_stride);
-        case 3: return dot_pairs<3, W>(w, x, stride, pairs, out, out_stride);
-        case 4: return dot_pairs<4, W>(w, x, stride, pairs, out, out_stride);
-        case 5: return dot_pairs<5, W>(w, x, stride, pairs, out, out_stride);
-        case 6: return dot_pairs<6, W>(w, x, stride, pairs, out, out_stride);
-        case 7: return dot_pairs<7, W>(w, x, stride, pairs, out, out_stride);
-        default: return dot_pairs<8, W>(w, x, stride, pairs, out, out_stride);
-    }
+    with_rows<MAX_TILE>(rows, [&](auto m) { dot_pairs<m(), W>(w, x, stride, pairs, out, out_stride); });
 }
 
 }  // namespace
@@ -363,7 +362,7 @@ inline void dot_blocks(const Matrix& m, int b, int count, int tile, const Number
     const int n = pairs(m);
 #ifndef BF16_DOT
     if (BLOCK == 16 && count == 2 && tile < FEW)
-        return (tile == 1 ? dot_twice<1, Pair> : dot_twice<2, Pair>)(w, size_t(n) * BLOCK, x, stride, n, out, out_stride);
+        return with_rows<FEW - 1>(tile, [&](auto m) { dot_twice<m()>(w, size_t(n) * BLOCK, x, stride, n, out, out_stride); });
 #endif
     for (int i = 0; i < count; i++) dot_rows<BLOCK>(tile, w + size_t(i) * n * BLOCK, x, stride, n, out + i * BLOCK, out_stride);
 }
@@ -463,16 +462,10 @@ inline void add_values(const uint32_t* values, int d, int columns, const Number*
 
 void add_values(int queries, const uint32_t* values, int d, int columns, const Number* probs, size_t room, int pairs,
                 float (*sum)[64]) {
-    constexpr int most = LANES == 16 ? 4 : 6;
+    constexpr int most = LANES == 16 ? 4 : GOOD_TILE;
     for (; queries > 0; queries -= most, probs += most * room, sum += most)
-        switch (queries < most ? queries : most) {
-            case 1: add_values<1>(values, d, columns, probs, room, pairs, sum); break;
-            case 2: add_values<2>(values, d, columns, probs, room, pairs, sum); break;
-            case 3: add_values<3>(values, d, columns, probs, room, pairs, sum); break;
-            case 4: add_values<4>(values, d, columns, probs, room, pairs, sum); break;
-            case 5: add_values<5>(values, d, columns, probs, room, pairs, sum); break;
-            case 6: add_values<6>(values, d, columns, probs, room, pairs, sum); break;
-        }
+        with_rows<most>(queries < most ? queries : most,
+                        [&](auto m) { add_values<m()>(values, d, columns, probs, room, pairs, sum); });
 }
 
 // Where a head's keys and values are, and what of them a row sees: positions from `first` on, those before `fork` at their

@@ -302,6 +302,7 @@ class NativeLayers:
                              config.rms_norm_eps, layers[0].self_attn.scaling)
 
     @staticmethod
+    @functools.cache                # between passes, which sweep the caches, even a small call takes long
     def row_cost(rows: int) -> float:
         """What one more row beside so many costs, in passes of one row."""
         return library().ce_row_cost(rows)

@@ -67,7 +67,6 @@ class DraftTree:
         self._ask_bytes = bank.draft_bytes if self._has_exit else 0
         full = sum(model.segment_bytes) + model.head_bytes
         self._ask_cost = self._ask_bytes / full     # in 8 bits they are read sooner, but have to be widened
-        self._row_costs: list[float] = []           # of one more row beside 1, 2 ...; as far as they were asked for
         self._kept: list[float] = []                # right drafts at each depth, and how many were promised
         self._promised: list[float] = []
         self.weight_bytes = 0                       # read by drafting since somebody set it to 0
@@ -86,7 +85,7 @@ class DraftTree:
         level, kept = [_Node(1.0, text[-1], None, said, -1, COPIED)], []
         for depth in range(longest):
             # Of survival: below it, a row costs too much.
-            needed = self._row_cost(1 + len(kept)) * expected / spent
+            needed = self._model.row_cost(1 + len(kept)) * expected / spent
             guesses = [self._lookup.guess(_end(text, node)) for node in level]
             asked = [i for i, (node, guess) in enumerate(zip(level, guesses))
                      if node.survival * _HOPE > needed and not (guess and guess.chance > _SURE)]
@@ -98,13 +97,13 @@ class DraftTree:
                     self.weight_bytes += self._bank.context_bytes
                 opinions = dict(zip(asked, self._ask([level[i] for i in asked], context)))
                 spent += self._ask_cost
-            needed, trust = self._row_cost(1 + len(kept)) * expected / spent, self._trust(depth)
+            needed, trust = self._model.row_cost(1 + len(kept)) * expected / spent, self._trust(depth)
             candidates = [child for i, (node, guess) in enumerate(zip(level, guesses))
                           for child in self._children(node, trust, guess, opinions.get(i), needed)]
             candidates.sort(key=lambda node: -node.survival)
             level = []
             for node in candidates[:limit - len(kept) if self._model.branches else 1]:
-                cost = self._row_cost(1 + len(kept) + len(level))
+                cost = self._model.row_cost(1 + len(kept) + len(level))
                 if node.survival <= cost * expected / spent:
                     break
                 level.append(node)
@@ -137,12 +136,6 @@ class DraftTree:
         self.weight_bytes += self._ask_bytes
         said = torch.cat([node.said for node in nodes]) if len(nodes) > 1 else nodes[0].said
         return self._bank.drafts([node.token for node in nodes], said, _BRANCHES, self._temperature, context)
-
-    def _row_cost(self, rows: int) -> float:
-        """The model's, asked for once: between passes each call finds the caches swept."""
-        while len(self._row_costs) < rows:
-            self._row_costs.append(self._model.row_cost(len(self._row_costs) + 1))
-        return self._row_costs[rows - 1]
 
     def _children(self, node: _Node, trust: float, guess: Guess | None, opinion, needed: float) -> list[_Node]:
         """What may follow a node and survive oftener than needed. A copy and a draft for the same token are one."""

@@ -7,10 +7,12 @@
 Every prompt is decoded by every contender in turn, the order rotating from prompt to prompt, after a warm-up that is
 not counted; each runs greedily to the same length on its own copy of the weights. Speed is end to end (prefill
 included) per prompt, and the table shows medians with quartiles. A ratio is the median over the prompts of a set
-(chat, code, summarise, facts), then the geometric mean over the sets. Quality stands beside speed: agreement (part of
-the tokens that the full model would have chosen after the same text) and sequence match (identical to `full` from
-start to end). The roofline multiple is tokens/s x weight bytes / read bandwidth measured here, before or after the
-race. --growth adds the cost of a token against the length of context and output. The last line is one JSON object.
+(chat, code, summarise, facts), then the geometric mean over the sets. With our own kernels the chat template's opening
+is read when the model is loaded, and llama.cpp goes on from what its last prompt had in common with the next. Quality
+stands beside speed: agreement (part of the tokens that the full model would have chosen after the same text) and
+sequence match (identical to `full` from start to end). The roofline multiple is tokens/s x weight bytes / read
+bandwidth measured here, before or after the race. --growth adds the cost of a token against the length of context and
+output. The last line is one JSON object.
 """
 
 import argparse
@@ -350,7 +352,8 @@ def compare(args) -> dict:
               "drafter": engine.bank.drafter_fingerprint(), "trained_exits": engine.bank.config.trained,
               "prompts": len(prompts),
               "sets": {kind: kinds.count(kind) for kind in sorted(set(kinds))}, "tokens": args.tokens,
-              "cascade_thresholds": args.cascade_thresholds, "max_draft": args.max_draft, "weight_bytes": weights,
+              "opening_tokens": len(engine.opening), "cascade_thresholds": args.cascade_thresholds,
+              "max_draft": args.max_draft, "weight_bytes": weights,
               "read_bandwidth": bandwidth, "kernel_seconds": compiled - started, "load_seconds": loaded - compiled,
               "exit_bytes": held - weights, "cache_bytes": cache, "grown_bytes": grown,
               "memory_over_need": None if grown is None else grown / (held + cache), "rows": rows}

@@ -51,6 +51,13 @@ def speed_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def opening(result: dict) -> str:
+    if not result.get("opening_tokens"):
+        return ""
+    return (f"Our modes had read the first {result['opening_tokens']} tokens of each prompt, the chat template's,\n"
+            "when the model was loaded; llama.cpp goes on from what its last prompt had in common with the next.\n\n")
+
+
 def growth_table(growth: dict) -> str:
     lines = ["| context | `full` | by bytes | `verified` | `generate` | | output | `full` | `verified` |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
@@ -166,6 +173,7 @@ the others follow, or with one each (`no`: closed); `verified` by its own rule, 
 
 {speed_table(speed)}
 
+{opening(speed)}\
 *Roofline*: tokens/s times weight bytes over the bandwidth at which this machine read memory before the race or after
 it, whichever was more, {speed['read_bandwidth'] / 1e9:.0f} GB/s.
 *Agreement*: part of the tokens that the full model would have chosen given
@@ -180,9 +188,7 @@ and reads memory at {older['read_bandwidth'] / 1e9:.0f} GB/s:
 
 {speed_table(older)}
 
-{source(older)} Since that commit a pass of one row takes about 0.9 of the time on this processor, and one of six is
-nearly unchanged: `full` gained more than `verified`, whose ratio to it was 1.40 to 1.46 in trials
-(`assets/results/LOG.md`, 2026-11-27). The race has not been run again.
+{opening(older)}{source(older)}
 
 **Cost of a token against length**, milliseconds, after a context that the model wrote at temperature 1. By bytes: what
 `full` would take if a token cost what it reads, weights, keys and values:
