@@ -61,7 +61,7 @@ def test_a_strangers_model_gets_trained_exits(recipe):
     full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=24)).token_ids
     verified = engine.run(ids, DecodeConfig(mode="verified", max_new_tokens=24))
     assert verified.token_ids == full and any(e.exit == 0 for e in verified.events), "its own exit drafts"
-    # What the model writes, and so how many different prompts test, follows from README, which it learned to spell from.
+    # What the model writes, and so how many different prompts test, follows from README: it learned to spell there.
     prompts = prompts_of(load_documents([recipe / "data" / "policy", recipe / "data" / "text"]), 4, seed=0)
     assert engine.bank.calibration.prompts == len(prompts) > 0 and engine.bank.drafter
     for name in ("config.json", "distill.json", "drafter.json", "confidence.json", "evaluation.json", "loss.html",
