@@ -2,8 +2,9 @@
 //
 // One call takes a few rows through many layers: one team of threads, no allocation, no dispatch between operations.
 // Weights are bf16, or integers of 8 bits, packed so that a pass reads each of them once, in order: blocks of outputs,
-// pairs of inputs side by side. Sums are fp32 and run over inputs in order, each row by itself, so a row's result is
-// bitwise the same whatever other rows are in the pass: that is what makes verification exact.
+// pairs of inputs side by side. Sums are fp32 and run over inputs in order (of 8 bits: integers, of inputs rounded to 16),
+// each row by itself, so a row's result is bitwise the same whatever other rows are in the pass: that is what makes
+// verification exact.
 //
 // Letters: N rows, D hidden size, H query heads on G key-value heads of size d, C cache capacity.
 // Cache of a layer and head (of each text, where there are several): keys [C/16][d/2][16][2], values [C/2][d][2]; both
@@ -17,8 +18,10 @@
 #include <omp.h>
 #include <sched.h>
 #include <type_traits>
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#ifdef __AVX2__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
 #define BF16_DOT 1
 #endif
 
@@ -29,6 +32,7 @@ constexpr int MAX_TILE = 8;     // rows that share one reading of a block from t
 constexpr int MANY = 5;         // rows from which a tile computes about as long as it waits for its weights
 constexpr int SPAN = 512;       // positions that are attended to at a time; a multiple of KEYS
 constexpr int OPEN = 8;         // one part in so many of a matrix is left to whoever comes first
+constexpr int REACH = 12288;    // bytes from weights in use to those that are asked for, where that is done in one way
 constexpr int ROUND = 64;       // spans of tiles for each thread between two meetings: bounds what is kept of them
 
 using bf16 = uint16_t;
@@ -54,6 +58,25 @@ using Number = float;
 #endif
 inline void round_to(bf16& to, float x) { to = narrow(x); }
 inline void round_to(float& to, float x) { to = widen(narrow(x)); }
+inline float as_float(bf16 x) { return widen(x); }
+inline float as_float(float x) { return x; }
+
+// Scratch of a call, grown to the largest one seen.
+template <class T>
+struct Scratch {
+    T* data = nullptr;
+    size_t size = 0;
+    ~Scratch() { std::free(data); }                             // threads come and go
+    T* get(size_t n) {
+        if (n > size) {
+            std::free(data);
+            size = (n + 63) / 64 * 64;                          // whole cache lines of any T
+            data = (T*)std::aligned_alloc(64, size * sizeof(T));
+            std::memset((void*)data, 0, size * sizeof(T));
+        }
+        return data;
+    }
+};
 
 // Vectors of fp32: what GCC and Clang call vector extensions becomes the processor's own, 16 lanes of AVX-512, else 8.
 #ifdef __AVX512F__
@@ -68,8 +91,9 @@ constexpr int MAX_QUERIES = GOOD_TILE;  // queries that share one reading of key
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
-using Shorts = int16_t __attribute__((vector_size(2 * LANES)));
 using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+using Shorts = int16_t __attribute__((vector_size(4 * LANES)));
+using Bytes = int8_t __attribute__((vector_size(2 * LANES)));
 
 template <class To, class From>
 inline To load(const From* from) {
@@ -166,33 +190,25 @@ struct Team {
 #ifdef BF16_DOT
 // Asks memory for weights that are needed later. Few rows wait for memory all the time, and it is kept busiest by one long
 // reach into the first cache. Many rows also compute, and what would come too early there waits in the second one.
-template <int M, int W, class Pair>
-inline void ahead(const Pair* w) {
-    constexpr int line = 64 / sizeof(Pair), near = (M < MANY ? 128 : 32) * W, far = 512 * W;     // in bytes: times 2
-    for (int v = 0; v < W; v += line) {
+template <int M, int W>
+inline void ahead(const uint32_t* w) {
+    constexpr int near = (M < MANY ? 128 : 32) * W, far = 512 * W;     // in bytes: times 2
+    for (int v = 0; v < W; v += 16) {
         _mm_prefetch((const char*)(w + v) + 2 * near, _MM_HINT_T0);
         if (M >= MANY) _mm_prefetch((const char*)(w + v) + 2 * far, _MM_HINT_T1);
     }
 }
 
-// Pairs of weights of 16 outputs, as bf16; integers of 8 bits are exact there.
-inline __m512bh load_pairs(const uint32_t* w) { return (__m512bh)_mm512_loadu_si512(w); }
-inline __m512bh load_pairs(const uint16_t* w) {
-    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w)));
-    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(w + 8))));
-    return _mm512_cvtne2ps_pbh(high, low);
-}
-
-// out[m][j] = sum over p of w[p][j] . x[m][p], for M rows and W outputs; x holds pairs of bf16, w of those or of 8 bits.
-template <int M, int W, class Pair>
-inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
+// out[m][j] = sum over p of w[p][j] . x[m][p], for M rows and W outputs; both hold pairs of bf16.
+template <int M, int W>
+inline void dot_pairs(const uint32_t* w, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
     constexpr int V = W / 16;
     __m512 sum[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sum[m][v] = _mm512_setzero_ps();
     for (int p = 0; p < pairs; p++, w += W) {
         __m512bh weights[V];
-        for (int v = 0; v < V; v++) weights[v] = load_pairs(w + 16 * v);
+        for (int v = 0; v < V; v++) weights[v] = (__m512bh)_mm512_loadu_si512(w + 16 * v);
         ahead<M, W>(w);
         for (int m = 0; m < M; m++) {
             __m512bh both = (__m512bh)_mm512_set1_epi32(load<int>(x + m * stride + 2 * p));
@@ -205,20 +221,16 @@ inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, 
 #else
 // Without such an instruction a pair of weights is widened to two vectors of fp32.
 constexpr int PIECE = 64;       // pairs of weights that are read again while they are in the first cache
-constexpr int REACH = 12288;    // bytes from the weights in use to those that are asked for
 
 // Of a vector of pairs the first or the second ones.
 inline Floats firsts(const uint32_t* w) { return (Floats)(load<Words>(w) << 16); }
 inline Floats seconds(const uint32_t* w) { return (Floats)(load<Words>(w) & 0xFFFF0000u); }
-inline Ints whole(const uint16_t* w) { return __builtin_convertvector(load<Shorts>(w), Ints); }
-inline Floats firsts(const uint16_t* w) { return __builtin_convertvector(whole(w) << 24 >> 24, Floats); }
-inline Floats seconds(const uint16_t* w) { return __builtin_convertvector(whole(w) >> 8, Floats); }
 
 // out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and 16 columns, or G = 2 times 16 that lie `apart`; pair p of w begins
 // at p * step. At each, AHEAD bytes of later weights are asked for, from `next` on, and as many next_apart from there. Not
 // inlined: there GCC runs out of registers.
-template <int M, int G, int AHEAD, class Pair>
-__attribute__((noinline)) void add_columns(const Pair* w, size_t step, size_t apart, const char* next, size_t next_apart,
+template <int M, int G, int AHEAD>
+__attribute__((noinline)) void add_columns(const uint32_t* w, size_t step, size_t apart, const char* next, size_t next_apart,
                                            const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
     constexpr int each = 16 / LANES, V = G * each;
     Floats sum[M][V], weights[V];
@@ -251,11 +263,11 @@ __attribute__((noinline)) void add_columns(const Pair* w, size_t step, size_t ap
 
 // The same for some columns, a multiple of 16; with 8 lanes there are 16 registers, and more than six rows are two parts. Where
 // weights are read more than once, that is done with a piece of them that is in the first cache.
-template <int M, class Pair>
-inline void add_dots(const Pair* w, size_t step, int columns, const Number* x, size_t stride, int pairs, float* out,
+template <int M>
+inline void add_dots(const uint32_t* w, size_t step, int columns, const Number* x, size_t stride, int pairs, float* out,
                      size_t out_stride) {
     constexpr bool parts = LANES == 8 && M > GOOD_TILE;
-    constexpr int G = LANES == 16 || M <= FEW ? 2 : 1, ahead = 16 * sizeof(Pair);
+    constexpr int G = LANES == 16 || M <= FEW ? 2 : 1, ahead = 64;
     const int piece = parts || columns > 16 ? PIECE : pairs;
     for (int p = 0, n; p < pairs; p += n, w += n * step, x += 2 * n) {
         n = pairs - p < piece ? pairs - p : piece;
@@ -274,20 +286,54 @@ inline void add_dots(const Pair* w, size_t step, int columns, const Number* x, s
     }
 }
 
-template <int M, int W, class Pair>
-inline void dot_pairs(const Pair* w, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
+template <int M, int W>
+inline void dot_pairs(const uint32_t* w, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
     for (int m = 0; m < M; m++) std::memset(out + m * out_stride, 0, sizeof(float) * W);
     add_dots<M>(w, W, W, x, stride, pairs, out, out_stride);
 }
 
 // The same for two blocks of 16 columns at once.
-template <int M, class Pair>
-inline void dot_twice(const Pair* w, size_t apart, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
+template <int M>
+inline void dot_twice(const uint32_t* w, size_t apart, const Number* x, size_t stride, int pairs, float* out,
+                      size_t out_stride) {
     for (int m = 0; m < M; m++) std::memset(out + m * out_stride, 0, sizeof(float) * 32);
-    add_columns<M, 2, 16 * sizeof(Pair)>(w, 16, apart, (const char*)w + REACH, apart * sizeof(Pair), x, stride, pairs, out,
-                                         out_stride);
+    add_columns<M, 2, 64>(w, 16, apart, (const char*)w + REACH, 4 * apart, x, stride, pairs, out, out_stride);
 }
 #endif
+
+// sum + a . b, pair by pair: of two integers of 16 bits each.
+inline Ints add_dots(Ints sum, Shorts a, Shorts b) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return sum + ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16) + ((Ints)a >> 16) * ((Ints)b >> 16);
+#endif
+}
+
+// out[m][j] = scale[m] * (sum over p of w[p][j] . x[m][p]), for M rows and a block of outputs: pairs of weights of 8 bits, of
+// inputs of 16.
+template <int M>
+inline void dot_whole(const int8_t* w, const int16_t* x, size_t stride, int pairs, const float* scale, float* out,
+                      size_t out_stride) {
+    Ints sum[M][2] = {};
+    for (int p = 0; p < pairs; p++, w += 2 * BLOCK) {
+        const Shorts first = __builtin_convertvector(load<Bytes>(w), Shorts);
+        const Shorts second = __builtin_convertvector(load<Bytes>(w + BLOCK), Shorts);
+        __builtin_prefetch(w + REACH);
+        for (int m = 0; m < M; m++) {
+            const Shorts both = (Shorts)(load<int32_t>(x + m * stride + 2 * p) - Ints{});
+            sum[m][0] = add_dots(sum[m][0], first, both);
+            sum[m][1] = add_dots(sum[m][1], second, both);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < 2; v++)
+            store(out + m * out_stride + LANES * v, __builtin_convertvector(sum[m][v], Floats) * scale[m]);
+}
 
 // f of n, up to MOST, as a constant.
 template <int MOST, class F>
@@ -297,8 +343,8 @@ inline void with_rows(int n, F f) {
     f(std::integral_constant<int, MOST>{});
 }
 
-template <int W, class Pair>
-void dot_rows(int rows, const Pair* w, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
+template <int W>
+void dot_rows(int rows, const uint32_t* w, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
     with_rows<MAX_TILE>(rows, [&](auto m) { dot_pairs<m(), W>(w, x, stride, pairs, out, out_stride); });
 }
 
@@ -348,43 +394,83 @@ namespace {
 
 inline int blocks(const Matrix& m) { return (m.out + BLOCK - 1) / BLOCK; }
 inline int pairs(const Matrix& m) { return (m.in + 1) / 2; }
-template <class Pair = uint32_t>
-inline const Pair* block(const Matrix& m, int b) { return (const Pair*)m.weight + size_t(b) * pairs(m) * BLOCK; }
+inline const uint32_t* block(const Matrix& m, int b) { return (const uint32_t*)m.weight + size_t(b) * pairs(m) * BLOCK; }
 
 // Tiles of rows, as even as can be: many of them go at the pace of the processor.
 inline int tiles(int rows) { return rows <= MAX_TILE ? 1 : (rows + GOOD_TILE - 1) / GOOD_TILE; }
 
-// One or two blocks of outputs for a tile of rows: x (tile, in) with a row every `stride` numbers, out with one every out_stride.
-template <class Pair>
-inline void dot_blocks(const Matrix& m, int b, int count, int tile, const Number* x, size_t stride, float* out,
-                       size_t out_stride) {
-    const Pair* w = block<Pair>(m, b);
-    const int n = pairs(m);
-#ifndef BF16_DOT
-    if (BLOCK == 16 && count == 2 && tile < FEW)
-        return with_rows<FEW - 1>(tile, [&](auto m) { dot_twice<m()>(w, size_t(n) * BLOCK, x, stride, n, out, out_stride); });
-#endif
-    for (int i = 0; i < count; i++) dot_rows<BLOCK>(tile, w + size_t(i) * n * BLOCK, x, stride, n, out + i * BLOCK, out_stride);
+// Rows (n, in) as a matrix reads them, one every `stride` numbers: for weights of 8 bits also as integers and what each row of
+// them is to be multiplied by.
+struct Rows {
+    const Number* x;
+    size_t stride;
+    const int16_t* whole;
+    const float* scale;
+};
+
+// As `m` reads them. The integers are this thread's, and only until it is asked again; their sums fit into 32 bits.
+inline Rows rows_for(const Matrix& m, const Number* x, size_t stride, int n) {
+    static thread_local Scratch<int16_t> s_whole;
+    static thread_local Scratch<float> f_scale;
+    if (!m.scale) return {x, stride, nullptr, nullptr};
+    const int in = 2 * pairs(m);
+    const float most = std::fmin(32767.0f, 16777215.0f / float(in));        // 2^31 / 128
+    int16_t* whole = s_whole.get(size_t(n) * in);
+    float* scale = f_scale.get(n);
+    for (int r = 0; r < n; r++) {
+        const Number* from = x + r * stride;
+        float sizes[16] = {}, size = 1e-30f;
+        for (int j = 0; j < m.in; j++) {
+            const float x = std::fabs(as_float(from[j])), &most = sizes[j % 16];
+            sizes[j % 16] = x > most ? x : most;
+        }
+        for (float x : sizes) size = x > size ? x : size;
+        scale[r] = size / most;
+        const float times = most / size;
+        for (int j = 0; j < m.in; j++) whole[size_t(r) * in + j] = int16_t(std::nearbyint(as_float(from[j]) * times));
+    }
+    return {x, stride, whole, scale};
 }
 
-inline void dot_blocks(const Matrix& m, int b, int count, int tile, const Number* x, size_t stride, float* out,
-                       size_t out_stride) {
-    if (!m.scale) return dot_blocks<uint32_t>(m, b, count, tile, x, stride, out, out_stride);
-    dot_blocks<uint16_t>(m, b, count, tile, x, stride, out, out_stride);
-    for (int i = 0; i < tile; i++)
-        for (int j = 0; j < count * BLOCK; j++) out[i * out_stride + j] *= m.scale[b * BLOCK + j];
+// One or two blocks of outputs for a tile of rows from the r-th on -> out, with one every out_stride.
+inline void dot_blocks(const Matrix& m, int b, int count, const Rows& rows, int r, int tile, float* out, size_t out_stride) {
+    const int n = pairs(m);
+    if (m.scale) {
+        for (int i = 0; i < count; i++) {
+            const int8_t* w = (const int8_t*)m.weight + size_t(b + i) * n * 2 * BLOCK;
+            for (int part = 0; part < tile; part += GOOD_TILE)
+                with_rows<GOOD_TILE>(tile - part < GOOD_TILE ? tile - part : GOOD_TILE, [&](auto count) {
+                    dot_whole<count()>(w, rows.whole + size_t(r + part) * 2 * n, 2 * n, n, rows.scale + r + part,
+                                       out + part * out_stride + i * BLOCK, out_stride);
+                });
+        }
+        for (int i = 0; i < tile; i++)
+            for (int j = 0; j < count * BLOCK; j++) out[i * out_stride + j] *= m.scale[b * BLOCK + j];
+        return;
+    }
+    const uint32_t* w = block(m, b);
+    const Number* x = rows.x + r * rows.stride;
+#ifndef BF16_DOT
+    if (BLOCK == 16 && count == 2 && tile < FEW)
+        return with_rows<FEW - 1>(tile, [&](auto m) {
+            dot_twice<m()>(w, size_t(n) * BLOCK, x, rows.stride, n, out, out_stride);
+        });
+#endif
+    for (int i = 0; i < count; i++)
+        dot_rows<BLOCK>(tile, w + size_t(i) * n * BLOCK, x, rows.stride, n, out + i * BLOCK, out_stride);
 }
 
 // x (rows, in) times the matrix: done(row, first output, BLOCK sums) for each block that this thread takes.
 template <class Done>
 inline void multiply(Team& team, const Matrix& m, const Number* x, size_t stride, int rows, Done done) {
     float out[MAX_TILE][2 * BLOCK];
+    const Rows from = rows_for(m, x, stride, rows);
     const int together = LANES == 8 && rows < FEW ? 2 : 1;      // blocks
     team.share((blocks(m) + together - 1) / together, [&](int unit) {
         const int b = unit * together, count = blocks(m) - b < together ? 1 : together;
         for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
             tile = (rows - r + left - 1) / left;
-            dot_blocks(m, b, count, tile, x + r * stride, stride, out[0], 2 * BLOCK);
+            dot_blocks(m, b, count, from, r, tile, out[0], 2 * BLOCK);
             for (int i = 0; i < tile; i++)
                 for (int k = 0; k < count; k++) done(r + i, (b + k) * BLOCK, out[i] + k * BLOCK);
         }
@@ -394,11 +480,12 @@ inline void multiply(Team& team, const Matrix& m, const Number* x, size_t stride
 // silu(gate x) * other x (rows, n), for a matrix with blocks of gate and other in turn.
 inline void gated(Team& team, const Matrix& both, const Number* x, int rows, int n, Number* out) {
     float sums[MAX_TILE][2 * BLOCK];
+    const Rows from = rows_for(both, x, both.in, rows);
     team.share(blocks(both) / 2, [&](int b) {
         const int width = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
         for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
             tile = (rows - r + left - 1) / left;
-            dot_blocks(both, 2 * b, 2, tile, x + size_t(r) * both.in, both.in, sums[0], 2 * BLOCK);
+            dot_blocks(both, 2 * b, 2, from, r, tile, sums[0], 2 * BLOCK);
             for (int t = 0; t < tile; t++)
                 for (int j = 0; j < width; j++)
                     round_to(out[size_t(r + t) * n + b * BLOCK + j], silu(sums[t][j]) * sums[t][BLOCK + j]);
@@ -603,23 +690,6 @@ inline void each_vector(const float* numbers, int n, F f) {
     std::memcpy(&last, numbers + j, sizeof(float) * (n - j));
     f(last);
 }
-
-// Scratch of a call, grown to the largest one seen.
-template <class T>
-struct Scratch {
-    T* data = nullptr;
-    size_t size = 0;
-    ~Scratch() { std::free(data); }                             // threads come and go
-    T* get(size_t n) {
-        if (n > size) {
-            std::free(data);
-            size = (n + 63) / 64 * 64;                          // whole cache lines of any T
-            data = (T*)std::aligned_alloc(64, size * sizeof(T));
-            std::memset((void*)data, 0, size * sizeof(T));
-        }
-        return data;
-    }
-};
 
 // bf16 as products read them, in this room where that is another way.
 inline const bf16* numbers(const bf16* x, size_t, Scratch<bf16>&) { return x; }

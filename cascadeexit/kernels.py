@@ -196,8 +196,9 @@ class NativeLinear(nn.Module):
     """x (..., I) bf16 -> x W^T + b (..., O) in fp32. Inference only: no gradient passes through.
 
     Args:
-        eight_bits: keep the weights as integers of 8 bits, each output with a scale of its own: half as much to read,
-            for results that need not be those of the bf16 weights.
+        eight_bits: keep the weights as integers of 8 bits, each output with a scale of its own, and read rows as
+            integers of up to 16, each with one of its own: half as much to read and half the work, for results that
+            need not be those of the bf16 weights.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, eight_bits: bool = False):
