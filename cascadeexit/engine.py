@@ -399,13 +399,14 @@ class Engine:
             # 5. The top: the row of a token speaks of the one after it. The newest token's row and those of the drafts
             #    judge: from the root on, as long as what stands is one of the drafts.
             confirmed = len(stairs.tokens) - len(drafts)
-            top = model.norm(model.pad_rows(rows[:, -len(drafts) - 1:]))
-            logits = model.read(top)[0]                                                  # (drafts + 1, V)
+            judging = rows if rows.shape[1] == len(drafts) + 1 else rows[:, -len(drafts) - 1:]
+            top = model.norm(model.pad_rows(judging))
+            says = model.choices(top) if sampler.by_choice else model.read(top)[0]       # (drafts + 1, V)
             stairs.weight_bytes += model.head_bytes
             burst, path, token, at = [], [], None, -1
             while token is None and not (path and (confirmed + len(path) >= end or drafts[at].token in model.eos_ids)):
                 offered = {d.token: i for i, d in enumerate(drafts) if d.parent == at}
-                stands = sampler.judge(list(offered), logits[at + 1])
+                stands = sampler.judge(list(offered), says[at + 1])
                 if stands in offered:
                     at = offered[stands]
                     draft = drafts[at]
@@ -419,7 +420,7 @@ class Engine:
             burst += [event(confirmed + d.depth, d.token, d.exit, d.confidences, Status.REJECTED)
                       for i, d in enumerate(drafts) if i not in path]
             if token is not None:
-                said = top[0, at + 1:at + 2]
+                said = top[:, at + 1]
                 stairs.tokens.append(token)
                 burst.append(event(len(stairs.tokens) - 1, token, last, asked, Status.EMITTED))
             if tree:
@@ -442,7 +443,7 @@ class Engine:
         choices = []
         for a in range(0, len(rows), self.model.max_verify_rows):
             *_, top = stairs.prefill(rows[a:a + self.model.max_verify_rows])
-            choices += self.model.logits(top)[0].argmax(-1).tolist()
+            choices += self.model.choices(self.model.norm(top))
         return choices
 
     def last_said(self, rows: list[Tensor]) -> Tensor:

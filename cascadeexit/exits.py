@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cascadeexit.calibration import Calibration
 from cascadeexit.graphs import Replayed
-from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeContext, NativeDrafter, NativeLinear
+from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeContext, NativeDrafter, NativeLinear, State
 from cascadeexit.linear import PackedLinear, pack
 from cascadeexit.model import SegmentedModel
 
@@ -424,21 +424,22 @@ class ExitBank(nn.Module):
             return None
         return self._context(torch.cat([rows[0, row:row + 1].to(self._device) for rows in states], dim=-1)).float()
 
-    def drafts(self, tokens: Sequence[int], said: Tensor, k: int, temperature: float,
-               context: Tensor | None = None) -> list[tuple[Tensor, list[float], list[int]]]:
+    def drafts(self, tokens: Sequence[int], said: Sequence[Tensor | State], k: int, temperature: float,
+               context: Tensor | None = None) -> list[tuple[Tensor | State, list[float], list[int]]]:
         """What the drafter, or else the exit before the first layer, drafts after each of these tokens.
 
         Args:
-            said: the hidden states that named them (N, D).
+            said: the hidden states that named them, (1, D) each, or as they came from here.
             context: where there is a drafter, from `context`.
 
-        Returns for each its own hidden state (1, D), and the k likeliest tokens, best first: probabilities at this
-        temperature among the words that it drafts from, and token ids.
+        Returns for each its own hidden state, and the k likeliest tokens, best first: probabilities at this temperature
+        among the words that it drafts from, and token ids.
         """
         if self._native_drafts:
             return self._native_drafts(tokens, said, k, temperature, context)
-        said = said if context is None else (said + context).to(said.dtype)
-        hidden = self._draft(self._embed(tokens)[0], said)
+        carried = torch.cat(list(said)) if len(said) > 1 else said[0]
+        carried = carried if context is None else (carried + context).to(carried.dtype)
+        hidden = self._draft(self._embed(tokens)[0], carried)
         probs, words = self._likeliest(hidden, k, temperature)
         ids = words if self.head_ids is None else self.head_ids[words]
         return list(zip(hidden[:, None], probs.tolist(), ids.tolist()))

@@ -692,8 +692,8 @@ inline void each_vector(const float* numbers, int n, F f) {
 }
 
 // bf16 as products read them, in this room where that is another way.
-inline const bf16* numbers(const bf16* x, size_t, Scratch<bf16>&) { return x; }
-inline const float* numbers(const bf16* x, size_t n, Scratch<float>& room) {
+inline const bf16* numbers_of(const bf16* x, size_t, Scratch<bf16>&) { return x; }
+inline const float* numbers_of(const bf16* x, size_t n, Scratch<float>& room) {
     float* out = room.get(n);
     for (size_t i = 0; i < n; i++) out[i] = widen(x[i]);
     return out;
@@ -747,7 +747,7 @@ void ce_rows(const Matrix* m, const int64_t* ids, int32_t n, bf16* out) {
 // x (rows, in) bf16 -> out (rows, out) fp32. `in` must be even.
 void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t threads) {
     static thread_local Scratch<Number> n_x;
-    const Number* read = numbers(x, size_t(rows) * m->in, n_x);
+    const Number* read = numbers_of(x, size_t(rows) * m->in, n_x);
     Barrier barrier;
     int ticket = 0;
 #pragma omp parallel num_threads(threads)
@@ -757,6 +757,45 @@ void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t
             int n = m->out - first < BLOCK ? m->out - first : BLOCK;
             for (int j = 0; j < n; j++) out[size_t(r) * m->out + first + j] = sums[j] + (m->bias ? m->bias[first + j] : 0);
         });
+    }
+}
+
+// x (rows, in) bf16 -> the output that is largest for each row, the first of equal ones. `in` must be even.
+void ce_argmax(const Matrix* m, const bf16* x, int32_t* numbers, int32_t rows, int32_t threads) {
+    struct Best {
+        float value;
+        int32_t number;
+    };
+    static thread_local Scratch<Number> n_x;
+    static thread_local Scratch<Best> b_best;
+    const Number* read = numbers_of(x, size_t(rows) * m->in, n_x);
+    const size_t each = (rows + 7) / 8 * 8;                     // of a thread, in cache lines of its own
+    Best* best = b_best.get(threads * each);
+    for (size_t i = 0; i < threads * each; i++) best[i] = {-INFINITY, 0};
+    Barrier barrier;
+    int ticket = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, &ticket};
+        Best* own = best + team.rank * each;
+        multiply(team, *m, read, m->in, rows, [&](int r, int first, const float* sums) {        // blocks ascend
+            const int n = m->out - first < BLOCK ? m->out - first : BLOCK;
+            auto value = [&](int j) { return sums[j] + (m->bias ? m->bias[first + j] : 0); };
+            const float bound = own[r].value;
+            bool any = false;
+            for (int j = 0; j < n; j++) any |= value(j) > bound;
+            if (!any) return;
+            for (int j = 0; j < n; j++)
+                if (value(j) > own[r].value) own[r] = {value(j), first + j};
+        });
+    }
+    for (int r = 0; r < rows; r++) {
+        Best found = best[r];
+        for (int t = 1; t < threads; t++) {
+            const Best& other = best[t * each + r];
+            if (other.value > found.value || (other.value == found.value && other.number < found.number)) found = other;
+        }
+        numbers[r] = found.number;
     }
 }
 
@@ -1011,18 +1050,20 @@ void ce_gathered(const Matrix* m, const float* reach, const bf16* const* row, in
     ce_linear(m, x, out, 1, threads);
 }
 
-// What is drafted before the first layer after tokens (rows), rows of `embedding`, with what is carried to them (rows, D) and
-// a context (D) that is added to it, or null: rows `hidden` (rows, D), and the k likeliest of the outputs of `words`, as from
-// ce_likeliest.
-void ce_draft(const Matrix* embedding, const Exit* exit, const Matrix* words, const int64_t* tokens, const bf16* said,
+// What is drafted before the first layer after tokens (rows), rows of `embedding`, with what is carried to them, rows D each
+// or null, and a context (D) that is added to it, or null: rows `hidden` (rows, D), and the k likeliest of the outputs of
+// `words`, as from ce_likeliest.
+void ce_draft(const Matrix* embedding, const Exit* exit, const Matrix* words, const int64_t* tokens, const bf16* const* said,
               const float* context, bf16* hidden, float temperature, int32_t k, int32_t* numbers, float* probs, int32_t rows,
               int32_t threads) {
     static thread_local Scratch<bf16> b_h, b_said;
     const int D = embedding->in;
     bf16 *h = b_h.get(size_t(rows) * D), *both = b_said.get(size_t(rows) * D);
     ce_rows(embedding, tokens, rows, h);
-    for (size_t i = 0; context && i < size_t(rows) * D; i++) both[i] = narrow(widen(said[i]) + context[i % D]);
-    ce_exit(exit, h, context ? both : said, hidden, rows, threads);
+    for (int r = 0; said && r < rows; r++)
+        for (int j = 0; j < D; j++)
+            both[size_t(r) * D + j] = context ? narrow(widen(said[r][j]) + context[j]) : said[r][j];
+    ce_exit(exit, h, said ? both : nullptr, hidden, rows, threads);
     ce_likeliest(words, hidden, temperature, k, numbers, probs, rows, threads);
 }
 

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_char, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -115,6 +115,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_pack.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int32]
     lib.ce_rows.argtypes = [POINTER(_Matrix), c_void_p, c_int32, c_void_p]
     lib.ce_linear.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
+    lib.ce_argmax.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_layers.argtypes = [POINTER(_Stack), c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int32, POINTER(_Cache),
                               c_int32, c_void_p, c_void_p, c_int32]
     lib.ce_keep.argtypes = [POINTER(_Cache), c_int32, c_int32, c_int32, c_int32, c_void_p, c_int32]
@@ -223,6 +224,14 @@ class NativeLinear(nn.Module):
         library().ce_linear(byref(self._matrix), x.data_ptr(), out.data_ptr(), x.shape[:-1].numel(),
                             torch.get_num_threads())
         return out
+
+    def argmax(self, x: Tensor) -> list[int]:
+        """Of each row (..., I) the output that is largest, the first of equal ones."""
+        x = _bf16(x)
+        n = x.shape[:-1].numel()
+        numbers = (c_int32 * n)()
+        library().ce_argmax(byref(self._matrix), x.data_ptr(), numbers, n, torch.get_num_threads())
+        return numbers[:]
 
     def rows(self, ids: Sequence[int]) -> Tensor:
         """Rows of the weight: n numbers -> (n, I) bf16. Raises ValueError where they were rounded to 8 bits."""
@@ -412,6 +421,18 @@ class NativeAdapter:
         return out
 
 
+class State:
+    """A hidden state (D,) in bf16 that only C reads. Drafting makes many of them, and a tensor takes longer to make."""
+
+    __slots__ = "_room", "_at"
+
+    def __init__(self, room: ctypes.Array, at: int):
+        self._room, self._at = room, at         # what keeps it alive, and where in it, in bytes
+
+    def data_ptr(self) -> int:
+        return ctypes.addressof(self._room) + self._at
+
+
 class NativeDrafter:
     """A drafter, or the exit before the first layer, as a whole: from tokens to what is drafted after, in one call.
 
@@ -423,17 +444,17 @@ class NativeDrafter:
         self._embedding, self._adapter, self._words, self._ids = embedding, adapter, words, ids
         self._matrices = byref(embedding._matrix), byref(adapter._exit), byref(words._matrix)
 
-    def __call__(self, tokens: Sequence[int], said: Tensor, k: int, temperature: float, context: Tensor | None = None):
-        """As `ExitBank.drafts`."""
-        n, k = len(tokens), min(k, self._words.shape[0])
-        said = _bf16(said) if self._adapter.carries else None
-        hidden = torch.empty(n, self._embedding.shape[1], dtype=torch.bfloat16)
-        numbers, probs = (c_int32 * (n * k))(), (c_float * (n * k))()
-        library().ce_draft(*self._matrices, (c_int64 * n)(*tokens), None if said is None else said.data_ptr(),
-                           None if context is None else context.data_ptr(), hidden.data_ptr(), temperature, k, numbers,
-                           probs, n, torch.get_num_threads())
+    def __call__(self, tokens: Sequence[int], said: Sequence[Tensor | State], k: int, temperature: float,
+                 context: Tensor | None = None):
+        """As `ExitBank.drafts`; states are bf16."""
+        n, k, size = len(tokens), min(k, self._words.shape[0]), 2 * self._embedding.shape[1]
+        carried = (c_void_p * n)(*(state.data_ptr() for state in said)) if self._adapter.carries else None
+        hidden, numbers, probs = (c_char * (n * size))(), (c_int32 * (n * k))(), (c_float * (n * k))()
+        library().ce_draft(*self._matrices, (c_int64 * n)(*tokens), carried,
+                           None if context is None else context.data_ptr(), hidden, temperature, k, numbers, probs, n,
+                           torch.get_num_threads())
         ids = numbers[:] if self._ids is None else [self._ids[number] for number in numbers]
-        return [(hidden[i:i + 1], probs[i * k:i * k + k], ids[i * k:i * k + k]) for i in range(n)]
+        return [(State(hidden, i * size), probs[i * k:i * k + k], ids[i * k:i * k + k]) for i in range(n)]
 
 
 class NativeContext:
@@ -448,10 +469,9 @@ class NativeContext:
 
     def __call__(self, states: Sequence[Tensor], row: int) -> Tensor:
         """One row of each of these (1, N, D), bf16 as our layers give them -> (1, D) in fp32."""
-        parts = (c_void_p * len(states))(*(rows.data_ptr() + 2 * row * rows.shape[-1] for rows in states))
-        out = torch.empty(1, self._matrix.outputs)
-        library().ce_gathered(byref(self._matrix), self._reach, parts, len(states), out.data_ptr(),
-                              torch.get_num_threads())
+        n, at, out = len(states), 2 * row * self._matrix.outputs, torch.empty(1, self._matrix.outputs)
+        library().ce_gathered(byref(self._matrix), self._reach, (c_void_p * n)(*(s.data_ptr() + at for s in states)), n,
+                              out.data_ptr(), torch.get_num_threads())
         return out
 
 

@@ -27,8 +27,9 @@ from transformers.masking_utils import sdpa_mask
 from cascadeexit import graphs
 from cascadeexit.cache import KVCache
 from cascadeexit.graphs import Replayed
-from cascadeexit.kernels import NativeLayers, NativeNorm
+from cascadeexit.kernels import NativeLayers, NativeLinear, NativeNorm
 from cascadeexit.linear import pack, pack_stock
+from cascadeexit.sampling import argmax
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _REPLAYED_CAPACITY = 1024       # a recording is for one cache, so few sizes are best; unused slots cost little to read
@@ -351,6 +352,12 @@ class SegmentedModel:
     def read(self, normed: Tensor) -> Tensor:
         """The same of rows that went through `norm` already: (1, N, D) -> (1, N, V)."""
         return self._project(self.pad_rows(normed).to(self.device))[:, :normed.shape[1]]
+
+    def choices(self, normed: Tensor) -> list[int]:
+        """The likeliest token for each row that went through `norm`: (1, N, D) -> N."""
+        if isinstance(self.head, NativeLinear):
+            return self.head.argmax(normed)
+        return argmax(self.read(normed)[0])
 
     def pad_rows(self, h: Tensor) -> Tensor:
         """(1, N, D) with zero rows up to the row bucket."""

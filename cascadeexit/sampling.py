@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 
+def argmax(logits: Tensor) -> list[int]:
+    """The likeliest of each row (N, V), the first of equal ones."""
+    # numpy looks through a vocabulary ten times as fast as torch on a CPU.
+    best = (logits.numpy() if logits.device.type == "cpu" and logits.dtype == torch.float32 else logits).argmax(-1)
+    return best.tolist()
+
+
 class Sampler:
     """Greedy at temperature 0; else temperature and nucleus (top-p) sampling from one seeded generator."""
 
@@ -34,23 +41,27 @@ class Sampler:
     @staticmethod
     def likeliest(logits: Tensor, ids: Tensor | None = None) -> int:
         """The token with the largest logit; arguments as for `choose`."""
-        # numpy looks through a vocabulary ten times as fast as torch on a CPU; both take the first of equals.
-        best = (logits.numpy() if logits.device.type == "cpu" and logits.dtype == torch.float32 else logits).argmax()
-        return int(best if ids is None else ids[best])
+        best, = argmax(logits[None])
+        return best if ids is None else int(ids[best])
 
-    def judge(self, drafts: Sequence[int], logits: Tensor) -> int:
+    @property
+    def by_choice(self) -> bool:
+        """Greedy and exact: of the full model's row only the likeliest token matters."""
+        return self.greedy and not self._slack
+
+    def judge(self, drafts: Sequence[int], row: Tensor | int) -> int:
         """The token that stands where these are drafted: one of them, or what the full model says instead.
 
         The full model chooses as if nobody had drafted, so the outcome is its own, token by token for a seed. Greedy
         with a tolerance, the best of the drafts stands when it is likely enough.
 
         Args:
-            logits: the full model's row (V,).
+            row: the full model's logits (V,), or the likeliest token where judging is `by_choice`.
         """
-        token = self.choose(logits)
+        token = row if isinstance(row, int) else self.choose(row)
         if self._slack and drafts and token not in drafts:
-            best = max(drafts, key=lambda draft: float(logits[draft]))
-            if float(logits[token] - logits[best]) <= self._slack:
+            best = max(drafts, key=lambda draft: float(row[draft]))
+            if float(row[token] - row[best]) <= self._slack:
                 return best
         return token
 

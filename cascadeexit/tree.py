@@ -10,11 +10,11 @@ such promises were kept so far in this text says how much to believe of the next
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cascadeexit.events import COPIED
 from cascadeexit.exits import ExitBank
+from cascadeexit.kernels import State
 from cascadeexit.lookup import LONGEST_MATCH, Guess, Lookup
 from cascadeexit.model import SegmentedModel
 
@@ -45,7 +45,7 @@ class _Node:
     survival: float                                 # chance that it and all before it are right
     token: int
     parent: "_Node | None"
-    said: Tensor                                    # (1, D), the state that named it
+    said: Tensor | State                            # (1, D), the state that named it
     depth: int
     exit: int
     promised: float = 0.0
@@ -131,11 +131,12 @@ class DraftTree:
                     self._lookup.judged(drafts[i].matched, i == right)
         self._lookup.extend(confirmed)
 
-    def _ask(self, nodes: Sequence[_Node], context: Tensor | None) -> list[tuple[Tensor, list[float], list[int]]]:
-        """Of each node: the exit's state (1, D), and the likeliest tokens with their probabilities."""
+    def _ask(self, nodes: Sequence[_Node],
+             context: Tensor | None) -> list[tuple[Tensor | State, list[float], list[int]]]:
+        """Of each node: the exit's state, and the likeliest tokens with their probabilities."""
         self.weight_bytes += self._ask_bytes
-        said = torch.cat([node.said for node in nodes]) if len(nodes) > 1 else nodes[0].said
-        return self._bank.drafts([node.token for node in nodes], said, _BRANCHES, self._temperature, context)
+        return self._bank.drafts([node.token for node in nodes], [node.said for node in nodes], _BRANCHES,
+                                 self._temperature, context)
 
     def _children(self, node: _Node, trust: float, guess: Guess | None, opinion, needed: float) -> list[_Node]:
         """What may follow a node and survive oftener than needed. A copy and a draft for the same token are one."""

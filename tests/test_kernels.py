@@ -1,5 +1,6 @@
 """Our own CPU kernels: the layers, exits and heads that transformers and torch compute, and rows that stand alone."""
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,17 @@ def test_linear_is_the_linear_it_replaces(outputs, inputs):
             assert torch.equal(packed(x[:, :n]), packed(x)[:, :n]), "a row stands alone"
 
 
+@pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2), (4000, 16)])
+@pytest.mark.usefixtures("processor")
+def test_the_largest_output_is_that_of_the_linear(outputs, inputs):
+    packed = pack(torch.randn(outputs, inputs, dtype=torch.bfloat16), -20 - torch.rand(outputs))
+    x = torch.randn(1, 9, inputs, dtype=torch.bfloat16)
+    for n in (1, 2, 9):
+        assert packed.argmax(x[:, :n]) == packed(x[:, :n])[0].argmax(-1).tolist()
+    equal = pack(torch.ones(outputs, inputs, dtype=torch.bfloat16))
+    assert equal.argmax(x) == [0] * 9, "not the first of equal ones"
+
+
 @pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2), (40, 258), (40, 2050)])
 @pytest.mark.usefixtures("processor")
 def test_a_linear_in_8_bits_is_the_one_with_its_weights_rounded(outputs, inputs):
@@ -321,11 +333,16 @@ def test_drafts_in_one_call_are_those_of_the_parts(adapter, shape):
     tokens, said = [7, 3, 60], torch.randn(3, 96, dtype=torch.bfloat16)
     assert bank._native_drafts is not None
     with torch.inference_mode():
-        ours = bank.drafts(tokens, said, 4, 0.7)
+        ours = bank.drafts(tokens, said.split(1), 4, 0.7)
         bank._native_drafts = None
-        parts = bank.drafts(tokens, said, 4, 0.7)
+        parts = bank.drafts(tokens, said.split(1), 4, 0.7)
     for (hidden, probs, ids), (hidden2, probs2, ids2) in zip(ours, parts, strict=True):
-        assert torch.equal(hidden, hidden2) and (probs, ids) == (probs2, ids2)
+        assert torch.equal(tensor(hidden), hidden2[0]) and (probs, ids) == (probs2, ids2)
+
+
+def tensor(state: kernels.State) -> torch.Tensor:
+    """What C reads there (96,)."""
+    return torch.frombuffer(bytearray(ctypes.string_at(state.data_ptr(), 2 * 96)), dtype=torch.bfloat16)
 
 
 def test_a_drafter_in_8_bits_drafts_nearly_what_it_says():
@@ -340,14 +357,14 @@ def test_a_drafter_in_8_bits_drafts_nearly_what_it_says():
         context = bank.context(states, 3)
         whole = bank.drafter.context(torch.cat([rows[0, 3:4] for rows in states], -1)).float()
         assert (context - whole).norm() < 0.02 * whole.norm()
-        ours, alone = (bank.drafts(tokens, said, 4, 0.7, told) for told in (context, None))
+        ours, alone = (bank.drafts(tokens, said.split(1), 4, 0.7, told) for told in (context, None))
         exact = bank.drafter(model.embed(tokens)[0], said, context.bfloat16()).float()
         bank._native_drafts = None
-        parts = bank.drafts(tokens, said, 4, 0.7, context)
+        parts = bank.drafts(tokens, said.split(1), 4, 0.7, context)
     for (hidden, probs, ids), (hidden2, probs2, ids2), right in zip(ours, parts, exact, strict=True):
-        assert torch.equal(hidden, hidden2) and (probs, ids) == (probs2, ids2)
-        assert (hidden[0].float() - right).norm() < 0.05 * right.norm()
-    assert (alone[0][0][0].float() - exact[0]).norm() > 0.2 * exact[0].norm(), "its context says nothing"
+        assert torch.equal(tensor(hidden), hidden2[0]) and (probs, ids) == (probs2, ids2)
+        assert (hidden2[0].float() - right).norm() < 0.05 * right.norm()
+    assert (tensor(alone[0][0]).float() - exact[0]).norm() > 0.2 * exact[0].norm(), "its context says nothing"
 
 
 def test_columns_of_any_size_keep_their_weights_in_8_bits(adapter):
