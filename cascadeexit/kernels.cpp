@@ -710,7 +710,7 @@ float ce_row_cost(int32_t rows) {
 #ifdef BF16_DOT
     return rows < MAX_TILE ? 0.02f : 0.1f;
 #else
-    constexpr float costs[] = {0.02f, 0.02f, 0.02f, 0.06f, 0.1f, 0.1f, 0.1f};          // beside 1, 2 ... 7
+    constexpr float costs[] = {0.05f, 0.05f, 0.05f, 0.08f, 0.1f, 0.15f, 0.15f};          // beside 1, 2 ... 7
     return rows < MAX_TILE ? costs[rows - 1] : 0.25f;
 #endif
 }
