@@ -375,9 +375,9 @@ class Engine:
                         break
                     if copied is None:
                         lookup.extend(stairs.tokens[len(lookup):len(stairs.tokens) - len(drafts)])
-                        copied = bank.copies([lookup.copied(stairs.tokens)])
-                    hidden = bank.hidden(s, rows[0, -1:], said)                             # (1, D)
-                    confidence = float(bank.confidence(s, hidden, copied, before if s == first else None))
+                        copied = lookup.copied(stairs.tokens)
+                    hidden = bank.hidden(s, rows[:, -1], said)                              # (1, D)
+                    confidence, = bank.confidence(s, hidden, [copied], before if s == first else None)
                     before, first = hidden, s + 1
                     stairs.weight_bytes += bank.try_bytes(s)
                     asked = (*asked[:s], confidence, *asked[s + 1:])
@@ -386,8 +386,10 @@ class Engine:
 
             # 4. An exit was taken: its head names the token; deeper layers catch up when somebody next climbs there.
             if exit_hidden is not None:
-                choose = sampler.likeliest if verified else sampler.choose
-                token = choose(bank.logits(s, exit_hidden)[0], bank.head_ids)
+                if verified or sampler.greedy:
+                    token = bank.choice(s, exit_hidden)
+                else:
+                    token = sampler.choose(bank.logits(s, exit_hidden)[0], bank.head_ids)
                 stairs.weight_bytes += bank.head_bytes(s)
                 stairs.tokens.append(token)
                 said = exit_hidden

@@ -31,6 +31,7 @@ from cascadeexit.graphs import Replayed
 from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeContext, NativeDrafter, NativeLinear, State
 from cascadeexit.linear import PackedLinear, pack
 from cascadeexit.model import SegmentedModel
+from cascadeexit.sampling import argmax
 
 log = logging.getLogger(__name__)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "exits.safetensors"
@@ -249,7 +250,7 @@ def softmax_facts(head: nn.Module) -> Callable[..., Tensor]:
     return facts
 
 
-def sketch_confidence(head: nn.Module, estimator: SketchConfidence) -> Callable[..., Tensor]:
+def sketch_confidence(head: nn.Module, estimator: SketchConfidence) -> Callable[..., Tensor] | NativeConfidence:
     """Of rows for this head (..., D), copies (..., 2), rows of the exit before if it was asked: chances (...,)."""
     if isinstance(head, NativeLinear):
         return NativeConfidence(head, estimator.alone, estimator.after)
@@ -358,7 +359,8 @@ class ExitBank(nn.Module):
 
         sizes, drafts = [c.words(s) for s in range(len(c.layers))], self._draft_words
         heads = {n: first(n) for n in (*sizes, drafts)}
-        self._project = [heads[n].forward for n in sizes]
+        self._heads, self._project = [heads[n] for n in sizes], [heads[n].forward for n in sizes]
+        self._ids = None if self.head_ids is None else self.head_ids.tolist()
         self._embed, self._likeliest, self._native_drafts = model.embed, likeliest(heads[drafts]), None
         drafter = self.drafter.adapter if self.drafter else self.adapters[0]
         self._draft = drafter.forward
@@ -379,6 +381,7 @@ class ExitBank(nn.Module):
             self._sketch_bytes = words * _row_bytes(sketch, weight)
             self._own_sketch_bytes = 0 if shared else self._sketch_bytes
             self._confidence = [sketch_confidence(sketch, estimator) for estimator in self.confidence_heads]
+        self._try_bytes = [self._bytes_to_try(s) for s in range(len(sizes))]
         if model.native and not trainable:
             def native(a: nn.Module, **how) -> NativeAdapter:
                 return NativeAdapter(a.gate.weight, a.down.weight, a.up.weight, a.norm.weight, a.norm.eps, a.straight,
@@ -390,8 +393,7 @@ class ExitBank(nn.Module):
                 self._draft = native(drafter, eight_bits=True)
                 self._native_context = NativeContext(self.drafter.context.weight)
             if c.layers[:1] == (0,) and model.embeds_by_head:
-                ids = None if self.head_ids is None else self.head_ids.tolist()
-                self._native_drafts = NativeDrafter(model.head, self._draft, heads[drafts], ids)
+                self._native_drafts = NativeDrafter(model.head, self._draft, heads[drafts], self._ids)
         if model.replays and not trainable:
             def replayed(function: Callable) -> Replayed:
                 return Replayed(function, rows=1)
@@ -412,6 +414,12 @@ class ExitBank(nn.Module):
     def logits(self, s: int, hidden: Tensor) -> Tensor:
         """Adapted hidden (..., D) of exit s -> logits (..., V), or (..., K) over the first K of `head_ids`."""
         return self._project[s](hidden)
+
+    def choice(self, s: int, hidden: Tensor) -> int:
+        """The likeliest word of exit s for one adapted row (1, D)."""
+        head = self._heads[s]
+        best, = head.argmax(hidden) if isinstance(head, NativeLinear) else argmax(self.logits(s, hidden))
+        return best if self._ids is None else self._ids[best]
 
     def context(self, states: Sequence[Tensor], row: int) -> Tensor | None:
         """What a drafter draws from a row of the states at all exits but the first, E times (1, N, D): (1, D) in fp32.
@@ -454,21 +462,27 @@ class ExitBank(nn.Module):
 
         Each token's place in the sketch, -1 outside of it, and log(1 + length).
         """
-        return torch.tensor([(self._places.get(token, -1), math.log1p(length)) for token, length in copied],
-                            device=self._device)
+        return torch.tensor(self._told(copied), device=self._device)
 
-    def confidence(self, s: int, hidden: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
-        """Probability that exit s chooses what the full model would: adapted hidden (N, D) -> (N,) in [0, 1].
+    def _told(self, copied: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:
+        return [(self._places.get(token, -1), math.log1p(length)) for token, length in copied]
+
+    def confidence(self, s: int, hidden: Tensor, copied: Sequence[tuple[int, int]],
+                   before: Tensor | None = None) -> list[float]:
+        """Probability that exit s chooses what the full model would: adapted hidden (N, D) -> N in [0, 1].
 
         Args:
-            copied: for each row what the text said before (N, 2), from `copies`.
+            copied: for each row what the text said before, from `Lookup.copied`.
             before: adapted hidden of the exit before it for the same tokens (N, D), where that exit was asked.
         """
         if self.confidence_heads is None:
-            return self.logits(s, hidden).float().softmax(-1).amax(-1)
+            return self.logits(s, hidden).float().softmax(-1).amax(-1).tolist()
+        estimator = self._confidence[s]
         if self.sketch_ids is None:
-            return self._confidence[s](hidden)
-        return self._confidence[s](hidden, copied, *([] if before is None else [before]))
+            return estimator(hidden).tolist()
+        if isinstance(estimator, NativeConfidence):
+            return estimator(hidden, self._told(copied), before)
+        return estimator(hidden, self.copies(copied), *([] if before is None else [before])).tolist()
 
     # -- bytes, for the cost metric ------------------------------------------------------------------------------
 
@@ -501,6 +515,9 @@ class ExitBank(nn.Module):
 
     def try_bytes(self, s: int) -> int:
         """Weight bytes read to ask exit s how sure it is."""
+        return self._try_bytes[s]
+
+    def _bytes_to_try(self, s: int) -> int:
         read = self.adapter_bytes(s)
         if self.confidence_heads is None:
             return read + self.head_bytes(s)

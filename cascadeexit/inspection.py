@@ -74,15 +74,14 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
         for i, event in enumerate(final[part]):
             hidden.append([engine.bank.hidden(s, rows[s][0, i:i + 1], said) for s in range(engine.num_exits)])
             said = hidden[-1][event.exit] if 0 <= event.exit < engine.num_exits else named[i:i + 1]
-        parts.append(_read(engine, [torch.cat(column) for column in zip(*hidden)], engine.bank.copies(copied[part]),
-                           rows[-1], top))
+        parts.append(_read(engine, [torch.cat(column) for column in zip(*hidden)], copied[part], rows[-1], top))
     if not parts:
         return Inspection(torch.zeros(0, engine.num_exits + 1, top, dtype=torch.long),
                           torch.zeros(0, engine.num_exits + 1, top), torch.zeros(0, engine.num_exits))
     return Inspection(*(torch.cat(column).cpu() for column in zip(*parts)))
 
 
-def _read(engine: Engine, hidden: list[Tensor], copied: Tensor, rows: Tensor,
+def _read(engine: Engine, hidden: list[Tensor], copied: list[tuple[int, int]], rows: Tensor,
           top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates (n, S, K), their probabilities, and confidences (n, S - 1) of adapted rows and the full model's.
 
@@ -99,4 +98,4 @@ def _read(engine: Engine, hidden: list[Tensor], copied: Tensor, rows: Tensor,
         probabilities.append(logits.float().softmax(-1).gather(1, ids))
     confidences = [bank.confidence(s, h, copied, hidden[s - 1] if s else None) for s, h in enumerate(hidden)]
     return (torch.stack(best, 1), torch.stack(probabilities, 1),
-            torch.stack(confidences, 1) if confidences else rows.new_zeros(rows.shape[1], 0))
+            torch.tensor(confidences).T if confidences else torch.zeros(rows.shape[1], 0))

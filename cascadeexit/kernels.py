@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char, c_float, c_int32, c_int64, c_void_p
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -234,11 +235,11 @@ class NativeLinear(nn.Module):
         return numbers[:]
 
     def rows(self, ids: Sequence[int]) -> Tensor:
-        """Rows of the weight: n numbers -> (n, I) bf16. Raises ValueError where they were rounded to 8 bits."""
+        """Rows of the weight: n numbers -> (1, n, I) bf16. Raises ValueError where they were rounded to 8 bits."""
         if self.eight_bits:
             raise ValueError("these weights were rounded to 8 bits; ask the layer that they were made from")
         n = len(ids)
-        out = torch.empty(n, self.shape[1], dtype=torch.bfloat16)
+        out = torch.empty(1, n, self.shape[1], dtype=torch.bfloat16)
         library().ce_rows(byref(self._matrix), (c_int64 * n)(*ids), n, out.data_ptr())
         return out
 
@@ -341,12 +342,12 @@ class NativeLayers:
         if end > self._positions:
             raise ValueError(f"this model has {self._positions} positions, {end} were asked for")
         stops = [bound for bound in bounds[1:] if bound > bounds[0]]
-        h, out = h.contiguous(), torch.empty(len(stops), *h.shape, dtype=h.dtype)
+        h, out = h.contiguous(), h.new_empty(len(stops), *h.shape[1:])
         library().ce_layers(byref(self._stack), bounds[0], bounds[-1], _ints(stops), h.data_ptr(), out.data_ptr(),
                             h.shape[1], byref(_cache(keys, values)), start, _ints(parents), _ints(begins),
                             torch.get_num_threads())
         # Before the first of these layers they are what came in: there an exit may sit, too.
-        return [h] * (len(bounds) - 1 - len(stops)) + list(out.unbind())
+        return [h] * (len(bounds) - 1 - len(stops)) + ([out] if len(stops) == 1 else list(out.split(1)))
 
     @staticmethod
     def keep(keys: Tensor, values: Tensor, start: int, path: Sequence[int]) -> None:
@@ -476,7 +477,7 @@ class NativeContext:
 
 
 class NativeConfidence:
-    """A `SketchConfidence` with the head it looks at: rows (N, D), copies (N, 2), rows of the exit before -> (N,).
+    """A `SketchConfidence` with the head it looks at: rows (N, D), N copies, rows of the exit before -> N chances.
 
     Args:
         alone, after: its networks, without and with the exit before: linear, SiLU, linear.
@@ -492,13 +493,13 @@ class NativeConfidence:
         self._kept += kept
         return _Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
 
-    def __call__(self, x: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
-        x, copied, before = _bf16(x), copied.float().contiguous(), None if before is None else _bf16(before)
-        chances = torch.empty(x.shape[:-1])
+    def __call__(self, x: Tensor, copied: Sequence[tuple[int, float]], before: Tensor | None = None) -> list[float]:
+        x, before, n = _bf16(x), None if before is None else _bf16(before), len(copied)
+        chances = (c_float * n)()
         library().ce_confidence(byref(self._head._matrix), byref(self._alone if before is None else self._after),
-                                x.data_ptr(), copied.data_ptr(), None if before is None else before.data_ptr(),
-                                chances.data_ptr(), chances.numel(), torch.get_num_threads())
-        return chances
+                                x.data_ptr(), (c_float * (2 * n))(*chain.from_iterable(copied)),
+                                None if before is None else before.data_ptr(), chances, n, torch.get_num_threads())
+        return chances[:]
 
 
 def _joined(*biases: Tensor | None) -> Tensor | None:

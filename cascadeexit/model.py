@@ -198,7 +198,7 @@ class SegmentedModel:
     def head_weight(self) -> Tensor:
         """The vocabulary projection, shared by every exit: (V, D). Made anew from our own kernels' packed copy."""
         if isinstance(self.base.lm_head, torch.nn.Identity):
-            return self.head.rows(range(self.vocab_size))
+            return self.head.rows(range(self.vocab_size))[0]
         return self.base.lm_head.weight
 
     @cached_property
@@ -249,7 +249,7 @@ class SegmentedModel:
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Token ids (N,) -> hidden rows (1, N, D)."""
         if self.embeds_by_head:
-            return self.head.rows(ids.tolist() if isinstance(ids, Tensor) else ids)[None]
+            return self.head.rows(ids.tolist() if isinstance(ids, Tensor) else ids)
         return self.base.model.embed_tokens(torch.as_tensor(ids, device=self.device).view(1, -1))
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:

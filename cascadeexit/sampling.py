@@ -35,14 +35,9 @@ class Sampler:
             ids: the token ids of a trimmed head, at least K.
         """
         if self.greedy:
-            return self.likeliest(logits, ids)
+            best, = argmax(logits[None])
+            return best if ids is None else int(ids[best])
         return int(torch.multinomial(self.distribution(logits, ids), 1, generator=self.generator))
-
-    @staticmethod
-    def likeliest(logits: Tensor, ids: Tensor | None = None) -> int:
-        """The token with the largest logit; arguments as for `choose`."""
-        best, = argmax(logits[None])
-        return best if ids is None else int(ids[best])
 
     @property
     def by_choice(self) -> bool:

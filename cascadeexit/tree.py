@@ -64,7 +64,7 @@ class DraftTree:
         self._model, self._bank, self._lookup = model, bank, Lookup(prompt)
         self._temperature = temperature or 1.0
         self._has_exit = model.exit_layers[:1] == (0,)
-        self._ask_bytes = bank.draft_bytes if self._has_exit else 0
+        self._ask_bytes, self._context_bytes = bank.draft_bytes if self._has_exit else 0, bank.context_bytes
         full = sum(model.segment_bytes) + model.head_bytes
         self._ask_cost = self._ask_bytes / full     # in 8 bits they are read sooner, but have to be widened
         self._kept: list[float] = []                # right drafts at each depth, and how many were promised
@@ -94,7 +94,7 @@ class DraftTree:
             if asked and self._has_exit and hope > self._ask_cost * expected / spent:
                 if context is None and deep is not None:
                     context = self._bank.context(*deep)
-                    self.weight_bytes += self._bank.context_bytes
+                    self.weight_bytes += self._context_bytes
                 opinions = dict(zip(asked, self._ask([level[i] for i in asked], context)))
                 spent += self._ask_cost
             needed, trust = self._model.row_cost(1 + len(kept)) * expected / spent, self._trust(depth)

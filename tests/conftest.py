@@ -1,5 +1,7 @@
 """Tiny random models of each family, built from configs: no weights, no network, CPU, seconds."""
 
+import os
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
@@ -16,6 +18,24 @@ FAMILIES = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
 }
 EXIT_LAYERS = (2, 3, 5)
+
+if os.environ.get("PYTEST_XDIST_WORKER"):       # as many processes as processors
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """For -n: the recipe, which is long, goes first and its tests share what one of them made; pages go last, alone."""
+    groups = {"test_recipe.py": (0, "recipe"), "browser": (2, "browser")}
+
+    def group(item) -> tuple[int, str | None]:
+        places = item.path.name, item.path.parent.name
+        return next((found for name, found in groups.items() if name in places), (1, None))
+
+    items.sort(key=lambda item: group(item)[0])
+    for item in items:
+        if name := group(item)[1]:
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def tiny_base(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = torch.float32):

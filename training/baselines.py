@@ -54,9 +54,8 @@ class Uncached:
             before: the adapted hidden of the exit before it, where that was asked.
         """
         hidden = self.bank.hidden(s, h[0, -1:], said)
-        best = self.bank.logits(s, hidden)[0].argmax()
-        token = best if self.bank.head_ids is None else self.bank.head_ids[best]
-        return int(token), float(self.bank.confidence(s, hidden, self.bank.copies([copied]), before)), hidden
+        confidence, = self.bank.confidence(s, hidden, [copied], before)
+        return self.bank.choice(s, hidden), confidence, hidden
 
     def said(self, prompt: list[int]) -> Tensor:
         """What named the prompt's last token, as `Engine.generate` has it: (1, D)."""

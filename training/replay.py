@@ -39,10 +39,10 @@ class ScriptedBank(ExitBank):
         self._script, self._routing, self._wanted = random.Random(seed), routing, None
 
     def confidence(self, s: int, hidden, copied, before=None):
-        float(super().confidence(s, hidden, copied, before))            # a real exit is waited for
+        super().confidence(s, hidden, copied, before)                   # a real exit is waited for
         if s == 0 or self._wanted is None:      # the first exit is asked once a token
             self._wanted = self._script.choices(range(len(self._routing)), self._routing)[0]
-        return torch.tensor(1.0 if s == self._wanted else 0.4)          # near enough not to rule out the next one
+        return [1.0 if s == self._wanted else 0.4]                      # near enough not to rule out the next one
 
 
 class ScriptedSampler(Sampler):
@@ -52,8 +52,8 @@ class ScriptedSampler(Sampler):
         super().__init__(*args)
         self._acceptance, self._coin = acceptance, random.Random(0)
 
-    def judge(self, drafts, logits):
-        best = int(logits.argmax())
+    def judge(self, drafts, row):
+        best = super().judge((), row)
         if drafts and self._coin.random() < self._acceptance:
             return drafts[0]
         return best if best not in drafts else (best + 1) % self.vocab_size
