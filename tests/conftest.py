@@ -23,19 +23,22 @@ if os.environ.get("PYTEST_XDIST_WORKER"):       # as many processes as processor
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """For -n: the recipe, which is long, goes first and its tests share what one of them made; pages go last, alone."""
-    groups = {"test_recipe.py": (0, "recipe"), "browser": (2, "browser")}
+    """The recipe, which takes longest, goes first, pages go last: with -n nothing else runs beside them."""
+    items.sort(key=lambda item: (item.path.name != "test_recipe.py") + (item.path.parent.name == "browser"))
 
-    def group(item) -> tuple[int, str | None]:
-        places = item.path.name, item.path.parent.name
-        return next((found for name, found in groups.items() if name in places), (1, None))
 
-    items.sort(key=lambda item: group(item)[0])
-    for item in items:
-        if name := group(item)[1]:
-            item.add_marker(pytest.mark.xdist_group(name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """For -n: the recipe's tests share what one of them made, and pages come one by one, so each lot has a process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lots(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((lot for lot in ("tests/test_recipe.py", "tests/browser/") if nodeid.startswith(lot)), nodeid)
+
+    config.option.loadscopereorder = False          # else the largest lot, the pages, would come first
+    return Lots(config, log)
 
 
 def tiny_base(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = torch.float32):
