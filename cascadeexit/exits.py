@@ -465,6 +465,7 @@ class ExitBank(nn.Module):
         return torch.tensor(self._told(copied), device=self._device)
 
     def _told(self, copied: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:
+        """The same as plain numbers."""
         return [(self._places.get(token, -1), math.log1p(length)) for token, length in copied]
 
     def confidence(self, s: int, hidden: Tensor, copied: Sequence[tuple[int, int]],

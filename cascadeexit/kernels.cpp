@@ -302,7 +302,7 @@ inline void dot_twice(const uint32_t* w, size_t apart, const Number* x, size_t s
 #endif
 
 // sum + a . b, pair by pair: of two integers of 16 bits each.
-inline Ints add_dots(Ints sum, Shorts a, Shorts b) {
+inline Ints add_whole(Ints sum, Shorts a, Shorts b) {
 #if defined(__AVX512VNNI__)
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(__AVX512BW__)
@@ -314,11 +314,11 @@ inline Ints add_dots(Ints sum, Shorts a, Shorts b) {
 #endif
 }
 
-// out[m][j] = scale[m] * (sum over p of w[p][j] . x[m][p]), for M rows and a block of outputs: pairs of weights of 8 bits, of
-// inputs of 16.
+// out[m][j] = (sum over p of w[p][j] . x[m][p]) * x_scale[m] * w_scale[j], for M rows and a block of outputs: pairs of weights
+// of 8 bits, of inputs of 16.
 template <int M>
-inline void dot_whole(const int8_t* w, const int16_t* x, size_t stride, int pairs, const float* scale, float* out,
-                      size_t out_stride) {
+inline void dot_whole(const int8_t* w, const float* w_scale, const int16_t* x, const float* x_scale, size_t stride, int pairs,
+                      float* out, size_t out_stride) {
     Ints sum[M][2] = {};
     for (int p = 0; p < pairs; p++, w += 2 * BLOCK) {
         const Shorts first = __builtin_convertvector(load<Bytes>(w), Shorts);
@@ -326,13 +326,14 @@ inline void dot_whole(const int8_t* w, const int16_t* x, size_t stride, int pair
         __builtin_prefetch(w + REACH);
         for (int m = 0; m < M; m++) {
             const Shorts both = (Shorts)(load<int32_t>(x + m * stride + 2 * p) - Ints{});
-            sum[m][0] = add_dots(sum[m][0], first, both);
-            sum[m][1] = add_dots(sum[m][1], second, both);
+            sum[m][0] = add_whole(sum[m][0], first, both);
+            sum[m][1] = add_whole(sum[m][1], second, both);
         }
     }
     for (int m = 0; m < M; m++)
         for (int v = 0; v < 2; v++)
-            store(out + m * out_stride + LANES * v, __builtin_convertvector(sum[m][v], Floats) * scale[m]);
+            store(out + m * out_stride + LANES * v,
+                  __builtin_convertvector(sum[m][v], Floats) * x_scale[m] * load<Floats>(w_scale + LANES * v));
 }
 
 // f of n, up to MOST, as a constant.
@@ -421,10 +422,10 @@ inline Rows rows_for(const Matrix& m, const Number* x, size_t stride, int n) {
         const Number* from = x + r * stride;
         float sizes[16] = {}, size = 1e-30f;
         for (int j = 0; j < m.in; j++) {
-            const float x = std::fabs(as_float(from[j])), &most = sizes[j % 16];
-            sizes[j % 16] = x > most ? x : most;
+            const float here = std::fabs(as_float(from[j])), before = sizes[j % 16];
+            sizes[j % 16] = here > before ? here : before;
         }
-        for (float x : sizes) size = x > size ? x : size;
+        for (float here : sizes) size = here > size ? here : size;
         scale[r] = size / most;
         const float times = most / size;
         for (int j = 0; j < m.in; j++) whole[size_t(r) * in + j] = int16_t(std::nearbyint(as_float(from[j]) * times));
@@ -436,16 +437,13 @@ inline Rows rows_for(const Matrix& m, const Number* x, size_t stride, int n) {
 inline void dot_blocks(const Matrix& m, int b, int count, const Rows& rows, int r, int tile, float* out, size_t out_stride) {
     const int n = pairs(m);
     if (m.scale) {
-        for (int i = 0; i < count; i++) {
-            const int8_t* w = (const int8_t*)m.weight + size_t(b + i) * n * 2 * BLOCK;
-            for (int part = 0; part < tile; part += GOOD_TILE)
-                with_rows<GOOD_TILE>(tile - part < GOOD_TILE ? tile - part : GOOD_TILE, [&](auto count) {
-                    dot_whole<count()>(w, rows.whole + size_t(r + part) * 2 * n, 2 * n, n, rows.scale + r + part,
-                                       out + part * out_stride + i * BLOCK, out_stride);
+        for (int i = 0; i < count; i++)
+            for (int at = 0; at < tile; at += GOOD_TILE)
+                with_rows<GOOD_TILE>(tile - at < GOOD_TILE ? tile - at : GOOD_TILE, [&](auto some) {
+                    dot_whole<some()>((const int8_t*)m.weight + size_t(b + i) * n * 2 * BLOCK, m.scale + (b + i) * BLOCK,
+                                      rows.whole + size_t(r + at) * 2 * n, rows.scale + r + at, 2 * n, n,
+                                      out + at * out_stride + i * BLOCK, out_stride);
                 });
-        }
-        for (int i = 0; i < tile; i++)
-            for (int j = 0; j < count * BLOCK; j++) out[i * out_stride + j] *= m.scale[b * BLOCK + j];
         return;
     }
     const uint32_t* w = block(m, b);
@@ -710,7 +708,7 @@ float ce_row_cost(int32_t rows) {
 #ifdef BF16_DOT
     return rows < MAX_TILE ? 0.02f : 0.1f;
 #else
-    constexpr float costs[] = {0.05f, 0.05f, 0.05f, 0.08f, 0.1f, 0.15f, 0.15f};          // beside 1, 2 ... 7
+    constexpr float costs[] = {0.05f, 0.05f, 0.05f, 0.08f, 0.1f, 0.15f, 0.15f};         // beside 1, 2 ... 7
     return rows < MAX_TILE ? costs[rows - 1] : 0.25f;
 #endif
 }

@@ -346,7 +346,8 @@ class NativeLayers:
         library().ce_layers(byref(self._stack), bounds[0], bounds[-1], _ints(stops), h.data_ptr(), out.data_ptr(),
                             h.shape[1], byref(_cache(keys, values)), start, _ints(parents), _ints(begins),
                             torch.get_num_threads())
-        # Before the first of these layers they are what came in: there an exit may sit, too.
+        # Before the first of these layers they are what came in: there an exit may sit, too. Right after a pass each
+        # operation takes 20 to 60 us, so nothing is split that is whole.
         return [h] * (len(bounds) - 1 - len(stops)) + ([out] if len(stops) == 1 else list(out.split(1)))
 
     @staticmethod

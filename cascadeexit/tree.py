@@ -66,7 +66,7 @@ class DraftTree:
         self._has_exit = model.exit_layers[:1] == (0,)
         self._ask_bytes, self._context_bytes = bank.draft_bytes if self._has_exit else 0, bank.context_bytes
         full = sum(model.segment_bytes) + model.head_bytes
-        self._ask_cost = self._ask_bytes / full     # in 8 bits they are read sooner, but have to be widened
+        self._ask_cost = self._ask_bytes / full
         self._kept: list[float] = []                # right drafts at each depth, and how many were promised
         self._promised: list[float] = []
         self.weight_bytes = 0                       # read by drafting since somebody set it to 0

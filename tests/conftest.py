@@ -24,7 +24,7 @@ if os.environ.get("PYTEST_XDIST_WORKER"):       # as many processes as processor
 
 
 def pytest_collection_modifyitems(items):
-    """The recipe, which takes longest, goes first, pages go last: with -n nothing else runs beside them."""
+    """The recipe, which takes longest, goes first, pages go last: with -n the other process is nearly through then."""
     items.sort(key=lambda item: (item.path.name != "test_recipe.py") + (item.path.parent.name == "browser"))
 
 
