@@ -209,8 +209,9 @@ class Engine:
     def __init__(self, model: SegmentedModel, bank: ExitBank):
         self.model, self.bank = model, bank.attach(model)
         self._opening: Staircase | None = None
-        self.costs = Costs(full_token_bytes=sum(model.segment_bytes) + model.head_bytes,
-                           depths=tuple(b / model.num_layers for b in model.bounds[1:]))
+        depths = tuple(b / model.num_layers for b in model.bounds[1:])
+        self.costs, self._sampled_costs = (Costs(full_token_bytes=sum(model.segment_bytes) + head, depths=depths)
+                                           for head in (bank.choice_bytes, model.head_bytes))
 
     @property
     def num_exits(self) -> int:
@@ -225,6 +226,10 @@ class Engine:
     def opening(self) -> list[int]:
         """The tokens that `read_opening` keeps."""
         return self._opening.tokens if self._opening else []
+
+    def costs_for(self, config: DecodeConfig) -> Costs:
+        """What a run is compared with: `full` at its temperature. `costs` are those of greedy runs."""
+        return self._sampled_costs if config.temperature else self.costs
 
     def check(self, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
         """Raise ValueError when this run cannot work; called before any work by `generate`."""
@@ -284,7 +289,7 @@ class Engine:
     def run(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Generation:
         """Generate to the end. Raises ValueError as `generate` does."""
         events = list(self.generate(prompt_ids, config))
-        return Generation([e.token_id for e in events if e.final], events, summarize(events, self.costs))
+        return Generation([e.token_id for e in events if e.final], events, summarize(events, self.costs_for(config)))
 
     def generate(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Iterator[TokenEvent]:
         """Yield a TokenEvent for each token (and, in verified mode, for each draft) as it happens.
@@ -403,8 +408,9 @@ class Engine:
             confirmed = len(stairs.tokens) - len(drafts)
             judging = rows if rows.shape[1] == len(drafts) + 1 else rows[:, -len(drafts) - 1:]
             top = model.norm(model.pad_rows(judging))
-            says = model.choices(top) if sampler.by_choice else model.read(top)[0]       # (drafts + 1, V)
-            stairs.weight_bytes += model.head_bytes
+            by_choice = sampler.by_choice
+            says = model.choices(top, bank.screen) if by_choice else model.read(top)[0]      # (drafts + 1, V)
+            stairs.weight_bytes += bank.choice_bytes if by_choice else model.head_bytes
             burst, path, token, at = [], [], None, -1
             while token is None and not (path and (confirmed + len(path) >= end or drafts[at].token in model.eos_ids)):
                 offered = {d.token: i for i, d in enumerate(drafts) if d.parent == at}
@@ -445,7 +451,7 @@ class Engine:
         choices = []
         for a in range(0, len(rows), self.model.max_verify_rows):
             *_, top = stairs.prefill(rows[a:a + self.model.max_verify_rows])
-            choices += self.model.choices(self.model.norm(top))
+            choices += self.model.choices(self.model.norm(top), self.bank.screen)
         return choices
 
     def last_said(self, rows: list[Tensor]) -> Tensor:

@@ -110,7 +110,7 @@ def _evaluate(engine: Engine, encode, prompts, config: DecodeConfig, decode, pau
 def _numbers(engine: Engine, ids: list[int], config: DecodeConfig, decode, exits: list[TokenEvent],
              full: list[TokenEvent]) -> dict:
     ours, theirs = ([e.token_id for e in events if e.final] for events in (exits, full))
-    stats, whole = (metrics.summarize(events, engine.costs) for events in (exits, full))
+    stats, whole = (metrics.summarize(events, engine.costs_for(config)) for events in (exits, full))
     match, speeds = metrics.match(ours, theirs), (stats.tokens_per_second, whole.tokens_per_second)
     return dict(
         tokens=stats.tokens,

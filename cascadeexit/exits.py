@@ -28,7 +28,15 @@ from torch import Tensor, nn
 
 from cascadeexit.calibration import Calibration
 from cascadeexit.graphs import Replayed
-from cascadeexit.kernels import NativeAdapter, NativeConfidence, NativeContext, NativeDrafter, NativeLinear, State
+from cascadeexit.kernels import (
+    NativeAdapter,
+    NativeConfidence,
+    NativeContext,
+    NativeDrafter,
+    NativeLinear,
+    NativeScreen,
+    State,
+)
 from cascadeexit.linear import PackedLinear, pack
 from cascadeexit.model import SegmentedModel
 from cascadeexit.sampling import argmax
@@ -307,6 +315,8 @@ class ExitBank(nn.Module):
         self._context: Callable[[Tensor], Tensor] | None = None
         self._native_context: NativeContext | None = None
         self._native_drafts: NativeDrafter | None = None
+        self.screen: NativeScreen | None = None             # of the full model's head, where an exit has all its words
+        self.choice_bytes = 0               # weight bytes read to find the full model's likeliest token
         self.calibration: Calibration | None = None         # how far these very exits may be trusted, where measured
         self._places: dict[int, int] = {}                   # of the sketch's words
         self._device = torch.device("cpu")
@@ -351,6 +361,11 @@ class ExitBank(nn.Module):
             trimmed = weight[self.head_ids]
             head = pack(trimmed, eight_bits=True)               # as good as in bf16, and half as much to read
         self._word_bytes = _row_bytes(head, weight)
+        self.screen = None
+        if isinstance(model.head, NativeLinear) and not model.head.has_bias and self.head_ids is not None:
+            if len(self.head_ids.unique()) == c.vocab_size:
+                self.screen = NativeScreen(head, trimmed, self.head_ids)
+        self.choice_bytes = self.screen.bytes if self.screen else model.head_bytes
 
         def first(words: int) -> nn.Module:
             if words == whole:

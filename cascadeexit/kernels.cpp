@@ -10,6 +10,7 @@
 // Cache of a layer and head (of each text, where there are several): keys [C/16][d/2][16][2], values [C/2][d][2]; both
 // are dotted in pairs without shuffles.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -18,6 +19,7 @@
 #include <omp.h>
 #include <sched.h>
 #include <type_traits>
+#include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -359,6 +361,13 @@ struct Matrix {                     // (out, in), packed by ce_pack, or with `sc
     int32_t in, out;
 };
 
+// A weight once more, each output rounded to 8 bits: its sums tell which outputs of the exact one may be the largest.
+struct Screen {
+    Matrix rough;
+    const int32_t* ids;             // of each of its outputs, the one in the exact weight; null: the same
+    float error, size;              // largest size of what rounding changed in an output, and of what is left, in its scale
+};
+
 struct Layer {
     Matrix qkv, o, gate_up, down;   // gate_up: blocks of gate and up in turn
     const float *attention_norm, *mlp_norm, *q_norm, *k_norm;       // q_norm and k_norm may be null
@@ -409,25 +418,29 @@ struct Rows {
     const float* scale;
 };
 
+// What the integers of a row (in) are to be multiplied by: the largest is as large as sums of 32 bits allow.
+inline float step_of(const Number* x, int in) {
+    float sizes[16] = {}, size = 1e-30f;
+    for (int j = 0; j < in; j++) {
+        const float here = std::fabs(as_float(x[j])), before = sizes[j % 16];
+        sizes[j % 16] = here > before ? here : before;
+    }
+    for (float here : sizes) size = here > size ? here : size;
+    return size / std::fmin(32767.0f, 16777215.0f / float((in + 1) / 2 * 2));        // 2^31 / 128
+}
+
 // As `m` reads them. The integers are this thread's, and only until it is asked again; their sums fit into 32 bits.
 inline Rows rows_for(const Matrix& m, const Number* x, size_t stride, int n) {
     static thread_local Scratch<int16_t> s_whole;
     static thread_local Scratch<float> f_scale;
     if (!m.scale) return {x, stride, nullptr, nullptr};
     const int in = 2 * pairs(m);
-    const float most = std::fmin(32767.0f, 16777215.0f / float(in));        // 2^31 / 128
     int16_t* whole = s_whole.get(size_t(n) * in);
     float* scale = f_scale.get(n);
     for (int r = 0; r < n; r++) {
         const Number* from = x + r * stride;
-        float sizes[16] = {}, size = 1e-30f;
-        for (int j = 0; j < m.in; j++) {
-            const float here = std::fabs(as_float(from[j])), before = sizes[j % 16];
-            sizes[j % 16] = here > before ? here : before;
-        }
-        for (float here : sizes) size = here > size ? here : size;
-        scale[r] = size / most;
-        const float times = most / size;
+        scale[r] = step_of(from, m.in);
+        const float times = 1 / scale[r];
         for (int j = 0; j < m.in; j++) whole[size_t(r) * in + j] = int16_t(std::nearbyint(as_float(from[j]) * times));
     }
     return {x, stride, whole, scale};
@@ -487,6 +500,49 @@ inline void gated(Team& team, const Matrix& both, const Number* x, int rows, int
             for (int t = 0; t < tile; t++)
                 for (int j = 0; j < width; j++)
                     round_to(out[size_t(r + t) * n + b * BLOCK + j], silu(sums[t][j]) * sums[t][BLOCK + j]);
+        }
+    });
+}
+
+// The largest output so far; of equal ones the first.
+struct Best {
+    float value;
+    int32_t number;
+    void take(const Best& other) {
+        if (other.value > value || (other.value == value && other.number < number)) *this = other;
+    }
+};
+
+// An output of a screen that may be the largest for a row, and the most that the exact one can be.
+struct Chance {
+    int row, number;
+    float most;
+};
+
+// How far, in the scale of an output, a screen's sum for a row may be from the exact one, whatever the signs (Cauchy and
+// Schwarz): by the rounding of weights, by that of inputs, and by eight times what sums in fp32 may lose.
+inline float doubt(const Screen& screen, const Number* x) {
+    const int in = screen.rough.in;
+    double squares = 0;
+    for (int j = 0; j < in; j++) squares += double(as_float(x[j])) * as_float(x[j]);
+    const double size = std::sqrt(squares), step = 0.5 * step_of(x, in) * std::sqrt(double(in));
+    return float(1.001 * (screen.error * size + (screen.size + screen.error) * (step + (in + 16) * 0x1p-21 * size)));
+}
+
+// This thread's part of a screen's outputs: those that may be the largest, and in least[row].value what the largest one at
+// least is.
+inline void sift(Team& team, const Screen& screen, const Number* x, int rows, const float* doubts, Best* least,
+                 std::vector<Chance>& chances) {
+    multiply(team, screen.rough, x, screen.rough.in, rows, [&](int r, int first, const float* sums) {
+        const int n = screen.rough.out - first < BLOCK ? screen.rough.out - first : BLOCK;
+        const float *scale = screen.rough.scale + first, doubt = doubts[r];
+        float& bound = least[r].value;
+        bool any = false;
+        for (int j = 0; j < n; j++) any |= sums[j] + scale[j] * doubt >= bound;
+        for (int j = 0; any && j < n; j++) {
+            const float most = sums[j] + scale[j] * doubt, here = sums[j] - scale[j] * doubt;
+            if (most >= bound) chances.push_back({r, first + j, most});
+            bound = here > bound ? here : bound;
         }
     });
 }
@@ -758,41 +814,64 @@ void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t
     }
 }
 
-// x (rows, in) bf16 -> the output that is largest for each row, the first of equal ones. `in` must be even.
-void ce_argmax(const Matrix* m, const bf16* x, int32_t* numbers, int32_t rows, int32_t threads) {
-    struct Best {
-        float value;
-        int32_t number;
-    };
+// x (rows, in) bf16 -> the output that is largest for each row, the first of equal ones. `in` must be even. With a screen, which
+// may be null, and a weight without bias only outputs that may be largest are read as they are: the result is the same.
+void ce_argmax(const Matrix* m, const Screen* screen, const bf16* x, int32_t* numbers, int32_t rows, int32_t threads) {
     static thread_local Scratch<Number> n_x;
     static thread_local Scratch<Best> b_best;
+    static thread_local Scratch<float> f_doubts;
+    static thread_local Scratch<int> i_many;
     const Number* read = numbers_of(x, size_t(rows) * m->in, n_x);
-    const size_t each = (rows + 7) / 8 * 8;                     // of a thread, in cache lines of its own
-    Best* best = b_best.get(threads * each);
-    for (size_t i = 0; i < threads * each; i++) best[i] = {-INFINITY, 0};
+    const size_t each = (rows + 15) / 16 * 16;                  // of a thread, in cache lines of its own
+    Best *best = b_best.get(2 * threads * each), *least = best + threads * each;
+    float* doubts = f_doubts.get(rows);
+    int* many = i_many.get(threads);
+    for (size_t i = 0; i < 2 * threads * each; i++) best[i] = {-INFINITY, 0};
+    for (int r = 0; screen && r < rows; r++) doubts[r] = doubt(*screen, read + size_t(r) * m->in);
     Barrier barrier;
-    int ticket = 0;
+    int tickets[2] = {};
 #pragma omp parallel num_threads(threads)
     {
-        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, &ticket};
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, tickets};
         Best* own = best + team.rank * each;
-        multiply(team, *m, read, m->in, rows, [&](int r, int first, const float* sums) {        // blocks ascend
-            const int n = m->out - first < BLOCK ? m->out - first : BLOCK;
-            auto value = [&](int j) { return sums[j] + (m->bias ? m->bias[first + j] : 0); };
-            const float bound = own[r].value;
-            bool any = false;
-            for (int j = 0; j < n; j++) any |= value(j) > bound;
-            if (!any) return;
-            for (int j = 0; j < n; j++)
-                if (value(j) > own[r].value) own[r] = {value(j), first + j};
-        });
+        bool all = !screen;
+        if (screen) {
+            static thread_local std::vector<Chance> chances;
+            chances.clear();
+            sift(team, *screen, read, rows, doubts, least + team.rank * each, chances);
+            team.meet();
+            auto lost = [&](const Chance& chance) {
+                bool below = false;
+                for (int t = 0; t < team.size; t++) below |= chance.most < least[t * each + chance.row].value;
+                return below;
+            };
+            chances.erase(std::remove_if(chances.begin(), chances.end(), lost), chances.end());
+            many[team.rank] = int(chances.size());
+            team.meet();
+            int left = 0;
+            for (int t = 0; t < team.size; t++) left += many[t];
+            all = left > rows * blocks(*m) / BLOCK;             // to pick them one by one would take longer
+            float sums[BLOCK];
+            for (size_t i = 0; !all && i < chances.size(); i++) {
+                const Chance& chance = chances[i];
+                const int number = screen->ids ? screen->ids[chance.number] : chance.number;
+                dot_pairs<1, BLOCK>(block(*m, number / BLOCK), read + size_t(chance.row) * m->in, m->in, pairs(*m), sums, BLOCK);
+                own[chance.row].take({sums[number % BLOCK], number});
+            }
+        }
+        if (all)
+            multiply(team, *m, read, m->in, rows, [&](int r, int first, const float* sums) {
+                const int n = m->out - first < BLOCK ? m->out - first : BLOCK;
+                auto value = [&](int j) { return sums[j] + (m->bias ? m->bias[first + j] : 0); };
+                const float bound = own[r].value;
+                bool any = false;
+                for (int j = 0; j < n; j++) any |= value(j) > bound;
+                for (int j = 0; any && j < n; j++) own[r].take({value(j), first + j});
+            });
     }
     for (int r = 0; r < rows; r++) {
         Best found = best[r];
-        for (int t = 1; t < threads; t++) {
-            const Best& other = best[t * each + r];
-            if (other.value > found.value || (other.value == found.value && other.number < found.number)) found = other;
-        }
+        for (int t = 1; t < threads; t++) found.take(best[t * each + r]);
         numbers[r] = found.number;
     }
 }

@@ -39,6 +39,10 @@ class _Matrix(ctypes.Structure):
                 ("outputs", c_int32)]
 
 
+class _Screen(ctypes.Structure):
+    _fields_ = [("rough", _Matrix), ("ids", c_void_p), ("error", c_float), ("size", c_float)]
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [("qkv", _Matrix), ("o", _Matrix), ("gate_up", _Matrix), ("down", _Matrix),
                 ("attention_norm", c_void_p), ("mlp_norm", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p)]
@@ -116,7 +120,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_pack.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int32]
     lib.ce_rows.argtypes = [POINTER(_Matrix), c_void_p, c_int32, c_void_p]
     lib.ce_linear.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
-    lib.ce_argmax.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
+    lib.ce_argmax.argtypes = [POINTER(_Matrix), POINTER(_Screen), c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_layers.argtypes = [POINTER(_Stack), c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int32, POINTER(_Cache),
                               c_int32, c_void_p, c_void_p, c_int32]
     lib.ce_keep.argtypes = [POINTER(_Cache), c_int32, c_int32, c_int32, c_int32, c_void_p, c_int32]
@@ -180,6 +184,11 @@ def _whole_lines(size: int) -> int:
     return -(-size // 64) * 64
 
 
+def _scale_of(weight: Tensor) -> Tensor:
+    """What the integers of 8 bits of each output of a weight (O, I) are multiplied by (O,)."""
+    return weight.abs().amax(1).clamp(min=1e-30) / 127
+
+
 def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (O, I), I even, as integers up to 127, by blocks of B outputs and pairs of inputs: (O / B, I / 2, 2 B).
 
@@ -188,7 +197,7 @@ def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     parts, scales, size = [], [], library().ce_block()
     for block in weight.detach().split(size):
         block = nn.functional.pad(block.float(), (0, 0, 0, size - len(block)))
-        scales.append(block.abs().amax(1).clamp(min=1e-30) / 127)
+        scales.append(_scale_of(block))
         whole = (block / scales[-1][:, None]).round().to(torch.int8)
         parts.append(whole.view(size, -1, 2).transpose(0, 1).reshape(-1, 2 * size))
     return torch.stack(parts), torch.cat(scales)
@@ -205,7 +214,7 @@ class NativeLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, eight_bits: bool = False):
         super().__init__()
-        self.shape, self.eight_bits = tuple(weight.shape), eight_bits
+        self.shape, self.eight_bits, self.has_bias = tuple(weight.shape), eight_bits, bias is not None
         if eight_bits:
             whole, scale = _in_8_bits(weight)
             self._store = _Store([], [whole])
@@ -226,12 +235,13 @@ class NativeLinear(nn.Module):
                             torch.get_num_threads())
         return out
 
-    def argmax(self, x: Tensor) -> list[int]:
-        """Of each row (..., I) the output that is largest, the first of equal ones."""
+    def argmax(self, x: Tensor, screen: "NativeScreen | None" = None) -> list[int]:
+        """Of each row (..., I) the output that is largest, the first of equal ones; the same with a screen, sooner."""
         x = _bf16(x)
         n = x.shape[:-1].numel()
         numbers = (c_int32 * n)()
-        library().ce_argmax(byref(self._matrix), x.data_ptr(), numbers, n, torch.get_num_threads())
+        library().ce_argmax(byref(self._matrix), screen and byref(screen.structure), x.data_ptr(), numbers, n,
+                            torch.get_num_threads())
         return numbers[:]
 
     def rows(self, ids: Sequence[int]) -> Tensor:
@@ -269,6 +279,34 @@ class NativeLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"out, in = {self.shape}"
+
+
+class NativeScreen:
+    """A weight in 8 bits that finds the largest output of the exact one: half of it is read, the result is the same.
+
+    The exact sum w . x of an output is within |w - v| |x| of that with the rounded v (Cauchy and Schwarz), so few
+    outputs can be the largest, and only these are read in bf16.
+
+    Args:
+        rough: weights (O, I) in 8 bits; exact: the bf16 weights they were made from.
+        ids: of each of its outputs, the number in the weight that is asked; None: the same.
+    """
+
+    def __init__(self, rough: NativeLinear, exact: Tensor, ids: Tensor | None = None):
+        error = size = 0.0
+        for part in exact.detach().split(4096):
+            part = part.float() / _scale_of(part.float())[:, None]
+            whole = part.round()
+            error = max(error, float((part - whole).norm(dim=1).max()))
+            size = max(size, float(whole.norm(dim=1).max()))
+        self.rough, self._ids = rough, None if ids is None else ids.int().contiguous()
+        self.structure = _Screen(rough._matrix, None if ids is None else self._ids.data_ptr(), error * 1.001,
+                                 size * 1.001)
+
+    @property
+    def bytes(self) -> int:
+        """Weight bytes that one look reads, without the few exact ones."""
+        return self.rough.shape[0] * self.rough.row_bytes
 
 
 class NativeNorm:

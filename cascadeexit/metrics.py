@@ -14,7 +14,7 @@ from cascadeexit.events import COPIED, Status, TokenEvent
 class Costs:
     """What a run is compared with."""
 
-    full_token_bytes: int               # weight bytes that one token of the full model reads: layers and head
+    full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head
     depths: tuple[float, ...]           # part of the layers below each segment's end; the last is 1.0
 
 

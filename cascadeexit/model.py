@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from cascadeexit import graphs
 from cascadeexit.cache import KVCache
 from cascadeexit.graphs import Replayed
-from cascadeexit.kernels import NativeLayers, NativeLinear, NativeNorm
+from cascadeexit.kernels import NativeLayers, NativeLinear, NativeNorm, NativeScreen
 from cascadeexit.linear import pack, pack_stock
 from cascadeexit.sampling import argmax
 
@@ -125,6 +125,7 @@ class SegmentedModel:
         self.head_bytes = head.weight.nbytes        # read by one vocabulary projection
         if self.device.type == "meta":
             raise ValueError("the vocabulary projection is not in memory: the device_map must put lm_head on a device")
+        self.weight_bytes = sum(self.segment_bytes) + self.head_bytes
         self.head = pack(head.weight, head.bias)    # the vocabulary projection: normed rows (..., D) -> (..., V)
         self._native: NativeLayers | None = None
         self.embeds_by_head = False                 # the packed head gives the embeddings, too
@@ -353,10 +354,10 @@ class SegmentedModel:
         """The same of rows that went through `norm` already: (1, N, D) -> (1, N, V)."""
         return self._project(self.pad_rows(normed).to(self.device))[:, :normed.shape[1]]
 
-    def choices(self, normed: Tensor) -> list[int]:
-        """The likeliest token for each row that went through `norm`: (1, N, D) -> N."""
+    def choices(self, normed: Tensor, screen: NativeScreen | None = None) -> list[int]:
+        """The likeliest token for each row that went through `norm`: (1, N, D) -> N. The screen is of the head."""
         if isinstance(self.head, NativeLinear):
-            return self.head.argmax(normed)
+            return self.head.argmax(normed, screen)
         return argmax(self.read(normed)[0])
 
     def pad_rows(self, h: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ class TokenStream:
     def __init__(self, engine: Engine, tokenizer, config: DecodeConfig, prompt_ids: Sequence[int],
                  settings: dict | None = None):
         self.config, self.prompt_ids, self.shape = config, list(prompt_ids), Shape.of(engine)
-        self._costs, self._eos = engine.costs, engine.model.eos_ids     # not the engine: pages keep many runs
+        self._costs, self._eos = engine.costs_for(config), engine.model.eos_ids     # not the engine: pages keep many
         self.run = uuid.uuid4().hex[:12]
         self.sides = {CASCADE: _Side(tokenizer), FULL: _Side(tokenizer)}
         self._tokenizer, self._special = tokenizer, frozenset(tokenizer.all_special_ids)

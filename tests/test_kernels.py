@@ -221,6 +221,24 @@ def test_the_largest_output_is_that_of_the_linear(outputs, inputs):
     assert equal.argmax(x) == [0] * 9, "not the first of equal ones"
 
 
+@pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2), (4000, 16), (3000, 576)])
+@pytest.mark.parametrize("close", [0, 1e-2], ids=["far-apart", "close"])
+@pytest.mark.usefixtures("processor")
+def test_a_screen_finds_the_same_largest_output(outputs, inputs, close):
+    """Whatever was rounded: of outputs that differ by less than that, and of equal ones, it is the first largest."""
+    weight = torch.randn(outputs, inputs) * torch.rand(outputs, 1).exp()
+    weight = (torch.randn(1, inputs) + close * weight if close else weight).bfloat16()
+    weight[outputs // 2:] = weight[:outputs - outputs // 2].clone()     # each largest one is there twice
+    ids = torch.randperm(outputs)
+    packed, rough = pack(weight), pack(weight[ids], eight_bits=True)
+    x = torch.randn(1, 9, inputs).bfloat16() * torch.logspace(-6, 6, 9)[:, None].bfloat16()
+    x[0, 4, 0], x[0, 5] = 1e4, 0                                        # one input alone, and nothing to tell by
+    for screen in (kernels.NativeScreen(rough, weight[ids], ids),
+                   kernels.NativeScreen(pack(weight, eight_bits=True), weight)):
+        for n in (1, 2, 6, 9):
+            assert packed.argmax(x[:, :n], screen) == packed(x[:, :n])[0].argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2), (40, 258), (40, 2050)])
 @pytest.mark.usefixtures("processor")
 def test_a_linear_in_8_bits_is_the_one_with_its_weights_rounded(outputs, inputs):

@@ -11,7 +11,8 @@ included) per prompt, and the table shows medians with quartiles. A ratio is the
 is read when the model is loaded, and llama.cpp goes on from what its last prompt had in common with the next. Quality
 stands beside speed: agreement (part of the tokens that the full model would have chosen after the same text) and
 sequence match (identical to `full` from start to end). The roofline multiple is tokens/s x weight bytes / read
-bandwidth measured here, before or after the race. --growth adds the cost of a token against the length of context and
+bandwidth measured here, before or after the race: the bytes are those that a token of `full` reads, or all weights in
+transformers. --growth adds the cost of a token against the length of context and
 output. The last line is one JSON object.
 """
 
@@ -170,14 +171,15 @@ def row(contender: Contender, contenders: dict[str, Contender], engine: Engine, 
     full, base = contenders["full"], contenders[GENERATE]
     speed = median(contender.speeds)
     low, _, high = quantiles(contender.speeds, n=4) if len(contender.speeds) > 1 else (speed,) * 3
+    stats = [stats for _, stats in contender.outputs]
+    read = engine.model.weight_bytes if None in stats else engine.costs.full_token_bytes
     result = {
         "tokens_per_second": speed, "quartiles": [low, high],
         "over_generate": ratio(contender, base, kinds), "over_full": ratio(contender, full, kinds),
         # Of the model's own weights: 4-bit ones are fewer bytes.
-        "roofline_multiple": speed * engine.costs.full_token_bytes / bandwidth if contender.name != LLAMA_CPP else None,
+        "roofline_multiple": speed * read / bandwidth if contender.name != LLAMA_CPP else None,
         "sequence_match": _mean(match(a, b).sequence for (a, _), (b, _) in zip(contender.outputs, full.outputs)),
     }
-    stats = [stats for _, stats in contender.outputs]
     if None in stats:
         return result
     tokens = [(agreement(ids, engine.full_choices(prompt, ids)), len(ids))
@@ -345,7 +347,8 @@ def compare(args) -> dict:
     race_all(list(contenders.values()), prompts, device)
     bandwidth = max(bandwidth, read_bandwidth(device))      # a shared machine's memory may be faster by now
     rows = {name: row(c, contenders, engine, prompts, kinds, bandwidth) for name, c in contenders.items()}
-    weights, held = engine.costs.full_token_bytes, engine.costs.full_token_bytes + engine.bank.memory_bytes
+    weights, read = engine.model.weight_bytes, engine.costs.full_token_bytes
+    held = weights + engine.bank.memory_bytes
     cache = engine.model.new_cache(engine.capacity(max(map(len, prompts)) + args.tokens)).keys.nbytes * 2
     result = {"provenance": provenance(0), "model": engine.model.name, "dtype": args.dtype, "device": str(device),
               "native_kernels": engine.model.native, "exits": engine.bank.fingerprint(),
@@ -353,12 +356,12 @@ def compare(args) -> dict:
               "prompts": len(prompts),
               "sets": {kind: kinds.count(kind) for kind in sorted(set(kinds))}, "tokens": args.tokens,
               "opening_tokens": len(engine.opening), "cascade_thresholds": args.cascade_thresholds,
-              "max_draft": args.max_draft, "weight_bytes": weights,
+              "max_draft": args.max_draft, "weight_bytes": weights, "full_token_bytes": read,
               "read_bandwidth": bandwidth, "kernel_seconds": compiled - started, "load_seconds": loaded - compiled,
               "exit_bytes": held - weights, "cache_bytes": cache, "grown_bytes": grown,
               "memory_over_need": None if grown is None else grown / (held + cache), "rows": rows}
     print(f"\n{engine.model.name}, {args.dtype}, {device}, {len(prompts)} prompts of {args.tokens} new tokens; "
-          f"{bandwidth / 1e9:.1f} GB/s read, {weights / 1e6:.0f} MB a token\n")
+          f"{bandwidth / 1e9:.1f} GB/s read, {read / 1e6:.0f} MB a token\n")
     print(table(rows))
     if args.growth:
         result["growth"] = growth(engine, reference if args.growth == "all" else None, tokenizer, args.max_draft)
