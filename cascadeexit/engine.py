@@ -408,9 +408,12 @@ class Engine:
             confirmed = len(stairs.tokens) - len(drafts)
             judging = rows if rows.shape[1] == len(drafts) + 1 else rows[:, -len(drafts) - 1:]
             top = model.norm(model.pad_rows(judging))
-            by_choice = sampler.by_choice
-            says = model.choices(top, bank.screen) if by_choice else model.read(top)[0]      # (drafts + 1, V)
-            stairs.weight_bytes += bank.choice_bytes if by_choice else model.head_bytes
+            if sampler.greedy:
+                says = model.judges(top, bank.screen, not sampler.exact)                        # drafts + 1
+                stairs.weight_bytes += bank.choice_bytes
+            else:
+                says = model.read(top)[0]                                                       # (drafts + 1, V)
+                stairs.weight_bytes += model.head_bytes
             burst, path, token, at = [], [], None, -1
             while token is None and not (path and (confirmed + len(path) >= end or drafts[at].token in model.eos_ids)):
                 offered = {d.token: i for i, d in enumerate(drafts) if d.parent == at}

@@ -244,6 +244,17 @@ class NativeLinear(nn.Module):
                             torch.get_num_threads())
         return numbers[:]
 
+    def output(self, x: Tensor, row: int, number: int) -> float:
+        """One output for one of these rows (1, N, I) bf16, bitwise what all of them together hold."""
+        size, of = library().ce_block(), self._matrix
+        first = number // size * size
+        # Its block alone, as a matrix of its own.
+        block = _Matrix(of.weight + library().ce_packed_bytes(first, of.inputs), None, of.bias and of.bias + 4 * first,
+                        of.inputs, min(size, of.outputs - first))
+        out = (c_float * size)()
+        library().ce_linear(byref(block), x.data_ptr() + 2 * row * of.inputs, out, 1, 1)
+        return out[number - first]
+
     def rows(self, ids: Sequence[int]) -> Tensor:
         """Rows of the weight: n numbers -> (1, n, I) bf16. Raises ValueError where they were rounded to 8 bits."""
         if self.eight_bits:
@@ -307,6 +318,18 @@ class NativeScreen:
     def bytes(self) -> int:
         """Weight bytes that one look reads, without the few exact ones."""
         return self.rough.shape[0] * self.rough.row_bytes
+
+
+class Choice:
+    """The full model's likeliest token after one row, and on demand the logits of others: choice[token]."""
+
+    __slots__ = "token", "_head", "_rows", "_row"
+
+    def __init__(self, token: int, head: NativeLinear, rows: Tensor, row: int):
+        self.token, self._head, self._rows, self._row = token, head, rows, row
+
+    def __getitem__(self, token: int) -> float:
+        return self._head.output(self._rows, self._row, token)
 
 
 class NativeNorm:

@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from cascadeexit import graphs
 from cascadeexit.cache import KVCache
 from cascadeexit.graphs import Replayed
-from cascadeexit.kernels import NativeLayers, NativeLinear, NativeNorm, NativeScreen
+from cascadeexit.kernels import Choice, NativeLayers, NativeLinear, NativeNorm, NativeScreen
 from cascadeexit.linear import pack, pack_stock
 from cascadeexit.sampling import argmax
 
@@ -359,6 +359,17 @@ class SegmentedModel:
         if isinstance(self.head, NativeLinear):
             return self.head.argmax(normed, screen)
         return argmax(self.read(normed)[0])
+
+    def judges(self, normed: Tensor, screen: NativeScreen | None, logits: bool) -> Sequence[int | Choice | Tensor]:
+        """For each row that went through `norm` (1, N, D) what a greedy `Sampler` judges drafts by.
+
+        Its likeliest token; where logits are wanted, too, with them, all (V,) or those that are asked for.
+        """
+        if not logits:
+            return self.choices(normed, screen)
+        if screen is None:
+            return self.read(normed)[0]
+        return [Choice(token, self.head, normed, i) for i, token in enumerate(self.choices(normed, screen))]
 
     def pad_rows(self, h: Tensor) -> Tensor:
         """(1, N, D) with zero rows up to the row bucket."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cascadeexit.kernels import Choice
+
 
 def argmax(logits: Tensor) -> list[int]:
     """The likeliest of each row (N, V), the first of equal ones."""
@@ -40,20 +42,20 @@ class Sampler:
         return int(torch.multinomial(self.distribution(logits, ids), 1, generator=self.generator))
 
     @property
-    def by_choice(self) -> bool:
-        """Greedy and exact: of the full model's row only the likeliest token matters."""
-        return self.greedy and not self._slack
+    def exact(self) -> bool:
+        """No draft stands but what the full model says: of its row only the choice matters."""
+        return not self._slack
 
-    def judge(self, drafts: Sequence[int], row: Tensor | int) -> int:
+    def judge(self, drafts: Sequence[int], row: Tensor | Choice | int) -> int:
         """The token that stands where these are drafted: one of them, or what the full model says instead.
 
         The full model chooses as if nobody had drafted, so the outcome is its own, token by token for a seed. Greedy
         with a tolerance, the best of the drafts stands when it is likely enough.
 
         Args:
-            row: the full model's logits (V,), or the likeliest token where judging is `by_choice`.
+            row: the full model's logits (V,); where greedy, the likeliest token, with others' logits where not `exact`.
         """
-        token = row if isinstance(row, int) else self.choose(row)
+        token = row if isinstance(row, int) else row.token if isinstance(row, Choice) else self.choose(row)
         if self._slack and drafts and token not in drafts:
             best = max(drafts, key=lambda draft: float(row[draft]))
             if float(row[token] - row[best]) <= self._slack:

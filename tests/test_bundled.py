@@ -41,6 +41,16 @@ def test_verified_equals_full_bitwise(loaded):
         assert engine.bank.choice_bytes < 0.51 * engine.model.head_bytes
 
 
+def test_a_tolerance_is_the_same_with_and_without_a_screen(loaded):
+    engine, tokenizer = loaded
+    ids, screen = token_ids(tokenizer, bundled_prompts()[1].text), engine.bank.screen
+    config, texts = DecodeConfig(mode="verified", tolerance=0.6, max_new_tokens=2 * TOKENS), []
+    for engine.bank.screen in (screen, None):
+        texts.append(engine.run(ids, config).token_ids)
+    engine.bank.screen = screen
+    assert texts[0] == texts[1]
+
+
 def test_what_the_chat_template_says_first_was_read_when_loaded():
     engine, tokenizer = hub.load(hub.DEFAULT_MODEL, device="cpu")
     prompts = [token_ids(tokenizer, p.text) for p in bundled_prompts()]

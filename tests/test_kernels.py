@@ -239,6 +239,15 @@ def test_a_screen_finds_the_same_largest_output(outputs, inputs, close):
             assert packed.argmax(x[:, :n], screen) == packed(x[:, :n])[0].argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2)])
+@pytest.mark.usefixtures("processor")
+def test_one_output_alone_is_bitwise_that_of_all(outputs, inputs):
+    packed, x = pack(torch.randn(outputs, inputs).bfloat16(), torch.rand(outputs)), torch.randn(1, 7, inputs).bfloat16()
+    together = packed(x)[0].tolist()
+    assert all(packed.output(x, row, number) == together[row][number]
+               for row in range(7) for number in {0, 1, outputs // 2, outputs - 1})
+
+
 @pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2), (40, 258), (40, 2050)])
 @pytest.mark.usefixtures("processor")
 def test_a_linear_in_8_bits_is_the_one_with_its_weights_rounded(outputs, inputs):
