@@ -529,14 +529,13 @@ inline float doubt(const Screen& screen, const Number* x) {
     return float(1.001 * (screen.error * size + (screen.size + screen.error) * (step + (in + 16) * 0x1p-21 * size)));
 }
 
-// This thread's part of a screen's outputs: those that may be the largest, and in least[row].value what the largest one at
-// least is.
-inline void sift(Team& team, const Screen& screen, const Number* x, int rows, const float* doubts, Best* least,
+// This thread's part of a screen's outputs: those that may be the largest, and in least[row] what the largest at least is.
+inline void sift(Team& team, const Screen& screen, const Number* x, int rows, const float* doubts, float* least,
                  std::vector<Chance>& chances) {
     multiply(team, screen.rough, x, screen.rough.in, rows, [&](int r, int first, const float* sums) {
         const int n = screen.rough.out - first < BLOCK ? screen.rough.out - first : BLOCK;
         const float *scale = screen.rough.scale + first, doubt = doubts[r];
-        float& bound = least[r].value;
+        float& bound = least[r];
         bool any = false;
         for (int j = 0; j < n; j++) any |= sums[j] + scale[j] * doubt >= bound;
         for (int j = 0; any && j < n; j++) {
@@ -819,14 +818,14 @@ void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t
 void ce_argmax(const Matrix* m, const Screen* screen, const bf16* x, int32_t* numbers, int32_t rows, int32_t threads) {
     static thread_local Scratch<Number> n_x;
     static thread_local Scratch<Best> b_best;
-    static thread_local Scratch<float> f_doubts;
+    static thread_local Scratch<float> f_doubts, f_least;
     static thread_local Scratch<int> i_many;
     const Number* read = numbers_of(x, size_t(rows) * m->in, n_x);
     const size_t each = (rows + 15) / 16 * 16;                  // of a thread, in cache lines of its own
-    Best *best = b_best.get(2 * threads * each), *least = best + threads * each;
-    float* doubts = f_doubts.get(rows);
+    Best* best = b_best.get(threads * each);
+    float *doubts = f_doubts.get(rows), *least = f_least.get(threads * each);
     int* many = i_many.get(threads);
-    for (size_t i = 0; i < 2 * threads * each; i++) best[i] = {-INFINITY, 0};
+    for (size_t i = 0; i < threads * each; i++) best[i] = {-INFINITY, 0}, least[i] = -INFINITY;
     for (int r = 0; screen && r < rows; r++) doubts[r] = doubt(*screen, read + size_t(r) * m->in);
     Barrier barrier;
     int tickets[2] = {};
@@ -842,7 +841,7 @@ void ce_argmax(const Matrix* m, const Screen* screen, const bf16* x, int32_t* nu
             team.meet();
             auto lost = [&](const Chance& chance) {
                 bool below = false;
-                for (int t = 0; t < team.size; t++) below |= chance.most < least[t * each + chance.row].value;
+                for (int t = 0; t < team.size; t++) below |= chance.most < least[t * each + chance.row];
                 return below;
             };
             chances.erase(std::remove_if(chances.begin(), chances.end(), lost), chances.end());
