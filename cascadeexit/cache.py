@@ -18,14 +18,12 @@ class KVCache:
         # Zeros, not empty: slots past a layer's length are masked, but NaN times zero would still be NaN.
         shape = (num_layers, batch, num_heads, capacity, head_dim)
         self.keys, self.values = (memory.zeros(shape, dtype, device) for _ in range(2))     # (L, B, H, C, d)
+        self.capacity = capacity
+        self.places = self.keys.data_ptr(), self.values.data_ptr()      # as C knows them
         self.lengths = [0] * num_layers
         self.at: Tensor | None = None                                   # (N,), the slots that `update` writes
         self.replayed: dict = {}            # recordings of work on these very buffers, see `SegmentedModel`
         self._slots = torch.arange(capacity, device=device)             # (C,)
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
 
     def length(self, layer_idx: int) -> int:
         """Positions of this layer that hold real tokens."""

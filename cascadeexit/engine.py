@@ -23,6 +23,7 @@ from cascadeexit.lookup import Lookup
 from cascadeexit.metrics import Costs, RunStats, summarize
 from cascadeexit.model import SegmentedModel
 from cascadeexit.sampling import Sampler
+from cascadeexit.states import States, joined
 from cascadeexit.tree import Draft, DraftTree
 
 _MAX_ROWS = 256             # rows of one prefill or catch-up pass: bounds the memory of masks and activations
@@ -129,7 +130,7 @@ class Staircase:
         self.cache = model.new_cache(capacity)
         weakref.finalize(self, model.reuse, self.cache)
         self.tokens: list[int] = []
-        self.waiting: list[Tensor | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
+        self.waiting: list[Tensor | States | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
         self.weight_bytes = 0
 
     def filled(self, s: int) -> int:
@@ -139,30 +140,31 @@ class Staircase:
             return self.filled(s + 1) + (0 if waiting is None else waiting.shape[1])
         return self.cache.length(self.model.bounds[s])
 
-    def run(self, segments: range, parents: Sequence[int] | None = None) -> list[Tensor]:
+    def run(self, segments: range, parents: Sequence[int] | None = None) -> list[Tensor] | list[States]:
         """Everything waiting at these segments, through them up to the last: the rows after each, (1, N, D).
 
         In each, the newest row is the last. A span on which nobody waits is one pass.
 
         parents: the rows are a tree, as for `SegmentedModel.run_segments`.
         """
-        out: list[Tensor] = []
+        out = []
         while segments:
             first, end = segments[0], next((s for s in segments[1:] if self.waiting[s] is not None), segments.stop)
             span, segments = range(first, end), range(end, segments.stop)
             if first == 0:
-                rows = self.model.embed(self.tokens[self.filled(0):])
+                rows = self.model.enter(self.tokens[self.filled(0):])
             else:
                 rows, self.waiting[first] = self.waiting[first], None
-            parts = rows.split(_MAX_ROWS, dim=1) if rows.shape[1] > _MAX_ROWS else [rows]
+            parts = [rows[:, a:a + _MAX_ROWS] for a in range(0, rows.shape[1], _MAX_ROWS)]
             passed = [self.model.run_segments(span, part, self.cache, parents) for part in parts]
             self.weight_bytes += len(parts) * sum(self.model.segment_bytes[first:end])
-            out += passed[0] if len(parts) == 1 else [torch.cat(after, dim=1) for after in zip(*passed)]
+            out += [joined(after) for after in zip(*passed)]
             if end < self.model.num_segments:
-                self.waiting[end] = _append(self.waiting[end], out[-1])
+                before = self.waiting[end]
+                self.waiting[end] = out[-1] if before is None else joined([before, out[-1]])
         return out
 
-    def prefill(self, tokens: Sequence[int]) -> list[Tensor]:
+    def prefill(self, tokens: Sequence[int]) -> list[Tensor] | list[States]:
         """Add tokens and take them through every segment at once: the rows after each (1, N, D), [] without tokens."""
         self.tokens.extend(tokens)
         return self.run(range(self.model.num_segments)) if len(tokens) else []
@@ -175,13 +177,11 @@ class Staircase:
     def keep(self, drafts: int, path: Sequence[int]) -> None:
         """Of the newest `drafts` tokens only those on a path stay. Only after a full-depth pass, when nothing waits."""
         assert all(w is None for w in self.waiting), "rows are waiting: keep a path only after the last segment ran"
+        if len(path) == drafts:
+            return
         first = len(self.tokens) - drafts
         self.tokens[first:] = [self.tokens[first + i] for i in path]
         self.model.keep(self.cache, first - 1, [0, *(i + 1 for i in path)])      # row 0 is the token before the drafts
-
-
-def _append(before: Tensor | None, rows: Tensor) -> Tensor:
-    return rows if before is None else torch.cat([before, rows], dim=1)
 
 
 class _Stopwatch:
@@ -274,7 +274,7 @@ class Engine:
             opening.prefill(token_ids)
             self._opening = opening
 
-    def begin(self, prompt: Sequence[int], new_tokens: int) -> tuple[Staircase, list[Tensor]]:
+    def begin(self, prompt: Sequence[int], new_tokens: int) -> tuple[Staircase, list[Tensor] | list[States]]:
         """A staircase with room for so many tokens more that has read this prompt but for its newest token.
 
         And the rows after each segment that were read now, (1, N, D): all but those of the opening. None of a prompt
@@ -302,7 +302,9 @@ class Engine:
 
     def _timed(self, prompt_ids: list[int], config: DecodeConfig) -> Iterator[TokenEvent]:
         watch = _Stopwatch(self.model.device)
-        for burst in self._decode(prompt_ids, config, watch):
+        # Nothing here asks for gradients. The mode helps tensors; our own kernels need none; a switch costs 50 us.
+        decode = self._decode if self.model.native else torch.inference_mode()(self._decode)
+        for burst in decode(prompt_ids, config, watch):
             watch.pause()
             yield from burst
             watch.resume()
@@ -325,7 +327,6 @@ class Engine:
         return Sampler(config.temperature, config.top_p, config.seed, self.model.vocab_size, self.model.device,
                        config.tolerance)
 
-    @torch.inference_mode()
     def _decode(self, prompt: list[int], config: DecodeConfig, watch: _Stopwatch) -> Iterator[list[TokenEvent]]:
         """The events of a run, those of one moment together."""
         model, bank, last = self.model, self.bank, self.num_exits
@@ -457,11 +458,11 @@ class Engine:
             choices += self.model.choices(self.model.norm(top), self.bank.screen)
         return choices
 
-    def last_said(self, rows: list[Tensor]) -> Tensor:
+    def last_said(self, rows: list[Tensor] | list[States]) -> Tensor | States:
         """The full model's hidden state that names the token after these prefilled rows (1, D); zeros without rows."""
         if not rows:
             return torch.zeros(1, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)
-        return self.model.norm(rows[-1][0, -1:])
+        return self.model.norm(rows[-1][:, -1])
 
     def capacity(self, positions: int) -> int:
         """Cache slots for a run: room for the padding of the last pass, rounded up."""

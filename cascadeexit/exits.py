@@ -12,6 +12,7 @@ at hand in every decoder, and it holds what the deep layers understood of the te
 Letters: N rows, D hidden size, V vocabulary, K words of a trimmed head.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
@@ -35,11 +36,11 @@ from cascadeexit.kernels import (
     NativeDrafter,
     NativeLinear,
     NativeScreen,
-    State,
 )
 from cascadeexit.linear import PackedLinear, pack
 from cascadeexit.model import SegmentedModel
 from cascadeexit.sampling import argmax
+from cascadeexit.states import States, tensor_of
 
 log = logging.getLogger(__name__)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "exits.safetensors"
@@ -422,22 +423,22 @@ class ExitBank(nn.Module):
 
     # -- one exit, hidden rows in --------------------------------------------------------------------------------
 
-    def hidden(self, s: int, h: Tensor, said: Tensor) -> Tensor:
+    def hidden(self, s: int, h: Tensor | States, said: Tensor | States) -> Tensor | States:
         """Hidden rows after segment s, and for each the adapted or normed hidden that named its token: (..., D)."""
         return self._adapt[s](h, said)
 
-    def logits(self, s: int, hidden: Tensor) -> Tensor:
+    def logits(self, s: int, hidden: Tensor | States) -> Tensor:
         """Adapted hidden (..., D) of exit s -> logits (..., V), or (..., K) over the first K of `head_ids`."""
         return self._project[s](hidden)
 
-    def choice(self, s: int, hidden: Tensor) -> int:
+    def choice(self, s: int, hidden: Tensor | States) -> int:
         """The likeliest word of exit s for one adapted row (1, D)."""
         head = self._heads[s]
         best, = head.argmax(hidden) if isinstance(head, NativeLinear) else argmax(self.logits(s, hidden))
         return best if self._ids is None else self._ids[best]
 
-    def context(self, states: Sequence[Tensor], row: int) -> Tensor | None:
-        """What a drafter draws from a row of the states at all exits but the first, E times (1, N, D): (1, D) in fp32.
+    def context(self, states: Sequence[Tensor | States], row: int) -> Tensor | ctypes.Array | None:
+        """What a drafter draws from a row of the states at all exits but the first, E times (1, N, D): for `drafts`.
 
         None where the exit before the first layer drafts by itself.
         """
@@ -445,10 +446,11 @@ class ExitBank(nn.Module):
             return self._native_context(states, row)
         if self._context is None:
             return None
-        return self._context(torch.cat([rows[0, row:row + 1].to(self._device) for rows in states], dim=-1)).float()
+        each = [tensor_of(rows)[0, row:row + 1].to(self._device) for rows in states]
+        return self._context(torch.cat(each, dim=-1)).float()
 
-    def drafts(self, tokens: Sequence[int], said: Sequence[Tensor | State], k: int, temperature: float,
-               context: Tensor | None = None) -> list[tuple[Tensor | State, list[float], list[int]]]:
+    def drafts(self, tokens: Sequence[int], said: Sequence[Tensor | States], k: int, temperature: float,
+               context: Tensor | ctypes.Array | None = None) -> list[tuple[Tensor | States, list[float], list[int]]]:
         """What the drafter, or else the exit before the first layer, drafts after each of these tokens.
 
         Args:
@@ -460,8 +462,11 @@ class ExitBank(nn.Module):
         """
         if self._native_drafts:
             return self._native_drafts(tokens, said, k, temperature, context)
-        carried = torch.cat(list(said)) if len(said) > 1 else said[0]
-        carried = carried if context is None else (carried + context).to(carried.dtype)
+        states = [tensor_of(state) for state in said]
+        carried = torch.cat(states) if len(states) > 1 else states[0]
+        if context is not None:
+            told = context if isinstance(context, Tensor) else torch.frombuffer(context, dtype=torch.float32)
+            carried = (carried + told).to(carried.dtype)
         hidden = self._draft(self._embed(tokens)[0], carried)
         probs, words = self._likeliest(hidden, k, temperature)
         ids = words if self.head_ids is None else self.head_ids[words]
@@ -483,8 +488,8 @@ class ExitBank(nn.Module):
         """The same as plain numbers."""
         return [(self._places.get(token, -1), math.log1p(length)) for token, length in copied]
 
-    def confidence(self, s: int, hidden: Tensor, copied: Sequence[tuple[int, int]],
-                   before: Tensor | None = None) -> list[float]:
+    def confidence(self, s: int, hidden: Tensor | States, copied: Sequence[tuple[int, int]],
+                   before: Tensor | States | None = None) -> list[float]:
         """Probability that exit s chooses what the full model would: adapted hidden (N, D) -> N in [0, 1].
 
         Args:
@@ -495,10 +500,11 @@ class ExitBank(nn.Module):
             return self.logits(s, hidden).float().softmax(-1).amax(-1).tolist()
         estimator = self._confidence[s]
         if self.sketch_ids is None:
-            return estimator(hidden).tolist()
+            return estimator(tensor_of(hidden)).tolist()
         if isinstance(estimator, NativeConfidence):
             return estimator(hidden, self._told(copied), before)
-        return estimator(hidden, self.copies(copied), *([] if before is None else [before])).tolist()
+        rows = [tensor_of(hidden), self.copies(copied), *([] if before is None else [tensor_of(before)])]
+        return estimator(*rows).tolist()
 
     # -- bytes, for the cost metric ------------------------------------------------------------------------------
 

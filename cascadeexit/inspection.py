@@ -13,6 +13,7 @@ from torch import Tensor
 from cascadeexit.engine import Engine
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.lookup import Lookup
+from cascadeexit.states import tensor_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
     final = [e for e in events if e.final]
     text = [prompt_ids[-1], *(e.token_id for e in final[:-1])] if final else []
     stairs, passed = engine.begin(prompt_ids, len(final))
-    said = engine.last_said(passed)
+    said = tensor_of(engine.last_said(passed))
     written, before, copied, parts = list(prompt_ids), Lookup(prompt_ids), [], []
     for event in final:
         copied.append(before.copied(written))
@@ -68,7 +69,7 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
             before.extend(written[len(before):])
     for a in range(0, len(text), engine.model.max_verify_rows):
         part = slice(a, a + engine.model.max_verify_rows)
-        rows = stairs.prefill(text[part])
+        rows = [tensor_of(after) for after in stairs.prefill(text[part])]
         named = engine.model.norm(rows[-1][0])                                                  # (n, D)
         hidden = []
         for i, event in enumerate(final[part]):

@@ -19,14 +19,17 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from itertools import chain
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from cascadeexit.cache import KVCache
 from cascadeexit.memory import room
+from cascadeexit.states import States, like
 
 log = logging.getLogger(__name__)
 
@@ -228,23 +231,23 @@ class NativeLinear(nn.Module):
         """Bytes of weights that one output reads."""
         return self.shape[1] + 4 if self.eight_bits else 2 * self.shape[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | States) -> Tensor:
         x = _bf16(x)
         out = torch.empty(*x.shape[:-1], self.shape[0])
-        library().ce_linear(byref(self._matrix), x.data_ptr(), out.data_ptr(), x.shape[:-1].numel(),
+        library().ce_linear(byref(self._matrix), x.data_ptr(), out.data_ptr(), prod(x.shape[:-1]),
                             torch.get_num_threads())
         return out
 
-    def argmax(self, x: Tensor, screen: "NativeScreen | None" = None) -> list[int]:
+    def argmax(self, x: Tensor | States, screen: "NativeScreen | None" = None) -> list[int]:
         """Of each row (..., I) the output that is largest, the first of equal ones; the same with a screen, sooner."""
         x = _bf16(x)
-        n = x.shape[:-1].numel()
+        n = prod(x.shape[:-1])
         numbers = (c_int32 * n)()
         library().ce_argmax(byref(self._matrix), screen and byref(screen.structure), x.data_ptr(), numbers, n,
                             torch.get_num_threads())
         return numbers[:]
 
-    def output(self, x: Tensor, row: int, number: int) -> float:
+    def output(self, x: Tensor | States, row: int, number: int) -> float:
         """One output for one of these rows (1, N, I) bf16, bitwise what all of them together hold."""
         size, of = library().ce_block(), self._matrix
         first = number // size * size
@@ -255,12 +258,12 @@ class NativeLinear(nn.Module):
         library().ce_linear(byref(block), x.data_ptr() + 2 * row * of.inputs, out, 1, 1)
         return out[number - first]
 
-    def rows(self, ids: Sequence[int]) -> Tensor:
+    def rows(self, ids: Sequence[int]) -> States:
         """Rows of the weight: n numbers -> (1, n, I) bf16. Raises ValueError where they were rounded to 8 bits."""
         if self.eight_bits:
             raise ValueError("these weights were rounded to 8 bits; ask the layer that they were made from")
         n = len(ids)
-        out = torch.empty(1, n, self.shape[1], dtype=torch.bfloat16)
+        out = States((1, n, self.shape[1]))
         library().ce_rows(byref(self._matrix), (c_int64 * n)(*ids), n, out.data_ptr())
         return out
 
@@ -270,7 +273,7 @@ class NativeLinear(nn.Module):
         facts = torch.empty(*x.shape[:-1], 5 if before is None else 12)
         library().ce_softmax_facts(byref(self._matrix), x.data_ptr(), copied.data_ptr(),
                                    None if before is None else before.data_ptr(), facts.data_ptr(),
-                                   x.shape[:-1].numel(), torch.get_num_threads())
+                                   prod(x.shape[:-1]), torch.get_num_threads())
         return facts
 
     def likeliest(self, x: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -278,7 +281,7 @@ class NativeLinear(nn.Module):
         x, k = _bf16(x), min(k, self.shape[0])
         probs, numbers = (torch.empty(*x.shape[:-1], k, dtype=dtype) for dtype in (torch.float32, torch.int32))
         library().ce_likeliest(byref(self._matrix), x.data_ptr(), temperature, k, numbers.data_ptr(), probs.data_ptr(),
-                               x.shape[:-1].numel(), torch.get_num_threads())
+                               prod(x.shape[:-1]), torch.get_num_threads())
         return probs, numbers
 
     def first(self, outputs: int) -> "NativeLinear":
@@ -325,7 +328,7 @@ class Choice:
 
     __slots__ = "token", "_head", "_rows", "_row"
 
-    def __init__(self, token: int, head: NativeLinear, rows: Tensor, row: int):
+    def __init__(self, token: int, head: NativeLinear, rows: Tensor | States, row: int):
         self.token, self._head, self._rows, self._row = token, head, rows, row
 
     def __getitem__(self, token: int) -> float:
@@ -338,10 +341,10 @@ class NativeNorm:
     def __init__(self, weight: Tensor, eps: float):
         self._fp32, self._eps = weight.detach().float().contiguous(), eps
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | States) -> Tensor | States:
         x = _bf16(x)
-        out = torch.empty_like(x)
-        library().ce_norm(self._fp32.data_ptr(), self._eps, x.data_ptr(), out.data_ptr(), x.shape[:-1].numel(),
+        out = like(x)
+        library().ce_norm(self._fp32.data_ptr(), self._eps, x.data_ptr(), out.data_ptr(), prod(x.shape[:-1]),
                           x.shape[-1])
         return out
 
@@ -387,14 +390,14 @@ class NativeLayers:
                 and layers[0].mlp.act_fn.__class__.__name__ in ("SiLU", "SiLUActivation")
                 and mlp.down_proj.weight.shape[1] % 2 == 0 and usable(mlp.gate_proj.weight))
 
-    def run(self, bounds: Sequence[int], h: Tensor, keys: Tensor, values: Tensor, start: int, *,
-            parents: Sequence[int] | None = None, begins: Sequence[int] | None = None) -> list[Tensor]:
+    def run(self, bounds: tuple[int, ...], h: Tensor | States, cache: KVCache, start: int, *,
+            parents: Sequence[int] | None = None, begins: Sequence[int] | None = None) -> list[Tensor] | list[States]:
         """Rows (1, N, D) from layer bounds[0] on: what they are before each of the layers bounds[1:], (1, N, D).
 
         Without more said, they are positions start.. of one text.
 
         Args:
-            keys, values: the cache's buffers (L, B, H, C, d); the inner layout is the kernels' own, C a multiple of 16.
+            cache: of B texts; the inner layout is the kernels' own, its capacity a multiple of 16.
             parents: the rows are a tree after `start` positions; row r goes on from row parents[r] < r, row 0, whose
                 parent is -1, from the text. See `keep`.
             begins: row r is position `start` of text r of B = N, which sees its own positions from begins[r] on.
@@ -402,33 +405,39 @@ class NativeLayers:
         end = start + (h.shape[1] if parents is None and begins is None else 1)
         if end > self._positions:
             raise ValueError(f"this model has {self._positions} positions, {end} were asked for")
-        stops = [bound for bound in bounds[1:] if bound > bounds[0]]
-        h, out = h.contiguous(), h.new_empty(len(stops), *h.shape[1:])
-        library().ce_layers(byref(self._stack), bounds[0], bounds[-1], _ints(stops), h.data_ptr(), out.data_ptr(),
-                            h.shape[1], byref(_cache(keys, values)), start, _ints(parents), _ints(begins),
+        h, (stops, count) = _bf16(h), _stops(bounds)
+        n, d = h.shape[1:]
+        out = States((count, n, d))
+        library().ce_layers(byref(self._stack), bounds[0], bounds[-1], stops, h.data_ptr(), out.data_ptr(), n,
+                            byref(_Cache(*cache.places, cache.capacity)), start, _ints(parents), _ints(begins),
                             torch.get_num_threads())
-        # Before the first of these layers they are what came in: there an exit may sit, too. Right after a pass each
-        # operation takes 20 to 60 us, so nothing is split that is whole.
-        return [h] * (len(bounds) - 1 - len(stops)) + ([out] if len(stops) == 1 else list(out.split(1)))
+        # Before the first of these layers they are what came in: there an exit may sit, too.
+        passed = [h] * (len(bounds) - 1 - count)
+        after = [out.part(i * n, (1, n, d)) for i in range(count)]
+        return passed + (after if isinstance(h, States) else [rows.tensor() for rows in after])
 
-    @staticmethod
-    def keep(keys: Tensor, values: Tensor, start: int, path: Sequence[int]) -> None:
+    def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
         """Of a tree's rows, written from slot `start` on, keep a path, ascending, as a text in all layers."""
-        layers, _, heads, _, d = keys.shape
-        library().ce_keep(byref(_cache(keys, values)), layers, heads, d, start, _ints(path), len(path))
+        library().ce_keep(byref(_Cache(*cache.places, cache.capacity)), len(self._layers), self._stack.kv_heads,
+                          self._stack.head_dim, start, _ints(path), len(path))
 
 
-def _bf16(x: Tensor) -> Tensor:
+def _bf16(x: Tensor | States) -> Tensor | States:
     """As C reads whatever lies there."""
-    return x if x.dtype == torch.bfloat16 and x.is_contiguous() else x.to(torch.bfloat16).contiguous()
-
-
-def _cache(keys: Tensor, values: Tensor) -> _Cache:
-    return _Cache(keys.data_ptr(), values.data_ptr(), keys.shape[3])
+    if isinstance(x, States) or (x.dtype == torch.bfloat16 and x.is_contiguous()):
+        return x
+    return x.to(torch.bfloat16).contiguous()
 
 
 def _ints(values: Sequence[int] | None):
     return None if values is None else (c_int32 * len(values))(*values)
+
+
+@functools.cache
+def _stops(bounds: tuple[int, ...]) -> tuple[ctypes.Array, int]:
+    """Of the layers after the first of these those before which rows are asked for, and how many they are."""
+    stops = [bound for bound in bounds[1:] if bound > bounds[0]]
+    return _ints(stops), len(stops)
 
 
 def _reach(weight: Tensor) -> Tensor:
@@ -476,24 +485,12 @@ class NativeAdapter:
             parts = matrix(straight) if self.carries else _Matrix(), matrix(gate, down), matrix(up)
         self._exit = _Exit(*parts, self._store.floats(norm), eps, self._store.floats(reach))
 
-    def __call__(self, h: Tensor, said: Tensor) -> Tensor:
+    def __call__(self, h: Tensor | States, said: Tensor | States) -> Tensor | States:
         h, said = _bf16(h), _bf16(said) if self.carries else None
-        out = torch.empty_like(h)
+        out = like(h)
         library().ce_exit(byref(self._exit), h.data_ptr(), said.data_ptr() if self.carries else None, out.data_ptr(),
-                          h.shape[:-1].numel(), torch.get_num_threads())
+                          prod(h.shape[:-1]), torch.get_num_threads())
         return out
-
-
-class State:
-    """A hidden state (D,) in bf16 that only C reads. Drafting makes many of them, and a tensor takes longer to make."""
-
-    __slots__ = "_room", "_at"
-
-    def __init__(self, room: ctypes.Array, at: int):
-        self._room, self._at = room, at         # what keeps it alive, and where in it, in bytes
-
-    def data_ptr(self) -> int:
-        return ctypes.addressof(self._room) + self._at
 
 
 class NativeDrafter:
@@ -507,17 +504,16 @@ class NativeDrafter:
         self._embedding, self._adapter, self._words, self._ids = embedding, adapter, words, ids
         self._matrices = byref(embedding._matrix), byref(adapter._exit), byref(words._matrix)
 
-    def __call__(self, tokens: Sequence[int], said: Sequence[Tensor | State], k: int, temperature: float,
-                 context: Tensor | None = None):
+    def __call__(self, tokens: Sequence[int], said: Sequence[Tensor | States], k: int, temperature: float,
+                 context: "ctypes.Array | None" = None):
         """As `ExitBank.drafts`; states are bf16."""
-        n, k, size = len(tokens), min(k, self._words.shape[0]), 2 * self._embedding.shape[1]
+        n, k, d = len(tokens), min(k, self._words.shape[0]), self._embedding.shape[1]
         carried = (c_void_p * n)(*(state.data_ptr() for state in said)) if self._adapter.carries else None
-        hidden, numbers, probs = (c_char * (n * size))(), (c_int32 * (n * k))(), (c_float * (n * k))()
-        library().ce_draft(*self._matrices, (c_int64 * n)(*tokens), carried,
-                           None if context is None else context.data_ptr(), hidden, temperature, k, numbers, probs, n,
-                           torch.get_num_threads())
+        hidden, numbers, probs = States((n, d)), (c_int32 * (n * k))(), (c_float * (n * k))()
+        library().ce_draft(*self._matrices, (c_int64 * n)(*tokens), carried, context, hidden.data_ptr(), temperature, k,
+                           numbers, probs, n, torch.get_num_threads())
         ids = numbers[:] if self._ids is None else [self._ids[number] for number in numbers]
-        return [(State(hidden, i * size), probs[i * k:i * k + k], ids[i * k:i * k + k]) for i in range(n)]
+        return [(hidden.part(i, (1, d)), probs[i * k:i * k + k], ids[i * k:i * k + k]) for i in range(n)]
 
 
 class NativeContext:
@@ -530,11 +526,13 @@ class NativeContext:
         self._store = _Store([], [whole])
         self._matrix, self._reach = self._store.matrix_in_8_bits(whole, scale, len(weight)), self._store.floats(reach)
 
-    def __call__(self, states: Sequence[Tensor], row: int) -> Tensor:
-        """One row of each of these (1, N, D), bf16 as our layers give them -> (1, D) in fp32."""
-        n, at, out = len(states), 2 * row * self._matrix.outputs, torch.empty(1, self._matrix.outputs)
-        library().ce_gathered(byref(self._matrix), self._reach, (c_void_p * n)(*(s.data_ptr() + at for s in states)), n,
-                              out.data_ptr(), torch.get_num_threads())
+    def __call__(self, states: Sequence[Tensor | States], row: int) -> ctypes.Array:
+        """One row of each of these (1, N, D), bf16 as our layers give them -> D numbers in fp32."""
+        n, d = len(states), self._matrix.outputs
+        out = (c_float * d)()
+        library().ce_gathered(byref(self._matrix), self._reach,
+                              (c_void_p * n)(*(state.data_ptr() + 2 * row * d for state in states)), n, out,
+                              torch.get_num_threads())
         return out
 
 
@@ -555,7 +553,8 @@ class NativeConfidence:
         self._kept += kept
         return _Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
 
-    def __call__(self, x: Tensor, copied: Sequence[tuple[int, float]], before: Tensor | None = None) -> list[float]:
+    def __call__(self, x: Tensor | States, copied: Sequence[tuple[int, float]],
+                 before: Tensor | States | None = None) -> list[float]:
         x, before, n = _bf16(x), None if before is None else _bf16(before), len(copied)
         chances = (c_float * n)()
         library().ce_confidence(byref(self._head._matrix), byref(self._alone if before is None else self._after),

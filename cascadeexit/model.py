@@ -30,6 +30,7 @@ from cascadeexit.graphs import Replayed
 from cascadeexit.kernels import Choice, NativeLayers, NativeLinear, NativeNorm, NativeScreen
 from cascadeexit.linear import pack, pack_stock
 from cascadeexit.sampling import argmax
+from cascadeexit.states import States, tensor_of
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _REPLAYED_CAPACITY = 1024       # a recording is for one cache, so few sizes are best; unused slots cost little to read
@@ -199,7 +200,7 @@ class SegmentedModel:
     def head_weight(self) -> Tensor:
         """The vocabulary projection, shared by every exit: (V, D). Made anew from our own kernels' packed copy."""
         if isinstance(self.base.lm_head, torch.nn.Identity):
-            return self.head.rows(range(self.vocab_size))[0]
+            return self.head.rows(range(self.vocab_size)).tensor()[0]
         return self.base.lm_head.weight
 
     @cached_property
@@ -249,6 +250,10 @@ class SegmentedModel:
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Token ids (N,) -> hidden rows (1, N, D)."""
+        return tensor_of(self.enter(ids))
+
+    def enter(self, ids: Sequence[int] | Tensor) -> Tensor | States:
+        """The same as `States` where our own kernels hold the embeddings: so are then the rows after each segment."""
         if self.embeds_by_head:
             return self.head.rows(ids.tolist() if isinstance(ids, Tensor) else ids)
         return self.base.model.embed_tokens(torch.as_tensor(ids, device=self.device).view(1, -1))
@@ -270,12 +275,13 @@ class SegmentedModel:
                                                   position_embeddings=angles, cache=cache)
         return h
 
-    def run_segment(self, s: int, h: Tensor, cache: KVCache, parents: Sequence[int] | None = None) -> Tensor:
+    def run_segment(self, s: int, h: Tensor | States, cache: KVCache,
+                    parents: Sequence[int] | None = None) -> Tensor | States:
         """The next N rows (1, N, D) of segment s, in order, through its layers: (1, N, D). As `run_segments`."""
         return self.run_segments(range(s, s + 1), h, cache, parents)[0]
 
-    def run_segments(self, segments: range, h: Tensor, cache: KVCache,
-                     parents: Sequence[int] | None = None) -> list[Tensor]:
+    def run_segments(self, segments: range, h: Tensor | States, cache: KVCache,
+                     parents: Sequence[int] | None = None) -> list[Tensor] | list[States]:
         """The next N rows (1, N, D) of the first of these segments, through all: the rows after each, (1, N, D).
 
         Rows are padded to the bucket; padding is written past the real rows, masked, and overwritten later.
@@ -286,7 +292,7 @@ class SegmentedModel:
         n, bounds = h.shape[1], self.bounds[segments.start:segments.stop + 1]
         if self._native is not None and bounds[0] < bounds[-1]:
             start = cache.claim(range(bounds[0], bounds[-1]), n)
-            return self._native.run(bounds, h, cache.keys, cache.values, start, parents=parents)
+            return self._native.run(bounds, h, cache, start, parents=parents)
         out = []
         for s in segments:
             if layers := range(self.bounds[s], self.bounds[s + 1]):
@@ -325,7 +331,7 @@ class SegmentedModel:
     def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
         """Of a tree of rows after `start` positions, keep one path, row numbers ascending from 0; the rest goes."""
         if list(path) != list(range(len(path))):
-            self._native.keep(cache.keys, cache.values, start, path)
+            self._native.keep(cache, start, path)
         cache.truncate(start + len(path))
 
     def run_batch(self, s: int, h: Tensor, begins: Sequence[int], cache: KVCache) -> Tensor:
@@ -337,8 +343,7 @@ class SegmentedModel:
         if not layers:
             return h
         if self._native is not None:
-            return self._native.run(self.bounds[s:s + 2], h, cache.keys, cache.values, cache.claim(layers, 1),
-                                    begins=begins)[0]
+            return self._native.run(self.bounds[s:s + 2], h, cache, cache.claim(layers, 1), begins=begins)[0]
         positions = cache.positions(layers[0], 1)                                               # (1, 1)
         near = torch.arange(-(-(cache.length(layers[0]) + 1) // 64) * 64, device=h.device)[:cache.capacity]
         mask = (near >= torch.tensor(begins, device=h.device)[:, None]) & (near <= positions)
@@ -346,21 +351,22 @@ class SegmentedModel:
         cache.advance(layers, 1)
         return out.transpose(0, 1)
 
-    def logits(self, h: Tensor) -> Tensor:
+    def logits(self, h: Tensor | States) -> Tensor:
         """Hidden rows after the last layer (1, N, D) -> the full model's logits (1, N, V)."""
         return self.read(self.norm(h))
 
-    def read(self, normed: Tensor) -> Tensor:
+    def read(self, normed: Tensor | States) -> Tensor:
         """The same of rows that went through `norm` already: (1, N, D) -> (1, N, V)."""
-        return self._project(self.pad_rows(normed).to(self.device))[:, :normed.shape[1]]
+        return self._project(self.pad_rows(tensor_of(normed)).to(self.device))[:, :normed.shape[1]]
 
-    def choices(self, normed: Tensor, screen: NativeScreen | None = None) -> list[int]:
+    def choices(self, normed: Tensor | States, screen: NativeScreen | None = None) -> list[int]:
         """The likeliest token for each row that went through `norm`: (1, N, D) -> N. The screen is of the head."""
         if isinstance(self.head, NativeLinear):
             return self.head.argmax(normed, screen)
         return argmax(self.read(normed)[0])
 
-    def judges(self, normed: Tensor, screen: NativeScreen | None, logits: bool) -> Sequence[int | Choice | Tensor]:
+    def judges(self, normed: Tensor | States, screen: NativeScreen | None,
+               logits: bool) -> Sequence[int | Choice | Tensor]:
         """For each row that went through `norm` (1, N, D) what a greedy `Sampler` judges drafts by.
 
         Its likeliest token; where logits are wanted, too, with them, all (V,) or those that are asked for.
@@ -371,7 +377,7 @@ class SegmentedModel:
             return self.read(normed)[0]
         return [Choice(token, self.head, normed, i) for i, token in enumerate(self.choices(normed, screen))]
 
-    def pad_rows(self, h: Tensor) -> Tensor:
+    def pad_rows(self, h: Tensor | States) -> Tensor | States:
         """(1, N, D) with zero rows up to the row bucket."""
         missing = self.pad(h.shape[1]) - h.shape[1]
         return F.pad(h, (0, 0, 0, missing)) if missing else h

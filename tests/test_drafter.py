@@ -7,6 +7,7 @@ from conftest import tiny_base, tiny_engine
 from cascadeexit.engine import DecodeConfig, Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.model import SegmentedModel
+from cascadeexit.states import tensor_of
 from training.documents import Document
 from training.drafter import Rows, Whitened
 from training.features import FeatureStore
@@ -35,7 +36,7 @@ def test_it_is_told_what_lay_below_the_state_that_named_the_newest_token(monkeyp
     told, context = [], engine.bank.context
 
     def listen(states, row):
-        told.append(torch.cat([rows[0, row:row + 1] for rows in states], -1))
+        told.append(torch.cat([tensor_of(rows)[0, row:row + 1] for rows in states], -1))
         return context(states, row)
 
     monkeypatch.setattr(engine.bank, "context", listen)
