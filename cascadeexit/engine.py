@@ -155,10 +155,11 @@ class Staircase:
                 rows = self.model.enter(self.tokens[self.filled(0):])
             else:
                 rows, self.waiting[first] = self.waiting[first], None
-            parts = [rows[:, a:a + _MAX_ROWS] for a in range(0, rows.shape[1], _MAX_ROWS)]
+            n = rows.shape[1]
+            parts = [rows[:, a:a + _MAX_ROWS] for a in range(0, n, _MAX_ROWS)] if n > _MAX_ROWS else [rows]
             passed = [self.model.run_segments(span, part, self.cache, parents) for part in parts]
             self.weight_bytes += len(parts) * sum(self.model.segment_bytes[first:end])
-            out += [joined(after) for after in zip(*passed)]
+            out += passed[0] if len(parts) == 1 else [joined(after) for after in zip(*passed)]
             if end < self.model.num_segments:
                 before = self.waiting[end]
                 self.waiting[end] = out[-1] if before is None else joined([before, out[-1]])

@@ -202,7 +202,8 @@ def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
         block = nn.functional.pad(block.float(), (0, 0, 0, size - len(block)))
         scales.append(_scale_of(block))
         whole = (block / scales[-1][:, None]).round().to(torch.int8)
-        parts.append(whole.view(size, -1, 2).transpose(0, 1).reshape(-1, 2 * size))
+        # Of each pair of inputs the first half of the outputs and the second in turn, byte by byte.
+        parts.append(whole.view(2, size // 2, -1, 2).permute(2, 1, 3, 0).reshape(-1, 2 * size))
     return torch.stack(parts), torch.cat(scales)
 
 

@@ -5,14 +5,11 @@ ms on the bundled model 0.7 were such operations. So where our own kernels run, 
 """
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
-
-_room_of = functools.cache(lambda size: ctypes.c_char * size)
 
 
 class States:
@@ -23,7 +20,7 @@ class States:
     def __init__(self, shape: tuple[int, ...], room: ctypes.Array | None = None, at: int = 0):
         """Room for rows of this shape, or rows that lie in another's room from byte `at` on."""
         self.shape, self._at = shape, at
-        self._room = _room_of(2 * prod(shape))() if room is None else room
+        self._room = (ctypes.c_char * (2 * prod(shape)))() if room is None else room
 
     def data_ptr(self) -> int:
         return ctypes.addressof(self._room) + self._at
@@ -57,8 +54,6 @@ def like(rows: Tensor | States) -> Tensor | States:
 
 def joined(parts: Sequence[Tensor | States]) -> Tensor | States:
     """Rows (1, N, D) one after another, all of one kind: (1, sum of N, D)."""
-    if len(parts) == 1:
-        return parts[0]
     if not isinstance(parts[0], States):
         return torch.cat(list(parts), dim=1)
     out, at = States((1, sum(part.shape[1] for part in parts), parts[0].shape[2])), 0
