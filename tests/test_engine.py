@@ -57,6 +57,19 @@ def test_full_stops_at_end_of_sequence():
 
 
 @pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_text_of_more_rows_than_a_pass_takes_goes_through_in_parts(mode, dtype, monkeypatch):
+    """Prompts, and what waits for layers that catch up."""
+    engine = tiny_engine(adapter="carry", confidence="sketch", sketch_size=40, dtype=dtype)
+    prompt = [(7 * i) % 60 + 20 for i in range(45)]
+    config = DecodeConfig(mode=mode, max_new_tokens=TOKENS, max_draft=15, thresholds=0.02)
+    at_once = engine.run(prompt, config)
+    monkeypatch.setattr("cascadeexit.engine._MAX_ROWS", 8)
+    assert engine.run(prompt, config).token_ids == at_once.token_ids
+    assert mode is not Mode.VERIFIED or at_once.stats.drafted, "nothing waited"
+
+
+@pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("read", [1, 16, 17, 38, 39, 40, None])
 def test_an_opening_that_was_read_before_changes_nothing_but_the_work(mode, read):
     """Of a prompt of 40 tokens so many were read; None: those of another prompt. At least one is left to read."""
