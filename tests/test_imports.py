@@ -38,9 +38,9 @@ def test_each_library_has_one_door(path):
 
 def test_imports_inside_the_core_point_one_way():
     """Lower files never import higher ones."""
-    order = ["events.py", "prompts.py", "memory.py", "cache.py", "kernels.py", "graphs.py", "linear.py", "sampling.py",
-             "lookup.py", "model.py", "calibration.py", "exits.py", "metrics.py", "tree.py", "engine.py", "race.py",
-             "inspection.py", "evaluation.py", "stream.py", "record.py", "views.py", "hub.py", "library.py",
+    order = ["events.py", "prompts.py", "memory.py", "cache.py", "states.py", "kernels.py", "graphs.py", "linear.py",
+             "sampling.py", "lookup.py", "model.py", "calibration.py", "exits.py", "metrics.py", "tree.py", "engine.py",
+             "race.py", "inspection.py", "evaluation.py", "stream.py", "record.py", "views.py", "hub.py", "library.py",
              "__init__.py"]
     assert sorted(order) == sorted(path.name for path in CORE)
     for path in CORE:
