@@ -19,7 +19,7 @@ class KVCache:
         shape = (num_layers, batch, num_heads, capacity, head_dim)
         self.keys, self.values = (memory.zeros(shape, dtype, device) for _ in range(2))     # (L, B, H, C, d)
         self.capacity = capacity
-        self.places = self.keys.data_ptr(), self.values.data_ptr()      # as C knows them
+        self.places = self.keys.data_ptr(), self.values.data_ptr()      # their addresses, for our own kernels
         self.lengths = [0] * num_layers
         self.at: Tensor | None = None                                   # (N,), the slots that `update` writes
         self.replayed: dict = {}            # recordings of work on these very buffers, see `SegmentedModel`

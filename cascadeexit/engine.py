@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from torch import Tensor
 
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.exits import ExitBank
@@ -23,7 +22,7 @@ from cascadeexit.lookup import Lookup
 from cascadeexit.metrics import Costs, RunStats, summarize
 from cascadeexit.model import SegmentedModel
 from cascadeexit.sampling import Sampler
-from cascadeexit.states import States, joined
+from cascadeexit.states import Hidden, joined
 from cascadeexit.tree import Draft, DraftTree
 
 _MAX_ROWS = 256             # rows of one prefill or catch-up pass: bounds the memory of masks and activations
@@ -130,7 +129,7 @@ class Staircase:
         self.cache = model.new_cache(capacity)
         weakref.finalize(self, model.reuse, self.cache)
         self.tokens: list[int] = []
-        self.waiting: list[Tensor | States | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
+        self.waiting: list[Hidden | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
         self.weight_bytes = 0
 
     def filled(self, s: int) -> int:
@@ -140,7 +139,7 @@ class Staircase:
             return self.filled(s + 1) + (0 if waiting is None else waiting.shape[1])
         return self.cache.length(self.model.bounds[s])
 
-    def run(self, segments: range, parents: Sequence[int] | None = None) -> list[Tensor] | list[States]:
+    def run(self, segments: range, parents: Sequence[int] | None = None) -> list[Hidden]:
         """Everything waiting at these segments, through them up to the last: the rows after each, (1, N, D).
 
         In each, the newest row is the last. A span on which nobody waits is one pass.
@@ -165,7 +164,7 @@ class Staircase:
                 self.waiting[end] = out[-1] if before is None else joined([before, out[-1]])
         return out
 
-    def prefill(self, tokens: Sequence[int]) -> list[Tensor] | list[States]:
+    def prefill(self, tokens: Sequence[int]) -> list[Hidden]:
         """Add tokens and take them through every segment at once: the rows after each (1, N, D), [] without tokens."""
         self.tokens.extend(tokens)
         return self.run(range(self.model.num_segments)) if len(tokens) else []
@@ -178,7 +177,7 @@ class Staircase:
     def keep(self, drafts: int, path: Sequence[int]) -> None:
         """Of the newest `drafts` tokens only those on a path stay. Only after a full-depth pass, when nothing waits."""
         assert all(w is None for w in self.waiting), "rows are waiting: keep a path only after the last segment ran"
-        if len(path) == drafts:
+        if len(path) == drafts:                         # all of them, in their order
             return
         first = len(self.tokens) - drafts
         self.tokens[first:] = [self.tokens[first + i] for i in path]
@@ -275,7 +274,7 @@ class Engine:
             opening.prefill(token_ids)
             self._opening = opening
 
-    def begin(self, prompt: Sequence[int], new_tokens: int) -> tuple[Staircase, list[Tensor] | list[States]]:
+    def begin(self, prompt: Sequence[int], new_tokens: int) -> tuple[Staircase, list[Hidden]]:
         """A staircase with room for so many tokens more that has read this prompt but for its newest token.
 
         And the rows after each segment that were read now, (1, N, D): all but those of the opening. None of a prompt
@@ -303,7 +302,7 @@ class Engine:
 
     def _timed(self, prompt_ids: list[int], config: DecodeConfig) -> Iterator[TokenEvent]:
         watch = _Stopwatch(self.model.device)
-        # Nothing here asks for gradients. The mode helps tensors; our own kernels need none; a switch costs 50 us.
+        # Nothing asks for gradients. The mode saves tensors work; our own kernels need none, and a switch takes 50 us.
         decode = self._decode if self.model.native else torch.inference_mode()(self._decode)
         for burst in decode(prompt_ids, config, watch):
             watch.pause()
@@ -459,7 +458,7 @@ class Engine:
             choices += self.model.choices(self.model.norm(top), self.bank.screen)
         return choices
 
-    def last_said(self, rows: list[Tensor] | list[States]) -> Tensor | States:
+    def last_said(self, rows: list[Hidden]) -> Hidden:
         """The full model's hidden state that names the token after these prefilled rows (1, D); zeros without rows."""
         if not rows:
             return torch.zeros(1, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)

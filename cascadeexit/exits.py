@@ -40,7 +40,9 @@ from cascadeexit.kernels import (
 from cascadeexit.linear import PackedLinear, pack
 from cascadeexit.model import SegmentedModel
 from cascadeexit.sampling import argmax
-from cascadeexit.states import States, tensor_of
+from cascadeexit.states import Hidden, tensor_of
+
+Context = Tensor | ctypes.Array     # of a drafter: (1, D), or as our own kernels hand it on, D numbers in fp32
 
 log = logging.getLogger(__name__)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "exits.safetensors"
@@ -363,9 +365,9 @@ class ExitBank(nn.Module):
             head = pack(trimmed, eight_bits=True)               # as good as in bf16, and half as much to read
         self._word_bytes = _row_bytes(head, weight)
         self.screen = None
-        if isinstance(model.head, NativeLinear) and not model.head.has_bias and self.head_ids is not None:
-            if len(self.head_ids.unique()) == c.vocab_size:
-                self.screen = NativeScreen(head, trimmed, self.head_ids)
+        all_words = self.head_ids is not None and len(self.head_ids.unique()) == c.vocab_size
+        if all_words and isinstance(model.head, NativeLinear) and not model.head.has_bias:
+            self.screen = NativeScreen(head, trimmed, self.head_ids)
         self.choice_bytes = self.screen.bytes if self.screen else model.head_bytes
 
         def first(words: int) -> nn.Module:
@@ -423,21 +425,21 @@ class ExitBank(nn.Module):
 
     # -- one exit, hidden rows in --------------------------------------------------------------------------------
 
-    def hidden(self, s: int, h: Tensor | States, said: Tensor | States) -> Tensor | States:
+    def hidden(self, s: int, h: Hidden, said: Hidden) -> Hidden:
         """Hidden rows after segment s, and for each the adapted or normed hidden that named its token: (..., D)."""
         return self._adapt[s](h, said)
 
-    def logits(self, s: int, hidden: Tensor | States) -> Tensor:
+    def logits(self, s: int, hidden: Hidden) -> Tensor:
         """Adapted hidden (..., D) of exit s -> logits (..., V), or (..., K) over the first K of `head_ids`."""
         return self._project[s](hidden)
 
-    def choice(self, s: int, hidden: Tensor | States) -> int:
+    def choice(self, s: int, hidden: Hidden) -> int:
         """The likeliest word of exit s for one adapted row (1, D)."""
         head = self._heads[s]
         best, = head.argmax(hidden) if isinstance(head, NativeLinear) else argmax(self.logits(s, hidden))
         return best if self._ids is None else self._ids[best]
 
-    def context(self, states: Sequence[Tensor | States], row: int) -> Tensor | ctypes.Array | None:
+    def context(self, states: Sequence[Hidden], row: int) -> Context | None:
         """What a drafter draws from a row of the states at all exits but the first, E times (1, N, D): for `drafts`.
 
         None where the exit before the first layer drafts by itself.
@@ -449,8 +451,8 @@ class ExitBank(nn.Module):
         each = [tensor_of(rows)[0, row:row + 1].to(self._device) for rows in states]
         return self._context(torch.cat(each, dim=-1)).float()
 
-    def drafts(self, tokens: Sequence[int], said: Sequence[Tensor | States], k: int, temperature: float,
-               context: Tensor | ctypes.Array | None = None) -> list[tuple[Tensor | States, list[float], list[int]]]:
+    def drafts(self, tokens: Sequence[int], said: Sequence[Hidden], k: int, temperature: float,
+               context: Context | None = None) -> list[tuple[Hidden, list[float], list[int]]]:
         """What the drafter, or else the exit before the first layer, drafts after each of these tokens.
 
         Args:
@@ -488,8 +490,8 @@ class ExitBank(nn.Module):
         """The same as plain numbers."""
         return [(self._places.get(token, -1), math.log1p(length)) for token, length in copied]
 
-    def confidence(self, s: int, hidden: Tensor | States, copied: Sequence[tuple[int, int]],
-                   before: Tensor | States | None = None) -> list[float]:
+    def confidence(self, s: int, hidden: Hidden, copied: Sequence[tuple[int, int]],
+                   before: Hidden | None = None) -> list[float]:
         """Probability that exit s chooses what the full model would: adapted hidden (N, D) -> N in [0, 1].
 
         Args:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from cascadeexit.cache import KVCache
 from cascadeexit.memory import room
-from cascadeexit.states import States, like
+from cascadeexit.states import Hidden, States, like
 
 log = logging.getLogger(__name__)
 
@@ -232,14 +232,14 @@ class NativeLinear(nn.Module):
         """Bytes of weights that one output reads."""
         return self.shape[1] + 4 if self.eight_bits else 2 * self.shape[1]
 
-    def forward(self, x: Tensor | States) -> Tensor:
+    def forward(self, x: Hidden) -> Tensor:
         x = _bf16(x)
         out = torch.empty(*x.shape[:-1], self.shape[0])
         library().ce_linear(byref(self._matrix), x.data_ptr(), out.data_ptr(), prod(x.shape[:-1]),
                             torch.get_num_threads())
         return out
 
-    def argmax(self, x: Tensor | States, screen: "NativeScreen | None" = None) -> list[int]:
+    def argmax(self, x: Hidden, screen: "NativeScreen | None" = None) -> list[int]:
         """Of each row (..., I) the output that is largest, the first of equal ones; the same with a screen, sooner."""
         x = _bf16(x)
         n = prod(x.shape[:-1])
@@ -248,7 +248,7 @@ class NativeLinear(nn.Module):
                             torch.get_num_threads())
         return numbers[:]
 
-    def output(self, x: Tensor | States, row: int, number: int) -> float:
+    def output(self, x: Hidden, row: int, number: int) -> float:
         """One output for one of these rows (1, N, I) bf16, bitwise what all of them together hold."""
         size, of = library().ce_block(), self._matrix
         first = number // size * size
@@ -329,7 +329,7 @@ class Choice:
 
     __slots__ = "token", "_head", "_rows", "_row"
 
-    def __init__(self, token: int, head: NativeLinear, rows: Tensor | States, row: int):
+    def __init__(self, token: int, head: NativeLinear, rows: Hidden, row: int):
         self.token, self._head, self._rows, self._row = token, head, rows, row
 
     def __getitem__(self, token: int) -> float:
@@ -342,7 +342,7 @@ class NativeNorm:
     def __init__(self, weight: Tensor, eps: float):
         self._fp32, self._eps = weight.detach().float().contiguous(), eps
 
-    def __call__(self, x: Tensor | States) -> Tensor | States:
+    def __call__(self, x: Hidden) -> Hidden:
         x = _bf16(x)
         out = like(x)
         library().ce_norm(self._fp32.data_ptr(), self._eps, x.data_ptr(), out.data_ptr(), prod(x.shape[:-1]),
@@ -391,8 +391,8 @@ class NativeLayers:
                 and layers[0].mlp.act_fn.__class__.__name__ in ("SiLU", "SiLUActivation")
                 and mlp.down_proj.weight.shape[1] % 2 == 0 and usable(mlp.gate_proj.weight))
 
-    def run(self, bounds: tuple[int, ...], h: Tensor | States, cache: KVCache, start: int, *,
-            parents: Sequence[int] | None = None, begins: Sequence[int] | None = None) -> list[Tensor] | list[States]:
+    def run(self, bounds: tuple[int, ...], h: Hidden, cache: KVCache, start: int, *,
+            parents: Sequence[int] | None = None, begins: Sequence[int] | None = None) -> list[Hidden]:
         """Rows (1, N, D) from layer bounds[0] on: what they are before each of the layers bounds[1:], (1, N, D).
 
         Without more said, they are positions start.. of one text.
@@ -406,8 +406,8 @@ class NativeLayers:
         end = start + (h.shape[1] if parents is None and begins is None else 1)
         if end > self._positions:
             raise ValueError(f"this model has {self._positions} positions, {end} were asked for")
-        h, (stops, count) = _bf16(h), _stops(bounds)
-        n, d = h.shape[1:]
+        h, stops = _bf16(h), _stops(bounds)
+        (n, d), count = h.shape[1:], len(stops)
         out = States((count, n, d))
         library().ce_layers(byref(self._stack), bounds[0], bounds[-1], stops, h.data_ptr(), out.data_ptr(), n,
                             byref(_Cache(*cache.places, cache.capacity)), start, _ints(parents), _ints(begins),
@@ -423,7 +423,7 @@ class NativeLayers:
                           self._stack.head_dim, start, _ints(path), len(path))
 
 
-def _bf16(x: Tensor | States) -> Tensor | States:
+def _bf16(x: Hidden) -> Hidden:
     """As C reads whatever lies there."""
     if isinstance(x, States) or (x.dtype == torch.bfloat16 and x.is_contiguous()):
         return x
@@ -435,10 +435,9 @@ def _ints(values: Sequence[int] | None):
 
 
 @functools.cache
-def _stops(bounds: tuple[int, ...]) -> tuple[ctypes.Array, int]:
-    """Of the layers after the first of these those before which rows are asked for, and how many they are."""
-    stops = [bound for bound in bounds[1:] if bound > bounds[0]]
-    return _ints(stops), len(stops)
+def _stops(bounds: tuple[int, ...]) -> ctypes.Array:
+    """Those of these layers, after the first, before which C has rows to hand out."""
+    return _ints([bound for bound in bounds[1:] if bound > bounds[0]])
 
 
 def _reach(weight: Tensor) -> Tensor:
@@ -486,7 +485,7 @@ class NativeAdapter:
             parts = matrix(straight) if self.carries else _Matrix(), matrix(gate, down), matrix(up)
         self._exit = _Exit(*parts, self._store.floats(norm), eps, self._store.floats(reach))
 
-    def __call__(self, h: Tensor | States, said: Tensor | States) -> Tensor | States:
+    def __call__(self, h: Hidden, said: Hidden) -> Hidden:
         h, said = _bf16(h), _bf16(said) if self.carries else None
         out = like(h)
         library().ce_exit(byref(self._exit), h.data_ptr(), said.data_ptr() if self.carries else None, out.data_ptr(),
@@ -505,8 +504,8 @@ class NativeDrafter:
         self._embedding, self._adapter, self._words, self._ids = embedding, adapter, words, ids
         self._matrices = byref(embedding._matrix), byref(adapter._exit), byref(words._matrix)
 
-    def __call__(self, tokens: Sequence[int], said: Sequence[Tensor | States], k: int, temperature: float,
-                 context: "ctypes.Array | None" = None):
+    def __call__(self, tokens: Sequence[int], said: Sequence[Hidden], k: int, temperature: float,
+                 context: ctypes.Array | None = None):
         """As `ExitBank.drafts`; states are bf16."""
         n, k, d = len(tokens), min(k, self._words.shape[0]), self._embedding.shape[1]
         carried = (c_void_p * n)(*(state.data_ptr() for state in said)) if self._adapter.carries else None
@@ -527,7 +526,7 @@ class NativeContext:
         self._store = _Store([], [whole])
         self._matrix, self._reach = self._store.matrix_in_8_bits(whole, scale, len(weight)), self._store.floats(reach)
 
-    def __call__(self, states: Sequence[Tensor | States], row: int) -> ctypes.Array:
+    def __call__(self, states: Sequence[Hidden], row: int) -> ctypes.Array:
         """One row of each of these (1, N, D), bf16 as our layers give them -> D numbers in fp32."""
         n, d = len(states), self._matrix.outputs
         out = (c_float * d)()
@@ -554,8 +553,7 @@ class NativeConfidence:
         self._kept += kept
         return _Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
 
-    def __call__(self, x: Tensor | States, copied: Sequence[tuple[int, float]],
-                 before: Tensor | States | None = None) -> list[float]:
+    def __call__(self, x: Hidden, copied: Sequence[tuple[int, float]], before: Hidden | None = None) -> list[float]:
         x, before, n = _bf16(x), None if before is None else _bf16(before), len(copied)
         chances = (c_float * n)()
         library().ce_confidence(byref(self._head._matrix), byref(self._alone if before is None else self._after),

@@ -30,7 +30,7 @@ from cascadeexit.graphs import Replayed
 from cascadeexit.kernels import Choice, NativeLayers, NativeLinear, NativeNorm, NativeScreen
 from cascadeexit.linear import pack, pack_stock
 from cascadeexit.sampling import argmax
-from cascadeexit.states import States, tensor_of
+from cascadeexit.states import Hidden, tensor_of
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _REPLAYED_CAPACITY = 1024       # a recording is for one cache, so few sizes are best; unused slots cost little to read
@@ -252,7 +252,7 @@ class SegmentedModel:
         """Token ids (N,) -> hidden rows (1, N, D)."""
         return tensor_of(self.enter(ids))
 
-    def enter(self, ids: Sequence[int] | Tensor) -> Tensor | States:
+    def enter(self, ids: Sequence[int] | Tensor) -> Hidden:
         """The same as `States` where our own kernels hold the embeddings: so are then the rows after each segment."""
         if self.embeds_by_head:
             return self.head.rows(ids.tolist() if isinstance(ids, Tensor) else ids)
@@ -275,13 +275,12 @@ class SegmentedModel:
                                                   position_embeddings=angles, cache=cache)
         return h
 
-    def run_segment(self, s: int, h: Tensor | States, cache: KVCache,
-                    parents: Sequence[int] | None = None) -> Tensor | States:
+    def run_segment(self, s: int, h: Hidden, cache: KVCache, parents: Sequence[int] | None = None) -> Hidden:
         """The next N rows (1, N, D) of segment s, in order, through its layers: (1, N, D). As `run_segments`."""
         return self.run_segments(range(s, s + 1), h, cache, parents)[0]
 
-    def run_segments(self, segments: range, h: Tensor | States, cache: KVCache,
-                     parents: Sequence[int] | None = None) -> list[Tensor] | list[States]:
+    def run_segments(self, segments: range, h: Hidden, cache: KVCache,
+                     parents: Sequence[int] | None = None) -> list[Hidden]:
         """The next N rows (1, N, D) of the first of these segments, through all: the rows after each, (1, N, D).
 
         Rows are padded to the bucket; padding is written past the real rows, masked, and overwritten later.
@@ -351,22 +350,21 @@ class SegmentedModel:
         cache.advance(layers, 1)
         return out.transpose(0, 1)
 
-    def logits(self, h: Tensor | States) -> Tensor:
+    def logits(self, h: Hidden) -> Tensor:
         """Hidden rows after the last layer (1, N, D) -> the full model's logits (1, N, V)."""
         return self.read(self.norm(h))
 
-    def read(self, normed: Tensor | States) -> Tensor:
+    def read(self, normed: Hidden) -> Tensor:
         """The same of rows that went through `norm` already: (1, N, D) -> (1, N, V)."""
         return self._project(self.pad_rows(tensor_of(normed)).to(self.device))[:, :normed.shape[1]]
 
-    def choices(self, normed: Tensor | States, screen: NativeScreen | None = None) -> list[int]:
+    def choices(self, normed: Hidden, screen: NativeScreen | None = None) -> list[int]:
         """The likeliest token for each row that went through `norm`: (1, N, D) -> N. The screen is of the head."""
         if isinstance(self.head, NativeLinear):
             return self.head.argmax(normed, screen)
         return argmax(self.read(normed)[0])
 
-    def judges(self, normed: Tensor | States, screen: NativeScreen | None,
-               logits: bool) -> Sequence[int | Choice | Tensor]:
+    def judges(self, normed: Hidden, screen: NativeScreen | None, logits: bool) -> Sequence[int | Choice | Tensor]:
         """For each row that went through `norm` (1, N, D) what a greedy `Sampler` judges drafts by.
 
         Its likeliest token; where logits are wanted, too, with them, all (V,) or those that are asked for.
@@ -377,7 +375,7 @@ class SegmentedModel:
             return self.read(normed)[0]
         return [Choice(token, self.head, normed, i) for i, token in enumerate(self.choices(normed, screen))]
 
-    def pad_rows(self, h: Tensor | States) -> Tensor | States:
+    def pad_rows(self, h: Hidden) -> Hidden:
         """(1, N, D) with zero rows up to the row bucket."""
         missing = self.pad(h.shape[1]) - h.shape[1]
         return F.pad(h, (0, 0, 0, missing)) if missing else h

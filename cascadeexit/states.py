@@ -30,7 +30,7 @@ class States:
         return States(shape, self._room, self._at + 2 * first * self.shape[-1])
 
     def __getitem__(self, at: tuple[slice, int | slice]) -> "States":
-        """Of (1, N, D) what [:, i] or [:, a:b] of a tensor is: (1, D) or (1, n, D)."""
+        """Of (1, N, D) what [:, i] or [:, a:b] of a tensor is: (1, D) or (1, n, D). Without steps."""
         _, n, d = self.shape
         chosen = range(n)[at[1]]
         return self.part(chosen, (1, d)) if isinstance(chosen, int) else self.part(chosen.start, (1, len(chosen), d))
@@ -43,16 +43,19 @@ class States:
         return torch.frombuffer(self._room, dtype=torch.bfloat16, count=count, offset=self._at).view(self.shape)
 
 
-def tensor_of(rows: Tensor | States) -> Tensor:
+Hidden = Tensor | States        # rows of the engine: whatever goes into a pass, the same kind comes out of it
+
+
+def tensor_of(rows: Hidden) -> Tensor:
     return rows.tensor() if isinstance(rows, States) else rows
 
 
-def like(rows: Tensor | States) -> Tensor | States:
+def like(rows: Hidden) -> Hidden:
     """Room for as many rows of the same kind."""
     return States(rows.shape) if isinstance(rows, States) else torch.empty_like(rows)
 
 
-def joined(parts: Sequence[Tensor | States]) -> Tensor | States:
+def joined(parts: Sequence[Hidden]) -> Hidden:
     """Rows (1, N, D) one after another, all of one kind: (1, sum of N, D)."""
     if not isinstance(parts[0], States):
         return torch.cat(list(parts), dim=1)

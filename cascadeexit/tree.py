@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cascadeexit.events import COPIED
-from cascadeexit.exits import ExitBank
+from cascadeexit.exits import Context, ExitBank
 from cascadeexit.lookup import LONGEST_MATCH, Guess, Lookup
 from cascadeexit.model import SegmentedModel
-from cascadeexit.states import States
+from cascadeexit.states import Hidden
 
 _BRANCHES = 6               # drafts that may follow one token
 _HOPE = 0.5                 # chance that a question brings a right draft, when it is not known yet
@@ -45,7 +45,7 @@ class _Node:
     survival: float                                 # chance that it and all before it are right
     token: int
     parent: "_Node | None"
-    said: Tensor | States                           # (1, D), the state that named it
+    said: Hidden                                    # (1, D), the state that named it
     depth: int
     exit: int
     promised: float = 0.0
@@ -81,7 +81,7 @@ class DraftTree:
             deep: for a drafter, the states after all exits but the first (1, N, D) and the row that led to `said`.
         """
         spent = expected = 1.0                      # passes, and the tokens that they bring: speed is their ratio
-        context = None
+        context: Context | None = None
         level, kept = [_Node(1.0, text[-1], None, said, -1, COPIED)], []
         for depth in range(longest):
             # Of survival: below it, a row costs too much.
@@ -131,8 +131,7 @@ class DraftTree:
                     self._lookup.judged(drafts[i].matched, i == right)
         self._lookup.extend(confirmed)
 
-    def _ask(self, nodes: Sequence[_Node],
-             context) -> list[tuple[Tensor | States, list[float], list[int]]]:
+    def _ask(self, nodes: Sequence[_Node], context: Context | None) -> list[tuple[Hidden, list[float], list[int]]]:
         """Of each node: the exit's state, and the likeliest tokens with their probabilities."""
         self.weight_bytes += self._ask_bytes
         return self._bank.drafts([node.token for node in nodes], [node.said for node in nodes], _BRANCHES,

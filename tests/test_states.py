@@ -40,6 +40,6 @@ def test_joined_rows_follow_each_other_and_keep_their_kind(kind):
     assert isinstance(like(whole), kind) and like(whole).shape == whole.shape
 
 
-def test_it_takes_no_other_index():
+def test_a_row_past_the_end_is_refused():
     with pytest.raises(IndexError):
         filled(1, 2, 4)[:, 2]
