@@ -210,8 +210,8 @@ class Engine:
         self.model, self.bank = model, bank.attach(model)
         self._opening: Staircase | None = None
         depths = tuple(b / model.num_layers for b in model.bounds[1:])
-        self.costs = Costs(sum(model.segment_bytes) + bank.choice_bytes, depths)
-        self._sampled_costs = Costs(model.weight_bytes, depths)
+        self.costs = Costs(model.pass_bytes + bank.choice_bytes, depths)
+        self._sampled_costs = Costs(model.pass_bytes + model.head_bytes, depths)
 
     @property
     def num_exits(self) -> int:

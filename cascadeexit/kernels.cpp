@@ -1,8 +1,8 @@
 // Decoder layers on a CPU, near the speed at which memory delivers their weights.
 //
 // One call takes a few rows through many layers: one team of threads, no allocation, no dispatch between operations.
-// Weights are bf16, or integers of 8 bits, packed so that a pass reads each of them once, in order: blocks of outputs,
-// pairs of inputs side by side. Sums are fp32 and run over inputs in order (of 8 bits: integers, of inputs rounded to 16),
+// Weights are bf16, the same in 12 bits without loss, or integers of 8 bits, packed so that a pass reads each of them once,
+// in order: blocks of outputs, pairs of inputs side by side. Sums are fp32 and run over inputs in order (of 8 bits: integers, of inputs rounded to 16),
 // each row by itself, so a row's result is bitwise the same whatever other rows are in the pass: that is what makes
 // verification exact.
 //
@@ -25,6 +25,9 @@
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #define BF16_DOT 1
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define CODES 1                 // bf16 in 12 bits is read, too: measured where vectors have 8 lanes
 #endif
 
 namespace {
@@ -302,6 +305,141 @@ inline void dot_twice(const uint32_t* w, size_t apart, const Number* x, size_t s
 }
 #endif
 
+// bf16 in 12 bits without loss: low bytes as they are, and of each high byte, which is the sign and the exponent without its
+// last bit, four bits that tell which of 16 it is. Weights of a block are near enough in size that 7 exponents for each sign
+// and two zeros leave out one in 2,000; these are zeros here, and are added by themselves. That the exponents of a model's
+// weights hold less than three bits of information is DFloat11's finding (Zhang et al. 2025).
+// A block is its Code and then, for every two pairs of inputs, the low bytes of the first pair, of the second, and the four
+// bits of both, where instructions that interleave bytes find them (`place`).
+struct Code {
+    uint8_t highs[16];              // what four bits stand for
+    int32_t from, to;               // the block's odd weights
+    int32_t unused[2];
+};
+constexpr int CODED = 3 * BLOCK;    // bytes of a pair of inputs
+constexpr int ZERO = 7;             // its four bits; 15 for -0
+
+// Where in a pair's bytes the i-th weight of output j is.
+inline int place(int j, int i) {
+    constexpr int quads = LANES / 4;
+    return j / 4 % quads * 16 + j / 4 / quads * 8 + j % 4 * 2 + i;
+}
+
+#ifdef CODES
+constexpr int CODED_REACH = 6144;   // as REACH
+constexpr int FEW_CODED = 4;        // rows for which weights are decoded in registers: six rows' sums leave none for that
+constexpr int WIDE_PIECE = 128;     // pairs of weights that many rows read as fp32 from the first cache
+
+// Two pairs of inputs of a block: use(p, vectors of pairs of its first 8 outputs, of the others) for p = 0 and 1.
+template <class Use>
+inline __attribute__((always_inline)) void decode(const uint8_t* w, __m256i highs, Use use) {
+    const __m256i bits = load<__m256i>(w + 4 * BLOCK), mask = _mm256_set1_epi8(15);
+    for (int p = 0; p < 2; p++) {
+        const __m256i low = load<__m256i>(w + 2 * BLOCK * p);
+        const __m256i high = _mm256_shuffle_epi8(highs, (p ? _mm256_srli_epi16(bits, 4) : bits) & mask);
+        use(p, (Words)_mm256_unpacklo_epi8(low, high), (Words)_mm256_unpackhi_epi8(low, high));
+    }
+}
+
+inline __m256i highs_of(const uint8_t* block) { return _mm256_broadcastsi128_si256(load<__m128i>(block)); }
+
+// A block's pairs of inputs as ce_pack lays them.
+inline void decode_pairs(const uint8_t* w, __m256i highs, int pairs, uint32_t* to) {
+    for (int p = 0; p < pairs; p += 2, w += 2 * CODED, to += 2 * BLOCK)
+        decode(w, highs, [&](int q, Words a, Words b) {
+            std::memcpy(to + q * BLOCK, &a, sizeof a);
+            std::memcpy(to + q * BLOCK + LANES, &b, sizeof b);
+        });
+}
+
+// The same as fp32, an input of all outputs after the other; later weights are asked for.
+inline void decode_wide(const uint8_t* w, __m256i highs, int pairs, float* to) {
+    for (int p = 0; p < pairs; p += 2, w += 2 * CODED, to += 4 * BLOCK) {
+        __builtin_prefetch(w + CODED_REACH);
+        __builtin_prefetch(w + CODED_REACH + 64);
+        decode(w, highs, [&](int q, Words a, Words b) {
+            float* pair = to + q * 2 * BLOCK;
+            store(pair, (Floats)(a << 16));
+            store(pair + LANES, (Floats)(b << 16));
+            store(pair + BLOCK, (Floats)(a & 0xFFFF0000u));
+            store(pair + BLOCK + LANES, (Floats)(b & 0xFFFF0000u));
+        });
+    }
+}
+
+// out[m][j] = sum over p of w[p][j] . x[m][p], for M rows and G blocks that lie `apart` bytes.
+template <int M, int G>
+__attribute__((noinline)) void dot_few_coded(const uint8_t* block, size_t apart, const Number* x, size_t stride, int pairs,
+                                             float* out, size_t out_stride) {
+    Floats sum[M][2 * G] = {};
+    __m256i highs[G];
+    for (int g = 0; g < G; g++) highs[g] = highs_of(block + g * apart);
+    const uint8_t* w = block + sizeof(Code);
+    const int turn = pairs - CODED_REACH / CODED;             // from here on the next blocks are asked for
+    for (int p = 0; p < pairs; p += 2, w += 2 * CODED, x += 4)
+        for (int g = 0; g < G; g++) {
+            const uint8_t* next = w + g * apart + CODED_REACH + (p < turn ? 0 : (G - 1) * apart);
+            __builtin_prefetch(next);
+            __builtin_prefetch(next + 64);
+            decode(w + g * apart, highs[g], [&](int q, Words a, Words b) __attribute__((always_inline)) {
+                for (int i = 0; i < 2; i++) {
+                    const Floats first = (Floats)(i ? a & 0xFFFF0000u : a << 16);
+                    const Floats second = (Floats)(i ? b & 0xFFFF0000u : b << 16);
+                    for (int m = 0; m < M; m++) {
+                        const Floats one = broadcast(x[m * stride + 2 * q + i]);
+                        sum[m][2 * g] += first * one;
+                        sum[m][2 * g + 1] += second * one;
+                    }
+                }
+            });
+        }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < 2 * G; v++) store(out + m * out_stride + LANES * v, sum[m][v]);
+}
+
+// The same for one block and up to MAX_TILE rows, a piece of it at a time.
+template <int M>
+inline void dot_coded(const uint8_t* block, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
+    if constexpr (M <= FEW_CODED) return dot_few_coded<M, 1>(block, 0, x, stride, pairs, out, out_stride);
+    alignas(64) uint32_t piece[PIECE * BLOCK];
+    const __m256i highs = highs_of(block);
+    const uint8_t* w = block + sizeof(Code);
+    for (int m = 0; m < M; m++) std::memset(out + m * out_stride, 0, sizeof(float) * BLOCK);
+    for (int p = 0, n; p < pairs; p += n, w += size_t(n) * CODED, x += 2 * n) {
+        n = pairs - p < PIECE ? pairs - p : PIECE;
+        const char* next = (const char*)w + CODED_REACH;
+        decode_pairs(w, highs, n, piece);
+        if constexpr (M <= GOOD_TILE) {
+            add_columns<M, 1, CODED>(piece, BLOCK, BLOCK, next, 0, x, stride, n, out, out_stride);
+        } else {
+            add_columns<4, 1, CODED / 2>(piece, BLOCK, BLOCK, next, 0, x, stride, n, out, out_stride);
+            add_columns<M - 4, 1, CODED / 2>(piece, BLOCK, BLOCK, next + n * CODED / 2, 0, x + 4 * stride, stride, n,
+                                             out + 4 * out_stride, out_stride);
+        }
+    }
+}
+
+// out[m][j] += sum over i of w[i][j] . x[m][i], for M rows and the outputs of a block.
+template <int M>
+__attribute__((noinline)) void add_wide(const float* w, const Number* x, size_t stride, int inputs, float* out,
+                                        size_t out_stride) {
+    Floats sum[M][2];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < 2; v++) sum[m][v] = load<Floats>(out + m * out_stride + LANES * v);
+    for (int i = 0; i < inputs; i++, w += BLOCK) {
+        Floats first = load<Floats>(w), second = load<Floats>(w + LANES);
+        asm("" : "+x"(first), "+x"(second));        // once: else each product reads them
+        for (int m = 0; m < M; m++) {
+            const Floats one = broadcast(x[m * stride + i]);
+            sum[m][0] += first * one;
+            sum[m][1] += second * one;
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < 2; v++) store(out + m * out_stride + LANES * v, sum[m][v]);
+}
+#endif
+
 // sum + a . b, pair by pair: of two integers of 16 bits each.
 inline Ints add_whole(Ints sum, Shorts a, Shorts b) {
 #if defined(__AVX512VNNI__)
@@ -354,10 +492,16 @@ void dot_rows(int rows, const uint32_t* w, const Number* x, size_t stride, int p
 
 extern "C" {
 
-struct Matrix {                     // (out, in), packed by ce_pack, or with `scale` in 8 bits; bias may be null
+struct Odd {                        // a weight that no code of its block stands for
+    int32_t at;                     // input * BLOCK + output in its block
+    float value;
+};
+
+struct Matrix {                     // (out, in), packed by ce_pack or ce_code, or with `scale` in 8 bits; bias may be null
     const void* weight;
     const float *scale, *bias;      // of each output, whole blocks of scales
     int32_t in, out;
+    const Odd* odd;                 // of ce_code; null: not in 12 bits
 };
 
 // A weight once more, each output rounded to 8 bits: its sums tell which outputs of the exact one may be the largest.
@@ -404,6 +548,8 @@ namespace {
 inline int blocks(const Matrix& m) { return (m.out + BLOCK - 1) / BLOCK; }
 inline int pairs(const Matrix& m) { return (m.in + 1) / 2; }
 inline const uint32_t* block(const Matrix& m, int b) { return (const uint32_t*)m.weight + size_t(b) * pairs(m) * BLOCK; }
+inline size_t coded_bytes(int pairs) { return sizeof(Code) + size_t(pairs) * CODED; }       // of a block
+inline const uint8_t* coded_block(const Matrix& m, int b) { return (const uint8_t*)m.weight + b * coded_bytes(pairs(m)); }
 
 // Tiles of rows, as even as can be: many of them go at the pace of the processor.
 inline int tiles(int rows) { return rows <= MAX_TILE ? 1 : (rows + GOOD_TILE - 1) / GOOD_TILE; }
@@ -445,9 +591,62 @@ inline Rows rows_for(const Matrix& m, const Number* x, size_t stride, int n) {
     return {x, stride, whole, scale};
 }
 
+#ifdef CODES
+// What a block's odd weights add to its sums.
+inline void add_odd(const Matrix& m, int b, const Number* x, size_t stride, int rows, float* out, size_t out_stride) {
+    const Code code = load<Code>(coded_block(m, b));
+    __builtin_prefetch(m.odd + code.to);        // the next block's
+    for (int i = code.from; i < code.to; i++) {
+        const int input = m.odd[i].at / BLOCK, output = m.odd[i].at % BLOCK;
+        for (int r = 0; r < rows; r++) out[r * out_stride + output] += m.odd[i].value * x[r * stride + input];
+    }
+}
+
+// As `dot_blocks`, of weights in 12 bits.
+inline void dot_coded_blocks(const Matrix& m, int b, int count, const Number* x, size_t stride, int tile, float* out,
+                             size_t out_stride) {
+    const int n = pairs(m);
+    if (count == 2 && tile < FEW)
+        with_rows<FEW - 1>(tile, [&](auto some) {
+            dot_few_coded<some(), 2>(coded_block(m, b), coded_bytes(n), x, stride, n, out, out_stride);
+        });
+    else
+        for (int i = 0; i < count; i++)
+            with_rows<MAX_TILE>(tile, [&](auto some) {
+                dot_coded<some()>(coded_block(m, b + i), x, stride, n, out + i * BLOCK, out_stride);
+            });
+    for (int i = 0; i < count; i++) add_odd(m, b + i, x, stride, tile, out + i * BLOCK, out_stride);
+}
+
+// Sums of one or two blocks for many rows, 2 BLOCK for each: this thread's, until it asks again. All rows read a piece of the
+// weights before the next one is decoded.
+inline const float* dot_many_coded(const Matrix& m, int b, int count, const Number* x, size_t stride, int rows) {
+    static thread_local Scratch<float> f_sums;
+    alignas(64) float piece[WIDE_PIECE * 2 * BLOCK];
+    float* sums = f_sums.get(size_t(rows) * 2 * BLOCK);
+    std::memset(sums, 0, sizeof(float) * rows * 2 * BLOCK);
+    for (int i = 0; i < count; i++) {
+        const uint8_t* code = coded_block(m, b + i);
+        for (int p = 0, n; p < pairs(m); p += n) {
+            n = pairs(m) - p < WIDE_PIECE ? pairs(m) - p : WIDE_PIECE;
+            decode_wide(code + coded_bytes(p), highs_of(code), n, piece);
+            for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
+                tile = (rows - r + left - 1) / left;
+                with_rows<GOOD_TILE>(tile, [&](auto some) {
+                    add_wide<some()>(piece, x + r * stride + 2 * p, stride, 2 * n, sums + r * 2 * BLOCK + i * BLOCK, 2 * BLOCK);
+                });
+            }
+        }
+        add_odd(m, b + i, x, stride, rows, sums + i * BLOCK, 2 * BLOCK);
+    }
+    return sums;
+}
+#endif
+
 // One or two blocks of outputs for a tile of rows from the r-th on -> out, with one every out_stride.
 inline void dot_blocks(const Matrix& m, int b, int count, const Rows& rows, int r, int tile, float* out, size_t out_stride) {
     const int n = pairs(m);
+    const Number* x = rows.x + r * rows.stride;
     if (m.scale) {
         for (int i = 0; i < count; i++)
             for (int at = 0; at < tile; at += GOOD_TILE)
@@ -458,48 +657,56 @@ inline void dot_blocks(const Matrix& m, int b, int count, const Rows& rows, int 
                 });
         return;
     }
-    const uint32_t* w = block(m, b);
-    const Number* x = rows.x + r * rows.stride;
+#ifdef CODES
+    if (m.odd) return dot_coded_blocks(m, b, count, x, rows.stride, tile, out, out_stride);
+#endif
 #ifndef BF16_DOT
     if (BLOCK == 16 && count == 2 && tile < FEW)
-        return with_rows<FEW - 1>(tile, [&](auto m) {
-            dot_twice<m()>(w, size_t(n) * BLOCK, x, rows.stride, n, out, out_stride);
+        return with_rows<FEW - 1>(tile, [&](auto some) {
+            dot_twice<some()>(block(m, b), size_t(n) * BLOCK, x, rows.stride, n, out, out_stride);
         });
 #endif
-    for (int i = 0; i < count; i++)
-        dot_rows<BLOCK>(tile, w + size_t(i) * n * BLOCK, x, rows.stride, n, out + i * BLOCK, out_stride);
+    for (int i = 0; i < count; i++) dot_rows<BLOCK>(tile, block(m, b + i), x, rows.stride, n, out + i * BLOCK, out_stride);
+}
+
+// The same for all rows: use(first row, rows, sums with 2 BLOCK for each) for some at a time.
+template <class Use>
+inline void dot_all(const Matrix& m, int b, int count, const Rows& from, int rows, Use use) {
+#ifdef CODES
+    if (m.odd && rows > MAX_TILE) return use(0, rows, dot_many_coded(m, b, count, from.x, from.stride, rows));
+#endif
+    float sums[MAX_TILE][2 * BLOCK];
+    for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
+        tile = (rows - r + left - 1) / left;
+        dot_blocks(m, b, count, from, r, tile, sums[0], 2 * BLOCK);
+        use(r, tile, sums[0]);
+    }
 }
 
 // x (rows, in) times the matrix: done(row, first output, BLOCK sums) for each block that this thread takes.
 template <class Done>
 inline void multiply(Team& team, const Matrix& m, const Number* x, size_t stride, int rows, Done done) {
-    float out[MAX_TILE][2 * BLOCK];
     const Rows from = rows_for(m, x, stride, rows);
     const int together = LANES == 8 && rows < FEW ? 2 : 1;      // blocks
     team.share((blocks(m) + together - 1) / together, [&](int unit) {
         const int b = unit * together, count = blocks(m) - b < together ? 1 : together;
-        for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
-            tile = (rows - r + left - 1) / left;
-            dot_blocks(m, b, count, from, r, tile, out[0], 2 * BLOCK);
-            for (int i = 0; i < tile; i++)
-                for (int k = 0; k < count; k++) done(r + i, (b + k) * BLOCK, out[i] + k * BLOCK);
-        }
+        dot_all(m, b, count, from, rows, [&](int r, int some, const float* sums) {
+            for (int i = 0; i < some; i++, sums += 2 * BLOCK)
+                for (int k = 0; k < count; k++) done(r + i, (b + k) * BLOCK, sums + k * BLOCK);
+        });
     });
 }
 
 // silu(gate x) * other x (rows, n), for a matrix with blocks of gate and other in turn.
 inline void gated(Team& team, const Matrix& both, const Number* x, int rows, int n, Number* out) {
-    float sums[MAX_TILE][2 * BLOCK];
     const Rows from = rows_for(both, x, both.in, rows);
     team.share(blocks(both) / 2, [&](int b) {
         const int width = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
-        for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
-            tile = (rows - r + left - 1) / left;
-            dot_blocks(both, 2 * b, 2, from, r, tile, sums[0], 2 * BLOCK);
-            for (int t = 0; t < tile; t++)
+        dot_all(both, 2 * b, 2, from, rows, [&](int r, int some, const float* sums) {
+            for (int i = 0; i < some; i++, sums += 2 * BLOCK)
                 for (int j = 0; j < width; j++)
-                    round_to(out[size_t(r + t) * n + b * BLOCK + j], silu(sums[t][j]) * sums[t][BLOCK + j]);
-        }
+                    round_to(out[size_t(r + i) * n + b * BLOCK + j], silu(sums[j]) * sums[BLOCK + j]);
+        });
     });
 }
 
@@ -762,7 +969,11 @@ float ce_row_cost(int32_t rows) {
 #ifdef BF16_DOT
     return rows < MAX_TILE ? 0.02f : 0.1f;
 #else
-    constexpr float costs[] = {0.05f, 0.05f, 0.05f, 0.08f, 0.1f, 0.15f, 0.15f};         // beside 1, 2 ... 7
+#ifdef CODES
+    constexpr float costs[] = {0.04f, 0.05f, 0.06f, 0.22f, 0.1f, 0.3f, 0.1f};           // beside 1, 2 ... 7
+#else
+    constexpr float costs[] = {0.05f, 0.05f, 0.05f, 0.08f, 0.1f, 0.15f, 0.15f};
+#endif
     return rows < MAX_TILE ? costs[rows - 1] : 0.25f;
 #endif
 }
@@ -783,6 +994,52 @@ void ce_pack(const bf16* weight, int32_t out, int32_t in, uint32_t* packed, int3
                 uint32_t high = o < out && 2 * p + 1 < in ? weight[size_t(o) * in + 2 * p + 1] : 0;
                 packed[(size_t(first + b * step) * half + p) * BLOCK + j] = low | high << 16;
             }
+}
+
+// Bytes that ce_code writes for a matrix of this shape; 0 where such weights are not read in 12 bits.
+int64_t ce_coded_bytes(int32_t out, int32_t in) {
+#ifdef CODES
+    if (in % 4 == 0) return int64_t((out + BLOCK - 1) / BLOCK) * coded_bytes(in / 2);
+#endif
+    return 0;
+}
+
+// Row-major (out, in) bf16 in 12 bits, `in` a multiple of 4, into blocks first, first + step, ... of zeros. `odd` has room for
+// so many weights and holds `count` of this matrix' so far. Returns how many it then holds; -1 where that is too few.
+int32_t ce_code(const bf16* weight, int32_t out, int32_t in, uint8_t* packed, Odd* odd, int32_t room, int32_t count,
+                int32_t first, int32_t step) {
+    for (int b = 0; b * BLOCK < out; b++) {
+        const int width = out - b * BLOCK < BLOCK ? out - b * BLOCK : BLOCK;
+        const bf16* rows = weight + size_t(b) * BLOCK * in;
+        int seen[128] = {}, base = 0, most = -1;                // of weights, by their exponent without its last bit
+        for (size_t i = 0; i < size_t(width) * in; i++) seen[rows[i] >> 8 & 127] += (rows[i] & 0x7FFF) != 0;
+        for (int from = 0; from + ZERO <= 128; from++) {
+            int sum = 0;
+            for (int k = 0; k < ZERO; k++) sum += seen[from + k];
+            if (sum > most) most = sum, base = from;
+        }
+        Code code{{}, count, count, {}};
+        for (int k = 0; k < 16; k++) code.highs[k] = uint8_t((k & 8) * 16 + (k % 8 == ZERO ? 0 : base + k % 8));
+        uint8_t* block = packed + size_t(first + b * step) * coded_bytes(in / 2);
+        for (int i = 0; i < in; i++) {
+            uint8_t* two = block + sizeof(Code) + size_t(i / 4) * 2 * CODED;    // pairs
+            const int pair = i / 2 % 2;
+            for (int j = 0; j < BLOCK; j++) {
+                const bf16 w = j < width ? rows[size_t(j) * in + i] : 0;
+                const int exponent = (w >> 8 & 127) - base, at = place(j, i % 2);
+                const bool zero = (w & 0x7FFF) == 0, known = !zero && exponent >= 0 && exponent < ZERO;
+                if (!zero && !known) {
+                    if (code.to == room) return -1;
+                    odd[code.to++] = {i * BLOCK + j, widen(w)};
+                }
+                two[pair * 2 * BLOCK + at] = known ? w & 255 : 0;
+                two[4 * BLOCK + at] |= ((known ? exponent : ZERO) | (zero || known ? w >> 15 << 3 : 0)) << 4 * pair;
+            }
+        }
+        std::memcpy(block, &code, sizeof code);
+        count = code.to;
+    }
+    return count;
 }
 
 // Rows of a bf16 weight as they were before packing: outputs ids[0..n-1] -> out (n, in) bf16.

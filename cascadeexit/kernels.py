@@ -1,4 +1,6 @@
-"""Kernels: the CPU's own way through decoder layers, exits and heads, in bf16 and 8 bits, from kernels.cpp.
+"""Kernels: the CPU's own way through decoder layers, exits and heads, from kernels.cpp.
+
+Weights are bf16, the same in 12 bits without loss, or rounded to 8 bits.
 
 Stock matrix kernels read weights at a quarter of the memory bandwidth when a pass has few rows, and dispatch costs
 as much again. One C++ file takes rows through whole segments at most of the bandwidth. The machine's own C++ compiler
@@ -18,7 +20,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from itertools import chain
 from math import prod
@@ -37,9 +39,12 @@ _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 
+_MOST_ODD = 1 / 64              # of a weight's numbers may have no code of 12 bits; the bundled model's are 1 / 2,200
+
+
 class _Matrix(ctypes.Structure):
     _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("inputs", c_int32),
-                ("outputs", c_int32)]
+                ("outputs", c_int32), ("odd", c_void_p)]
 
 
 class _Screen(ctypes.Structure):
@@ -121,6 +126,9 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_packed_bytes.restype = c_int64
     lib.ce_packed_bytes.argtypes = [c_int32, c_int32]
     lib.ce_pack.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int32]
+    lib.ce_coded_bytes.restype = c_int64
+    lib.ce_coded_bytes.argtypes = [c_int32, c_int32]
+    lib.ce_code.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p, *[c_int32] * 4]
     lib.ce_rows.argtypes = [POINTER(_Matrix), c_void_p, c_int32, c_void_p]
     lib.ce_linear.argtypes = [POINTER(_Matrix), c_void_p, c_void_p, c_int32, c_int32]
     lib.ce_argmax.argtypes = [POINTER(_Matrix), POINTER(_Screen), c_void_p, c_void_p, c_int32, c_int32]
@@ -148,30 +156,67 @@ def usable(weight: Tensor) -> bool:
 
 
 class _Store:
-    """Keeps alive what C holds pointers to, and packs weights into huge pages."""
+    """Keeps alive what C holds pointers to, and packs weights into huge pages.
 
-    def __init__(self, matrices: Sequence[Sequence[Tensor]], in_8_bits: Sequence[Tensor] = ()):
-        size = sum(_whole_lines(library().ce_packed_bytes(*w.shape)) for parts in matrices for w in parts)
-        size += sum(_whole_lines(w.nbytes) for w in in_8_bits)
-        self._room = room(size)
-        self._free = ctypes.addressof(c_int32.from_buffer(self._room)) if size >= 4 else 0
+    Args:
+        weights: all that it will hold; those in 8 bits as `_in_8_bits` makes them.
+        in_12_bits: bf16 weights are kept in 12 bits where that is possible, without loss.
+    """
+
+    def __init__(self, weights: Iterable[Tensor], *, in_12_bits: bool = False):
+        self._size_of = library().ce_coded_bytes if in_12_bits else lambda *shape: 0
         self._kept: list = []
+        self._grow(sum(_whole_lines(w.nbytes if w.dtype == torch.int8
+                                    else self._size_of(*w.shape) or library().ce_packed_bytes(*w.shape))
+                       for w in weights))
+        self.bytes = 0                              # of its bf16 weights, as they are kept
+
+    def _grow(self, size: int) -> None:
+        self._kept.append(room(size))
+        self._free = ctypes.addressof(ctypes.c_char.from_buffer(self._kept[-1]))
+        self._end = self._free + size
+
+    def _take(self, size: int) -> int:
+        """Where so many bytes may lie."""
+        if self._free + size > self._end:
+            self._grow(_whole_lines(size))
+        at = self._free
+        self._free += _whole_lines(size)
+        return at
 
     def matrix(self, *parts: Tensor, bias: Tensor | None = None) -> _Matrix:
         """One weight (O, I), or several with the same shape laid block by block in turn."""
-        (outputs, inputs), lib, at = parts[0].shape, library(), self._free
+        (outputs, inputs), lib, count = parts[0].shape, library(), len(parts)
+        parts = [part.detach().contiguous() for part in parts]
+        rows = outputs if count == 1 else count * -(-outputs // lib.ce_block()) * lib.ce_block()
+        if self._size_of(outputs, inputs) and (coded := self._coded(parts)):
+            at, odd = coded
+            return _Matrix(at, None, self.floats(bias), inputs, rows, ctypes.addressof(odd))
+        size = count * lib.ce_packed_bytes(outputs, inputs)
+        at = self._take(size)
+        self.bytes += size
         for i, part in enumerate(parts):
-            part = part.detach().contiguous()
-            lib.ce_pack(part.data_ptr(), outputs, inputs, at, i, len(parts))
-            self._free += _whole_lines(lib.ce_packed_bytes(outputs, inputs))
-        rows = outputs if len(parts) == 1 else len(parts) * -(-outputs // lib.ce_block()) * lib.ce_block()
+            lib.ce_pack(part.data_ptr(), outputs, inputs, at, i, count)
         return _Matrix(at, None, self.floats(bias), inputs, rows)
+
+    def _coded(self, parts: Sequence[Tensor]) -> tuple[int, ctypes.Array] | None:
+        """The same in 12 bits: where it lies, and its odd weights; None where too many have no code."""
+        outputs, inputs = parts[0].shape
+        size, most, found = self._size_of(outputs, inputs), int(parts[0].numel() * len(parts) * _MOST_ODD), 0
+        at, odd = self._take(len(parts) * size), (c_int64 * most)()
+        for i, part in enumerate(parts):
+            found = library().ce_code(part.data_ptr(), outputs, inputs, at, odd, most, found, i, len(parts))
+            if found < 0:
+                return None
+        odd = (c_int64 * (found + 1))(*odd[:found])
+        self._kept.append(odd)
+        self.bytes += len(parts) * size + 8 * found
+        return at, odd
 
     def matrix_in_8_bits(self, weight: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None) -> _Matrix:
         """One weight as `_in_8_bits` made it."""
-        at = self._free
+        at = self._take(weight.nbytes)
         ctypes.memmove(at, weight.data_ptr(), weight.nbytes)
-        self._free += _whole_lines(weight.nbytes)
         return _Matrix(at, self.floats(scale), self.floats(bias), 2 * weight.shape[1], outputs)
 
     def floats(self, values: Tensor | None) -> int | None:
@@ -221,10 +266,10 @@ class NativeLinear(nn.Module):
         self.shape, self.eight_bits, self.has_bias = tuple(weight.shape), eight_bits, bias is not None
         if eight_bits:
             whole, scale = _in_8_bits(weight)
-            self._store = _Store([], [whole])
+            self._store = _Store([whole])
             self._matrix = self._store.matrix_in_8_bits(whole, scale, len(weight), bias)
         else:
-            self._store = _Store([[weight]])
+            self._store = _Store([weight])
             self._matrix = self._store.matrix(weight, bias=bias)
 
     @property
@@ -362,16 +407,22 @@ class NativeLayers:
     def __init__(self, layers: Sequence[nn.Module], config, head_dim: int, cosines: Tensor, sines: Tensor):
         blocks = [(layer.self_attn, layer.mlp) for layer in layers]
         qkv = [torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a, _ in blocks]
-        self._store = _Store([(w, a.o_proj.weight, m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight)
-                              for w, (a, m) in zip(qkv, blocks)])
+        self._store = _Store(chain.from_iterable(
+            (w, a.o_proj.weight, m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight)
+            for w, (a, m) in zip(qkv, blocks)), in_12_bits=True)
         matrix, floats = self._store.matrix, self._store.floats
-        self._layers = (_Layer * len(blocks))(*(
-            _Layer(matrix(w, bias=_joined(a.q_proj.bias, a.k_proj.bias, a.v_proj.bias)),
-                   matrix(a.o_proj.weight, bias=a.o_proj.bias), matrix(m.gate_proj.weight, m.up_proj.weight),
-                   matrix(m.down_proj.weight), floats(layer.input_layernorm.weight),
-                   floats(layer.post_attention_layernorm.weight), floats(_weight(a, "q_norm")),
-                   floats(_weight(a, "k_norm")))
-            for w, layer, (a, m) in zip(qkv, layers, blocks)))
+        self.layer_bytes: list[int] = []    # of the weights of each layer, as they are read
+        packed = []
+        for w, layer, (a, m) in zip(qkv, layers, blocks):
+            before = self._store.bytes
+            packed.append(_Layer(
+                matrix(w, bias=_joined(a.q_proj.bias, a.k_proj.bias, a.v_proj.bias)),
+                matrix(a.o_proj.weight, bias=a.o_proj.bias), matrix(m.gate_proj.weight, m.up_proj.weight),
+                matrix(m.down_proj.weight), floats(layer.input_layernorm.weight),
+                floats(layer.post_attention_layernorm.weight), floats(_weight(a, "q_norm")),
+                floats(_weight(a, "k_norm"))))
+            self.layer_bytes.append(self._store.bytes - before)
+        self._layers = (_Layer * len(packed))(*packed)
         self._positions = len(cosines)
         self._stack = _Stack(self._layers, floats(cosines), floats(sines), config.hidden_size,
                              config.num_attention_heads, config.num_key_value_heads, head_dim, config.intermediate_size,
@@ -460,7 +511,7 @@ def _adapter_in_8_bits(gate: Tensor, down: Tensor, up: Tensor, straight: Tensor 
     size = library().ce_block()
     both_scale = torch.stack([gate_scale.view(-1, size), down_scale.view(-1, size)], 1).flatten()
     ups, up_scale = _in_8_bits(up / inner)
-    store = _Store([], [*(packed for packed, _ in first[:-2]), both, ups])
+    store = _Store([*(packed for packed, _ in first[:-2]), both, ups])
     matrix = store.matrix_in_8_bits
     linear = matrix(*first[0], len(whole[0])) if whole else _Matrix()
     return store, linear, matrix(both, both_scale, len(both_scale)), matrix(ups, up_scale, len(up)), reach
@@ -480,7 +531,7 @@ class NativeAdapter:
         if eight_bits and up.shape[1] % 2 == 0:
             self._store, *parts, reach = _adapter_in_8_bits(gate, down, up, straight)
         else:
-            self._store, reach = _Store([(gate, down, up, *([straight] if self.carries else []))]), None
+            self._store, reach = _Store([gate, down, up, *([straight] if self.carries else [])]), None
             matrix = self._store.matrix
             parts = matrix(straight) if self.carries else _Matrix(), matrix(gate, down), matrix(up)
         self._exit = _Exit(*parts, self._store.floats(norm), eps, self._store.floats(reach))
@@ -523,7 +574,7 @@ class NativeContext:
         weight = weight.detach().float()
         reach = _reach(weight)
         whole, scale = _in_8_bits(weight / reach)
-        self._store = _Store([], [whole])
+        self._store = _Store([whole])
         self._matrix, self._reach = self._store.matrix_in_8_bits(whole, scale, len(weight)), self._store.floats(reach)
 
     def __call__(self, states: Sequence[Hidden], row: int) -> ctypes.Array:

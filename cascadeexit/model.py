@@ -126,7 +126,7 @@ class SegmentedModel:
         self.head_bytes = head.weight.nbytes        # read by one vocabulary projection
         if self.device.type == "meta":
             raise ValueError("the vocabulary projection is not in memory: the device_map must put lm_head on a device")
-        self.weight_bytes = sum(self.segment_bytes) + self.head_bytes
+        self.weight_bytes = sum(self.segment_bytes) + self.head_bytes       # of the model, in its dtype
         self.head = pack(head.weight, head.bias)    # the vocabulary projection: normed rows (..., D) -> (..., V)
         self._native: NativeLayers | None = None
         self.embeds_by_head = False                 # the packed head gives the embeddings, too
@@ -137,6 +137,7 @@ class SegmentedModel:
             cosines, sines = (t[0, :, :self.head_dim // 2] for t in model.model.rotary_emb(
                 torch.zeros((), dtype=torch.float32), position_ids=torch.arange(self.max_positions)[None]))
             self._native = NativeLayers(layers, model.config, self.head_dim, cosines, sines)
+            self.segment_bytes = tuple(sum(self._native.layer_bytes[a:b]) for a, b in zip(bounds, bounds[1:]))
             # A weight that was loaded is a view of the whole mapped file: a copy lets go of it.
             self.norm_weight.data = self.norm_weight.detach().clone()
             self.norm = NativeNorm(self.norm_weight, model.config.rms_norm_eps)
@@ -163,6 +164,11 @@ class SegmentedModel:
             self._project, self.norm = (Replayed(f, self.row_multiple) for f in (self.head, self.norm))
 
     # -- shape and place ------------------------------------------------------------------------------------------
+
+    @property
+    def pass_bytes(self) -> int:
+        """Weight bytes that one pass through all layers reads: fewer than they have where they are kept in 12 bits."""
+        return sum(self.segment_bytes)
 
     @property
     def num_segments(self) -> int:

@@ -65,7 +65,7 @@ class DraftTree:
         self._temperature = temperature or 1.0
         self._has_exit = model.exit_layers[:1] == (0,)
         self._ask_bytes, self._context_bytes = bank.draft_bytes if self._has_exit else 0, bank.context_bytes
-        full = sum(model.segment_bytes) + bank.choice_bytes
+        full = model.pass_bytes + bank.choice_bytes
         self._ask_cost = self._ask_bytes / full
         self._kept: list[float] = []                # right drafts at each depth, and how many were promised
         self._promised: list[float] = []

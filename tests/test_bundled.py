@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from cascadeexit import hub
+from cascadeexit import hub, kernels
 from cascadeexit.engine import DecodeConfig
 from cascadeexit.inspection import inspect
 from cascadeexit.prompts import bundled_prompts, opening_ids, token_ids
@@ -39,6 +39,8 @@ def test_verified_equals_full_bitwise(loaded):
     assert drafted > 0
     if engine.model.native:         # an exit has all words in 8 bits: they find the likeliest for half of the bytes
         assert engine.bank.choice_bytes < 0.51 * engine.model.head_bytes
+        if kernels.library().ce_coded_bytes(16, 16):        # and layers are kept in 12 bits
+            assert engine.model.pass_bytes < 0.76 * (engine.model.weight_bytes - engine.model.head_bytes)
 
 
 def test_a_tolerance_is_the_same_with_and_without_a_screen(loaded):

@@ -47,6 +47,60 @@ def processor(request, monkeypatch):
         monkeypatch.setattr(kernels, "library", lambda: other)
 
 
+@pytest.fixture
+def in_12_bits():
+    """A store for weights in 12 bits, where this processor reads such."""
+    if not kernels.library().ce_coded_bytes(16, 16):
+        pytest.skip("weights are not kept in 12 bits on this processor")
+    return kernels._Store([], in_12_bits=True)
+
+
+def product(matrix, x: torch.Tensor) -> torch.Tensor:
+    """x (N, I) bf16 -> (N, O) fp32."""
+    out = torch.empty(len(x), matrix.outputs)
+    kernels.library().ce_linear(kernels.byref(matrix), x.data_ptr(), out.data_ptr(), len(x), 2)
+    return out
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (40, 600), (16, 4)])
+@pytest.mark.parametrize("odd", [0, 1, 100])
+def test_weights_in_12_bits_are_those_of_16(in_12_bits, shape, odd):
+    """However far from the others in size: each is read alone, by an input that is 1 where the others are 0."""
+    torch.manual_seed(odd)
+    weight = torch.randn(shape).bfloat16()
+    far = torch.tensor([1e-38, -3e38, 2e-20, -0.0, 0.0, 1e-41, 7e9], dtype=torch.bfloat16)
+    places = torch.randperm(weight.numel())[:odd]
+    weight.view(-1)[places] = far.repeat(20)[:odd][:len(places)]
+    matrix = in_12_bits.matrix(weight)
+    assert matrix.odd or odd == 100
+    ones = torch.eye(shape[1]).bfloat16()
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 100):
+        alone = torch.cat([product(matrix, part.contiguous()) for part in ones.split(rows)])
+        assert torch.equal(alone.T.bfloat16(), weight) and torch.equal(alone, alone.bfloat16().float()), rows
+
+
+def test_products_of_weights_in_12_bits_are_those_of_16(in_12_bits):
+    """Bitwise where no weight is odd, for any number of rows; blocks of two weights may lie in turn."""
+    torch.manual_seed(0)
+    first, second = (torch.randn(48, 600).clamp(-2, 2).bfloat16() for _ in range(2))
+    first[first.abs() < 0.01] = 0.5
+    second[second.abs() < 0.01] = 0
+    plain, x = kernels._Store([first, second]), torch.randn(40, 600).bfloat16()
+    for parts in ((first,), (second,), (first, second)):
+        coded, exact = in_12_bits.matrix(*parts), plain.matrix(*parts)
+        assert coded.odd and not exact.odd
+        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 40):
+            assert torch.equal(product(coded, x[:rows].contiguous()), product(exact, x[:rows].contiguous())), rows
+
+
+def test_weights_of_all_sizes_stay_in_16_bits(in_12_bits):
+    torch.manual_seed(0)
+    weight = (torch.randn(32, 64) * torch.randint(-60, 60, (32, 64)).float().exp2()).bfloat16()
+    matrix = in_12_bits.matrix(weight)
+    assert not matrix.odd
+    assert torch.equal(product(matrix, torch.eye(64).bfloat16()).T.bfloat16(), weight)
+
+
 def base_of(family: str):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="sdpa")
