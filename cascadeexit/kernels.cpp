@@ -328,7 +328,7 @@ inline int place(int j, int i) {
 #ifdef CODES
 constexpr int CODED_REACH = 6144;   // as REACH
 constexpr int FEW_CODED = 4;        // rows for which weights are decoded in registers: six rows' sums leave none for that
-constexpr int WIDE_PIECE = 128;     // pairs of weights that many rows read as fp32 from the first cache
+constexpr int WIDE_PIECE = 96;      // pairs of weights that many rows read as fp32 from the first cache
 
 // Two pairs of inputs of a block: use(p, vectors of pairs of its first 8 outputs, of the others) for p = 0 and 1.
 template <class Use>
@@ -352,11 +352,9 @@ inline void decode_pairs(const uint8_t* w, __m256i highs, int pairs, uint32_t* t
         });
 }
 
-// The same as fp32, an input of all outputs after the other; later weights are asked for.
+// The same as fp32, an input of all outputs after the other.
 inline void decode_wide(const uint8_t* w, __m256i highs, int pairs, float* to) {
-    for (int p = 0; p < pairs; p += 2, w += 2 * CODED, to += 4 * BLOCK) {
-        __builtin_prefetch(w + CODED_REACH);
-        __builtin_prefetch(w + CODED_REACH + 64);
+    for (int p = 0; p < pairs; p += 2, w += 2 * CODED, to += 4 * BLOCK)
         decode(w, highs, [&](int q, Words a, Words b) {
             float* pair = to + q * 2 * BLOCK;
             store(pair, (Floats)(a << 16));
@@ -364,7 +362,6 @@ inline void decode_wide(const uint8_t* w, __m256i highs, int pairs, float* to) {
             store(pair + BLOCK, (Floats)(a & 0xFFFF0000u));
             store(pair + BLOCK + LANES, (Floats)(b & 0xFFFF0000u));
         });
-    }
 }
 
 // out[m][j] = sum over p of w[p][j] . x[m][p], for M rows and G blocks that lie `apart` bytes.
@@ -419,20 +416,25 @@ inline void dot_coded(const uint8_t* block, const Number* x, size_t stride, int 
     }
 }
 
-// out[m][j] += sum over i of w[i][j] . x[m][i], for M rows and the outputs of a block.
+// out[m][j] += sum over p of w[p][j] . x[m][p], for M rows and the outputs of a block, from `decode_wide`. At each pair
+// later weights are asked for, from `next` on, one pair's or none.
 template <int M>
-__attribute__((noinline)) void add_wide(const float* w, const Number* x, size_t stride, int inputs, float* out,
-                                        size_t out_stride) {
+__attribute__((noinline)) void add_wide(const float* w, const void* next, int ahead, const Number* x, size_t stride,
+                                        int pairs, float* out, size_t out_stride) {
+    const char* line = (const char*)next;
     Floats sum[M][2];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < 2; v++) sum[m][v] = load<Floats>(out + m * out_stride + LANES * v);
-    for (int i = 0; i < inputs; i++, w += BLOCK) {
-        Floats first = load<Floats>(w), second = load<Floats>(w + LANES);
-        asm("" : "+x"(first), "+x"(second));        // once: else each product reads them
-        for (int m = 0; m < M; m++) {
-            const Floats one = broadcast(x[m * stride + i]);
-            sum[m][0] += first * one;
-            sum[m][1] += second * one;
+    for (int p = 0; p < pairs; p++, x += 2, line += ahead) {
+        __builtin_prefetch(line);
+        for (int i = 0; i < 2; i++, w += BLOCK) {
+            Floats first = load<Floats>(w), second = load<Floats>(w + LANES);
+            asm("" : "+x"(first), "+x"(second));        // once: else each product reads them
+            for (int m = 0; m < M; m++) {
+                const Floats one = broadcast(x[m * stride + i]);
+                sum[m][0] += first * one;
+                sum[m][1] += second * one;
+            }
         }
     }
     for (int m = 0; m < M; m++)
@@ -629,11 +631,16 @@ inline const float* dot_many_coded(const Matrix& m, int b, int count, const Numb
         const uint8_t* code = coded_block(m, b + i);
         for (int p = 0, n; p < pairs(m); p += n) {
             n = pairs(m) - p < WIDE_PIECE ? pairs(m) - p : WIDE_PIECE;
-            decode_wide(code + coded_bytes(p), highs_of(code), n, piece);
+            const uint8_t* w = code + coded_bytes(p);
+            decode_wide(w, highs_of(code), n, piece);
             for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
                 tile = (rows - r + left - 1) / left;
                 with_rows<GOOD_TILE>(tile, [&](auto some) {
-                    add_wide<some()>(piece, x + r * stride + 2 * p, stride, 2 * n, sums + r * 2 * BLOCK + i * BLOCK, 2 * BLOCK);
+                    float* out = sums + r * 2 * BLOCK + i * BLOCK;
+                    if (r == 0)
+                        add_wide<some()>(piece, w + CODED_REACH, CODED, x + 2 * p, stride, n, out, 2 * BLOCK);
+                    else
+                        add_wide<some()>(piece, piece, 0, x + r * stride + 2 * p, stride, n, out, 2 * BLOCK);
                 });
             }
         }
