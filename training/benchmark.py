@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--cascade-thresholds", type=thresholds, nargs="+", default=[0.8, 0.6, 0.4], metavar="T",
                         help="of the first exit, from which the others follow; or of each by commas, 'no' for one that "
                         "is closed")
-    parser.add_argument("--tolerances", type=float, nargs="*", default=[0.3, 0.6], help="of lossy verification")
+    parser.add_argument("--tolerances", type=float, nargs="*", default=[0.3, 0.5], help="of lossy verification")
     parser.add_argument("--max-draft", type=int, default=DecodeConfig.max_draft)
     parser.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp where llama_cpp is installed")
     parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="leave out contenders with names that "
