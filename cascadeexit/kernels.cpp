@@ -2,9 +2,9 @@
 //
 // One call takes a few rows through many layers: one team of threads, no allocation, no dispatch between operations.
 // Weights are bf16, the same in 12 bits without loss, or integers of 8 bits, packed so that a pass reads each of them once,
-// in order: blocks of outputs, pairs of inputs side by side. Sums are fp32 and run over inputs in order (of 8 bits: integers, of inputs rounded to 16),
-// each row by itself, so a row's result is bitwise the same whatever other rows are in the pass: that is what makes
-// verification exact.
+// in order: blocks of outputs, pairs of inputs side by side. Sums are fp32 and run over inputs in order (of 8 bits: integers,
+// of inputs rounded to 16), each row by itself, so a row's result is bitwise the same whatever other rows are in the pass:
+// that is what makes verification exact.
 //
 // Letters: N rows, D hidden size, H query heads on G key-value heads of size d, C cache capacity.
 // Cache of a layer and head (of each text, where there are several): keys [C/16][d/2][16][2], values [C/2][d][2]; both
@@ -314,7 +314,7 @@ inline void dot_twice(const uint32_t* w, size_t apart, const Number* x, size_t s
 struct Code {
     uint8_t highs[16];              // what four bits stand for
     int32_t from, to;               // the block's odd weights
-    int32_t unused[2];
+    int32_t unused[2];              // so that weights begin at half a cache line
 };
 constexpr int CODED = 3 * BLOCK;    // bytes of a pair of inputs
 constexpr int ZERO = 7;             // its four bits; 15 for -0
@@ -372,7 +372,7 @@ __attribute__((noinline)) void dot_few_coded(const uint8_t* block, size_t apart,
     __m256i highs[G];
     for (int g = 0; g < G; g++) highs[g] = highs_of(block + g * apart);
     const uint8_t* w = block + sizeof(Code);
-    const int turn = pairs - CODED_REACH / CODED;             // from here on the next blocks are asked for
+    const int turn = pairs - CODED_REACH / CODED;       // from here on the next blocks are asked for
     for (int p = 0; p < pairs; p += 2, w += 2 * CODED, x += 4)
         for (int g = 0; g < G; g++) {
             const uint8_t* next = w + g * apart + CODED_REACH + (p < turn ? 0 : (G - 1) * apart);
@@ -394,7 +394,7 @@ __attribute__((noinline)) void dot_few_coded(const uint8_t* block, size_t apart,
         for (int v = 0; v < 2 * G; v++) store(out + m * out_stride + LANES * v, sum[m][v]);
 }
 
-// The same for one block and up to MAX_TILE rows, a piece of it at a time.
+// The same for one block and up to MAX_TILE rows: more than a few read a piece at a time, decoded into the first cache.
 template <int M>
 inline void dot_coded(const uint8_t* block, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
     if constexpr (M <= FEW_CODED) return dot_few_coded<M, 1>(block, 0, x, stride, pairs, out, out_stride);
