@@ -307,7 +307,7 @@ inline void dot_twice(const uint32_t* w, size_t apart, const Number* x, size_t s
 
 // bf16 in 12 bits without loss: low bytes as they are, and of each high byte, which is the sign and the exponent without its
 // last bit, four bits that tell which of 16 it is. Weights of a block are near enough in size that 7 exponents for each sign
-// and two zeros leave out one in 2,000; these are zeros here, and are added by themselves. That the exponents of a model's
+// and two zeros leave out very few; these are zeros here, and are added by themselves. That the exponents of a model's
 // weights hold less than three bits of information is DFloat11's finding (Zhang et al. 2025).
 // A block is its Code and then, for every two pairs of inputs, the low bytes of the first pair, of the second, and the four
 // bits of both, where instructions that interleave bytes find them (`place`).
@@ -975,13 +975,12 @@ int32_t ce_block() { return BLOCK; }
 float ce_row_cost(int32_t rows) {
 #ifdef BF16_DOT
     return rows < MAX_TILE ? 0.02f : 0.1f;
+#elif defined(CODES)
+    constexpr float costs[] = {0.04f, 0.05f, 0.06f, 0.22f, 0.1f, 0.3f, 0.1f, 0.25f};        // beside 1, 2 ... 8 and more
+    return costs[std::min(rows, MAX_TILE) - 1];
 #else
-#ifdef CODES
-    constexpr float costs[] = {0.04f, 0.05f, 0.06f, 0.22f, 0.1f, 0.3f, 0.1f};           // beside 1, 2 ... 7
-#else
-    constexpr float costs[] = {0.05f, 0.05f, 0.05f, 0.08f, 0.1f, 0.15f, 0.15f};
-#endif
-    return rows < MAX_TILE ? costs[rows - 1] : 0.25f;
+    constexpr float costs[] = {0.05f, 0.05f, 0.05f, 0.08f, 0.1f, 0.15f, 0.15f, 0.25f};
+    return costs[std::min(rows, MAX_TILE) - 1];
 #endif
 }
 

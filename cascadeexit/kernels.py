@@ -37,9 +37,7 @@ log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-
-
-_MOST_ODD = 1 / 64              # of a weight's numbers may have no code of 12 bits; the bundled model's are 1 / 2,200
+_MOST_ODD = 1 / 64              # of a weight's numbers may have no code of 12 bits, else it stays in 16
 
 
 class _Matrix(ctypes.Structure):
@@ -164,7 +162,7 @@ class _Store:
     """
 
     def __init__(self, weights: Iterable[Tensor], *, in_12_bits: bool = False):
-        self._size_of = library().ce_coded_bytes if in_12_bits else lambda *shape: 0
+        self._size_of = library().ce_coded_bytes if in_12_bits else lambda *shape: 0    # in 12 bits; 0: stays in 16
         self._kept: list = []
         self._grow(sum(_whole_lines(w.nbytes if w.dtype == torch.int8
                                     else self._size_of(*w.shape) or library().ce_packed_bytes(*w.shape))

@@ -1,5 +1,6 @@
 """Our own CPU kernels: the layers, exits and heads that transformers and torch compute, and rows that stand alone."""
 
+from ctypes import byref
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def in_12_bits():
 def product(matrix, x: torch.Tensor) -> torch.Tensor:
     """x (N, I) bf16 -> (N, O) fp32."""
     out = torch.empty(len(x), matrix.outputs)
-    kernels.library().ce_linear(kernels.byref(matrix), x.data_ptr(), out.data_ptr(), len(x), 2)
+    kernels.library().ce_linear(byref(matrix), x.data_ptr(), out.data_ptr(), len(x), 2)
     return out
 
 
