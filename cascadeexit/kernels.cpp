@@ -19,6 +19,7 @@
 #include <omp.h>
 #include <sched.h>
 #include <type_traits>
+#include <unistd.h>
 #include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -26,14 +27,13 @@
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #define BF16_DOT 1
 #endif
-#if defined(__AVX2__) && !defined(__AVX512F__)
-#define CODES 1                 // bf16 in 12 bits is read, too: measured where vectors have 8 lanes
+#if defined(BF16_DOT) || (defined(__AVX2__) && !defined(__AVX512F__))
+#define CODES 1                 // bf16 in 12 bits is read, too: measured on these
 #endif
 
 namespace {
 
 constexpr int KEYS = 16;        // keys of a score block
-constexpr int MAX_TILE = 8;     // rows that share one reading of a block from the first cache
 constexpr int MANY = 5;         // rows from which a tile computes about as long as it waits for its weights
 constexpr int SPAN = 512;       // positions that are attended to at a time; a multiple of KEYS
 constexpr int OPEN = 8;         // one part in so many of a matrix is left to whoever comes first
@@ -90,9 +90,10 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 constexpr int BLOCK = 2 * LANES;        // outputs of a weight block, which is read in order
-constexpr int GOOD_TILE = LANES == 16 ? MAX_TILE : 6;   // rows whose sums for a block still leave some registers
+constexpr int MAX_TILE = LANES == 16 ? 12 : 8;  // rows that share one reading of a block from the first cache
+constexpr int GOOD_TILE = LANES == 16 ? 12 : 6; // rows whose sums for a block still leave some registers
 constexpr int FEW = 3;          // and for 32 columns with 8 lanes; fewer rows' sums for 16 would wait for each other
-constexpr int MAX_QUERIES = GOOD_TILE;  // queries that share one reading of keys and values
+constexpr int MAX_QUERIES = LANES == 16 ? 8 : 6;        // queries that share one reading of keys and values
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
@@ -192,15 +193,19 @@ struct Team {
 // -- dot products of pairs --------------------------------------------------------------------------------------------
 
 #ifdef BF16_DOT
-// Asks memory for weights that are needed later. Few rows wait for memory all the time, and it is kept busiest by one long
-// reach into the first cache. Many rows also compute, and what would come too early there waits in the second one.
-template <int M, int W>
-inline void ahead(const uint32_t* w) {
-    constexpr int near = (M < MANY ? 128 : 32) * W, far = 512 * W;     // in bytes: times 2
-    for (int v = 0; v < W; v += 16) {
-        _mm_prefetch((const char*)(w + v) + 2 * near, _MM_HINT_T0);
-        if (M >= MANY) _mm_prefetch((const char*)(w + v) + 2 * far, _MM_HINT_T1);
-    }
+// Asks memory for weights that are needed later, BYTES after w. One long reach into the first cache keeps memory busiest; but many
+// rows, which also compute, had better let what would come so early wait in the second one, where the first is a small one.
+const bool SMALL_CACHE = sysconf(_SC_LEVEL1_DCACHE_SIZE) <= 32 * 1024;
+template <int M, int BYTES>
+inline void ahead(const void* w) {
+    const char* from = (const char*)w;
+    for (int line = 0; line < BYTES; line += 64)
+        if (M < MANY || !SMALL_CACHE) {
+            _mm_prefetch(from + line + 8192, _MM_HINT_T0);
+        } else {
+            _mm_prefetch(from + line + 2048, _MM_HINT_T0);
+            _mm_prefetch(from + line + 32768, _MM_HINT_T1);
+        }
 }
 
 // out[m][j] = sum over p of w[p][j] . x[m][p], for M rows and W outputs; both hold pairs of bf16.
@@ -213,7 +218,7 @@ inline void dot_pairs(const uint32_t* w, const Number* x, size_t stride, int pai
     for (int p = 0; p < pairs; p++, w += W) {
         __m512bh weights[V];
         for (int v = 0; v < V; v++) weights[v] = (__m512bh)_mm512_loadu_si512(w + 16 * v);
-        ahead<M, W>(w);
+        ahead<M, 4 * W>(w);
         for (int m = 0; m < M; m++) {
             __m512bh both = (__m512bh)_mm512_set1_epi32(load<int>(x + m * stride + 2 * p));
             for (int v = 0; v < V; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], weights[v], both);
@@ -311,10 +316,9 @@ inline void dot_twice(const uint32_t* w, size_t apart, const Number* x, size_t s
 // weights hold less than three bits of information is DFloat11's finding (Zhang et al. 2025).
 // A block is its Code and then, for every two pairs of inputs, the low bytes of the first pair, of the second, and the four
 // bits of both, where instructions that interleave bytes find them (`place`).
-struct Code {
+struct alignas(2 * BLOCK) Code {    // the size of the vectors in which weights are read
     uint8_t highs[16];              // what four bits stand for
     int32_t from, to;               // the block's odd weights
-    int32_t unused[2];              // so that weights begin at half a cache line
 };
 constexpr int CODED = 3 * BLOCK;    // bytes of a pair of inputs
 constexpr int ZERO = 7;             // its four bits; 15 for -0
@@ -326,25 +330,60 @@ inline int place(int j, int i) {
 }
 
 #ifdef CODES
+// Of vectors of bytes: what the last four bits of each choose from 16; those of two in turn, of the first halves of all quarters
+// or of the second ones.
+#ifdef __AVX512F__
+inline Words repeated(const uint8_t* from) { return (Words)_mm512_broadcast_i32x4(load<__m128i>(from)); }
+inline Words chosen(Words from, Words bits) { return (Words)_mm512_shuffle_epi8((__m512i)from, (__m512i)bits); }
+inline Words first_in_turn(Words a, Words b) { return (Words)_mm512_unpacklo_epi8((__m512i)a, (__m512i)b); }
+inline Words second_in_turn(Words a, Words b) { return (Words)_mm512_unpackhi_epi8((__m512i)a, (__m512i)b); }
+#else
+inline Words repeated(const uint8_t* from) { return (Words)_mm256_broadcastsi128_si256(load<__m128i>(from)); }
+inline Words chosen(Words from, Words bits) { return (Words)_mm256_shuffle_epi8((__m256i)from, (__m256i)bits); }
+inline Words first_in_turn(Words a, Words b) { return (Words)_mm256_unpacklo_epi8((__m256i)a, (__m256i)b); }
+inline Words second_in_turn(Words a, Words b) { return (Words)_mm256_unpackhi_epi8((__m256i)a, (__m256i)b); }
+#endif
+
+// Two pairs of inputs of a block: use(p, vectors of pairs of its first outputs, of the others) for p = 0 and 1. highs: the code's,
+// repeated.
+template <class Use>
+inline __attribute__((always_inline)) void decode(const uint8_t* w, Words highs, Use use) {
+    const Words bits = load<Words>(w + 4 * BLOCK);
+    for (int p = 0; p < 2; p++) {
+        const Words low = load<Words>(w + 2 * BLOCK * p), high = chosen(highs, (p ? bits >> 4 : bits) & 0x0F0F0F0Fu);
+        use(p, first_in_turn(low, high), second_in_turn(low, high));
+    }
+}
+
+#ifdef BF16_DOT
+// As dot_pairs, of a block in 12 bits.
+template <int M>
+inline void dot_coded(const uint8_t* block, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
+    __m512 sum[M][2];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < 2; v++) sum[m][v] = _mm512_setzero_ps();
+    const Words highs = repeated(block);
+    const uint8_t* w = block + sizeof(Code);
+    for (int p = 0; p < pairs; p += 2, w += 2 * CODED, x += 4) {
+        ahead<M, 2 * CODED>(w);
+        decode(w, highs, [&](int q, Words a, Words b) __attribute__((always_inline)) {
+            for (int m = 0; m < M; m++) {
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(load<int>(x + m * stride + 2 * q));
+                sum[m][0] = _mm512_dpbf16_ps(sum[m][0], (__m512bh)a, both);
+                sum[m][1] = _mm512_dpbf16_ps(sum[m][1], (__m512bh)b, both);
+            }
+        });
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < 2; v++) _mm512_storeu_ps(out + m * out_stride + 16 * v, sum[m][v]);
+}
+#else
 constexpr int CODED_REACH = 6144;   // as REACH
 constexpr int FEW_CODED = 4;        // rows for which weights are decoded in registers: six rows' sums leave none for that
 constexpr int WIDE_PIECE = 96;      // pairs of weights that many rows read as fp32 from the first cache
 
-// Two pairs of inputs of a block: use(p, vectors of pairs of its first 8 outputs, of the others) for p = 0 and 1.
-template <class Use>
-inline __attribute__((always_inline)) void decode(const uint8_t* w, __m256i highs, Use use) {
-    const __m256i bits = load<__m256i>(w + 4 * BLOCK), mask = _mm256_set1_epi8(15);
-    for (int p = 0; p < 2; p++) {
-        const __m256i low = load<__m256i>(w + 2 * BLOCK * p);
-        const __m256i high = _mm256_shuffle_epi8(highs, (p ? _mm256_srli_epi16(bits, 4) : bits) & mask);
-        use(p, (Words)_mm256_unpacklo_epi8(low, high), (Words)_mm256_unpackhi_epi8(low, high));
-    }
-}
-
-inline __m256i highs_of(const uint8_t* block) { return _mm256_broadcastsi128_si256(load<__m128i>(block)); }
-
 // A block's pairs of inputs as ce_pack lays them.
-inline void decode_pairs(const uint8_t* w, __m256i highs, int pairs, uint32_t* to) {
+inline void decode_pairs(const uint8_t* w, Words highs, int pairs, uint32_t* to) {
     for (int p = 0; p < pairs; p += 2, w += 2 * CODED, to += 2 * BLOCK)
         decode(w, highs, [&](int q, Words a, Words b) {
             std::memcpy(to + q * BLOCK, &a, sizeof a);
@@ -353,7 +392,7 @@ inline void decode_pairs(const uint8_t* w, __m256i highs, int pairs, uint32_t* t
 }
 
 // The same as fp32, an input of all outputs after the other.
-inline void decode_wide(const uint8_t* w, __m256i highs, int pairs, float* to) {
+inline void decode_wide(const uint8_t* w, Words highs, int pairs, float* to) {
     for (int p = 0; p < pairs; p += 2, w += 2 * CODED, to += 4 * BLOCK)
         decode(w, highs, [&](int q, Words a, Words b) {
             float* pair = to + q * 2 * BLOCK;
@@ -369,8 +408,8 @@ template <int M, int G>
 __attribute__((noinline)) void dot_few_coded(const uint8_t* block, size_t apart, const Number* x, size_t stride, int pairs,
                                              float* out, size_t out_stride) {
     Floats sum[M][2 * G] = {};
-    __m256i highs[G];
-    for (int g = 0; g < G; g++) highs[g] = highs_of(block + g * apart);
+    Words highs[G];
+    for (int g = 0; g < G; g++) highs[g] = repeated(block + g * apart);
     const uint8_t* w = block + sizeof(Code);
     const int turn = pairs - CODED_REACH / CODED;       // from here on the next blocks are asked for
     for (int p = 0; p < pairs; p += 2, w += 2 * CODED, x += 4)
@@ -399,7 +438,7 @@ template <int M>
 inline void dot_coded(const uint8_t* block, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
     if constexpr (M <= FEW_CODED) return dot_few_coded<M, 1>(block, 0, x, stride, pairs, out, out_stride);
     alignas(64) uint32_t piece[PIECE * BLOCK];
-    const __m256i highs = highs_of(block);
+    const Words highs = repeated(block);
     const uint8_t* w = block + sizeof(Code);
     for (int m = 0; m < M; m++) std::memset(out + m * out_stride, 0, sizeof(float) * BLOCK);
     for (int p = 0, n; p < pairs; p += n, w += size_t(n) * CODED, x += 2 * n) {
@@ -440,6 +479,7 @@ __attribute__((noinline)) void add_wide(const float* w, const void* next, int ah
     for (int m = 0; m < M; m++)
         for (int v = 0; v < 2; v++) store(out + m * out_stride + LANES * v, sum[m][v]);
 }
+#endif
 #endif
 
 // sum + a . b, pair by pair: of two integers of 16 bits each.
@@ -600,7 +640,7 @@ inline void add_odd(const Matrix& m, int b, const Number* x, size_t stride, int 
     __builtin_prefetch(m.odd + code.to);        // the next block's
     for (int i = code.from; i < code.to; i++) {
         const int input = m.odd[i].at / BLOCK, output = m.odd[i].at % BLOCK;
-        for (int r = 0; r < rows; r++) out[r * out_stride + output] += m.odd[i].value * x[r * stride + input];
+        for (int r = 0; r < rows; r++) out[r * out_stride + output] += m.odd[i].value * as_float(x[r * stride + input]);
     }
 }
 
@@ -608,11 +648,13 @@ inline void add_odd(const Matrix& m, int b, const Number* x, size_t stride, int 
 inline void dot_coded_blocks(const Matrix& m, int b, int count, const Number* x, size_t stride, int tile, float* out,
                              size_t out_stride) {
     const int n = pairs(m);
+#ifndef BF16_DOT
     if (count == 2 && tile < FEW)
         with_rows<FEW - 1>(tile, [&](auto some) {
             dot_few_coded<some(), 2>(coded_block(m, b), coded_bytes(n), x, stride, n, out, out_stride);
         });
     else
+#endif
         for (int i = 0; i < count; i++)
             with_rows<MAX_TILE>(tile, [&](auto some) {
                 dot_coded<some()>(coded_block(m, b + i), x, stride, n, out + i * BLOCK, out_stride);
@@ -620,6 +662,7 @@ inline void dot_coded_blocks(const Matrix& m, int b, int count, const Number* x,
     for (int i = 0; i < count; i++) add_odd(m, b + i, x, stride, tile, out + i * BLOCK, out_stride);
 }
 
+#ifndef BF16_DOT
 // Sums of one or two blocks for many rows, 2 BLOCK for each: this thread's, until it asks again. All rows read a piece of the
 // weights before the next one is decoded.
 inline const float* dot_many_coded(const Matrix& m, int b, int count, const Number* x, size_t stride, int rows) {
@@ -632,7 +675,7 @@ inline const float* dot_many_coded(const Matrix& m, int b, int count, const Numb
         for (int p = 0, n; p < pairs(m); p += n) {
             n = pairs(m) - p < WIDE_PIECE ? pairs(m) - p : WIDE_PIECE;
             const uint8_t* w = code + coded_bytes(p);
-            decode_wide(w, highs_of(code), n, piece);
+            decode_wide(w, repeated(code), n, piece);
             for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
                 tile = (rows - r + left - 1) / left;
                 with_rows<GOOD_TILE>(tile, [&](auto some) {
@@ -648,6 +691,7 @@ inline const float* dot_many_coded(const Matrix& m, int b, int count, const Numb
     }
     return sums;
 }
+#endif
 #endif
 
 // One or two blocks of outputs for a tile of rows from the r-th on -> out, with one every out_stride.
@@ -679,7 +723,7 @@ inline void dot_blocks(const Matrix& m, int b, int count, const Rows& rows, int 
 // The same for all rows: use(first row, rows, sums with 2 BLOCK for each) for some at a time.
 template <class Use>
 inline void dot_all(const Matrix& m, int b, int count, const Rows& from, int rows, Use use) {
-#ifdef CODES
+#if defined(CODES) && !defined(BF16_DOT)
     if (m.odd && rows > MAX_TILE) return use(0, rows, dot_many_coded(m, b, count, from.x, from.stride, rows));
 #endif
     float sums[MAX_TILE][2 * BLOCK];
@@ -974,7 +1018,7 @@ int32_t ce_block() { return BLOCK; }
 // What one more row beside so many costs, in passes of one row: measured.
 float ce_row_cost(int32_t rows) {
 #ifdef BF16_DOT
-    return rows < MAX_TILE ? 0.02f : 0.1f;
+    return rows < MAX_TILE ? 0.05f : 0.1f;
 #elif defined(CODES)
     constexpr float costs[] = {0.04f, 0.05f, 0.06f, 0.22f, 0.1f, 0.3f, 0.1f, 0.25f};        // beside 1, 2 ... 8 and more
     return costs[std::min(rows, MAX_TILE) - 1];
@@ -1024,7 +1068,7 @@ int32_t ce_code(const bf16* weight, int32_t out, int32_t in, uint8_t* packed, Od
             for (int k = 0; k < ZERO; k++) sum += seen[from + k];
             if (sum > most) most = sum, base = from;
         }
-        Code code{{}, count, count, {}};
+        Code code{{}, count, count};
         for (int k = 0; k < 16; k++) code.highs[k] = uint8_t((k & 8) * 16 + (k % 8 == ZERO ? 0 : base + k % 8));
         uint8_t* block = packed + size_t(first + b * step) * coded_bytes(in / 2);
         for (int i = 0; i < in; i++) {
