@@ -1279,7 +1279,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
             team.meet();
             // 2. norms of heads and rotary embedding; keys and values go into the cache
             for (int i = team.from(rows * (H + 2 * G)); i < team.to(rows * (H + 2 * G)); i++) {
-                int r = i / (H + 2 * G), head = i % (H + 2 * G), at = slot(r);
+                int r = i % rows, head = i / rows, at = slot(r);    // rows of a head lie in the same cache lines
                 float* row = qkv + size_t(r) * wide + head * d;
                 const float* cosine = stack->cosines + size_t(position[r]) * (d / 2);
                 const float* sine = stack->sines + size_t(position[r]) * (d / 2);
