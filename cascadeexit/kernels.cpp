@@ -121,7 +121,11 @@ inline float sum_of(Floats x) {
 // Floats rounded to bf16 -> to.
 inline Words rounded(Floats x) { return (Words)x + 0x7FFFu + ((Words)x >> 16 & 1u); }
 inline void store_rounded(bf16* to, Floats x) {
-    Halves halves = __builtin_convertvector(rounded(x) >> 16, Halves);
+#ifdef BF16_DOT
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+#else
+    const Halves halves = __builtin_convertvector(rounded(x) >> 16, Halves);
+#endif
     std::memcpy(to, &halves, sizeof halves);
 }
 inline void store_rounded(float* to, Floats x) { store(to, (Floats)(rounded(x) & 0xFFFF0000u)); }
@@ -906,20 +910,29 @@ void path_values(const Past& past, const int* path, int begin, int n, int d, uin
 float weigh(const float* row, int first, int seen, float scale, Number* to, float& top) {
     const Ints lane = lanes_in_order();
     const int start = first / KEYS * KEYS, whole = (seen + KEYS - 1) / KEYS * KEYS;
-    auto visible = [&](int t) __attribute__((always_inline)) { return (lane + t >= first) & (lane + t < seen); };
+    const int middle = (first + LANES - 1) / LANES * LANES, last = seen / LANES * LANES;
+    // f(t, seen): of a vector of positions from t on, what is seen, else the other; in the middle that is all of it.
+    auto each = [&](auto f) __attribute__((always_inline)) {
+        auto part = [&](int t) __attribute__((always_inline)) {
+            f(t, [&](Floats x, Floats other) { return (lane + t >= first) & (lane + t < seen) ? x : other; });
+        };
+        int t = start;
+        for (; t < middle && t < whole; t += LANES) part(t);
+        for (; t < last; t += LANES) f(t, [](Floats x, Floats) { return x; });
+        for (; t < whole; t += LANES) part(t);
+    };
     Floats most = broadcast(-INFINITY), sums = {};
-    for (int t = start; t < seen; t += LANES) {
-        Floats score = load<Floats>(row + t);
-        most = (visible(t) & (score > most)) ? score : most;
-    }
+    each([&](int t, auto visible) __attribute__((always_inline)) {
+        const Floats score = visible(load<Floats>(row + t), most);
+        most = score > most ? score : most;
+    });
     top = most[0];
     for (int l = 1; l < LANES; l++) top = most[l] > top ? most[l] : top;
-    for (int t = start; t < whole; t += LANES) {
-        Floats power = fast_exp((load<Floats>(row + t) - top) * scale);
-        power = visible(t) ? power : Floats{};
+    each([&](int t, auto visible) __attribute__((always_inline)) {
+        const Floats power = visible(fast_exp((load<Floats>(row + t) - top) * scale), Floats{});
         sums += power;
         store_rounded(to + t, power);
-    }
+    });
     return sum_of(sums);
 }
 
