@@ -198,7 +198,7 @@ struct Team {
 
 #ifdef BF16_DOT
 // Asks memory for weights that are needed later, BYTES after w. One long reach into the first cache keeps memory busiest; but many
-// rows, which also compute, had better let what would come so early wait in the second one, where the first is a small one.
+// rows, which also compute, had better let what would come so early wait in the second one, where the first is small.
 const bool SMALL_CACHE = sysconf(_SC_LEVEL1_DCACHE_SIZE) <= 32 * 1024;
 template <int M, int BYTES>
 inline void ahead(const void* w) {
@@ -911,7 +911,7 @@ float weigh(const float* row, int first, int seen, float scale, Number* to, floa
     const Ints lane = lanes_in_order();
     const int start = first / KEYS * KEYS, whole = (seen + KEYS - 1) / KEYS * KEYS;
     const int middle = (first + LANES - 1) / LANES * LANES, last = seen / LANES * LANES;
-    // f(t, seen): of a vector of positions from t on, what is seen, else the other; in the middle that is all of it.
+    // f(t, visible): of a vector of positions from t on visible(x, other) is x where that is seen; in the middle it is everywhere.
     auto each = [&](auto f) __attribute__((always_inline)) {
         auto part = [&](int t) __attribute__((always_inline)) {
             f(t, [&](Floats x, Floats other) { return (lane + t >= first) & (lane + t < seen) ? x : other; });

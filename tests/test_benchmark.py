@@ -40,6 +40,7 @@ def test_cost_against_length_is_measured_for_every_length_that_fits():
     fitting = [c for c in benchmark.CONTEXTS if c <= engine.model.max_positions - 64]
     assert fitting and [e["context"] for e in found["context"]] == fitting
     assert found["context"][0]["allowed"] == 1.0 and all(e["full"] > 0 for e in found["context"] + found["output"])
+    assert all(e["times"] > 0 for e in found["context"])
     assert engine.model.eos_ids == eos
 
 

@@ -231,30 +231,32 @@ def show(value: float | None, form: str) -> str:
 # -- length -----------------------------------------------------------------------------------------------------------
 
 
-def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 3) -> dict:
+def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5) -> dict:
     """Milliseconds a token against the length of context (decoding 32 tokens) and of output; no token ends a text.
 
     The context is one that the model wrote, drawn at temperature 1: where text repeats, drafts would be copied from it.
     Medians over `rounds`, the lengths in turn; of ours alone where there is no reference. `allowed`: what a token costs
-    at this context by the bytes it reads, weights and keys and values, over that at the shortest context.
+    at this context by the bytes it reads, weights and keys and values, over that at the shortest context. `times`: what
+    one of `full` took over one at the shortest context right after it: a shared machine's memory is not always as fast.
     """
     model, eos, weights = engine.model, engine.model.eos_ids, engine.costs.full_token_bytes
     longest = min(max(CONTEXTS), model.max_positions - 64)
     prompt = token_ids(tokenizer, bundled_prompts()[0].text)
     position_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.dtype.itemsize
 
-    def ours(ids: list[int], tokens: int) -> dict[str, float]:
-        configs = {mode: DecodeConfig(mode=mode, max_new_tokens=tokens, max_draft=max_draft)
-                   for mode in (Mode.FULL, Mode.VERIFIED)}
-        return {mode.value: 1e3 / engine.run(ids, config).stats.tokens_per_second for mode, config in configs.items()}
+    def ms(mode: Mode, ids: list[int], tokens: int) -> float:
+        config = DecodeConfig(mode=mode, max_new_tokens=tokens, max_draft=max_draft)
+        return 1e3 / engine.run(ids, config).stats.tokens_per_second
 
     def at_context(length: int) -> dict[str, float]:
         allowed = (weights + position_bytes * length) / (weights + position_bytes * CONTEXTS[0])
         theirs = {GENERATE: _generate_ms(reference, text[:length])} if reference else {}
-        return {"context": length, "allowed": allowed, **ours(text[:length], 32), **theirs}
+        full, shortest = (ms(Mode.FULL, text[:n], 32) for n in (length, CONTEXTS[0]))
+        return {"context": length, "allowed": allowed, "times": full / shortest, "full": full,
+                "verified": ms(Mode.VERIFIED, text[:length], 32), **theirs}
 
     def at_output(length: int) -> dict[str, float]:
-        return {"output": length, **ours(prompt, length)}
+        return {"output": length, "full": ms(Mode.FULL, prompt, length), "verified": ms(Mode.VERIFIED, prompt, length)}
 
     model.eos_ids = frozenset()
     try:

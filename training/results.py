@@ -59,14 +59,15 @@ def opening(result: dict) -> str:
 
 
 def growth_table(growth: dict) -> str:
-    lines = ["| context | `full` | by bytes | `verified` | `generate` | | output | `full` | `verified` |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    """`full` also over what a token took at the first context, side by side where that was measured so."""
+    lines = ["| context | `full` | times the first | by bytes | `verified` | `generate` | | output | `full` "
+             "| `verified` |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     first = growth["context"][0]["full"]
     for a, b in itertools.zip_longest(growth["context"], growth["output"]):
-        left = ["", "", "", "", ""] if a is None else [
-            f"{a['context']:,}", *(show(ms, ".1f") for ms in (a["full"], first * a["allowed"], a["verified"],
-                                                               a.get(GENERATE)))]
-        right = ["", "", ""] if b is None else [f"{b['output']:,}", f"{b['full']:.1f}", f"{b['verified']:.1f}"]
+        left = [""] * 6 if a is None else [
+            f"{a['context']:,}", f"{a['full']:.1f}", f"{a.get('times', a['full'] / first):.2f}", f"{a['allowed']:.2f}",
+            f"{a['verified']:.1f}", show(a.get(GENERATE), ".1f")]
+        right = [""] * 3 if b is None else [f"{b['output']:,}", f"{b['full']:.1f}", f"{b['verified']:.1f}"]
         lines.append("| " + " | ".join([*left, "", *right]) + " |")
     return "\n".join(lines)
 
@@ -190,12 +191,13 @@ and reads memory at {older['read_bandwidth'] / 1e9:.0f} GB/s:
 
 {opening(older)}{source(older)}
 
-**Cost of a token against length**, milliseconds, after a context that the model wrote at temperature 1. By bytes: what
-`full` would take if a token cost what it reads, weights, keys and values:
+**Cost of a token against length**, milliseconds, after a context that the model wrote at temperature 1. Times the
+first: `full` over a token after the first of these contexts, measured right after it. By bytes: the same if a token
+cost what it reads, weights, keys and values:
 
 {growth_table(speed['growth'])}
 
-and on the older processor, without `generate`:
+and on the older processor, without `generate`, and one context after the other:
 
 {growth_table(older['growth'])}
 
