@@ -91,7 +91,7 @@ constexpr int LANES = 8;
 #endif
 constexpr int BLOCK = 2 * LANES;        // outputs of a weight block, which is read in order
 constexpr int MAX_TILE = LANES == 16 ? 12 : 8;  // rows that share one reading of a block from the first cache
-constexpr int GOOD_TILE = LANES == 16 ? 12 : 6; // rows whose sums for a block still leave some registers
+constexpr int GOOD_TILE = LANES == 16 ? MAX_TILE : 6;   // rows whose sums for a block still leave some registers
 constexpr int FEW = 3;          // and for 32 columns with 8 lanes; fewer rows' sums for 16 would wait for each other
 constexpr int MAX_QUERIES = LANES == 16 ? 8 : 6;        // queries that share one reading of keys and values
 using Floats = float __attribute__((vector_size(4 * LANES)));

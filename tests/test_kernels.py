@@ -69,7 +69,7 @@ def test_weights_in_12_bits_are_those_of_16(in_12_bits, shape, odd):
     """However far from the others in size: each is read alone, by an input that is 1 where the others are 0."""
     torch.manual_seed(odd)
     weight = torch.randn(shape).bfloat16()
-    far = torch.tensor([2e-38, -3e38, 2e-20, -0.0, 0.0, 7e9, -1e-30], dtype=torch.bfloat16)
+    far = torch.tensor([1e-38, -3e38, 2e-20, -0.0, 0.0, 1e-41, 7e9], dtype=torch.bfloat16)
     places = torch.randperm(weight.numel())[:odd]
     weight.view(-1)[places] = far.repeat(20)[:odd][:len(places)]
     matrix = in_12_bits.matrix(weight)
@@ -77,6 +77,8 @@ def test_weights_in_12_bits_are_those_of_16(in_12_bits, shape, odd):
     ones = torch.eye(shape[1]).bfloat16()
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 100):
         alone = torch.cat([product(matrix, part.contiguous()) for part in ones.split(rows)])
+        if not matrix.odd:          # in 16 bits after all: dot products of bf16 read the smallest numbers as 0
+            weight[(weight.abs() < torch.finfo(torch.bfloat16).tiny) & (alone.T == 0)] = 0
         assert torch.equal(alone.T.bfloat16(), weight) and torch.equal(alone, alone.bfloat16().float()), rows
 
 
