@@ -36,7 +36,6 @@ namespace {
 constexpr int KEYS = 16;        // keys of a score block
 constexpr int MANY = 5;         // rows from which a tile computes about as long as it waits for its weights
 constexpr int SPAN = 512;       // positions that are attended to at a time; a multiple of KEYS
-constexpr int OPEN = 8;         // one part in so many of a matrix is left to whoever comes first
 constexpr int REACH = 12288;    // bytes from weights in use to those that are asked for, where that is done in one way
 constexpr int ROUND = 64;       // spans of tiles for each thread between two meetings: bounds what is kept of them
 
@@ -151,46 +150,49 @@ inline F fast_exp(F x) {
 
 inline float silu(float x) { return x / (1.0f + fast_exp(-x)); }
 
-// Threads of a call meet here. They arrive within microseconds of each other, so they spin; when another program holds
-// a core they yield to it.
-class Barrier {
-    alignas(64) std::atomic<int> waiting{0};
-    alignas(64) std::atomic<int> round{0};
-
-public:
-    void meet(int threads) {
-        if (threads == 1) return;
-        int now = round.load(std::memory_order_acquire);
-        if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-            waiting.store(0, std::memory_order_relaxed);
-            round.store(now + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
-#if defined(__x86_64__)
-            __builtin_ia32_pause();
-#endif
-            if (spins > 500) sched_yield();
-        }
-    }
+// What a thread is told by the others, on cache lines that are its own: one that several write travels between cores, and these
+// may lie far apart.
+struct Desk {
+    alignas(64) std::atomic<int> told[16]{};    // in each step of a meeting: the last one that another thread has come to
+    alignas(64) std::atomic<int> taken[2]{};    // of its part of the work that is shared out, this time and the next
 };
 
 struct Team {
     int rank, size;
-    Barrier* barrier;
-    int* tickets;                   // zeros, one for each time that work is shared out
-    void meet() const { barrier->meet(size); }
-    int from(int items) const { return int(int64_t(items) * rank / size); }
-    int to(int items) const { return int(int64_t(items) * (rank + 1) / size); }
+    Desk* desks;
+    int meetings = 0, shares = 0;
+    int from(int items, int who) const { return int(int64_t(items) * who / size); }
+    int from(int items) const { return from(items, rank); }
+    int to(int items) const { return from(items, rank + 1); }
 
-    // work(i) for i = 0..items-1, by anyone: each has a share of its own, and who is through with it helps with the rest,
-    // since memory does not serve all cores alike.
+    // Nobody goes on before all have come: each tells whom is 1, 2, 4, .. further and waits to be told the same (dissemination
+    // barrier: Hensgen, Finkel and Manber 1988). Threads arrive within microseconds of each other, so they spin; when another
+    // program holds a core they yield to it.
+    void meet() {
+        meetings++;
+        for (int step = 0, far = 1; far < size; step++, far *= 2) {
+            desks[(rank + far) % size].told[step].store(meetings, std::memory_order_release);
+            for (int spins = 0; desks[rank].told[step].load(std::memory_order_acquire) < meetings; spins++) {
+#if defined(__x86_64__)
+                __builtin_ia32_pause();
+#endif
+                if (spins > 500) sched_yield();
+            }
+        }
+    }
+
+    // work(i) for i = 0..items-1, by anyone: each goes through a part of its own, and who is through with it helps the others
+    // with theirs, since memory does not serve all cores alike. They meet before the next time.
     template <class Work>
     void share(int items, Work work) {
-        const int own = items - items / OPEN;
-        for (int i = from(own); i < to(own); i++) work(i);
-        for (int i; (i = own + __atomic_fetch_add(tickets, 1, __ATOMIC_RELAXED)) < items;) work(i);
-        tickets++;
+        const int now = shares++ % 2;
+        desks[rank].taken[1 - now].store(0, std::memory_order_relaxed);
+        for (int k = 0; k < size; k++) {
+            const int who = (rank + k) % size, first = from(items, who), count = from(items, who + 1) - first;
+            std::atomic<int>& taken = desks[who].taken[now];
+            if (k && taken.load(std::memory_order_relaxed) >= count) continue;  // to look is cheaper than to take
+            for (int i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < count;) work(first + i);
+        }
     }
 };
 
@@ -558,7 +560,7 @@ struct Screen {
 };
 
 struct Layer {
-    Matrix qkv, o, gate_up, down;   // gate_up: blocks of gate and up in turn
+    Matrix qkv, o, gate_up, down;   // qkv: of each key-value head its queries, key, value; gate_up: blocks of gate and up in turn
     const float *attention_norm, *mlp_norm, *q_norm, *k_norm;       // q_norm and k_norm may be null
 };
 
@@ -1120,11 +1122,10 @@ void ce_rows(const Matrix* m, const int64_t* ids, int32_t n, bf16* out) {
 void ce_linear(const Matrix* m, const bf16* x, float* out, int32_t rows, int32_t threads) {
     static thread_local Scratch<Number> n_x;
     const Number* read = numbers_of(x, size_t(rows) * m->in, n_x);
-    Barrier barrier;
-    int ticket = 0;
+    std::vector<Desk> desks(threads);
 #pragma omp parallel num_threads(threads)
     {
-        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, &ticket};
+        Team team{omp_get_thread_num(), omp_get_num_threads(), desks.data()};
         multiply(team, *m, read, m->in, rows, [&](int r, int first, const float* sums) {
             int n = m->out - first < BLOCK ? m->out - first : BLOCK;
             for (int j = 0; j < n; j++) out[size_t(r) * m->out + first + j] = sums[j] + (m->bias ? m->bias[first + j] : 0);
@@ -1146,11 +1147,10 @@ void ce_argmax(const Matrix* m, const Screen* screen, const bf16* x, int32_t* nu
     int* many = i_many.get(threads);
     for (size_t i = 0; i < threads * each; i++) best[i] = {-INFINITY, 0}, least[i] = -INFINITY;
     for (int r = 0; screen && r < rows; r++) doubts[r] = doubt(*screen, read + size_t(r) * m->in);
-    Barrier barrier;
-    int tickets[2] = {};
+    std::vector<Desk> desks(threads);
 #pragma omp parallel num_threads(threads)
     {
-        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, tickets};
+        Team team{omp_get_thread_num(), omp_get_num_threads(), desks.data()};
         Best* own = best + team.rank * each;
         bool all = !screen;
         if (screen) {
@@ -1183,7 +1183,7 @@ void ce_argmax(const Matrix* m, const Screen* screen, const bf16* x, int32_t* nu
                 auto value = [&](int j) { return sums[j] + (m->bias ? m->bias[first + j] : 0); };
                 const float bound = own[r].value;
                 bool any = false;
-                for (int j = 0; j < n; j++) any |= value(j) > bound;
+                for (int j = 0; j < n; j++) any |= value(j) >= bound;   // equal ones, too: these may be earlier
                 for (int j = 0; any && j < n; j++) own[r].take({value(j), first + j});
             });
     }
@@ -1207,7 +1207,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
     static thread_local Scratch<Number> n_x, n_heads, n_act, n_queries, n_probs;
     static thread_local Scratch<Found> found_by_span;
     static thread_local Scratch<uint32_t> u_tails;
-    static thread_local Scratch<int> i_positions, i_paths, i_tickets;
+    static thread_local Scratch<int> i_positions, i_paths;
     const int D = stack->hidden, H = stack->heads, G = stack->kv_heads, d = stack->head_dim, I = stack->inner;
     const int wide = (H + 2 * G) * d, group = H / G;
     const int together = begins ? 1 : rows;                     // rows whose queries may share a reading of keys
@@ -1258,14 +1258,11 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
         return tile;
     };
     for (size_t i = 0; i < size_t(rows) * D; i++) h[i] = widen(in[i]);
-    const int shared = 4 * (last - first);                      // products
-    int* tickets = i_tickets.get(shared);
-    std::memset(tickets, 0, sizeof(int) * shared);
-    Barrier barrier;
+    std::vector<Desk> desks(threads);
 
 #pragma omp parallel num_threads(threads)
     {
-        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, tickets};
+        Team team{omp_get_thread_num(), omp_get_num_threads(), desks.data()};
         float* scores = all_scores + size_t(team.rank) * MAX_QUERIES * room;
         Number* probs = all_probs + size_t(team.rank) * MAX_QUERIES * room;
         auto normed = [&](const float* weight) {
@@ -1292,21 +1289,22 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
             team.meet();
             // 2. norms of heads and rotary embedding; keys and values go into the cache
             for (int i = team.from(rows * (H + 2 * G)); i < team.to(rows * (H + 2 * G)); i++) {
-                int r = i % rows, head = i / rows, at = slot(r);    // rows of a head lie in the same cache lines
-                float* row = qkv + size_t(r) * wide + head * d;
+                int r = i % rows, part = i / rows, at = slot(r);    // rows of a head lie in the same cache lines
+                int g = part / (group + 2), head = part % (group + 2);  // queries of a group, its key, its value
+                float* row = qkv + size_t(r) * wide + part * d;
                 const float* cosine = stack->cosines + size_t(position[r]) * (d / 2);
                 const float* sine = stack->sines + size_t(position[r]) * (d / 2);
-                if (head < H) {                                 // rows of a group follow each other: (G, rows, group, d)
+                if (head < group) {                             // rows of a group follow each other: (G, rows, group, d)
                     rotate(row, layer.q_norm, stack->eps, cosine, sine, d);
-                    Number* to = queries + ((size_t(head / group) * rows + r) * group + head % group) * d;
+                    Number* to = queries + ((size_t(g) * rows + r) * group + head) * d;
                     for (int j = 0; j < d; j++) round_to(to[j], row[j]);
-                } else if (head < H + G) {
+                } else if (head == group) {
                     rotate(row, layer.k_norm, stack->eps, cosine, sine, d);
-                    uint32_t* to = cache->keys + head_of(l, r, head - H) + size_t(at / KEYS) * (d / 2) * KEYS + at % KEYS;
+                    uint32_t* to = cache->keys + head_of(l, r, g) + size_t(at / KEYS) * (d / 2) * KEYS + at % KEYS;
                     for (int p = 0; p < d / 2; p++)
                         to[size_t(p) * KEYS] = narrow(row[2 * p]) | uint32_t(narrow(row[2 * p + 1])) << 16;
                 } else {
-                    bf16* to = (bf16*)(cache->values + head_of(l, r, head - H - G) + size_t(at / 2) * d) + at % 2;
+                    bf16* to = (bf16*)(cache->values + head_of(l, r, g) + size_t(at / 2) * d) + at % 2;
                     for (int j = 0; j < d; j++) to[2 * j] = narrow(row[j]);
                 }
             }
@@ -1318,8 +1316,11 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
                     Tile tile = tile_of(l, begin + i / spans);
                     attend(tile, first_span + i % spans, d, stack->scale, scores, probs, room,
                            tails + size_t(team.rank) * tail, found[i]);
+                    for (int q = 0; spans == 1 && q < tile.n; q++)
+                        combine(found + i, 1, q, d, stack->scale, scores, tile.to[q]);
                 }
                 team.meet();
+                if (spans == 1) continue;
                 for (int i = team.from(count * MAX_QUERIES); i < team.to(count * MAX_QUERIES); i++) {
                     Tile tile = tile_of(l, begin + i / MAX_QUERIES);
                     if (int q = i % MAX_QUERIES; q < tile.n)
@@ -1373,15 +1374,15 @@ void ce_exit(const Exit* exit, const bf16* h, const bf16* said, bf16* out, int32
             for (int j = 0; j < D; j++) round_to(to[j], reach ? widen(from[j]) * reach[j] : widen(from[j]));
         }
     }
-    Barrier barrier;
-    int tickets[3] = {};
+    std::vector<Desk> desks(threads);
 #pragma omp parallel num_threads(threads)
     {
-        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier, tickets};
+        Team team{omp_get_thread_num(), omp_get_num_threads(), desks.data()};
         if (exit->straight.weight)
             multiply(team, exit->straight, x, in, rows, [&](int r, int o, const float* sums) {
                 for (int j = 0; j < BLOCK && o + j < D; j++) sum[size_t(r) * D + o + j] = sums[j];
             });
+        team.meet();
         gated(team, exit->gate_down, x, rows, W, act);
         team.meet();
         multiply(team, exit->up, act, W, rows, [&](int r, int o, const float* sums) {

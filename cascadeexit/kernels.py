@@ -404,7 +404,8 @@ class NativeLayers:
 
     def __init__(self, layers: Sequence[nn.Module], config, head_dim: int, cosines: Tensor, sines: Tensor):
         blocks = [(layer.self_attn, layer.mlp) for layer in layers]
-        qkv = [torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a, _ in blocks]
+        groups = config.num_key_value_heads
+        qkv = [_by_group(groups, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight) for a, _ in blocks]
         self._store = _Store(chain.from_iterable(
             (w, a.o_proj.weight, m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight)
             for w, (a, m) in zip(qkv, blocks)), in_12_bits=True)
@@ -414,7 +415,7 @@ class NativeLayers:
         for w, layer, (a, m) in zip(qkv, layers, blocks):
             before = self._store.bytes
             packed.append(_Layer(
-                matrix(w, bias=_joined(a.q_proj.bias, a.k_proj.bias, a.v_proj.bias)),
+                matrix(w, bias=_by_group(groups, a.q_proj.bias, a.k_proj.bias, a.v_proj.bias)),
                 matrix(a.o_proj.weight, bias=a.o_proj.bias), matrix(m.gate_proj.weight, m.up_proj.weight),
                 matrix(m.down_proj.weight), floats(layer.input_layernorm.weight),
                 floats(layer.post_attention_layernorm.weight), floats(_weight(a, "q_norm")),
@@ -611,8 +612,11 @@ class NativeConfidence:
         return chances[:]
 
 
-def _joined(*biases: Tensor | None) -> Tensor | None:
-    return None if biases[0] is None else torch.cat(biases)
+def _by_group(groups: int, *parts: Tensor | None) -> Tensor | None:
+    """Queries, keys and values (O, ...) as one, each key-value head's beside its queries: one thread makes and uses most."""
+    if parts[0] is None:
+        return None
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
 
 
 def _weight(module: nn.Module, name: str) -> Tensor | None:
