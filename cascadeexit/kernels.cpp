@@ -199,14 +199,17 @@ struct Team {
 // -- dot products of pairs --------------------------------------------------------------------------------------------
 
 #ifdef BF16_DOT
-// Asks memory for weights that are needed later, BYTES after w. One long reach into the first cache keeps memory busiest; but many
-// rows, which also compute, had better let what would come so early wait in the second one, where the first is small.
+// Asks memory for BYTES that are needed later, at a long reach from w, which keeps memory busiest: into the first cache alone,
+// since nobody reads them again soon. Where that cache is small, many rows, which also compute, had better let what would come
+// so early wait in the second one.
 const bool SMALL_CACHE = sysconf(_SC_LEVEL1_DCACHE_SIZE) <= 32 * 1024;
 template <int M, int BYTES>
 inline void ahead(const void* w) {
     const char* from = (const char*)w;
     for (int line = 0; line < BYTES; line += 64)
-        if (M < MANY || !SMALL_CACHE) {
+        if (!SMALL_CACHE) {
+            _mm_prefetch(from + line + 8192, _MM_HINT_NTA);
+        } else if (M < MANY) {
             _mm_prefetch(from + line + 8192, _MM_HINT_T0);
         } else {
             _mm_prefetch(from + line + 2048, _MM_HINT_T0);
@@ -851,6 +854,7 @@ inline void add_values(const uint32_t* values, int d, int columns, const Number*
     for (int p = 0; p < pairs; p++, values += d) {
         __m512bh value[4];
         for (int v = 0; v < 4; v++) value[v] = (__m512bh)_mm512_loadu_si512(values + KEYS * (v < last ? v : last));
+        ahead<M, 256>(values);
         for (int i = 0; i < M; i++) {
             __m512bh prob = (__m512bh)_mm512_set1_epi32(load<int>(probs + i * room + 2 * p));
             for (int v = 0; v < 4; v++) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], value[v], prob);
