@@ -613,7 +613,7 @@ class NativeConfidence:
 
 
 def _by_group(groups: int, *parts: Tensor | None) -> Tensor | None:
-    """Queries, keys and values (O, ...) as one, each key-value head's beside its queries: one thread makes and uses most."""
+    """Queries, keys and values (O, ...) as one, a key-value head's beside its queries: threads use what they made."""
     if parts[0] is None:
         return None
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
