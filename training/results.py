@@ -176,7 +176,7 @@ the others follow, or with one each (`no`: closed); `verified` by its own rule, 
 
 {opening(speed)}\
 *Roofline*: tokens/s times weight bytes over the bandwidth at which this machine read memory before the race or after
-it, whichever was more, {speed['read_bandwidth'] / 1e9:.0f} GB/s.
+it, whichever was more, {speed['read_bandwidth'] / 1e9:.0f} GB/s; in between a shared machine may read faster.
 *Agreement*: part of the tokens that the full model would have chosen given
 the same text before them. *Depth*: mean part of the layers below the exit taken. *Cost*: weight bytes read per token
 over those of the full model, heads, adapters and estimators included. Kernels were there after
@@ -193,7 +193,8 @@ and reads memory at {older['read_bandwidth'] / 1e9:.0f} GB/s:
 
 **Cost of a token against length**, milliseconds, after a context that the model wrote at temperature 1. Times the
 first: `full` over a token after the first of these contexts, measured right after it. By bytes: the same if a token
-cost what it reads, weights, keys and values:
+cost what it reads, weights, keys and values. What caches still hold of the weights from the token before makes the
+first cheaper than that (`assets/results/LOG.md`):
 
 {growth_table(speed['growth'])}
 
