@@ -36,7 +36,7 @@ if [[ ${SMOKE:-} ]]; then
   texts=(README.md)
   policy=(--tokens 24000 --batch 32 --steps 96)
   distill=(--epochs 1 --batch 512 --width 32 --head-size 256 --train-words 128 --tail 64 --save-every 20)
-  drafter=(--epochs 1 --batch 512 --tail 64 --save-every 20)
+  drafter=(--epochs 3 --batch 256 --lr 2e-3 --tail 64 --save-every 40)
   confidence=(--epochs 1 --calibration-epochs 2 --width 16)
   calibrate=(--prompts 4 --tokens 8 --thresholds 0.9 0.5)
 fi
