@@ -3,7 +3,8 @@
 It knows positions and masks; it does not know what a layer computes. A decoder layer touches it only
 through `update`, as transformers' attention does. Rollback is subtraction: lengths move, tensors stay.
 
-Letters: B sequences, H key-value heads, N rows in this pass, C capacity in positions, d head size.
+Letters: B sequences, H key-value heads, N rows in this pass, C capacity in positions, d head size (in a
+cache of our own kernels the bytes of a key or a value).
 """
 
 import torch
@@ -13,11 +14,12 @@ from cascadeexit import memory
 
 
 class KVCache:
-    def __init__(self, num_layers: int, num_heads: int, head_dim: int, capacity: int, *,
+    def __init__(self, num_layers: int, num_heads: int, head_dim: int | tuple[int, int], capacity: int, *,
                  batch: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+        widths = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
         # Zeros, not empty: slots past a layer's length are masked, but NaN times zero would still be NaN.
-        shape = (num_layers, batch, num_heads, capacity, head_dim)
-        self.keys, self.values = (memory.zeros(shape, dtype, device) for _ in range(2))     # (L, B, H, C, d)
+        self.keys, self.values = (memory.zeros((num_layers, batch, num_heads, capacity, width), dtype, device)
+                                  for width in widths)                  # (L, B, H, C, d)
         self.capacity = capacity
         self.places = self.keys.data_ptr(), self.values.data_ptr()      # their addresses, for our own kernels
         self.lengths = [0] * num_layers
@@ -72,10 +74,14 @@ class KVCache:
             self.lengths[layer_idx] += n
 
     def copy_from(self, other: "KVCache") -> None:
-        """Hold what another one holds, which has no more slots than this: whole blocks of 16, for our own kernels."""
+        """Hold what another one holds, which has no more slots than this."""
         self.keys[:, :, :, :other.capacity] = other.keys
         self.values[:, :, :, :other.capacity] = other.values
         self.lengths = list(other.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
     def clear(self) -> None:
         """As new, in the same memory."""

@@ -6,9 +6,9 @@
 // of inputs rounded to 16), each row by itself, so a row's result is bitwise the same whatever other rows are in the pass:
 // that is what makes verification exact.
 //
+// Keys and values lie in 12 bits, too: with all digits of bf16, and exponents down to 2^-15 of the largest in a vector.
+//
 // Letters: N rows, D hidden size, H query heads on G key-value heads of size d, C cache capacity.
-// Cache of a layer and head (of each text, where there are several): keys [C/16][d/2][16][2], values [C/2][d][2]; both
-// are dotted in pairs without shuffles.
 
 #include <algorithm>
 #include <atomic>
@@ -33,7 +33,6 @@
 
 namespace {
 
-constexpr int KEYS = 16;        // keys of a score block
 constexpr int MANY = 5;         // rows from which a tile computes about as long as it waits for its weights
 constexpr int SPAN = 512;       // positions that are attended to at a time; a multiple of KEYS
 constexpr int REACH = 12288;    // bytes from weights in use to those that are asked for, where that is done in one way
@@ -89,6 +88,7 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 constexpr int BLOCK = 2 * LANES;        // outputs of a weight block, which is read in order
+constexpr int KEYS = BLOCK;             // positions of a block of the cache
 constexpr int MAX_TILE = LANES == 16 ? 12 : 8;  // rows that share one reading of a block from the first cache
 constexpr int GOOD_TILE = LANES == 16 ? MAX_TILE : 6;   // rows whose sums for a block still leave some registers
 constexpr int FEW = 3;          // and for 32 columns with 8 lanes; fewer rows' sums for 16 would wait for each other
@@ -203,14 +203,15 @@ struct Team {
 // since nobody reads them again soon. Where that cache is small, many rows, which also compute, had better let what would come
 // so early wait in the second one.
 const bool SMALL_CACHE = sysconf(_SC_LEVEL1_DCACHE_SIZE) <= 32 * 1024;
+constexpr int AHEAD = 8192;
 template <int M, int BYTES>
 inline void ahead(const void* w) {
     const char* from = (const char*)w;
     for (int line = 0; line < BYTES; line += 64)
         if (!SMALL_CACHE) {
-            _mm_prefetch(from + line + 8192, _MM_HINT_NTA);
+            _mm_prefetch(from + line + AHEAD, _MM_HINT_NTA);
         } else if (M < MANY) {
-            _mm_prefetch(from + line + 8192, _MM_HINT_T0);
+            _mm_prefetch(from + line + AHEAD, _MM_HINT_T0);
         } else {
             _mm_prefetch(from + line + 2048, _MM_HINT_T0);
             _mm_prefetch(from + line + 32768, _MM_HINT_T1);
@@ -280,16 +281,16 @@ __attribute__((noinline)) void add_columns(const uint32_t* w, size_t step, size_
 }
 
 // The same for some columns, a multiple of 16; with 8 lanes there are 16 registers, and more than six rows are two parts. Where
-// weights are read more than once, that is done with a piece of them that is in the first cache.
-template <int M>
+// weights are read more than once, that is done with a piece of them that is in the first cache. ahead: bytes asked for.
+template <int M, int ahead = 64>
 inline void add_dots(const uint32_t* w, size_t step, int columns, const Number* x, size_t stride, int pairs, float* out,
                      size_t out_stride) {
     constexpr bool parts = LANES == 8 && M > GOOD_TILE;
-    constexpr int G = LANES == 16 || M <= FEW ? 2 : 1, ahead = 64;
+    constexpr int G = LANES == 16 || M <= FEW ? 2 : 1;
     const int piece = parts || columns > 16 ? PIECE : pairs;
     for (int p = 0, n; p < pairs; p += n, w += n * step, x += 2 * n) {
         n = pairs - p < piece ? pairs - p : piece;
-        const char* next = (const char*)w + REACH;
+        const char* next = (const char*)w + (ahead ? REACH : 0);
         int c = 0;
         for (; c + 16 * G <= columns; c += 16 * G, next += G * n * ahead) {
             if constexpr (parts) {
@@ -319,50 +320,114 @@ inline void dot_twice(const uint32_t* w, size_t apart, const Number* x, size_t s
 }
 #endif
 
-// bf16 in 12 bits without loss: low bytes as they are, and of each high byte, which is the sign and the exponent without its
-// last bit, four bits that tell which of 16 it is. Weights of a block are near enough in size that 7 exponents for each sign
-// and two zeros leave out very few; these are zeros here, and are added by themselves. That the exponents of a model's
-// weights hold less than three bits of information is DFloat11's finding (Zhang et al. 2025).
-// A block is its Code and then, for every two pairs of inputs, the low bytes of the first pair, of the second, and the four
-// bits of both, where instructions that interleave bytes find them (`place`).
-struct alignas(2 * BLOCK) Code {    // the size of the vectors in which weights are read
-    uint8_t highs[16];              // what four bits stand for
-    int32_t from, to;               // the block's odd weights
-};
+// bf16 in 12 bits: of two pairs of inputs and a block of outputs the low bytes of the first pair, of the second, and four bits
+// of each for the high byte, which is the sign and the exponent without its last bit; all where instructions that interleave
+// bytes find them (`place`).
 constexpr int CODED = 3 * BLOCK;    // bytes of a pair of inputs
-constexpr int ZERO = 7;             // its four bits; 15 for -0
+constexpr int UNIT = 2 * CODED;
 
-// Where in a pair's bytes the i-th weight of output j is.
-inline int place(int j, int i) {
+// Where in a pair's bytes the i-th number of output j is.
+constexpr int place(int j, int i) {
     constexpr int quads = LANES / 4;
     return j / 4 % quads * 16 + j / 4 / quads * 8 + j % 4 * 2 + i;
 }
 
-#ifdef CODES
-// Of vectors of bytes: what the last four bits of each choose from 16; those of two in turn, of the first halves of all quarters
-// or of the second ones.
-#ifdef __AVX512F__
-inline Words repeated(const uint8_t* from) { return (Words)_mm512_broadcast_i32x4(load<__m128i>(from)); }
-inline Words chosen(Words from, Words bits) { return (Words)_mm512_shuffle_epi8((__m512i)from, (__m512i)bits); }
+// Of two vectors of bytes those in turn, of the first halves of all quarters (of 16 bytes) or of the second ones; and of two of
+// numbers up to 16 bits their quarters in turn, each half as long: where `place` has the bytes of a pair's first numbers.
+#if defined(__AVX512BW__)
+inline Words quarters_in_turn(Words a, Words b) { return (Words)_mm512_packus_epi32((__m512i)a, (__m512i)b); }
 inline Words first_in_turn(Words a, Words b) { return (Words)_mm512_unpacklo_epi8((__m512i)a, (__m512i)b); }
 inline Words second_in_turn(Words a, Words b) { return (Words)_mm512_unpackhi_epi8((__m512i)a, (__m512i)b); }
-#else
-inline Words repeated(const uint8_t* from) { return (Words)_mm256_broadcastsi128_si256(load<__m128i>(from)); }
-inline Words chosen(Words from, Words bits) { return (Words)_mm256_shuffle_epi8((__m256i)from, (__m256i)bits); }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+inline Words quarters_in_turn(Words a, Words b) { return (Words)_mm256_packus_epi32((__m256i)a, (__m256i)b); }
 inline Words first_in_turn(Words a, Words b) { return (Words)_mm256_unpacklo_epi8((__m256i)a, (__m256i)b); }
 inline Words second_in_turn(Words a, Words b) { return (Words)_mm256_unpackhi_epi8((__m256i)a, (__m256i)b); }
+#else
+inline Words quarters_in_turn(Words a, Words b) {
+    uint16_t to[2 * LANES];
+    for (int j = 0; j < 2 * LANES; j++) to[place(j, 0) / 2] = uint16_t(j < LANES ? a[j] : b[j - LANES]);
+    return load<Words>(to);
+}
+inline Words in_turn(Words a, Words b, int half) {
+    uint8_t from[2][4 * LANES], to[4 * LANES];
+    std::memcpy(from[0], &a, sizeof a);
+    std::memcpy(from[1], &b, sizeof b);
+    for (int quarter = 0; quarter < 4 * LANES; quarter += 16)
+        for (int k = 0; k < 8; k++)
+            for (int i = 0; i < 2; i++) to[quarter + 2 * k + i] = from[i][quarter + half * 8 + k];
+    return load<Words>(to);
+}
+inline Words first_in_turn(Words a, Words b) { return in_turn(a, b, 0); }
+inline Words second_in_turn(Words a, Words b) { return in_turn(a, b, 1); }
 #endif
 
-// Two pairs of inputs of a block: use(p, vectors of pairs of its first outputs, of the others) for p = 0 and 1. highs: the code's,
-// repeated.
-template <class Use>
-inline __attribute__((always_inline)) void decode(const uint8_t* w, Words highs, Use use) {
+// Two pairs of inputs of a block: use(p, vectors of pairs of its first outputs, of the others) for p = 0 and 1. high(bits, p) are
+// their high bytes.
+template <class High, class Use>
+inline __attribute__((always_inline)) void decode(const uint8_t* w, const High& high, Use use) {
     const Words bits = load<Words>(w + 4 * BLOCK);
     for (int p = 0; p < 2; p++) {
-        const Words low = load<Words>(w + 2 * BLOCK * p), high = chosen(highs, (p ? bits >> 4 : bits) & 0x0F0F0F0Fu);
-        use(p, first_in_turn(low, high), second_in_turn(low, high));
+        const Words low = load<Words>(w + 2 * BLOCK * p), top = high(bits, p);
+        use(p, first_in_turn(low, top), second_in_turn(low, top));
     }
 }
+
+// Pairs of inputs of G blocks side by side as ce_pack lays them, from two every `step` bytes, those of a block after the other's;
+// with each two, those at `next` are asked for.
+template <int G, class High>
+inline void decode_pairs(const uint8_t* w, size_t step, const uint8_t* next, const High& high, int pairs, uint32_t* to) {
+    for (int p = 0; p < pairs; p += 2, w += step, next += step, to += 2 * G * BLOCK) {
+        for (int line = 0; line < G * UNIT; line += 64) __builtin_prefetch(next + line);
+        for (int g = 0; g < G; g++)
+            decode(w + g * UNIT, high, [&](int q, Words a, Words b) {
+                std::memcpy(to + (q * G + g) * BLOCK, &a, sizeof a);
+                std::memcpy(to + (q * G + g) * BLOCK + LANES, &b, sizeof b);
+            });
+    }
+}
+
+#ifdef BF16_DOT
+// sum[m] += the products of M rows with some pairs of inputs, an even number, of G blocks in 12 bits: two pairs every `step`
+// bytes, those of a block after the other's. What lies AHEAD of `next` is asked for.
+template <int M, int G, class High>
+inline void add_coded(const uint8_t* w, size_t step, const uint8_t* next, const High& high, const Number* x, size_t stride,
+                      int pairs, __m512 (&sum)[M][2 * G]) {
+    for (int p = 0; p < pairs; p += 2, w += step, next += step, x += 4)
+        for (int g = 0; g < G; g++) {
+            ahead<M, UNIT>(next + g * UNIT);
+            decode(w + g * UNIT, high, [&](int q, Words a, Words b) __attribute__((always_inline)) {
+                for (int m = 0; m < M; m++) {
+                    const __m512bh both = (__m512bh)_mm512_set1_epi32(load<int>(x + m * stride + 2 * q));
+                    sum[m][2 * g] = _mm512_dpbf16_ps(sum[m][2 * g], (__m512bh)a, both);
+                    sum[m][2 * g + 1] = _mm512_dpbf16_ps(sum[m][2 * g + 1], (__m512bh)b, both);
+                }
+            });
+        }
+}
+#endif
+
+// Weights without loss: four bits tell which of 16 a high byte is. Weights of a block are near enough in size that 7 exponents
+// for each sign and two zeros leave out very few; these are zeros here, and are added by themselves. That the exponents of a
+// model's weights hold less than three bits of information is DFloat11's finding (Zhang et al. 2025). A block is its Code and
+// then its inputs.
+struct alignas(2 * BLOCK) Code {    // the size of the vectors in which weights are read
+    uint8_t highs[16];              // what four bits stand for
+    int32_t from, to;               // the block's odd weights
+};
+constexpr int ZERO = 7;             // its four bits; 15 for -0
+
+#ifdef CODES
+struct Looked {                     // high bytes of a block of weights
+    Words highs;
+#ifdef __AVX512F__
+    explicit Looked(const uint8_t* block) : highs((Words)_mm512_broadcast_i32x4(load<__m128i>(block))) {}
+    static Words chosen(Words from, Words bits) { return (Words)_mm512_shuffle_epi8((__m512i)from, (__m512i)bits); }
+#else
+    explicit Looked(const uint8_t* block) : highs((Words)_mm256_broadcastsi128_si256(load<__m128i>(block))) {}
+    static Words chosen(Words from, Words bits) { return (Words)_mm256_shuffle_epi8((__m256i)from, (__m256i)bits); }
+#endif
+    Words operator()(Words bits, int p) const { return chosen(highs, (p ? bits >> 4 : bits) & 0x0F0F0F0Fu); }
+};
 
 #ifdef BF16_DOT
 // As dot_pairs, of a block in 12 bits.
@@ -371,18 +436,8 @@ inline void dot_coded(const uint8_t* block, const Number* x, size_t stride, int 
     __m512 sum[M][2];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < 2; v++) sum[m][v] = _mm512_setzero_ps();
-    const Words highs = repeated(block);
     const uint8_t* w = block + sizeof(Code);
-    for (int p = 0; p < pairs; p += 2, w += 2 * CODED, x += 4) {
-        ahead<M, 2 * CODED>(w);
-        decode(w, highs, [&](int q, Words a, Words b) __attribute__((always_inline)) {
-            for (int m = 0; m < M; m++) {
-                const __m512bh both = (__m512bh)_mm512_set1_epi32(load<int>(x + m * stride + 2 * q));
-                sum[m][0] = _mm512_dpbf16_ps(sum[m][0], (__m512bh)a, both);
-                sum[m][1] = _mm512_dpbf16_ps(sum[m][1], (__m512bh)b, both);
-            }
-        });
-    }
+    add_coded<M, 1>(w, UNIT, w, Looked(block), x, stride, pairs, sum);
     for (int m = 0; m < M; m++)
         for (int v = 0; v < 2; v++) _mm512_storeu_ps(out + m * out_stride + 16 * v, sum[m][v]);
 }
@@ -391,19 +446,10 @@ constexpr int CODED_REACH = 6144;   // as REACH
 constexpr int FEW_CODED = 4;        // rows for which weights are decoded in registers: six rows' sums leave none for that
 constexpr int WIDE_PIECE = 96;      // pairs of weights that many rows read as fp32 from the first cache
 
-// A block's pairs of inputs as ce_pack lays them.
-inline void decode_pairs(const uint8_t* w, Words highs, int pairs, uint32_t* to) {
-    for (int p = 0; p < pairs; p += 2, w += 2 * CODED, to += 2 * BLOCK)
-        decode(w, highs, [&](int q, Words a, Words b) {
-            std::memcpy(to + q * BLOCK, &a, sizeof a);
-            std::memcpy(to + q * BLOCK + LANES, &b, sizeof b);
-        });
-}
-
-// The same as fp32, an input of all outputs after the other.
-inline void decode_wide(const uint8_t* w, Words highs, int pairs, float* to) {
-    for (int p = 0; p < pairs; p += 2, w += 2 * CODED, to += 4 * BLOCK)
-        decode(w, highs, [&](int q, Words a, Words b) {
+// A block's pairs of inputs as fp32, an input of all outputs after the other.
+inline void decode_wide(const uint8_t* w, const Looked& high, int pairs, float* to) {
+    for (int p = 0; p < pairs; p += 2, w += UNIT, to += 4 * BLOCK)
+        decode(w, high, [&](int q, Words a, Words b) {
             float* pair = to + q * 2 * BLOCK;
             store(pair, (Floats)(a << 16));
             store(pair + LANES, (Floats)(b << 16));
@@ -417,16 +463,15 @@ template <int M, int G>
 __attribute__((noinline)) void dot_few_coded(const uint8_t* block, size_t apart, const Number* x, size_t stride, int pairs,
                                              float* out, size_t out_stride) {
     Floats sum[M][2 * G] = {};
-    Words highs[G];
-    for (int g = 0; g < G; g++) highs[g] = repeated(block + g * apart);
+    const Looked high[2] = {Looked(block), Looked(block + (G - 1) * apart)};
     const uint8_t* w = block + sizeof(Code);
     const int turn = pairs - CODED_REACH / CODED;       // from here on the next blocks are asked for
-    for (int p = 0; p < pairs; p += 2, w += 2 * CODED, x += 4)
+    for (int p = 0; p < pairs; p += 2, w += UNIT, x += 4)
         for (int g = 0; g < G; g++) {
             const uint8_t* next = w + g * apart + CODED_REACH + (p < turn ? 0 : (G - 1) * apart);
             __builtin_prefetch(next);
             __builtin_prefetch(next + 64);
-            decode(w + g * apart, highs[g], [&](int q, Words a, Words b) __attribute__((always_inline)) {
+            decode(w + g * apart, high[g], [&](int q, Words a, Words b) __attribute__((always_inline)) {
                 for (int i = 0; i < 2; i++) {
                     const Floats first = (Floats)(i ? a & 0xFFFF0000u : a << 16);
                     const Floats second = (Floats)(i ? b & 0xFFFF0000u : b << 16);
@@ -447,13 +492,13 @@ template <int M>
 inline void dot_coded(const uint8_t* block, const Number* x, size_t stride, int pairs, float* out, size_t out_stride) {
     if constexpr (M <= FEW_CODED) return dot_few_coded<M, 1>(block, 0, x, stride, pairs, out, out_stride);
     alignas(64) uint32_t piece[PIECE * BLOCK];
-    const Words highs = repeated(block);
+    const Looked high(block);
     const uint8_t* w = block + sizeof(Code);
     for (int m = 0; m < M; m++) std::memset(out + m * out_stride, 0, sizeof(float) * BLOCK);
     for (int p = 0, n; p < pairs; p += n, w += size_t(n) * CODED, x += 2 * n) {
         n = pairs - p < PIECE ? pairs - p : PIECE;
         const char* next = (const char*)w + CODED_REACH;
-        decode_pairs(w, highs, n, piece);
+        decode_pairs<1>(w, UNIT, w, high, n, piece);
         if constexpr (M <= GOOD_TILE) {
             add_columns<M, 1, CODED>(piece, BLOCK, BLOCK, next, 0, x, stride, n, out, out_stride);
         } else {
@@ -587,9 +632,9 @@ struct Estimator {                  // sigmoid(outer . silu(inner x + inner_bias
     int32_t in, width;
 };
 
-struct Cache {
-    uint32_t *keys, *values;        // of layer 0; head h of layer l begins at (l * kv_heads + h) * capacity * d / 2
-    int32_t capacity;
+struct Cache {                      // `Slots` of all layers, of each text, of each key-value head
+    uint8_t *keys, *values;
+    int32_t capacity;               // a multiple of KEYS
 };
 
 }
@@ -684,7 +729,7 @@ inline const float* dot_many_coded(const Matrix& m, int b, int count, const Numb
         for (int p = 0, n; p < pairs(m); p += n) {
             n = pairs(m) - p < WIDE_PIECE ? pairs(m) - p : WIDE_PIECE;
             const uint8_t* w = code + coded_bytes(p);
-            decode_wide(w, repeated(code), n, piece);
+            decode_wide(w, Looked(code), n, piece);
             for (int r = 0, left = tiles(rows), tile; left; r += tile, left--) {
                 tile = (rows - r + left - 1) / left;
                 with_rows<GOOD_TILE>(tile, [&](auto some) {
@@ -842,43 +887,211 @@ inline void rotate(float* x, const float* norm, float eps, const float* cosine, 
     }
 }
 
-// sum[i][j] += sum over pairs p of values[p][j] . probs[i][p], for M queries and up to 64 columns, pairs in order.
-template <int M>
-inline void add_values(const uint32_t* values, int d, int columns, const Number* probs, size_t room, int pairs,
-                       float (*sum)[64]) {
-#ifdef BF16_DOT
-    __m512 sums[M][4];
-    int last = columns / KEYS - 1;                      // fewer than 64 columns: the last are summed again
-    for (int i = 0; i < M; i++)
-        for (int v = 0; v < 4; v++) sums[i][v] = _mm512_loadu_ps(sum[i] + KEYS * v);
-    for (int p = 0; p < pairs; p++, values += d) {
-        __m512bh value[4];
-        for (int v = 0; v < 4; v++) value[v] = (__m512bh)_mm512_loadu_si512(values + KEYS * (v < last ? v : last));
-        ahead<M, 256>(values);
-        for (int i = 0; i < M; i++) {
-            __m512bh prob = (__m512bh)_mm512_set1_epi32(load<int>(probs + i * room + 2 * p));
-            for (int v = 0; v < 4; v++) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], value[v], prob);
-        }
+// -- the cache --------------------------------------------------------------------------------------------------------
+
+// A key or value is kept as its largest exponent (its size) and, in 12 bits, each number's sign and digits and how far below
+// that its exponent is, up to 15; what is smaller yet becomes one of these. That is off by 2^-15 of the largest at most, whose
+// own last digit in bf16 is worth 2^-7. So all high bytes are 0x38 with a sign and three bits, and a power of two remains that
+// scores and weights are multiplied by.
+struct Near {
+    Words operator()(Words bits, int p) const {
+        return (p ? (bits << 4 & 0x80808080u) | (bits >> 4 & 0x07070707u) : bits & 0x87878787u) | 0x38383838u;
     }
-    for (int i = 0; i < M; i++)
-        for (int v = 0; v < 4; v++) _mm512_storeu_ps(sum[i] + KEYS * v, sums[i][v]);
-#else
-    add_dots<M>(values, d, columns, probs, room, pairs, sum[0], 64);
-#endif
+};
+constexpr uint32_t HIGH_BITS = 0x87;     // what is kept of a high byte
+inline Words exchanged(Words high) { return high << 4 | high >> 4; }        // of one in 16 bits, for a second pair
+
+inline int columns_of(int d) { return (d + BLOCK - 1) / BLOCK * BLOCK; }
+inline size_t key_block(int d) { return 2 * KEYS + size_t(d / 4) * UNIT; }
+inline size_t value_block(int d) { return size_t(columns_of(d) / BLOCK) * (KEYS / 4) * UNIT; }
+
+// 2^(size - 127) of a vector of sizes; 0 for 0.
+inline Floats whole_sizes(const uint8_t* sizes) {
+    using Bytes = uint8_t __attribute__((vector_size(LANES)));
+    const Halves halves = __builtin_convertvector(load<Bytes>(sizes), Halves);      // at once GCC takes them one by one
+    return (Floats)(__builtin_convertvector(halves, Words) << 23);
+}
+inline float whole_size(uint8_t size) {
+    const uint32_t bits = size << 23;
+    return load<float>(&bits);
 }
 
-void add_values(int queries, const uint32_t* values, int d, int columns, const Number* probs, size_t room, int pairs,
-                float (*sum)[64]) {
-    constexpr int most = LANES == 16 ? 4 : GOOD_TILE;
-    for (; queries > 0; queries -= most, probs += most * room, sum += most)
-        with_rows<most>(queries < most ? queries : most,
-                        [&](auto m) { add_values<m()>(values, d, columns, probs, room, pairs, sum); });
+inline int size_of(const float* x, int d) {
+    int most = 0;
+    for (int j = 0; j < d; j++) {
+        const int size = narrow(x[j]) & 0x7FFF;
+        most = size > most ? size : most;
+    }
+    return most >> 7;
+}
+
+// As they are kept beside such a size: bf16 numbers below 2 of at least 2^-15.
+inline Words near(Floats x, int size) {
+    const Words bits = rounded(x) >> 16;
+    const Ints below = size - (Ints)(bits >> 7 & 255u);
+    return (bits & 0x8000u) | (below > 15 ? Words{} + (112 << 7) : (Words)(127 - below) << 7 | (bits & 127u));
+}
+
+// Where the keys and values of a head are. Keys of a block of positions: the sizes of all keys, of all values, and then as
+// weights lie, dimensions being the inputs and positions the outputs. Values: as weights lie, positions being the inputs, but all
+// dimensions of 4 positions beside each other.
+struct Slots {
+    uint8_t *keys, *values;
+    int d;
+    Slots() = default;
+    Slots(uint8_t* keys, uint8_t* values, int d) : keys(keys), values(values), d(d) {}
+    Slots(const Cache& cache, size_t head, int d)
+        : keys(cache.keys + head * (cache.capacity / KEYS) * key_block(d)),
+          values(cache.values + head * (cache.capacity / KEYS) * value_block(d)), d(d) {}
+    uint8_t* key(int t) const { return keys + t / KEYS * key_block(d); }                        // the block of position t
+    uint8_t& value_size(int t) const { return key(t)[KEYS + t % KEYS]; }
+    size_t step() const { return size_t(columns_of(d) / BLOCK) * UNIT; }                        // values of 4 positions
+    uint8_t* value(int t, int column) const { return values + t / 4 * step() + column / BLOCK * UNIT; }
+
+    void put_key(int t, const float* x) const {
+        const int j = t % KEYS, size = size_of(x, d);
+        key(t)[j] = uint8_t(size);
+        uint8_t* unit = key(t) + 2 * KEYS + place(j, 0);
+        for (int from = 0; from < d; from += LANES) {
+            using Pairs = uint32_t __attribute__((vector_size(2 * LANES)));
+            const Halves kept = __builtin_convertvector(near(load<Floats>(x + from), size), Halves);
+            auto close = [](Pairs bytes) { return (bytes & 0xFFu) | bytes >> 8; };      // two bytes that lay apart
+            const Pairs pairs = load<Pairs>(&kept), high = close(pairs >> 8 & (HIGH_BITS << 16 | HIGH_BITS));
+            const Pairs low = close(pairs & 0x00FF00FFu), second = (high >> 4 & 0x0808u) | (high << 4 & 0x7070u);
+            for (int p = 0; p < LANES / 2; p += 2, unit += UNIT) {
+                const uint16_t bytes[3] = {uint16_t(low[p]), uint16_t(low[p + 1]), uint16_t(high[p] | second[p + 1])};
+                for (int i = 0; i < 3; i++) std::memcpy(unit + i * 2 * BLOCK, bytes + i, 2);
+            }
+        }
+    }
+
+    void put_value(int t, const float* x) const {
+        const int size = size_of(x, d);
+        value_size(t) = uint8_t(size);
+        for (int from = 0; from < d; from += BLOCK) {
+            auto kept = [&](int j) { return j < d ? near(load<Floats>(x + j), size) : Words{}; };
+            const Words all = quarters_in_turn(kept(from), kept(from + LANES));
+            put(value(t, from), t, all, all >> 8);
+        }
+    }
+
+    // The value of a slot `from` without its size, into a slot of others.
+    void copy_value(int from, const Slots& others, int to) const {
+        const int down = from % 2 * 8;
+        for (int c = 0; c < d; c += BLOCK) {
+            const uint8_t* unit = value(from, c);
+            const Words low = load<Words>(unit + from % 4 / 2 * 2 * BLOCK) >> down, high = load<Words>(unit + 4 * BLOCK) >> down;
+            put(others.value(to, c), to, low, from % 4 / 2 ? exchanged(high & 0x00FF00FFu) : high);
+        }
+    }
+
+    // Of a block of columns at a position, in 16 bits each: low bytes, and high ones as a first pair has them, into its unit.
+    static void put(uint8_t* unit, int t, Words low, Words high) {
+        auto blend = [&](uint8_t* at, Words x, uint32_t byte) {
+            const uint32_t up = t % 2 * 8, mask = (byte << 16 | byte) << up;
+            const Words both = (load<Words>(at) & ~mask) | (x << up & mask);
+            std::memcpy(at, &both, sizeof both);
+        };
+        const bool second = t % 4 / 2;
+        blend(unit + second * 2 * BLOCK, low, 0xFF);
+        const Words kept = high & (HIGH_BITS << 16 | HIGH_BITS);
+        blend(unit + 4 * BLOCK, second ? exchanged(kept) : kept, second ? 0xFF ^ HIGH_BITS : HIGH_BITS);
+    }
+
+    // All of a position, from a slot to another.
+    void copy(int from, int to) const {
+        uint8_t *source = key(from), *target = key(to);
+        target[to % KEYS] = source[from % KEYS];
+        value_size(to) = value_size(from);
+        for (int p = 0; p < 3 * (d / 4); p++)
+            std::memcpy(target + 2 * KEYS + p * 2 * BLOCK + place(to % KEYS, 0),
+                        source + 2 * KEYS + p * 2 * BLOCK + place(from % KEYS, 0), 2);
+        copy_value(from, *this, to);
+    }
+};
+
+#ifdef BF16_DOT
+// Scores (M, KEYS) of queries (M, d) with a block of keys. Meanwhile what is `next` is asked for.
+template <int M>
+inline void dot_keys(const uint8_t* block, const uint8_t* next, const Number* queries, int d, float* out, size_t out_stride) {
+    __m512 sum[M][2];
+    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    ahead<M, 2 * KEYS>(next - AHEAD);
+    add_coded<M, 1>(block + 2 * KEYS, UNIT, next + 2 * KEYS - AHEAD, Near(), queries, d, d / 2, sum);
+    for (int v = 0; v < 2; v++) {
+        const Floats sizes = whole_sizes(block + LANES * v);
+        for (int m = 0; m < M; m++) store(out + m * out_stride + LANES * v, (Floats)sum[m][v] * sizes);
+    }
+}
+
+// sum[m][j] += the values of some positions, a multiple of 4, which lie every `step` bytes, each times probs[m][t], for M queries
+// and G blocks of columns.
+template <int M, int G>
+inline void add_values(const uint8_t* values, const uint8_t* next, size_t step, int positions, const Number* probs, size_t room,
+                       float* sum, size_t stride) {
+    __m512 sums[M][2 * G];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < 2 * G; v++) sums[m][v] = _mm512_loadu_ps(sum + m * stride + LANES * v);
+    add_coded<M, G>(values, step, next - AHEAD, Near(), probs, room, positions / 2, sums);
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < 2 * G; v++) _mm512_storeu_ps(sum + m * stride + LANES * v, sums[m][v]);
+}
+#else
+constexpr int AHEAD = 6144;
+
+template <int M>
+inline void dot_keys(const uint8_t* block, const uint8_t* next, const Number* queries, int d, float* out, size_t out_stride) {
+    alignas(64) uint32_t piece[PIECE * BLOCK];
+    for (int m = 0; m < M; m++) std::memset(out + m * out_stride, 0, sizeof(float) * KEYS);
+    for (int p = 0, n; p < d / 2; p += n) {
+        n = d / 2 - p < PIECE ? d / 2 - p : PIECE;
+        const size_t at = 2 * KEYS + p / 2 * UNIT;
+        decode_pairs<1>(block + at, UNIT, next + at, Near(), n, piece);
+        add_dots<M, 0>(piece, BLOCK, BLOCK, queries + 2 * p, d, n, out, out_stride);
+    }
+    for (int v = 0; v < 2; v++) {
+        const Floats sizes = whole_sizes(block + LANES * v);
+        for (int m = 0; m < M; m++) {
+            float* to = out + m * out_stride + LANES * v;
+            store(to, load<Floats>(to) * sizes);
+        }
+    }
+}
+
+template <int M, int G>
+inline void add_values(const uint8_t* values, const uint8_t* next, size_t step, int positions, const Number* probs, size_t room,
+                       float* sum, size_t stride) {
+    alignas(64) uint32_t piece[KEYS / 2 * G * BLOCK];
+    decode_pairs<G>(values, step, next, Near(), positions / 2, piece);
+    add_dots<M, 0>(piece, G * BLOCK, G * BLOCK, probs, room, positions / 2, sum, stride);
+}
+#endif
+
+// The values of positions begin..end-1, multiples of 4, each times its weight in probs[i][t - begin], for some queries: added to
+// sum (queries, columns_of(d)). Positions in order. next(t): what is asked for while those from t on are added.
+template <class Next>
+void add_values(int queries, const Slots& slots, int begin, int end, const Number* probs, size_t room, float* sum, Next next) {
+    const int columns = columns_of(slots.d);
+    with_rows<MAX_QUERIES>(queries, [&](auto m) {
+        for (int t = begin; t < end; t += KEYS) {
+            const uint8_t* later = next(t);
+            auto add = [&](int c, auto g) {
+                add_values<m(), g()>(slots.value(t, c), later + c / BLOCK * UNIT, slots.step(), std::min(KEYS, end - t),
+                                     probs + t - begin, room, sum + c, columns);
+            };
+            int c = 0;
+            if (m() < MANY)                                     // a few sums would wait for each other
+                for (; c + 2 * BLOCK <= columns; c += 2 * BLOCK)
+                    add(c, std::integral_constant<int, m() < MANY ? 2 : 1>());
+            for (; c < columns; c += BLOCK) add(c, std::integral_constant<int, 1>());
+        }
+    });
 }
 
 // Where a head's keys and values are, and what of them a row sees: positions from `first` on, those before `fork` at their
 // own slots, for all rows alike; those of a tree's row from there on at the slots of its path.
 struct Past {
-    const uint32_t *keys, *values;
+    Slots slots;
     int first, fork, end;           // end: of the slots in use
 };
 
@@ -894,30 +1107,20 @@ struct Tile {
 };
 
 // What the queries of a tile make of one span of positions: the largest score, the sum of exp(scale (score - largest)), and
-// the values weighted by these (n, d). Spans begin at multiples of SPAN, so a row's sums do not depend on who else computes.
+// the values weighted by these (n, columns_of(d)). Spans begin at multiples of SPAN, so a row's sums do not depend on who else
+// computes.
 struct Found {
     float top[MAX_QUERIES], total[MAX_QUERIES];
     float* sums;
 };
 
-// The values of positions 2 p and 2 p + 1 from `begin` (even, in a path's part) up to position n, side by side as a text
-// would have them.
-void path_values(const Past& past, const int* path, int begin, int n, int d, uint32_t* to) {
-    auto slot = [&](int t) { return t < past.fork ? t : path[(t < n ? t : n - 1) - past.fork]; };
-    for (int t = begin; t < n; t += 2, to += d) {
-        const uint32_t *a = past.values + size_t(slot(t) / 2) * d, *b = past.values + size_t(slot(t + 1) / 2) * d;
-        int down = slot(t) % 2 * 16, up = 16 - slot(t + 1) % 2 * 16;
-        for (int j = 0; j < d; j++) to[j] = (a[j] >> down & 0xFFFF) | (b[j] << up & 0xFFFF0000u);
-    }
-}
-
-// Scores row[first..seen-1] -> `top`, the largest, and to[t], exp(scale (score - top)), 0 in the rest of their blocks;
-// returns the sum of these. -infinity and 0 where there are none.
-float weigh(const float* row, int first, int seen, float scale, Number* to, float& top) {
+// Scores row[first..seen-1] -> `top`, the largest, and exp(scale (score - top)), of which the sum is returned, and which times
+// the size of its value is to[t], 0 in the rest of their blocks. -infinity and 0 where there are none.
+float weigh(const float* row, int first, int seen, float scale, const float* sizes, Number* to, float& top) {
     const Ints lane = lanes_in_order();
     const int start = first / KEYS * KEYS, whole = (seen + KEYS - 1) / KEYS * KEYS;
     const int middle = (first + LANES - 1) / LANES * LANES, last = seen / LANES * LANES;
-    // f(t, visible): of a vector of positions from t on visible(x, other) is x where that is seen; in the middle it is everywhere.
+    // f(t, visible): of a vector of positions from t on visible(x, other) is x where that is seen; in the middle everywhere.
     auto each = [&](auto f) __attribute__((always_inline)) {
         auto part = [&](int t) __attribute__((always_inline)) {
             f(t, [&](Floats x, Floats other) { return (lane + t >= first) & (lane + t < seen) ? x : other; });
@@ -937,52 +1140,67 @@ float weigh(const float* row, int first, int seen, float scale, Number* to, floa
     each([&](int t, auto visible) __attribute__((always_inline)) {
         const Floats power = visible(fast_exp((load<Floats>(row + t) - top) * scale), Floats{});
         sums += power;
-        store_rounded(to + t, power);
+        store_rounded(to + t, power * load<Floats>(sizes + t));
     });
     return sum_of(sums);
 }
 
-// One span of a tile. scores: room for (MAX_QUERIES, room) floats, and probs for as many numbers, a span and a tree's rows;
-// tail for a path's values.
-void attend(const Tile& tile, int span, int d, float scale, float* scores, Number* probs, int room, uint32_t* tail,
+// One span of a tile. scores: room for (MAX_QUERIES, room) floats, probs for as many numbers, a span and a tree's rows; sizes for
+// `room`; tail for a path's values.
+void attend(const Tile& tile, int span, float scale, float* scores, Number* probs, float* sizes, int room, uint8_t* tail,
             Found& found) {
     const Past& past = tile.past;
+    const Slots& slots = past.slots;
     const bool tree = tile.paths[0];
-    const int n = tile.n, begin = span * SPAN, first = past.first > begin ? past.first : begin;
+    const int n = tile.n, begin = span * SPAN, first = past.first > begin ? past.first : begin, columns = columns_of(slots.d);
     const int start = first / KEYS * KEYS, end = begin + SPAN < tile.longest ? begin + SPAN : tile.longest;
     // A tree's slots lie up to its end, wherever its positions are.
     const int blocks_end = ((tree && end > past.fork ? past.end : end) + KEYS - 1) / KEYS * KEYS;
-    const size_t block_size = size_t(d / 2) * KEYS;
-    for (int t = start; t < blocks_end; t += KEYS)
-        dot_rows<KEYS>(n, past.keys + t / KEYS * block_size, tile.queries, d, d / 2, scores + t - start, room);
     const int probs_end = (end + KEYS - 1) / KEYS * KEYS;
+    // What is asked for while a block of keys or values is read: one that comes later, values after keys, then the next span.
+    const int reach = int(AHEAD / key_block(slots.d) + 1) * KEYS;
+    auto after_keys = [&](int t) {
+        const int later = t + reach, value = later - blocks_end + start;
+        return later < blocks_end ? slots.key(later) : value < probs_end ? slots.value(value, 0) : slots.key(t);
+    };
+    auto after_values = [&](int t) {
+        const int later = t + reach, key = later - probs_end + begin + SPAN;
+        return later < probs_end ? slots.value(later, 0) : key < tile.longest ? slots.key(key) : slots.value(t, 0);
+    };
+    with_rows<MAX_QUERIES>(n, [&](auto m) {
+        for (int t = start; t < blocks_end; t += KEYS)
+            dot_keys<m()>(slots.key(t), after_keys(t), tile.queries, slots.d, scores + t - start, room);
+    });
+    const uint8_t* of_values = slots.key(start) + KEYS;
+    for (int t = start; t < probs_end; t += KEYS, of_values += key_block(slots.d))
+        for (int v = 0; v < KEYS; v += LANES) store(sizes + t - start + v, whole_sizes(of_values + v));
     for (int i = 0; i < n; i++) {
         float* row = scores + size_t(i) * room - start;         // by position
         Number* to = probs + size_t(i) * room - start;
         int seen = tile.seen[i] < end ? tile.seen[i] : end;
         seen = seen > start ? seen : start;                     // a row before this span sees none of it
         const int whole = (seen + KEYS - 1) / KEYS * KEYS;
-        if (tree)                                               // ascending slots, none before its position
-            for (int t = past.fork > first ? past.fork : first; t < seen; t++) row[t] = row[tile.paths[i][t - past.fork]];
-        found.total[i] = weigh(row, first, seen, scale, to, found.top[i]);
+        for (int t = past.fork > first ? past.fork : first; tree && t < seen; t++) {
+            const int from = tile.paths[i][t - past.fork];      // ascending slots, none before its position
+            row[t] = row[from];
+            sizes[t - start] = whole_size(slots.value_size(from));
+        }
+        found.total[i] = weigh(row, first, seen, scale, sizes - start, to, found.top[i]);
         for (int t = whole; t < probs_end; t++) to[t] = 0;
     }
-    // Values, 64 columns at a time, so that they are read in order: sums of each column over positions, in order.
-    const int own = past.fork / 2 * 2 > start ? past.fork / 2 * 2 : start;      // from here on a path's values are its own
+    const int own = past.fork / 4 * 4 > start ? past.fork / 4 * 4 : start;      // from here on a path's values are its own
     const int shared = tree && own < probs_end ? own : probs_end;
-    for (int j = 0; j < d; j += 64) {
-        int columns = d - j < 64 ? d - j : 64;
-        float sum[MAX_QUERIES][64] = {};
-        add_values(n, past.values + size_t(start / 2) * d + j, d, columns, probs, room, (shared - start) / 2, sum);
-        for (int i = 0, same; shared < probs_end && i < n; i += same) {
-            for (same = 1; i + same < n && tile.paths[i + same] == tile.paths[i];) same++;
-            const int seen = tile.seen[i] < end ? tile.seen[i] : end;
-            if (seen <= shared) continue;
-            path_values(past, tile.paths[i], shared, seen, d, tail);
-            add_values(same, tail + j, d, columns, probs + size_t(i) * room + shared - start, room, (seen + 1 - shared) / 2,
-                       sum + i);
-        }
-        for (int i = 0; i < n; i++) std::memcpy(found.sums + size_t(i) * d + j, sum[i], 4 * size_t(columns));
+    std::memset(found.sums, 0, sizeof(float) * n * columns);
+    add_values(n, slots, start, shared, probs, room, found.sums, after_values);
+    for (int i = 0, same; shared < probs_end && i < n; i += same) {
+        for (same = 1; i + same < n && tile.paths[i + same] == tile.paths[i];) same++;
+        const int seen = tile.seen[i] < end ? tile.seen[i] : end;
+        if (seen <= shared) continue;
+        const Slots path(nullptr, tail, slots.d);
+        for (int t = shared; t < seen; t++)
+            slots.copy_value(t < past.fork ? t : tile.paths[i][t - past.fork], path, t - shared);
+        add_values(same, path, 0, (seen + 3 - shared) / 4 * 4, probs + size_t(i) * room + shared - start, room,
+                   found.sums + size_t(i) * columns, [&](int t) { return path.value(t, 0); });
     }
 }
 
@@ -994,19 +1212,11 @@ void combine(const Found* found, int n, int i, int d, float scale, float* sum, N
     for (int s = 0; s < n; s++) {
         if (found[s].total[i] == 0) continue;
         float weight = found[s].top[i] == top ? 1.0f : fast_exp((found[s].top[i] - top) * scale);
-        const float* part = found[s].sums + size_t(i) * d;
+        const float* part = found[s].sums + size_t(i) * columns_of(d);
         total = __builtin_fmaf(weight, found[s].total[i], total);
         for (int j = 0; j < d; j++) sum[j] = __builtin_fmaf(weight, part[j], sum[j]);
     }
     for (int j = 0; j < d; j++) round_to(to[j], sum[j] / total);
-}
-
-// One position's keys and values of a head, from a slot to another.
-inline void copy_slot(uint32_t* keys, uint32_t* values, int from, int to, int d) {
-    auto key = [&](int t) { return keys + size_t(t / KEYS) * (d / 2) * KEYS + t % KEYS; };
-    auto value = [&](int t) { return (bf16*)(values + size_t(t / 2) * d) + t % 2; };
-    for (int p = 0; p < d / 2; p++) key(to)[size_t(p) * KEYS] = key(from)[size_t(p) * KEYS];
-    for (int j = 0; j < d; j++) value(to)[2 * j] = value(from)[2 * j];
 }
 
 // f of all n numbers, a vector at a time; what is missing in the last one counts as so small that exp gives nothing for it.
@@ -1033,6 +1243,10 @@ inline const float* numbers_of(const bf16* x, size_t n, Scratch<float>& room) {
 extern "C" {
 
 int32_t ce_block() { return BLOCK; }
+
+// Bytes of a position's key in the cache, with both sizes, and of its value; a cache has a multiple of ce_block positions.
+int32_t ce_key_bytes(int32_t d) { return int32_t(key_block(d) / KEYS); }
+int32_t ce_value_bytes(int32_t d) { return int32_t(value_block(d) / KEYS); }
 
 // What one more row beside so many costs, in passes of one row: measured.
 float ce_row_cost(int32_t rows) {
@@ -1207,10 +1421,10 @@ void ce_argmax(const Matrix* m, const Screen* screen, const bf16* x, int32_t* nu
 //   begins: row r is position `start` of text r of the cache, which sees from position begins[r] on.
 void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* stops, const bf16* in, bf16* out, int32_t rows,
                const Cache* cache, int32_t start, const int32_t* parents, const int32_t* begins, int32_t threads) {
-    static thread_local Scratch<float> f_h, f_qkv, f_scores, f_sums;
+    static thread_local Scratch<float> f_h, f_qkv, f_scores, f_sizes, f_sums;
     static thread_local Scratch<Number> n_x, n_heads, n_act, n_queries, n_probs;
     static thread_local Scratch<Found> found_by_span;
-    static thread_local Scratch<uint32_t> u_tails;
+    static thread_local Scratch<uint8_t> u_tails;
     static thread_local Scratch<int> i_positions, i_paths;
     const int D = stack->hidden, H = stack->heads, G = stack->kv_heads, d = stack->head_dim, I = stack->inner;
     const int wide = (H + 2 * G) * d, group = H / G;
@@ -1223,7 +1437,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
     const int spans = (start + (begins ? 1 : rows) + SPAN - 1) / SPAN - first_span;
     const int most = (ROUND * threads + spans - 1) / spans, round = tiles < most ? tiles : most;    // tiles worked on together
     const int room = SPAN + (rows + 2 * KEYS) / KEYS * KEYS;
-    const int tail = parents ? (rows / 2 + 2) * d : 0;
+    const size_t tail = parents ? (rows / KEYS + 2) * value_block(d) : 0;      // a path's, and those of up to 3 positions before
     int* position = i_positions.get(rows);
     for (int r = 0; r < rows; r++)
         position[r] = begins ? start : !parents ? start + r : r ? position[parents[r]] + 1 : start;
@@ -1231,24 +1445,21 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
     for (int r = 0; parents && r < rows; r++)
         for (int at = r, t = position[r] - start; t >= 0; at = parents[at], t--) path[r * rows + t] = start + at;
     auto slot = [&](int r) { return begins ? start : start + r; };
-    auto head_of = [&](int l, int r, int g) {                   // where a head's part of the cache begins
-        return ((size_t(l) * lanes + (begins ? r : 0)) * G + g) * cache->capacity * (d / 2);
-    };
-    uint32_t* tails = u_tails.get(size_t(threads) * tail);
+    auto slots_of = [&](int l, int r, int g) { return Slots(*cache, (size_t(l) * lanes + (begins ? r : 0)) * G + g, d); };
+    uint8_t* tails = u_tails.get(threads * tail);
     float *h = f_h.get(size_t(rows) * D), *qkv = f_qkv.get(size_t(rows) * wide);
     Number *x = n_x.get(size_t(rows) * D), *act = n_act.get(size_t(rows) * I), *attended = n_heads.get(size_t(rows) * H * d);
     Number* queries = n_queries.get(size_t(rows) * H * d);
-    float* all_scores = f_scores.get(size_t(threads) * MAX_QUERIES * room);
+    float *all_scores = f_scores.get(size_t(threads) * MAX_QUERIES * room), *all_sizes = f_sizes.get(size_t(threads) * room);
     Number* all_probs = n_probs.get(size_t(threads) * MAX_QUERIES * room);
     Found* found = found_by_span.get(size_t(round) * spans);
-    float* sums_found = f_sums.get(size_t(round) * spans * MAX_QUERIES * d);
-    for (int i = 0; i < round * spans; i++) found[i].sums = sums_found + size_t(i) * MAX_QUERIES * d;
+    float* sums_found = f_sums.get(size_t(round) * spans * MAX_QUERIES * columns_of(d));
+    for (int i = 0; i < round * spans; i++) found[i].sums = sums_found + size_t(i) * MAX_QUERIES * columns_of(d);
     auto tile_of = [&](int l, int number) {
         int g = number / (units * tiles_per_unit), unit = number / tiles_per_unit % units;
         int from = number % tiles_per_unit * MAX_QUERIES, left = queries_per_unit - from;
-        size_t head_at = head_of(l, unit, g);
         Tile tile;
-        tile.past = {cache->keys + head_at, cache->values + head_at, begins ? begins[unit] : 0, start, start + rows};
+        tile.past = {slots_of(l, unit, g), begins ? begins[unit] : 0, start, start + rows};
         tile.queries = queries + (size_t(g) * rows * group + unit * queries_per_unit + from) * d;
         tile.n = left < MAX_QUERIES ? left : MAX_QUERIES;
         tile.longest = 0;
@@ -1269,6 +1480,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
         Team team{omp_get_thread_num(), omp_get_num_threads(), desks.data()};
         float* scores = all_scores + size_t(team.rank) * MAX_QUERIES * room;
         Number* probs = all_probs + size_t(team.rank) * MAX_QUERIES * room;
+        float* sizes = all_sizes + size_t(team.rank) * room;
         auto normed = [&](const float* weight) {
             for (int r = team.from(rows); r < team.to(rows); r++)
                 norm_row(h + size_t(r) * D, weight, D, stack->eps, x + size_t(r) * D);
@@ -1285,6 +1497,14 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
             const Layer& layer = stack->layers[l];
             // 1. queries, keys, values
             normed(layer.attention_norm);
+            for (int part = team.from(H + 2 * G); part < team.to(H + 2 * G); part++) {      // where it will write
+                if (part % (group + 2) < group) continue;
+                const Slots slots = slots_of(l, 0, part / (group + 2));
+                if (part % (group + 2) == group)
+                    for (size_t line = 0; line < key_block(d); line += 64) __builtin_prefetch(slots.key(start) + line, 1);
+                else
+                    for (size_t line = 0; line < slots.step(); line += 64) __builtin_prefetch(slots.value(start, 0) + line, 1);
+            }
             multiply(team, layer.qkv, x, D, rows, [&](int r, int o, const float* sums) {
                 int n = wide - o < BLOCK ? wide - o : BLOCK;
                 float* to = qkv + size_t(r) * wide + o;
@@ -1293,7 +1513,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
             team.meet();
             // 2. norms of heads and rotary embedding; keys and values go into the cache
             for (int i = team.from(rows * (H + 2 * G)); i < team.to(rows * (H + 2 * G)); i++) {
-                int r = i % rows, part = i / rows, at = slot(r);    // rows of a head lie in the same cache lines
+                int r = i % rows, part = i / rows;                  // rows of a head lie in the same cache lines
                 int g = part / (group + 2), head = part % (group + 2);  // queries of a group, its key, its value
                 float* row = qkv + size_t(r) * wide + part * d;
                 const float* cosine = stack->cosines + size_t(position[r]) * (d / 2);
@@ -1304,12 +1524,9 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
                     for (int j = 0; j < d; j++) round_to(to[j], row[j]);
                 } else if (head == group) {
                     rotate(row, layer.k_norm, stack->eps, cosine, sine, d);
-                    uint32_t* to = cache->keys + head_of(l, r, g) + size_t(at / KEYS) * (d / 2) * KEYS + at % KEYS;
-                    for (int p = 0; p < d / 2; p++)
-                        to[size_t(p) * KEYS] = narrow(row[2 * p]) | uint32_t(narrow(row[2 * p + 1])) << 16;
-                } else {
-                    bf16* to = (bf16*)(cache->values + head_of(l, r, g) + size_t(at / 2) * d) + at % 2;
-                    for (int j = 0; j < d; j++) to[2 * j] = narrow(row[j]);
+                    slots_of(l, r, g).put_key(slot(r), row);
+                } else if (r == 0) {                            // values even in the same bytes: one thread for all
+                    for (; r < rows; r++, row += wide) slots_of(l, r, g).put_value(slot(r), row);
                 }
             }
             team.meet();
@@ -1318,8 +1535,8 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
                 count = tiles - begin < round ? tiles - begin : round;
                 for (int i = team.from(count * spans); i < team.to(count * spans); i++) {
                     Tile tile = tile_of(l, begin + i / spans);
-                    attend(tile, first_span + i % spans, d, stack->scale, scores, probs, room,
-                           tails + size_t(team.rank) * tail, found[i]);
+                    attend(tile, first_span + i % spans, stack->scale, scores, probs, sizes, room, tails + team.rank * tail,
+                           found[i]);
                     for (int q = 0; spans == 1 && q < tile.n; q++)
                         combine(found + i, 1, q, d, stack->scale, scores, tile.to[q]);
                 }
@@ -1354,12 +1571,9 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
 // start + path[i] -> start + i, in all layers.
 void ce_keep(const Cache* cache, int32_t layers, int32_t kv_heads, int32_t d, int32_t start, const int32_t* path,
              int32_t n) {
-    for (int head = 0; head < layers * kv_heads; head++) {
-        uint32_t* keys = cache->keys + size_t(head) * cache->capacity * (d / 2);
-        uint32_t* values = cache->values + size_t(head) * cache->capacity * (d / 2);
+    for (int head = 0; head < layers * kv_heads; head++)
         for (int i = 0; i < n; i++)
-            if (path[i] != i) copy_slot(keys, values, start + path[i], start + i, d);
-    }
+            if (path[i] != i) Slots(*cache, head, d).copy(start + path[i], start + i);
 }
 
 // The adapter of an exit: rows h and said (rows, D) bf16 -> out (rows, D) bf16. said is null where it is not read.

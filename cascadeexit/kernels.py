@@ -1,6 +1,6 @@
 """Kernels: the CPU's own way through decoder layers, exits and heads, from kernels.cpp.
 
-Weights are bf16, the same in 12 bits without loss, or rounded to 8 bits.
+Weights are bf16, the same in 12 bits without loss, or rounded to 8 bits; keys and values bf16 in 12 bits.
 
 Stock matrix kernels read weights at a quarter of the memory bandwidth when a pass has few rows, and dispatch costs
 as much again. One C++ file takes rows through whole segments at most of the bandwidth. The machine's own C++ compiler
@@ -121,6 +121,7 @@ def _build(compiler: str) -> Path:
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ce_row_cost.restype = c_float
     lib.ce_row_cost.argtypes = [c_int32]
+    lib.ce_key_bytes.argtypes = lib.ce_value_bytes.argtypes = [c_int32]
     lib.ce_packed_bytes.restype = c_int64
     lib.ce_packed_bytes.argtypes = [c_int32, c_int32]
     lib.ce_pack.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int32]
@@ -441,6 +442,14 @@ class NativeLayers:
                 and layers[0].mlp.act_fn.__class__.__name__ in ("SiLU", "SiLUActivation")
                 and mlp.down_proj.weight.shape[1] % 2 == 0 and usable(mlp.gate_proj.weight))
 
+    def new_cache(self, capacity: int, batch: int) -> KVCache:
+        """A cache for at least so many positions in the kernels' own layout, as bytes: whole blocks of positions."""
+        lib, head_dim = library(), self._stack.head_dim
+        block = lib.ce_block()
+        widths = lib.ce_key_bytes(head_dim), lib.ce_value_bytes(head_dim)
+        return KVCache(len(self._layers), self._stack.kv_heads, widths, -(-capacity // block) * block, batch=batch,
+                       dtype=torch.uint8)
+
     def run(self, bounds: tuple[int, ...], h: Hidden, cache: KVCache, start: int, *,
             parents: Sequence[int] | None = None, begins: Sequence[int] | None = None) -> list[Hidden]:
         """Rows (1, N, D) from layer bounds[0] on: what they are before each of the layers bounds[1:], (1, N, D).
@@ -448,7 +457,7 @@ class NativeLayers:
         Without more said, they are positions start.. of one text.
 
         Args:
-            cache: of B texts; the inner layout is the kernels' own, its capacity a multiple of 16.
+            cache: of B texts, from `new_cache`.
             parents: the rows are a tree after `start` positions; row r goes on from row parents[r] < r, row 0, whose
                 parent is -1, from the text. See `keep`.
             begins: row r is position `start` of text r of B = N, which sees its own positions from begins[r] on.

@@ -231,7 +231,9 @@ class SegmentedModel:
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for at least `capacity` positions; rows of padding need room too (see `pad`)."""
-        step = _REPLAYED_CAPACITY if self.replays and batch == 1 else 16        # 16: whole blocks of our own kernels
+        if self._native is not None:
+            return self._native.new_cache(capacity, batch)
+        step = _REPLAYED_CAPACITY if self.replays and batch == 1 else 16
         capacity = -(-capacity // step) * step
         with self._caches_turn:
             for cache in self._idle_caches:

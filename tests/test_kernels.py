@@ -36,14 +36,15 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["with all its vectors", "without dot products of bf16"])
+@pytest.fixture(params=["all it has", "avx512_bf16", "avx512f", "avx2"])
 def processor(request, monkeypatch):
-    """This one, and where it has dot products of bf16, one that has not: kernels multiply in another way there."""
-    if request.param == "without dot products of bf16":
+    """This one, and one without what it has, down from here: kernels multiply in other ways there."""
+    gone = {"avx512_bf16": ["-mno-avx512bf16"], "avx512f": ["-mno-avx512f"], "avx2": ["-mno-avx512f", "-mno-avx2"]}
+    if request.param in gone:
         facts = Path("/proc/cpuinfo")
-        if not facts.exists() or "avx512_bf16" not in facts.read_text():
+        if not facts.exists() or request.param not in facts.read_text():
             pytest.skip("this processor has none")
-        monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, "-mno-avx512bf16"))
+        monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, *gone[request.param]))
         other = kernels.library.__wrapped__()           # past its cache
         monkeypatch.setattr(kernels, "library", lambda: other)
 
@@ -229,6 +230,27 @@ def test_texts_of_a_batch_see_themselves_alone(native, repeats):
         assert (h[0, lane] - alone).abs().mean() < (0.03 if native else 1e-5) * alone.abs().mean()
 
 
+@pytest.mark.parametrize("head_dim", [16, 48, 64])
+@pytest.mark.usefixtures("processor")
+def test_what_is_kept_in_12_bits_has_all_digits_of_bf16(head_dim):
+    """A lone position attends to its own value. Below 2^-15 of the largest, numbers are off by less than that."""
+    config = WIDE | dict(hidden_size=head_dim, num_attention_heads=1, num_key_value_heads=1, head_dim=head_dim,
+                         num_hidden_layers=1, rms_norm_eps=1e-36)
+    base, numbers = AutoModelForCausalLM.from_config(LlamaConfig(**config)), torch.arange(head_dim)
+    layer, sizes = base.model.layers[0], 2.0 ** -numbers * (1 + numbers / head_dim)
+    for parameter in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.down_proj):
+        parameter.weight.data.zero_()
+    layer.self_attn.v_proj.weight.data = sizes.diag()
+    layer.self_attn.o_proj.weight.data = torch.eye(head_dim)
+    model = SegmentedModel(base.to(torch.bfloat16).eval(), ())
+    signs = torch.randint(0, 2, (1, 1, head_dim)) * 2.0 - 1
+    with torch.inference_mode():        # its norm is the signs; beside the values it is nothing
+        found = model.run_segment(0, (signs * 1e-15).bfloat16(), model.new_cache(16))[0, 0].float()
+    values = sizes.bfloat16().float() * signs[0, 0]
+    assert torch.equal(found[:16], values[:16])
+    assert (found - values).abs().max() <= 2.0 ** -15
+
+
 def test_a_cut_back_cache_is_as_if_the_rows_had_never_been():
     model = SegmentedModel(base_of("llama"), ())
     with torch.inference_mode():
@@ -250,8 +272,10 @@ def test_positions_that_the_model_does_not_have_are_refused():
 
 def test_a_full_native_cache_says_how_much_it_holds():
     model = SegmentedModel(base_of("llama"), ())
-    with torch.inference_mode(), pytest.raises(ValueError, match="holds 16 positions, 0 are used and 21 more"):
-        model.run_segment(0, model.embed(IDS), model.new_cache(16))
+    cache = model.new_cache(16)
+    expected = f"holds {cache.capacity} positions, 0 are used and 63 more"
+    with torch.inference_mode(), pytest.raises(ValueError, match=expected):
+        model.run_segment(0, model.embed(IDS * 3), cache)
 
 
 @pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2), (40, 258)])

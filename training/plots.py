@@ -46,7 +46,8 @@ def growth_plot(growth: dict, path: Path) -> None:
     figure = make_subplots(rows=1, cols=2, subplot_titles=("Against the context", "Against the output"))
     for col, kind in enumerate(("context", "output"), 1):
         entries = growth[kind]
-        names = [name for name in (entries[0] if entries else ()) if name not in (kind, "allowed", "times")]
+        others = (kind, "allowed", "allowed_16_bits", "times")
+        names = [name for name in (entries[0] if entries else ()) if name not in others]
         for name, colour in zip(names, _COLOURS):
             figure.add_scatter(x=[e[kind] for e in entries], y=[e[name] for e in entries], name=name,
                                line_color=colour, mode="lines+markers", showlegend=col == 1, row=1, col=col)

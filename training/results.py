@@ -60,13 +60,13 @@ def opening(result: dict) -> str:
 
 def growth_table(growth: dict) -> str:
     """`full` also over what a token took at the first context, side by side where that was measured so."""
-    lines = ["| context | `full` | times the first | by bytes | `verified` | `generate` | | output | `full` "
-             "| `verified` |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| context | `full` | times the first | by bytes | in 16 bits | `verified` | `generate` | | output "
+             "| `full` | `verified` |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     first = growth["context"][0]["full"]
     for a, b in itertools.zip_longest(growth["context"], growth["output"]):
-        left = [""] * 6 if a is None else [
+        left = [""] * 7 if a is None else [
             f"{a['context']:,}", f"{a['full']:.1f}", f"{a.get('times', a['full'] / first):.2f}", f"{a['allowed']:.2f}",
-            f"{a['verified']:.1f}", show(a.get(GENERATE), ".1f")]
+            f"{a.get('allowed_16_bits', a['allowed']):.2f}", f"{a['verified']:.1f}", show(a.get(GENERATE), ".1f")]
         right = [""] * 3 if b is None else [f"{b['output']:,}", f"{b['full']:.1f}", f"{b['verified']:.1f}"]
         lines.append("| " + " | ".join([*left, "", *right]) + " |")
     return "\n".join(lines)
@@ -193,7 +193,8 @@ and reads memory at {older['read_bandwidth'] / 1e9:.0f} GB/s:
 
 **Cost of a token against length**, milliseconds, after a context that the model wrote at temperature 1. Times the
 first: `full` over a token after the first of these contexts, measured right after it. By bytes: the same if a token
-cost what it reads, weights, keys and values. What caches still hold of the weights from the token before makes the
+cost what it reads, weights, keys and values; in 16 bits: if keys and values were read as the bf16 numbers that they are
+made from. What caches still hold of the weights from the token before makes the
 first cheaper than that (`assets/results/LOG.md`):
 
 {growth_table(speed['growth'])}
