@@ -538,16 +538,17 @@ def build_demo(library: Library) -> gr.Blocks:
         clear.click(lambda label: ("", stream.model_line(library.shapes[label]), *NO_CHARTS),
                     model, [prompt, *outputs], cancels=[running, again], queue=False, **quiet)
         charts.expand(page.charts, charted, figures, queue=False, **quiet)
+        # Who turns a dial quickly means its last position, which gradio else drops while an earlier one is answered.
+        last = dict(quiet, queue=False, trigger_mode="always_last")
         model.input(lambda label: (stream.model_line(library.shapes[label]), *NO_CHARTS, *_fit(library.shapes[label]),
                                    *_dials_at(CASCADE_THRESHOLD, calibrations[label])),
-                    model, [*outputs, force, *thresholds, preset, quality], cancels=[running, again], queue=False,
-                    **quiet)
+                    model, [*outputs, force, *thresholds, preset, quality], cancels=[running, again], **last)
         preset.input(lambda value, label: (*sliders_at(value, library.shapes[label]),
                                            _dials_at(value, calibrations[label])[1]),
-                     [preset, model], [*thresholds, quality], queue=False, **quiet)
+                     [preset, model], [*thresholds, quality], **last)
         quality.input(lambda percent, label: (*sliders_at(threshold_for(percent, calibrations[label]),
                                                           library.shapes[label]), None),
-                      [quality, model], [*thresholds, preset], queue=False, **quiet)
+                      [quality, model], [*thresholds, preset], **last)
         gr.on([slider.input for slider in thresholds], None, None, preset, js="() => null", **quiet)
         link.click(None, inputs, js=COPY_LINK).then(
             lambda: gr.Info("The page's address now holds these settings, and was copied."), queue=False, **quiet)

@@ -376,7 +376,8 @@ def test_an_exit_that_is_left_out_writes_nothing(page):
 
 
 def test_a_preset_sets_every_threshold_also_behind_closed_settings(page, tiny):
-    page.get_by_label("Careful").check()
+    with page.expect_response("**/run/predict*"):       # what it set has come
+        page.get_by_label("Careful").check()
     run_to_end(page)
     engine, tokenizer = tiny
     careful = sliders(engine, dict(app.PRESETS)["Careful"])
@@ -447,6 +448,19 @@ def test_the_quality_dial_takes_certified_thresholds(open_page):
             for s, at in enumerate(sliders(engine, threshold)):
                 box = page.get_by_label(f"number input for Exit {s + 1}").and_(page.locator("input[type=number]"))
                 expect(box).to_have_value(f"{at:g}")
+
+
+def test_of_quick_turns_of_a_dial_the_last_counts(open_page):
+    engine = tiny_engine(seed=SEED)
+    engine.bank.calibration = Calibration("", 40, 64, 0.1, (Point(0.9, 0.01, 0.05, 0.9), Point(0.5, 0.1, 0.2, 0.5)))
+    with serve(engine, tiny_tokenizer()) as url:
+        page = open_page(url)
+        page.get_by_text("More settings").click()
+        first = page.get_by_label("number input for Exit 1").and_(page.locator("input[type=number]"))
+        for turns, at in (((70, 95, 70, 81), "0.9"), ((95, 81, 95, 70), "0.5")):
+            for wanted in turns:            # nobody waits for the answer to the one before
+                set_number(page, "number input for Agreement wanted, %", wanted)
+            expect(first).to_have_value(at)
 
 
 def set_number(page, label: str, value) -> None:
