@@ -240,6 +240,7 @@ inline void dot_pairs(const uint32_t* w, const Number* x, size_t stride, int pai
 #else
 // Without such an instruction a pair of weights is widened to two vectors of fp32.
 constexpr int PIECE = 64;       // pairs of weights that are read again while they are in the first cache
+constexpr int AHEAD = 6144;     // as REACH, of what is kept in 12 bits
 
 // Of a vector of pairs the first or the second ones.
 inline Floats firsts(const uint32_t* w) { return (Floats)(load<Words>(w) << 16); }
@@ -442,7 +443,6 @@ inline void dot_coded(const uint8_t* block, const Number* x, size_t stride, int 
         for (int v = 0; v < 2; v++) _mm512_storeu_ps(out + m * out_stride + 16 * v, sum[m][v]);
 }
 #else
-constexpr int CODED_REACH = 6144;   // as REACH
 constexpr int FEW_CODED = 4;        // rows for which weights are decoded in registers: six rows' sums leave none for that
 constexpr int WIDE_PIECE = 96;      // pairs of weights that many rows read as fp32 from the first cache
 
@@ -465,10 +465,10 @@ __attribute__((noinline)) void dot_few_coded(const uint8_t* block, size_t apart,
     Floats sum[M][2 * G] = {};
     const Looked high[2] = {Looked(block), Looked(block + (G - 1) * apart)};
     const uint8_t* w = block + sizeof(Code);
-    const int turn = pairs - CODED_REACH / CODED;       // from here on the next blocks are asked for
+    const int turn = pairs - AHEAD / CODED;       // from here on the next blocks are asked for
     for (int p = 0; p < pairs; p += 2, w += UNIT, x += 4)
         for (int g = 0; g < G; g++) {
-            const uint8_t* next = w + g * apart + CODED_REACH + (p < turn ? 0 : (G - 1) * apart);
+            const uint8_t* next = w + g * apart + AHEAD + (p < turn ? 0 : (G - 1) * apart);
             __builtin_prefetch(next);
             __builtin_prefetch(next + 64);
             decode(w + g * apart, high[g], [&](int q, Words a, Words b) __attribute__((always_inline)) {
@@ -497,7 +497,7 @@ inline void dot_coded(const uint8_t* block, const Number* x, size_t stride, int 
     for (int m = 0; m < M; m++) std::memset(out + m * out_stride, 0, sizeof(float) * BLOCK);
     for (int p = 0, n; p < pairs; p += n, w += size_t(n) * CODED, x += 2 * n) {
         n = pairs - p < PIECE ? pairs - p : PIECE;
-        const char* next = (const char*)w + CODED_REACH;
+        const char* next = (const char*)w + AHEAD;
         decode_pairs<1>(w, UNIT, w, high, n, piece);
         if constexpr (M <= GOOD_TILE) {
             add_columns<M, 1, CODED>(piece, BLOCK, BLOCK, next, 0, x, stride, n, out, out_stride);
@@ -735,7 +735,7 @@ inline const float* dot_many_coded(const Matrix& m, int b, int count, const Numb
                 with_rows<GOOD_TILE>(tile, [&](auto some) {
                     float* out = sums + r * 2 * BLOCK + i * BLOCK;
                     if (r == 0)
-                        add_wide<some()>(piece, w + CODED_REACH, CODED, x + 2 * p, stride, n, out, 2 * BLOCK);
+                        add_wide<some()>(piece, w + AHEAD, CODED, x + 2 * p, stride, n, out, 2 * BLOCK);
                     else
                         add_wide<some()>(piece, piece, 0, x + r * stride + 2 * p, stride, n, out, 2 * BLOCK);
                 });
@@ -898,7 +898,7 @@ struct Near {
         return (p ? (bits << 4 & 0x80808080u) | (bits >> 4 & 0x07070707u) : bits & 0x87878787u) | 0x38383838u;
     }
 };
-constexpr uint32_t HIGH_BITS = 0x87;     // what is kept of a high byte
+constexpr uint32_t HIGH_BITS = 0x87, TWO_HIGH_BITS = 0x00870087;     // what is kept of a high byte, of two 16 bits apart
 inline Words exchanged(Words high) { return high << 4 | high >> 4; }        // of one in 16 bits, for a second pair
 
 inline int columns_of(int d) { return (d + BLOCK - 1) / BLOCK * BLOCK; }
@@ -956,7 +956,7 @@ struct Slots {
             using Pairs = uint32_t __attribute__((vector_size(2 * LANES)));
             const Halves kept = __builtin_convertvector(near(load<Floats>(x + from), size), Halves);
             auto close = [](Pairs bytes) { return (bytes & 0xFFu) | bytes >> 8; };      // two bytes that lay apart
-            const Pairs pairs = load<Pairs>(&kept), high = close(pairs >> 8 & (HIGH_BITS << 16 | HIGH_BITS));
+            const Pairs pairs = load<Pairs>(&kept), high = close(pairs >> 8 & TWO_HIGH_BITS);
             const Pairs low = close(pairs & 0x00FF00FFu), second = (high >> 4 & 0x0808u) | (high << 4 & 0x7070u);
             for (int p = 0; p < LANES / 2; p += 2, unit += UNIT) {
                 const uint16_t bytes[3] = {uint16_t(low[p]), uint16_t(low[p + 1]), uint16_t(high[p] | second[p + 1])};
@@ -994,7 +994,7 @@ struct Slots {
         };
         const bool second = t % 4 / 2;
         blend(unit + second * 2 * BLOCK, low, 0xFF);
-        const Words kept = high & (HIGH_BITS << 16 | HIGH_BITS);
+        const Words kept = high & TWO_HIGH_BITS;
         blend(unit + 4 * BLOCK, second ? exchanged(kept) : kept, second ? 0xFF ^ HIGH_BITS : HIGH_BITS);
     }
 
@@ -1037,8 +1037,6 @@ inline void add_values(const uint8_t* values, const uint8_t* next, size_t step, 
         for (int v = 0; v < 2 * G; v++) _mm512_storeu_ps(sum + m * stride + LANES * v, sums[m][v]);
 }
 #else
-constexpr int AHEAD = 6144;
-
 template <int M>
 inline void dot_keys(const uint8_t* block, const uint8_t* next, const Number* queries, int d, float* out, size_t out_stride) {
     alignas(64) uint32_t piece[PIECE * BLOCK];
@@ -1497,7 +1495,7 @@ void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* s
             const Layer& layer = stack->layers[l];
             // 1. queries, keys, values
             normed(layer.attention_norm);
-            for (int part = team.from(H + 2 * G); part < team.to(H + 2 * G); part++) {      // where it will write
+            for (int part = team.from(H + 2 * G); part < team.to(H + 2 * G); part++) {      // where its rows begin
                 if (part % (group + 2) < group) continue;
                 const Slots slots = slots_of(l, 0, part / (group + 2));
                 if (part % (group + 2) == group)

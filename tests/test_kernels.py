@@ -36,7 +36,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["all it has", "avx512_bf16", "avx512f", "avx2"])
+@pytest.fixture(params=["", "avx512_bf16", "avx512f", "avx2"], ids=lambda gone: f"without {gone or 'nothing'}")
 def processor(request, monkeypatch):
     """This one, and one without what it has, down from here: kernels multiply in other ways there."""
     gone = {"avx512_bf16": ["-mno-avx512bf16"], "avx512f": ["-mno-avx512f"], "avx2": ["-mno-avx512f", "-mno-avx2"]}

@@ -243,19 +243,19 @@ def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5
     model, eos, weights = engine.model, engine.model.eos_ids, engine.costs.full_token_bytes
     longest = min(max(CONTEXTS), model.max_positions - 64)
     prompt = token_ids(tokenizer, bundled_prompts()[0].text)
-    numbers, cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim, model.new_cache(1)     # of a position
+    cache = model.new_cache(1)
+    position_bytes = cache.nbytes / cache.capacity, 2 * model.num_layers * model.num_kv_heads * model.head_dim * 2
 
     def ms(mode: Mode, ids: list[int], tokens: int) -> float:
         config = DecodeConfig(mode=mode, max_new_tokens=tokens, max_draft=max_draft)
         return 1e3 / engine.run(ids, config).stats.tokens_per_second
 
     def at_context(length: int) -> dict[str, float]:
-        allowed, plain = ((weights + each * length) / (weights + each * CONTEXTS[0])
-                          for each in (cache.nbytes / cache.capacity, numbers * model.dtype.itemsize))
+        allowed, in_16_bits = ((weights + each * length) / (weights + each * CONTEXTS[0]) for each in position_bytes)
         theirs = {GENERATE: _generate_ms(reference, text[:length])} if reference else {}
         full, shortest = (ms(Mode.FULL, text[:n], 32) for n in (length, CONTEXTS[0]))
-        return {"context": length, "allowed": allowed, "allowed_16_bits": plain, "times": full / shortest, "full": full,
-                "verified": ms(Mode.VERIFIED, text[:length], 32), **theirs}
+        return {"context": length, "allowed": allowed, "allowed_16_bits": in_16_bits, "times": full / shortest,
+                "full": full, "verified": ms(Mode.VERIFIED, text[:length], 32), **theirs}
 
     def at_output(length: int) -> dict[str, float]:
         return {"output": length, "full": ms(Mode.FULL, prompt, length), "verified": ms(Mode.VERIFIED, prompt, length)}
