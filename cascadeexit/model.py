@@ -69,7 +69,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: flo
     (b, _, n, d), slots = query.shape, mask.shape[3]
     rows = query.reshape(b, key.shape[1], -1, d)                                            # (B, K, H / K * N, d)
     out = F.scaled_dot_product_attention(rows, key[:, :, :slots], value[:, :, :slots], attn_mask=mask, scale=scaling)
-    return out.view(b, -1, n, d)
+    # Not `view`: the memory-efficient kernel of CUDA, which a mask selects, returns a transposed layout.
+    return out.reshape(b, -1, n, d)
 
 
 def additive_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:

@@ -5,9 +5,10 @@ import torch
 from conftest import EXIT_LAYERS, SHAPE, tiny_base
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
+from cascadeexit import model as model_module
 from cascadeexit.cache import KVCache
 from cascadeexit.linear import PackedLinear, can_pack, pack_stock
-from cascadeexit.model import SegmentedModel, check_supported
+from cascadeexit.model import SegmentedModel, additive_mask, attend, check_supported
 
 
 def test_segments_in_turn_are_the_whole_model(family):
@@ -76,6 +77,33 @@ def test_fingerprint_does_not_depend_on_the_loaded_dtype():
     other = tiny_base(seed=1)
     prints = [SegmentedModel(base, EXIT_LAYERS).head_fingerprint for base in (bf16, fp32, other)]
     assert prints[0] == prints[1] != prints[2]
+
+
+SDPA_KERNELS = {        # of CUDA; on meta tensors each answers with the shape and strides of its real output
+    "efficient": lambda q, k, v, mask: torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, False)[0],
+    "cudnn": lambda q, k, v, mask: torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, mask, False)[0],
+    "flash": lambda q, k, v, mask: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0],
+}
+
+
+@pytest.mark.parametrize("kernel", SDPA_KERNELS)
+@pytest.mark.parametrize("heads, kv_heads", [(9, 3), (4, 4), (8, 1)])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_attention_accepts_the_output_layout_of_every_cuda_kernel(kernel, heads, kv_heads, rows, monkeypatch):
+    """Without a GPU: a `view` of a transposed output raises on meta tensors as it does on CUDA."""
+    calls = []
+
+    def fused(query, key, value, attn_mask, scale):
+        calls.append(query.shape)
+        return SDPA_KERNELS[kernel](query, key, value, attn_mask.expand(query.shape[0], query.shape[1], -1, -1))
+
+    monkeypatch.setattr(model_module.F, "scaled_dot_product_attention", fused)
+    query = torch.empty(2, heads, rows, 64, dtype=torch.bfloat16, device="meta")
+    key, value = (torch.empty(2, kv_heads, 128, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    seen = torch.empty(2, 1, rows, 128, dtype=torch.bool, device="meta")
+    out = attend(query, key, value, additive_mask(seen, heads // kv_heads, torch.bfloat16), 0.125)
+    assert out.shape == query.shape and calls == [(2, kv_heads, heads // kv_heads * rows, 64)]
+    assert out.transpose(1, 2).reshape(2, rows, -1).shape == (2, rows, heads * 64)      # as transformers goes on
 
 
 # -- the cache -------------------------------------------------------------------------------------------------------
