@@ -235,9 +235,7 @@ class Engine:
         """Raise ValueError when this run cannot work; called before any work by `generate`."""
         if len(prompt_ids) == 0:
             raise ValueError("the prompt is empty: give at least one token")
-        bad = [i for i in prompt_ids if not 0 <= i < self.model.vocab_size]
-        if bad:
-            raise ValueError(f"token ids must be in 0..{self.model.vocab_size - 1}, got {bad[:5]}")
+        self.model.check_ids(prompt_ids)
         needed = len(prompt_ids) + config.max_new_tokens
         if needed > self.model.max_positions:
             raise ValueError(f"{len(prompt_ids)} prompt tokens and {config.max_new_tokens} new ones need {needed} "
@@ -267,7 +265,10 @@ class Engine:
         """Read once what many prompts begin with; runs go on from there, to the same result. No tokens: forget it.
 
         Only with our own kernels, whose rows do not depend on those beside them: elsewhere nothing is kept.
+
+        Raises ValueError for token ids outside the vocabulary, as a tokenizer of another model gives.
         """
+        self.model.check_ids(token_ids)
         self._opening = None
         if len(token_ids) and self.model.native:
             opening = Staircase(self.model, len(token_ids))
@@ -447,7 +448,12 @@ class Engine:
 
         One parallel pass over the finished text, for teacher-forced agreement. The rows run in the buckets of
         decoding, so on a text that `full` wrote the choices are that text.
+
+        Raises ValueError for an empty prompt and for token ids outside the vocabulary.
         """
+        if len(prompt_ids) == 0:
+            raise ValueError("the prompt is empty: give at least one token")
+        self.model.check_ids((*prompt_ids, *token_ids))
         if not token_ids:
             return []
         stairs, _ = self.begin(prompt_ids, len(token_ids))

@@ -577,6 +577,15 @@ class ExitBank(nn.Module):
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(config, folder / CONFIG_FILE)
 
+    def _check_words(self) -> None:
+        """Raise ValueError where a word of a trimmed head or a sketch is none of the vocabulary."""
+        for name in ("head_ids", "sketch_ids"):
+            ids = getattr(self, name)
+            bad = [] if ids is None else ids[(ids < 0) | (ids >= self.config.vocab_size)].tolist()
+            if bad:
+                raise ValueError(f"{name} must be token ids in 0..{self.config.vocab_size - 1}, got {bad[:5]}: "
+                                 "the file is damaged, or belongs to another model")
+
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read an artifact written by `save`.
@@ -587,6 +596,7 @@ class ExitBank(nn.Module):
         try:
             bank = cls(read_config(folder))
             bank.load_state_dict(load_file(folder / WEIGHTS_FILE))
+            bank._check_words()
             bank.calibration = Calibration.load(folder)
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"{folder} holds no exits that this version can read: {error}") from error

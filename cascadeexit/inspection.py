@@ -56,8 +56,13 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
     Args:
         events: of one run of this engine for this prompt; drafts and rejections are left out.
         top: K, candidates kept of each reading.
+
+    Raises ValueError for an empty prompt and for token ids outside the vocabulary.
     """
     final = [e for e in events if e.final]
+    if len(prompt_ids) == 0:
+        raise ValueError("the prompt is empty: give at least one token")
+    engine.model.check_ids((*prompt_ids, *(e.token_id for e in final)))
     text = [prompt_ids[-1], *(e.token_id for e in final[:-1])] if final else []
     stairs, passed = engine.begin(prompt_ids, len(final))
     said = tensor_of(engine.last_said(passed))

@@ -223,6 +223,12 @@ class SegmentedModel:
         weight = self.head_weight.detach().to("cpu", torch.bfloat16).contiguous()
         return hashlib.sha256(weight.view(torch.uint8).numpy()).hexdigest()
 
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise ValueError for token ids outside the vocabulary: kernels would read memory that is not theirs."""
+        bad = [i for i in ids if not 0 <= i < self.vocab_size]
+        if bad:
+            raise ValueError(f"token ids must be in 0..{self.vocab_size - 1}, got {bad[:5]}")
+
     # -- computing ------------------------------------------------------------------------------------------------
 
     @property

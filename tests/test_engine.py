@@ -11,6 +11,7 @@ from conftest import tiny_base, tiny_engine
 from cascadeexit.engine import DecodeConfig, Engine, Mode, Staircase
 from cascadeexit.events import Status
 from cascadeexit.exits import ExitBank
+from cascadeexit.inspection import inspect
 from cascadeexit.metrics import summarize
 from cascadeexit.model import SegmentedModel
 from cascadeexit.sampling import Sampler
@@ -352,6 +353,23 @@ def test_runs_may_interleave(engine):
 def test_bad_input_is_refused_before_any_work(engine, prompt, config, message):
     with pytest.raises(ValueError, match=message):
         engine.generate(prompt, DecodeConfig(**config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [-1, 97, 2**40])
+def test_token_ids_outside_the_vocabulary_are_refused_wherever_a_text_enters(dtype, bad):
+    """Kernels read a row of the embedding for each id: another id would be another's memory."""
+    engine = tiny_engine("llama-tied", dtype=dtype)
+    run = engine.run([5, 6], DecodeConfig(mode="full", max_new_tokens=3))
+    wrong = [replace(run.events[0], token_id=bad), *run.events[1:]]
+    for call in (lambda: engine.generate([5, bad], DecodeConfig()), lambda: engine.read_opening([5, bad]),
+                 lambda: engine.full_choices([5, bad], [6]), lambda: engine.full_choices([5], [bad, 6]),
+                 lambda: inspect(engine, [5, bad], run.events), lambda: inspect(engine, [5], wrong)):
+        with pytest.raises(ValueError, match=r"token ids must be in 0\.\.96"):
+            call()
+    for call in (lambda: engine.full_choices([], [5]), lambda: inspect(engine, [], run.events)):
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            call()
 
 
 @pytest.mark.parametrize("config", [

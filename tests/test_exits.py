@@ -158,3 +158,14 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError):
         ExitBank.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["head_ids", "sketch_ids"])
+@pytest.mark.parametrize("bad", [-1, 97, 2**40])
+def test_words_outside_the_vocabulary_are_refused(tmp_path, name, bad):
+    """Kernels read a row of the head for each of them."""
+    bank = tiny_engine(adapter="carry", confidence="sketch", sketch_size=30, head_size=60).bank
+    getattr(bank, name)[3] = bad
+    bank.save(tmp_path)
+    with pytest.raises(ValueError, match=rf"{name} must be token ids in 0\.\.96, got \[{bad}\]"):
+        ExitBank.load(tmp_path)
