@@ -1,6 +1,7 @@
-"""CascadeExit: adaptive early-exit decoding with exact caches, lossless when asked."""
+"""CascadeExit: adaptive early-exit decoding of language models with exact caches, lossless when asked."""
 
-from cascadeexit.engine import DecodeConfig, Engine, Generation, Mode
+from cascadeexit.config import DecodeConfig, Mode
+from cascadeexit.engine import Engine, Generation
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.exits import ExitBank, ExitConfig
 from cascadeexit.hub import load

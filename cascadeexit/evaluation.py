@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean, geometric_mean, median
 
 from cascadeexit import metrics
-from cascadeexit.engine import DecodeConfig, Engine, Mode
+from cascadeexit.config import DecodeConfig, Mode
+from cascadeexit.engine import Engine
 from cascadeexit.events import TokenEvent
 from cascadeexit.prompts import Prompt
 from cascadeexit.race import race

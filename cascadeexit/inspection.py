@@ -1,7 +1,9 @@
-"""Inspection: what every exit, and the full model, would have said at every position of a finished text.
+"""Inspection: what every exit and the full model would have chosen at every position of a finished text.
 
-The text is read once more in the passes that decoding makes, so the full model's choices are those of decoding. Where
-an exit carries the last hidden state on, each position gets the one that it had in the run.
+The text is read once more in the passes that decoding makes, so the full model's choices are those of decoding. Each
+position gets the carried state that it had in the run.
+
+Letters: N positions, n of them in a pass, D hidden size, S segments, K candidates.
 """
 
 from collections.abc import Sequence
@@ -10,19 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cascadeexit.backends.base import Rows
+from cascadeexit.carry import Carry
 from cascadeexit.engine import Engine
 from cascadeexit.events import Status, TokenEvent
-from cascadeexit.lookup import Lookup
-from cascadeexit.states import tensor_of
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Readings of N positions by S - 1 exits and, last, the full model; the K likeliest tokens of each."""
+    """Readings of N positions by S - 1 exits and, last, by the full model: the K likeliest tokens of each."""
 
     token_ids: Tensor       # (N, S, K)
-    probabilities: Tensor   # (N, S, K); of an exit, over the words of its own head
-    confidences: Tensor     # (N, S - 1) of the exits, in [0, 1], asked or not
+    probabilities: Tensor   # (N, S, K); an exit's are over the words of its own head
+    confidences: Tensor     # (N, S - 1) of the exits, in [0, 1], whether asked in the run or not
 
     @property
     def full_choices(self) -> list[int]:
@@ -37,25 +39,28 @@ class Inspection:
             for s, (ids, probabilities) in enumerate(zip(self.token_ids[i], self.probabilities[i]))]}
 
     def map(self, tokenizer, start: int, count: int) -> dict:
-        """What each exit and the full model would have said at `count` positions from `start` on, as plain JSON."""
+        """First choices of all exits and the full model at `count` positions from `start` on, as plain JSON.
+
+        {start, total, columns: [[{id, text, p}, ...], ...]}: a column for each position, p as in `card`.
+        """
         stop = min(start + count, len(self.token_ids))
         return {"start": start, "total": len(self.token_ids), "columns": [
             [{"id": token, "text": tokenizer.decode([token]), "p": self._confidence(i, s)}
              for s, token in enumerate(self.token_ids[i, :, 0].tolist())] for i in range(start, stop)]}
 
     def _confidence(self, i: int, s: int) -> float:
-        """Of an exit its estimate, of the full model the probability of its first choice."""
-        sure = self.confidences[i, s] if s < self.confidences.shape[1] else self.probabilities[i, s, 0]
-        return round(sure.item(), 4)
+        """An exit's confidence; for the full model the probability of its first choice."""
+        chance = self.confidences[i, s] if s < self.confidences.shape[1] else self.probabilities[i, s, 0]
+        return round(chance.item(), 4)
 
 
 @torch.inference_mode()
 def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEvent], top: int = 5) -> Inspection:
-    """Read the final tokens of a run again, all segments for all of them.
+    """Read the final tokens of a run again, through all segments and with all exits.
 
     Args:
-        events: of one run of this engine for this prompt; drafts and rejections are left out.
-        top: K, candidates kept of each reading.
+        events: those of one run of this engine for this prompt; drafts and rejections are left out.
+        top: K, the candidates kept of each reading.
 
     Raises ValueError for an empty prompt and for token ids outside the vocabulary.
     """
@@ -65,43 +70,47 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
     engine.model.check_ids((*prompt_ids, *(e.token_id for e in final)))
     text = [prompt_ids[-1], *(e.token_id for e in final[:-1])] if final else []
     stairs, passed = engine.begin(prompt_ids, len(final))
-    said = tensor_of(engine.last_said(passed))
-    written, before, copied, parts = list(prompt_ids), Lookup(prompt_ids), [], []
+    carry, layers = Carry.after_prompt(engine.model, passed), engine.model.layers
+    written, confirmed, copied, parts = list(prompt_ids), len(prompt_ids), [], []
     for event in final:
-        copied.append(before.copied(written))
+        copied.append(carry.copied(written, confirmed))
         written.append(event.token_id)
-        if event.status is Status.EMITTED:                      # until then there were drafts, which nobody copies
-            before.extend(written[len(before):])
-    for a in range(0, len(text), engine.model.max_verify_rows):
-        part = slice(a, a + engine.model.max_verify_rows)
-        rows = [tensor_of(after) for after in stairs.prefill(text[part])]
-        named = engine.model.norm(rows[-1][0])                                                  # (n, D)
+        if event.status is Status.EMITTED:                      # until then there were drafts, which are not copied
+            confirmed = len(written)
+    for a in range(0, len(text), layers.max_rows):
+        part = slice(a, a + layers.max_rows)
+        rows = stairs.prefill(text[part])
+        normed = layers.norm(rows[-1])                                                          # (1, n, D)
         hidden = []
         for i, event in enumerate(final[part]):
-            hidden.append([engine.bank.hidden(s, rows[s][0, i:i + 1], said) for s in range(engine.num_exits)])
-            said = hidden[-1][event.exit] if 0 <= event.exit < engine.num_exits else named[i:i + 1]
-        parts.append(_read(engine, [torch.cat(column) for column in zip(*hidden)], copied[part], rows[-1], top))
+            hidden.append([engine.exits.hidden(s, rows[s][:, i], carry.state) for s in range(engine.num_exits)])
+            carry.follow(event.exit, hidden[-1], normed[:, i])
+        columns = [torch.cat([layers.tensor(row) for row in column]) for column in zip(*hidden)]
+        parts.append(_read(engine, columns, copied[part], normed, top))
     if not parts:
         return Inspection(torch.zeros(0, engine.num_exits + 1, top, dtype=torch.long),
                           torch.zeros(0, engine.num_exits + 1, top), torch.zeros(0, engine.num_exits))
     return Inspection(*(torch.cat(column).cpu() for column in zip(*parts)))
 
 
-def _read(engine: Engine, hidden: list[Tensor], copied: list[tuple[int, int]], rows: Tensor,
+def _read(engine: Engine, hidden: list[Tensor], copied: list[tuple[int, int]], normed: Rows,
           top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates (n, S, K), their probabilities, and confidences (n, S - 1) of adapted rows and the full model's.
+    """Candidates (n, S, K), their probabilities, and confidences (n, S - 1).
 
-    copied: as for `ExitBank.confidence`.
+    Args:
+        hidden: adapted rows of each exit (n, D).
+        copied: as for `ExitRuntime.confidence`.
+        normed: the full model's rows after the final norm (1, n, D).
     """
-    bank = engine.bank
-    tables = [(bank.logits(s, h), bank.head_ids) for s, h in enumerate(hidden)] + [(engine.model.logits(rows)[0], None)]
+    exits, words = engine.exits, engine.bank.head_ids
+    tables = [(exits.logits(s, h), words) for s, h in enumerate(hidden)] + [(engine.model.head.logits(normed)[0], None)]
     best, probabilities = [], []
-    for logits, words in tables:
+    for logits, ids_of in tables:
         # Equal logits are common in bf16: decoding takes the first of them, so it leads here too.
         first = logits.argmax(-1, keepdim=True)
         ids = logits.scatter(1, first, torch.inf).topk(top, dim=-1).indices
-        best.append(ids if words is None else words[ids])
+        best.append(ids if ids_of is None else ids_of[ids])
         probabilities.append(logits.float().softmax(-1).gather(1, ids))
-    confidences = [bank.confidence(s, h, copied, hidden[s - 1] if s else None) for s, h in enumerate(hidden)]
+    confidences = [exits.confidence(s, h, copied, hidden[s - 1] if s else None) for s, h in enumerate(hidden)]
     return (torch.stack(best, 1), torch.stack(probabilities, 1),
-            torch.tensor(confidences).T if confidences else torch.zeros(rows.shape[1], 0))
+            torch.tensor(confidences).T if confidences else torch.zeros(normed.shape[1], 0))

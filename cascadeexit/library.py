@@ -14,7 +14,8 @@ import torch
 
 from cascadeexit import hub
 from cascadeexit.calibration import Calibration
-from cascadeexit.engine import DecodeConfig, Engine, Mode
+from cascadeexit.config import DecodeConfig, Mode
+from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.stream import Shape
 

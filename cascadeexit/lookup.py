@@ -1,32 +1,35 @@
-"""Lookup: what followed where the text said the same before. Drafts for free, and a second opinion on an exit's choice.
+"""Lookup: n-gram copies from earlier in the text, drafts for free and a second opinion on an exit's choice.
 
-When the newest tokens stood in the text already, prompt included, what followed them is a guess at what follows now
-(prompt lookup: Saxena 2023). How often such guesses were right so far in this text says how sure to be of the next.
+Where the newest tokens stood in the text before, prompt included, the token that followed them then is a guess at the
+next one (prompt lookup: Saxena 2023). The share of such guesses that were right so far in this text gives their
+probability.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_LENGTHS = (5, 3, 2, 1)                 # tokens that must match, longest first
-_PRIOR = {5: 0.8, 3: 0.6, 2: 0.4, 1: 0.15}      # chance of being right before anything was seen
+_LENGTHS = (5, 3, 2, 1)                 # lengths of n-grams that are looked up, longest first
+_PRIOR = {5: 0.8, 3: 0.6, 2: 0.4, 1: 0.15}      # probability of being right before anything was seen
+_PRIOR_WEIGHT = 4                       # of `_PRIOR`, in guesses
 LONGEST_MATCH = _LENGTHS[0]
-FARTHEST = 32                           # tokens
+FARTHEST = 32                           # tokens at which counting a match ends
 NOTHING_COPIED = -1, 0
-_PRIOR_WEIGHT = 4                       # in guesses
 
 
-class Guess(NamedTuple):
+class Copy(NamedTuple):
+    """A token that followed the same n-gram earlier in the text."""
+
     token: int
-    chance: float                       # that it is right
-    matched: int                        # tokens before it that stood in the text before
+    chance: float                       # probability that it is right
+    matched: int                        # length of the n-gram
 
 
 class Lookup:
-    """Index of one text. Knows token ids only."""
+    """Index of one text's n-grams. Knows token ids only."""
 
     def __init__(self, tokens: Sequence[int]):
         self._text: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}        # tokens -> position of what followed them last
+        self._after: dict[tuple[int, ...], int] = {}        # n-gram -> position of the token that followed it last
         self._right = {n: _PRIOR[n] * _PRIOR_WEIGHT for n in _LENGTHS}
         self._tried = dict.fromkeys(_LENGTHS, _PRIOR_WEIGHT)
         self.extend(tokens)
@@ -35,37 +38,36 @@ class Lookup:
         return len(self._text)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """More of the text is final."""
+        """Add tokens that have become final."""
         for token in tokens:
             for n in _LENGTHS:
                 if len(self._text) >= n:
                     self._after[tuple(self._text[-n:])] = len(self._text)
             self._text.append(token)
 
-    def guess(self, text: Sequence[int]) -> Guess | None:
-        """What may follow this text."""
+    def guess(self, text: Sequence[int]) -> Copy | None:
+        """The copy that may follow this text, by its longest n-gram; None when no n-gram is known."""
         for n in _LENGTHS:
             at = self._after.get(tuple(text[-n:])) if len(text) >= n else None
             if at is not None:
-                return Guess(self._text[at], self._right[n] / self._tried[n], n)
+                return Copy(self._text[at], self._right[n] / self._tried[n], n)
         return None
 
     def copied(self, text: Sequence[int]) -> tuple[int, int]:
-        """What followed this text's newest tokens when they stood here last, and how many those are.
+        """Return the token that followed this text's newest tokens when they stood here last, and the match's length.
 
-        `NOTHING_COPIED` when they did not. Only the newest tokens of `text` matter, `FARTHEST` of them, at which
-        counting ends.
+        `NOTHING_COPIED` when they did not. Only the newest `FARTHEST` tokens of `text` matter.
         """
-        guess = self.guess(text)
-        if guess is None:
+        copy = self.guess(text)
+        if copy is None:
             return NOTHING_COPIED
-        at, length = self._after[tuple(text[-guess.matched:])], guess.matched
+        at, length = self._after[tuple(text[-copy.matched:])], copy.matched
         most = min(FARTHEST, at, len(text))
         while length < most and self._text[at - 1 - length] == text[-1 - length]:
             length += 1
-        return guess.token, length
+        return copy.token, length
 
     def judged(self, matched: int, right: bool) -> None:
-        """A guess that matched so many tokens was right or wrong."""
+        """Learn whether a copy after a match of this length was right."""
         self._tried[matched] += 1
         self._right[matched] += right

@@ -7,15 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 
+from cascadeexit.costs import Costs
 from cascadeexit.events import COPIED, Status, TokenEvent
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a run is compared with."""
-
-    full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head
-    depths: tuple[float, ...]           # part of the layers below each segment's end; the last is 1.0
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cascadeexit.kernels import Choice
-
-
-def argmax(logits: Tensor) -> list[int]:
-    """The likeliest of each row (N, V), the first of equal ones."""
-    # numpy looks through a vocabulary ten times as fast as torch on a CPU.
-    best = (logits.numpy() if logits.device.type == "cpu" and logits.dtype == torch.float32 else logits).argmax(-1)
-    return best.tolist()
+from cascadeexit.backends.base import Choice
 
 
 class Sampler:
-    """Greedy at temperature 0; else temperature and nucleus (top-p) sampling from one seeded generator."""
+    """Greedy at temperature 0; else temperature and nucleus (top-p) sampling from one seeded generator.
+
+    Args:
+        tolerance: greedy only; a draft is also accepted where the full model gives it at least 1 - tolerance times the
+            probability of its own choice.
+    """
 
     def __init__(self, temperature: float, top_p: float, seed: int, vocab_size: int, device: torch.device,
                  tolerance: float = 0.0):
@@ -30,37 +28,30 @@ class Sampler:
         return self.temperature == 0
 
     def choose(self, logits: Tensor, ids: Tensor | None = None) -> int:
-        """One row of logits -> a token.
+        """Sample a token from one row of logits; only at a temperature above 0.
 
         Args:
             logits: (V,), or (K,) over a trimmed head.
             ids: the token ids of a trimmed head, at least K.
         """
-        if self.greedy:
-            best, = argmax(logits[None])
-            return best if ids is None else int(ids[best])
         return int(torch.multinomial(self.distribution(logits, ids), 1, generator=self.generator))
 
-    @property
-    def exact(self) -> bool:
-        """No draft stands but what the full model says: of its row only the choice matters."""
-        return not self._slack
+    def judge(self, drafts: Sequence[int], row: Tensor | Choice) -> int:
+        """Return the token that is right where these are drafted: one of them, or the full model's own.
 
-    def judge(self, drafts: Sequence[int], row: Tensor | Choice | int) -> int:
-        """The token that stands where these are drafted: one of them, or what the full model says instead.
-
-        The full model chooses as if nobody had drafted, so the outcome is its own, token by token for a seed. Greedy
-        with a tolerance, the best of the drafts stands when it is likely enough.
+        The full model chooses as if there were no drafts, so the outcome is its own, token by token for a seed. Greedy
+        with a tolerance, the likeliest draft is accepted when it is likely enough.
 
         Args:
-            row: the full model's logits (V,); where greedy, the likeliest token, with others' logits where not `exact`.
+            row: what the full model says: its logits (V,) where tokens are sampled, its choice where greedy.
         """
-        token = row if isinstance(row, int) else row.token if isinstance(row, Choice) else self.choose(row)
-        if self._slack and drafts and token not in drafts:
-            best = max(drafts, key=lambda draft: float(row[draft]))
-            if float(row[token] - row[best]) <= self._slack:
+        if not isinstance(row, Choice):
+            return self.choose(row)
+        if self._slack and drafts and row.token not in drafts:
+            best = max(drafts, key=row.__getitem__)
+            if row[row.token] - row[best] <= self._slack:
                 return best
-        return token
+        return row.token
 
     def distribution(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
         """Probabilities (V,) after temperature and top-p: fp32 logits (V,), or (K,) over the first K of `ids`."""

@@ -32,7 +32,8 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 from cascadeexit import metrics
-from cascadeexit.engine import DecodeConfig, Engine, Mode
+from cascadeexit.config import DecodeConfig, Mode
+from cascadeexit.engine import Engine
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.inspection import Inspection
 

@@ -1,51 +1,40 @@
-"""DraftTree: what may come next, as a tree of drafts that one pass of the full model judges.
+"""DraftTree: what may come next, as a tree of drafts that one pass of the full model verifies.
 
-Drafts come from two sources that cost next to nothing: the drafter, or else the exit before the first layer, which
-reads a token's embedding and the state that named it, and `Lookup`, which copies. Both are often unsure which of a few
-tokens is right, and a place in the text may have several drafts: the pass reads its weights once for all of them
-(SpecInfer: Miao et al. 2023). A draft is taken in while the tokens it promises are worth its row of the pass; how often
-such promises were kept so far in this text says how much to believe of the next.
+Drafts come from two sources that cost next to nothing. One is the drafter, or else the exit before the first layer,
+which reads a token's embedding and the carried state. The other is n-gram lookup. Both often hesitate between a few
+tokens, so a place in the text may have several drafts: the pass reads its weights once for all of them (SpecInfer: Miao
+et al. 2023). A draft joins the tree while the tokens it promises are worth its row of the pass. The acceptance rate so
+far in this text rescales the promises.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
-
+from cascadeexit.backends.base import ExitRuntime, Rows
+from cascadeexit.carry import Carry
+from cascadeexit.costs import Meter
+from cascadeexit.drafting import Draft
 from cascadeexit.events import COPIED
-from cascadeexit.exits import Context, ExitBank
-from cascadeexit.lookup import LONGEST_MATCH, Guess, Lookup
+from cascadeexit.lookup import LONGEST_MATCH, Copy, Lookup
 from cascadeexit.model import SegmentedModel
-from cascadeexit.states import Hidden
+from cascadeexit.staircase import Staircase
 
 _BRANCHES = 6               # drafts that may follow one token
-_HOPE = 0.5                 # chance that a question brings a right draft, when it is not known yet
-_SURE = 0.5                 # copies likelier than this need no other opinion
-_KEPT = 0.95                # part of what a drafter promises that holds for each token of its own before, at first
-_PRIOR_WEIGHT = 20          # of this first trust, in expected right drafts
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A token that may come, after the newest one or after another draft."""
-
-    token: int
-    exit: int                                       # that drafted it, or COPIED
-    confidences: tuple[float | None, ...]           # of each exit, as in a TokenEvent
-    parent: int                                     # number of the draft it goes on from; -1: the newest token
-    depth: int = 0                                  # drafts before it on its path
-    promised: float = 0.0                           # by the exit's softmax alone: the chance that it follows its parent
-    matched: int = 0                                # COPIED: tokens before it that stood in the text before
+_HIT_RATE = 0.5             # assumed probability that asking the drafter brings a right draft, before it is asked
+_SURE_COPY = 0.5            # a copy likelier than this needs no second opinion
+_DECAY = 0.95               # share of the drafter's promises that holds after each token of its own, before any is seen
+_PRIOR_WEIGHT = 20          # of `_DECAY`, in expected right drafts
 
 
 @dataclass(slots=True)
 class _Node:
-    """A draft that is being considered: its path's end, and what the exit needs to go on from it."""
+    """A draft under consideration: the end of a path, and what the drafter needs to go on from it."""
 
-    survival: float                                 # chance that it and all before it are right
+    survival: float                                 # probability that it and all before it are right
     token: int
     parent: "_Node | None"
-    said: Hidden                                    # (1, D), the state that named it
+    carried: Rows                                   # (1, D), the state that produced it
     depth: int
     exit: int
     promised: float = 0.0
@@ -53,70 +42,87 @@ class _Node:
 
 
 class DraftTree:
-    """Grows a tree for each pass of one run, and learns from what became of it.
+    """Grows a tree for each pass of one run, and learns from what the full model accepts.
 
     Args:
-        prompt: the run's prompt, for copies.
-        temperature: of the run: the exit's softmax is taken at it, 1 when greedy.
+        model, exits: the model and the runtime of its exits.
+        prompt: the run's prompt, for n-gram copies.
+        temperature: the run's; the drafter's softmax is taken at it, at 1 when greedy.
+        passed: rows of the prefill after each segment (1, N, D), for the drafter's context; [] without any.
+        eos_ids: nothing is drafted after these tokens.
+        limit: the most drafts in a tree.
+        end: length of the text, prompt included, past which nothing is drafted.
     """
 
-    def __init__(self, model: SegmentedModel, bank: ExitBank, prompt: Sequence[int], temperature: float):
-        self._model, self._bank, self._lookup = model, bank, Lookup(prompt)
-        self._temperature = temperature or 1.0
-        self._has_exit = model.exit_layers[:1] == (0,)
-        self._ask_bytes, self._context_bytes = bank.draft_bytes if self._has_exit else 0, bank.context_bytes
-        full = model.pass_bytes + bank.choice_bytes
-        self._ask_cost = self._ask_bytes / full
+    def __init__(self, model: SegmentedModel, exits: ExitRuntime, prompt: Sequence[int], temperature: float, *,
+                 passed: Sequence[Rows] = (), eos_ids: frozenset[int] = frozenset(), limit: int = 7,
+                 end: int | None = None):
+        self._layers, self._exits, self._lookup = model.layers, exits, Lookup(prompt)
+        self._temperature, self._eos_ids = temperature or 1.0, eos_ids
+        self._limit, self._end = limit, end
+        self._can_ask = model.exit_layers[:1] == (0,)
+        self._ask_cost = exits.draft_bytes / (model.pass_bytes + exits.full_head.nbytes) if self._can_ask else 0.0
+        # States after all exits but the first, and the row that produced the newest token.
+        self._deep = (passed[1:-1], passed[0].shape[1] - 1) if passed else None
         self._kept: list[float] = []                # right drafts at each depth, and how many were promised
         self._promised: list[float] = []
-        self.weight_bytes = 0                       # read by drafting since somebody set it to 0
+        self.asked = (None,) * len(model.exit_layers)
 
-    def grow(self, text: Sequence[int], said: Tensor, limit: int, longest: int,
-             deep: tuple[Sequence[Tensor], int] | None = None) -> list[Draft]:
-        """Drafts of what follows this text, parents first, the likeliest path before its siblings.
+    def draft(self, stairs: Staircase, carry: Carry, meter: Meter) -> Iterator[list[Draft]]:
+        """Propose a tree; see `DraftSource.draft`."""
+        longest = self._limit if self._end is None else min(self._limit, self._end - len(stairs.tokens))
+        drafts = self.grow(stairs.tokens, carry.state, self._limit, longest, meter)
+        stairs.tokens += [draft.token for draft in drafts]
+        yield drafts
+
+    def grow(self, text: Sequence[int], carried: Rows, limit: int, longest: int,
+             meter: Meter | None = None) -> list[Draft]:
+        """Draft what follows this text: parents first, the likeliest path before its siblings.
 
         Args:
-            said: the state that named the newest token (1, D).
-            limit: the most drafts; longest: the most of them on one path.
-            deep: for a drafter, the states after all exits but the first (1, N, D) and the row that led to `said`.
+            carried: the state that produced the newest token (1, D).
+            limit: the most drafts.
+            longest: the most drafts on one path.
+            meter: counts what the drafter reads.
         """
+        meter = meter or Meter()
         spent = expected = 1.0                      # passes, and the tokens that they bring: speed is their ratio
-        context: Context | None = None
-        level, kept = [_Node(1.0, text[-1], None, said, -1, COPIED)], []
+        context: Any = None
+        level, kept = [_Node(1.0, text[-1], None, carried, -1, COPIED)], []
         for depth in range(longest):
-            # Of survival: below it, a row costs too much.
-            needed = self._model.row_cost(1 + len(kept)) * expected / spent
-            guesses = [self._lookup.guess(_end(text, node)) for node in level]
-            asked = [i for i, (node, guess) in enumerate(zip(level, guesses))
-                     if node.survival * _HOPE > needed and not (guess and guess.chance > _SURE)]
-            hope = _HOPE * sum(level[i].survival for i in asked)
+            # Minimum path probability for which one more row still pays.
+            needed = self._layers.row_cost(1 + len(kept)) * expected / spent
+            copies = [self._lookup.guess(_end(text, node)) for node in level]
+            ask = [i for i, (node, copy) in enumerate(zip(level, copies))
+                   if node.survival * _HIT_RATE > needed and not (copy and copy.chance > _SURE_COPY)]
+            gain = _HIT_RATE * sum(level[i].survival for i in ask)
             opinions = {}
-            if asked and self._has_exit and hope > self._ask_cost * expected / spent:
-                if context is None and deep is not None:
-                    context = self._bank.context(*deep)
-                    self.weight_bytes += self._context_bytes
-                opinions = dict(zip(asked, self._ask([level[i] for i in asked], context)))
+            if ask and self._can_ask and gain > self._ask_cost * expected / spent:
+                if context is None:
+                    context = self._context(meter)
+                opinions = dict(zip(ask, self._ask([level[i] for i in ask], context, meter)))
                 spent += self._ask_cost
-            needed, trust = self._model.row_cost(1 + len(kept)) * expected / spent, self._trust(depth)
-            candidates = [child for i, (node, guess) in enumerate(zip(level, guesses))
-                          for child in self._children(node, trust, guess, opinions.get(i), needed)]
+            needed, trust = self._layers.row_cost(1 + len(kept)) * expected / spent, self._trust(depth)
+            candidates = [child for i, (node, copy) in enumerate(zip(level, copies))
+                          for child in self._children(node, trust, copy, opinions.get(i), needed)]
             candidates.sort(key=lambda node: -node.survival)
             level = []
-            for node in candidates[:limit - len(kept) if self._model.branches else 1]:
-                cost = self._model.row_cost(1 + len(kept) + len(level))
+            for node in candidates[:limit - len(kept) if self._layers.supports_trees else 1]:
+                cost = self._layers.row_cost(1 + len(kept) + len(level))
                 if node.survival <= cost * expected / spent:
                     break
                 level.append(node)
                 expected += node.survival
                 spent += cost
             kept += level
-            level = [node for node in level if node.token not in self._model.eos_ids]
+            level = [node for node in level if node.token not in self._eos_ids]
             if not level or len(kept) >= limit:
                 break
         return self._in_order(kept)
 
-    def judged(self, drafts: Sequence[Draft], path: Sequence[int], confirmed: Sequence[int]) -> None:
-        """What became of a tree: the numbers of the drafts that stand, and all tokens that the text has won by it."""
+    def judged(self, drafts: Sequence[Draft], path: Sequence[int], confirmed: Sequence[int],
+               passed: Sequence[Rows] = ()) -> None:
+        """Learn what became of a tree; see `DraftSource.judged`."""
         for depth, parent in enumerate([-1, *path]):
             right = path[depth] if depth < len(path) else None
             children = [i for i, d in enumerate(drafts) if d.parent == parent]
@@ -130,32 +136,40 @@ class DraftTree:
                 if drafts[i].matched:
                     self._lookup.judged(drafts[i].matched, i == right)
         self._lookup.extend(confirmed)
+        self._deep = (passed[1:-1], (path[-1] if path else -1) + 1) if passed else None
 
-    def _ask(self, nodes: Sequence[_Node], context: Context | None) -> list[tuple[Hidden, list[float], list[int]]]:
-        """Of each node: the exit's state, and the likeliest tokens with their probabilities."""
-        self.weight_bytes += self._ask_bytes
-        return self._bank.drafts([node.token for node in nodes], [node.said for node in nodes], _BRANCHES,
-                                 self._temperature, context)
+    def _context(self, meter: Meter) -> Any:
+        """What the drafter reads of the newest confirmed token; None without a drafter."""
+        if self._deep is None:
+            return None
+        meter.add(self._exits.context_bytes)
+        return self._exits.context(*self._deep)
 
-    def _children(self, node: _Node, trust: float, guess: Guess | None, opinion, needed: float) -> list[_Node]:
-        """What may follow a node and survive oftener than needed. A copy and a draft for the same token are one."""
-        said, depth, children = node.said, node.depth + 1, {}
+    def _ask(self, nodes: Sequence[_Node], context: Any, meter: Meter) -> list[tuple[Rows, list[float], list[int]]]:
+        """For each node the drafter's state, and the likeliest next tokens with their probabilities."""
+        meter.add(self._exits.draft_bytes)
+        return self._exits.drafts([node.token for node in nodes], [node.carried for node in nodes], _BRANCHES,
+                                  self._temperature, context)
+
+    def _children(self, node: _Node, trust: float, copy: Copy | None, opinion, needed: float) -> list[_Node]:
+        """Drafts that may follow a node with more than the needed survival; a copy and an equal draft are one."""
+        carried, depth, children = node.carried, node.depth + 1, {}
         if opinion:
-            said, probs, ids = opinion
-            others = node.survival * (1 - guess.chance if guess else 1)         # the chance that it is not the copy
+            carried, probs, ids = opinion
+            others = node.survival * (1 - copy.chance if copy else 1)           # probability that it is not the copy
             for p, token in zip(probs, ids):                                    # best first
                 survival = others * min(1.0, p * trust)
                 if survival <= needed:
                     break
-                children[token] = _Node(survival, token, node, said, depth, 0, p)
-        if guess:
-            copy = children.setdefault(guess.token, _Node(0.0, guess.token, node, said, depth, COPIED))
-            copy.survival, copy.matched = max(copy.survival, node.survival * guess.chance), guess.matched
+                children[token] = _Node(survival, token, node, carried, depth, 0, p)
+        if copy:
+            child = children.setdefault(copy.token, _Node(0.0, copy.token, node, carried, depth, COPIED))
+            child.survival, child.matched = max(child.survival, node.survival * copy.chance), copy.matched
         return list(children.values())
 
     def _trust(self, depth: int) -> float:
-        """How often drafts of the exit at this depth were right, over what its softmax promised."""
-        trust = _KEPT ** depth
+        """How often the drafter's tokens at this depth were accepted, over what its softmax promised."""
+        trust = _DECAY ** depth
         if depth < len(self._kept):
             trust = (self._kept[depth] + trust * _PRIOR_WEIGHT) / (self._promised[depth] + _PRIOR_WEIGHT)
         return trust
@@ -166,10 +180,9 @@ class DraftTree:
         for node in nodes:                                              # siblings stay by likelihood
             children.setdefault(id(node.parent) if node.depth else 0, []).append(node)
         drafts: list[Draft] = []
-        unasked = (None,) * len(self._model.exit_layers)
 
         def put(node: _Node, parent: int) -> None:
-            sure = (min(1.0, node.promised * self._trust(node.depth)), *unasked[1:]) if node.promised else unasked
+            sure = (min(1.0, node.promised * self._trust(node.depth)), *self.asked[1:]) if node.promised else self.asked
             drafts.append(Draft(node.token, node.exit, sure, parent, node.depth, node.promised, node.matched))
             number = len(drafts) - 1
             for child in children.get(id(node), []):
@@ -181,7 +194,7 @@ class DraftTree:
 
 
 def _end(text: Sequence[int], node: _Node) -> list[int]:
-    """The last tokens of the text with this node's path."""
+    """The last tokens of the text followed by this node's path."""
     path = []
     while node.parent is not None:
         path.append(node.token)

@@ -75,6 +75,19 @@ def tiny_engine(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype 
     return Engine(model, bank)
 
 
+def logits_of(model: SegmentedModel, rows) -> torch.Tensor:
+    """The full model's logits for rows after the last layer: (1, N, D) -> (1, N, V)."""
+    return model.head.logits(model.layers.norm(rows))
+
+
+def through(model: SegmentedModel, cache, ids, parents=None):
+    """Token ids through every segment, one call each: the rows after the last, (1, N, D) in the backend's form."""
+    rows = model.layers.embed(ids)
+    for s in range(model.num_segments):
+        rows, = model.layers.run(range(s, s + 1), rows, cache, parents)
+    return rows
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param

@@ -9,7 +9,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 from cascadeexit.calibration import Calibration, Point
-from cascadeexit.engine import DecodeConfig
+from cascadeexit.config import DecodeConfig
 from tests.browser.server import serve
 from tests.browser.tiny_text import tiny_tokenizer
 

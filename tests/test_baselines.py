@@ -3,7 +3,7 @@
 import pytest
 from conftest import tiny_engine
 
-from cascadeexit.engine import DecodeConfig
+from cascadeexit.config import DecodeConfig
 from training import baselines
 
 PROMPTS = ([5], [11, 3, 60, 22, 9, 41, 77, 30, 2])

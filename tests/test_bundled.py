@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
-from cascadeexit import hub, kernels
-from cascadeexit.engine import DecodeConfig
+from cascadeexit import hub
+from cascadeexit.backends.cpu import build
+from cascadeexit.config import DecodeConfig
 from cascadeexit.inspection import inspect
 from cascadeexit.prompts import bundled_prompts, opening_ids, token_ids
 
@@ -37,19 +38,19 @@ def test_verified_equals_full_bitwise(loaded):
         assert runs[0].token_ids == runs[1].token_ids, prompt
         assert greedy.stats.cost == runs[0].stats.cost == 1, "a full token is the measure, sampled or not"
     assert drafted > 0
-    if engine.model.native:         # an exit has all words in 8 bits: they find the likeliest for half of the bytes
-        assert engine.bank.choice_bytes < 0.51 * engine.model.head_bytes
-        if kernels.library().ce_coded_bytes(16, 16):        # and layers are kept in 12 bits
-            assert engine.model.pass_bytes < 0.76 * (engine.model.weight_bytes - engine.model.head_bytes)
+    if engine.model.backend.name == "cpu":      # an exit has all words in 8 bits: its screen reads half of the bytes
+        assert engine.exits.full_head.nbytes < 0.51 * engine.model.head.nbytes
+        if build.library().ce_coded_bytes(16, 16):        # and layers are kept in 12 bits
+            assert engine.model.pass_bytes < 0.76 * (engine.model.weight_bytes - engine.model.head.nbytes)
 
 
-def test_a_tolerance_is_the_same_with_and_without_a_screen(loaded):
+def test_a_tolerance_is_the_same_with_and_without_a_screen(loaded, monkeypatch):
     engine, tokenizer = loaded
-    ids, screen = token_ids(tokenizer, bundled_prompts()[1].text), engine.bank.screen
+    ids, screened = token_ids(tokenizer, bundled_prompts()[1].text), engine.exits.full_head
     config, texts = DecodeConfig(mode="verified", tolerance=0.6, max_new_tokens=2 * TOKENS), []
-    for engine.bank.screen in (screen, None):
+    for head in (screened, engine.model.head):
+        monkeypatch.setattr(engine.exits, "full_head", head)
         texts.append(engine.run(ids, config).token_ids)
-    engine.bank.screen = screen
     assert texts[0] == texts[1]
 
 
@@ -60,7 +61,7 @@ def test_what_the_chat_template_says_first_was_read_when_loaded():
     assert "system" in tokenizer.decode(opening) and all(ids[:len(opening)] == opening for ids in prompts)
     with torch.inference_mode():
         rows = engine.begin(prompts[0], 8)[1][0].shape[1]
-    assert rows == len(prompts[0]) - 1 - engine.model.native * len(opening)
+    assert rows == len(prompts[0]) - 1 - (engine.model.layers.row_multiple == 1) * len(opening)
 
 
 def test_full_equals_transformers_generate_in_fp32():

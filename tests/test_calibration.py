@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny_engine
 
 from cascadeexit.calibration import CALIBRATION_FILE, Calibration, p_value, upper_bound
-from cascadeexit.engine import DecodeConfig
+from cascadeexit.config import DecodeConfig
 from cascadeexit.exits import ExitBank
 from training.calibrate import prompt_of, prompts_of
 from training.documents import Document

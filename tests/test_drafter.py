@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import tiny_base, tiny_engine
 
-from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.config import DecodeConfig
+from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.model import SegmentedModel
-from cascadeexit.states import tensor_of
 from training.documents import Document
 from training.drafter import Rows, Whitened
 from training.features import FeatureStore
@@ -18,9 +18,9 @@ SHAPE = dict(adapter="carry", layers=(0, 2, 4), drafter_width=8)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_verified_equals_full_whatever_the_drafter_says(family, dtype, monkeypatch):
-    # Its drafts are poor: let none be too dear, anywhere.
-    monkeypatch.setattr(SegmentedModel, "row_cost", lambda model, rows: 0.01)
     engine = tiny_engine(family, dtype=dtype, **SHAPE)
+    # Its drafts are poor: let none be too expensive, anywhere.
+    monkeypatch.setattr(engine.model.layers, "row_cost", lambda rows: 0.01)
     for prompt in PROMPTS:
         full = engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=60)).token_ids
         for max_draft in (1, 4, 16):
@@ -33,34 +33,35 @@ def test_it_is_told_what_lay_below_the_state_that_named_the_newest_token(monkeyp
     """In every pass, whatever was drafted: the states at the other exits, as a plain pass over the text has them."""
     engine = tiny_engine("qwen3", dtype=torch.bfloat16, **SHAPE)
     engine.bank.drafter.context.weight.data.mul_(0.1)
-    told, context = [], engine.bank.context
+    read, context, tensor = [], engine.exits.context, engine.model.layers.tensor
 
     def listen(states, row):
-        told.append(torch.cat([tensor_of(rows)[0, row:row + 1] for rows in states], -1))
+        read.append(torch.cat([tensor(rows)[0, row:row + 1] for rows in states], -1))
         return context(states, row)
 
-    monkeypatch.setattr(engine.bank, "context", listen)
+    monkeypatch.setattr(engine.exits, "context", listen)
     text = [5, 6, 7] + engine.run([5, 6, 7], DecodeConfig(mode="verified", max_new_tokens=40)).token_ids
     with torch.inference_mode():
-        cache, h, states = engine.model.new_cache(64), engine.model.embed(text), []
-        for s in range(engine.model.num_segments):
-            h = engine.model.run_segment(s, h, cache)
-            states.append(h[0])
+        layers = engine.model.layers
+        passed = layers.run(range(engine.model.num_segments), layers.embed(text), layers.new_cache(64))
+        states = [tensor(rows)[0] for rows in passed]
     true = torch.cat(states[1:-1], -1).float()
-    places = [int((true - deep.float()).abs().amax(1).argmin()) for deep in told]
-    for place, deep in zip(places, told):
+    places = [int((true - deep.float()).abs().amax(1).argmin()) for deep in read]
+    for place, deep in zip(places, read):
         torch.testing.assert_close(deep[0].float(), true[place], atol=2e-2, rtol=2e-2)
     assert places[0] == 1 and places == sorted(places) and len(set(places)) > 10
 
 
 def test_the_exits_are_the_same_exits_with_a_drafter_and_without():
-    bank = tiny_engine(**SHAPE).bank
-    exits, drafter, memory = bank.fingerprint(), bank.drafter_fingerprint(), bank.memory_bytes
+    engine = tiny_engine(**SHAPE)
+    bank, memory = engine.bank, engine.exits.memory_bytes
+    exits, drafter = bank.fingerprint(), bank.drafter_fingerprint()
     size = sum(p.nbytes for p in bank.drafter.parameters())
-    assert drafter and bank.context_bytes == 2 * 32 * 32 * 4
+    assert drafter and engine.exits.context_bytes == 2 * 32 * 32 * 4
     bank.drafter = None
+    without = Engine(engine.model, bank).exits
     assert bank.fingerprint() == exits and bank.drafter_fingerprint() is None
-    assert bank.memory_bytes == memory - size and bank.context_bytes == 0
+    assert without.memory_bytes == memory - size and without.context_bytes == 0
 
 
 def test_its_context_is_counted_once_a_pass():
@@ -68,12 +69,12 @@ def test_its_context_is_counted_once_a_pass():
     plain = tiny_engine(dtype=torch.bfloat16, **SHAPE | {"drafter_width": 0})
     config = DecodeConfig(mode="verified", max_new_tokens=1, max_draft=1)
     read = [sum(e.weight_bytes for e in each.run([5, 6, 7], config).events) for each in (engine, plain)]
-    assert read[0] - read[1] == engine.bank.context_bytes
+    assert read[0] - read[1] == engine.exits.context_bytes
 
 
 @pytest.mark.parametrize("layers", [(2, 4), (0,)])
 def test_it_wants_an_exit_before_the_first_layer_and_one_to_read(layers):
-    with pytest.raises(ValueError, match="a drafter wants an exit before the first layer and one deeper"):
+    with pytest.raises(ValueError, match="a drafter needs an exit before the first layer and one deeper"):
         ExitBank.untrained(SegmentedModel(tiny_base(), layers), drafter_width=8)
 
 

@@ -6,15 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_base, tiny_engine
+from conftest import logits_of, tiny_base, tiny_engine
 
-from cascadeexit.engine import DecodeConfig, Engine, Mode, Staircase
+from cascadeexit.backends.base import Choice
+from cascadeexit.config import DecodeConfig, Mode
+from cascadeexit.drafting import worth_asking
+from cascadeexit.engine import Engine
 from cascadeexit.events import Status
 from cascadeexit.exits import ExitBank
 from cascadeexit.inspection import inspect
 from cascadeexit.metrics import summarize
 from cascadeexit.model import SegmentedModel
 from cascadeexit.sampling import Sampler
+from cascadeexit.staircase import Staircase
 
 PROMPTS = ([5], [5, 6, 7], [11, 3, 60, 22, 9, 41, 77, 30, 2])
 TOKENS = 32
@@ -44,7 +48,7 @@ def test_cached_equals_uncached(family):
     with torch.inference_mode():
         for chunk in (tokens[:4], tokens[4:5], tokens[5:]):
             h = stairs.prefill(chunk)[-1]
-        ours, theirs = engine.model.logits(h)[0, -1], base(torch.tensor([tokens])).logits[0, -1]
+        ours, theirs = logits_of(engine.model, h)[0, -1], base(torch.tensor([tokens])).logits[0, -1]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -65,7 +69,7 @@ def test_a_text_of_more_rows_than_a_pass_takes_goes_through_in_parts(mode, dtype
     prompt = [(7 * i) % 60 + 20 for i in range(45)]
     config = DecodeConfig(mode=mode, max_new_tokens=TOKENS, max_draft=15, thresholds=0.02)
     at_once = engine.run(prompt, config)
-    monkeypatch.setattr("cascadeexit.engine._MAX_ROWS", 8)
+    monkeypatch.setattr("cascadeexit.staircase._MAX_ROWS", 8)
     assert engine.run(prompt, config).token_ids == at_once.token_ids
     assert mode is not Mode.VERIFIED or at_once.stats.drafted, "nothing waited"
 
@@ -88,7 +92,7 @@ def test_an_opening_that_was_read_before_changes_nothing_but_the_work(mode, read
     assert story() == plain
     with torch.inference_mode():
         rows = engine.begin(prompt, TOKENS)[1][0].shape[1]
-    assert rows == (39 - read if engine.model.native and read and read < 39 else 39)
+    assert rows == (39 - read if engine.model.layers.row_multiple == 1 and read and read < 39 else 39)
     engine.read_opening([])
     assert story() == plain
 
@@ -134,7 +138,7 @@ def test_a_tolerated_draft_is_nearly_as_likely_as_the_full_models_choice():
         out = engine.run(prompt, config).token_ids
         stairs, text = Staircase(engine.model, 128), prompt + out
         with torch.inference_mode():
-            logits = engine.model.logits(stairs.prefill(text[:-1])[-1])[0, len(prompt) - 1:].log_softmax(-1)
+            logits = logits_of(engine.model, stairs.prefill(text[:-1])[-1])[0, len(prompt) - 1:].log_softmax(-1)
         lost = logits.amax(-1) - logits[range(len(out)), out]
         assert (lost.exp() <= 1 / (1 - tolerance) + 1e-3).all()
         loose += int((lost > 1e-3).sum())
@@ -145,7 +149,7 @@ def test_a_tolerated_draft_is_nearly_as_likely_as_the_full_models_choice():
 def test_verified_equals_full_with_a_trimmed_head():
     engine = tiny_engine(head_size=20)
     engine.bank.head_ids.copy_(torch.arange(20) * 4)
-    engine.bank.attach(engine.model)
+    engine = Engine(engine.model, engine.bank)
     full = engine.run(PROMPTS[1], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
     run = engine.run(PROMPTS[1], DecodeConfig(mode="verified", max_new_tokens=TOKENS, thresholds=0))
     assert run.token_ids == full
@@ -161,8 +165,8 @@ def test_verified_logits_are_bitwise_those_of_full():
             one, many = Staircase(model, 128), Staircase(model, 128)
             for stairs in (one, many):
                 stairs.prefill(tokens[:3])
-            single = torch.cat([model.logits(one.prefill([t])[-1]) for t in tokens[3:]], 1)
-            together = model.logits(many.prefill(tokens[3:])[-1])
+            single = torch.cat([logits_of(model, one.prefill([t])[-1]) for t in tokens[3:]], 1)
+            together = logits_of(model, many.prefill(tokens[3:])[-1])
         assert torch.equal(single, together)
 
 
@@ -194,7 +198,7 @@ def test_scripted_exits_are_accepted_or_rejected(shift, acceptance):
     def scripted_logits(s, hidden):
         return torch.nn.functional.one_hot(torch.tensor([(full[position] + shift) % 97]), 97).float()
 
-    engine.bank.logits = scripted_logits
+    engine.exits.choice = lambda s, hidden: int(scripted_logits(s, hidden).argmax())
     events = []
     for event in engine.generate(PROMPTS[2], DecodeConfig(mode="verified", max_new_tokens=TOKENS, thresholds=0)):
         events.append(event)
@@ -210,8 +214,9 @@ def test_scripted_exits_are_accepted_or_rejected(shift, acceptance):
 def test_cache_after_a_cascade_equals_a_plain_prefill(family, threshold, monkeypatch):
     """What a deeper token reads is exact: no hole, no approximation, in any layer, for the positions filled."""
     engine, caches = tiny_engine(family), []
-    new_cache = engine.model.new_cache
-    monkeypatch.setattr(engine.model, "new_cache", lambda capacity: caches.append(new_cache(capacity)) or caches[-1])
+    new_cache = engine.model.layers.new_cache
+    monkeypatch.setattr(engine.model.layers, "new_cache",
+                        lambda capacity: caches.append(new_cache(capacity)) or caches[-1])
     run = engine.run(PROMPTS[2], DecodeConfig(mode="cascade", max_new_tokens=TOKENS, thresholds=threshold))
     plain, text = Staircase(engine.model, 128), PROMPTS[2] + run.token_ids
     with torch.inference_mode():
@@ -227,14 +232,14 @@ def test_cache_after_a_cascade_equals_a_plain_prefill(family, threshold, monkeyp
 def test_an_exit_is_handed_the_state_that_named_the_newest_token(mode, monkeypatch):
     """Read by the head, what is carried says the newest token itself: after exits, corrections and the prompt alike."""
     engine, text, exits, handed = tiny_engine(adapter="carry"), [], set(), []
-    hidden = engine.bank.hidden
+    hidden = engine.exits.hidden
 
-    def recorded(s, h, said):
+    def recorded(s, h, carried):
         if text:
-            handed.append((engine.bank.logits(0, said).argmax().item(), text[-1]))
-        return hidden(s, h, said)
+            handed.append((engine.exits.logits(0, carried).argmax().item(), text[-1]))
+        return hidden(s, h, carried)
 
-    monkeypatch.setattr(engine.bank, "hidden", recorded)
+    monkeypatch.setattr(engine.exits, "hidden", recorded)
     config = DecodeConfig(mode=mode, max_new_tokens=TOKENS, thresholds=(0.7, 0.5, 0.2), max_draft=3)
     for event in engine.generate(PROMPTS[2], config):
         exits.add(event.exit)
@@ -302,9 +307,10 @@ def test_the_full_model_chooses_as_if_nobody_had_drafted():
     alone, offered = (Sampler(1.0, 1.0, 0, 4, torch.device("cpu")) for _ in range(2))
     assert [alone.choose(logits) for _ in range(50)] == [offered.judge([3, 1], logits) for _ in range(50)]
     greedy, loose = (Sampler(0.0, 1.0, 0, 4, torch.device("cpu"), tolerance=t) for t in (0.0, 0.7))
-    assert greedy.judge([1, 2], logits) == 0 and loose.judge([2, 1], logits) == 1
-    assert loose.judge([2], logits) == 0, "e^-2 of the best is below 0.3 of it"
-    assert loose.judge([], logits) == 0
+    choice = Choice(0, logits.__getitem__)
+    assert greedy.judge([1, 2], choice) == 0 and loose.judge([2, 1], choice) == 1
+    assert loose.judge([2], choice) == 0, "e^-2 of the best is below 0.3 of it"
+    assert loose.judge([], choice) == 0
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
@@ -391,6 +397,6 @@ def test_the_longest_run_that_fits_is_right():
 def test_an_exit_far_from_sure_rules_out_the_next_but_not_the_deepest():
     engine = tiny_engine()
     wanted = (0.6,) * engine.num_exits
-    assert [engine.worth_asking(s, wanted, None) for s in range(engine.num_exits + 1)] == [True] * 3 + [False]
-    assert [engine.worth_asking(s, wanted, 0.2) for s in (1, 2)] == [False, True]
-    assert engine.worth_asking(1, wanted, 0.5) and not engine.worth_asking(1, (0.6, None, 0.6), 0.5)
+    assert [worth_asking(s, wanted, None) for s in range(engine.num_exits + 1)] == [True] * 3 + [False]
+    assert [worth_asking(s, wanted, 0.2) for s in (1, 2)] == [False, True]
+    assert worth_asking(1, wanted, 0.5) and not worth_asking(1, (0.6, None, 0.6), 0.5)

@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny_engine
 
 from cascadeexit import evaluation, metrics
-from cascadeexit.engine import DecodeConfig
+from cascadeexit.config import DecodeConfig
 from cascadeexit.evaluation import (
     Result,
     evaluate,
@@ -142,7 +142,7 @@ def test_a_run_that_breaks_closes_both_sides(engine, watched, monkeypatch):
         raise RuntimeError("out of memory")
     running = evaluate(engine, encode, PROMPTS, CONFIG, TOKENIZER.decode, pauses=True)
     next(running), next(running), next(running)
-    monkeypatch.setattr(engine.model, "run_segments", broken)
+    monkeypatch.setattr(engine.model.layers, "run", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(running)
     assert sorted(watched[1]) == ["cascade", "full"]

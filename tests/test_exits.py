@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import EXIT_LAYERS, tiny_base, tiny_engine
 
-from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.config import DecodeConfig
+from cascadeexit.engine import Engine
 from cascadeexit.exits import ADAPTERS, ExitBank, ExitConfig
 from cascadeexit.lookup import NOTHING_COPIED
 from cascadeexit.model import SegmentedModel
@@ -33,43 +34,43 @@ def test_published_widths_give_the_published_parameter_count():
 
 def test_untrained_adapters_are_the_logit_lens(family, adapter):
     model = segmented(family=family)
-    bank = ExitBank.untrained(model, adapter=adapter).attach(model)
+    engine = Engine(model, ExitBank.untrained(model, adapter=adapter))
     h = torch.randn(2, 5, model.hidden_size)
     for s in range(len(EXIT_LAYERS)):
-        torch.testing.assert_close(bank.hidden(s, h, torch.randn_like(h)), model.norm(h))
-    assert not bank.config.trained
+        torch.testing.assert_close(engine.exits.hidden(s, h, torch.randn_like(h)), model.layers.norm(h))
+    assert not engine.bank.config.trained
 
 
 def test_untrained_confidence_is_the_largest_probability_of_the_head():
     model = segmented()
-    bank = ExitBank.untrained(model).attach(model)
-    hidden = bank.hidden(0, torch.randn(5, model.hidden_size), torch.randn(5, model.hidden_size))
-    sure = torch.tensor(bank.confidence(0, hidden, nothing(5)))
-    torch.testing.assert_close(sure, bank.logits(0, hidden).softmax(-1).amax(-1))
+    exits = Engine(model, ExitBank.untrained(model)).exits
+    hidden = exits.hidden(0, torch.randn(5, model.hidden_size), torch.randn(5, model.hidden_size))
+    sure = torch.tensor(exits.confidence(0, hidden, nothing(5)))
+    torch.testing.assert_close(sure, exits.logits(0, hidden).softmax(-1).amax(-1))
 
 
 def test_a_sketch_of_the_whole_vocabulary_knows_the_exits_probabilities():
     model = segmented()
     bank = ExitBank.untrained(model, confidence="sketch", sketch_size=model.vocab_size, confidence_width=4)
-    bank.attach(model)
-    hidden, before = (bank.hidden(s, torch.randn(5, model.hidden_size), torch.zeros(5, model.hidden_size))
+    exits = Engine(model, bank).exits
+    hidden, before = (exits.hidden(s, torch.randn(5, model.hidden_size), torch.zeros(5, model.hidden_size))
                       for s in (1, 0))
     (p, best), (other, their_best) = ((x, x.argmax(-1, keepdim=True)) for x in
-                                      (bank.logits(0, h).log_softmax(-1) for h in (hidden, before)))
+                                      (exits.logits(0, h).log_softmax(-1) for h in (hidden, before)))
     mine, theirs = (torch.cat([x.topk(2).values, -(x * x.exp()).sum(-1, keepdim=True)], -1) for x in (p, other))
     words = best[:, 0].tolist()
     copied = [(words[0], 1), (words[1], 32), (words[2] - 1, 5), (words[3] + 1, 2), NOTHING_COPIED]
     copy = torch.tensor([[2, 1], [33, 1], [1, 6], [1, 3], [1, 1]]).log()       # of agreeing copies, of others
     head = bank.confidence_heads[1]
     alone = head.alone(torch.cat([mine, copy], 1))[:, 0].sigmoid()
-    torch.testing.assert_close(torch.tensor(bank.confidence(1, hidden, copied)), alone)
+    torch.testing.assert_close(torch.tensor(exits.confidence(1, hidden, copied)), alone)
     cosine = torch.nn.functional.cosine_similarity(hidden, before)[:, None]
     facts = torch.cat([mine, theirs, (best == their_best).float(), other.gather(1, best).clamp(min=-15),
                        p.gather(1, their_best).clamp(min=-15), cosine, copy], 1)
-    sure = torch.tensor(bank.confidence(1, hidden, copied, before))
+    sure = torch.tensor(exits.confidence(1, hidden, copied, before))
     torch.testing.assert_close(sure, head.after(facts)[:, 0].sigmoid())
     read = sum(p.nbytes for p in (*bank.adapters[0].parameters(), *bank.confidence_heads[0].parameters()))
-    assert bank.try_bytes(0) == read + model.head_bytes
+    assert exits.try_bytes(0) == read + model.head.nbytes
 
 
 @pytest.mark.parametrize("shape", [{}, {"head_size": 20}, {"head_size": 90, "head_sizes": (32, 64, 90)},
@@ -95,13 +96,13 @@ def test_each_exit_reads_the_first_words_of_the_head_that_are_its_own(dtype):
     whole, own = (ExitBank.untrained(model, head_size=90, **sizes) for sizes in ({}, {"head_sizes": (32, 64, 90)}))
     for bank in (whole, own):
         bank.head_ids.copy_(torch.arange(90).flip(0))
-        bank.attach(model)
+    config, (whole, own) = own.config, (Engine(model, bank).exits for bank in (whole, own))
     hidden = torch.randn(4, model.hidden_size).to(dtype)
     for s, words in enumerate((32, 64, 90)):
-        assert own.config.words(s) == words and whole.config.words(s) == 90
+        assert config.words(s) == words
         torch.testing.assert_close(own.logits(s, hidden), whole.logits(s, hidden)[:, :words])
         assert own.head_bytes(s) * 90 == whole.head_bytes(s) * words
-    copied = (32 + 64) * model.hidden_size * 4 if dtype == torch.float32 else 0      # torch packs each part apart
+    copied = (32 + 64) * model.hidden_size * dtype.itemsize             # the torch backend packs each part by itself
     assert own.memory_bytes == whole.memory_bytes + copied
 
 
@@ -116,15 +117,15 @@ def test_a_rescaled_adapter_does_for_the_scaled_rows_what_it_did(kind):
     torch.manual_seed(0)
     adapter = ADAPTERS[kind](32, 16, 1e-9)
     adapter.up.weight.data.normal_()
-    h, said = torch.randn(5, 32), torch.randn(5, 32)
-    before = adapter(h, said)
+    h, carried = torch.randn(5, 32), torch.randn(5, 32)
+    before = adapter(h, carried)
     adapter.rescale(8.0, 2.0)
-    torch.testing.assert_close(adapter(8 * h, 2 * said), before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(adapter(8 * h, 2 * carried), before, atol=1e-4, rtol=1e-4)
 
 
 def test_confidence_stays_in_range_for_extreme_hidden_states(engine):
     for scale in (0.0, 1e-6, 1e4):
-        for c in engine.bank.confidence(0, torch.full((3, engine.model.hidden_size), scale), nothing(3)):
+        for c in engine.exits.confidence(0, torch.full((3, engine.model.hidden_size), scale), nothing(3)):
             assert 0 <= c <= 1
 
 

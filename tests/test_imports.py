@@ -6,7 +6,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = sorted((ROOT / "cascadeexit").glob("*.py"))
+PACKAGE = ROOT / "cascadeexit"
+CORE = sorted(PACKAGE.rglob("*.py"))
+
+# Lower modules never import higher ones. A package's own name stands for its __init__.
+ORDER = """
+    events costs folders lookup prompts calibration config
+    exits.adapters exits.confidence exits.config exits.bank exits
+    backends.memory backends.cache backends.base backends.weights backends.exits
+    backends.torch.recording backends.torch.linear backends.torch.attention backends.torch.cache
+    backends.torch.layers backends.torch.heads backends.torch.exits backends.torch
+    backends.cpu.structures backends.cpu.build backends.cpu.states backends.cpu.packing
+    backends.cpu.heads backends.cpu.layers backends.cpu.exits backends.cpu backends
+    sampling model carry staircase drafting tree metrics engine race inspection shape
+    evaluation stream record views bundled hub library settings page endpoints
+""".split()
+# Each outside library, and the modules that may import it.
+DOORS = {"transformers": ("hub", "bundled", "backends.torch."), "plotly": ("views",), "gguf": ("bundled",),
+         "ctypes": ("backends.",), "triton": ("backends.",), "gradio": (), "training": (), "app": ()}
+
+
+def name_of(path: Path) -> str:
+    """Module name inside the package; '' for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(path: Path) -> set[str]:
@@ -16,34 +39,38 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            assert node.level == 0, f"{path}: imports are absolute"
+            # `from cascadeexit.backends.cpu import build` is an import of that module, not of its package.
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES
+            names |= inside if len(inside) == len(node.names) else {node.module, *inside}
     return names
 
 
-def tops(path: Path) -> set[str]:
-    return {name.split(".")[0] for name in imported(path)}
+MODULES = {f"cascadeexit.{name_of(path)}" for path in CORE}
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
-def test_the_core_never_imports_training_or_the_page(path):
-    assert not tops(path) & {"training", "app", "gradio"}
+@pytest.mark.parametrize("path", CORE, ids=name_of)
+def test_each_library_has_its_doors(path):
+    used = {name.split(".")[0] for name in imported(path)}
+    for library, doors in DOORS.items():
+        allowed = any(name_of(path) == door or (door.endswith(".") and f"{name_of(path)}.".startswith(door))
+                      for door in doors)
+        assert allowed or library not in used, f"{path.name} imports {library}"
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
-def test_each_library_has_one_door(path):
-    allowed = {"transformers": {"hub.py", "model.py"}, "plotly": {"views.py"}, "gguf": {"hub.py"}}
-    for library, doors in allowed.items():
-        assert library not in tops(path) or path.name in doors, f"{path.name} imports {library}"
+def test_the_order_names_every_module_once():
+    assert sorted(ORDER) == sorted(name for name in map(name_of, CORE) if name)
 
 
-def test_imports_inside_the_core_point_one_way():
-    """Lower files never import higher ones."""
-    order = ["events.py", "prompts.py", "memory.py", "cache.py", "states.py", "kernels.py", "graphs.py", "linear.py",
-             "sampling.py", "lookup.py", "model.py", "calibration.py", "exits.py", "metrics.py", "tree.py", "engine.py",
-             "race.py", "inspection.py", "evaluation.py", "stream.py", "record.py", "views.py", "hub.py", "library.py",
-             "__init__.py"]
-    assert sorted(order) == sorted(path.name for path in CORE)
-    for path in CORE:
-        above = {name.removesuffix(".py") for name in order[order.index(path.name):]} - {"__init__"}
-        own = {name.split(".")[1] for name in imported(path) if name.startswith("cascadeexit.")}
-        assert not own & above, f"{path.name} imports upwards: {own & above}"
+@pytest.mark.parametrize("path", [path for path in CORE if name_of(path)], ids=name_of)
+def test_imports_point_one_way(path):
+    above = set(ORDER[ORDER.index(name_of(path)):])
+    own = {name.removeprefix("cascadeexit.") for name in imported(path) if name.startswith("cascadeexit.")}
+    assert not own & above, f"{name_of(path)} imports upwards: {own & above}"
+
+
+def test_a_backend_does_not_know_its_neighbours():
+    for path in PACKAGE.glob("backends/*/*.py"):
+        kind = name_of(path).split(".")[1]
+        others = {other.name for other in (PACKAGE / "backends").iterdir() if other.is_dir()} - {kind}
+        assert not any(name.startswith(f"cascadeexit.backends.{other}") for name in imported(path) for other in others)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import EXIT_LAYERS, tiny_base
 
-from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.config import DecodeConfig
+from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.inspection import inspect
 from cascadeexit.model import SegmentedModel

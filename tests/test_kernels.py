@@ -5,16 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPE
+from conftest import SHAPE, logits_of, through
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from cascadeexit import kernels
-from cascadeexit.exits import ADAPTERS, ExitBank, SketchConfidence, likeliest, sketch_confidence, softmax_facts
-from cascadeexit.kernels import NativeAdapter
-from cascadeexit.linear import pack
+from cascadeexit.backends.cpu import build
+from cascadeexit.backends.cpu.exits import CpuAdapter, CpuConfidence
+from cascadeexit.backends.cpu.heads import CpuHead
+from cascadeexit.backends.cpu.packing import Store
+from cascadeexit.backends.torch.heads import TorchHead
+from cascadeexit.engine import Engine
+from cascadeexit.exits import ADAPTERS, ExitBank, SketchConfidence
+from cascadeexit.exits.confidence import softmax_facts
 from cascadeexit.model import SegmentedModel
 
-pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler here")
 WIDE = SHAPE | dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1280)
 FAMILIES = {
     "llama": LlamaConfig(**WIDE, tie_word_embeddings=False),
@@ -44,23 +48,23 @@ def processor(request, monkeypatch):
         facts = Path("/proc/cpuinfo")
         if not facts.exists() or request.param not in facts.read_text():
             pytest.skip("this processor has none")
-        monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, *gone[request.param]))
-        other = kernels.library.__wrapped__()           # past its cache
-        monkeypatch.setattr(kernels, "library", lambda: other)
+        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *gone[request.param]))
+        other = build.library.__wrapped__()           # past its cache
+        monkeypatch.setattr(build, "library", lambda: other)
 
 
 @pytest.fixture
 def in_12_bits():
     """A store for weights in 12 bits, where this processor reads such."""
-    if not kernels.library().ce_coded_bytes(16, 16):
+    if not build.library().ce_coded_bytes(16, 16):
         pytest.skip("weights are not kept in 12 bits on this processor")
-    return kernels._Store([], in_12_bits=True)
+    return Store([], in_12_bits=True)
 
 
 def product(matrix, x: torch.Tensor) -> torch.Tensor:
     """x (N, I) bf16 -> (N, O) fp32."""
     out = torch.empty(len(x), matrix.outputs)
-    kernels.library().ce_linear(byref(matrix), x.data_ptr(), out.data_ptr(), len(x), 2)
+    build.library().ce_linear(byref(matrix), x.data_ptr(), out.data_ptr(), len(x), 2)
     return out
 
 
@@ -74,11 +78,11 @@ def test_weights_in_12_bits_are_those_of_16(in_12_bits, shape, odd):
     places = torch.randperm(weight.numel())[:odd]
     weight.view(-1)[places] = far.repeat(20)[:odd][:len(places)]
     matrix = in_12_bits.matrix(weight)
-    assert matrix.odd or odd == 100
+    assert matrix.outliers or odd == 100
     ones = torch.eye(shape[1]).bfloat16()
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 100):
         alone = torch.cat([product(matrix, part.contiguous()) for part in ones.split(rows)])
-        if not matrix.odd:          # in 16 bits after all: dot products of bf16 read the smallest numbers as 0
+        if not matrix.outliers:          # in 16 bits after all: dot products of bf16 read the smallest numbers as 0
             weight[(weight.abs() < torch.finfo(torch.bfloat16).tiny) & (alone.T == 0)] = 0
         assert torch.equal(alone.T.bfloat16(), weight) and torch.equal(alone, alone.bfloat16().float()), rows
 
@@ -89,10 +93,10 @@ def test_products_of_weights_in_12_bits_are_those_of_16(in_12_bits):
     first, second = (torch.randn(48, 600).clamp(-2, 2).bfloat16() for _ in range(2))
     first[first.abs() < 0.01] = 0.5
     second[second.abs() < 0.01] = 0
-    plain, x = kernels._Store([first, second]), torch.randn(40, 600).bfloat16()
+    plain, x = Store([first, second]), torch.randn(40, 600).bfloat16()
     for parts in ((first,), (second,), (first, second)):
         coded, exact = in_12_bits.matrix(*parts), plain.matrix(*parts)
-        assert coded.odd and not exact.odd
+        assert coded.outliers and not exact.outliers
         for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 40):
             assert torch.equal(product(coded, x[:rows].contiguous()), product(exact, x[:rows].contiguous())), rows
 
@@ -101,7 +105,7 @@ def test_weights_of_all_sizes_stay_in_16_bits(in_12_bits):
     torch.manual_seed(0)
     weight = (torch.randn(32, 64) * torch.randint(-60, 60, (32, 64)).float().exp2()).bfloat16()
     matrix = in_12_bits.matrix(weight)
-    assert not matrix.odd
+    assert not matrix.outliers
     assert torch.equal(product(matrix, torch.eye(64).bfloat16()).T.bfloat16(), weight)
 
 
@@ -119,21 +123,24 @@ def base_of(family: str):
 @torch.inference_mode()
 def decoded(model: SegmentedModel, chunks: list[int]) -> torch.Tensor:
     """Logits of IDS (N, V), taken through the model in chunks of these sizes."""
-    cache, out, at = model.new_cache(64), [], 0
+    cache, out, at = model.layers.new_cache(64), [], 0
     for n in chunks:
-        h = model.embed(IDS[at:at + n])
-        for s in range(model.num_segments):
-            h = model.run_segment(s, h, cache)
-        out.append(model.logits(h)[0])
+        out.append(logits_of(model, through(model, cache, IDS[at:at + n]))[0])
         at += n
     return torch.cat(out)
+
+
+@torch.inference_mode()
+def states(model: SegmentedModel, cache, ids: list[int], parents: list[int] | None = None) -> torch.Tensor:
+    """Rows of these tokens after the last layer (N, D)."""
+    return model.layers.tensor(through(model, cache, ids, parents))[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("processor")
 def test_layers_are_those_of_transformers(family):
     model = SegmentedModel(base_of(family), (3,))
-    assert model.native
+    assert model.backend.name == "cpu"
     with torch.inference_mode():
         exact = base_of(family).float()(torch.tensor([IDS])).logits[0]
         rounded = base_of(family)(torch.tensor([IDS])).logits[0].float()
@@ -153,25 +160,18 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(family):
         assert torch.equal(decoded(model, chunks), alone), size
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("exits", [(), (0, 3), (1, 2, 3)])
-def test_segments_at_once_are_segments_one_by_one(native, exits):
-    model = SegmentedModel(base_of("llama"), exits, native=native)
+def test_segments_at_once_are_segments_one_by_one(backend, exits):
+    model = SegmentedModel(base_of("llama"), exits, backend=backend)
+    layers, tensor = model.layers, model.layers.tensor
     with torch.inference_mode():
-        h, caches = model.embed(IDS[:8]), [model.new_cache(16), model.new_cache(16)]
-        at_once = model.run_segments(range(model.num_segments), h, caches[0])
-        for s, rows in enumerate(at_once):
-            h = model.run_segment(s, h, caches[1])
-            assert torch.equal(rows, h), s
+        rows, caches = layers.embed(IDS[:8]), [layers.new_cache(16), layers.new_cache(16)]
+        at_once = layers.run(range(model.num_segments), rows, caches[0])
+        for s, expected in enumerate(at_once):
+            rows, = layers.run(range(s, s + 1), rows, caches[1])
+            assert torch.equal(tensor(expected), tensor(rows)), s
     assert torch.equal(caches[0].keys, caches[1].keys) and caches[0].lengths == caches[1].lengths
-
-
-@torch.inference_mode()
-def through(model: SegmentedModel, cache, ids: list[int], parents: list[int] | None = None) -> torch.Tensor:
-    h = model.embed(ids)
-    for s in range(model.num_segments):
-        h = model.run_segment(s, h, cache, parents)
-    return h[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -181,21 +181,21 @@ def test_each_path_of_a_tree_is_bitwise_the_text_that_it_says(family, before):
     """Wherever blocks and spans of the cache begin; and the cache after `keep` is that of the path's text."""
     model, parents = SegmentedModel(base_of(family), (3,)), [-1, 0, 1, 2, 0, 4, 1, 5, 7, 8, 3]
     tree, text = [3, 50, 7, 21, 9, 9, 33, 4, 18, 60, 2], (IDS * 49)[:before]
-    cache = model.new_cache(before + 16)
-    through(model, cache, text)
-    rows = through(model, cache, tree, parents)
+    cache = model.layers.new_cache(before + 16)
+    states(model, cache, text)
+    rows = states(model, cache, tree, parents)
     for row in range(len(tree)):
         path = [row]
         while path[0]:
             path.insert(0, parents[path[0]])
-        alone = model.new_cache(before + 16)
-        through(model, alone, text)
-        assert torch.equal(through(model, alone, [tree[i] for i in path])[-1], rows[row]), row
+        alone = model.layers.new_cache(before + 16)
+        states(model, alone, text)
+        assert torch.equal(states(model, alone, [tree[i] for i in path])[-1], rows[row]), row
         if row == 9:
             longest, expected = path, alone
-    model.keep(cache, before, longest)
+    model.layers.keep(cache, before, longest)
     assert cache.lengths == expected.lengths
-    assert torch.equal(through(model, cache, [5, 6]), through(model, expected, [5, 6]))
+    assert torch.equal(states(model, cache, [5, 6]), states(model, expected, [5, 6]))
 
 
 @torch.inference_mode()
@@ -205,29 +205,31 @@ def test_long_texts_are_attended_to_as_transformers_does():
     model, text = SegmentedModel(base_of("llama"), (3,)), IDS * 53
     exact, rounded = (base(torch.tensor([text])).logits[0, -300:].float()
                       for base in (base_of("llama").float(), base_of("llama")))
-    cache = model.new_cache(len(text))
-    many = torch.cat([through(model, cache, text[:700]), through(model, cache, text[700:])])
-    ours = model.logits(many[None])[0, -300:]
+    cache = model.layers.new_cache(len(text))
+    many = torch.cat([states(model, cache, text[:700]), states(model, cache, text[700:])])
+    ours = logits_of(model, many[None])[0, -300:]
     assert (ours - exact).abs().mean() <= 1.1 * (rounded - exact).abs().mean()
     cache.truncate(len(text) - 1)
-    assert torch.equal(through(model, cache, text[-1:])[0], many[-1])
+    assert torch.equal(states(model, cache, text[-1:])[0], many[-1])
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("repeats", [1, 30])
-def test_texts_of_a_batch_see_themselves_alone(native, repeats):
-    base = base_of("llama") if native else base_of("llama").float()
-    model, begins = SegmentedModel(base, (3,)), [0, 3, 11] if repeats == 1 else [0, 500, 515]
+def test_texts_of_a_batch_see_themselves_alone(backend, repeats):
+    base = base_of("llama") if backend == "cpu" else base_of("llama").float()
+    model, begins = SegmentedModel(base, (3,), backend=backend), [0, 3, 11] if repeats == 1 else [0, 500, 515]
     texts = [text * repeats for text in (IDS, IDS[::-1], [7, *IDS[1:]])]
-    cache = model.new_cache(len(texts[0]), batch=3)
+    layers = model.layers
+    cache = layers.new_cache(len(texts[0]), batch=3)
     with torch.inference_mode():
         for column in zip(*texts):
-            h = model.embed(column)
+            rows = layers.embed(column)
             for s in range(model.num_segments):
-                h = model.run_batch(s, h, [min(b, cache.length(model.bounds[s])) for b in begins], cache)
+                rows = layers.run_batch(s, rows, [min(b, cache.length(model.bounds[s])) for b in begins], cache)
     for lane, (begin, text) in enumerate(zip(begins, texts)):
-        alone = through(model, model.new_cache(len(text)), text[begin:])[-1]     # rotary angles tell distances
-        assert (h[0, lane] - alone).abs().mean() < (0.03 if native else 1e-5) * alone.abs().mean()
+        alone = states(model, layers.new_cache(len(text)), text[begin:])[-1]        # rotary angles tell distances
+        difference = (layers.tensor(rows)[0, lane] - alone).abs().mean()
+        assert difference < (0.03 if backend == "cpu" else 1e-5) * alone.abs().mean()
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 64])
@@ -245,7 +247,8 @@ def test_what_is_kept_in_12_bits_has_all_digits_of_bf16(head_dim):
     model = SegmentedModel(base.to(torch.bfloat16).eval(), ())
     signs = torch.randint(0, 2, (1, 1, head_dim)) * 2.0 - 1
     with torch.inference_mode():        # its norm is the signs; beside the values it is nothing
-        found = model.run_segment(0, (signs * 1e-15).bfloat16(), model.new_cache(16))[0, 0].float()
+        found, = model.layers.run(range(1), (signs * 1e-15).bfloat16(), model.layers.new_cache(16))
+    found = found.tensor()[0, 0].float()
     values = sizes.bfloat16().float() * signs[0, 0]
     assert torch.equal(found[:16], values[:16])
     assert (found - values).abs().max() <= 2.0 ** -15
@@ -253,37 +256,36 @@ def test_what_is_kept_in_12_bits_has_all_digits_of_bf16(head_dim):
 
 def test_a_cut_back_cache_is_as_if_the_rows_had_never_been():
     model = SegmentedModel(base_of("llama"), ())
-    with torch.inference_mode():
-        caches = [model.new_cache(64), model.new_cache(64)]
-        for cache in caches:
-            model.run_segment(0, model.embed(IDS[:5]), cache)
-        model.run_segment(0, model.embed(IDS[9:20]), caches[1])
-        caches[1].truncate(5)
-        rows = [model.run_segment(0, model.embed(IDS[5:8]), cache) for cache in caches]
+    caches = [model.layers.new_cache(64), model.layers.new_cache(64)]
+    for cache in caches:
+        states(model, cache, IDS[:5])
+    states(model, caches[1], IDS[9:20])
+    caches[1].truncate(5)
+    rows = [states(model, cache, IDS[5:8]) for cache in caches]
     assert torch.equal(*rows)
 
 
 def test_positions_that_the_model_does_not_have_are_refused():
     model = SegmentedModel(base_of("llama"), ())
-    cache = model.new_cache(model.max_positions + 16)
-    with torch.inference_mode(), pytest.raises(ValueError, match=f"has {model.max_positions} positions, .* asked for"):
-        model.run_segment(0, model.embed([3] * (model.max_positions + 1)), cache)
+    cache = model.layers.new_cache(model.max_positions + 16)
+    with pytest.raises(ValueError, match=f"has {model.max_positions} positions, .* asked for"):
+        states(model, cache, [3] * (model.max_positions + 1))
 
 
-def test_a_full_native_cache_says_how_much_it_holds():
+def test_a_full_cache_says_how_much_it_holds():
     model = SegmentedModel(base_of("llama"), ())
-    cache = model.new_cache(16)
+    cache = model.layers.new_cache(16)
     expected = f"holds {cache.capacity} positions, 0 are used and 63 more"
-    with torch.inference_mode(), pytest.raises(ValueError, match=expected):
-        model.run_segment(0, model.embed(IDS * 3), cache)
+    with pytest.raises(ValueError, match=expected):
+        states(model, cache, IDS * 3)
 
 
 @pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2), (40, 258)])
 @pytest.mark.usefixtures("processor")
 def test_linear_is_the_linear_it_replaces(outputs, inputs):
     linear = torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16)
-    packed, x = pack(linear.weight, linear.bias), torch.randn(1, 9, inputs, dtype=torch.bfloat16)
-    assert isinstance(packed, kernels.NativeLinear)
+    packed = CpuHead(linear.weight, linear.bias).logits
+    x = torch.randn(1, 9, inputs, dtype=torch.bfloat16)
     with torch.inference_mode():
         torch.testing.assert_close(packed(x), linear.float()(x.float()), atol=1e-4, rtol=1e-4)
         for n in range(1, 9):
@@ -293,11 +295,11 @@ def test_linear_is_the_linear_it_replaces(outputs, inputs):
 @pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2), (4000, 16)])
 @pytest.mark.usefixtures("processor")
 def test_the_largest_output_is_that_of_the_linear(outputs, inputs):
-    packed = pack(torch.randn(outputs, inputs, dtype=torch.bfloat16), -20 - torch.rand(outputs))
+    packed = CpuHead(torch.randn(outputs, inputs, dtype=torch.bfloat16), -20 - torch.rand(outputs))
     x = torch.randn(1, 9, inputs, dtype=torch.bfloat16)
     for n in (1, 2, 9):
-        assert packed.argmax(x[:, :n]) == packed(x[:, :n])[0].argmax(-1).tolist()
-    equal = pack(torch.ones(outputs, inputs, dtype=torch.bfloat16))
+        assert packed.argmax(x[:, :n]) == packed.logits(x[:, :n])[0].argmax(-1).tolist()
+    equal = CpuHead(torch.ones(outputs, inputs, dtype=torch.bfloat16))
     assert equal.argmax(x) == [0] * 9, "not the first of equal ones"
 
 
@@ -310,21 +312,23 @@ def test_a_screen_finds_the_same_largest_output(outputs, inputs, close):
     weight = (torch.randn(1, inputs) + close * weight if close else weight).bfloat16()
     weight[outputs // 2:] = weight[:outputs - outputs // 2].clone()     # each largest one is there twice
     ids = torch.randperm(outputs)
-    packed, rough = pack(weight), pack(weight[ids], eight_bits=True)
+    packed, rough = CpuHead(weight), CpuHead(weight[ids], eight_bits=True)
     x = torch.randn(1, 9, inputs).bfloat16() * torch.logspace(-6, 6, 9)[:, None].bfloat16()
     x[0, 4, 0], x[0, 5] = 1e4, 0                                        # one input alone, and nothing to tell by
-    for screen in (kernels.NativeScreen(rough, weight[ids], ids),
-                   kernels.NativeScreen(pack(weight, eight_bits=True), weight)):
+    for screened in (packed.screened(rough, weight[ids], ids),
+                     packed.screened(CpuHead(weight, eight_bits=True), weight)):
+        assert screened.nbytes == outputs * (inputs + 4)
         for n in (1, 2, 6, 9):
-            assert packed.argmax(x[:, :n], screen) == packed(x[:, :n])[0].argmax(-1).tolist()
+            assert screened.argmax(x[:, :n]) == packed.logits(x[:, :n])[0].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("outputs, inputs", [(96, 48), (97, 30), (5, 2)])
 @pytest.mark.usefixtures("processor")
 def test_one_output_alone_is_bitwise_that_of_all(outputs, inputs):
-    packed, x = pack(torch.randn(outputs, inputs).bfloat16(), torch.rand(outputs)), torch.randn(1, 7, inputs).bfloat16()
-    together = packed(x)[0].tolist()
-    assert all(packed.output(x, row, number) == together[row][number]
+    packed = CpuHead(torch.randn(outputs, inputs).bfloat16(), torch.rand(outputs))
+    x = torch.randn(1, 7, inputs).bfloat16()
+    together = packed.logits(x)[0].tolist()
+    assert all(packed.logit(x, row, number) == together[row][number]
                for row in range(7) for number in {0, 1, outputs // 2, outputs - 1})
 
 
@@ -332,22 +336,22 @@ def test_one_output_alone_is_bitwise_that_of_all(outputs, inputs):
 @pytest.mark.usefixtures("processor")
 def test_a_linear_in_8_bits_is_the_one_with_its_weights_rounded(outputs, inputs):
     weight, x = torch.randn(outputs, inputs, dtype=torch.bfloat16), torch.randn(1, 9, inputs, dtype=torch.bfloat16)
-    packed, scale = pack(weight, eight_bits=True), weight.float().abs().amax(1, keepdim=True) / 127
-    rounded = (weight.float() / scale).round() * scale
-    assert packed.row_bytes == inputs + 4
+    head, scale = CpuHead(weight, eight_bits=True), weight.float().abs().amax(1, keepdim=True) / 127
+    rounded, packed = (weight.float() / scale).round() * scale, head.logits
+    assert head.nbytes == outputs * (inputs + 4)
     with torch.inference_mode():
         # Each input is off by at most half of a step, of which its row has so many.
         step = x.float().abs().amax(-1, keepdim=True) / min(32767, 2**24 / inputs)
         off = (packed(x).double() - x.double() @ rounded.double().T).abs()
         assert (off <= 0.51 * step * rounded.abs().sum(1) + 1e-4).all()
         assert torch.equal(torch.cat([packed(x[:, i:i + 1]) for i in range(9)], dim=1), packed(x)), "a row stands alone"
-        most = pack(torch.ones_like(weight), eight_bits=True)(torch.ones_like(x))
+        most = CpuHead(torch.ones_like(weight), eight_bits=True).logits(torch.ones_like(x))
         torch.testing.assert_close(most, torch.full_like(most, inputs), msg="sums of the largest integers overflow")
-        assert not pack(weight, eight_bits=True)(torch.zeros_like(x)).any()
+        assert not packed(torch.zeros_like(x)).any()
         if outputs > 32:
-            torch.testing.assert_close(packed.first(32)(x), packed(x)[..., :32], atol=0, rtol=0)
+            torch.testing.assert_close(head.first(32).logits(x), packed(x)[..., :32], atol=0, rtol=0)
     with pytest.raises(ValueError, match="8 bits"):
-        packed.rows(torch.tensor([0]))
+        head.rows([0])
 
 
 def copies_of(logits: torch.Tensor) -> torch.Tensor:
@@ -364,8 +368,8 @@ def test_softmax_facts_are_those_of_torch(paired):
     stock.weight.data.copy_(weight)
     with torch.inference_mode():
         copied = copies_of(stock(x.float()))
-        ours = softmax_facts(pack(weight))(x, copied, before)
-        theirs = softmax_facts(stock)(x.float(), copied, before.float() if paired else None)
+        ours = CpuHead(weight).softmax_facts(x, copied, before)
+        theirs = softmax_facts(stock, x.float(), copied, before.float() if paired else None)
     assert ours.shape == (7, 12 if paired else 5) and ours[:, -2:].count_nonzero() == 6
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
@@ -377,29 +381,29 @@ def test_confidence_is_that_of_torch(paired):
     stock.weight.data.copy_(weight)
     with torch.inference_mode():
         rows = (x, copies_of(stock(x.float())), *([before] if paired else []))
-        ours = torch.tensor(sketch_confidence(pack(weight), estimator)(x, rows[1].tolist(), *rows[2:]))
-        theirs = sketch_confidence(stock, estimator)(*(r.float() for r in rows))
-    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+        ours = CpuConfidence(CpuHead(weight), estimator.alone, estimator.after)(x, rows[1].tolist(), *rows[2:])
+        theirs = estimator(softmax_facts(stock, *(r.float() for r in rows))).sigmoid()
+    torch.testing.assert_close(torch.tensor(ours), theirs, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("words", [200, 64])
 def test_the_likeliest_words_are_those_of_torch(words):
     weight, x = torch.randn(200, 64, dtype=torch.bfloat16), torch.randn(7, 64, dtype=torch.bfloat16)
     with torch.inference_mode():
-        ours, numbers = likeliest(pack(weight[:words]))(x, 5, 4.0)
-        theirs, expected = likeliest(torch.nn.Linear(64, words))(x.float(), 5, 4.0)
+        ours, numbers = CpuHead(weight[:words]).likeliest(x, 5, 4.0)
+        theirs, expected = TorchHead(torch.randn(words, 64)).likeliest(x.float(), 5, 4.0)
         probs = (x.float() @ weight.float().T / 4)[:, :words].softmax(-1).topk(5, dim=-1)
     assert torch.equal(numbers.long(), probs.indices) and theirs.shape == expected.shape == (7, 5)
     torch.testing.assert_close(ours, probs.values, atol=1e-4, rtol=1e-3)
-    assert likeliest(pack(weight[:3]))(x, 5, 1.0)[1].shape == (7, 3), "no more than there are"
+    assert CpuHead(weight[:3]).likeliest(x, 5, 1.0)[1].shape == (7, 3), "no more than there are"
 
 
 def test_norms_are_those_of_transformers():
-    norm, x = base_of("llama").model.norm, torch.randn(2, 5, 96, dtype=torch.bfloat16) * 30
-    norm.weight.data.normal_()
+    base, x = base_of("llama"), torch.randn(2, 5, 96, dtype=torch.bfloat16) * 30
+    base.model.norm.weight.data.normal_()
     with torch.inference_mode():
-        torch.testing.assert_close(kernels.NativeNorm(norm.weight, norm.variance_epsilon)(x).float(),
-                                   norm.float()(x.float()), atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(SegmentedModel(base, ()).layers.norm(x).float(), base.model.norm.float()(x.float()),
+                                   atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "carry"])
@@ -408,35 +412,36 @@ def test_adapters_are_those_that_were_trained(kind):
     bank = ExitBank.untrained(model, adapter=kind, width=24)
     for adapter in bank.adapters:
         torch.nn.init.normal_(adapter.up.weight, std=0.2)
-    bank.attach(model)
-    h, said = torch.randn(2, 5, 96, dtype=torch.bfloat16)
+    exits = Engine(model, bank).exits
+    h, carried = torch.randn(2, 5, 96, dtype=torch.bfloat16)
     with torch.inference_mode():
         for s in range(2):
-            torch.testing.assert_close(bank.hidden(s, h, said).float(), bank.adapters[s](h, said).float(),
+            torch.testing.assert_close(exits.hidden(s, h, carried).float(), bank.adapters[s](h, carried).float(),
                                        atol=0.05, rtol=0.05)
 
 
-def test_without_a_compiler_stock_kernels_do_the_work(monkeypatch, caplog):
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
-    assert kernels.library.__wrapped__() is None and "No C++ compiler" in caplog.text
-    monkeypatch.setattr(kernels, "library", lambda: None)
+def test_without_a_compiler_pytorch_does_the_work(monkeypatch, caplog):
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    assert build.library.__wrapped__() is None and "No C++ compiler" in caplog.text
+    monkeypatch.setattr(build, "library", lambda: None)
     with torch.inference_mode():
         exact = base_of("llama").float()(torch.tensor([IDS])).logits[0]
     model = SegmentedModel(base_of("llama"), (3,))
-    assert not model.native and not isinstance(pack(torch.zeros(4, 4, dtype=torch.bfloat16)), kernels.NativeLinear)
+    assert model.backend.name == "torch"
+    with pytest.raises(ValueError, match="'cpu' cannot run this model here"):
+        SegmentedModel(base_of("llama"), (3,), backend="cpu")
     assert (decoded(model, [len(IDS)]) - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 def test_a_compiler_that_fails_is_told_in_the_log(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CASCADEEXIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(kernels, "_FLAGS", ("--no-such-flag",))
-    assert kernels.library.__wrapped__() is None and "could not be built" in caplog.text
+    monkeypatch.setattr(build, "FLAGS", ("--no-such-flag",))
+    assert build.library.__wrapped__() is None and "could not be built" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fp32_stays_with_stock_kernels():
-    assert not SegmentedModel(base_of("llama").float(), (3,)).native
-    assert not isinstance(pack(torch.zeros(4, 4)), kernels.NativeLinear)
+def test_fp32_stays_with_pytorch():
+    assert SegmentedModel(base_of("llama").float(), (3,)).backend.name == "torch"
 
 
 @pytest.mark.parametrize("shape", [{}, dict(head_size=64, draft_size=32)], ids=["all words", "few words"])
@@ -445,15 +450,12 @@ def test_drafts_in_one_call_are_those_of_the_parts(adapter, shape):
     bank = ExitBank.untrained(model, adapter=adapter, width=8, **shape)
     for weight in bank.adapters[0].parameters():
         weight.data += 0.1 * torch.randn_like(weight)
-    bank.attach(model)
-    tokens, said = [7, 3, 60], torch.randn(3, 96, dtype=torch.bfloat16)
-    assert bank._native_drafts is not None
+    exits = Engine(model, bank).exits
+    tokens, carried = [7, 3, 60], torch.randn(3, 96, dtype=torch.bfloat16).split(1)
     with torch.inference_mode():
-        ours = bank.drafts(tokens, said.split(1), 4, 0.7)
-        bank._native_drafts = None
-        parts = bank.drafts(tokens, said.split(1), 4, 0.7)
-    for (hidden, probs, ids), (hidden2, probs2, ids2) in zip(ours, parts, strict=True):
-        assert torch.equal(hidden.tensor(), hidden2) and (probs, ids) == (probs2, ids2)
+        ours, parts = exits.drafts(tokens, carried, 4, 0.7), exits.drafts_by_parts(tokens, carried, 4, 0.7)
+    for (hidden, *rest), (hidden2, *rest2) in zip(ours, parts, strict=True):
+        assert torch.equal(hidden.tensor(), hidden2.tensor()) and rest == rest2
 
 
 def test_a_drafter_in_8_bits_drafts_nearly_what_it_says():
@@ -461,21 +463,20 @@ def test_a_drafter_in_8_bits_drafts_nearly_what_it_says():
     bank = ExitBank.untrained(model, adapter="carry", width=8, drafter_width=8)
     for weight in bank.drafter.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
-    bank.attach(model)
-    tokens, said = [7, 3, 60], torch.randn(3, 96, dtype=torch.bfloat16)
+    exits = Engine(model, bank).exits
+    tokens, carried = [7, 3, 60], torch.randn(3, 96, dtype=torch.bfloat16)
     with torch.inference_mode():
         states = [torch.randn(1, 5, 96).bfloat16() * size for size in (100, 1)]
-        context = bank.context(states, 3)
+        context = exits.context(states, 3)
         whole = bank.drafter.context(torch.cat([rows[0, 3:4] for rows in states], -1)).float()
         drawn = torch.tensor(context[:])
         assert (drawn - whole).norm() < 0.02 * whole.norm()
-        ours, alone = (bank.drafts(tokens, said.split(1), 4, 0.7, told) for told in (context, None))
-        exact = bank.drafter(model.embed(tokens)[0], said, drawn.bfloat16()).float()
-        bank._native_drafts = None
-        parts = bank.drafts(tokens, said.split(1), 4, 0.7, context)
-    for (hidden, probs, ids), (hidden2, probs2, ids2), right in zip(ours, parts, exact, strict=True):
-        assert torch.equal(hidden.tensor(), hidden2) and (probs, ids) == (probs2, ids2)
-        assert (hidden2[0].float() - right).norm() < 0.05 * right.norm()
+        ours, alone = (exits.drafts(tokens, carried.split(1), 4, 0.7, read) for read in (context, None))
+        exact = bank.drafter(model.layers.embed(tokens).tensor()[0], carried, drawn.bfloat16()).float()
+        parts = exits.drafts_by_parts(tokens, carried.split(1), 4, 0.7, context)
+    for (hidden, *rest), (hidden2, *rest2), right in zip(ours, parts, exact, strict=True):
+        assert torch.equal(hidden.tensor(), hidden2.tensor()) and rest == rest2
+        assert (hidden2.tensor()[0].float() - right).norm() < 0.05 * right.norm()
     assert (alone[0][0].tensor()[0].float() - exact[0]).norm() > 0.2 * exact[0].norm(), "its context says nothing"
 
 
@@ -487,8 +488,7 @@ def test_columns_of_any_size_keep_their_weights_in_8_bits(adapter):
     layer.up.weight.data.normal_(std=0.1)
     for part in (layer.gate, layer.down, *([layer.linear] if adapter == "carry" else [])):
         part.weight.data[:, :64].div_(size)
-    h, said = (torch.randn(5, 64) * size).bfloat16(), torch.randn(5, 64).bfloat16()
-    ours = NativeAdapter(layer.gate.weight, layer.down.weight, layer.up.weight, layer.norm.weight, 1e-5, layer.straight,
-                         eight_bits=True)(h, said)
-    exact = layer(h.float(), said.float())
+    h, carried = (torch.randn(5, 64) * size).bfloat16(), torch.randn(5, 64).bfloat16()
+    ours = CpuAdapter(layer, eight_bits=True)(h, carried)
+    exact = layer(h.float(), carried.float())
     assert (ours.float() - exact).norm() < 0.05 * exact.norm()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_engine
 
-from cascadeexit.engine import DecodeConfig
+from cascadeexit.config import DecodeConfig
 from cascadeexit.events import COPIED, Status
 from cascadeexit.lookup import FARTHEST, NOTHING_COPIED, Lookup
 from training.confidence import copied_along

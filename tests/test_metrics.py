@@ -2,8 +2,9 @@
 
 import pytest
 
+from cascadeexit.costs import Costs
 from cascadeexit.events import Status, TokenEvent
-from cascadeexit.metrics import Costs, agreement, match, percentile, summarize
+from cascadeexit.metrics import agreement, match, percentile, summarize
 
 COSTS = Costs(full_token_bytes=100, depths=(0.25, 0.5, 1.0))
 

@@ -2,23 +2,23 @@
 
 import pytest
 import torch
-from conftest import EXIT_LAYERS, SHAPE, tiny_base
+from conftest import EXIT_LAYERS, SHAPE, logits_of, through, tiny_base
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from cascadeexit import model as model_module
-from cascadeexit.cache import KVCache
-from cascadeexit.linear import PackedLinear, can_pack, pack_stock
-from cascadeexit.model import SegmentedModel, additive_mask, attend, check_supported
+from cascadeexit.backends.torch import attention
+from cascadeexit.backends.torch.attention import additive_mask, attend
+from cascadeexit.backends.torch.cache import TorchCache
+from cascadeexit.backends.torch.linear import PackedLinear, can_pack, frozen_linear
+from cascadeexit.model import SegmentedModel, check_supported
 
 
 def test_segments_in_turn_are_the_whole_model(family):
     base, model = tiny_base(family), SegmentedModel(tiny_base(family), EXIT_LAYERS)
     ids = [5, 9, 33, 2, 71, 8, 15]
     with torch.inference_mode():
-        cache, h = model.new_cache(16), model.embed(ids)
-        for s in range(model.num_segments):
-            h = model.run_segment(s, h, cache)
-        torch.testing.assert_close(model.logits(h), base(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
+        cache = model.layers.new_cache(16)
+        ours = logits_of(model, through(model, cache, ids))
+        torch.testing.assert_close(ours, base(torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4)
     assert cache.lengths == [len(ids)] * model.num_layers
 
 
@@ -31,10 +31,8 @@ def test_other_supported_families_decode_as_transformers_does(kind):
     with torch.inference_mode():
         expected = base(ids).logits
         model = SegmentedModel(base, (3,))
-        cache, h = model.new_cache(16), model.embed(ids)
-        for s in range(2):
-            h = model.run_segment(s, h, cache)
-        torch.testing.assert_close(model.logits(h), expected, atol=1e-4, rtol=1e-4)
+        ours = logits_of(model, through(model, model.layers.new_cache(16), ids))
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("config, reason", [
@@ -58,11 +56,19 @@ def test_a_model_spread_over_memory_and_disk_is_the_same_model(tmp_path):
     for base in (tiny_base(), spread):
         model = SegmentedModel(base, EXIT_LAYERS)
         with torch.inference_mode():
-            cache, h = model.new_cache(16), model.embed(ids)
-            for s in range(model.num_segments):
-                h = model.run_segment(s, h, cache)
-            rows.append(model.logits(h))
+            rows.append(logits_of(model, through(model, model.layers.new_cache(16), ids)))
     torch.testing.assert_close(*rows, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_callers_model_stays_as_it_is(family, dtype):
+    """Weights, modules and config: it answers as before, also after its attention was changed by its owner."""
+    base, ids = tiny_base(family, dtype=dtype), torch.tensor([[5, 9, 33, 2]])
+    with torch.inference_mode():
+        before, modules = base(ids).logits, [type(module) for module in base.modules()]
+        SegmentedModel(base, EXIT_LAYERS)
+        assert [type(module) for module in base.modules()] == modules
+        assert base.config._attn_implementation == "sdpa" and torch.equal(base(ids).logits, before)
 
 
 @pytest.mark.parametrize("layers", [(-1, 3), (0, 0), (3, 3), (4, 2), (3, 6)])
@@ -97,7 +103,7 @@ def test_attention_accepts_the_output_layout_of_every_cuda_kernel(kernel, heads,
         calls.append(query.shape)
         return SDPA_KERNELS[kernel](query, key, value, attn_mask.expand(query.shape[0], query.shape[1], -1, -1))
 
-    monkeypatch.setattr(model_module.F, "scaled_dot_product_attention", fused)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", fused)
     query = torch.empty(2, heads, rows, 64, dtype=torch.bfloat16, device="meta")
     key, value = (torch.empty(2, kv_heads, 128, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
     seen = torch.empty(2, 1, rows, 128, dtype=torch.bool, device="meta")
@@ -110,9 +116,9 @@ def test_attention_accepts_the_output_layout_of_every_cuda_kernel(kernel, heads,
 
 
 def test_truncate_is_subtraction_and_advance_makes_rows_real():
-    cache = KVCache(2, 1, 4, capacity=8)
+    cache = TorchCache(2, 1, 4, capacity=8)
     rows = torch.randn(1, 1, 4, 4)
-    cache.at = cache.positions(0, 4)[0]
+    cache.write_at(cache.positions(0, 4)[0])
     keys, _ = cache.update(rows, rows, 0)
     assert cache.lengths == [0, 0] and torch.equal(keys[:, :, :4], rows)
     cache.advance(range(2), 3)
@@ -123,7 +129,7 @@ def test_truncate_is_subtraction_and_advance_makes_rows_real():
 
 
 def test_a_full_cache_says_how_much_it_holds():
-    cache = KVCache(1, 1, 4, capacity=4)
+    cache = TorchCache(1, 1, 4, capacity=4)
     cache.advance(range(1), 3)
     with pytest.raises(ValueError, match="holds 4 positions, 3 are used and 2 more"):
         cache.positions(0, 2)
@@ -137,7 +143,7 @@ def test_packed_linear_is_the_linear_it_replaces(dtype, tolerance):
     linear = torch.nn.Linear(48, 96, dtype=dtype)
     if not can_pack(linear.weight):
         pytest.skip(f"no packed kernels for {dtype} on this CPU")
-    packed, x = pack_stock(linear.weight, linear.bias), torch.randn(1, 4, 48, dtype=dtype)
+    packed, x = frozen_linear(linear.weight, linear.bias), torch.randn(1, 4, 48, dtype=dtype)
     assert isinstance(packed, PackedLinear)
     with torch.inference_mode():
         torch.testing.assert_close(packed(x), linear(x), atol=tolerance, rtol=tolerance)

@@ -2,7 +2,7 @@
 
 from conftest import tiny_engine
 
-from cascadeexit.engine import DecodeConfig
+from cascadeexit.config import DecodeConfig
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.race import race
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cascadeexit.states import States, joined, like, tensor_of
+from cascadeexit.backends.cpu.states import States, joined, like, tensor_of
 
 
 def filled(*shape: int) -> States:
@@ -25,19 +25,21 @@ def test_a_part_is_that_of_the_tensor(at):
 
 def test_a_part_of_a_part_and_one_that_outlives_the_whole():
     whole = filled(3, 4)
-    told = whole.tensor().clone()
+    expected = whole.tensor().clone()
     part = whole.part(1, (1, 2, 4))[:, -1]
     del whole
-    assert torch.equal(part.tensor(), told[2:])
+    assert torch.equal(part.tensor(), expected[2:])
 
 
-@pytest.mark.parametrize("kind", [States, torch.Tensor], ids=["states", "tensors"])
-def test_joined_rows_follow_each_other_and_keep_their_kind(kind):
+def test_joined_rows_follow_each_other():
     parts = [filled(1, n, 6) for n in (2, 1, 3)]
-    right = torch.cat([part.tensor() for part in parts], dim=1)
-    whole = joined(parts if kind is States else [part.tensor() for part in parts])
-    assert isinstance(whole, kind) and torch.equal(tensor_of(whole), right)
-    assert isinstance(like(whole), kind) and like(whole).shape == whole.shape
+    whole = joined(parts)
+    assert torch.equal(tensor_of(whole), torch.cat([part.tensor() for part in parts], dim=1))
+
+
+@pytest.mark.parametrize("rows", [filled(1, 2, 6), filled(1, 2, 6).tensor()], ids=["states", "tensor"])
+def test_room_for_like_rows_is_of_their_kind(rows):
+    assert type(like(rows)) is type(rows) and like(rows).shape == rows.shape
 
 
 def test_a_row_past_the_end_is_refused():

@@ -8,8 +8,9 @@ import pytest
 from conftest import tiny_engine
 
 from cascadeexit import hub, metrics, stream, views
-from cascadeexit.engine import DecodeConfig, Mode
+from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.events import Status, TokenEvent
+from cascadeexit.folders import cache_folder
 from cascadeexit.inspection import inspect
 from cascadeexit.race import race
 from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
@@ -66,7 +67,7 @@ def test_a_character_comes_with_the_token_that_completes_it(tokenizer):
 
 
 def test_pieces_of_the_bundled_tokenizer_add_up():
-    folder = hub.cache_folder() / hub.DEFAULT_MODEL
+    folder = cache_folder() / hub.DEFAULT_MODEL
     if not folder.is_dir():
         pytest.skip("the bundled model is not on this machine yet")
     from transformers import AutoTokenizer

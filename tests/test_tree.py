@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_engine
 
-from cascadeexit.engine import DecodeConfig
+from cascadeexit.config import DecodeConfig
 from cascadeexit.events import Status
 from cascadeexit.metrics import summarize
 from cascadeexit.stream import CASCADE, TokenStream
@@ -31,15 +31,16 @@ def eager_engine():
     On a machine without a C++ compiler trees are chains.
     """
     engine = tiny_engine("qwen3", dtype=torch.bfloat16, adapter="carry", layers=(0, 3))
-    drafts = engine.bank.drafts
-    engine.bank.drafts = lambda tokens, said, k, temperature, context: drafts(tokens, said, k, temperature / 3, context)
+    drafts = engine.exits.drafts
+    engine.exits.drafts = lambda tokens, carried, k, temperature, context: drafts(
+        tokens, carried, k, temperature / 3, context)
     return engine
 
 
 def test_a_tree_is_in_order_within_its_limits_and_never_drafts_a_token_twice_at_a_place():
     engine, seen = eager_engine(), 0
     for limit in (1, 5, 12):
-        tree = DraftTree(engine.model, engine.bank, [5, 6, 7, 5, 6], 0.0)
+        tree = DraftTree(engine.model, engine.exits, [5, 6, 7, 5, 6], 0.0)
         with torch.inference_mode():
             drafts = tree.grow([5, 6, 7, 5, 6], torch.randn(1, 32).bfloat16(), limit, 4)
         assert len(drafts) <= limit and all(d.depth < 4 for d in drafts)
@@ -47,13 +48,13 @@ def test_a_tree_is_in_order_within_its_limits_and_never_drafts_a_token_twice_at_
             assert d.parent < i and d.depth == (drafts[d.parent].depth + 1 if d.parent >= 0 else 0)
         assert len({(d.parent, d.token) for d in drafts}) == len(drafts)
         seen = max(seen, sum(d.parent == -1 for d in drafts))
-    assert seen > 1 or not engine.model.branches, "no place had several drafts"
+    assert seen > 1 or not engine.model.layers.supports_trees, "no place had several drafts"
 
 
 def test_no_draft_is_surer_than_sure():
     """However often drafts were right where the softmax promised little."""
     engine, text, sure = eager_engine(), [5, 6, 7], []
-    tree = DraftTree(engine.model, engine.bank, text, 0.0)
+    tree = DraftTree(engine.model, engine.exits, text, 0.0)
     for _ in range(30):
         with torch.inference_mode():
             drafts = tree.grow(text, torch.randn(1, 32).bfloat16(), 8, 4)
@@ -70,8 +71,7 @@ def test_no_draft_is_surer_than_sure():
 
 def test_nothing_is_drafted_after_the_end_of_a_text():
     engine = eager_engine()
-    engine.model.eos_ids = frozenset(range(97))
-    tree = DraftTree(engine.model, engine.bank, [5, 6, 7, 5, 6], 0.0)
+    tree = DraftTree(engine.model, engine.exits, [5, 6, 7, 5, 6], 0.0, eos_ids=frozenset(range(97)))
     with torch.inference_mode():
         drafts = tree.grow([5, 6, 7, 5, 6], torch.randn(1, 32).bfloat16(), 8, 4)
     assert drafts and all(d.depth == 0 for d in drafts)
@@ -79,11 +79,11 @@ def test_nothing_is_drafted_after_the_end_of_a_text():
 
 def test_an_exit_that_breaks_its_promises_is_believed_less():
     engine = eager_engine()
-    tree, said = DraftTree(engine.model, engine.bank, [5], 0.0), torch.randn(1, 32).bfloat16()
+    tree, carried = DraftTree(engine.model, engine.exits, [5], 0.0), torch.randn(1, 32).bfloat16()
     sizes = []
     with torch.inference_mode():
         for _ in range(200):
-            drafts = tree.grow([5], said, 8, 4)
+            drafts = tree.grow([5], carried, 8, 4)
             sizes.append(len(drafts))
             tree.judged(drafts, [], [96])
     assert sizes[0] > 1 and sizes[-1] < sizes[0]

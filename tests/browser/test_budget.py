@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from cascadeexit.engine import DecodeConfig
+from cascadeexit.config import DecodeConfig
 from cascadeexit.stream import Shape
 from tests.browser.test_page import FINAL, SKY, shown_ids
 

@@ -14,7 +14,8 @@ from playwright.sync_api import expect
 import app
 from cascadeexit import hub, stream
 from cascadeexit.calibration import Calibration, Point
-from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.config import DecodeConfig
+from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.library import Library
 from cascadeexit.model import SegmentedModel

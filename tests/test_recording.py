@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import tiny_base, tiny_engine
 
-from cascadeexit import graphs
-from cascadeexit.engine import DecodeConfig, Engine
+from cascadeexit.backends.torch import recording
+from cascadeexit.backends.torch.recording import Recorded
+from cascadeexit.config import DecodeConfig
+from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
-from cascadeexit.graphs import Replayed
 from cascadeexit.model import SegmentedModel
 
 PROMPT = [11, 3, 60, 22, 9, 41, 77, 30, 2]
@@ -26,15 +27,15 @@ def recorded(monkeypatch):
         out = function(*places)
         return lambda: out.copy_(function(*places)), out
 
-    monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(graphs, "wanted", lambda device: True)
+    monkeypatch.setattr(recording, "record", record)
+    monkeypatch.setattr(recording, "wanted", lambda device: True)
     return shapes
 
 
 def engines(monkeypatch, **shape) -> tuple[Engine, Engine]:
     """The same model and exits, without recordings and with them."""
     with monkeypatch.context() as plain:
-        plain.setattr(graphs, "wanted", lambda device: False)
+        plain.setattr(recording, "wanted", lambda device: False)
         stock = tiny_engine(**shape)
     model = SegmentedModel(tiny_base("llama-untied"), stock.model.exit_layers)
     bank = ExitBank(stock.bank.config)
@@ -62,7 +63,7 @@ def test_nothing_is_recorded_twice_and_caches_are_taken_over(recorded, monkeypat
     before = len(recorded)
     replayed.run(PROMPT[:5], CONFIGS[3])
     assert len(recorded) == before > 0
-    assert all(shape[0][-2] <= replayed.model.row_multiple for shape in recorded)        # no prompt was recorded
+    assert all(shape[0][-2] <= replayed.model.layers.row_multiple for shape in recorded)        # no prompt was recorded
 
 
 def test_runs_that_take_turns_do_not_share_a_cache(recorded, monkeypatch):
@@ -83,14 +84,14 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
     def refuse(function, places):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "record", refuse)
-    double = Replayed(lambda x: 2 * x, rows=4)
+    monkeypatch.setattr(recording, "record", refuse)
+    double = Recorded(lambda x: 2 * x, rows=4)
     assert torch.equal(double(torch.ones(1, 3)), torch.full((1, 3), 2.0))
     assert torch.equal(double(torch.ones(1, 3)), torch.full((1, 3), 2.0))
     assert caplog.text.count("not permitted") == 1
 
 
 def test_recordings_can_be_refused(monkeypatch):
-    assert graphs.wanted(torch.device("cuda")) and not graphs.wanted(torch.device("cpu"))
+    assert recording.wanted(torch.device("cuda")) and not recording.wanted(torch.device("cpu"))
     monkeypatch.setenv("CASCADEEXIT_GRAPHS", "0")
-    assert not graphs.wanted(torch.device("cuda"))
+    assert not recording.wanted(torch.device("cuda"))

@@ -1,8 +1,10 @@
-"""Memory of the CPU for what is read once a token: huge pages, whose contents arrive a twelfth faster."""
+"""CPU memory for what is read once a token: huge pages, whose contents arrive a twelfth faster."""
 
+import ctypes
 import logging
 import math
 import mmap
+import os
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +16,8 @@ _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 _PRIVATE = dict(flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
-def room(size: int) -> mmap.mmap:
-    """So many bytes of zeros, in huge pages where the system has them; freed when nobody holds them."""
+def allocate(size: int) -> mmap.mmap:
+    """Allocate bytes of zeros, in huge pages where the system has them; freed when nobody holds them."""
     space = mmap.mmap(-1, max(size, 1), **_PRIVATE)
     if _HUGE_PAGES is not None:
         try:
@@ -26,8 +28,15 @@ def room(size: int) -> mmap.mmap:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """A tensor of zeros, there where the device is the CPU."""
+    """Make a tensor of zeros, in huge pages where the device is the CPU."""
     count = math.prod(shape)
     if torch.device(device).type != "cpu" or not count:
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.frombuffer(room(count * dtype.itemsize), dtype=dtype, count=count).view(*shape)
+    return torch.frombuffer(allocate(count * dtype.itemsize), dtype=dtype, count=count).view(*shape)
+
+
+def give_back() -> None:
+    """Return what was allocated and freed to the system, where the C library can be told so (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

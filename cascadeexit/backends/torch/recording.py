@@ -1,8 +1,8 @@
-"""Replayed: a function of tensors that a CUDA device runs from a recording.
+"""Recorded: a function of tensors that a CUDA device runs from a recording, a CUDA graph.
 
 A token takes hundreds of small kernels, and Python starts them more slowly than a GPU finishes them. Recorded once for
-each shape of its inputs as a CUDA graph, a function is started by one call. The recorded kernels read and write where
-they did when they were recorded, so inputs are copied to their places first and the result is copied away.
+each shape of its inputs, a function is started by one call. Recorded kernels read and write the same memory each time,
+so inputs are copied to their places first and the result is copied away.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ def wanted(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get("CASCADEEXIT_GRAPHS") != "0"
 
 
-class Replayed:
-    """Answers as `function` does, from a recording where the inputs (..., N, D) have at most `rows` rows.
+class Recorded:
+    """Calls a function, from a recording where the inputs (..., N, D) have at most `rows` rows.
 
-    The function must do the same work for every input of a shape: no Python decision may hang on a tensor's values. It
-    runs a few times when it is recorded. One that cannot be recorded is called as it is from then on.
+    The function must do the same work for every input of a shape: no Python decision may depend on a tensor's values.
+    It runs a few times when it is recorded. A function that cannot be recorded is called as it is from then on.
     """
 
     def __init__(self, function: Callable[..., Tensor], rows: int):
@@ -61,13 +61,13 @@ _RECORDING = threading.Lock()           # CUDA records one graph at a time
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where a device's graphs are recorded: one stream, since libraries keep a workspace for each."""
+    """The stream on which a device's graphs are recorded: one, since libraries keep a workspace for each."""
     return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Garbage stays: what is freed while a graph is recorded, a cache that is cleared, would be recorded with it."""
+    """Keep garbage meanwhile: freeing it, a cache that is cleared say, would be recorded with the graph."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -78,7 +78,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of function(*places): what replays it, and where its result then is."""
+    """Record a CUDA graph of function(*places). Returns what replays it, and where its result then is."""
     device = places[0].device
     with _RECORDING, torch.cuda.device(device):
         now, side, graph = torch.cuda.current_stream(), _side_stream(device), torch.cuda.CUDAGraph()

@@ -1,0 +1,35 @@
+"""Backends: the only place that knows how numbers are computed.
+
+`torch` is the reference and runs on every device. `cpu` is our C++ kernels, for bf16 models on a CPU. A new backend is
+a class with the attributes of `base.Backend`: pass it to `SegmentedModel`, or list it in `BACKENDS`.
+"""
+
+from collections.abc import Sequence
+
+from cascadeexit.backends.base import Backend
+from cascadeexit.backends.cpu import CpuBackend
+from cascadeexit.backends.torch import TorchBackend
+
+BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "torch": TorchBackend}      # the first that fits is taken
+
+
+def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None) -> Backend:
+    """Make the backend for a transformers model that is cut into segments at `bounds`.
+
+    wanted: its name, a class of your own, or None for the fastest that fits.
+
+    Raises ValueError for an unknown name, and for a backend that cannot run this model here.
+    """
+    if wanted is None:
+        kind = next(kind for kind in BACKENDS.values() if kind.fits(base))
+    elif isinstance(wanted, str):
+        if wanted not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got '{wanted}'")
+        kind = BACKENDS[wanted]
+    else:
+        kind = wanted
+    if not kind.fits(base):
+        weight = base.lm_head.weight
+        raise ValueError(f"the backend '{kind.name}' cannot run this model here ({weight.dtype} on {weight.device}): "
+                         "leave the choice open, or use 'torch'")
+    return kind(base, tuple(bounds))

@@ -1,0 +1,53 @@
+"""The `cpu` backend: our C++ kernels for bf16 models on a CPU.
+
+PyTorch's matrix kernels read weights at a quarter of the memory bandwidth when a pass has few rows, and dispatch costs
+as much again. These kernels take rows through whole segments in one call, at most of the bandwidth. The machine's own
+C++ compiler builds them once, in seconds. Without one, or in fp32, models run on the `torch` backend.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cascadeexit.backends.cpu import build
+from cascadeexit.backends.cpu.exits import CpuExits
+from cascadeexit.backends.cpu.heads import CpuHead
+from cascadeexit.backends.cpu.layers import CpuLayers
+from cascadeexit.backends.weights import DecoderShape, layer_weights
+from cascadeexit.exits.bank import ExitBank
+
+
+class CpuBackend:
+    """C++ kernels that compute each row by itself, in a fixed order. Methods as in `base.Backend`."""
+
+    name = "cpu"
+
+    def __init__(self, base, bounds: tuple[int, ...]):
+        self.head = CpuHead(base.lm_head.weight, base.lm_head.bias)
+        self.layers = CpuLayers(base, bounds, self.head)
+
+    @classmethod
+    def fits(cls, base) -> bool:
+        """True for bf16 on a CPU, heads of a multiple of 16, a plain SwiGLU and an even inner size.
+
+        A model that accelerate has spread over devices does not fit: its weights come and go with each call.
+        """
+        if hasattr(base, "hf_device_map") or base.lm_head.weight.device.type != "cpu":
+            return False
+        shape, layer = DecoderShape.of(base.config), layer_weights(base)[0]
+        return (base.lm_head.weight.dtype == layer.gate.dtype == torch.bfloat16 and layer.plain_mlp
+                and shape.head_dim % 16 == 0 and shape.hidden % 2 == 0 and shape.inner % 2 == 0
+                and build.library() is not None)
+
+    def vocab_head(self, weight: Tensor, *, rounded: bool = False) -> CpuHead:
+        return CpuHead(weight, eight_bits=rounded)
+
+    def exits(self, bank: ExitBank) -> CpuExits:
+        return CpuExits(bank, self)
+
+    def without_gradients(self, function: Callable) -> Callable:
+        return function         # kernels need no mode, and switching one costs 50 us a token
+
+    def synchronize(self) -> None:
+        """Do nothing: calls return when they are done."""

@@ -1,0 +1,201 @@
+"""CpuExits: adapters, estimators and drafter in C++.
+
+Letters: N rows, D hidden size, I inputs, O outputs, E exits but the first.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import byref, c_float, c_int32, c_int64, c_void_p
+from itertools import chain
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from cascadeexit.backends.cpu import build
+from cascadeexit.backends.cpu.heads import CpuHead
+from cascadeexit.backends.cpu.packing import Store, column_scale, rounded
+from cascadeexit.backends.cpu.states import Hidden, States, in_bf16, like, tensor_of
+from cascadeexit.backends.cpu.structures import Adapter, Estimator, Matrix
+from cascadeexit.backends.exits import Exits
+from cascadeexit.exits.bank import ExitBank
+
+
+class CpuExits(Exits):
+    """Exit runtime in C++; the methods are those of `base.ExitRuntime`."""
+
+    drafter_bits = 8            # what the drafter says decides nothing but speed
+
+    def __init__(self, bank: ExitBank, backend):
+        super().__init__(bank, backend)
+        self._layers = backend.layers
+        self._adapters = [CpuAdapter(adapter) for adapter in bank.adapters]
+        drafter = bank.drafter
+        self._draft_adapter = CpuAdapter(drafter.adapter, eight_bits=True) if drafter else self._adapters[0]
+        self._read_context = CpuContext(drafter.context.weight) if drafter else None
+        self._sketch_estimators = [CpuConfidence(self._sketch, head.alone, head.after)
+                                   for head in bank.confidence_heads] if self._sketch else None
+        embedding, self._drafter = self._layers.embedding_head, None
+        if bank.config.layers[:1] == (0,) and embedding is not None:
+            self._drafter = CpuDrafter(embedding, self._draft_adapter, self._draft_head, self._ids)
+        all_words = bank.head_ids is not None and len(bank.head_ids.unique()) == bank.config.vocab_size
+        if all_words and not backend.head.has_bias:
+            self.full_head = backend.head.screened(self._whole, backend.head.weight[bank.head_ids], bank.head_ids)
+
+    def hidden(self, s: int, rows: Hidden, carried: Hidden) -> Hidden:
+        return self._adapters[s](rows, carried)
+
+    def confidence(self, s: int, hidden: Hidden, copied: Sequence[tuple[int, int]],
+                   before: Hidden | None = None) -> list[float]:
+        if self._sketch_estimators:
+            return self._sketch_estimators[s](hidden, self.copies(copied), before)
+        if self._bank.confidence_heads is None:
+            return self.logits(s, hidden).softmax(-1).amax(-1).tolist()
+        return self._bank.confidence_heads[s].chance(tensor_of(hidden)).tolist()
+
+    def context(self, states: Sequence[Hidden], row: int) -> ctypes.Array | None:
+        return self._read_context(states, row) if self._read_context else None
+
+    def drafts(self, tokens: Sequence[int], carried: Sequence[Hidden], k: int, temperature: float,
+               context: ctypes.Array | None = None) -> list[tuple[States, list[float], list[int]]]:
+        if self._drafter:
+            return self._drafter(tokens, carried, k, temperature, context)
+        return self.drafts_by_parts(tokens, carried, k, temperature, context)
+
+    def drafts_by_parts(self, tokens: Sequence[int], carried: Sequence[Hidden], k: int, temperature: float,
+                        context: ctypes.Array | None = None) -> list[tuple[States, list[float], list[int]]]:
+        """Draft by embedding, adapter and head in turn, for models whose embeddings are not the head's rows."""
+        states = torch.cat([tensor_of(state) for state in carried])
+        if context is not None:
+            states = (states + torch.frombuffer(context, dtype=torch.float32)).to(states.dtype)
+        hidden = States((len(tokens), states.shape[-1]))
+        self._draft_adapter(self._layers.embed(tokens), states, hidden)
+        probs, words = self._draft_head.likeliest(hidden, k, temperature)
+        ids = words if self._ids is None else self._bank.head_ids[words]
+        each = [hidden.part(i, (1, states.shape[-1])) for i in range(len(tokens))]
+        return list(zip(each, probs.tolist(), ids.tolist()))
+
+
+class CpuAdapter:
+    """An adapter in C++: rows (..., D) and carried states (..., D) -> (..., D).
+
+    Args:
+        adapter: `ExitAdapter` or `CarryAdapter`; its weights are copied.
+        eight_bits: round weights to 8 bits, for results that need not be those of the bf16 weights.
+    """
+
+    def __init__(self, adapter: nn.Module, *, eight_bits: bool = False):
+        gate, down, up = adapter.gate.weight, adapter.down.weight, adapter.up.weight
+        linear = adapter.linear and adapter.linear.weight
+        self.carries = linear is not None
+        if eight_bits and up.shape[1] % 2 == 0:
+            self._store, *parts, scale = _rounded_adapter(gate, down, up, linear)
+        else:
+            self._store, scale = Store([gate, down, up, *([linear] if self.carries else [])]), None
+            matrix = self._store.matrix
+            parts = matrix(linear) if self.carries else Matrix(), matrix(gate, down), matrix(up)
+        self.structure = Adapter(*parts, self._store.floats(adapter.norm.weight), adapter.norm.eps,
+                                 self._store.floats(scale))
+
+    def __call__(self, rows: Hidden, carried: Hidden, out: Hidden | None = None) -> Hidden:
+        rows, carried = in_bf16(rows), in_bf16(carried) if self.carries else None
+        out = like(rows) if out is None else out
+        build.library().ce_exit(byref(self.structure), rows.data_ptr(), carried.data_ptr() if self.carries else None,
+                                out.data_ptr(), prod(rows.shape[:-1]), torch.get_num_threads())
+        return out
+
+
+def _rounded_adapter(gate: Tensor, down: Tensor, up: Tensor, linear: Tensor | None):
+    """Round an adapter's weights to 8 bits: a store, its matrices as in `Adapter`, and the scale of its inputs (I,).
+
+    Weights of strong inputs are small, and rounding would lose them. So columns are brought to one size first, by
+    powers of 2, and the inputs by their inverse; what `up` reads, by the outputs of `down`.
+    """
+    gate, down, up = gate.detach().float(), down.detach().float(), up.detach().float()
+    whole = [] if linear is None else [linear.detach().float()]
+    scale, inner = column_scale(torch.cat([*whole, gate, down])), column_scale(up)
+    first = [rounded(weight / scale) for weight in (*whole, gate, down * inner[:, None])]
+    (gates, gate_scale), (downs, down_scale) = first[-2:]
+    both = torch.stack([gates, downs], 1).flatten(0, 1)                         # interleaved block by block
+    size = build.library().ce_block()
+    both_scale = torch.stack([gate_scale.view(-1, size), down_scale.view(-1, size)], 1).flatten()
+    ups, up_scale = rounded(up / inner)
+    store = Store([*(packed for packed, _ in first[:-2]), both, ups])
+    matrix = store.matrix_in_8_bits
+    straight = matrix(*first[0], len(whole[0])) if whole else Matrix()
+    return store, straight, matrix(both, both_scale, len(both_scale)), matrix(ups, up_scale, len(up)), scale
+
+
+class CpuDrafter:
+    """The drafter, or the exit before the first layer, from tokens to what is drafted after them, in one C++ call.
+
+    Args:
+        embedding: of all tokens.
+        head: words that may be drafted.
+        ids: their token ids; None where these are their numbers.
+    """
+
+    def __init__(self, embedding: CpuHead, adapter: CpuAdapter, head: CpuHead, ids: Sequence[int] | None):
+        self._embedding, self._adapter, self._head, self._ids = embedding, adapter, head, ids
+        self._structures = byref(embedding.matrix), byref(adapter.structure), byref(head.matrix)
+
+    def __call__(self, tokens: Sequence[int], carried: Sequence[Hidden], k: int, temperature: float,
+                 context: ctypes.Array | None = None) -> list[tuple[States, list[float], list[int]]]:
+        """Draft as `ExitRuntime.drafts` does; carried states are bf16."""
+        n, k, d = len(tokens), min(k, self._head.words), self._embedding.shape[1]
+        states = (c_void_p * n)(*(state.data_ptr() for state in carried)) if self._adapter.carries else None
+        hidden, numbers, probs = States((n, d)), (c_int32 * (n * k))(), (c_float * (n * k))()
+        build.library().ce_draft(*self._structures, (c_int64 * n)(*tokens), states, context, hidden.data_ptr(),
+                                 temperature, k, numbers, probs, n, torch.get_num_threads())
+        ids = numbers[:] if self._ids is None else [self._ids[number] for number in numbers]
+        return [(hidden.part(i, (1, d)), probs[i * k:i * k + k], ids[i * k:i * k + k]) for i in range(n)]
+
+
+class CpuContext:
+    """A drafter's context layer in 8 bits: its weight (D, E D) for one row that lies in E parts."""
+
+    def __init__(self, weight: Tensor):
+        weight = weight.detach().float()
+        scale = column_scale(weight)
+        whole, factors = rounded(weight / scale)
+        self._store = Store([whole])
+        self._matrix = self._store.matrix_in_8_bits(whole, factors, len(weight))
+        self._scale = self._store.floats(scale)
+
+    def __call__(self, states: Sequence[Hidden], row: int) -> ctypes.Array:
+        """Read one row of each of E states (1, N, D) in bf16: D numbers in fp32."""
+        n, d = len(states), self._matrix.outputs
+        out = (c_float * d)()
+        build.library().ce_gathered(byref(self._matrix), self._scale,
+                                    (c_void_p * n)(*(state.data_ptr() + 2 * row * d for state in states)), n, out,
+                                    torch.get_num_threads())
+        return out
+
+
+class CpuConfidence:
+    """A sketch estimator with the head that it reads, in C++.
+
+    Args:
+        head: the sketch's words.
+        alone, after: the networks without and with the exit before: linear, SiLU, linear.
+    """
+
+    def __init__(self, head: CpuHead, alone: nn.Sequential, after: nn.Sequential):
+        self._head, self._kept = head, []
+        self._alone, self._after = self._estimator(alone), self._estimator(after)
+
+    def _estimator(self, network: nn.Sequential) -> Estimator:
+        inner, _, outer = network
+        kept = [t.detach().float().contiguous() for t in (inner.weight, inner.bias, outer.weight)]
+        self._kept += kept
+        return Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
+
+    def __call__(self, rows: Hidden, copied: Sequence[tuple[int, float]], before: Hidden | None = None) -> list[float]:
+        """Chances (N) for rows (N, D), copies from `Exits.copies`, and rows of the exit before where it was asked."""
+        rows, before, n = in_bf16(rows), None if before is None else in_bf16(before), len(copied)
+        chances = (c_float * n)()
+        build.library().ce_confidence(byref(self._head.matrix), byref(self._alone if before is None else self._after),
+                                      rows.data_ptr(), (c_float * (2 * n))(*chain.from_iterable(copied)),
+                                      None if before is None else before.data_ptr(), chances, n,
+                                      torch.get_num_threads())
+        return chances[:]

@@ -1,0 +1,158 @@
+"""CpuHead: a vocabulary projection in C++, in bf16 or rounded to 8 bits, with a screen that halves what argmax reads.
+
+Letters: N rows, I inputs (the hidden size), K words.
+"""
+
+import copy
+from collections.abc import Sequence
+from ctypes import byref, c_float, c_int32, c_int64
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+from cascadeexit.backends.base import Choice
+from cascadeexit.backends.cpu import build
+from cascadeexit.backends.cpu.packing import Store, rounded, scale_of
+from cascadeexit.backends.cpu.states import Hidden, States, in_bf16
+from cascadeexit.backends.cpu.structures import Matrix, Screen
+
+
+class CpuHead:
+    """Projection of bf16 rows (..., I) onto K words, in fp32.
+
+    Args:
+        weight: (K, I) in bf16.
+        eight_bits: keep weights as 8-bit integers, each output with a factor of its own, and read rows as integers of
+            up to 16 bits, each row with one of its own. Half as much to read and half the work, for results that need
+            not be exactly those of the bf16 weight.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, eight_bits: bool = False):
+        self.shape, self.eight_bits, self.has_bias = tuple(weight.shape), eight_bits, bias is not None
+        if eight_bits:
+            whole, scale = rounded(weight)
+            self._store = Store([whole])
+            self.matrix = self._store.matrix_in_8_bits(whole, scale, len(weight), bias)
+        else:
+            self._store = Store([weight])
+            self.matrix = self._store.matrix(weight, bias=bias)
+        self._screen: HeadScreen | None = None
+        self._shared = False
+
+    @property
+    def words(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that one call of `argmax` reads; with a screen, without the few exact ones."""
+        if self._screen:
+            return self._screen.rough.nbytes
+        return self.shape[0] * (self.shape[1] + 4 if self.eight_bits else 2 * self.shape[1])
+
+    @property
+    def owned_bytes(self) -> int:
+        return 0 if self._shared else self.nbytes
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (K, I), made anew. Raises ValueError where it was rounded to 8 bits."""
+        return self.rows(range(self.words)).tensor()[0]
+
+    def logits(self, rows: Hidden) -> Tensor:
+        rows = in_bf16(rows)
+        out = torch.empty(*rows.shape[:-1], self.words)
+        build.library().ce_linear(byref(self.matrix), rows.data_ptr(), out.data_ptr(), prod(rows.shape[:-1]),
+                                  torch.get_num_threads())
+        return out
+
+    def argmax(self, rows: Hidden) -> list[int]:
+        """The likeliest word of each row, the first of equal ones; the same with a screen, sooner."""
+        rows = in_bf16(rows)
+        n = prod(rows.shape[:-1])
+        numbers, screen = (c_int32 * n)(), self._screen
+        build.library().ce_argmax(byref(self.matrix), screen and byref(screen.structure), rows.data_ptr(), numbers, n,
+                                  torch.get_num_threads())
+        return numbers[:]
+
+    def choices(self, rows: Hidden) -> list[Choice]:
+        return [Choice(token, partial(self.logit, rows, row)) for row, token in enumerate(self.argmax(rows))]
+
+    def logit(self, rows: Hidden, row: int, number: int) -> float:
+        """One word's logit for one of these rows (1, N, I), bitwise what `logits` gives."""
+        rows, size, of = in_bf16(rows), build.library().ce_block(), self.matrix
+        first = number // size * size
+        # Its block alone, as a matrix of its own.
+        block = Matrix(of.weight + build.library().ce_packed_bytes(first, of.inputs), None,
+                       of.bias and of.bias + 4 * first, of.inputs, min(size, of.outputs - first))
+        out = (c_float * size)()
+        build.library().ce_linear(byref(block), rows.data_ptr() + 2 * row * of.inputs, out, 1, 1)
+        return out[number - first]
+
+    def likeliest(self, rows: Hidden, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        rows, k = in_bf16(rows), min(k, self.words)
+        probs, numbers = (torch.empty(*rows.shape[:-1], k, dtype=dtype) for dtype in (torch.float32, torch.int32))
+        build.library().ce_likeliest(byref(self.matrix), rows.data_ptr(), temperature, k, numbers.data_ptr(),
+                                     probs.data_ptr(), prod(rows.shape[:-1]), torch.get_num_threads())
+        return probs, numbers
+
+    def softmax_facts(self, rows: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
+        rows, copied, before = in_bf16(rows), copied.float().contiguous(), None if before is None else in_bf16(before)
+        facts = torch.empty(*rows.shape[:-1], 5 if before is None else 12)
+        build.library().ce_softmax_facts(byref(self.matrix), rows.data_ptr(), copied.data_ptr(),
+                                         None if before is None else before.data_ptr(), facts.data_ptr(),
+                                         prod(rows.shape[:-1]), torch.get_num_threads())
+        return facts
+
+    def first(self, words: int) -> "CpuHead":
+        """A head of the first words only, a multiple of 32 or all, over the same memory."""
+        if words == self.words:
+            return self
+        part = copy.copy(self)
+        part.shape, part._shared, part._screen = (words, self.shape[1]), True, None
+        part.matrix = Matrix(self.matrix.weight, self.matrix.scale, self.matrix.bias, self.matrix.inputs, words)
+        return part
+
+    def rows(self, ids: Sequence[int]) -> States:
+        """Rows of the weight, as an embedding reads them: n numbers -> (1, n, I).
+
+        Raises ValueError where the weight was rounded to 8 bits.
+        """
+        if self.eight_bits:
+            raise ValueError("this head was rounded to 8 bits: ask the one that it was made from")
+        n = len(ids)
+        out = States((1, n, self.shape[1]))
+        build.library().ce_rows(byref(self.matrix), (c_int64 * n)(*ids), n, out.data_ptr())
+        return out
+
+    def screened(self, rough: "CpuHead", exact: Tensor, ids: Tensor | None = None) -> "CpuHead":
+        """This head with a screen that finds its argmax sooner; see `HeadScreen` for the arguments."""
+        head = copy.copy(self)
+        head._screen, head._shared = HeadScreen(rough, exact, ids), True
+        return head
+
+
+class HeadScreen:
+    """A rounded copy of a head that finds the exact head's largest output: half is read, the result is the same.
+
+    The exact sum w . x of an output is within |w - v| |x| of that with the rounded v (Cauchy-Schwarz inequality), so
+    few outputs can be the largest, and only these are read in bf16.
+
+    Args:
+        rough: the head rounded to 8 bits.
+        exact: the bf16 weight (K, I) that `rough` was made from.
+        ids: for each output of `rough` its number in the exact head; None where they are the same.
+    """
+
+    def __init__(self, rough: CpuHead, exact: Tensor, ids: Tensor | None = None):
+        error = size = 0.0
+        for part in exact.detach().split(4096):
+            part = part.float() / scale_of(part.float())[:, None]
+            whole = part.round()
+            error = max(error, float((part - whole).norm(dim=1).max()))
+            size = max(size, float(whole.norm(dim=1).max()))
+        self.rough, self._ids = rough, None if ids is None else ids.int().contiguous()
+        self.structure = Screen(rough.matrix, None if ids is None else self._ids.data_ptr(), error * 1.001,
+                                size * 1.001)

@@ -1,0 +1,174 @@
+"""CpuLayers: the decoder layers of a Llama-like model in C++.
+
+Weights are bf16, packed to 12 bits without loss where the processor reads that; keys and values are kept in 12 bits. A
+row's result does not depend on the other rows of its pass, so passes need no padding, and rows may as well be branches
+of a draft tree, or texts of a batch.
+
+Letters: N rows, D hidden size, B texts of a batch, d head size.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from ctypes import byref, c_int32
+from itertools import chain
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from cascadeexit.backends.cache import KVCache
+from cascadeexit.backends.cpu import build
+from cascadeexit.backends.cpu.heads import CpuHead
+from cascadeexit.backends.cpu.packing import Store
+from cascadeexit.backends.cpu.states import Hidden, States, in_bf16, joined, like, tensor_of
+from cascadeexit.backends.cpu.structures import Cache, Layer, Stack
+from cascadeexit.backends.weights import DecoderShape, layer_weights, rotary_angles
+
+
+class CpuCache(KVCache):
+    """Keys and values in the kernels' own layout, as bytes, in whole blocks of positions."""
+
+    def __init__(self, num_layers: int, num_heads: int, head_dim: int, capacity: int, batch: int):
+        lib = build.library()
+        block, widths = lib.ce_block(), (lib.ce_key_bytes(head_dim), lib.ce_value_bytes(head_dim))
+        super().__init__(num_layers, num_heads, widths, -(-capacity // block) * block, batch=batch, dtype=torch.uint8)
+        self.structure = Cache(self.keys.data_ptr(), self.values.data_ptr(), self.capacity)
+
+
+class CpuLayers:
+    """Embedding, layers and final norm between `bounds`; the methods are those of `base.LayerStack`.
+
+    Args:
+        base: a transformers *ForCausalLM that `CpuBackend.fits`; its weights are copied.
+        head: its packed vocabulary projection, which gives the embeddings where the model ties them.
+    """
+
+    row_multiple, max_rows, supports_trees = 1, 32, True
+
+    def __init__(self, base, bounds: tuple[int, ...], head: CpuHead):
+        shape, layers = DecoderShape.of(base.config), layer_weights(base)
+        self._shape, self._bounds = shape, bounds
+        tied = base.lm_head.weight is base.model.embed_tokens.weight
+        self._head = head if tied else None
+        self._embedding = None if tied else base.model.embed_tokens.weight.detach().clone()     # lets go of its file
+        self._norm = base.model.norm.weight.detach().float().contiguous()
+        qkv = [_by_group(shape.kv_heads, w.q, w.k, w.v) for w in layers]
+        self._store = Store(chain.from_iterable((first, w.o, w.gate, w.up, w.down) for first, w in zip(qkv, layers)),
+                            in_12_bits=True)
+        matrix, floats, packed, sizes = self._store.matrix, self._store.floats, [], []
+        for first, w in zip(qkv, layers):
+            before = self._store.bytes
+            packed.append(Layer(
+                matrix(first, bias=_by_group(shape.kv_heads, w.q_bias, w.k_bias, w.v_bias)),
+                matrix(w.o, bias=w.o_bias), matrix(w.gate, w.up), matrix(w.down), floats(w.attention_norm),
+                floats(w.mlp_norm), floats(w.q_norm), floats(w.k_norm)))
+            sizes.append(self._store.bytes - before)
+        self.segment_bytes = tuple(sum(sizes[a:b]) for a, b in zip(bounds, bounds[1:]))
+        cosines, sines = rotary_angles(base, shape)
+        self._stack = Stack((Layer * len(packed))(*packed), floats(cosines), floats(sines), shape.hidden, shape.heads,
+                            shape.kv_heads, shape.head_dim, shape.inner, shape.norm_eps,
+                            base.model.layers[0].self_attn.scaling)
+
+    @property
+    def embedding_head(self) -> CpuHead | None:
+        """The head whose rows are the embeddings; None where the model does not tie them."""
+        return self._head
+
+    # -- caches ---------------------------------------------------------------------------------------------------
+
+    def new_cache(self, capacity: int, batch: int = 1) -> CpuCache:
+        return CpuCache(self._bounds[-1], self._shape.kv_heads, self._shape.head_dim, capacity, batch)
+
+    def release(self, cache: CpuCache) -> None:
+        """Do nothing: a cache is freed when nobody holds it."""
+
+    def keep(self, cache: CpuCache, start: int, path: Sequence[int]) -> None:
+        if list(path) != list(range(len(path))):
+            build.library().ce_keep(byref(cache.structure), self._bounds[-1], self._shape.kv_heads,
+                                    self._shape.head_dim, start, _ints(path), len(path))
+        cache.truncate(start + len(path))
+
+    # -- computing ------------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Sequence[int] | Tensor) -> States:
+        ids = ids.flatten().tolist() if isinstance(ids, Tensor) else ids
+        if self._head is not None:
+            return self._head.rows(ids)
+        out = States((1, len(ids), self._shape.hidden))
+        out.tensor()[0] = nn.functional.embedding(torch.tensor(ids, dtype=torch.long), self._embedding)
+        return out
+
+    def norm(self, rows: Hidden) -> Hidden:
+        rows = in_bf16(rows)
+        out = like(rows)
+        build.library().ce_norm(self._norm.data_ptr(), self._shape.norm_eps, rows.data_ptr(), out.data_ptr(),
+                                prod(rows.shape[:-1]), rows.shape[-1])
+        return out
+
+    def run(self, segments: range, rows: Hidden, cache: CpuCache, parents: Sequence[int] | None = None) -> list[States]:
+        bounds, n = self._bounds[segments.start:segments.stop + 1], rows.shape[1]
+        start = cache.claim(range(bounds[0], bounds[-1]), n) if bounds[0] < bounds[-1] else 0
+        return self._run(bounds, rows, cache, start, parents=parents)
+
+    def run_batch(self, segment: int, rows: Hidden, begins: Sequence[int], cache: CpuCache) -> States:
+        bounds = self._bounds[segment:segment + 2]
+        start = cache.claim(range(*bounds), 1) if bounds[0] < bounds[1] else 0
+        return self._run(bounds, rows, cache, start, begins=begins)[0]
+
+    def join(self, parts: Sequence[States]) -> States:
+        return joined(parts)
+
+    def tensor(self, rows: Hidden) -> Tensor:
+        return tensor_of(rows)
+
+    def row_cost(self, rows: int) -> float:
+        return _row_cost(rows)
+
+    def _run(self, bounds: tuple[int, ...], rows: Hidden, cache: CpuCache, start: int, *,
+             parents: Sequence[int] | None = None, begins: Sequence[int] | None = None) -> list[States]:
+        """Rows (1, N, D) from layer bounds[0] on: what they are before each of the layers bounds[1:], (1, N, D) each.
+
+        They are positions start.. of one text, unless `parents` or `begins` says otherwise.
+
+        Args:
+            parents: the rows are a tree after `start` positions.
+            begins: row r is position `start` of text r of B = N, which sees its own positions from begins[r] on.
+        """
+        end = start + (rows.shape[1] if parents is None and begins is None else 1)
+        if end > self._shape.positions:
+            raise ValueError(f"this model has {self._shape.positions} positions, {end} were asked for")
+        rows, stops = in_bf16(rows), _stops(bounds)
+        (n, d), count = rows.shape[1:], len(stops)
+        out = States((count, n, d))
+        if count:
+            build.library().ce_layers(byref(self._stack), bounds[0], bounds[-1], stops, rows.data_ptr(), out.data_ptr(),
+                                      n, byref(cache.structure), start, _ints(parents), _ints(begins),
+                                      torch.get_num_threads())
+        # Before the first of these layers they are what came in: there an exit may sit, too.
+        return [rows] * (len(bounds) - 1 - count) + [out.part(i * n, (1, n, d)) for i in range(count)]
+
+
+@functools.cache                # between passes, which sweep the caches, even a small call takes long
+def _row_cost(rows: int) -> float:
+    return build.library().ce_row_cost(rows)
+
+
+def _ints(values: Sequence[int] | None) -> ctypes.Array | None:
+    return None if values is None else (c_int32 * len(values))(*values)
+
+
+@functools.cache
+def _stops(bounds: tuple[int, ...]) -> ctypes.Array:
+    """Those of these layers, after the first, before which C++ has rows to hand out."""
+    return _ints([bound for bound in bounds[1:] if bound > bounds[0]])
+
+
+def _by_group(groups: int, *parts: Tensor | None) -> Tensor | None:
+    """Join queries, keys and values (O, ...) so that a key-value head lies beside its queries.
+
+    Then a thread computes attention over what it projected itself.
+    """
+    if parts[0] is None:
+        return None
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)

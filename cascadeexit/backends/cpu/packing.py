@@ -1,0 +1,125 @@
+"""Packing: weights in the layouts that the C++ kernels read, in huge pages.
+
+bf16 weights stay in 16 bits or are packed to 12 without loss. Weights of exits may be rounded to 8-bit integers.
+
+Letters: O outputs, I inputs, B outputs of a block.
+"""
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from ctypes import c_int64
+
+import torch
+from torch import Tensor, nn
+
+from cascadeexit.backends.cpu import build
+from cascadeexit.backends.cpu.structures import Matrix
+from cascadeexit.backends.memory import allocate
+
+_MOST_OUTLIERS = 1 / 64         # a weight with a larger share of numbers outside the code book stays in 16 bits
+
+
+class Store:
+    """Packs weights into one piece of memory, and keeps alive what C++ holds pointers to.
+
+    Args:
+        weights: all that it will hold; 8-bit ones as `rounded` makes them.
+        in_12_bits: pack bf16 weights to 12 bits where that is possible.
+
+    Attributes:
+        bytes: size of the bf16 weights as they are kept.
+    """
+
+    def __init__(self, weights: Iterable[Tensor], *, in_12_bits: bool = False):
+        lib = build.library()
+        self._coded_bytes = lib.ce_coded_bytes if in_12_bits else lambda *shape: 0      # 0: the weight stays in 16 bits
+        self._kept: list = []
+        self._grow(sum(_whole_lines(w.nbytes if w.dtype == torch.int8
+                                    else self._coded_bytes(*w.shape) or lib.ce_packed_bytes(*w.shape))
+                       for w in weights))
+        self.bytes = 0
+
+    def _grow(self, size: int) -> None:
+        self._kept.append(allocate(size))
+        self._free = ctypes.addressof(ctypes.c_char.from_buffer(self._kept[-1]))
+        self._end = self._free + size
+
+    def _take(self, size: int) -> int:
+        """Address at which so many bytes may lie."""
+        if self._free + size > self._end:
+            self._grow(_whole_lines(size))
+        at = self._free
+        self._free += _whole_lines(size)
+        return at
+
+    def matrix(self, *parts: Tensor, bias: Tensor | None = None) -> Matrix:
+        """Pack one bf16 weight (O, I), or several of the same shape, interleaved block by block."""
+        (outputs, inputs), lib, count = parts[0].shape, build.library(), len(parts)
+        parts = [part.detach().contiguous() for part in parts]
+        rows = outputs if count == 1 else count * -(-outputs // lib.ce_block()) * lib.ce_block()
+        if self._coded_bytes(outputs, inputs) and (coded := self._coded(parts)):
+            at, outliers = coded
+            return Matrix(at, None, self.floats(bias), inputs, rows, ctypes.addressof(outliers))
+        size = count * lib.ce_packed_bytes(outputs, inputs)
+        at = self._take(size)
+        self.bytes += size
+        for i, part in enumerate(parts):
+            lib.ce_pack(part.data_ptr(), outputs, inputs, at, i, count)
+        return Matrix(at, None, self.floats(bias), inputs, rows)
+
+    def _coded(self, parts: Sequence[Tensor]) -> tuple[int, ctypes.Array] | None:
+        """Pack weights to 12 bits: their address and their outliers; None where too many are outside the code book."""
+        outputs, inputs = parts[0].shape
+        size, most, found = self._coded_bytes(outputs, inputs), int(parts[0].numel() * len(parts) * _MOST_OUTLIERS), 0
+        at, outliers = self._take(len(parts) * size), (c_int64 * most)()
+        for i, part in enumerate(parts):
+            found = build.library().ce_code(part.data_ptr(), outputs, inputs, at, outliers, most, found, i, len(parts))
+            if found < 0:
+                return None
+        outliers = (c_int64 * (found + 1))(*outliers[:found])
+        self._kept.append(outliers)
+        self.bytes += len(parts) * size + 8 * found
+        return at, outliers
+
+    def matrix_in_8_bits(self, weight: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None) -> Matrix:
+        """Store one weight as `rounded` made it."""
+        at = self._take(weight.nbytes)
+        ctypes.memmove(at, weight.data_ptr(), weight.nbytes)
+        return Matrix(at, self.floats(scale), self.floats(bias), 2 * weight.shape[1], outputs)
+
+    def floats(self, values: Tensor | None) -> int | None:
+        """Address of an fp32 copy; None for None."""
+        if values is None:
+            return None
+        self._kept.append(values.detach().float().contiguous().clone())
+        return self._kept[-1].data_ptr()
+
+
+def _whole_lines(size: int) -> int:
+    """Bytes up to the next cache line."""
+    return -(-size // 64) * 64
+
+
+def scale_of(weight: Tensor) -> Tensor:
+    """Factor of the 8-bit integers of each output of a weight (O, I): (O,)."""
+    return weight.abs().amax(1).clamp(min=1e-30) / 127
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight (O, I), I even, to 8-bit integers, in blocks of B outputs and pairs of inputs.
+
+    Returns the integers (O / B, I / 2, 2 B) and the factor of each output, for whole blocks.
+    """
+    parts, scales, size = [], [], build.library().ce_block()
+    for block in weight.detach().split(size):
+        block = nn.functional.pad(block.float(), (0, 0, 0, size - len(block)))
+        scales.append(scale_of(block))
+        whole = (block / scales[-1][:, None]).round().to(torch.int8)
+        # For each pair of inputs the first half of the outputs and the second alternate, byte by byte.
+        parts.append(whole.view(2, size // 2, -1, 2).permute(2, 1, 3, 0).reshape(-1, 2 * size))
+    return torch.stack(parts), torch.cat(scales)
+
+
+def column_scale(weight: Tensor) -> Tensor:
+    """Size of each column of a weight (O, I), as powers of 2: (I,)."""
+    return weight.square().mean(0).clamp(min=1e-30).sqrt().log2().round().exp2()

@@ -1,0 +1,95 @@
+"""Exits: what the exit runtimes of all backends share, words and bytes. How rows are computed each adds for itself."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cascadeexit.backends.base import Rows, VocabHead
+from cascadeexit.exits.bank import ExitBank
+
+
+class Exits:
+    """The heads of a bank's exits on one backend, and what each question reads.
+
+    The heads of all exits, of the drafter and of the sketch are parts of one trimmed head wherever they can be.
+
+    Args:
+        backend: the one whose heads read the exits' rows (`base.Backend`).
+    """
+
+    drafter_bits = None         # bits of a drafter's weight as it is read; None: those of its dtype
+
+    def __init__(self, bank: ExitBank, backend):
+        c = bank.config
+        self._bank, self._device = bank, backend.head.weight.device
+        self._ids = None if bank.head_ids is None else bank.head_ids.tolist()
+        self._whole = backend.head
+        if bank.head_ids is not None:       # as good rounded as in bf16, and half as much to read
+            self._whole = backend.vocab_head(backend.head.weight[bank.head_ids], rounded=True)
+        parts = {n: self._whole.first(n) for n in dict.fromkeys((*map(c.words, range(len(c.layers))), c.draft_words))}
+        self._heads: list[VocabHead] = [parts[c.words(s)] for s in range(len(c.layers))]
+        self._draft_head: VocabHead = parts[c.draft_words]
+        self._sketch = self._sketch_head(backend)
+        self._places = {} if bank.sketch_ids is None else {word: i for i, word in enumerate(bank.sketch_ids.tolist())}
+        own = {id(head): head for head in (self._whole, *parts.values()) if head is not backend.head}
+        if self._sketch:
+            own[id(self._sketch)] = self._sketch
+        self.memory_bytes = sum(head.owned_bytes for head in own.values()) + sum(p.nbytes for p in bank.parameters())
+        self.full_head = backend.head
+
+    def _sketch_head(self, backend) -> VocabHead | None:
+        """The head that sketch estimators read: the trimmed head's first words where they are the same."""
+        ids, words = self._bank.sketch_ids, self._bank.head_ids
+        if ids is None:
+            return None
+        if words is not None and len(ids) % 32 == 0 and torch.equal(words[:len(ids)], ids):
+            return self._whole.first(len(ids))
+        return backend.vocab_head(backend.head.weight[ids], rounded=True)
+
+    def logits(self, s: int, hidden: Rows) -> Tensor:
+        """Logits of exit s for adapted rows; see `ExitRuntime.logits`."""
+        return self._heads[s].logits(hidden)
+
+    def choice(self, s: int, hidden: Rows) -> int:
+        """The likeliest token of exit s for one adapted row (1, D)."""
+        best, = self._heads[s].argmax(hidden)
+        return best if self._ids is None else self._ids[best]
+
+    def copies(self, copied: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:
+        """Turn n-gram copies, tokens and lengths, into what estimators read.
+
+        Each token's place in the sketch, -1 outside of it, and log(1 + length).
+        """
+        return [(self._places.get(token, -1), math.log1p(length)) for token, length in copied]
+
+    # -- bytes ----------------------------------------------------------------------------------------------------
+
+    def head_bytes(self, s: int) -> int:
+        return self._heads[s].nbytes
+
+    def try_bytes(self, s: int) -> int:
+        estimators = self._bank.confidence_heads
+        read = _bytes(self._bank.adapters[s])
+        if estimators is None:
+            return read + self.head_bytes(s)
+        return read + (self._sketch.nbytes if self._sketch else 0) + _bytes(estimators[s])
+
+    @property
+    def draft_bytes(self) -> int:
+        drafter = self._bank.drafter
+        adapter = self._drafter_bytes(drafter.adapter) if drafter else _bytes(self._bank.adapters[0])
+        return adapter + self._draft_head.nbytes
+
+    @property
+    def context_bytes(self) -> int:
+        return self._drafter_bytes(self._bank.drafter.context) if self._bank.drafter else 0
+
+    def _drafter_bytes(self, part: nn.Module) -> int:
+        bits = self.drafter_bits
+        return sum(p.nbytes if bits is None else p.numel() * bits // 8 for p in part.parameters())
+
+
+def _bytes(part: nn.Module) -> int:
+    return sum(p.nbytes for p in part.parameters())

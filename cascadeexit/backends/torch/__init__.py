@@ -1,0 +1,42 @@
+"""The `torch` backend: PyTorch on every device, the reference that the others are tested against."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cascadeexit.backends.torch.exits import TorchExits
+from cascadeexit.backends.torch.heads import TorchHead
+from cascadeexit.backends.torch.layers import TorchLayers
+from cascadeexit.exits.bank import ExitBank
+
+
+class TorchBackend:
+    """PyTorch's kernels, recorded as CUDA graphs where the device is a GPU. Methods as in `base.Backend`."""
+
+    name = "torch"
+    layers_type = TorchLayers
+
+    def __init__(self, base, bounds: tuple[int, ...]):
+        self.layers = self.layers_type(base, bounds)
+        self._recorded = bool(self.layers.recorded_rows)
+        self.head = TorchHead(base.lm_head.weight, base.lm_head.bias, row_multiple=self.layers.row_multiple,
+                              recorded_rows=self.layers.recorded_rows)
+        self._device = base.lm_head.weight.device
+
+    @classmethod
+    def fits(cls, base) -> bool:
+        return True
+
+    def vocab_head(self, weight: Tensor, *, rounded: bool = False) -> TorchHead:
+        return TorchHead(weight, recorded_rows=int(self._recorded))
+
+    def exits(self, bank: ExitBank) -> TorchExits:
+        return TorchExits(bank, self, recorded=self._recorded)
+
+    def without_gradients(self, function: Callable) -> Callable:
+        return torch.inference_mode()(function)
+
+    def synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()

@@ -1,0 +1,80 @@
+"""TorchHead: a vocabulary projection in PyTorch.
+
+Letters: N rows, D hidden size, K words.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cascadeexit.backends.base import Choice
+from cascadeexit.backends.torch.linear import PackedLinear, frozen_linear
+from cascadeexit.backends.torch.recording import Recorded
+from cascadeexit.exits.confidence import softmax_facts
+
+
+class TorchHead:
+    """Projection of rows (..., D) onto K words.
+
+    Args:
+        weight: (K, D).
+        row_multiple: rows are padded to such a multiple, so that a row's logits do not depend on those beside it.
+        recorded_rows: on CUDA, passes of up to so many rows run from a recording; 0 records nothing.
+        owned: the weight is memory of this head's own, not another's.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, row_multiple: int = 1, recorded_rows: int = 0,
+                 owned: bool = True):
+        self._weight, self._bias = weight.detach(), bias
+        self._shape = dict(row_multiple=row_multiple, recorded_rows=recorded_rows)
+        self._linear = frozen_linear(self._weight, bias)
+        self._project: Callable[[Tensor], Tensor] = (
+            Recorded(self._linear, recorded_rows) if recorded_rows else self._linear)
+        self.words, self.nbytes = len(weight), weight.nbytes
+        self.owned_bytes = self.nbytes if owned or isinstance(self._linear, PackedLinear) else 0
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits of rows: (..., N, D) -> (..., N, K)."""
+        n = rows.shape[-2]
+        missing = -n % self._shape["row_multiple"]
+        rows = rows.to(self._weight.device)
+        return self._project(F.pad(rows, (0, 0, 0, missing)) if missing else rows)[..., :n, :]
+
+    def argmax(self, rows: Tensor) -> list[int]:
+        """The likeliest word of each row (..., D), the first of equal ones."""
+        return argmax(self.logits(rows).flatten(0, -2))
+
+    def choices(self, rows: Tensor) -> list[Choice]:
+        """The likeliest word of each row, with the logits of other words on demand."""
+        logits = self.logits(rows).flatten(0, -2)
+        return [Choice(token, row.__getitem__) for token, row in zip(argmax(logits), logits)]
+
+    def likeliest(self, rows: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """The k likeliest words of each row, best first: probabilities and word numbers, (..., min(k, K)) each."""
+        logits = self.logits(rows).float() / temperature
+        probs, numbers = logits.softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+        return probs, numbers
+
+    def softmax_facts(self, rows: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
+        """Facts that a sketch estimator reads: (..., 5), or (..., 12) with the rows of the exit before."""
+        return softmax_facts(self._linear, rows, copied, before)        # the whole estimator may be recorded
+
+    def first(self, words: int) -> "TorchHead":
+        """A head of the first words only; packed weights are copied, others are shared."""
+        if words == self.words:
+            return self
+        return TorchHead(self._weight[:words], None if self._bias is None else self._bias[:words], owned=False,
+                         **self._shape)
+
+
+def argmax(logits: Tensor) -> list[int]:
+    """The likeliest of each row (N, K), the first of equal ones."""
+    # numpy looks through a vocabulary ten times as fast as PyTorch on a CPU.
+    on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32
+    return (logits.numpy() if on_cpu else logits).argmax(-1).tolist()

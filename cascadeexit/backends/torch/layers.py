@@ -1,0 +1,178 @@
+"""TorchLayers: transformers' own decoder layers, run in segments on any device.
+
+Row results of PyTorch's kernels depend on how many rows a pass has. Passes padded to the same row bucket over one
+masked buffer agree bitwise, so decoding and verification always use those buckets. On CUDA the layers of a segment are
+recorded once as a CUDA graph for each cache.
+
+Letters: B texts, N rows in the pass, D hidden size, C cache capacity.
+"""
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cascadeexit.backends.torch import attention, recording
+from cascadeexit.backends.torch.cache import TorchCache
+from cascadeexit.backends.torch.linear import frozen_linear
+from cascadeexit.backends.torch.recording import Recorded
+
+_RECORDED_CAPACITY = 1024       # a recording is for one cache, so few sizes are best; unused slots cost little to read
+_IDLE_CACHES = 4
+_ROW_COST = 0.02                # measured on a CPU; on a GPU a bucket of rows costs what one of them does
+_FEW_ROWS = 8
+_LATE_ROW_COST = 0.1            # of a row beside so many or more
+_CUDA_ROWS = 16                 # CUDA's kernels vary more with the shape: one bucket for all passes
+_CPU_ROWS, _CPU_MAX_ROWS = 4, 32        # every multiple of 4 rows up to 40 agrees bitwise
+
+
+class TorchLayers:
+    """The layers of a transformers model between `bounds`.
+
+    The model's modules are copied, their weights are shared, and the caller's model stays as it is. A model that
+    accelerate has spread over several devices is used in place: its hooks, which bring weights and rows, belong to its
+    modules.
+    """
+
+    supports_trees = False
+
+    def __init__(self, base, bounds: tuple[int, ...]):
+        spread = hasattr(base, "hf_device_map")
+        self._bounds = bounds
+        self._device, self._dtype = base.lm_head.weight.device, base.lm_head.weight.dtype
+        self._decoder = base.model if spread else _sharing_weights(base.model)
+        self._config = self._decoder.config
+        self._config._attn_implementation = attention.register()
+        self.segment_bytes = tuple(sum(p.nbytes for layer in self._decoder.layers[a:b] for p in layer.parameters())
+                                   for a, b in zip(bounds, bounds[1:]))
+        for layer in () if spread else self._decoder.layers:
+            for block in (layer.self_attn, layer.mlp):
+                for name, module in list(block.named_children()):
+                    if isinstance(module, nn.Linear):
+                        setattr(block, name, frozen_linear(module.weight, module.bias))
+        on_cuda = self._device.type == "cuda"
+        self.row_multiple, self.max_rows = (_CUDA_ROWS, _CUDA_ROWS) if on_cuda else (_CPU_ROWS, _CPU_MAX_ROWS)
+        self.recorded_rows = self.row_multiple if not spread and recording.wanted(self._device) else 0
+        self._norm = Recorded(self._decoder.norm, self.row_multiple) if self.recorded_rows else self._decoder.norm
+        self._idle_caches: list[TorchCache] = []
+        self._caches_turn = threading.RLock()       # a run may end, and give its cache back, whenever memory is tidied
+
+    # -- caches ---------------------------------------------------------------------------------------------------
+
+    def new_cache(self, capacity: int, batch: int = 1) -> TorchCache:
+        """Make an empty cache, or take over one that a run gave back; see `LayerStack.new_cache`."""
+        step = _RECORDED_CAPACITY if self.recorded_rows and batch == 1 else 16
+        capacity = -(-capacity // step) * step
+        with self._caches_turn:
+            for cache in self._idle_caches:
+                if cache.capacity == capacity and cache.keys.shape[1] == batch:
+                    self._idle_caches.remove(cache)
+                    return cache
+        config = self._config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return TorchCache(self._bounds[-1], config.num_key_value_heads, head_dim, capacity, batch=batch,
+                          dtype=self._dtype, device=self._device)
+
+    def release(self, cache: TorchCache) -> None:
+        """Keep a cache with its recordings for the next run of its size; without recordings it is simply freed."""
+        if self.recorded_rows:
+            with torch.inference_mode():        # as it was written
+                cache.clear()
+            with self._caches_turn:
+                self._idle_caches.insert(0, cache)
+                del self._idle_caches[_IDLE_CACHES:]
+
+    def keep(self, cache: TorchCache, start: int, path: Sequence[int]) -> None:
+        """Keep a chain's first rows; see `LayerStack.keep`. Rows here are never a tree, so a path is a beginning."""
+        assert list(path) == list(range(len(path))), "a tree needs a backend with supports_trees"
+        cache.truncate(start + len(path))
+
+    # -- computing ------------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Embed token ids (N,): (1, N, D)."""
+        return self._decoder.embed_tokens(torch.as_tensor(ids, device=self._device).reshape(1, -1))
+
+    def norm(self, rows: Tensor) -> Tensor:
+        """Apply the final norm: (..., N, D) -> (..., N, D), padded to the row bucket on the way."""
+        return self._norm(self._padded(rows))[..., :rows.shape[-2], :]
+
+    def run(self, segments: range, rows: Tensor, cache: TorchCache,
+            parents: Sequence[int] | None = None) -> list[Tensor]:
+        """Run the next rows (1, N, D) through segments; see `LayerStack.run`.
+
+        Padding is written past the real rows, masked, and overwritten later.
+        """
+        assert parents is None, "a tree needs a backend with supports_trees"
+        n, out = rows.shape[1], []
+        for s in segments:
+            if layers := range(self._bounds[s], self._bounds[s + 1]):
+                padded = self._padded(rows)
+                positions = cache.positions(layers[0], padded.shape[1])
+                rows = self._through(s, cache, padded.shape[1])(padded, positions)[:, :n]
+                cache.advance(layers, n)
+            out.append(rows)
+        return out
+
+    def run_batch(self, segment: int, rows: Tensor, begins: Sequence[int], cache: TorchCache) -> Tensor:
+        """Run the next position of B texts through a segment; see `LayerStack.run_batch`."""
+        layers = range(self._bounds[segment], self._bounds[segment + 1])
+        if not layers:
+            return rows
+        positions = cache.positions(layers[0], 1)                                               # (1, 1)
+        near = torch.arange(-(-(cache.length(layers[0]) + 1) // 64) * 64, device=rows.device)[:cache.capacity]
+        mask = (near >= torch.tensor(begins, device=rows.device)[:, None]) & (near <= positions)
+        out = self._run_layers(layers, rows.transpose(0, 1), positions, mask[:, None, None], cache)
+        cache.advance(layers, 1)
+        return out.transpose(0, 1)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts), dim=1)
+
+    def tensor(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def row_cost(self, rows: int) -> float:
+        return _ROW_COST if rows < _FEW_ROWS else _LATE_ROW_COST
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """Rows (..., N, D) with zero rows up to the row bucket."""
+        missing = -rows.shape[-2] % self.row_multiple
+        return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+    def _through(self, s: int, cache: TorchCache, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """What takes rows (1, N, D) at positions (1, N) through segment s, recorded where that is possible."""
+        layers, held = range(self._bounds[s], self._bounds[s + 1]), weakref.ref(cache)  # the cache holds the recording
+
+        def through(h: Tensor, positions: Tensor) -> Tensor:
+            cache = held()
+            return self._run_layers(layers, h, positions, cache.mask(positions), cache)
+
+        if rows > self.recorded_rows:
+            return through
+        if s not in cache.recordings:
+            cache.recordings[s] = Recorded(through, self.recorded_rows)
+        return cache.recordings[s]
+
+    def _run_layers(self, layers: range, h: Tensor, positions: Tensor, mask: Tensor, cache: TorchCache) -> Tensor:
+        """Hidden rows (B, N, D) through layers, writing keys and values into the cache; mask (B, 1, N, C)."""
+        cache.write_at(positions[0])
+        angles = self._decoder.rotary_emb(torch.zeros((), dtype=self._dtype, device=self._device),
+                                          position_ids=positions)
+        groups = self._config.num_attention_heads // self._config.num_key_value_heads
+        added = attention.additive_mask(mask, groups, h.dtype)
+        for layer_idx in layers:
+            h = self._decoder.layers[layer_idx](h, attention_mask=added, position_ids=positions,
+                                                position_embeddings=angles, cache=cache)
+        return h
+
+
+def _sharing_weights(decoder: nn.Module) -> nn.Module:
+    """Copy a decoder's modules and config over the same weights, so that changes leave the original as it is."""
+    memo = {id(tensor): tensor for tensor in chain(decoder.parameters(), decoder.buffers())}
+    return copy.deepcopy(decoder, memo)

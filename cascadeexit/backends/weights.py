@@ -1,0 +1,83 @@
+"""Weights: where a transformers decoder of a supported type keeps its weights.
+
+The only place that knows transformers' names of them. All supported types share one layout: RMSNorm, attention with
+grouped queries and rotary embedding (with biases in Qwen2, with norms of queries and keys in Qwen3), RMSNorm, SwiGLU.
+
+Letters: D hidden size, H query heads, K key-value heads, d head size, F inner size of the MLP, P positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Weights of one decoder layer; those that a type does not have are None."""
+
+    attention_norm: Tensor      # (D,)
+    q: Tensor                   # (H d, D)
+    k: Tensor                   # (K d, D)
+    v: Tensor                   # (K d, D)
+    o: Tensor                   # (D, H d)
+    mlp_norm: Tensor            # (D,)
+    gate: Tensor                # (F, D)
+    up: Tensor                  # (F, D)
+    down: Tensor                # (D, F)
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    o_bias: Tensor | None
+    q_norm: Tensor | None       # (d,)
+    k_norm: Tensor | None       # (d,)
+    plain_mlp: bool             # SiLU and no biases
+
+
+def layer_weights(base) -> list[LayerWeights]:
+    """Read the weights of every decoder layer of a transformers *ForCausalLM; nothing is copied."""
+    return [_layer(layer) for layer in base.model.layers]
+
+
+def _layer(layer: nn.Module) -> LayerWeights:
+    a, m = layer.self_attn, layer.mlp
+    no_bias = all(linear.bias is None for linear in (m.gate_proj, m.up_proj, m.down_proj))
+    return LayerWeights(
+        layer.input_layernorm.weight, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.o_proj.weight,
+        layer.post_attention_layernorm.weight, m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight,
+        a.q_proj.bias, a.k_proj.bias, a.v_proj.bias, a.o_proj.bias, _norm(a, "q_norm"), _norm(a, "k_norm"),
+        plain_mlp=no_bias and type(m.act_fn).__name__ in ("SiLU", "SiLUActivation"))
+
+
+def _norm(module: nn.Module, name: str) -> Tensor | None:
+    part = getattr(module, name, None)
+    return None if part is None else part.weight
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a decoder, as its config has them."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    positions: int
+    norm_eps: float
+
+    @classmethod
+    def of(cls, config) -> "DecoderShape":
+        """Read a transformers config."""
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(config.hidden_size, heads, config.num_key_value_heads, head_dim, config.intermediate_size,
+                   config.max_position_embeddings, config.rms_norm_eps)
+
+
+def rotary_angles(base, shape: DecoderShape) -> Sequence[Tensor]:
+    """Cosines and sines of the rotary embedding at every position, (P, d / 2) in fp32 each."""
+    angles = base.model.rotary_emb(torch.zeros((), dtype=torch.float32),
+                                   position_ids=torch.arange(shape.positions)[None])
+    return [t[0, :, :shape.head_dim // 2] for t in angles]

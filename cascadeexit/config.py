@@ -1,0 +1,94 @@
+"""DecodeConfig: how a text is decoded, and the thresholds that exits get from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+CASCADE_THRESHOLD = 0.6
+
+
+class Mode(StrEnum):
+    FULL = "full"           # every token from the last layer
+    CASCADE = "cascade"     # every token from the first exit that is confident enough
+    VERIFIED = "verified"   # drafts that the full model verifies: exactly what `full` says
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to decode one text. Raises ValueError for a contradiction."""
+
+    mode: Mode = Mode.CASCADE
+    max_new_tokens: int = 256
+    max_draft: int = 7
+    """verified: the most tokens drafted for one verification pass."""
+    thresholds: float | Sequence[float | None] | None = None
+    """Confidence in [0, 1] from which an exit is taken. One number is the first exit's threshold, from which those of
+    deeper exits follow (`graded_thresholds`). A sequence has one for each exit; `None` in it disables that exit.
+    `None` for the whole field uses the mode's default: 0.6 for cascade; for verified a draft tree, from the drafter and
+    n-gram lookup, as large as is likely to save more time than it costs (`DraftTree`)."""
+    target_disagreement: float | None = None
+    """cascade, greedy, instead of thresholds: share of the tokens, in (0, 1), that may differ from the full model's
+    choice after the same text. The exits' calibration gives the thresholds (`cascadeexit.calibration`)."""
+    tolerance: float = 0.0
+    """verified, greedy: a draft is also accepted when the full model gives it at least 1 - tolerance times the
+    probability of its own choice. 0 is lossless."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token, up to max_new_tokens: for benchmarks of a fixed length."""
+
+    def __post_init__(self):
+        try:
+            object.__setattr__(self, "mode", Mode(self.mode))
+        except ValueError:
+            raise ValueError(f"mode must be one of {', '.join(Mode)}, got '{self.mode}'") from None
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.max_draft < 1:
+            raise ValueError(f"max_draft must be at least 1, got {self.max_draft}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}")
+        if self.tolerance and (self.mode is not Mode.VERIFIED or self.temperature):
+            raise ValueError("tolerance goes with mode verified and temperature 0: elsewhere nothing is judged by it")
+        if self.target_disagreement is not None:
+            if not 0 < self.target_disagreement < 1:
+                raise ValueError(f"target_disagreement must be in (0, 1), got {self.target_disagreement}")
+            if self.mode is not Mode.CASCADE or self.temperature or self.thresholds is not None:
+                raise ValueError("target_disagreement goes with mode cascade, temperature 0 and no thresholds: that is "
+                                 "what it was measured for")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        each = [self.thresholds] if isinstance(self.thresholds, (int, float)) else list(self.thresholds or ())
+        if any(t is not None and not 0 <= t <= 1 for t in each):
+            raise ValueError(f"thresholds must be in [0, 1] or None, got {self.thresholds}")
+
+    def threshold_per_exit(self, depths: Sequence[float]) -> tuple[float | None, ...]:
+        """Return one threshold for each exit at these depths, None where it is disabled or has no fixed one.
+
+        Raises ValueError for a wrong number of thresholds.
+        """
+        wanted = CASCADE_THRESHOLD if self.thresholds is None and self.mode is Mode.CASCADE else self.thresholds
+        if wanted is None:
+            return (None,) * len(depths)
+        if isinstance(wanted, (int, float)):
+            return graded_thresholds(wanted, depths)
+        if len(wanted) != len(depths):
+            raise ValueError(f"this model has {len(depths)} exits, got {len(wanted)} thresholds")
+        return tuple(wanted)
+
+
+def graded_thresholds(first: float, depths: Sequence[float]) -> tuple[float, ...]:
+    """Thresholds of all exits that trade risk for savings at one price, from the threshold of the first exit.
+
+    An exit saves the layers above it and risks a wrong token. It is taken where that risk, 1 - confidence, is at most a
+    price times what it saves. So a deeper exit, which saves less, needs a higher confidence.
+
+    Args:
+        first: threshold of the first exit, in [0, 1].
+        depths: share of the layers below each exit, ascending, in [0, 1).
+    """
+    return tuple(1 - (1 - first) * (1 - depth) / (1 - depths[0]) for depth in depths)

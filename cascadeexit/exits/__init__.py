@@ -1,0 +1,9 @@
+"""Exits of a frozen model: plain trainable modules, and the artifact that holds them. Backends run them."""
+
+from cascadeexit.exits.adapters import ADAPTERS, CarryAdapter, Drafter, ExitAdapter
+from cascadeexit.exits.bank import ExitBank
+from cascadeexit.exits.confidence import ConfidenceHead, SketchConfidence
+from cascadeexit.exits.config import CONFIG_FILE, WEIGHTS_FILE, ExitConfig, read_config
+
+__all__ = ["ADAPTERS", "CONFIG_FILE", "WEIGHTS_FILE", "CarryAdapter", "ConfidenceHead", "Drafter", "ExitAdapter",
+           "ExitBank", "ExitConfig", "SketchConfidence", "read_config"]

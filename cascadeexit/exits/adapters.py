@@ -1,0 +1,92 @@
+"""Adapters: small networks that turn a hidden state of some layer into one that the frozen head can read.
+
+An adapter never sees the vocabulary. `swiglu`, the published kind, reads the hidden state at its layer. `carry` also
+reads the carried state: the hidden state that produced the newest token, from the full model or from the exit that the
+token left by. Every decoder has that state at hand, and it holds what deep layers understood one token ago.
+
+Letters: D hidden size.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class ExitAdapter(nn.Module):
+    """The published adapter: h + up(silu(gate h) * down h), then a norm of its own. (..., D) -> (..., D)."""
+
+    linear = None       # it has no linear part: that is the identity
+
+    def __init__(self, hidden_size: int, width: int, norm_eps: float):
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, width, bias=False)
+        self.down = nn.Linear(hidden_size, width, bias=False)
+        self.up = nn.Linear(width, hidden_size, bias=False)
+        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        # Identity at the start: training begins at the logit lens, and weight decay pulls towards it, not to zero.
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, h: Tensor, carried: Tensor) -> Tensor:
+        """Adapt hidden rows h; the carried state is not read."""
+        return self.norm(h + self.up(nn.functional.silu(self.gate(h)) * self.down(h)))
+
+    @torch.no_grad()
+    def rescale(self, h: float, carried: float) -> None:
+        """Change the weights so that rows multiplied by `h` give today's output; the norm cancels the sum's scale."""
+        for weight, factor in ((self.gate, 1 / h), (self.down, 1 / h), (self.up, h)):
+            weight.weight.mul_(factor)
+
+
+class CarryAdapter(nn.Module):
+    """An adapter that reads x = [h, carried]: linear x + up(silu(gate x) * down x), then a norm.
+
+    (..., D), (..., D) -> (..., D). The carried state is ready for the head, as this adapter's own output is. Handing
+    the last deep state on is the idea of EAGLE (Li et al. 2024); here it meets the newest token's own layers.
+    """
+
+    def __init__(self, hidden_size: int, width: int, norm_eps: float):
+        super().__init__()
+        self.linear = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+        self.gate = nn.Linear(2 * hidden_size, width, bias=False)
+        self.down = nn.Linear(2 * hidden_size, width, bias=False)
+        self.up = nn.Linear(width, hidden_size, bias=False)
+        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        nn.init.zeros_(self.up.weight)                                          # the logit lens at the start
+        self.linear.weight.data.copy_(torch.eye(hidden_size, 2 * hidden_size))
+
+    def forward(self, h: Tensor, carried: Tensor) -> Tensor:
+        """Adapt hidden rows h, each with its carried state."""
+        x = torch.cat([h, carried], dim=-1)
+        return self.norm(self.linear(x) + self.up(nn.functional.silu(self.gate(x)) * self.down(x)))
+
+    @torch.no_grad()
+    def rescale(self, h: float, carried: float) -> None:
+        """Change the weights so that rows and carried states multiplied by these factors give today's output."""
+        for projection in (self.linear, self.gate, self.down):
+            left, right = projection.weight.chunk(2, dim=1)
+            left.div_(h)
+            right.div_(carried)
+
+
+ADAPTERS = {"swiglu": ExitAdapter, "carry": CarryAdapter}
+
+
+class Drafter(nn.Module):
+    """The network that drafts chains of tokens: a `carry` adapter before the first layer that also reads a context.
+
+    The context is what the layers at the other exits made of the newest confirmed token, E exits side by side
+    (..., E D); one context serves all drafts of a pass. That several depths tell more about later tokens than the last
+    depth alone is a finding of EAGLE-3 (Li et al. 2025).
+
+    Args:
+        states: E, the number of exits whose states form the context.
+    """
+
+    def __init__(self, hidden_size: int, width: int, states: int, norm_eps: float):
+        super().__init__()
+        self.adapter = CarryAdapter(hidden_size, width, norm_eps)
+        self.context = nn.Linear(states * hidden_size, hidden_size, bias=False)
+        nn.init.zeros_(self.context.weight)
+
+    def forward(self, h: Tensor, carried: Tensor, context: Tensor) -> Tensor:
+        """Embeddings h, carried states, and the output of `self.context`: (..., D) each -> (..., D)."""
+        return self.adapter(h, carried + context)

@@ -1,0 +1,152 @@
+"""ExitBank: all exits of one model as a plain trainable module, and the artifact it is saved to.
+
+Artifact: config.json + exits.safetensors, and calibration.json where the exits were calibrated. The bank computes
+nothing at run time: `backend.exits(bank)` gives what runs on a device.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cascadeexit.calibration import Calibration
+from cascadeexit.exits.adapters import ADAPTERS, Drafter
+from cascadeexit.exits.confidence import ConfidenceHead, SketchConfidence
+from cascadeexit.exits.config import CONFIG_FILE, WEIGHTS_FILE, ExitConfig, read_config
+
+log = logging.getLogger(__name__)
+
+
+class ExitBank(nn.Module):
+    """Adapters, confidence estimators, drafter and word lists of one model's exits.
+
+    Attributes:
+        adapters: one for each exit, from the shallowest.
+        confidence_heads: one for each exit; None where the largest softmax probability is the confidence.
+        drafter: None where the exit before the first layer drafts.
+        head_ids: token ids of the trimmed head, the most frequent first; None for the whole vocabulary.
+        sketch_ids: token ids that a sketch estimator reads; None for other estimators.
+        calibration: measured thresholds of these very exits; None where they were not calibrated.
+    """
+
+    def __init__(self, config: ExitConfig):
+        super().__init__()
+        self.config = config
+        self.adapters = nn.ModuleList(
+            ADAPTERS[config.adapter](config.hidden_size, config.width, config.norm_eps) for _ in config.layers)
+        self.confidence_heads = None
+        if config.confidence != "softmax":
+            self.confidence_heads = nn.ModuleList(
+                ConfidenceHead(config.hidden_size, config.confidence_width) if config.confidence == "mlp"
+                else SketchConfidence(config.confidence_width) for _ in config.layers)
+        self.drafter = None
+        if config.drafter_width:
+            self.drafter = Drafter(config.hidden_size, config.drafter_width, len(config.layers) - 1, config.norm_eps)
+        self.register_buffer("head_ids", torch.arange(config.head_size) if config.head_size else None)
+        self.register_buffer("sketch_ids", torch.arange(config.sketch_size) if config.sketch_size else None)
+        self.calibration: Calibration | None = None
+
+    @classmethod
+    def untrained(cls, model, *, confidence: str = "softmax", **shape) -> Self:
+        """Exits that start as the logit lens of a model: identity adapters with the model's final norm.
+
+        Args:
+            model: a `SegmentedModel`; its exit layers are the bank's.
+            shape: further fields of `ExitConfig`.
+        """
+        config = ExitConfig(base_model=model.name, hidden_size=model.hidden_size, num_layers=model.num_layers,
+                            vocab_size=model.vocab_size, layers=model.exit_layers, confidence=confidence,
+                            norm_eps=getattr(model.config, "rms_norm_eps", 1e-5),
+                            head_fingerprint=model.head_fingerprint, **shape)
+        bank = cls(config)
+        for adapter in bank.adapters:
+            adapter.norm.weight.data.copy_(model.norm_weight)
+        return bank
+
+    def fit(self, model) -> Self:
+        """Freeze the exits and move them to a `SegmentedModel`'s device; adapters take its dtype, estimators fp32.
+
+        Raises ValueError when the exits belong to another architecture; warns when only the weights differ.
+        """
+        c = self.config
+        theirs = (c.hidden_size, c.num_layers, c.vocab_size, c.layers)
+        ours = (model.hidden_size, model.num_layers, model.vocab_size, model.exit_layers)
+        if theirs != ours:
+            raise ValueError(f"these exits were made for {c.base_model} (hidden, layers, vocabulary, exits = "
+                             f"{theirs}); {model.name} has {ours}. Use exits of this model, or none.")
+        if c.head_fingerprint and c.head_fingerprint != model.head_fingerprint:
+            log.warning("The exits were trained on other weights of %s than the ones loaded (the heads differ): "
+                        "verified stays lossless, but confidences may be wrong.", c.base_model)
+        self.to(model.device).eval().requires_grad_(False)
+        self.adapters.to(model.dtype)
+        if self.drafter:
+            self.drafter.to(model.dtype)
+        return self
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the exits' weights, in fp32, and their parts of the head: tells which exits made a result.
+
+        The drafter does not count: an exit's choices and confidences are the same with any drafter.
+        """
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("drafter.")}
+        return _digest(state, repr(self.config.head_sizes) if self.config.head_sizes else "")
+
+    def drafter_fingerprint(self) -> str | None:
+        """SHA-256 over the drafter's weights, on which the speed of `verified` depends; None without a drafter."""
+        return _digest(self.drafter.state_dict()) if self.drafter else None
+
+    # -- artifact -------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and exits.safetensors; a reader never sees half a file."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, config = folder / (WEIGHTS_FILE + ".tmp"), folder / (CONFIG_FILE + ".tmp")
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, weights)
+        config.write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+        os.replace(weights, folder / WEIGHTS_FILE)
+        os.replace(config, folder / CONFIG_FILE)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read an artifact written by `save`.
+
+        Raises FileNotFoundError when a file is missing, ValueError when the files are damaged or do not fit together.
+        """
+        folder = Path(folder)
+        try:
+            bank = cls(read_config(folder))
+            bank.load_state_dict(load_file(folder / WEIGHTS_FILE))
+            bank._check_words()
+            bank.calibration = Calibration.load(folder)
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{folder} holds no exits that this version can read: {error}") from error
+        if bank.calibration and bank.calibration.exits != bank.fingerprint():
+            log.warning("The calibration in %s belongs to other exits and is ignored: run python -m "
+                        "training.calibrate", folder)
+            bank.calibration = None
+        return bank
+
+    def _check_words(self) -> None:
+        """Raise ValueError where a word of the trimmed head or the sketch is outside the vocabulary."""
+        for name in ("head_ids", "sketch_ids"):
+            ids = getattr(self, name)
+            bad = [] if ids is None else ids[(ids < 0) | (ids >= self.config.vocab_size)].tolist()
+            if bad:
+                raise ValueError(f"{name} must be token ids in 0..{self.config.vocab_size - 1}, got {bad[:5]}: "
+                                 "the file is damaged, or belongs to another model")
+
+
+def _digest(state: dict[str, Tensor], begin: str = "") -> str:
+    """SHA-256 over named tensors in fp32, its first 16 digits."""
+    digest = hashlib.sha256(begin.encode())
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,81 @@
+"""Confidence estimators: how likely an exit's choice equals the full model's, without its whole vocabulary projection.
+
+Two kinds. `ConfidenceHead`, the published one, reads the adapted hidden state. `SketchConfidence` reads facts of the
+exit's softmax over a few frequent words and the n-gram copy. So only the exit that is taken pays a vocabulary
+projection.
+
+Letters: N rows, D hidden size, K words of the head that a sketch reads.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+FACTS_ALONE, FACTS_AFTER = 5, 12        # inputs of a sketch estimator, without and with the exit before
+
+
+class ConfidenceHead(nn.Module):
+    """The published estimator, an MLP: adapted hidden states (..., D) -> logits (...,). Always in fp32."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, width)
+        self.outer = nn.Linear(width, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = nn.functional.silu(self.inner(hidden.to(self.inner.weight.dtype)))
+        return self.outer(inner).squeeze(-1).float()
+
+    def chance(self, hidden: Tensor) -> Tensor:
+        """Probability that this exit's choice equals the full model's: (..., D) -> (...,)."""
+        return self(hidden).sigmoid()
+
+
+class SketchConfidence(nn.Module):
+    """An estimator that reads `softmax_facts`: (..., 5), or (..., 12) with the exit before it -> logits (...,).
+
+    Where the exit before was asked about the same token, its facts are read too: exits that agree are more often right.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.alone, self.after = (nn.Sequential(nn.Linear(n, width), nn.SiLU(), nn.Linear(width, 1))
+                                  for n in (FACTS_ALONE, FACTS_AFTER))
+
+    def forward(self, facts: Tensor) -> Tensor:
+        return (self.alone if facts.shape[-1] == FACTS_ALONE else self.after)(facts).squeeze(-1)
+
+
+def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: Tensor,
+                  before: Tensor | None = None) -> Tensor:
+    """Facts of an exit's softmax that `SketchConfidence` reads: (..., 5), or (..., 12) with the exit before it.
+
+    Alone: log p of the likeliest word, log p of the second, the entropy in nats; then log(1 + length) of the copy where
+    the likeliest word is the copied one, else 0; the same where it is another word. With the exit before, between
+    them: its three numbers; 1 where the likeliest words are equal, else 0; log p that the exit before gives to this
+    exit's word, and the reverse, at least -15; the cosine of the two rows.
+
+    Args:
+        project: the head of the sketch, rows (..., D) -> logits (..., K).
+        hidden: adapted rows of this exit (..., D).
+        copied: place of the copied word in the sketch, -1 outside of it, and log(1 + length) of the copy: (..., 2).
+        before: adapted rows of the exit before (..., D), where it was asked.
+    """
+    log_p, mine = _of_softmax(project(hidden))
+    best, (word, length) = log_p.argmax(-1, keepdim=True), copied.split(1, dim=-1)
+    copy = torch.cat([length * (best == word), length * (best != word)], dim=-1)
+    if before is None:
+        return torch.cat([mine, copy], dim=-1)
+    other, theirs = _of_softmax(project(before))
+    their_best = other.argmax(-1, keepdim=True)
+    cosine = nn.functional.cosine_similarity(hidden.float(), before.float(), dim=-1)[..., None]
+    return torch.cat([mine, theirs, (best == their_best).float(), other.gather(-1, best).clamp(min=-15),
+                      log_p.gather(-1, their_best).clamp(min=-15), cosine, copy], dim=-1)
+
+
+def _of_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probabilities (..., K); and log p of the two likeliest words and the entropy in nats (..., 3)."""
+    log_p = logits.float().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
+    return log_p, torch.cat([log_p.topk(2, dim=-1).values, entropy], dim=-1)

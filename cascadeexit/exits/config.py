@@ -1,0 +1,97 @@
+"""ExitConfig: the shape of a model's exits and the model they belong to, as saved beside their weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cascadeexit.exits.adapters import ADAPTERS
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "exits.safetensors"
+_FORMAT = 3
+
+
+@dataclass(frozen=True)
+class ExitConfig:
+    """Shape of the exits and the model they belong to. Raises ValueError for a contradiction."""
+
+    base_model: str
+    """Short name of the base model."""
+    hidden_size: int
+    num_layers: int
+    """Layers of the base model."""
+    vocab_size: int
+    layers: tuple[int, ...]
+    """Number of layers below each exit, ascending; 0 is an exit before the first layer."""
+    adapter: str = "swiglu"
+    """Kind of adapter: 'swiglu' as published, or 'carry', which also reads the carried state."""
+    width: int = 512
+    """Inner width of the adapter's SwiGLU; 512 as published."""
+    confidence_width: int = 256
+    """Inner width of the confidence estimator; 256 as published, 48 for 'sketch'."""
+    confidence: str = "mlp"
+    """Kind of confidence estimator. 'mlp': the published one. 'sketch': reads the exit's probabilities of its most
+    frequent words and the n-gram copy. 'softmax': the largest probability of the exit's head, for untrained exits."""
+    sketch_size: int = 0
+    """Number of words that a 'sketch' estimator reads; 0 for the other kinds."""
+    head_size: int = 0
+    """Number of words in the exits' trimmed head, the most frequent first; 0 means the whole vocabulary."""
+    head_sizes: tuple[int, ...] = ()
+    """How many of the trimmed head's first words each exit reads; () means all. Deep exits predict rare words,
+    shallow exits do not."""
+    draft_size: int = 0
+    """How many of the trimmed head's first words the draft tree chooses from; 0 means those of the first exit."""
+    drafter_width: int = 0
+    """Inner width of the `Drafter`; 0 means no drafter: the exit before the first layer drafts."""
+    norm_eps: float = 1e-5
+    head_fingerprint: str = ""
+    """SHA-256 of the base model's head, or '' when unknown."""
+    trained: bool = False
+    format: int = _FORMAT
+
+    def __post_init__(self):
+        for name in ("layers", "head_sizes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.adapter not in ADAPTERS:
+            raise ValueError(f"adapter must be one of {', '.join(ADAPTERS)}, got '{self.adapter}'")
+        if self.confidence not in ("mlp", "sketch", "softmax"):
+            raise ValueError(f"confidence must be 'mlp', 'sketch' or 'softmax', got '{self.confidence}'")
+        if (self.confidence == "sketch") != (self.sketch_size > 0):
+            raise ValueError(f"sketch_size goes with confidence 'sketch', got {self.sketch_size} with "
+                             f"'{self.confidence}'")
+        if self.head_size > self.vocab_size:
+            raise ValueError(f"head_size is at most the vocabulary, {self.vocab_size}; got {self.head_size}")
+        if self.head_sizes and (len(self.head_sizes) != len(self.layers) or max(self.head_sizes) != self.head_size
+                                or any(n < 1 or n % 32 and n != self.head_size for n in self.head_sizes)):
+            raise ValueError(f"head_sizes are one for each of {len(self.layers)} exits, multiples of 32 up to "
+                             f"head_size, {self.head_size}; got {self.head_sizes}")
+        if not 0 <= self.draft_size <= self.head_size or self.draft_size % 32 or self.draft_size > self.words(0):
+            raise ValueError("draft_size is a multiple of 32 within a trimmed head and the first exit's part of it, "
+                             f"{self.words(0) if self.head_size else 0}; got {self.draft_size}")
+        if self.drafter_width and (self.layers[:1] != (0,) or len(self.layers) < 2):
+            raise ValueError(f"a drafter needs an exit before the first layer and one deeper, got {self.layers}")
+        if not all(a < b for a, b in zip((-1, *self.layers), (*self.layers, self.num_layers), strict=True)):
+            raise ValueError(f"exit layers must ascend within 0..{self.num_layers - 1}, got {self.layers}")
+        if self.format != _FORMAT:
+            raise ValueError(f"these exits have format {self.format}; this version reads format {_FORMAT}: train them "
+                             "anew with training/run.sh, or use the version that made them")
+
+    def words(self, s: int) -> int:
+        """Number of words that exit s chooses from."""
+        return self.head_sizes[s] if self.head_sizes else self.head_size or self.vocab_size
+
+    @property
+    def draft_words(self) -> int:
+        """Number of words that drafts are chosen from."""
+        return self.draft_size or self.words(0)
+
+
+def read_config(folder: str | Path) -> ExitConfig:
+    """Read an artifact's config without its weights.
+
+    Raises FileNotFoundError when one of the two files is missing, ValueError or TypeError when the config is damaged.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {folder}; exits are two files: {CONFIG_FILE}, {WEIGHTS_FILE}")
+    return ExitConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))

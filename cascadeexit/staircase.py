@@ -1,0 +1,98 @@
+"""Staircase: one sequence on its way through the segments.
+
+Positions enter each segment in order, so how deep each position is computed is a staircase: filled[0] >= filled[1] >=
+... Hidden states wait on each step. `run` takes everything that waits at some segments through their layers in one
+pass. Prefill, a decode step, catch-up of skipped layers and verification are all that one call.
+
+Letters: N rows in a pass, D hidden size, S segments (the last one ends in the full model).
+"""
+
+import weakref
+from collections.abc import Sequence
+
+from cascadeexit.backends.base import Rows
+from cascadeexit.costs import Meter
+from cascadeexit.model import SegmentedModel
+
+_MAX_ROWS = 256             # rows of one prefill or catch-up pass: bounds the memory of masks and activations
+
+
+class Staircase:
+    """One sequence: its tokens, its cache, and the hidden states that wait at each segment.
+
+    Args:
+        capacity: positions that the cache has room for.
+    """
+
+    def __init__(self, model: SegmentedModel, capacity: int):
+        self.model = model
+        self.cache = model.layers.new_cache(capacity)
+        weakref.finalize(self, model.layers.release, self.cache)
+        self.tokens: list[int] = []
+        self.waiting: list[Rows | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
+
+    def filled(self, s: int) -> int:
+        """Number of positions that segment s has computed."""
+        if self.model.bounds[s] == self.model.bounds[s + 1]:        # no layers: all that went on is what was computed
+            waiting = self.waiting[s + 1]
+            return self.filled(s + 1) + (0 if waiting is None else waiting.shape[1])
+        return self.cache.length(self.model.bounds[s])
+
+    def lowest(self) -> int:
+        """The first segment at which something waits."""
+        if self.filled(0) < len(self.tokens):
+            return 0
+        return next(s for s, rows in enumerate(self.waiting) if rows is not None)
+
+    def run(self, segments: range, parents: Sequence[int] | None = None, meter: Meter | None = None) -> list[Rows]:
+        """Take everything that waits at these segments through them, up to the last.
+
+        Returns the rows after each segment, (1, N, D); the newest row is the last. A span of segments at which nothing
+        waits but the rows that come in is one pass.
+
+        Args:
+            parents: the rows are a tree, as for `LayerStack.run`.
+            meter: counts the bytes of weights that are read.
+        """
+        out = []
+        while segments:
+            first, end = segments[0], next((s for s in segments[1:] if self.waiting[s] is not None), segments.stop)
+            span, segments = range(first, end), range(end, segments.stop)
+            if first == 0:
+                rows = self.model.layers.embed(self.tokens[self.filled(0):])
+            else:
+                rows, self.waiting[first] = self.waiting[first], None
+            out += self._through(span, rows, parents, meter)
+            if end < self.model.num_segments:
+                before = self.waiting[end]
+                self.waiting[end] = out[-1] if before is None else self.model.layers.join([before, out[-1]])
+        return out
+
+    def _through(self, span: range, rows: Rows, parents: Sequence[int] | None, meter: Meter | None) -> list[Rows]:
+        """Rows through a span of segments, in parts where they are many."""
+        layers, n = self.model.layers, rows.shape[1]
+        parts = [rows[:, a:a + _MAX_ROWS] for a in range(0, n, _MAX_ROWS)] if n > _MAX_ROWS else [rows]
+        passed = [layers.run(span, part, self.cache, parents) for part in parts]
+        if meter:
+            meter.add(len(parts) * sum(layers.segment_bytes[span.start:span.stop]))
+        return passed[0] if len(parts) == 1 else [layers.join(after) for after in zip(*passed)]
+
+    def prefill(self, tokens: Sequence[int]) -> list[Rows]:
+        """Add tokens and take them through all segments: the rows after each (1, N, D), or [] without tokens."""
+        self.tokens.extend(tokens)
+        return self.run(range(self.model.num_segments)) if len(tokens) else []
+
+    def adopt(self, other: "Staircase") -> None:
+        """Begin with the tokens and the cache of another staircase, at which nothing waits."""
+        self.tokens = list(other.tokens)
+        self.cache.copy_from(other.cache)
+
+    def keep(self, drafts: int, path: Sequence[int]) -> None:
+        """Keep only a path of the newest `drafts` tokens. Only after a pass through all segments."""
+        assert all(w is None for w in self.waiting), "rows are waiting: keep a path only after the last segment ran"
+        if len(path) == drafts:                         # all of them, in their order
+            return
+        first = len(self.tokens) - drafts
+        self.tokens[first:] = [self.tokens[first + i] for i in path]
+        # Row 0 of the pass is the token before the drafts.
+        self.model.layers.keep(self.cache, first - 1, [0, *(i + 1 for i in path)])
