@@ -33,7 +33,7 @@ if [[ ${SMOKE:-} ]]; then
   OUT=${SMOKE_OUT:-runs/smoke}
   MODEL=$OUT/model
   [[ -f $MODEL/config.json ]] || $python -m training.tiny --out "$MODEL"
-  texts=(README.md)
+  texts=(training/smoke_text.txt)
   policy=(--tokens 24000 --batch 32 --steps 96)
   distill=(--epochs 1 --batch 512 --width 32 --head-size 256 --train-words 128 --tail 64 --save-every 20)
   drafter=(--epochs 3 --batch 256 --lr 2e-3 --tail 64 --save-every 40)
