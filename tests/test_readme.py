@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,7 +107,10 @@ def check_recipe(words: list[str], variables: dict[str, str]) -> None:
 
 
 def check_upload(words: list[str], _: dict[str, str]) -> None:
-    assert words[0] == "upload" and words[2:] == [".", ".", "--repo-type", "space"]
+    assert words[0] == "upload" and words[2:4] == [".", "."], "a Space's name, this folder, the Space's root"
+    shown = subprocess.run([sys.executable, "-m", "huggingface_hub.cli.hf", "upload", "--help"], capture_output=True,
+                           text=True, check=True).stdout
+    assert all(word in shown for word in words if word.startswith("--"))
 
 
 def check_activate(words: list[str], _: dict[str, str]) -> None:
