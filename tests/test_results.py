@@ -80,6 +80,13 @@ def test_limits_of_the_readme_are_those_of_the_files():
     assert ("Nothing was ever measured on a GPU" in readme) == (devices == {"cpu"})
 
 
+def test_links_of_the_generated_pages_lead_somewhere():
+    for page, text in results.pages().items():
+        if page != results.ROOT / "README.md":          # tests/test_readme.py reads that one
+            for target in re.findall(r"\]\(([^)]+)\)", text):
+                assert (page.parent / target).exists(), f"{page}: {target}"
+
+
 def test_results_carry_their_provenance():
     for path in [*RESULT_FILES, *(p for p in REPORTS if p.name != "config.json")]:
         found = results.read(results.ROOT / path)["provenance"]
