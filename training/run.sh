@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# The whole recipe: text that the model writes itself, adapters, drafter, estimators, evaluation, calibration. Ends with
-# exits that the page can load. Interrupted anywhere, the same command goes on.
+# Train exits for a model. The steps: training text that the model writes, adapters, drafter, confidence estimators,
+# evaluation, calibration. The page can load the result. If the run is interrupted, start it again: it continues.
 #
 #   MODEL=./my-llama OUT=runs/my-llama training/run.sh
 #   SMOKE=1 training/run.sh                        # a tiny random model on a CPU, in about a minute
 #
+#   variable  meaning                                          default
 #   MODEL     bundled name, Hub id or local folder             smollm2-135m-instruct
-#   OUT       folder for data, checkpoints and the exits       runs/MODEL
-#   EXITS     layers or parts of the depth                     0,0.3,0.57,0.8
-#   TOKENS    how much text the model writes                   2000000
-#   PROMPTS   JSONL files, rows {"prompt": ...}, spaces between: user turns for it to answer
-#   TEXTS     text files, spaces between: passages for it to go on with, and plain text to learn from
-#   PROCESSES how many processes or GPUs train                 1
+#   OUT       folder for data, checkpoints and exits           runs/MODEL
+#   EXITS     layers, or shares of the depth                   0,0.3,0.57,0.8
+#   TOKENS    tokens of training text that the model writes    2000000
+#   PROMPTS   JSONL files with rows {"prompt": ...}, separated by spaces: user turns that the model answers
+#   TEXTS     text files, separated by spaces: passages that the model continues, and plain training text
+#   PROCESSES number of training processes or GPUs             1
 #   DISTILL, DRAFTER, CONFIDENCE   more options for these steps
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,7 +34,7 @@ if [[ ${SMOKE:-} ]]; then
   OUT=${SMOKE_OUT:-runs/smoke}
   MODEL=$OUT/model
   [[ -f $MODEL/config.json ]] || $python -m training.tiny --out "$MODEL"
-  texts=(README.md)
+  texts=(training/smoke_text.txt)
   policy=(--tokens 24000 --batch 32 --steps 96)
   distill=(--epochs 1 --batch 512 --width 32 --head-size 256 --train-words 128 --tail 64 --save-every 20)
   drafter=(--epochs 3 --batch 256 --lr 2e-3 --tail 64 --save-every 40)
@@ -60,7 +61,7 @@ fi
 "${launch[@]}" -m training.distill --model "$MODEL" --data "${data[@]}" --out "$OUT/exits" \
   ${EXITS:+--exits "$EXITS"} "${distill[@]}"
 
-# A drafter goes on from a `carry` exit before the first layer; `verified` does without one, at less speed.
+# A drafter starts as the `carry` exit before the first layer. Without one, `verified` still works, but slower.
 if [[ ${EXITS:-0,} == 0,* && "${distill[*]}" != *swiglu* && "${distill[*]}" != *published* ]]; then
   say "3. drafter"
   "${launch[@]}" -m training.drafter --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${drafter[@]}"
