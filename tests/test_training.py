@@ -16,7 +16,7 @@ import training.data
 from cascadeexit.exits import ADAPTERS, ExitBank
 from cascadeexit.hub import exit_layers
 from training.confidence import auroc, expected_calibration_error, platt
-from training.data import ChatTemplate, Row, Sources, write_round
+from training.data import ChatTemplate, Lane, Sources, write_round
 from training.distill import (
     ExitHead,
     Inputs,
@@ -162,9 +162,9 @@ def test_exits_trained_apart_are_joined_by_layer():
     for bank, layer in ((shallow, 0), (deep, 2), (deep, 3), (deep, 5)):
         ours, theirs = (b.adapters[b.config.layers.index(layer)] for b in (whole, bank))
         torch.testing.assert_close(ours(h, said), theirs(h, said))
-    with pytest.raises(ValueError, match="width is 8 in the first, 9 in another"):
+    with pytest.raises(ValueError, match="width is 8 in the first folder, 9 in another"):
         join([deep, tiny_engine(adapter="carry", width=9).bank])
-    with pytest.raises(ValueError, match="do not belong together: head_fingerprint"):
+    with pytest.raises(ValueError, match="cannot be joined: head_fingerprint"):
         join([deep, tiny_engine(seed=3, adapter="carry").bank])
 
 
@@ -244,11 +244,11 @@ class Template:
         return [1, *self.encode(turn), 2, 3]
 
 
-def lane(prompts: list[str] = (), texts: list[str] = (), plain_share: float = 0.0) -> Row:
-    return Row(Sources(Template(), list(prompts), list(texts), own_share=0.0, plain_share=plain_share, seed="0"))
+def lane(prompts: list[str] = (), texts: list[str] = (), plain_share: float = 0.0) -> Lane:
+    return Lane(Sources(Template(), list(prompts), list(texts), own_share=0.0, plain_share=plain_share, seed="0"))
 
 
-def speak(row: Row, said: list[int]) -> list[int]:
+def speak(row: Lane, said: list[int]) -> list[int]:
     return [row.next_token(token, token, frozenset([2]), slot) for slot, token in enumerate(said)]
 
 

@@ -38,8 +38,9 @@ from cascadeexit.metrics import RunStats, agreement, match
 from cascadeexit.prompts import bundled_prompts, token_ids
 from training import replay
 from training.command import run_command
+from training.json_files import save_json
 from training.plots import growth_plot
-from training.provenance import provenance, save_json
+from training.provenance import provenance
 
 GENERATE, LLAMA_CPP = "transformers generate", "llama.cpp, 4-bit"
 CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024)

@@ -37,8 +37,9 @@ from training.command import run_command
 from training.distill import carried, frequent_tokens
 from training.documents import Split, load_documents
 from training.features import FeatureStore
+from training.json_files import save_json
 from training.plots import reliability_plot
-from training.provenance import provenance, save_json
+from training.provenance import provenance
 
 BINS = 15
 

@@ -33,8 +33,9 @@ from cascadeexit.model import SegmentedModel
 from training.command import run_command
 from training.documents import Split, load_documents
 from training.features import Features, FeatureStore
+from training.json_files import read_lines, save_json
 from training.plots import loss_plot
-from training.provenance import provenance, read_lines, save_json
+from training.provenance import provenance
 
 PRESETS = {
     # Hyper-parameters of the published exits for Llama-3.2-3B; the loss is per token here, theirs summed over the text.

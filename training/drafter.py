@@ -31,7 +31,8 @@ from training.command import run_command
 from training.distill import ExitHead, Run, batches, exit_loss, micro_batches, optimizer_for, update, whitening
 from training.documents import Split, load_documents
 from training.features import Features, FeatureStore
-from training.provenance import provenance, save_json
+from training.json_files import save_json
+from training.provenance import provenance
 
 _SHARES = (1.0, 0.5, 0.3)       # of the rows, learned from at each place of a chain: deep ones are seldom reached
 _JUDGED = 4                     # places of a chain in reports
