@@ -9,7 +9,7 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.model import SegmentedModel
 from cascadeexit.states import tensor_of
 from training.documents import Document
-from training.drafter import Rows, Whitened
+from training.drafter import DraftRows, WhitenedDrafter
 from training.features import FeatureStore
 
 PROMPTS = ([5], [5, 6, 7], [9, 3] * 12)
@@ -86,10 +86,10 @@ def test_chains_in_training_are_those_of_decoding(tmp_path):
     store = FeatureStore(engine.model, documents, tmp_path, 1.0)
     store.prepare()
     store.open()
-    drafter, rows = engine.bank.drafter, Rows([store[0], store[1]])
+    drafter, rows = engine.bank.drafter, DraftRows([store[0], store[1]])
     weights = {name: value.clone() for name, value in drafter.state_dict().items()}
     with torch.no_grad():
-        inputs = Whitened(drafter, store, range(8))
+        inputs = WhitenedDrafter(drafter, store, range(8))
         chain = inputs.chain(rows, 3)
         inputs.fold()
         for name, value in drafter.state_dict().items():

@@ -15,22 +15,17 @@ from tqdm import tqdm
 import training.data
 from cascadeexit.exits import ADAPTERS, ExitBank
 from cascadeexit.hub import exit_layers
+from training.batches import batches, micro_batches
 from training.confidence import auroc, expected_calibration_error, platt
 from training.data import ChatTemplate, Lane, Sources, write_round
-from training.distill import (
-    ExitHead,
-    Inputs,
-    batches,
-    carried,
-    exit_loss,
-    frequent_tokens,
-    handed_on,
-    micro_batches,
-)
 from training.documents import Document, Split, load_documents, save_shard
-from training.features import FeatureStore
+from training.features import FeatureStore, carried_states
+from training.forward import mixed_carried_states
+from training.inputs import AdapterInputs
 from training.join import join
+from training.loss import exit_loss
 from training.provenance import provenance
+from training.vocabulary import SampledHead, frequent_tokens
 
 
 def test_loss_is_summed_over_words_and_over_rows():
@@ -102,7 +97,7 @@ def test_sampled_words_stand_for_all_that_are_left():
     """The log-normalizer over head and sample is, on average, that over the whole vocabulary."""
     torch.manual_seed(0)
     weight, hidden = torch.randn(500, 8) / 3, torch.randn(1, 8)
-    words = ExitHead(weight, torch.arange(100), tail=100)
+    words = SampledHead(weight, torch.arange(100), tail=100)
     assert words.local[99] == 99 and words.local[100] == -1
 
     def total(seed: int) -> float:
@@ -127,7 +122,7 @@ def tiny_store(adapter: str, tmp_path, budget_gb: float = 1.0) -> tuple[ExitBank
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_folded_adapters_read_plain_rows_as_they_read_prepared_ones(tmp_path, adapter):
     bank, store = tiny_store(adapter, tmp_path)
-    inputs = Inputs(bank, store, range(20), torch.ones(32))
+    inputs = AdapterInputs(bank, store, range(20), torch.ones(32))
     h, said = torch.randn(5, 32), torch.randn(5, 32)
     before = [bank.hidden(s, *inputs(s, h, said)) for s in range(3)]
     inputs.fold(bank)
@@ -140,7 +135,7 @@ def test_training_goes_on_from_exits_trained_before(tmp_path, adapter):
     bank, store = tiny_store(adapter, tmp_path)
     before = tiny_engine(seed=7, adapter=adapter).bank
     before.config = dataclasses.replace(before.config, layers=(1, 3, 5))
-    inputs = Inputs(bank, store, range(20), torch.ones(32))
+    inputs = AdapterInputs(bank, store, range(20), torch.ones(32))
     assert inputs.adopt(bank, before) == [3, 5]
     h, said = torch.randn(2, 6, 32)
     for s in (1, 2):
@@ -171,9 +166,9 @@ def test_exits_trained_apart_are_joined_by_layer():
 def test_a_carry_adapter_starts_from_the_ridge_regression(tmp_path):
     """Its linear part, on plain rows, is the least-squares map from [h, said] to the full model's last hidden state."""
     bank, store = tiny_store("carry", tmp_path)
-    inputs = Inputs(bank, store, range(50), torch.ones(32))
+    inputs = AdapterInputs(bank, store, range(50), torch.ones(32))
     features = [store[i] for i in range(50)]
-    rows = [(torch.cat([f.exits[:, 0], carried(f)], -1)[f.wanted], f.top[f.wanted]) for f in features]
+    rows = [(torch.cat([f.exits[:, 0], carried_states(f.top)], -1)[f.wanted], f.top[f.wanted]) for f in features]
     x, y = (torch.cat(column) for column in zip(*rows))
     inputs.fold(bank)
     error = (bank.adapters[0].linear(x) - y).pow(2).mean()
@@ -305,10 +300,10 @@ def test_tokens_in_a_row_of_one_exit_hand_on_what_that_exit_said(tmp_path, deepe
     bank, store = tiny_store("carry", tmp_path)
     bank.attach(store.model, trainable=True)
     f, found = store[0], set()
-    h, said, rows = f.exits.float(), carried(f).float(), f.wanted.nonzero()[:, 0]
-    inputs = Inputs(bank, store, range(20), torch.ones(32))
+    h, said, rows = f.exits.float(), carried_states(f.top).float(), f.wanted.nonzero()[:, 0]
+    inputs = AdapterInputs(bank, store, range(20), torch.ones(32))
     for seed in range(6):
-        carry = handed_on(bank, inputs, h, said, torch.arange(len(f.ids)), rows, 0.8, [1],
+        carry = mixed_carried_states(bank, inputs, h, said, torch.arange(len(f.ids)), rows, 0.8, [1],
                           torch.Generator().manual_seed(seed), deepest)
         for row, got in zip(rows.tolist(), carry):
             chains = [said[row]]

@@ -34,12 +34,12 @@ from cascadeexit.linear import pack
 from cascadeexit.lookup import FARTHEST, Lookup
 from cascadeexit.model import SegmentedModel
 from training.command import run_command
-from training.distill import carried, frequent_tokens
 from training.documents import Split, load_documents
-from training.features import FeatureStore
+from training.features import FeatureStore, carried_states
 from training.json_files import save_json
 from training.plots import reliability_plot
 from training.provenance import provenance
+from training.vocabulary import frequent_tokens
 
 BINS = 15
 
@@ -95,7 +95,7 @@ def exit_rows(bank: ExitBank, s: int, store: FeatureStore, documents: list[int],
     for i in tqdm(documents, unit="document", desc=desc, leave=False):
         f = store[i]
         wanted = f.wanted.to(device)
-        h = bank.hidden(s, f.exits[:, s].to(device)[wanted], carried(f).to(device)[wanted])
+        h = bank.hidden(s, f.exits[:, s].to(device)[wanted], carried_states(f.top).to(device)[wanted])
         logits = bank.logits(s, h).float()
         picked = logits.argmax(-1) if bank.head_ids is None else bank.head_ids[logits.argmax(-1)]
         log_p = logits.log_softmax(-1)
