@@ -16,7 +16,6 @@ import training.data
 from cascadeexit.exits import ADAPTERS, ExitBank
 from cascadeexit.hub import exit_layers
 from training.batches import batches, micro_batches
-from training.confidence import auroc, expected_calibration_error, platt
 from training.data import ChatTemplate, Lane, Sources, write_round
 from training.documents import Document, Split, load_documents, save_shard
 from training.features import FeatureStore, carried_states
@@ -25,6 +24,7 @@ from training.inputs import AdapterInputs
 from training.join import join
 from training.loss import exit_loss
 from training.provenance import provenance
+from training.reliability import auroc, expected_calibration_error, platt
 from training.vocabulary import SampledHead, frequent_tokens
 
 
