@@ -8,8 +8,8 @@ import torch
 from conftest import tiny_base, tiny_engine
 
 from tests.browser.tiny_text import tiny_tokenizer
-from training import benchmark, replay
-from training.benchmark import Contender, growth, ratio
+from training import benchmark, growth, replay
+from training.benchmark import Contender, ratio
 
 
 def test_a_ratio_is_a_median_in_each_set_and_a_geometric_mean_over_sets():
@@ -36,8 +36,8 @@ def test_the_replay_leaves_where_its_script_says(monkeypatch, capsys):
 def test_cost_against_length_is_measured_for_every_length_that_fits():
     reference, engine, eos = tiny_base(), tiny_engine(adapter="carry"), frozenset([1])
     engine.model.eos_ids = eos
-    found = growth(engine, reference, tiny_tokenizer(), 4, rounds=1)
-    fitting = [c for c in benchmark.CONTEXTS if c <= engine.model.max_positions - 64]
+    found = growth.growth(engine, reference, tiny_tokenizer(), 4, rounds=1)
+    fitting = [c for c in growth.CONTEXTS if c <= engine.model.max_positions - 64]
     assert fitting and [e["context"] for e in found["context"]] == fitting
     assert found["context"][0]["allowed"] == 1.0 and all(e["full"] > 0 for e in found["context"] + found["output"])
     assert all(e["times"] > 0 for e in found["context"])
