@@ -11,17 +11,18 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import tiny_engine
 from tqdm import tqdm
 
 import training.data
+import training.policy
 from cascadeexit.exits import ADAPTERS, ExitBank
 from cascadeexit.hub import exit_layers
 from tests.helpers import tiny_store
 from training.batches import batches, micro_batches
 from training.checkpoint import RunFolder
-from training.data import ChatTemplate, Lane, Sources, write_round
-from training.documents import Document, Split, load_documents, save_shard
+from training.documents import Document, Split, key_of, load_documents, save_shard
 from training.features import FeatureStore, carried_states
 from training.forward import mixed_carried_states
 from training.inputs import AdapterInputs
@@ -29,6 +30,7 @@ from training.join import join
 from training.json_files import ResumableRows
 from training.loop import train
 from training.loss import exit_loss
+from training.policy import ChatTemplate, Lane, Sources, write_round
 from training.provenance import provenance
 from training.reliability import auroc, expected_calibration_error, platt
 from training.vocabulary import SampledHead, frequent_tokens
@@ -239,8 +241,15 @@ class Line:
         return [0.5]
 
 
-def train_line(folder, store, steps: int, stop_after: int | None = None, monkeypatch=None) -> tuple[Line, RunFolder]:
-    """Train for `steps` steps. With stop_after, the process ends in the middle of the step after so many."""
+@pytest.fixture
+def accelerator():
+    """An Accelerator of this test alone: its state is global, and commands set it otherwise."""
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train_line(folder, store, accelerator, steps: int, stop_after: int | None = None) -> tuple[Line, RunFolder]:
+    """Train for `steps` steps. With stop_after, training is interrupted in the step after so many."""
     folder.mkdir(exist_ok=True)
     learner, run = Line(), RunFolder(folder, {"steps": steps}, resume=True, main=True)
     gradients = learner.gradients
@@ -252,16 +261,16 @@ def train_line(folder, store, steps: int, stop_after: int | None = None, monkeyp
 
     learner.gradients = interrupted
     plan = [[2 * i, 2 * i + 1] for i in range(steps)]
-    train(learner, store, plan, run, Accelerator(cpu=True), learning_rate=0.1, micro_batch=20, save_every=3)
+    train(learner, store, plan, run, accelerator, learning_rate=0.1, micro_batch=20, save_every=3)
     return learner, run
 
 
-def test_an_interrupted_loop_continues_from_its_checkpoint_to_the_same_weights(tmp_path):
+def test_an_interrupted_loop_continues_from_its_checkpoint_to_the_same_weights(tmp_path, accelerator):
     _, store = bank_and_store("carry", tmp_path)
-    whole, run = train_line(tmp_path / "whole", store, steps=10)
+    whole, run = train_line(tmp_path / "whole", store, accelerator, steps=10)
     with pytest.raises(KeyboardInterrupt):
-        train_line(tmp_path / "torn", store, steps=10, stop_after=8)
-    continued, again = train_line(tmp_path / "torn", store, steps=10)
+        train_line(tmp_path / "torn", store, accelerator, steps=10, stop_after=8)
+    continued, again = train_line(tmp_path / "torn", store, accelerator, steps=10)
     assert whole.steps == list(range(10)) and continued.steps == [6, 7, 8, 9], "after step 6 there is a checkpoint"
     assert all(torch.equal(a, b) for a, b in zip(whole.weights, continued.weights))
     assert run.records() == again.records(), "the log is that of one run"
@@ -270,10 +279,10 @@ def test_an_interrupted_loop_continues_from_its_checkpoint_to_the_same_weights(t
     assert [record["step"] for record in run.records() if "held_out_agreement" in record] == [3, 6, 9, 10]
 
 
-def test_the_loop_stops_with_a_checkpoint_when_its_time_is_over(tmp_path):
+def test_the_loop_stops_with_a_checkpoint_when_its_time_is_over(tmp_path, accelerator):
     _, store = bank_and_store("carry", tmp_path)
     learner, run = Line(), RunFolder(tmp_path, {}, resume=True, main=True)
-    steps = train(learner, store, [[0], [1]], run, Accelerator(cpu=True), learning_rate=0.1, micro_batch=20,
+    steps = train(learner, store, [[0], [1]], run, accelerator, learning_rate=0.1, micro_batch=20,
                   save_every=9, minutes=0)
     assert steps == 0 and learner.steps == []
     assert RunFolder(tmp_path, {}, resume=True, main=True).restore({"line": Line().module}) == 0
@@ -350,7 +359,7 @@ def test_a_lane_writes_its_prompt_and_then_the_models_choices():
 
 
 def test_a_lane_without_prompts_invents_the_users_turn_too(monkeypatch):
-    monkeypatch.setattr(training.data, "MIN_TOKENS", 1)
+    monkeypatch.setattr(training.policy, "MIN_TOKENS", 1)
     lane = new_lane()
     assert write(lane, [0, 41, 2, 0, 50, 2, 0, 42]) == [1, 41, 2, 3, 50, 2, 1, 42]
     ((start, document),) = lane.finished
@@ -359,18 +368,18 @@ def test_a_lane_without_prompts_invents_the_users_turn_too(monkeypatch):
 
 
 def test_a_lane_continues_the_first_words_of_a_passage_up_to_a_limit(monkeypatch):
-    monkeypatch.setattr(training.data, "MIN_TOKENS", 1)
-    monkeypatch.setattr(training.data, "MAX_CONTINUATION", 3)
+    monkeypatch.setattr(training.policy, "MIN_TOKENS", 1)
+    monkeypatch.setattr(training.policy, "MAX_CONTINUATION", 3)
     lane = new_lane(texts=[" ".join(["30"] * 60)], plain_share=1.0)
     read = len(lane.forced)
     assert 8 <= read <= 48
     assert write(lane, [0] * read + [50, 51, 52, 0]) == [30] * read + [50, 51, 52, 1]
-    assert lane.finished[0][1].key == training.data.key_of(" ".join(["30"] * 60))
+    assert lane.finished[0][1].key == key_of(" ".join(["30"] * 60))
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_features_kept_while_writing_are_those_of_reading_the_text_again(tmp_path, monkeypatch, native):
-    monkeypatch.setattr(training.data, "MIN_TOKENS", 4)
+    monkeypatch.setattr(training.policy, "MIN_TOKENS", 4)
     engine = tiny_engine("qwen3", dtype=torch.bfloat16 if native else torch.float32)
     torch.manual_seed(0)
     lanes = [new_lane(prompts=["40 5", "7"]), new_lane(prompts=["9 9 9"]), new_lane()]

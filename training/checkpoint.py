@@ -1,4 +1,4 @@
-"""The log and the checkpoint of a training run. When a run is resumed, both go back to the same step."""
+"""The log and the checkpoint of a training run. When a run is resumed, both start from the same step."""
 
 import json
 from pathlib import Path

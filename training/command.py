@@ -1,4 +1,4 @@
-"""How every command of the recipe ends when its input is wrong: with one line that says what is wrong."""
+"""Entry point of all commands of the recipe: wrong input ends a command with one line that says what is wrong."""
 
 import sys
 from collections.abc import Callable

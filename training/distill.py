@@ -12,7 +12,6 @@ interrupted run from its last checkpoint, and the result is that of an uninterru
 
 import argparse
 import copy
-import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,8 +31,8 @@ from training.documents import Split
 from training.features import Features, FeatureStore, prepared_store
 from training.forward import adapted_states, agreement, plain_inputs
 from training.inputs import AdapterInputs
-from training.json_files import save_json
-from training.loop import train
+from training.json_files import read_json, save_json
+from training.loop import CHECK_DOCUMENTS, train
 from training.loss import backward
 from training.options import add_data, add_device_map, add_features, add_loop, add_model, command_parser
 from training.plots import loss_plot
@@ -47,8 +46,7 @@ PRESETS = {
     "smollm2-135m-instruct": dict(model=DEFAULT_MODEL, exits="0,9,17,24", head_size=[8192, 8192, 8192, 49152]),
 }
 _SETTINGS = ("loss", "temperature", "hard", "labels", "epochs", "batch", "lr", "own_share", "train_words", "tail",
-             "fit_documents", "seed", "only", "text_repeats")      # with these the result is decided
-_CHECK_DOCUMENTS = 60       # held-out documents that a checkpoint is measured on
+             "fit_documents", "seed", "only", "text_repeats")      # options that decide the result
 
 
 # -- what is trained --------------------------------------------------------------------------------------------------
@@ -103,7 +101,7 @@ class AdapterLearner:
         return f"kl {kl}, agree {agreed}"
 
     def check(self) -> list[float]:
-        return self.agreement(self.store.measured(Split.TEST)[:_CHECK_DOCUMENTS], exits=self.exits)
+        return self.agreement(self.store.measured(Split.TEST)[:CHECK_DOCUMENTS], exits=self.exits)
 
     def agreement(self, documents: list[int], own_share: float = 0.0, exits: list[int] | None = None) -> list[float]:
         """Measure the exits' top-1 agreement with the full model over documents (`training.forward.agreement`)."""
@@ -217,12 +215,6 @@ def settings_of(bank: ExitBank, store: FeatureStore, start: ExitBank | None, arg
             "start": start.fingerprint() if start else None} | {k: getattr(args, k) for k in _SETTINGS}
 
 
-def training_report(exits: Path | None) -> dict | None:
-    """Read how these exits were trained, None where nothing is written about it."""
-    path = exits / "distill.json" if exits else None
-    return json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else None
-
-
 # -- command ----------------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +301,8 @@ def main() -> None:
             "stays": stays, "processes": accelerator.num_processes, "documents": len(store), "rows": rows,
             "held_out_rows": sum(map(store.rows, held_out)), "head_coverage": coverage,
             "untrained_agreement": untrained, "held_out_agreement": trained,
-            "held_out_agreement_after_exits": after_exits, "went_on_from": training_report(args.continue_from)})
+            "held_out_agreement_after_exits": after_exits,
+            "went_on_from": read_json(args.continue_from / "distill.json") if old else None})
         accelerator.print("held-out agreement, untrained -> trained (after a token of an exit): " + ", ".join(
             f"{b:.1%} -> {a:.1%} ({e:.1%})" for b, a, e in zip(untrained, trained, after_exits)))
     accelerator.end_training()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 
 class Split(IntEnum):
-    """What a document is used for."""
+    """Use of a document."""
 
     TRAIN = 0
     CALIBRATION = 1

@@ -13,7 +13,6 @@ that the exits already have is trained further. The same command continues an in
 
 import argparse
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -32,8 +31,8 @@ from training.command import run_command
 from training.documents import Split
 from training.features import Features, FeatureStore, prepared_store
 from training.inputs import whitening
-from training.json_files import save_json
-from training.loop import train
+from training.json_files import read_json, save_json
+from training.loop import CHECK_DOCUMENTS, train
 from training.loss import exit_loss
 from training.options import add_exits_and_data, add_features, add_loop, command_parser
 from training.provenance import provenance
@@ -41,7 +40,6 @@ from training.vocabulary import SampledHead
 
 _SHARES = (1.0, 0.5, 0.3)       # of the rows, trained at each place of a chain: deep places are rarely reached
 _REPORTED = 4                   # places of a chain in reports
-_CHECK_DOCUMENTS = 60           # held-out documents that a checkpoint is measured on
 
 
 class DraftRows:
@@ -151,7 +149,7 @@ class DrafterLearner:
         return f"loss {record['loss']:.2f}, agree {record['agreement']:.0%}"
 
     def check(self) -> list[float]:
-        return self.agreement(self.held_out[:_CHECK_DOCUMENTS])
+        return self.agreement(self.held_out[:CHECK_DOCUMENTS])
 
     @torch.no_grad()
     def agreement(self, documents: list[int]) -> list[float]:
@@ -232,12 +230,6 @@ def save_with_drafter(bank: ExitBank, drafter: Drafter, dtype: torch.dtype, args
             shutil.copy(path, args.out)
 
 
-def training_report(exits: Path) -> dict | None:
-    """Read how the drafter of these exits was trained, None where nothing is written about it."""
-    path = exits / "drafter.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 # -- command ----------------------------------------------------------------------------------------------------------
 
 
@@ -280,7 +272,7 @@ def main() -> None:
         inputs.fold()
         save_with_drafter(bank, drafter, model.dtype, args)
         save_json(args.out / "drafter.json", {
-            "went_on_from": training_report(args.exits) if args.go_on else None,
+            "went_on_from": read_json(args.exits / "drafter.json") if args.go_on else None,
             "provenance": provenance(args.seed), "settings": settings, "data_note": args.data_note, "steps": steps,
             "processes": accelerator.num_processes, "rows": sum(map(store.rows, training)),
             "held_out_rows": sum(map(store.rows, held_out)), "held_out_agreement_before": before,

@@ -13,6 +13,11 @@ def save_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: Path) -> dict | None:
+    """Read a JSON file; None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def read_lines(path: Path) -> list[dict]:
     """Read the records of a JSON-lines file. A missing file has none; a last line cut off by a kill is left out."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -18,16 +18,18 @@ from training.batches import micro_batches
 from training.checkpoint import RunFolder
 from training.features import FeatureStore
 
+CHECK_DOCUMENTS = 60        # a learner's `check` reads at most so many documents
+
 
 class Learner(Protocol):
-    """What the loop trains."""
+    """Something to train: its weights, their gradients, and how it reports on itself."""
 
     name: str
-    """Name of the weights in the checkpoint."""
+    """Name of the module in the checkpoint."""
     module: nn.Module
-    """What the checkpoint keeps."""
+    """Module that the checkpoint holds."""
     weights: list[Tensor]
-    """The parameters that are trained."""
+    """Parameters that are trained."""
 
     def gradients(self, step: int, parts: list[list[int]], rows: int) -> Tensor:
         """Add the gradients of the mean loss over `rows` rows to the weights.
@@ -52,7 +54,7 @@ class Learner(Protocol):
 
 def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: RunFolder, accelerator: Accelerator, *,
           learning_rate: float, micro_batch: int, save_every: int, minutes: float = math.inf) -> int:
-    """Train in place, starting from the run's checkpoint.
+    """Train in place. A run that has a checkpoint continues from it, and ends as if it had not been interrupted.
 
     Args:
         plan: documents of each step, over all processes.
@@ -99,7 +101,7 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
 
 
 def _is_late(started: float, minutes: float, accelerator: Accelerator) -> bool:
-    """Whether the time is over, by the clock of the main process: all processes stop at the same step."""
+    """Tell whether the time is over, by the clock of the main process: all processes stop at the same step."""
     if math.isinf(minutes):
         return False
     late = accelerator.is_main_process and time.perf_counter() - started > minutes * 60
