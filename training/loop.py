@@ -67,8 +67,8 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     lengths = {i: len(d.ids) for i, d in enumerate(store.documents)}
     optimizer, schedule = optimizer_for(learner.weights, learning_rate, len(plan))
-    parts = {learner.name: learner.module, "optimizer": optimizer, "schedule": schedule}
-    first = run.restore(parts)
+    saved = {learner.name: learner.module, "optimizer": optimizer, "schedule": schedule}
+    first = run.restore(saved)
     if world > 1:
         broadcast([weight.data for weight in learner.weights])      # first weights on several GPUs may differ slightly
     mine = [documents[rank::world] for documents in plan]
@@ -78,7 +78,7 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
     for step in bar:
         if _is_late(started, minutes, accelerator):
             bar.write(f"stopped by --minutes at step {step} of {len(plan)}; the same command continues")
-            run.save(step, parts)
+            run.save(step, saved)
             return step
         rows = sum(store.rows(i) for i in plan[step])
         store.expect(mine[step + 1] if step + 1 < len(plan) else [])
@@ -92,7 +92,7 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
         speed = tokens / (time.perf_counter() - started)
         bar.set_postfix_str(f"{learner.progress(record)}, {speed:.0f} tokens/s")
         if (step + 1) % save_every == 0 or step + 1 == len(plan):
-            run.save(step + 1, parts)
+            run.save(step + 1, saved)
             rates = learner.check()
             run.log(step=step + 1, held_out_agreement=rates)
             if main:
