@@ -23,7 +23,7 @@ def verified_runs(engine: Engine, tokens: int = 60, max_drafts: tuple[int, ...] 
 
 
 def tiny_store(engine: Engine, folder: Path, documents: int, budget_gb: float = 1.0) -> FeatureStore:
-    """Make the features of random documents of 20 tokens, of which the model is said to have chosen the last 16."""
+    """Make the features of random documents of 20 tokens; the last 16 count as chosen by the model."""
     ids = torch.randint(2, 97, (documents, 20), generator=torch.Generator().manual_seed(3)).tolist()
     store = FeatureStore(engine.model, [Document(row, [0] * 4 + [1] * 16, key) for key, row in enumerate(ids)],
                          folder, budget_gb)

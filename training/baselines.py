@@ -1,11 +1,11 @@
-"""Baselines: the published, uncached setting rebuilt, where every token reads the whole text again, beside ours.
+"""Baselines: the published setting, rebuilt without a cache and measured beside ours.
 
     python -m training.baselines
 
-The published figures (cascade 1.76x, self-speculation 0.43x to 0.84x) compare with a loop that has no cache and that
-projects every position onto the vocabulary. The three small loops here do the same with the same model and exits. The
-tests use them as oracles. The table compares each with the uncached loop, and the cached engine's modes with its own
-`full`.
+The published figures (cascade 1.76x, self-speculation 0.43x to 0.84x) compare with a loop that reads the whole text
+again for every token and projects every position onto the vocabulary. The three small loops here do the same with the
+same model and exits. The tests use them as oracles. The table compares each with the uncached loop, and the cached
+engine's modes with its own `full`.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def make_jobs(engine: Engine, args: argparse.Namespace) -> dict[Job, Decode]:
 
 
 def time_jobs(jobs: dict[Job, Decode], prompts: list[list[int]]) -> tuple[dict[Job, list[float]], dict[Job, list]]:
-    """Run every job on every prompt in turn. Returns tokens per second and token ids, one of each a prompt."""
+    """Run every job on every prompt in turn. Returns tokens per second and token ids, an entry for each prompt."""
     for job, decode in jobs.items():
         if job[0] == "cached":                              # warm-up; the uncached loops gain little by one
             decode(prompts[0])

@@ -1,4 +1,4 @@
-"""Benchmark: tokens per second of what a user would pick instead, and of our modes, side by side in one run.
+"""Benchmark: the speed of our modes and of the usual alternatives, side by side in one run.
 
     python -m training.benchmark --quick
     python -m training.benchmark --growth --out assets/results/benchmark-cpu.json
@@ -142,7 +142,7 @@ def show(value: float | None, form: str) -> str:
 
 
 class Loaded:
-    """The engine, and what loading it took: seconds, and growth of memory in bytes."""
+    """The loaded engine with its prompts; also the seconds and the memory that loading took."""
 
     def __init__(self, args: argparse.Namespace, prompts: int):
         before, started = resident_bytes(), time.perf_counter()

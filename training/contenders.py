@@ -19,7 +19,7 @@ Decode = Callable[[list[int]], Output]              # decodes a prompt
 
 @dataclass
 class Contender:
-    """One way to decode, with what it has reached so far, one entry a prompt."""
+    """One way to decode, and its results so far, an entry for each prompt."""
 
     name: str
     decode: Decode

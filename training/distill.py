@@ -114,7 +114,7 @@ def labels_of(features: Features, kind: str) -> Tensor:
 
 
 class StartingExits:
-    """Exits trained before, which --continue-from gives: where training starts, and what it must not make worse.
+    """The exits of --continue-from. Training starts from them, and must not make them worse.
 
     The calibration documents decide: an exit that agrees less on them after training goes back to its start.
     """
@@ -133,7 +133,7 @@ class StartingExits:
         return self.learner.agreement(documents, exits=self._trained)
 
     def restore_worse(self) -> list[int]:
-        """Undo the training of exits that got worse. Returns the layers of all exits that are as they were."""
+        """Undo the training of exits that got worse. Returns the layers of all exits that have not changed."""
         bank, say, now = self.learner.bank, self.learner.accelerator.print, self._measure()
         layers, only = bank.config.layers, self.learner.args.only
         worse = {layers[s] for s, old, new in zip(self._trained, self._agreement, now) if new < old}
@@ -146,12 +146,15 @@ class StartingExits:
         return sorted(worse | {layer for layer in self.layers if only and layer not in only})
 
     def copy_into(self, bank: ExitBank, layers: list[int]) -> None:
-        """Give the bank the original weights of these layers' exits, and the drafter if all exits have one's layers."""
+        """Give the exits after these layers their original weights.
+
+        The drafter is copied, too, if both have exits after the same layers: it does not depend on the adapters.
+        """
         config = self.exits.config
         for layer in layers:
             original = self.exits.adapters[config.layers.index(layer)]
             bank.adapters[bank.config.layers.index(layer)].load_state_dict(original.state_dict())
-        if self.exits.drafter and config.layers == bank.config.layers:      # a drafter does not depend on the adapters
+        if self.exits.drafter and config.layers == bank.config.layers:
             bank.drafter = self.exits.drafter
             bank.config = replace(bank.config, drafter_width=config.drafter_width)
 
@@ -202,7 +205,7 @@ def head_coverage(bank: ExitBank, store: FeatureStore, head: SampledHead) -> lis
 
 def fitted_inputs(bank: ExitBank, model: SegmentedModel, store: FeatureStore, accelerator: Accelerator,
                   documents: int) -> AdapterInputs:
-    """Scale what the adapters read by this many training documents, divided among the processes."""
+    """Fit the maps of the adapters' inputs to this many training documents, divided among the processes."""
     share = store.of(Split.TRAIN)[:documents][accelerator.process_index::accelerator.num_processes]
     final_norm = model.norm_weight.to(model.device).float()         # a model in parts may have it elsewhere
     return AdapterInputs(bank, store, share, final_norm, accelerator.reduce)

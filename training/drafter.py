@@ -84,7 +84,7 @@ class WhitenedDrafter:
         self._transform(self.near, self.deep)
 
     def chain(self, rows: DraftRows, length: int) -> list[Tensor]:
-        """Run chains of drafts that end at each position: the drafter's states (N, D) after 0, 1, ... own tokens."""
+        """Run a chain of drafts up to each position. Returns the drafter's states (N, D) after 0, 1, ... own tokens."""
         context = F.linear(rows.deep, self.drafter.context.weight @ self.deep.T)
         out, carried = [], rows.back(rows.top, 1)
         for own in range(length):
@@ -183,7 +183,7 @@ def load_exits(args: argparse.Namespace) -> ExitBank:
 
 
 def first_drafter(bank: ExitBank, go_on: bool) -> Drafter:
-    """Make the drafter as training starts with it: the one of these exits, or their exit before the first layer."""
+    """Make the drafter that training starts from: a copy of the exit before the first layer, or of the old drafter."""
     config, exit = bank.config, bank.adapters[0]
     width = config.drafter_width if go_on else exit.gate.out_features
     drafter = Drafter(config.hidden_size, width, len(config.layers) - 1, config.norm_eps)

@@ -61,9 +61,9 @@ def adapted_states(bank: ExitBank, inputs: Inputs, features: list[Features], own
 def mixed_carried_states(bank: ExitBank, inputs: Inputs, h: Tensor, full: Tensor, places: Tensor, rows: Tensor,
                          own_share: float, sources: list[int], generator: torch.Generator | None,
                          max_chain: int) -> Tensor:
-    """Return the carried states of these rows (n, D): the full model's, or for a share of them those of an exit.
+    """Return the carried states of these rows (n, D): the full model's, or, for a share of the rows, an exit's.
 
-    Of the latter, half follow one token of an exit, a quarter two, and so on, up to `max_chain`.
+    Half of an exit's states follow one token of that exit, a quarter two tokens, and so on, up to `max_chain`.
 
     Args:
         h: hidden states at the exits (N, E, D).
