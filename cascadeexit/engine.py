@@ -48,7 +48,7 @@ class Engine:
     """
 
     def __init__(self, model: SegmentedModel, bank: ExitBank):
-        self.model, self.bank = model, bank.fit(model)
+        self.model, self.bank = model, bank.prepare(model)
         self.exits = model.backend.exits(bank)
         self._opening: Staircase | None = None
         depths = tuple(b / model.num_layers for b in model.bounds[1:])
@@ -162,7 +162,7 @@ class Engine:
     def _decode(self, prompt: list[int], config: DecodeConfig, watch: "_Stopwatch") -> Iterator[list[TokenEvent]]:
         """Yield the events of a run, those of one moment together."""
         end, eos_ids = len(prompt) + config.max_new_tokens, frozenset() if config.ignore_eos else self.model.eos_ids
-        verified, meter, sampler = config.mode is Mode.VERIFIED, Meter(), self._sampler(config)
+        verified, meter, sampler = config.mode is Mode.VERIFIED, Meter(), self.sampler(config)
 
         def ended(length: int, newest: int) -> bool:
             return length >= end or (length > len(prompt) and newest in eos_ids)
@@ -229,7 +229,8 @@ class Engine:
         meter.add(head.nbytes)
         return head.choices(normed) if sampler.greedy else head.logits(normed)[0]
 
-    def _sampler(self, config: DecodeConfig) -> Sampler:
+    def sampler(self, config: DecodeConfig) -> Sampler:
+        """How a run chooses tokens and judges drafts."""
         return Sampler(config.temperature, config.top_p, config.seed, self.model.vocab_size, self.model.device,
                        config.tolerance)
 

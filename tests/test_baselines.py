@@ -1,4 +1,4 @@
-"""The uncached loops are oracles: whatever the engine caches, skips or rolls back, it must say what they say."""
+"""The uncached loops are oracles: whatever the engine caches, skips or rolls back, its texts equal theirs."""
 
 import pytest
 from conftest import tiny_engine
@@ -24,13 +24,13 @@ def test_cascade_equals_the_uncached_cascade(engine, thresholds):
 
 
 @pytest.mark.parametrize("exit, max_draft", [(0, 3), (1, 5), (2, 7), (2, 1)])
-def test_uncached_self_speculation_says_what_the_full_model_says(engine, exit, max_draft):
+def test_uncached_self_speculation_equals_the_full_model(engine, exit, max_draft):
     for prompt in PROMPTS:
         full = baselines.standard(engine, prompt, TOKENS)
         assert baselines.self_speculation(engine, prompt, TOKENS, exit, max_draft) == full
 
 
-def test_uncached_loops_stop_at_the_end_of_sequence():
+def test_uncached_loops_stop_at_the_end_of_sequence_token():
     engine = tiny_engine()
     full = baselines.standard(engine, PROMPTS[1], TOKENS)
     engine.model.eos_ids = frozenset([full[5]])

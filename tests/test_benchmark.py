@@ -1,15 +1,21 @@
-"""The benchmark: ratios as it says they are, the replay follows its script, lengths grow on a tiny model."""
+"""The benchmark: its ratios, the time of a token against length, and the replay with scripted exits."""
 
 import json
+import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_base, tiny_engine
 
+from cascadeexit.config import DecodeConfig, Mode
+from cascadeexit.exits import ExitBank
+from cascadeexit.prompts import bundled_prompts, token_ids
 from tests.browser.tiny_text import tiny_tokenizer
-from training import benchmark, replay
-from training.benchmark import Contender, growth, ratio
+from training import benchmark, growth, replay
+from training.benchmark import ratio
+from training.contenders import GENERATE, Contender
 
 
 def test_a_ratio_is_a_median_in_each_set_and_a_geometric_mean_over_sets():
@@ -19,7 +25,7 @@ def test_a_ratio_is_a_median_in_each_set_and_a_geometric_mean_over_sets():
     assert ratio(ours, base, kinds) == pytest.approx((4 * 9) ** 0.5)
 
 
-def test_the_replay_leaves_where_its_script_says(monkeypatch, capsys):
+def test_the_replay_follows_its_script(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark", "--replay", "--shape", "tiny", "--tokens", "60"])
     monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 1e9)
     benchmark.main()
@@ -30,20 +36,60 @@ def test_the_replay_leaves_where_its_script_says(monkeypatch, capsys):
         assert share == pytest.approx(wanted, abs=0.15)
     drafts = [rows[f"verified, {a}% right"]["routing_share"][0] for a in (50, 70, 90)]
     assert drafts == sorted(drafts) and drafts[-1] > drafts[0] + 0.2
-    assert rows["cascade"]["allowed_by_bytes"] > 1 and "over_published" not in rows["cascade"]
+    assert rows["cascade"]["allowed_by_bytes"] > 1.1 and "over_published" not in rows["cascade"]
+    for row in rows.values():
+        assert row["of_allowed"] == pytest.approx(row["over_full"] / row["allowed_by_bytes"])
+        assert row["roofline_multiple"] == pytest.approx(row["tokens_per_second"] * result["weight_bytes"] / 1e9)
 
 
-def test_cost_against_length_is_measured_for_every_length_that_fits():
-    reference, engine, eos = tiny_base(), tiny_engine(adapter="carry"), frozenset([1])
-    engine.model.eos_ids = eos
-    found = growth(engine, reference, tiny_tokenizer(), 4, rounds=1)
-    fitting = [c for c in benchmark.CONTEXTS if c <= engine.model.max_positions - 64]
-    assert fitting and [e["context"] for e in found["context"]] == fitting
-    assert found["context"][0]["allowed"] == 1.0 and all(e["full"] > 0 for e in found["context"] + found["output"])
-    assert all(e["times"] > 0 for e in found["context"])
-    assert engine.model.eos_ids == eos
+def test_growth_measures_every_length_that_fits(monkeypatch):
+    """By a clock that ticks evenly: a token of `full` takes 1 ms, and 1 ms more for every 100 tokens of context."""
+    engine = tiny_engine(adapter="carry")
+    model, eos = engine.model, frozenset([1])
+    model.eos_ids = eos
+    lengths = {"context": [], "output": []}
+
+    def run(ids: list[int], config: DecodeConfig):
+        assert not model.eos_ids, "no token ends a text"
+        lengths["context" if config.max_new_tokens == 32 else "output"].append(len(ids))
+        ms = (1 + len(ids) / 100) * (0.5 if config.mode is Mode.VERIFIED else 1)
+        return SimpleNamespace(stats=SimpleNamespace(tokens_per_second=1e3 / ms))
+
+    monkeypatch.setattr(engine, "run", run)
+    found = growth.growth(engine, None, tiny_tokenizer(), max_draft=4, rounds=3)
+    fitting = [c for c in growth.CONTEXTS if c <= model.max_positions - 64]
+    assert len(fitting) > 1 and [e["context"] for e in found["context"]] == fitting
+    cache, weights = model.new_cache(1), engine.costs.full_token_bytes
+    for entry in found["context"]:
+        n = entry["context"]
+        assert entry["full"] == pytest.approx(1 + n / 100) and entry["verified"] == pytest.approx(0.5 + n / 200)
+        assert entry["times"] == pytest.approx((1 + n / 100) / (1 + fitting[0] / 100))
+        bytes_of = [weights + n * cache.nbytes / cache.capacity for n in (n, fitting[0])]
+        assert entry["allowed"] == pytest.approx(bytes_of[0] / bytes_of[1])
+        assert 1 <= entry["allowed_16_bits"] <= entry["allowed"], "this model keeps 32 bits"
+    prompt = token_ids(tiny_tokenizer(), bundled_prompts()[0].text)
+    assert [e["output"] for e in found["output"]] == [n for n in growth.OUTPUTS if len(prompt) + n < 1024 - 64] != []
+    assert len(lengths["output"]) == 3 * 2 * len(found["output"]) and model.eos_ids == eos
 
 
-def test_scripted_exits_are_exits():
-    engine = replay.make_engine("tiny", torch.device("cpu"))
-    assert engine.num_exits == 3 and engine.bank.config.adapter == "carry"
+def test_growth_measures_every_mode_and_generate(monkeypatch):
+    monkeypatch.setattr(growth, "CONTEXTS", (16, 96))
+    monkeypatch.setattr(growth, "OUTPUTS", (4,))
+    reference, engine = tiny_base(), tiny_engine(adapter="carry")       # in this order: they share one configuration
+    found = growth.growth(engine, reference, tiny_tokenizer(), max_draft=4, rounds=1)
+    for kind, lengths, modes in (("context", [16, 96], ("full", "verified", GENERATE)),
+                                 ("output", [4], ("full", "verified"))):
+        assert [entry[kind] for entry in found[kind]] == lengths
+        assert all(math.isfinite(entry[mode]) for entry in found[kind] for mode in modes)
+
+
+def test_scripted_exits_compute_what_exits_compute(monkeypatch):
+    """Only the outcome is scripted: every confidence that is asked for is also computed."""
+    engine, computed = replay.make_engine("tiny", torch.device("cpu")), []
+    confidence = ExitBank.confidence
+    monkeypatch.setattr(ExitBank, "confidence", lambda *args: computed.append(args[1]) or confidence(*args))
+    run = engine.run(list(range(2, 12)), DecodeConfig(mode="cascade", max_new_tokens=40, thresholds=(0.5,) * 3))
+    exits = [event.exit for event in run.events if event.final]
+    asked = [s for exit in exits for s in range(min(exit, 2) + 1)]
+    assert len(exits) == 40 and set(exits) >= {0, 1}
+    assert computed == asked

@@ -8,9 +8,8 @@ from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.model import SegmentedModel
-from training.documents import Document
-from training.drafter import Rows, Whitened
-from training.features import FeatureStore
+from tests.helpers import tiny_store
+from training.drafter import DraftRows, WhitenedDrafter
 
 PROMPTS = ([5], [5, 6, 7], [9, 3] * 12)
 SHAPE = dict(adapter="carry", layers=(0, 2, 4), drafter_width=8)
@@ -79,27 +78,22 @@ def test_it_wants_an_exit_before_the_first_layer_and_one_to_read(layers):
 
 
 def test_chains_in_training_are_those_of_decoding(tmp_path):
-    """On plain rows after `fold`, token by token, the context being that of the last token the full model saw."""
+    """After `fold`, plain rows token by token give the same states; the context is that of the last confirmed token."""
     engine = tiny_engine(**SHAPE)
-    generator = torch.Generator().manual_seed(3)
-    documents = [Document(ids.tolist(), [0] * 4 + [1] * 16, key) for key, ids in
-                 enumerate(torch.randint(2, 97, (8, 20), generator=generator))]
-    store = FeatureStore(engine.model, documents, tmp_path, 1.0)
-    store.prepare()
-    store.open()
-    drafter, rows = engine.bank.drafter, Rows([store[0], store[1]])
+    store = tiny_store(engine, tmp_path, 8)
+    drafter, rows = engine.bank.drafter, DraftRows([store[0], store[1]])
     weights = {name: value.clone() for name, value in drafter.state_dict().items()}
     with torch.no_grad():
-        inputs = Whitened(drafter, store, range(8))
+        inputs = WhitenedDrafter(drafter, store, range(8))
         chain = inputs.chain(rows, 3)
         inputs.fold()
         for name, value in drafter.state_dict().items():
-            torch.testing.assert_close(value, weights[name], atol=1e-3, rtol=1e-3, msg=f"{name} is not what it was")
+            torch.testing.assert_close(value, weights[name], atol=1e-3, rtol=1e-3, msg=f"fold changed {name}")
         for at in (3, 9, 25, 39):                                       # of two documents of 20 tokens each
-            said, context = rows.top[at - 3:at - 2], drafter.context(rows.deep[at - 3:at - 2])
+            carried, context = rows.top[at - 3:at - 2], drafter.context(rows.deep[at - 3:at - 2])
             for own, place in enumerate(range(at - 2, at + 1)):
-                said = drafter(rows.h[place:place + 1], said, context)
-                torch.testing.assert_close(chain[own][place:place + 1], said, atol=2e-3, rtol=2e-3)
+                carried = drafter(rows.h[place:place + 1], carried, context)
+                torch.testing.assert_close(chain[own][place:place + 1], carried, atol=2e-3, rtol=2e-3)
 
 
 def test_a_loaded_engine_keeps_its_drafter(tmp_path):

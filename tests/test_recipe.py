@@ -1,4 +1,4 @@
-"""The whole recipe on a tiny model ends with exits that decode, whatever interrupts it, on however many processes."""
+"""The whole recipe on a tiny model: it ends with exits that decode, also after a kill, with one process or several."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def run(*args: object, launch: tuple[str, ...] = ()) -> str:
 
 
 def kill_once(file: Path, *args: object) -> None:
-    """Run a command until this file is there and not empty, no longer."""
+    """Run a command, and kill it as soon as this file exists and is not empty."""
     process = subprocess.Popen(command(*args), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL)
     deadline = time.time() + 120
@@ -45,7 +45,7 @@ def kill_once(file: Path, *args: object) -> None:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    """The folder that `SMOKE=1 training/run.sh` leaves behind."""
+    """Return the folder that `SMOKE=1 training/run.sh` has filled."""
     out = tmp_path_factory.mktemp("recipe")
     done = subprocess.run(["bash", "training/run.sh"], cwd=ROOT, text=True, capture_output=True,
                           env=ENVIRONMENT | {"SMOKE": "1", "SMOKE_OUT": str(out)})
@@ -54,13 +54,13 @@ def recipe(tmp_path_factory) -> Path:
     return out
 
 
-def test_a_strangers_model_gets_trained_exits(recipe):
+def test_any_model_gets_trained_exits(recipe):
     engine, tokenizer = load(str(recipe / "model"), recipe / "exits")
     assert engine.bank.config.trained and engine.bank.config.adapter == "carry" and engine.num_exits == 4
     ids = token_ids(tokenizer, "hello")
     full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=24)).token_ids
     verified = engine.run(ids, DecodeConfig(mode="verified", max_new_tokens=24))
-    assert verified.token_ids == full and any(e.exit == 0 for e in verified.events), "its own exit drafts"
+    assert verified.token_ids == full and any(e.exit == 0 for e in verified.events), "its drafter drafts"
     # How many different test prompts there are depends on what the random model writes.
     prompts = prompts_of(load_documents([recipe / "data" / "policy", recipe / "data" / "text"]), 4, seed=0)
     assert engine.bank.calibration.prompts == len(prompts) > 0 and engine.bank.drafter
@@ -69,7 +69,7 @@ def test_a_strangers_model_gets_trained_exits(recipe):
         assert (recipe / "exits" / name).exists(), name
 
 
-def test_a_strangers_exits_can_be_measured(recipe, tmp_path):
+def test_exits_of_any_model_can_be_measured(recipe, tmp_path):
     shared = ("--model", recipe / "model", "--exits", recipe / "exits", "--prompts", 1, "--tokens", 6, "--max-draft", 2)
     run("training.baselines", *shared, "--out", tmp_path / "baselines.json")
     run("training.evaluate", "decode", *shared, "--thresholds", 0.5, "--out", tmp_path / "decode.json")
@@ -79,17 +79,18 @@ def test_a_strangers_exits_can_be_measured(recipe, tmp_path):
     assert len(drafts) == 4 and all(row["identical"] == 1 for row in drafts)
 
 
-def test_training_brings_exits_nearer_to_the_full_model(recipe):
-    """On average over the exits: there are only a few hundred held-out tokens."""
+def test_training_raises_agreement_with_the_full_model(recipe):
+    """On average over the exits: there are 900 held-out tokens, and the exit before the first layer learns little."""
     report = json.loads((recipe / "exits" / "distill.json").read_text())
     gains = [after - before for before, after in zip(report["untrained_agreement"], report["held_out_agreement"])]
     assert sum(gains) / len(gains) > 0.02 and min(gains) > -0.01
 
 
-def test_a_drafter_learns_and_goes_on_after_a_kill(recipe, tmp_path):
+def test_a_drafter_learns_and_continues_after_a_kill(recipe, tmp_path):
     report = json.loads((recipe / "exits" / "drafter.json").read_text())
     before, after = report["held_out_agreement_before"], report["held_out_agreement"]
-    assert len(after) == 4 and sum(after) > sum(before), "over all places of a chain; there are few held-out tokens"
+    gain = sum(after) / 4 - sum(before) / 4
+    assert len(before) == len(after) == 4 and gain > 0.005, "on average over a chain; there are few held-out tokens"
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     args = ("training.drafter", "--model", recipe / "model", "--exits", recipe / "exits", "--data",
             recipe / "data/policy", "--batch", 256, "--tail", 32, "--save-every", 4, "--mixed-precision", "no")
@@ -105,7 +106,7 @@ def test_a_drafter_learns_and_goes_on_after_a_kill(recipe, tmp_path):
     run(*args[:3], "--exits", whole, *args[5:], "--out", further, "--go-on", "--lr", 1e-4)
     before, after = (json.loads((folder / "drafter.json").read_text()) for folder in (whole, further))
     assert after["went_on_from"]["provenance"] == before["provenance"]
-    assert after["held_out_agreement_before"] == pytest.approx(before["held_out_agreement"], abs=0.01), "it began anew"
+    assert after["held_out_agreement_before"] == pytest.approx(before["held_out_agreement"], abs=0.01)
 
 
 def distill(recipe: Path, out: Path) -> tuple[object, ...]:
@@ -115,7 +116,7 @@ def distill(recipe: Path, out: Path) -> tuple[object, ...]:
 
 
 def losses(folder: Path) -> list[dict]:
-    """Records of the log that hold a step's loss."""
+    """Return the records of the log that hold the loss of a step."""
     return [record for record in map(json.loads, (folder / "log.jsonl").open()) if "kl" in record]
 
 
@@ -153,14 +154,14 @@ def test_a_killed_calibration_ends_as_an_uninterrupted_one(recipe, tmp_path):
     assert ours == theirs and not partial.exists()
 
 
-def test_other_settings_do_not_go_on_from_a_checkpoint(recipe, tmp_path):
+def test_a_checkpoint_of_other_settings_is_refused(recipe, tmp_path):
     run(*distill(recipe, tmp_path), "--minutes", 0, launch=("torch.distributed.run", "--nproc-per-node", "2", "-m"))
     done = subprocess.run(command(*distill(recipe, tmp_path), "--lr", 0.5), cwd=ROOT, env=ENVIRONMENT, text=True,
                           capture_output=True)
     assert done.returncode == 1 and "other settings" in done.stderr and "--no-resume" in done.stderr
 
 
-def test_exits_that_are_not_to_learn_stay_as_they_are(recipe, tmp_path):
+def test_exits_that_are_not_trained_do_not_change(recipe, tmp_path):
     first, then = tmp_path / "first", tmp_path / "then"
     run(*distill(recipe, first))
     deepest = json.loads((first / "config.json").read_text())["layers"][-1]
@@ -169,14 +170,14 @@ def test_exits_that_are_not_to_learn_stay_as_they_are(recipe, tmp_path):
     changed = {name.split(".")[1] for name in before
                if name.startswith("adapters.") and not torch.equal(before[name], after[name])}
     stays = json.loads((then / "distill.json").read_text())["stays"]
-    assert changed == (set() if deepest in stays else {"3"}), "it learned, or stayed as it was when that did not help"
+    assert changed == (set() if deepest in stays else {"3"}), "trained, or back at its start"
     assert all(len(record["kl"]) == 1 for record in losses(then))
     done = subprocess.run(command(*distill(recipe, tmp_path / "wrong"), "--only", deepest), cwd=ROOT, env=ENVIRONMENT,
                           text=True, capture_output=True)
     assert done.returncode == 1 and "--continue-from" in done.stderr
 
 
-def test_an_exit_that_going_on_made_worse_stays_as_it_was(recipe, tmp_path):
+def test_an_exit_that_more_training_made_worse_keeps_its_old_weights(recipe, tmp_path):
     run(*distill(recipe, tmp_path), "--continue-from", recipe / "exits", "--width", 32, "--head-size", 256, "--lr", 50)
     before, after = weights(recipe / "exits"), weights(tmp_path)
     assert torch.equal(before["drafter.context.weight"], after["drafter.context.weight"])
@@ -198,7 +199,7 @@ def test_two_processes_train_as_one(recipe, tmp_path):
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-3, rtol=1e-3)
 
 
-def test_text_of_other_settings_is_not_gone_on_with(recipe, tmp_path):
+def test_shards_of_other_settings_are_refused(recipe, tmp_path):
     args = ("training.data", "policy", "--model", recipe / "model", "--batch", 32, "--steps", 96, "--out", tmp_path)
     run(*args, "--tokens", 3000)
     run(*args, "--tokens", 6000)
@@ -208,17 +209,18 @@ def test_text_of_other_settings_is_not_gone_on_with(recipe, tmp_path):
     assert done.returncode == 1 and "other settings" in done.stderr and "'seed': (0, 1)" in done.stderr
 
 
-def test_exits_whose_estimators_are_still_to_come_say_how_sure_their_head_is(recipe, tmp_path):
-    """And a small vocabulary makes a small head."""
+def test_exits_without_estimators_take_their_confidence_from_the_head(recipe, tmp_path):
+    """Their head is no larger than the vocabulary."""
     first = [(option, value) for option, value in zip(distill(recipe, tmp_path)[1::2], distill(recipe, tmp_path)[2::2])]
     options = dict(first) | {"--head-size": 16384, "--epochs": 0.2}
     run("training.distill", *(part for option in options.items() for part in option))
     engine, _ = load(str(recipe / "model"), tmp_path)
     assert engine.bank.config.confidence == "softmax" and engine.bank.config.head_size == engine.model.vocab_size
-    assert engine.run([5, 6, 7], DecodeConfig(thresholds=0.0, max_new_tokens=4)).stats.tokens
+    stats = engine.run([5, 6, 7], DecodeConfig(thresholds=0.0, max_new_tokens=4)).stats
+    assert 1 <= stats.tokens <= 4 and stats.routing_share[0] == 1, "at threshold 0 every token leaves at the first exit"
 
 
-def test_writing_goes_on_after_a_kill_with_the_same_text(recipe, tmp_path):
+def test_writing_continues_after_a_kill_with_the_same_text(recipe, tmp_path):
     args = ("training.data", "policy", "--model", recipe / "model", "--tokens", 9000, "--batch", 32, "--steps", 96)
     run(*args, "--out", tmp_path / "whole")
     kill_once(tmp_path / "torn" / "shard-00000.safetensors", *args, "--out", tmp_path / "torn")

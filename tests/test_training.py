@@ -1,7 +1,8 @@
-"""Training: losses have the reduction they name, splits never leak, and a run resumes where it was stopped."""
+"""Training: losses have the reduction they name, splits never leak, and interrupted work is continued."""
 
 import argparse
 import dataclasses
+import importlib
 import json
 import math
 import runpy
@@ -9,28 +10,30 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import tiny_engine
 from tqdm import tqdm
 
 import training.data
+import training.policy
 from cascadeexit.exits import ADAPTERS, ExitBank
 from cascadeexit.hub import exit_layers
-from training.confidence import auroc, expected_calibration_error, platt
-from training.data import ChatTemplate, Row, Sources, write_round
-from training.distill import (
-    ExitHead,
-    Inputs,
-    batches,
-    carried,
-    exit_loss,
-    frequent_tokens,
-    handed_on,
-    micro_batches,
-)
-from training.documents import Document, Split, load_documents, save_shard
-from training.features import FeatureStore
+from tests.helpers import tiny_store
+from training.batches import batches, micro_batches
+from training.checkpoint import RunFolder
+from training.documents import Document, Split, key_of, load_documents, save_shard
+from training.features import FeatureStore, carried_states
+from training.forward import mixed_carried_states
+from training.inputs import AdapterInputs
 from training.join import join
+from training.json_files import ResumableRows
+from training.loop import train
+from training.loss import exit_loss
+from training.policy import ChatTemplate, Lane, Sources, write_round
 from training.provenance import provenance
+from training.reliability import auroc, expected_calibration_error, platt
+from training.vocabulary import SampledHead, frequent_tokens
 
 
 def test_loss_is_summed_over_words_and_over_rows():
@@ -43,7 +46,7 @@ def test_loss_is_summed_over_words_and_over_rows():
     assert [t.item() / 8 for t in many] == pytest.approx([loss.item(), kl.item(), ce.item()])
 
 
-def test_temperature_softens_both_sides_and_is_paid_back():
+def test_temperature_softens_both_sides_and_the_loss_is_scaled_by_its_square():
     full, logits = torch.randn(4, 9), torch.randn(4, 9)
     soft = exit_loss(logits, (full / 2).softmax(-1), torch.full((4,), -1), hard=0.0, temperature=2.0)
     expected = 4 * torch.nn.functional.kl_div((logits / 2).log_softmax(-1), (full / 2).log_softmax(-1),
@@ -51,7 +54,7 @@ def test_temperature_softens_both_sides_and_is_paid_back():
     torch.testing.assert_close(soft[0], expected)
 
 
-def test_total_variation_is_one_minus_the_chance_of_acceptance():
+def test_total_variation_is_one_minus_the_acceptance_rate():
     full, logits = torch.randn(4, 9).softmax(-1), torch.randn(4, 9)
     tv = exit_loss(logits, full, torch.full((4,), -1), hard=0.0, loss="tv")[0]
     acceptance = torch.minimum(logits.softmax(-1), full).sum(-1)
@@ -60,7 +63,7 @@ def test_total_variation_is_one_minus_the_chance_of_acceptance():
 
 @pytest.mark.parametrize("loss", ["kl", "tv", "hybrid"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_gradient_in_closed_form_is_that_of_the_loss(loss, temperature):
+def test_the_closed_form_gradient_equals_that_of_autograd(loss, temperature):
     torch.manual_seed(0)
     logits, labels = torch.randn(5, 9, dtype=torch.float64), torch.tensor([3, -1, 0, 8, 5])
     p = torch.randn(5, 9, dtype=torch.float64).softmax(-1)
@@ -86,23 +89,23 @@ def test_the_gradient_in_closed_form_is_that_of_the_loss(loss, temperature):
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_choices_outside_the_head_do_not_pull_on_the_hard_loss():
+def test_labels_outside_the_head_have_no_cross_entropy():
     logits, full = torch.randn(2, 3), torch.randn(2, 3).softmax(-1)
     with_unknown = exit_loss(logits, full, torch.tensor([1, -1]), hard=1.0)[2]
     alone = exit_loss(logits[:1], full[:1], torch.tensor([1]), hard=1.0)[2]
     torch.testing.assert_close(with_unknown, alone)
 
 
-def test_most_chosen_words_lead_and_the_end_is_first():
+def test_frequent_tokens_come_first_after_those_that_always_do():
     choices = torch.tensor([5, 5, 5, 9, 9, 2])
     assert frequent_tokens(choices, 12, frozenset([11])).tolist() == [11, 5, 9, 2, 0, 1, 3, 4, 6, 7, 8, 10]
 
 
-def test_sampled_words_stand_for_all_that_are_left():
-    """The log-normalizer over head and sample is, on average, that over the whole vocabulary."""
+def test_sampled_words_represent_all_remaining_words():
+    """The normalizer over head and sample has the expected value of that over the whole vocabulary."""
     torch.manual_seed(0)
     weight, hidden = torch.randn(500, 8) / 3, torch.randn(1, 8)
-    words = ExitHead(weight, torch.arange(100), tail=100)
+    words = SampledHead(weight, torch.arange(100), tail=100)
     assert words.local[99] == 99 and words.local[100] == -1
 
     def total(seed: int) -> float:
@@ -113,43 +116,38 @@ def test_sampled_words_stand_for_all_that_are_left():
     assert mean == pytest.approx((hidden @ weight.T).exp().sum().item(), rel=0.02)
 
 
-def tiny_store(adapter: str, tmp_path, budget_gb: float = 1.0) -> tuple[ExitBank, FeatureStore]:
+def bank_and_store(adapter: str, tmp_path, budget_gb: float = 1.0) -> tuple[ExitBank, FeatureStore]:
     engine = tiny_engine(adapter=adapter)
-    generator = torch.Generator().manual_seed(3)
-    documents = [Document(ids.tolist(), [0] * 4 + [1] * 16, key) for key, ids in
-                 enumerate(torch.randint(2, 97, (50, 20), generator=generator))]
-    store = FeatureStore(engine.model, documents, tmp_path / "features", budget_gb)
-    store.prepare()
-    store.open()
-    return engine.bank, store
+    return engine.bank, tiny_store(engine, tmp_path / "features", 50, budget_gb)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_folded_adapters_read_plain_rows_as_they_read_prepared_ones(tmp_path, adapter):
-    bank, store = tiny_store(adapter, tmp_path)
-    inputs = Inputs(bank, store, range(20), torch.ones(32))
-    h, said = torch.randn(5, 32), torch.randn(5, 32)
-    before = [bank.hidden(s, *inputs(s, h, said)) for s in range(3)]
+def test_folded_adapters_give_on_plain_rows_what_they_gave_on_mapped_ones(tmp_path, adapter):
+    bank, store = bank_and_store(adapter, tmp_path)
+    inputs = AdapterInputs(bank, store, range(20), torch.ones(32))
+    h, carried = torch.randn(5, 32), torch.randn(5, 32)
+    before = [bank.hidden(s, *inputs(s, h, carried)) for s in range(3)]
     inputs.fold(bank)
     for s in range(3):
-        torch.testing.assert_close(bank.hidden(s, h, said), before[s], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(bank.hidden(s, h, carried), before[s], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_training_goes_on_from_exits_trained_before(tmp_path, adapter):
-    bank, store = tiny_store(adapter, tmp_path)
+def test_training_continues_from_exits_trained_before(tmp_path, adapter):
+    bank, store = bank_and_store(adapter, tmp_path)
     before = tiny_engine(seed=7, adapter=adapter).bank
     before.config = dataclasses.replace(before.config, layers=(1, 3, 5))
-    inputs = Inputs(bank, store, range(20), torch.ones(32))
+    inputs = AdapterInputs(bank, store, range(20), torch.ones(32))
     assert inputs.adopt(bank, before) == [3, 5]
-    h, said = torch.randn(2, 6, 32)
+    h, carried = torch.randn(2, 6, 32)
     for s in (1, 2):
-        torch.testing.assert_close(bank.hidden(s, *inputs(s, h, said)), before.hidden(s, h, said), atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(bank.hidden(s, *inputs(s, h, carried)), before.hidden(s, h, carried), atol=2e-3,
+                                   rtol=2e-3)
     with pytest.raises(ValueError, match="another shape"):
         inputs.adopt(bank, tiny_engine(adapter=adapter, width=9).bank)
 
 
-def test_exits_trained_apart_are_joined_by_layer():
+def test_exits_trained_separately_are_joined_by_layer():
     deep = tiny_engine(adapter="carry", head_size=20).bank
     shallow = tiny_engine(adapter="carry", layers=(0, 3)).bank
     torch.nn.init.normal_(shallow.adapters[1].up.weight)        # another exit after the same layer
@@ -158,22 +156,22 @@ def test_exits_trained_apart_are_joined_by_layer():
     assert [whole.config.words(s) for s in range(4)] == [20] * 4
     mixed = join([tiny_engine(adapter="carry", head_size=90, head_sizes=(32, 64, 90)).bank, shallow])
     assert mixed.config.head_sizes == (90, 32, 64, 90)
-    h, said = torch.randn(2, 4, 32)
+    h, carried = torch.randn(2, 4, 32)
     for bank, layer in ((shallow, 0), (deep, 2), (deep, 3), (deep, 5)):
         ours, theirs = (b.adapters[b.config.layers.index(layer)] for b in (whole, bank))
-        torch.testing.assert_close(ours(h, said), theirs(h, said))
-    with pytest.raises(ValueError, match="width is 8 in the first, 9 in another"):
+        torch.testing.assert_close(ours(h, carried), theirs(h, carried))
+    with pytest.raises(ValueError, match="width is 8 in the first folder, 9 in another"):
         join([deep, tiny_engine(adapter="carry", width=9).bank])
-    with pytest.raises(ValueError, match="do not belong together: head_fingerprint"):
+    with pytest.raises(ValueError, match="cannot be joined: head_fingerprint"):
         join([deep, tiny_engine(seed=3, adapter="carry").bank])
 
 
 def test_a_carry_adapter_starts_from_the_ridge_regression(tmp_path):
-    """Its linear part, on plain rows, is the least-squares map from [h, said] to the full model's last hidden state."""
-    bank, store = tiny_store("carry", tmp_path)
-    inputs = Inputs(bank, store, range(50), torch.ones(32))
+    """On plain rows its linear part is the least-squares map from [h, carried] to the full model's last state."""
+    bank, store = bank_and_store("carry", tmp_path)
+    inputs = AdapterInputs(bank, store, range(50), torch.ones(32))
     features = [store[i] for i in range(50)]
-    rows = [(torch.cat([f.exits[:, 0], carried(f)], -1)[f.wanted], f.top[f.wanted]) for f in features]
+    rows = [(torch.cat([f.exits[:, 0], carried_states(f.top)], -1)[f.wanted], f.top[f.wanted]) for f in features]
     x, y = (torch.cat(column) for column in zip(*rows))
     inputs.fold(bank)
     error = (bank.adapters[0].linear(x) - y).pow(2).mean()
@@ -181,9 +179,9 @@ def test_a_carry_adapter_starts_from_the_ridge_regression(tmp_path):
     assert best <= error < 1.05 * best
 
 
-def test_features_beyond_the_budget_are_computed_again_and_equal(tmp_path):
-    _, kept = tiny_store("carry", tmp_path)
-    _, made = tiny_store("carry", tmp_path, budget_gb=0)
+def test_features_beyond_the_budget_are_computed_again_with_equal_values(tmp_path):
+    _, kept = bank_and_store("carry", tmp_path)
+    _, made = bank_and_store("carry", tmp_path, budget_gb=0)
     assert kept.kept == 50 and made.kept == 0
     for name, value in vars(kept[7]).items():
         assert torch.equal(value, vars(made[7])[name]), name
@@ -197,7 +195,7 @@ def test_every_epoch_sees_every_document_once_in_its_own_order():
     assert {len(step) for step in plan} == {3}
 
 
-def test_an_epoch_passes_over_some_documents_more_often():
+def test_an_epoch_repeats_the_documents_it_is_told_to():
     steps = batches({i: 10 for i in range(9)}, batch=20, epochs=2, seed=0, repeats={4: 3})
     seen = [i for step in steps for i in step]
     assert seen.count(4) == 6 and all(seen.count(i) == 2 for i in range(9) if i != 4)
@@ -211,15 +209,117 @@ def test_micro_batches_hold_every_document_within_the_limit():
     assert micro_batches([3], {3: 99}, tokens=40) == [[3]]
 
 
+class Line:
+    """A learner for the loop (`training.loop.Learner`) that fits a line to noisy points."""
+
+    name = "line"
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.module = torch.nn.Linear(3, 1)
+        self.weights = list(self.module.parameters())
+        self.steps: list[int] = []
+
+    def gradients(self, step: int, parts: list[list[int]], rows: int) -> torch.Tensor:
+        self.steps.append(step)
+        generator = torch.Generator().manual_seed(step)
+        sums = torch.zeros(1)
+        for _ in parts:
+            x = torch.randn(8, 3, generator=generator)
+            loss = (self.module(x)[:, 0] - x.sum(1)).pow(2).sum()
+            (loss / rows).backward()
+            sums += loss.detach()
+        return sums
+
+    def record(self, means: torch.Tensor) -> dict:
+        return {"loss": means.item()}
+
+    def progress(self, record: dict) -> str:
+        return f"loss {record['loss']:.2f}"
+
+    def check(self) -> list[float]:
+        return [0.5]
+
+
+@pytest.fixture
+def accelerator():
+    """An Accelerator of this test alone: its state is global, and commands set it otherwise."""
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train_line(folder, store, accelerator, steps: int, stop_after: int | None = None) -> tuple[Line, RunFolder]:
+    """Train for `steps` steps. With stop_after, training is interrupted in the step after so many."""
+    folder.mkdir(exist_ok=True)
+    learner, run = Line(), RunFolder(folder, {"steps": steps}, resume=True, main=True)
+    gradients = learner.gradients
+
+    def interrupted(step: int, *rest) -> torch.Tensor:
+        if step == stop_after:
+            raise KeyboardInterrupt
+        return gradients(step, *rest)
+
+    learner.gradients = interrupted
+    plan = [[2 * i, 2 * i + 1] for i in range(steps)]
+    train(learner, store, plan, run, accelerator, learning_rate=0.1, micro_batch=20, save_every=3)
+    return learner, run
+
+
+def test_an_interrupted_loop_continues_from_its_checkpoint_to_the_same_weights(tmp_path, accelerator):
+    _, store = bank_and_store("carry", tmp_path)
+    whole, run = train_line(tmp_path / "whole", store, accelerator, steps=10)
+    with pytest.raises(KeyboardInterrupt):
+        train_line(tmp_path / "torn", store, accelerator, steps=10, stop_after=8)
+    continued, again = train_line(tmp_path / "torn", store, accelerator, steps=10)
+    assert whole.steps == list(range(10)) and continued.steps == [6, 7, 8, 9], "after step 6 there is a checkpoint"
+    assert all(torch.equal(a, b) for a, b in zip(whole.weights, continued.weights))
+    assert run.records() == again.records(), "the log is that of one run"
+    losses = [record["loss"] for record in run.records() if "loss" in record]
+    assert len(losses) == 10 and losses[-1] < 0.5 * losses[0]
+    assert [record["step"] for record in run.records() if "held_out_agreement" in record] == [3, 6, 9, 10]
+
+
+def test_the_loop_stops_with_a_checkpoint_when_its_time_is_over(tmp_path, accelerator):
+    _, store = bank_and_store("carry", tmp_path)
+    learner, run = Line(), RunFolder(tmp_path, {}, resume=True, main=True)
+    steps = train(learner, store, [[0], [1]], run, accelerator, learning_rate=0.1, micro_batch=20,
+                  save_every=9, minutes=0)
+    assert steps == 0 and learner.steps == []
+    assert RunFolder(tmp_path, {}, resume=True, main=True).restore({"line": Line().module}) == 0
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_refused_unless_the_run_starts_again(tmp_path):
+    RunFolder(tmp_path, {"lr": 1}, resume=True, main=True).save(3, {"line": Line().module})
+    with pytest.raises(SystemExit, match=r"other settings, \(old, new\): {'lr': \(1, 2\)}"):
+        RunFolder(tmp_path, {"lr": 2}, resume=True, main=True)
+    assert RunFolder(tmp_path, {"lr": 2}, resume=False, main=True).restore({"line": Line().module}) == 0
+
+
+def test_rows_of_an_interrupted_measurement_count_if_they_answer_the_same_question(tmp_path):
+    path, key = tmp_path / "new" / "rows.jsonl", {"exits": "a", "thresholds": [0.5, None]}
+    first = ResumableRows(path, key)
+    first.append({"prompt": 1})
+    first.append({"prompt": 2})
+    path.write_text(path.read_text() + '{"key": {"exits": "a"')          # cut off by a kill
+    again = ResumableRows(path, key)
+    assert again.rows == first.rows == [{"prompt": 1}, {"prompt": 2}]
+    again.append({"prompt": 3})
+    assert ResumableRows(path, key).rows == [{"prompt": 1}, {"prompt": 2}, {"prompt": 3}]
+    assert ResumableRows(path, key | {"exits": "b"}).rows == []
+    again.finish()
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("text, layers", [("8,16,22", (8, 16, 22)), ("0.3,0.57,0.8", (9, 17, 24)),
                                           (None, (0, 9, 17, 24))])
-def test_exits_are_given_as_layers_or_parts_of_the_depth(text, layers):
+def test_exits_are_given_as_layers_or_shares_of_the_depth(text, layers):
     assert exit_layers(text, 30) == layers
     with pytest.raises(ValueError, match="--exits takes"):
         exit_layers("deep", 30)
 
 
-def test_shards_come_back_and_equal_documents_count_once(tmp_path):
+def test_shards_are_read_as_written_and_equal_documents_count_once(tmp_path):
     documents = [Document([1, 2, 3], [0, 1, 1], 7), Document([4, 5], [0, 1], 25), Document([1, 2, 3], [0, 1, 1], 7)]
     save_shard(tmp_path / "shard-00000.safetensors", documents)
     assert load_documents([tmp_path]) == documents[:2]
@@ -227,13 +327,13 @@ def test_shards_come_back_and_equal_documents_count_once(tmp_path):
         load_documents([tmp_path / "elsewhere"])
 
 
-def test_splits_hold_one_two_and_twenty_two_of_twenty_five():
+def test_of_25_documents_one_tests_two_calibrate_and_22_train():
     splits = [Document(key=key).split for key in range(2500)]
     assert [splits.count(s) for s in Split] == [2200, 200, 100]
 
 
 class Template:
-    """Stands for a chat template: opening 1, closing 2 (the end of a turn) and 3."""
+    """A stand-in for a chat template: opening 1, closing 2 (the end of a turn) and 3."""
 
     opening, closing = [1], [2, 3]
 
@@ -244,45 +344,46 @@ class Template:
         return [1, *self.encode(turn), 2, 3]
 
 
-def lane(prompts: list[str] = (), texts: list[str] = (), plain_share: float = 0.0) -> Row:
-    return Row(Sources(Template(), list(prompts), list(texts), own_share=0.0, plain_share=plain_share, seed="0"))
+def new_lane(prompts: list[str] = (), texts: list[str] = (), plain_share: float = 0.0) -> Lane:
+    return Lane(Sources(Template(), list(prompts), list(texts), own_share=0.0, plain_share=plain_share, seed="0"))
 
 
-def speak(row: Row, said: list[int]) -> list[int]:
-    return [row.next_token(token, token, frozenset([2]), slot) for slot, token in enumerate(said)]
+def write(lane: Lane, choices: list[int]) -> list[int]:
+    """Tokens of a lane when the model makes these choices, one a slot."""
+    return [lane.next_token(token, token, frozenset([2]), slot) for slot, token in enumerate(choices)]
 
 
-def test_a_lane_given_a_prompt_speaks_it_and_then_its_own_words():
-    row = lane(prompts=["40"])
-    assert speak(row, [0, 0, 0, 0, 50, 51, 2]) == [1, 40, 2, 3, 50, 51, 2]
+def test_a_lane_writes_its_prompt_and_then_the_models_choices():
+    lane = new_lane(prompts=["40"])
+    assert write(lane, [0, 0, 0, 0, 50, 51, 2]) == [1, 40, 2, 3, 50, 51, 2]
 
 
 def test_a_lane_without_prompts_invents_the_users_turn_too(monkeypatch):
-    monkeypatch.setattr(training.data, "MIN_TOKENS", 1)
-    row = lane()
-    assert speak(row, [0, 41, 2, 0, 50, 2, 0, 42]) == [1, 41, 2, 3, 50, 2, 1, 42]
-    ((start, document),) = row.finished
+    monkeypatch.setattr(training.policy, "MIN_TOKENS", 1)
+    lane = new_lane()
+    assert write(lane, [0, 41, 2, 0, 50, 2, 0, 42]) == [1, 41, 2, 3, 50, 2, 1, 42]
+    ((start, document),) = lane.finished
     assert start == 0 and document.ids == [1, 41, 2, 3, 50, 2] and document.chosen == [0, 1, 1, 0, 1, 1]
-    assert row.start == 6
+    assert lane.start == 6
 
 
-def test_a_lane_given_a_passage_reads_its_first_words_and_goes_on_up_to_a_limit(monkeypatch):
-    monkeypatch.setattr(training.data, "MIN_TOKENS", 1)
-    monkeypatch.setattr(training.data, "MAX_CONTINUATION", 3)
-    row = lane(texts=[" ".join(["30"] * 60)], plain_share=1.0)
-    read = len(row.forced)
+def test_a_lane_continues_the_first_words_of_a_passage_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(training.policy, "MIN_TOKENS", 1)
+    monkeypatch.setattr(training.policy, "MAX_CONTINUATION", 3)
+    lane = new_lane(texts=[" ".join(["30"] * 60)], plain_share=1.0)
+    read = len(lane.forced)
     assert 8 <= read <= 48
-    assert speak(row, [0] * read + [50, 51, 52, 0]) == [30] * read + [50, 51, 52, 1]
-    assert row.finished[0][1].key == training.data.key_of(" ".join(["30"] * 60))
+    assert write(lane, [0] * read + [50, 51, 52, 0]) == [30] * read + [50, 51, 52, 1]
+    assert lane.finished[0][1].key == key_of(" ".join(["30"] * 60))
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_features_kept_while_writing_are_those_of_reading_again(tmp_path, monkeypatch, native):
-    monkeypatch.setattr(training.data, "MIN_TOKENS", 4)
+def test_features_kept_while_writing_are_those_of_reading_the_text_again(tmp_path, monkeypatch, native):
+    monkeypatch.setattr(training.policy, "MIN_TOKENS", 4)
     engine = tiny_engine("qwen3", dtype=torch.bfloat16 if native else torch.float32)
     torch.manual_seed(0)
-    rows = [lane(prompts=["40 5", "7"]), lane(prompts=["9 9 9"]), lane()]
-    documents, features = write_round(engine.model, rows, 40, 1.0, tqdm(disable=True), keep=True)
+    lanes = [new_lane(prompts=["40 5", "7"]), new_lane(prompts=["9 9 9"]), new_lane()]
+    documents, features = write_round(engine.model, lanes, 40, 1.0, tqdm(disable=True), keep=True)
     assert len(documents) == len(features) >= 3
     again = FeatureStore(engine.model, documents, tmp_path / "again", 1.0)
     kept = FeatureStore(engine.model, documents, tmp_path / "kept", 1.0)
@@ -299,31 +400,31 @@ def test_features_kept_while_writing_are_those_of_reading_again(tmp_path, monkey
         assert (a.choices == b.choices).float().mean() > (0.8 if native else 0.99)
 
 
-@pytest.mark.parametrize("deepest", [1, 3])
-def test_tokens_in_a_row_of_one_exit_hand_on_what_that_exit_said(tmp_path, deepest):
-    """Every carried state is the full model's, or that of a chain of the exit from one to `deepest` tokens long."""
-    bank, store = tiny_store("carry", tmp_path)
+@pytest.mark.parametrize("max_chain", [1, 3])
+def test_carried_states_in_training_are_those_of_chains_of_an_exit(tmp_path, max_chain):
+    """Each carried state is the full model's, or that of 1 to `max_chain` tokens of the exit in a row; all occur."""
+    bank, store = bank_and_store("carry", tmp_path)
     bank.attach(store.model, trainable=True)
     f, found = store[0], set()
-    h, said, rows = f.exits.float(), carried(f).float(), f.wanted.nonzero()[:, 0]
-    inputs = Inputs(bank, store, range(20), torch.ones(32))
+    h, full, rows = f.exits.float(), carried_states(f.top).float(), f.wanted.nonzero()[:, 0]
+    inputs = AdapterInputs(bank, store, range(20), torch.ones(32))
     for seed in range(6):
-        carry = handed_on(bank, inputs, h, said, torch.arange(len(f.ids)), rows, 0.8, [1],
-                          torch.Generator().manual_seed(seed), deepest)
-        for row, got in zip(rows.tolist(), carry):
-            chains = [said[row]]
-            for length in range(1, min(deepest, row) + 1):
-                state = said[row - length]
+        carried = mixed_carried_states(bank, inputs, h, full, torch.arange(len(f.ids)), rows, 0.8, [1],
+                                       torch.Generator().manual_seed(seed), max_chain)
+        for row, got in zip(rows.tolist(), carried):
+            chains = [full[row]]
+            for length in range(1, min(max_chain, row) + 1):
+                state = full[row - length]
                 for at in range(row - length, row):
                     state = bank.hidden(1, *inputs(1, h[at:at + 1, 1], state.view(1, -1)))
                 chains.append(state.view(-1))
             near = [n for n, state in enumerate(chains) if torch.allclose(got, state, atol=1e-4)]
             assert near, row
             found.add(near[0])
-    assert found == set(range(deepest + 1))
+    assert found == set(range(max_chain + 1))
 
 
-def test_the_template_is_split_around_the_users_turn():
+def test_a_chat_template_is_split_around_the_users_turn():
     class Tokenizer:
         chat_template = "<turn>reply:"
 
@@ -337,7 +438,7 @@ def test_the_template_is_split_around_the_users_turn():
     assert "".join(map(chr, template.prompt("hi"))) == "<hi>reply:"
 
 
-def test_calibration_error_and_auroc_on_cases_done_by_hand():
+def test_calibration_error_and_auroc_equal_values_computed_by_hand():
     right = torch.tensor([True] * 50 + [False] * 50)
     assert expected_calibration_error(torch.full((100,), 0.5), torch.tensor([True, False] * 50), bins=1) == 0
     assert expected_calibration_error(torch.ones(100), right, bins=1) == pytest.approx(0.5)
@@ -353,7 +454,7 @@ def test_platt_scaling_finds_the_slope_and_shift_that_made_the_labels():
     assert platt(score, right) == pytest.approx((2.0, -1.0), abs=0.1)
 
 
-def test_articles_of_wikitext_are_put_together_and_other_rows_are_documents(tmp_path):
+def test_rows_of_wikitext_are_joined_to_articles_and_other_rows_are_documents(tmp_path):
     pytest.importorskip("datasets")
     lines = [" = First = ", " One . ", " = = Part = = ", " Two . ", " = Second = ", " Three . "]
     for name in ("wikitext-tiny", "notes"):
@@ -369,14 +470,33 @@ def test_articles_of_wikitext_are_put_together_and_other_rows_are_documents(tmp_
 @pytest.mark.parametrize("argument, shown", [
     ("../elsewhere/texts/test.txt", "texts/test.txt"), ("/home/me/run", "me/run"), ("data/policy", "data/policy"),
     ("--epochs", "--epochs"), ("a note / of words", "'a note / of words'")])
-def test_provenance_keeps_this_machines_paths_to_itself(argument, shown, monkeypatch):
+def test_provenance_shortens_private_paths(argument, shown, monkeypatch):
     monkeypatch.setattr("sys.argv", ["program", argument])
     assert provenance()["command"].split(" ", 1)[1].endswith(shown)
     assert "/home" not in provenance()["command"] and "elsewhere" not in provenance()["command"]
 
 
+@pytest.mark.parametrize("command", ["distill", "drafter", "data policy", "data text", "confidence", "calibrate",
+                                     "join", "evaluate exits", "evaluate decode", "evaluate lossless", "baselines",
+                                     "benchmark"])
+def test_every_option_is_explained(command, monkeypatch, capsys):
+    declared, add = {}, argparse.ArgumentParser.add_argument
+
+    def add_and_note(parser, *names, **options):
+        declared[names[-1]] = options.get("help")
+        return add(parser, *names, **options)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", add_and_note)
+    module, *rest = command.split()
+    monkeypatch.setattr(sys, "argv", [module, *rest, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"training.{module}").main()
+    assert stopped.value.code == 0 and f"usage: {command}" in capsys.readouterr().out
+    assert len(declared) > 1 and all(declared.values()), declared
+
+
 @pytest.mark.filterwarnings("ignore:'training:RuntimeWarning")       # runpy: the module was imported before
-@pytest.mark.parametrize("line, says", [
+@pytest.mark.parametrize("line, message", [
     ("benchmark --model {empty}", "config.json"),
     ("benchmark --dtype float16", "float16 is for GPUs"),
     ("evaluate decode --exits {empty}", "give --out a file"),
@@ -390,11 +510,12 @@ def test_provenance_keeps_this_machines_paths_to_itself(argument, shown, monkeyp
     ("join {empty} --out {empty}", "no config.json"),
     ("baselines --exits {empty} --out {empty}/b.json", "config.json and exits.safetensors missing"),
 ])
-def test_wrong_input_is_told_in_a_line(line, says, tmp_path, monkeypatch):
+def test_wrong_input_gives_a_message_of_one_line(line, message, tmp_path, monkeypatch):
     if torch.cuda.is_available() and "float16" in line:
         pytest.skip("GPUs take float16")
     module, *arguments = line.format(empty=tmp_path).split()
     monkeypatch.setattr(sys, "argv", [f"{module}.py", *arguments])
-    with pytest.raises(SystemExit) as told:
+    with pytest.raises(SystemExit) as stopped:
         runpy.run_module(f"training.{module}", run_name="__main__")
-    assert told.value.code.startswith(f"{module}: ") and says in told.value.code
+    assert stopped.value.code.startswith(f"{module}: ") and message in stopped.value.code
+    assert "\n" not in stopped.value.code

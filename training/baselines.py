@@ -1,16 +1,18 @@
-"""The published setting rebuilt: nothing cached, every token reads the whole text again. And beside it, ours.
+"""Baselines: the published setting, rebuilt without a cache and measured beside ours.
 
     python -m training.baselines
 
-The published figures (cascade 1.76x, self-speculation 0.43x to 0.84x) compare with an uncached loop that also projects
-every position onto the vocabulary. These three small loops do the same with the same model and exits, and serve the
-tests as oracles. The table sets each against the uncached loop, and the cached engine's modes against its own `full`.
+The published figures (cascade 1.76x, self-speculation 0.43x to 0.84x) compare with a loop that reads the whole text
+again for every token and projects every position onto the vocabulary. The three small loops here do the same with the
+same model and exits. The tests use them as oracles. The table compares each with the uncached loop, and the cached
+engine's modes with its own `full`.
 """
 
 import argparse
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -19,54 +21,63 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cascadeexit.engine import DecodeConfig, Engine, Mode
-from cascadeexit.hub import DEFAULT_MODEL, load
+from cascadeexit.carry import carried_states
+from cascadeexit.config import DecodeConfig, Mode
+from cascadeexit.drafting import worth_asking
+from cascadeexit.engine import Engine
+from cascadeexit.hub import load
 from cascadeexit.lookup import NOTHING_COPIED, Lookup
 from cascadeexit.prompts import bundled_prompts, token_ids
 from training.command import run_command
-from training.provenance import provenance, results_file, save_json
+from training.json_files import save_json
+from training.options import add_model_and_exits, add_prompts, command_parser
+from training.provenance import provenance, results_file
+
+Job = tuple[str, str]           # setting and method
+Decode = Callable[[list[int]], list[int]]
 
 
 class Uncached:
-    """Passes over a whole text, from the first layer on, as far as is asked."""
+    """Passes over a whole text without a cache, from the first layer to as deep as the caller needs."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.model, self.bank = engine, engine.model, engine.bank
+        self.model, self.layers, self.exits = engine.model, engine.model.layers, engine.exits
 
-    def segments(self, text: list[int]):
-        """Hidden rows of the whole text (1, N, D) after each segment in turn; the caller stops when it has enough."""
-        h, cache = self.model.embed(text), self.model.new_cache(self.model.pad(len(text)))
+    def segments(self, text: list[int]) -> Iterator[Tensor]:
+        """Yield the hidden rows of the whole text (1, N, D) after each segment; the caller may stop at any of them."""
+        rows, cache = self.layers.embed(text), self.layers.new_cache(len(text) + self.layers.row_multiple)
         for s in range(self.model.num_segments):
-            h = self.model.run_segment(s, h, cache)
-            yield h
+            rows, = self.layers.run(range(s, s + 1), rows, cache)
+            yield self.layers.tensor(rows)
 
     def top(self, text: list[int]) -> tuple[Tensor, Tensor]:
-        """The full model's choice after every position (N,), and its normed hidden states (N, D)."""
+        """Return the full model's choice after every position (N,), and its normed hidden states (N, D)."""
         *_, h = self.segments(text)
-        return self.model.logits(h)[0].argmax(-1), self.model.norm(h[0])
+        normed = self.layers.norm(h)
+        return self.model.head.logits(normed)[0].argmax(-1), normed[0]
 
-    def exit(self, s: int, h: Tensor, said: Tensor, copied: tuple[int, int],
+    def exit(self, s: int, h: Tensor, carried: Tensor, copied: tuple[int, int],
              before: Tensor | None = None) -> tuple[int, float, Tensor]:
-        """Exit s at the newest row: its choice, confidence and adapted hidden (1, D). Projects whether taken or not.
+        """Run exit s at the newest row. Returns its choice, confidence and adapted hidden state (1, D).
+
+        The vocabulary projection is computed whether the exit is taken or not.
 
         Args:
-            copied: what the text said before, from `Lookup.copied`.
-            before: the adapted hidden of the exit before it, where that was asked.
+            copied: the n-gram lookup's token and match length, from `Lookup.copied`.
+            before: the adapted hidden state of the previous exit, where it ran.
         """
-        hidden = self.bank.hidden(s, h[0, -1:], said)
-        confidence, = self.bank.confidence(s, hidden, [copied], before)
-        return self.bank.choice(s, hidden), confidence, hidden
+        hidden = self.exits.hidden(s, h[0, -1:], carried)
+        confidence, = self.exits.confidence(s, hidden, [copied], before)
+        return self.exits.choice(s, hidden), confidence, hidden
 
-    def said(self, prompt: list[int]) -> Tensor:
-        """What named the prompt's last token, as `Engine.generate` has it: (1, D)."""
-        if len(prompt) == 1:
-            return torch.zeros(1, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)
-        return self.top(prompt[:-1])[1][-1:]
+    def carried(self, prompt: list[int]) -> Tensor:
+        """Return the carried state at the prompt's last token, as `Engine.generate` has it (1, D)."""
+        return carried_states(self.top(prompt)[1])[-1:]
 
 
 @torch.inference_mode()
 def standard(engine: Engine, prompt: list[int], tokens: int) -> list[int]:
-    """The full model, greedily."""
+    """Decode greedily with the full model."""
     run, text = Uncached(engine), list(prompt)
     while len(text) < len(prompt) + tokens and not _ended(engine, prompt, text):
         text.append(int(run.top(text)[0][-1]))
@@ -76,22 +87,26 @@ def standard(engine: Engine, prompt: list[int], tokens: int) -> list[int]:
 @torch.inference_mode()
 def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[float, ...],
             ask_all: bool = False) -> list[int]:
-    """Each token leaves at the first exit that is confident enough; ask_all, as published: none is ruled out before."""
+    """Decode with the cascade: each token leaves at the first exit whose confidence reaches its threshold.
+
+    ask_all: run every exit on the way, as published; else skip those that are not worth asking.
+    """
     run, text = Uncached(engine), list(prompt)
-    said, before = run.said(prompt), Lookup(prompt)
+    carried, lookup = run.carried(prompt), Lookup(prompt)
     while len(text) < len(prompt) + tokens and not _ended(engine, prompt, text):
-        before.extend(text[len(before):])
+        lookup.extend(text[len(lookup):])
         hidden, confidence = None, None
         for s, h in enumerate(run.segments(text)):
             if s == engine.num_exits:
-                token, said = int(engine.model.logits(h)[0].argmax(-1)[-1]), engine.model.norm(h[0, -1:])
+                carried = engine.model.layers.norm(h[0, -1:])
+                token = int(engine.model.head.logits(carried)[0].argmax(-1))
                 break
-            if not ask_all and not engine.worth_asking(s, thresholds, confidence):
+            if not ask_all and not worth_asking(s, thresholds, confidence):
                 hidden = None
                 continue
-            token, confidence, hidden = run.exit(s, h, said, before.copied(text), hidden)
+            token, confidence, hidden = run.exit(s, h, carried, lookup.copied(text), hidden)
             if confidence >= thresholds[s]:
-                said = hidden
+                carried = hidden
                 break
         text.append(token)
     return text[len(prompt):]
@@ -99,21 +114,21 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
 
 @torch.inference_mode()
 def self_speculation(engine: Engine, prompt: list[int], tokens: int, exit: int, max_draft: int) -> list[int]:
-    """One exit drafts max_draft tokens, one pass over the whole text judges them."""
+    """Decode with self-speculation: one exit drafts max_draft tokens, one pass over the whole text verifies them."""
     run, text = Uncached(engine), list(prompt)
-    said, end = run.said(prompt), len(prompt) + tokens
+    carried, end = run.carried(prompt), len(prompt) + tokens
     while len(text) < end and not _ended(engine, prompt, text):
-        confirmed, drafted_said = len(text), said
+        confirmed, draft_carried = len(text), carried
         for _ in range(max_draft):
             h = next(islice(run.segments(text), exit, None))
-            token, _, drafted_said = run.exit(exit, h, drafted_said, NOTHING_COPIED)
+            token, _, draft_carried = run.exit(exit, h, draft_carried, NOTHING_COPIED)
             text.append(token)
         choices, top = run.top(text)
-        right = 0
-        while right < max_draft and text[confirmed + right] == choices[confirmed + right - 1]:
-            right += 1
-        text[confirmed + right:] = [int(choices[confirmed + right - 1])]
-        said = top[confirmed + right - 1:confirmed + right]
+        accepted = 0
+        while accepted < max_draft and text[confirmed + accepted] == choices[confirmed + accepted - 1]:
+            accepted += 1
+        text[confirmed + accepted:] = [int(choices[confirmed + accepted - 1])]
+        carried = top[confirmed + accepted - 1:confirmed + accepted]
         eos = [i for i in range(confirmed, len(text)) if text[i] in engine.model.eos_ids]
         del text[min(end, eos[0] + 1 if eos else end):]
     return text[len(prompt):]
@@ -123,61 +138,78 @@ def _ended(engine: Engine, prompt: list[int], text: list[int]) -> bool:
     return len(text) > len(prompt) and text[-1] in engine.model.eos_ids
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, Hub id or local folder")
-    parser.add_argument("--exits", type=Path, help="exits folder; default the shipped ones")
-    parser.add_argument("--prompts", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=48, help="new tokens a prompt")
-    parser.add_argument("--threshold", type=float, default=0.5, help="of the cascade, at every exit")
-    parser.add_argument("--max-draft", type=int, nargs="+", default=[3, 5, 7])
-    parser.add_argument("--out", type=Path, help="default assets/results/baselines.json")
-    args = parser.parse_args()
-    out = args.out or results_file(args.model, args.exits, "baselines.json")
-    engine, tokenizer = load(args.model, args.exits)
-    prompts = [token_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
+# -- measurement ------------------------------------------------------------------------------------------------------
+
+
+def make_jobs(engine: Engine, args: argparse.Namespace) -> dict[Job, Decode]:
+    """List what is measured: every method, uncached and cached."""
     thresholds, n = (args.threshold,) * engine.num_exits, args.tokens
 
-    def ours(mode: Mode, **settings):
+    def cached(mode: Mode, **settings) -> Decode:
         config = DecodeConfig(mode=mode, max_new_tokens=n, **settings)
         return lambda ids: engine.run(ids, config).token_ids
 
     jobs = {("uncached", "standard"): lambda ids: standard(engine, ids, n),
             ("uncached", "cascade"): lambda ids: cascade(engine, ids, n, thresholds, ask_all=True),
-            ("cached", "standard"): ours(Mode.FULL),
-            ("cached", "cascade"): ours(Mode.CASCADE, thresholds=thresholds)}
+            ("cached", "standard"): cached(Mode.FULL),
+            ("cached", "cascade"): cached(Mode.CASCADE, thresholds=thresholds)}
     for e, layer in enumerate(engine.model.exit_layers):
         for k in args.max_draft:
             only = tuple(0.0 if s == e else None for s in range(engine.num_exits))
             name = f"self-speculation, layer {layer}, K = {k}"
             jobs["uncached", name] = lambda ids, e=e, k=k: self_speculation(engine, ids, n, e, k)
-            jobs["cached", name] = ours(Mode.VERIFIED, thresholds=only, max_draft=k)
-    jobs["cached", "verified, all exits"] = ours(Mode.VERIFIED, thresholds=(0.7,) * engine.num_exits, max_draft=3)
+            jobs["cached", name] = cached(Mode.VERIFIED, thresholds=only, max_draft=k)
+    jobs["cached", "verified, all exits"] = cached(Mode.VERIFIED, thresholds=(0.7,) * engine.num_exits, max_draft=3)
+    return jobs
 
-    speeds, outputs = defaultdict(list), {}
-    for i, ids in enumerate(tqdm([prompts[0], *prompts], unit="prompt")):
-        for job, run in jobs.items():
-            if i == 0 and job[0] == "uncached":
-                continue                                    # the first prompt warms up; one cached pass is enough
+
+def time_jobs(jobs: dict[Job, Decode], prompts: list[list[int]]) -> tuple[dict[Job, list[float]], dict[Job, list]]:
+    """Run every job on every prompt in turn. Returns tokens per second and token ids, an entry for each prompt."""
+    for job, decode in jobs.items():
+        if job[0] == "cached":                              # warm-up; the uncached loops gain little by one
+            decode(prompts[0])
+    speeds, outputs = defaultdict(list), defaultdict(list)
+    for ids in tqdm(prompts, unit="prompt"):
+        for job, decode in jobs.items():
             start = time.perf_counter()
-            text = run(ids)
-            if i:
-                speeds[job].append(len(text) / (time.perf_counter() - start))
-                outputs[job, i] = text
-    rows = []
-    for setting, name in jobs:
-        base = speeds[setting, "standard"]
-        rows.append({
-            "setting": setting, "method": name, "tokens_per_second": median(speeds[setting, name]),
-            "over_standard": median(a / b for a, b in zip(speeds[setting, name], base)),
-            "over_uncached": median(a / b for a, b in zip(speeds[setting, name], speeds["uncached", "standard"])),
-            "identical": sum(outputs[(setting, name), i + 1] == outputs[("cached", "standard"), i + 1]
-                             for i in range(len(prompts))) / len(prompts)})
-        r = rows[-1]
-        print(f"{setting:<10}{name:<34}{r['tokens_per_second']:>8.1f} tokens/s{r['over_standard']:>7.2f}x standard"
-              f"{r['over_uncached']:>7.2f}x uncached{r['identical']:>6.0%} identical")
+            text = decode(ids)
+            speeds[job].append(len(text) / (time.perf_counter() - start))
+            outputs[job].append(text)
+    return speeds, outputs
+
+
+def table_row(job: Job, speeds: dict[Job, list[float]], outputs: dict[Job, list]) -> dict:
+    """Summarise one job: medians over the prompts of its speed and of its ratios to the `standard` loops."""
+    setting, method = job
+
+    def over(base: Job) -> float:
+        return median(a / b for a, b in zip(speeds[job], speeds[base]))
+
+    same = [ours == full for ours, full in zip(outputs[job], outputs["cached", "standard"])]
+    return {"setting": setting, "method": method, "tokens_per_second": median(speeds[job]),
+            "over_standard": over((setting, "standard")), "over_uncached": over(("uncached", "standard")),
+            "identical": sum(same) / len(same)}
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    add_model_and_exits(parser)
+    add_prompts(parser, prompts=3, tokens=48)
+    parser.add_argument("--threshold", type=float, default=0.5, help="threshold of the cascade at every exit")
+    parser.add_argument("--max-draft", type=int, nargs="+", default=[3, 5, 7], help="draft lengths")
+    parser.add_argument("--out", type=Path, help="result file; default: assets/results/baselines.json")
+    args = parser.parse_args()
+    out = args.out or results_file(args.model, args.exits, "baselines.json")
+    engine, tokenizer = load(args.model, args.exits)
+    prompts = [token_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
+    jobs = make_jobs(engine, args)
+    speeds, outputs = time_jobs(jobs, prompts)
+    rows = [table_row(job, speeds, outputs) for job in jobs]
+    for r in rows:
+        print(f"{r['setting']:<10}{r['method']:<34}{r['tokens_per_second']:>8.1f} tokens/s{r['over_standard']:>7.2f}x "
+              f"standard{r['over_uncached']:>7.2f}x uncached{r['identical']:>6.0%} identical")
     result = {"provenance": provenance(0), "model": engine.model.name, "exits": engine.bank.fingerprint(),
-              "prompts": len(prompts), "tokens": n, "threshold": args.threshold, "rows": rows}
+              "prompts": len(prompts), "tokens": args.tokens, "threshold": args.threshold, "rows": rows}
     save_json(out, result)
     print(json.dumps(result))
 

@@ -1,4 +1,4 @@
-"""What every command of the recipe does about wrong input: say in a line what is wrong, and end."""
+"""Entry point of all commands of the recipe: wrong input ends a command with one line that says what is wrong."""
 
 import sys
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from cascadeexit.hub import ModelUnavailable
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command. What its input lacks becomes a message and exit status 1, not a traceback."""
+    """Run a command. Wrong or missing input gives a message and exit status 1, not a traceback."""
     try:
         main()
     except (ModelUnavailable, FileNotFoundError, ValueError) as error:

@@ -1,19 +1,20 @@
-"""Train the exits' confidence estimators, calibrate them, and say on unseen documents how well they do.
+"""Train and calibrate the exits' confidence estimators, and measure them on unseen documents.
 
     python -m training.confidence --exits runs/smollm2 --data data/policy data/text
 
-Two kinds. `sketch`, the default: small MLPs on facts of the exit's softmax over its most frequent words and on what
-followed where the text said the same before, by themselves and beside what the exit before it thought
-(`SketchConfidence`), fitted on the calibration documents, which no adapter has
-seen; a small part of the head is read for it. `mlp`, as published: an MLP that sees the adapted hidden state alone. It
-learns in three steps. On the training documents, by binary cross-entropy averaged over rows, to tell the largest
-softmax probability of its exit's head: whether the exit is right cannot be learned there, since the adapters have seen
-these documents. Then on half of the calibration documents whether the exit's choice equals the full model's; it stops
-at the epoch that is best on the other half. That half then sets a scale and a shift of the logit (Platt 1999), folded
-into the weights.
+There are two kinds. `sketch`, the default, is a small MLP on facts of the exit's softmax over its most frequent words,
+on what the n-gram lookup proposes, and, where the previous exit ran, on the facts of that exit (`SketchConfidence`). It
+reads a small part of the head. It is fitted on the calibration documents, which no adapter has seen.
 
-The test documents measure both: ECE and AUROC, beside three baselines that need all of the exit's logits: largest
-probability, entropy and margin, calibrated by Platt scaling. The estimators are written into the exits folder.
+`mlp`, the published kind, is an MLP on the adapted hidden state alone, trained in three steps:
+1. On the training documents it learns the largest softmax probability of its exit's head, by binary cross-entropy
+   averaged over rows. It cannot learn there whether the exit is right, since the adapters have seen these documents.
+2. On half of the calibration documents it learns whether the exit's choice equals the full model's. The best epoch on
+   the other half is kept.
+3. That other half sets a scale and a shift of the logit (Platt 1999), which become part of the weights.
+
+The test documents measure the estimators by ECE and AUROC, beside three baselines that need all of the exit's logits:
+largest probability, entropy and margin, calibrated by Platt scaling. The estimators are saved in the exits folder.
 """
 
 import argparse
@@ -21,103 +22,91 @@ import copy
 import dataclasses
 import functools
 import json
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cascadeexit.exits import ConfidenceHead, ExitBank, SketchConfidence, softmax_facts
+from cascadeexit.carry import carried_states
+from cascadeexit.engine import Engine
+from cascadeexit.exits import ConfidenceHead, ExitBank, SketchConfidence
 from cascadeexit.hub import load_model
-from cascadeexit.linear import pack
 from cascadeexit.lookup import FARTHEST, Lookup
 from cascadeexit.model import SegmentedModel
 from training.command import run_command
-from training.distill import carried, frequent_tokens
-from training.documents import Split, load_documents
-from training.features import FeatureStore
+from training.documents import Split
+from training.features import FeatureStore, prepared_store
+from training.json_files import save_json
+from training.options import add_device_map, add_exits_and_data, add_features, add_seed, command_parser
 from training.plots import reliability_plot
-from training.provenance import provenance, save_json
+from training.provenance import provenance
+from training.reliability import auroc, equal_mass_bins, expected_calibration_error, platt
+from training.vocabulary import frequent_tokens
 
-BINS = 15
+_WIDTHS = {"sketch": 48, "mlp": 256}
+_FACT_ROWS = 4096           # rows whose facts are computed at a time
 
-
-def equal_mass_bins(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[tuple[float, float, int]]:
-    """(mean confidence, share right, rows) of bins that hold equally many rows."""
-    order = confidence.argsort()
-    parts = zip(confidence[order].tensor_split(bins), right[order].float().tensor_split(bins))
-    return [(c.mean().item(), r.mean().item(), len(c)) for c, r in parts if len(c)]
-
-
-def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
-    """Mean |confidence - accuracy| over bins of equal size, weighted by rows (Naeini et al. 2015, equal-mass bins)."""
-    return sum(abs(c - r) * n for c, r, n in equal_mass_bins(confidence, right, bins)) / len(confidence)
-
-
-def auroc(score: Tensor, right: Tensor) -> float:
-    """Chance that a right row scores above a wrong one; ties count half (Mann-Whitney U)."""
-    values, inverse, counts = score.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()         # mean rank of equal scores, from 1
-    positives, negatives = right.sum().item(), (~right).sum().item()
-    if not positives or not negatives:
-        return float("nan")
-    return ((ranks[right].sum().item() - positives * (positives + 1) / 2) / (positives * negatives))
+# -- rows -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class Rows:
-    """One exit over the wanted rows of some documents."""
+class ExitRows:
+    """One exit over the n wanted rows of some documents."""
 
-    hidden: Tensor      # (n, D) adapted
-    copied: Tensor      # (n, 2) what the text said before, as `ExitBank.copies` has it
-    right: Tensor       # (n,) its choice is the full model's
+    hidden: Tensor      # (n, D) adapted hidden state
+    copied: Tensor      # (n, 2) what the n-gram lookup proposes, from `Exits.copies`
+    right: Tensor       # (n,) whether its choice is the full model's
     softmax: Tensor     # (n,) largest probability of its head
     margin: Tensor      # (n,) largest minus second largest probability
     entropy: Tensor     # (n,) of its head, in nats
 
 
-@functools.cache                            # every exit asks for the same
+@functools.cache                            # the same for every exit
 def copied_along(ids: tuple[int, ...]) -> list[tuple[int, int]]:
-    """`Lookup.copied` at each position of a text, which knows what is before it alone."""
-    before, copied = Lookup(()), []
+    """Return `Lookup.copied` at each position of a text, from the tokens up to there."""
+    lookup, copied = Lookup(()), []
     for i, token in enumerate(ids):
-        before.extend([token])
-        copied.append(before.copied(ids[max(0, i - FARTHEST):i + 1]))
+        lookup.extend([token])
+        copied.append(lookup.copied(ids[max(0, i - FARTHEST):i + 1]))
     return copied
 
 
 @torch.no_grad()
-def exit_rows(bank: ExitBank, s: int, store: FeatureStore, documents: list[int], desc: str) -> Rows:
-    """Exit s read over the wanted rows of these documents."""
-    parts, device = [], bank.adapters[s].norm.weight.device
+def exit_rows(engine: Engine, s: int, store: FeatureStore, documents: list[int], part: str) -> ExitRows:
+    """Run exit s over the wanted rows of these documents. `part` names them in the progress bar."""
+    parts, device, exits, words = [], engine.model.device, engine.exits, engine.bank.head_ids
+    desc = f"exit {engine.bank.config.layers[s]}, {part}"
     for i in tqdm(documents, unit="document", desc=desc, leave=False):
         f = store[i]
         wanted = f.wanted.to(device)
-        h = bank.hidden(s, f.exits[:, s].to(device)[wanted], carried(f).to(device)[wanted])
-        logits = bank.logits(s, h).float()
-        picked = logits.argmax(-1) if bank.head_ids is None else bank.head_ids[logits.argmax(-1)]
+        h = exits.hidden(s, f.exits[:, s].to(device)[wanted], carried_states(f.top).to(device)[wanted])
+        logits = exits.logits(s, h).float()
+        picked = logits.argmax(-1) if words is None else words[logits.argmax(-1)]
         log_p = logits.log_softmax(-1)
         top = log_p.topk(2).values.exp()
         along = zip(copied_along(tuple(f.ids.tolist())), f.wanted.tolist())
-        copies = bank.copies([copy for copy, asked in along if asked])
+        copies = torch.tensor(exits.copies([copy for copy, asked in along if asked]))
         parts.append((h, copies, picked == f.choices[f.wanted].to(picked.device), top[:, 0], top[:, 0] - top[:, 1],
                       -(log_p.exp() * log_p).sum(-1)))
-    return Rows(*(torch.cat(column).cpu() for column in zip(*parts)))
+    return ExitRows(*(torch.cat(column).cpu() for column in zip(*parts)))
 
 
-def fit(head: ConfidenceHead, hidden: Tensor, target: Tensor, *, epochs: int, lr: float, weight_decay: float,
+# -- estimators -------------------------------------------------------------------------------------------------------
+
+
+def fit(head: nn.Module, inputs: Tensor, target: Tensor, *, epochs: int, lr: float, weight_decay: float,
         batch: int, seed: int, check: tuple[Tensor, Tensor] | None = None) -> None:
-    """Binary cross-entropy against probabilities or labels (n,); with `check`, the epoch best on it is kept."""
-    steps = max(1, len(hidden) // batch)
+    """Train with binary cross-entropy against probabilities or labels (n,). With `check`, keep the best epoch on it."""
+    steps = max(1, len(inputs) // batch)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     generator = torch.Generator().manual_seed(seed)
     best, kept = float("inf"), None
     for _ in tqdm(range(epochs), unit="epoch", desc="estimator", leave=False):
-        order = torch.randperm(len(hidden), generator=generator)
+        order = torch.randperm(len(inputs), generator=generator)
         for part in order.tensor_split(steps):
-            loss = F.binary_cross_entropy_with_logits(head(hidden[part]).view(-1), target[part].float())
+            loss = F.binary_cross_entropy_with_logits(head(inputs[part]).view(-1), target[part].float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -131,53 +120,95 @@ def fit(head: ConfidenceHead, hidden: Tensor, target: Tensor, *, epochs: int, lr
         head.load_state_dict(kept)
 
 
-def platt(score: Tensor, right: Tensor, shift: bool = True) -> tuple[float, float]:
-    """(a, b) for which sigmoid(a score + b) fits `right` best (Platt 1999); b stays 0 without `shift`."""
-    a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()), requires_grad=shift)
-    optimizer = torch.optim.LBFGS([a, b] if shift else [a], max_iter=50)
+class MlpEstimators:
+    """Fits the published estimators, in the three steps that the module describes."""
 
-    def closure():
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(a * score + b, right.float())
-        loss.backward()
-        return loss
+    def __init__(self, engine: Engine, store: FeatureStore, calibration: list[int], width: int,
+                 args: argparse.Namespace):
+        self.engine, self.store, self.width, self.args = engine, store, width, args
+        self.training, self.calibration = first_rows(store, args.train_rows), calibration
+        self.shape = dict(confidence="mlp", confidence_width=width, sketch_size=0)
 
-    optimizer.step(closure)
-    return a.item(), b.item()
+    def inputs(self, rows: ExitRows, before: ExitRows | None) -> list[Tensor]:
+        """Return what an estimator reads: the hidden states, never the previous exit."""
+        return [rows.hidden]
 
-
-def fit_mlp(bank: ExitBank, s: int, store: FeatureStore, train: list[int], held: list[int], width: int,
-            args) -> ConfidenceHead:
-    """The published estimator, in the three steps told above."""
-    layer = bank.config.layers[s]
-    seen = exit_rows(bank, s, store, train, f"exit {layer}, training")
-    fitted, checked = (exit_rows(bank, s, store, part, f"exit {layer}, calibration")
-                       for part in (held[::2], held[1::2]))
-    head = ConfidenceHead(bank.config.hidden_size, width)
-    fit(head, seen.hidden, seen.softmax, epochs=args.epochs, lr=1e-3, weight_decay=0.01, batch=1024, seed=args.seed)
-    fit(head, fitted.hidden, fitted.right, epochs=args.calibration_epochs, lr=2e-4, weight_decay=0.1, batch=256,
-        seed=args.seed, check=(checked.hidden, checked.right))
-    with torch.no_grad():
-        a, b = platt(head(checked.hidden), checked.right)
-        head.outer.weight.mul_(a)
-        head.outer.bias.mul_(a).add_(b)
-    return head
+    def fit(self, s: int, rows: ExitRows, before: ExitRows | None) -> ConfidenceHead:
+        """Fit the estimator of exit s."""
+        args, head = self.args, ConfidenceHead(self.engine.model.hidden_size, self.width)
+        seen = exit_rows(self.engine, s, self.store, self.training, "training")
+        fitted, checked = (exit_rows(self.engine, s, self.store, half, "calibration")
+                           for half in (self.calibration[::2], self.calibration[1::2]))
+        fit(head, seen.hidden, seen.softmax, epochs=args.epochs, lr=1e-3, weight_decay=0.01, batch=1024, seed=args.seed)
+        fit(head, fitted.hidden, fitted.right, epochs=args.calibration_epochs, lr=2e-4, weight_decay=0.1, batch=256,
+            seed=args.seed, check=(checked.hidden, checked.right))
+        with torch.no_grad():
+            a, b = platt(head(checked.hidden), checked.right)
+            head.outer.weight.mul_(a)
+            head.outer.bias.mul_(a).add_(b)
+        return head
 
 
-def fit_sketch(facts: list[Tensor], right: Tensor, width: int, seed: int) -> SketchConfidence:
-    """An estimator from facts of the exit alone (n, 5) and, where there are such, beside the exit before (n, 12)."""
-    head = SketchConfidence(width)
-    for net, x in zip((head.alone, head.after), facts):
-        mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
-        fit(net, (x - mean) / spread, right, epochs=20, lr=3e-3, weight_decay=0.01, batch=512, seed=seed)
-        with torch.no_grad():                                       # the net then reads facts as they come
-            net[0].weight.div_(spread)
-            net[0].bias.sub_(net[0].weight @ mean)
-    return head
+class SketchEstimators:
+    """Fits estimators that read a sketch: the softmax over the most frequent words, which the bank has been given."""
+
+    def __init__(self, engine: Engine, width: int, args: argparse.Namespace):
+        self.width, self.seed, self._device = width, args.seed, engine.model.device
+        # The same rounded weights as in decoding.
+        self._head = engine.model.backend.vocab_head(engine.model.head_weight[engine.bank.sketch_ids], rounded=True)
+        self.shape = dict(confidence="sketch", confidence_width=width, sketch_size=len(engine.bank.sketch_ids))
+
+    @torch.no_grad()
+    def inputs(self, rows: ExitRows, before: ExitRows | None) -> list[Tensor]:
+        """Return the facts that an estimator reads: of the exit alone, and, if there is one, beside the exit before."""
+        parts = list(zip(rows.hidden.split(_FACT_ROWS), rows.copied.split(_FACT_ROWS)))
+        alone = torch.cat([self._facts(*part) for part in parts])
+        if before is None:
+            return [alone]
+        return [alone, torch.cat([self._facts(*part, earlier)
+                                  for part, earlier in zip(parts, before.hidden.split(_FACT_ROWS))])]
+
+    def _facts(self, *rows: Tensor) -> Tensor:
+        return self._head.softmax_facts(*(part.to(self._device) for part in rows)).cpu()
+
+    def fit(self, s: int, rows: ExitRows, before: ExitRows | None) -> SketchConfidence:
+        """Fit the estimator of exit s to its calibration rows and those of the exit before."""
+        head = SketchConfidence(self.width)
+        for net, x in zip((head.alone, head.after), self.inputs(rows, before)):
+            mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
+            fit(net, (x - mean) / spread, rows.right, epochs=20, lr=3e-3, weight_decay=0.01, batch=512, seed=self.seed)
+            with torch.no_grad():                                   # now the net reads facts that are not normalised
+                net[0].weight.div_(spread)
+                net[0].bias.sub_(net[0].weight @ mean)
+        return head
 
 
-def baselines(calibration: Rows, test: Rows) -> dict:
-    """ECE, raw and after Platt scaling of its logit, and AUROC of what the exit's logits say by themselves."""
+def sketch_words(bank: ExitBank, store: FeatureStore, model: SegmentedModel, words: int) -> Tensor:
+    """Choose the words that a sketch reads: the most frequent ones, from the trimmed head where there is one.
+
+    Then an exit that is taken finds them read already.
+    """
+    ranked = bank.head_ids
+    if ranked is None:
+        ranked = frequent_tokens(store.choices(store.of(Split.TRAIN)), model.vocab_size, model.eos_ids)
+    return ranked[:words].to(model.device).clone()              # a tensor of its own, to be saved
+
+
+def first_rows(store: FeatureStore, limit: int) -> list[int]:
+    """Take training documents until they have `limit` rows."""
+    documents, taken = [], 0
+    for i in store.of(Split.TRAIN):
+        if taken < limit:
+            documents.append(i)
+            taken += store.rows(i)
+    return documents
+
+
+# -- reports ----------------------------------------------------------------------------------------------------------
+
+
+def baselines(calibration: ExitRows, test: ExitRows) -> dict:
+    """Measure confidences from all of the exit's logits: AUROC, and ECE without and with Platt scaling of the logit."""
     report = {}
     scores = {"softmax": lambda r: r.softmax, "margin": lambda r: r.margin,
               "entropy": lambda r: torch.exp(-r.entropy)}
@@ -189,87 +220,75 @@ def baselines(calibration: Rows, test: Rows) -> dict:
     return report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="bundled name, Hub id or local folder; default the one the exits were made for")
-    parser.add_argument("--exits", type=Path, required=True, help="exits folder written by training.distill")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="the folders given to training.distill")
-    parser.add_argument("--feature-gb", type=float, default=20.0, help="disk for hidden states")
-    parser.add_argument("--features", type=Path, help="folder for hidden states; default EXITS/features")
-    parser.add_argument("--kind", choices=("sketch", "mlp"), default="sketch", help="mlp as published")
-    parser.add_argument("--words", type=int, default=2048, help="sketch: most frequent words it reads")
-    parser.add_argument("--width", type=int, help="inner width; default 48, mlp 256 as published")
-    parser.add_argument("--epochs", type=int, default=4, help="mlp: passes over the training rows, first step")
-    parser.add_argument("--calibration-epochs", type=int, default=12, help="mlp: most passes over calibration rows")
-    parser.add_argument("--train-rows", type=int, default=400_000, help="mlp: rows of the first step, at most")
-    parser.add_argument("--device-map", help="as for training.distill")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
-
-    bank = ExitBank.load(args.exits)
-    base, _, name = load_model(args.model or bank.config.base_model, device_map=args.device_map)
-    model = SegmentedModel(base, bank.config.layers, name=name)
-    store = FeatureStore(model, load_documents(args.data), args.features or args.exits / "features", args.feature_gb)
-    store.prepare()
-    store.open()
-    bank.attach(model)
-    train, taken = [], 0
-    for i in store.of(Split.TRAIN):
-        if taken < args.train_rows:
-            train.append(i)
-            taken += store.rows(i)
-    held = store.of(Split.CALIBRATION, policy_only=True) or store.of(Split.CALIBRATION)
-    tests = store.of(Split.TEST, policy_only=True) or store.of(Split.TEST)
-    if len(held) < 4 or not tests:
-        raise SystemExit(f"{len(held)} calibration and {len(tests)} test documents are too few: 2 in 25 and 1 in 25 of "
-                         "all documents are set aside, so about 100 documents are needed. Write more data.")
-    report, heads = [], nn.ModuleList()
-    width = args.width or (256 if args.kind == "mlp" else 48)
-    shape = dict(confidence=args.kind, confidence_width=width, sketch_size=0)
-    bank.sketch(None)
-    if args.kind == "sketch":
-        words = bank.head_ids            # the most frequent first; an exit that is taken finds them read already
-        if words is None:
-            words = frequent_tokens(store.choices(store.of(Split.TRAIN)), model.vocab_size, model.eos_ids)
-        shape["sketch_size"] = min(args.words, len(words))
-        bank.sketch(words[:shape["sketch_size"]].to(model.device).clone())          # a tensor of its own, to be saved
-        facts = softmax_facts(pack(model.head_weight.detach()[bank.sketch_ids].cpu(), eight_bits=True))
-
-    @torch.no_grad()
-    def seen_by(rows: Rows, before: Rows | None) -> list[Tensor]:
-        """What the estimator may read: by itself, and beside the exit before."""
-        if args.kind == "mlp":
-            return [rows.hidden]
-        parts = list(zip(rows.hidden.split(4096), rows.copied.split(4096)))
-        alone = torch.cat([facts(*part) for part in parts])
-        if before is None:
-            return [alone]
-        return [alone, torch.cat([facts(*part, then) for part, then in zip(parts, before.hidden.split(4096))])]
-
-    before = None, None
-    for s, layer in enumerate(bank.config.layers):
-        calibration, test = (exit_rows(bank, s, store, part, f"exit {layer}, {what}")
-                             for part, what in ((held, "calibration"), (tests, "test")))
-        if args.kind == "sketch":
-            head = fit_sketch(seen_by(calibration, before[0]), calibration.right, width, args.seed)
-        else:
-            head = fit_mlp(bank, s, store, train, held, width, args)
-        with torch.no_grad():
-            alone, *beside = [head(x).sigmoid() for x in seen_by(test, before[1])]
-        confidence = beside[0] if beside else alone
-        before = calibration, test
-        heads.append(head.requires_grad_(False))
-        bins = equal_mass_bins(confidence, test.right)
-        report.append({
-            "layer": layer, "agreement": test.right.float().mean().item(),
+def measure(layer: int, head: nn.Module, inputs: list[Tensor], calibration: ExitRows, test: ExitRows) -> dict:
+    """Measure one exit's estimator on test rows: by itself and, where it can, beside the exit before."""
+    with torch.no_grad():
+        alone, *beside = [head(x).sigmoid() for x in inputs]
+    confidence = beside[0] if beside else alone
+    bins = equal_mass_bins(confidence, test.right)
+    return {"layer": layer, "agreement": test.right.float().mean().item(),
             "ece": expected_calibration_error(confidence, test.right), "auroc": auroc(confidence, test.right),
             "ece_alone": expected_calibration_error(alone, test.right), "auroc_alone": auroc(alone, test.right),
             "bins": {"confidence": [c for c, _, _ in bins], "right": [r for _, r, _ in bins]},
-            "baselines": baselines(calibration, test)})
+            "baselines": baselines(calibration, test)}
+
+
+def held_out_documents(store: FeatureStore) -> tuple[list[int], list[int]]:
+    """Return calibration and test documents. Raises SystemExit when there are too few."""
+    calibration, tests = store.measured(Split.CALIBRATION), store.measured(Split.TEST)
+    if len(calibration) < 4 or not tests:
+        raise SystemExit(f"{len(calibration)} calibration and {len(tests)} test documents are too few. 2 in 25 "
+                         "documents are for calibration and 1 in 25 for tests, so about 100 documents are needed: "
+                         "write more with python -m training.data")
+    return calibration, tests
+
+
+# -- command ----------------------------------------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    p = command_parser(__doc__)
+    add_exits_and_data(p, exits="exits folder written by training.distill",
+                       data="the folders given to training.distill")
+    add_features(p, "EXITS/features")
+    p.add_argument("--kind", choices=("sketch", "mlp"), default="sketch", help="kind of estimator; mlp is the "
+                   "published one")
+    p.add_argument("--words", type=int, default=2048, help="sketch: how many of the most frequent words it reads")
+    p.add_argument("--width", type=int, help="inner width; default: 48, or 256 for mlp as published")
+    p.add_argument("--epochs", type=int, default=4, help="mlp: passes over the training rows in step 1")
+    p.add_argument("--calibration-epochs", type=int, default=12, help="mlp: passes over the calibration rows in step "
+                   "2, at most")
+    p.add_argument("--train-rows", type=int, default=400_000, help="mlp: training rows in step 1, at most")
+    add_device_map(p)
+    add_seed(p)
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    bank = ExitBank.load(args.exits)
+    base, _, name = load_model(args.model or bank.config.base_model, device_map=args.device_map)
+    model = SegmentedModel(base, bank.config.layers, name=name)
+    del base                                    # the backend keeps what it needs
+    store = prepared_store(model, args.data, args.features or args.exits / "features", args.feature_gb)
+    documents = held_out_documents(store)
+    bank.confidence_heads = None                # the old estimators and their words
+    bank.sketch_ids = sketch_words(bank, store, model, args.words) if args.kind == "sketch" else None
+    engine, width = Engine(model, bank), args.width or _WIDTHS[args.kind]
+    estimators = (SketchEstimators(engine, width, args) if args.kind == "sketch"
+                  else MlpEstimators(engine, store, documents[0], width, args))
+
+    report, heads, before = [], nn.ModuleList(), (None, None)
+    for s, layer in enumerate(bank.config.layers):
+        calibration, test = (exit_rows(engine, s, store, part, name)
+                             for part, name in zip(documents, ("calibration", "test")))
+        heads.append(estimators.fit(s, calibration, before[0]).requires_grad_(False))
+        report.append(measure(layer, heads[s], estimators.inputs(test, before[1]), calibration, test))
         print(json.dumps({k: v for k, v in report[-1].items() if k != "bins"}))
+        before = calibration, test
     bank.confidence_heads = heads
-    bank.config = dataclasses.replace(bank.config, trained=True, **shape)
+    bank.config = dataclasses.replace(bank.config, trained=True, **estimators.shape)
     bank.save(args.exits)
     reliability_plot(report, args.exits / "reliability.html")
     save_json(args.exits / "confidence.json", {

@@ -1,10 +1,11 @@
-"""Documents: training text as token ids, divided into training, calibration and test before anything else is done.
+"""Documents: training text as token ids, divided into a training, a calibration and a test split.
 
-A shard holds documents as flat token ids with offsets, a flag per token (1 = the model chose it) and a key per
-document, by which they are divided.
+A shard holds documents as flat token ids with offsets, a flag for each token (1 = the model chose it) and a key for
+each document, which decides its split.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 
 class Split(IntEnum):
+    """Use of a document."""
+
     TRAIN = 0
     CALIBRATION = 1
     TEST = 2
@@ -21,23 +24,29 @@ class Split(IntEnum):
 
 @dataclass
 class Document:
-    ids: list[int] = field(default_factory=list)
-    chosen: list[int] = field(default_factory=list)     # 1 where the model picked the token
-    key: int = 0
+    """One conversation or passage of text."""
+
+    ids: list[int] = field(default_factory=list)        # token ids
+    chosen: list[int] = field(default_factory=list)     # 1 where the model chose the token, 0 where it was given
+    key: int = 0                # decides the split
     shard: int = 0              # number of the file it was read from
 
     @property
     def split(self) -> "Split":
-        """Of 25 documents one tests, two calibrate, the rest train. By key, so a prompt never changes sides."""
+        """1 in 25 documents is for tests, 2 are for calibration, the rest for training.
+
+        The key decides, so documents from the same prompt are always in the same split.
+        """
         return {0: Split.TEST, 1: Split.CALIBRATION, 2: Split.CALIBRATION}.get(self.key % 25, Split.TRAIN)
 
 
 def key_of(content: str) -> int:
-    """A stable 48-bit key: equal content lands in the same split."""
+    """Return a stable 48-bit key: equal content gets the same split."""
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=6).digest(), "big")
 
 
 def save_shard(path: Path, documents: list[Document]) -> None:
+    """Write documents to a file. A reader sees the whole file or none."""
     offsets = torch.tensor([0] + [len(d.ids) for d in documents]).cumsum(0)
     tensors = {
         "ids": torch.tensor([i for d in documents for i in d.ids], dtype=torch.int32),
@@ -52,14 +61,14 @@ def save_shard(path: Path, documents: list[Document]) -> None:
 
 
 def load_shard(path: Path, number: int = 0) -> list[Document]:
-    """The documents of a file, which is the shard of this number."""
+    """Read the documents of a file; `number` becomes their shard."""
     t = load_file(path)
     ids, chosen, offsets = t["ids"].tolist(), t["chosen"].tolist(), t["offsets"].tolist()
     return [Document(ids[a:b], chosen[a:b], key, number) for a, b, key in zip(offsets, offsets[1:], t["keys"].tolist())]
 
 
-def load_documents(folders: list[Path]) -> list[Document]:
-    """Every document of these folders, duplicates (equal token ids) dropped, in a fixed order.
+def load_documents(folders: Sequence[Path]) -> list[Document]:
+    """Read all documents of these folders, in a fixed order. Of documents with equal tokens only the first is kept.
 
     Raises FileNotFoundError when a folder holds no shard.
     """

@@ -1,8 +1,7 @@
-"""Hidden states of the frozen model at its exits: computed once and kept on disk within a budget, or made again.
+"""Features: the frozen model's hidden states at its exits, kept on disk within a budget or computed again.
 
-An exit learns from the hidden state at its layer and the one that named the newest token, and its estimator from what
-the text said before; so features are kept by document, every position of it. Beyond the disk budget nothing is kept:
-those documents are run through the model each time they are asked for.
+An exit reads the hidden state at its layer and the carried state, and its estimator reads the text before it. So all
+positions of a document are kept. Documents beyond the disk budget are run through the model each time they are needed.
 """
 
 import hashlib
@@ -13,31 +12,33 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from cascadeexit.model import SegmentedModel
-from training.documents import Document, Split
+from training.documents import Document, Split, load_documents
 
 _CHUNK_TOKENS = 20_000
 
 
 @dataclass(frozen=True)
 class Features:
-    """One document of T tokens through the frozen model. E exits, D hidden size."""
+    """One document of T tokens after a pass through the frozen model. E exits, D hidden size."""
 
-    ids: Tensor         # (T,) its tokens
+    ids: Tensor         # (T,) token ids
     exits: Tensor       # (T, E, D) hidden state after each exit's layer
-    top: Tensor         # (T, D) last hidden state after the final norm: what the full head reads
+    top: Tensor         # (T, D) last hidden state after the final norm: what the full model's head reads
     choices: Tensor     # (T,) the full model's first choice of the next token
-    wanted: Tensor      # (T,) True where an exit learns: the model chose the next token, or plain text goes on
+    wanted: Tensor      # (T,) True where an exit learns (see `wanted`)
 
 
 class FeatureStore:
-    """Features by document number.
+    """Features by document number. Call `prepare` and `open` before reading, or use `prepared_store`.
 
     Args:
+        folder: where features are kept.
         budget_gb: disk space for features, in gigabytes; 0 keeps nothing.
     """
 
@@ -52,7 +53,7 @@ class FeatureStore:
             if room < 0:
                 break
             after = self.documents[i + 1].shard if i + 1 < len(self.documents) else None
-            if tokens >= _CHUNK_TOKENS or document.shard != after:      # no chunk is of two shards
+            if tokens >= _CHUNK_TOKENS or document.shard != after:      # a chunk never spans two shards
                 self._chunks.append(range(first, i + 1))
                 first, tokens = i + 1, 0
         self._loaded: dict[int, Features] = {}
@@ -64,11 +65,11 @@ class FeatureStore:
 
     @property
     def kept(self) -> int:
-        """Documents whose features lie on disk; the others are computed when asked for."""
+        """Number of documents whose features are on disk; the others are computed each time."""
         return self._chunks[-1].stop if self._chunks else 0
 
     def prepare(self, rank: int = 0, world: int = 1) -> None:
-        """Write the chunks that are missing; with several processes each writes its part."""
+        """Write the chunks that are missing. With several processes each writes its part."""
         missing = [c for c in self._chunks[rank::world] if not self._path(c).exists()]
         total = sum(len(self.documents[i].ids) for c in missing for i in c)
         with tqdm(total=total, unit="token", unit_scale=True, desc="features", disable=not missing) as bar:
@@ -80,7 +81,7 @@ class FeatureStore:
                 self._write(chunk, features)
 
     def put(self, features: Sequence[Features]) -> None:
-        """Write the chunks of these documents, whose features are known already."""
+        """Write the chunks of all documents, whose features have been computed elsewhere."""
         for chunk in self._chunks:
             self._write(chunk, features[chunk.start:chunk.stop])
 
@@ -93,27 +94,27 @@ class FeatureStore:
                 self._loaded[i] = Features(**{name: t[a:b] for name, t in tensors.items()})
 
     def __getitem__(self, i: int) -> Features:
-        """Of one document, on the model's device."""
+        """Return the features of one document, on the model's device."""
         if i not in self._loaded:
             return _run(self.model, self.documents[i])
         return Features(**{name: t.to(self.model.device) for name, t in vars(self._loaded[i]).items()})
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Begin to read these documents from disk, so that nobody waits when they are asked for."""
+        """Prefetch these documents: read them from disk in a thread."""
         kept = [self._loaded[i] for i in numbers if i in self._loaded]
         self._reader.submit(lambda: [t.clone() for f in kept for t in vars(f).values()])
 
     def rows(self, i: int) -> int:
-        """Positions of a document where an exit learns."""
+        """Count the positions of a document where an exit learns."""
         if i not in self._rows:
             self._rows[i] = int(wanted(self.documents[i]).sum())
         return self._rows[i]
 
     def choices(self, numbers: Sequence[int], limit: int = 2_000_000) -> Tensor:
-        """The full model's choices at the wanted rows of these documents, up to about `limit` of them: (n,)."""
+        """Return the full model's choices at the wanted rows of these documents (n,), about `limit` of them at most."""
         parts, total = [], 0
         for i in numbers:
-            f = self._loaded.get(i) or self[i]          # from disk no more than is asked for
+            f = self._loaded.get(i) or self[i]          # of a memory-mapped file only the choices are read
             parts.append(f.choices[f.wanted].cpu())
             total += len(parts[-1])
             if total >= limit:
@@ -121,15 +122,19 @@ class FeatureStore:
         return torch.cat(parts).long() if parts else torch.zeros(0, dtype=torch.long)
 
     def fingerprint(self) -> str:
-        """Of all documents, in order."""
+        """Return a hash of all documents, in order."""
         digest = hashlib.blake2b(digest_size=8)
         for d in self.documents:
             digest.update(repr((d.ids, d.chosen)).encode())
         return digest.hexdigest()
 
     def of(self, split: Split, policy_only: bool = False) -> list[int]:
-        """Numbers of the documents of a split; `policy_only` leaves out plain text that the model did not write."""
+        """Return the numbers of a split's documents. `policy_only` leaves out text that the model did not write."""
         return [i for i, d in enumerate(self.documents) if d.split == split and (any(d.chosen) or not policy_only)]
+
+    def measured(self, split: Split) -> list[int]:
+        """Return the documents of a split on which exits are measured: what the model wrote, else all of the split."""
+        return self.of(split, policy_only=True) or self.of(split)
 
     def _path(self, chunk: range) -> Path:
         signature = repr((self.model.head_fingerprint, self.model.bounds, str(self.model.dtype),
@@ -144,8 +149,27 @@ class FeatureStore:
         path.with_suffix(".tmp").rename(path)
 
 
+def prepared_store(model: SegmentedModel, data: Sequence[Path], folder: Path, budget_gb: float,
+                   accelerator: Accelerator | None = None) -> FeatureStore:
+    """Open the features of all documents in these data folders, after computing those that are missing.
+
+    With several processes each computes a part, so all of them call this.
+    """
+    store = FeatureStore(model, load_documents(data), folder, budget_gb)
+    if accelerator:
+        store.prepare(accelerator.process_index, accelerator.num_processes)
+        accelerator.wait_for_everyone()
+    else:
+        store.prepare()
+    store.open()
+    return store
+
+
 def wanted(document: Document) -> Tensor:
-    """(T,) True at positions whose next token the model chose, or at all but the last of a text it did not write."""
+    """Mark the positions where an exit learns (T,): the model chose the next token.
+
+    In a text that the model did not write, these are all positions but the last.
+    """
     chosen = torch.tensor(document.chosen, dtype=torch.bool)
     after = torch.cat([chosen[1:], chosen.new_zeros(1)])
     if not chosen.any():
@@ -155,11 +179,11 @@ def wanted(document: Document) -> Tensor:
 
 @torch.inference_mode()
 def _run(model: SegmentedModel, document: Document) -> Features:
-    cache, h, at_exit = model.new_cache(model.pad(len(document.ids))), model.embed(document.ids), []
-    for s in range(model.num_segments):
-        h = model.run_segment(s, h, cache)
-        at_exit.append(h[0].to(model.device))
-    at_exit.pop()
+    layers, count = model.layers, len(document.ids)
+    *at_exit, last = layers.run(range(model.num_segments), layers.embed(document.ids),
+                                layers.new_cache(count + layers.row_multiple))
+    top = layers.norm(last)
     return Features(ids=torch.tensor(document.ids, dtype=torch.int32, device=model.device),
-                    exits=torch.stack(at_exit, 1), top=model.norm(h[0]).to(model.device),
-                    choices=model.logits(h)[0].argmax(-1).int(), wanted=wanted(document).to(model.device))
+                    exits=torch.stack([layers.tensor(rows)[0].to(model.device) for rows in at_exit], 1),
+                    top=layers.tensor(top)[0].to(model.device),
+                    choices=model.head.logits(top)[0].argmax(-1).int(), wanted=wanted(document).to(model.device))

@@ -1,31 +1,35 @@
-"""Put exits that were trained apart into one artifact.
+"""Join exits that were trained separately into one artifact.
 
     python -m training.join runs/deep runs/shallow --out runs/all
 
-Each layer's exit comes from the first folder that has one, the trimmed head from the first folder. All must be made for
-the same model with adapters of one shape. Estimators are left behind: fit them for the whole with training.confidence;
-and so is a drafter: train one for these layers with training.drafter.
+Each layer's exit comes from the first folder that has one, the trimmed head from the first folder. All exits must be
+made for the same model and have adapters of one shape. The estimators and the drafter are not copied: fit estimators
+for the joined exits with training.confidence, and train a drafter for their layers with training.drafter.
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 
 from cascadeexit.exits import ExitBank
 from training.command import run_command
-from training.provenance import provenance, save_json
+from training.json_files import save_json
+from training.options import command_parser
+from training.provenance import provenance
 
-_BY_LAYER = ("untrained_agreement", "held_out_agreement", "held_out_agreement_after_exits")
+_BY_LAYER = ("untrained_agreement", "held_out_agreement", "held_out_agreement_after_exits")     # lists in distill.json
 
 
 def join(banks: list[ExitBank]) -> ExitBank:
-    """Adapters of all these banks, by layer. Raises ValueError when they do not belong together."""
+    """Make a bank with the exits of all these banks, sorted by layer.
+
+    Raises ValueError when they were made for different models or have adapters of different shapes.
+    """
     first = banks[0].config
     for other in (bank.config for bank in banks[1:]):
         for name in ("head_fingerprint", "hidden_size", "num_layers", "vocab_size", "adapter", "width"):
             if getattr(other, name) != getattr(first, name):
-                raise ValueError(f"these exits do not belong together: {name} is {getattr(first, name)} in the first, "
+                raise ValueError(f"these exits cannot be joined: {name} is {getattr(first, name)} in the first folder, "
                                  f"{getattr(other, name)} in another")
     adapters = {layer: adapter for bank in reversed(banks) for layer, adapter in zip(bank.config.layers, bank.adapters)}
     words = {layer: bank.config.words(s) for bank in reversed(banks) for s, layer in enumerate(bank.config.layers)}
@@ -33,32 +37,39 @@ def join(banks: list[ExitBank]) -> ExitBank:
     sizes = sizes if first.head_size and len(set(sizes)) > 1 else ()
     config = dataclasses.replace(first, head_sizes=sizes, layers=tuple(sorted(adapters)), confidence="softmax",
                                  sketch_size=0, trained=False, drafter_width=0)
-    whole = ExitBank(config).to(banks[0].adapters[0].norm.weight.dtype)
-    for into, layer in zip(whole.adapters, config.layers):
+    joined = ExitBank(config).to(banks[0].adapters[0].norm.weight.dtype)
+    for into, layer in zip(joined.adapters, config.layers):
         into.load_state_dict(adapters[layer].state_dict())
     if config.head_size:
-        whole.head_ids.copy_(banks[0].head_ids)
-    return whole
+        joined.head_ids.copy_(banks[0].head_ids)
+    return joined
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("exits", type=Path, nargs="+", help="folders written by training.distill, the first leads")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the joined artifact")
-    args = parser.parse_args()
-    banks = [ExitBank.load(folder) for folder in args.exits]
-    reports = [json.loads((folder / "distill.json").read_text(encoding="utf-8")) for folder in args.exits]
-    whole = join(banks)
-    whole.save(args.out)
+def joined_report(banks: list[ExitBank], layers: tuple[int, ...], folders: list[Path]) -> dict:
+    """Merge the folders' distill.json files: per-layer lists for these layers, the rest of each file as `parts`."""
+    reports = [json.loads((folder / "distill.json").read_text(encoding="utf-8")) for folder in folders]
     parts, merged = [], {name: [] for name in _BY_LAYER}
-    for layer in whole.config.layers:
+    for layer in layers:
         source = next(i for i, bank in enumerate(banks) if layer in bank.config.layers)
         at = banks[source].config.layers.index(layer)
         for name in _BY_LAYER:
             merged[name].append(reports[source][name][at])
         parts.append({"layer": layer, **{k: v for k, v in reports[source].items() if k not in _BY_LAYER}})
-    save_json(args.out / "distill.json", {"provenance": provenance(None), "parts": parts, **merged})
-    print(f"exits after layers {', '.join(map(str, whole.config.layers))} in {args.out}; next: training.confidence")
+    return {"parts": parts, **merged}
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("exits", type=Path, nargs="+", help="folders written by training.distill; the first decides "
+                        "where they differ")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the joined exits")
+    args = parser.parse_args()
+    banks = [ExitBank.load(folder) for folder in args.exits]
+    joined = join(banks)
+    report = joined_report(banks, joined.config.layers, args.exits)
+    joined.save(args.out)
+    save_json(args.out / "distill.json", {"provenance": provenance(None), **report})
+    print(f"exits after layers {', '.join(map(str, joined.config.layers))} in {args.out}; next: training.confidence")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plotly figures of training: loss curves and reliability diagrams, each one HTML file that needs no network."""
+"""Plots of training and of the benchmark. Each is one HTML file that needs no network."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-_COLOURS = ("#4477AA", "#CCBB44", "#EE6677", "#228833", "#AA3377", "#66CCEE")     # Paul Tol's bright, told apart by all
+# Paul Tol's bright scheme, which colour-blind readers can tell apart.
+_COLOURS = ("#4477AA", "#CCBB44", "#EE6677", "#228833", "#AA3377", "#66CCEE")
 
 
 def loss_plot(records: Sequence[dict], layers: Sequence[int], path: Path) -> None:
-    """KL to the full model and agreement against training rows, from the records of log.jsonl."""
+    """Plot KL to the full model and agreement against the step, from the records of log.jsonl."""
     figure = make_subplots(rows=1, cols=2, subplot_titles=("KL(full || exit), nats per token", "Top-1 agreement"))
     steps = [r for r in records if "kl" in r]
     held = [r for r in records if "held_out_agreement" in r]
@@ -31,18 +32,18 @@ def loss_plot(records: Sequence[dict], layers: Sequence[int], path: Path) -> Non
 
 
 def reliability_plot(exits: Sequence[dict], path: Path) -> None:
-    """Stated confidence against how often it was right, a curve for each exit, from confidence.json's `bins`."""
-    figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1], line=dict(dash="dot", color="gray"), name="as stated"))
+    """Plot confidence against the share of right choices, a curve for each exit, from confidence.json's `bins`."""
+    figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1], line=dict(dash="dot", color="gray"), name="perfectly calibrated"))
     for s, report in enumerate(exits):
         figure.add_scatter(x=report["bins"]["confidence"], y=report["bins"]["right"], mode="lines+markers",
                            name=f"exit {report['layer']}, ECE {report['ece']:.1%}",
                            line_color=_COLOURS[s % len(_COLOURS)])
-    figure.update_layout(xaxis_title="stated confidence", yaxis_title="share that was right", width=620, height=560)
+    figure.update_layout(xaxis_title="confidence", yaxis_title="share that is right", width=620, height=560)
     _write(figure, path)
 
 
 def growth_plot(growth: dict, path: Path) -> None:
-    """Milliseconds a token against the length of context and of output, from a benchmark's `growth`."""
+    """Plot milliseconds a token against the length of context and of output, from a benchmark's `growth`."""
     figure = make_subplots(rows=1, cols=2, subplot_titles=("Against the context", "Against the output"))
     for col, kind in enumerate(("context", "output"), 1):
         entries = growth[kind]
@@ -60,7 +61,7 @@ def growth_plot(growth: dict, path: Path) -> None:
 
 
 def _mean(values: list[float], n: int) -> list[float]:
-    """Running mean over the last n values."""
+    """Return the running mean over the last n values."""
     return [sum(values[max(0, i - n + 1):i + 1]) / (i - max(0, i - n + 1) + 1) for i in range(len(values))]
 
 

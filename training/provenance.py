@@ -1,7 +1,6 @@
-"""Where an artifact or a result comes from: the command, the code, the versions, the machine, the day."""
+"""Provenance of an artifact or a result: command, commit, date, seed, machine and versions."""
 
 import datetime
-import json
 import os
 import platform
 import shlex
@@ -14,11 +13,11 @@ import torch
 
 from cascadeexit.hub import DEFAULT_MODEL
 
-_VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")       # as Linux calls them, best first
+_VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")       # CPU flags in Linux, best first
 
 
 def provenance(seed: int | None = None) -> dict:
-    """A JSON-ready record of this run, to lie beside what it made."""
+    """Describe this run as plain JSON, to be saved beside what it made."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else sys.argv[0]
     return {
@@ -33,28 +32,17 @@ def provenance(seed: int | None = None) -> dict:
 
 
 def results_file(model: str, exits: Path | None, name: str) -> Path:
-    """Where a result of the shipped model and its exits belongs. Raises ValueError for others: they want a place."""
+    """Return the path in assets/results for a result of the shipped model and its exits.
+
+    Raises ValueError for another model or other exits: their results need --out.
+    """
     if model != DEFAULT_MODEL or exits is not None:
-        raise ValueError("give --out a file: assets/results tells of the shipped model and its exits alone")
+        raise ValueError("give --out a file: assets/results holds results of the shipped model and its exits only")
     return Path(__file__).parents[1] / "assets" / "results" / name
 
 
-def save_json(path: Path, content: dict) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Records of a JSON-lines file, none where there is none; a line that a kill tore is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def _portable(argument: str) -> str:
-    """A path outside the working folder by its last two parts: the rest is this machine's affair."""
+    """Shorten a path outside the working folder to its last two parts, so that no private path is published."""
     outside = argument.startswith(("../", "/", "~")) and " " not in argument
     return "/".join(Path(argument).parts[-2:]).lstrip("/") if outside else argument
 
@@ -65,7 +53,7 @@ def _machine() -> str:
         lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
         facts = {name.strip(): value.strip() for name, _, value in lines}
         cpu = facts.get("model name", cpu)
-        # The name may not tell generations apart, which differ most in their vectors.
+        # Generations of one model name differ most in their vector instructions.
         cpu += next((f" ({unit})" for unit in _VECTORS if unit in facts.get("flags", "").split()), "")
     except OSError:
         pass
@@ -76,6 +64,6 @@ def _machine() -> str:
 def _git(*args: str) -> str:
     try:
         done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:                                     # no git: a result is not lost for that
+    except OSError:                                     # a result is saved without git, too
         return ""
     return done.stdout.strip()

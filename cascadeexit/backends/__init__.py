@@ -13,6 +13,12 @@ from cascadeexit.backends.torch import TorchBackend
 BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "torch": TorchBackend}      # the first that fits is taken
 
 
+def build() -> None:
+    """Build what backends need on this machine, such as compiled kernels, before a model is there."""
+    for kind in BACKENDS.values():
+        kind.build()
+
+
 def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None) -> Backend:
     """Make the backend for a transformers model that is cut into segments at `bounds`.
 

@@ -194,6 +194,10 @@ class Backend(Protocol):
     head: VocabHead
 
     @classmethod
+    def build(cls) -> None:
+        """Do what has to be done once on a machine, such as compiling kernels; `fits` does it, too."""
+
+    @classmethod
     def fits(cls, base) -> bool:
         """True where this backend can run the transformers model `base` on this machine."""
 
@@ -204,7 +208,7 @@ class Backend(Protocol):
         """
 
     def exits(self, bank) -> ExitRuntime:
-        """Make the runtime of an `ExitBank` that was fitted to this model (`ExitBank.fit`)."""
+        """Make the runtime of an `ExitBank` that is prepared for this model (`ExitBank.prepare`)."""
 
     def without_gradients(self, function: Callable) -> Callable:
         """Wrap a function or generator function so that it runs as cheaply as possible without gradients."""

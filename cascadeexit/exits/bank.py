@@ -70,7 +70,7 @@ class ExitBank(nn.Module):
             adapter.norm.weight.data.copy_(model.norm_weight)
         return bank
 
-    def fit(self, model) -> Self:
+    def prepare(self, model) -> Self:
         """Freeze the exits and move them to a `SegmentedModel`'s device; adapters take its dtype, estimators fp32.
 
         Raises ValueError when the exits belong to another architecture; warns when only the weights differ.

@@ -28,6 +28,11 @@ class CpuBackend:
         self.layers = CpuLayers(base, bounds, self.head)
 
     @classmethod
+    def build(cls) -> None:
+        """Compile the kernels where that was not done yet: seconds, once on a machine."""
+        build.library()
+
+    @classmethod
     def fits(cls, base) -> bool:
         """True for bf16 on a CPU, heads of a multiple of 16, a plain SwiGLU and an even inner size.
 

@@ -34,7 +34,7 @@ class CpuExits(Exits):
         self._draft_adapter = CpuAdapter(drafter.adapter, eight_bits=True) if drafter else self._adapters[0]
         self._read_context = CpuContext(drafter.context.weight) if drafter else None
         self._sketch_estimators = [CpuConfidence(self._sketch, head.alone, head.after)
-                                   for head in bank.confidence_heads] if self._sketch else None
+                                   for head in bank.confidence_heads or ()] if self._sketch else []
         embedding, self._drafter = self._layers.embedding_head, None
         if bank.config.layers[:1] == (0,) and embedding is not None:
             self._drafter = CpuDrafter(embedding, self._draft_adapter, self._draft_head, self._ids)

@@ -25,6 +25,10 @@ class TorchBackend:
         self._device = base.lm_head.weight.device
 
     @classmethod
+    def build(cls) -> None:
+        """Do nothing: PyTorch comes with its kernels."""
+
+    @classmethod
     def fits(cls, base) -> bool:
         return True
 

@@ -1,0 +1,86 @@
+"""The contenders of the benchmark: transformers' generate, llama.cpp, and the modes of our engine."""
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cascadeexit.config import DecodeConfig, Mode
+from cascadeexit.engine import Engine
+from cascadeexit.metrics import RunStats
+
+GENERATE, LLAMA_CPP = "transformers generate", "llama.cpp, 4-bit"
+
+Output = tuple[list[int], RunStats | None]          # token ids, and the statistics of our engine
+Decode = Callable[[list[int]], Output]              # decodes a prompt
+
+
+@dataclass
+class Contender:
+    """One way to decode, and its results so far, an entry for each prompt."""
+
+    name: str
+    decode: Decode
+    speeds: list[float] = field(default_factory=list)               # tokens/s, prefill included
+    outputs: list[Output] = field(default_factory=list)
+
+
+def with_transformers(reference, tokens: int, **options) -> Decode:
+    """Decode with transformers' greedy generate and these options of it."""
+    def decode(ids: list[int]) -> Output:
+        inputs = torch.tensor([ids], device=reference.device)
+        out = reference.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=tokens,
+                                 do_sample=False, **options)
+        return out[0, len(ids):].tolist(), None
+    return decode
+
+
+def with_engine(engine: Engine, tokens: int, mode: Mode, **options) -> Decode:
+    """Decode with our engine."""
+    config = DecodeConfig(mode=mode, max_new_tokens=tokens, **options)
+
+    def decode(ids: list[int]) -> Output:
+        run = engine.run(ids, config)
+        return run.token_ids, run.stats
+    return decode
+
+
+def with_llama_cpp(gguf: Path, tokens: int, eos: frozenset[int]) -> Decode:
+    """Decode greedily with llama.cpp and the 4-bit file of the same model."""
+    from llama_cpp import Llama
+
+    model = Llama(str(gguf), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
+
+    def decode(ids: list[int]) -> Output:
+        out: list[int] = []
+        for token in model.generate(ids, temp=0.0, reset=True):
+            out.append(token)
+            if len(out) == tokens or token in eos:
+                break
+        return out, None
+    return decode
+
+
+def make_contenders(engine: Engine, reference, args: argparse.Namespace) -> list[Contender]:
+    """List all contenders that can run here, except those whose names begin with an entry of --skip."""
+    n, first = args.tokens, next(layer for layer in engine.model.exit_layers if layer)
+    jobs = {GENERATE: with_transformers(reference, n)}
+    if engine.model.device.type == "cuda":
+        jobs["generate, static cache, compiled"] = with_transformers(reference, n, cache_implementation="static")
+    jobs["generate, prompt lookup"] = with_transformers(reference, n, prompt_lookup_num_tokens=10)
+    jobs[f"generate, early exit after {first}"] = with_transformers(reference, n, assistant_early_exit=first)
+    if args.gguf and importlib.util.find_spec("llama_cpp"):
+        jobs[LLAMA_CPP] = with_llama_cpp(args.gguf, n, engine.model.eos_ids)
+    jobs["full"] = with_engine(engine, n, Mode.FULL)
+    for thresholds in args.cascade_thresholds:
+        each = thresholds if isinstance(thresholds, tuple) else (thresholds,)
+        name = ",".join("no" if t is None else f"{t:g}" for t in each)
+        jobs[f"cascade {name}"] = with_engine(engine, n, Mode.CASCADE, thresholds=thresholds)
+    jobs["verified"] = with_engine(engine, n, Mode.VERIFIED, max_draft=args.max_draft)
+    for tolerance in args.tolerances:
+        jobs[f"verified, tolerance {tolerance:g}"] = with_engine(engine, n, Mode.VERIFIED, max_draft=args.max_draft,
+                                                                 tolerance=tolerance)
+    return [Contender(name, decode) for name, decode in jobs.items() if not name.startswith(tuple(args.skip))]

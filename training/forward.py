@@ -1,0 +1,112 @@
+"""Forward passes of the adapters over documents, with the carried states that decoding will give them.
+
+In decoding, the carried state of a position comes from the full model or from the exit that produced the token there.
+Training draws at random which of the two it is.
+
+Letters: N positions, n rows where an exit learns, D hidden size, E exits.
+"""
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional as F
+
+from cascadeexit.carry import carried_states
+from cascadeexit.exits import ExitBank
+from training.features import Features, FeatureStore
+from training.vocabulary import SampledHead
+
+MAX_CHAIN = 3           # at most so many tokens in a row come from an exit in training
+
+Inputs = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]      # such as `training.inputs.AdapterInputs`
+
+
+def plain_inputs(s: int, h: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave the rows as they are: the inputs of adapters that are not in training."""
+    return h, carried
+
+
+def adapted_states(bank: ExitBank, inputs: Inputs, features: list[Features], own_share: float = 0.0,
+                   generator: torch.Generator | None = None, max_chain: int = MAX_CHAIN,
+                   exits: list[int] | None = None) -> list[Tensor]:
+    """Run adapters over the wanted rows of these documents: (n, D) for each exit in `exits`.
+
+    Args:
+        inputs: maps what the adapters read.
+        own_share: share of the rows whose carried state is the adapted state of an exit, instead of the full model's.
+            The exit is drawn at random. For the exit before the first layer it is that exit itself, because it drafts
+            whole chains.
+        max_chain: at most so many tokens in a row come from an exit.
+        exits: numbers of the exits to run; None = all.
+    """
+    device = bank.adapters[0].norm.weight.device
+    h = torch.cat([f.exits for f in features]).to(device)                                       # (N, E, D)
+    full = torch.cat([carried_states(f.top) for f in features]).to(device)                      # (N, D)
+    places = torch.cat([torch.arange(len(f.ids)) for f in features]).to(device)                 # in their documents
+    rows = torch.cat([f.wanted for f in features]).to(device).nonzero()[:, 0]                   # (n,)
+    every, out = list(range(len(bank.adapters))), []
+
+    def carried(sources: list[int]) -> Tensor:
+        return mixed_carried_states(bank, inputs, h, full, places, rows, own_share, sources, generator, max_chain)
+
+    shared = carried(every)
+    for s in every if exits is None else exits:
+        before_first_layer = bank.config.layers[s] == 0
+        out.append(bank.adapters[s](*inputs(s, h[rows, s].float(), carried([s]) if before_first_layer else shared)))
+    return out
+
+
+@torch.no_grad()
+def mixed_carried_states(bank: ExitBank, inputs: Inputs, h: Tensor, full: Tensor, places: Tensor, rows: Tensor,
+                         own_share: float, sources: list[int], generator: torch.Generator | None,
+                         max_chain: int) -> Tensor:
+    """Return the carried states of these rows (n, D): the full model's, or, for a share of the rows, an exit's.
+
+    Half of an exit's states follow one token of that exit, a quarter two tokens, and so on, up to `max_chain`.
+
+    Args:
+        h: hidden states at the exits (N, E, D).
+        full: carried states of the full model (N, D).
+        places: position of each row in its document (N,).
+        rows: which positions are asked for (n,).
+        sources: the exits that may have produced the tokens.
+    """
+    carried = full[rows].float()
+    if not own_share or bank.config.adapter != "carry":
+        return carried
+    draw = torch.rand(3, len(rows), generator=generator).to(rows.device)
+    source = (draw[0] * len(sources)).long()
+    length = (-draw[2].log2().floor().long()).clamp(1, max_chain)                        # 1, 2, 3 ... by halves
+    length = torch.minimum(length.masked_fill(draw[1] >= own_share, 0), places[rows])
+    for back in range(max_chain, 0, -1):
+        for i, s in enumerate(sources):
+            here = (length >= back) & (source == i)
+            at = rows[here] - back
+            before = torch.where((length[here] == back)[:, None], full[at].float(), carried[here])
+            carried[here] = bank.adapters[s](*inputs(s, h[at, s].float(), before)).float()
+    return carried
+
+
+@torch.no_grad()
+def agreement(bank: ExitBank, inputs: Inputs, store: FeatureStore, documents: list[int], head: SampledHead,
+              accelerator: Accelerator, own_share: float = 0.0, exits: list[int] | None = None) -> list[float]:
+    """Measure each exit's top-1 agreement with the full model over documents, in [0, 1].
+
+    Each process reads its part of the documents, so all processes have to call. The arguments are those of
+    `adapted_states`, with chains of one token.
+    """
+    exits = list(range(len(bank.adapters))) if exits is None else exits
+    sums = torch.zeros(len(exits) + 1, dtype=torch.float64, device=accelerator.device)      # and the rows
+    for number in documents[accelerator.process_index::accelerator.num_processes]:
+        f, generator = store[number], torch.Generator().manual_seed(number)
+        choices = f.choices[f.wanted].to(accelerator.device)
+        with accelerator.autocast():
+            hidden = adapted_states(bank, inputs, [f], own_share, generator, max_chain=1, exits=exits)
+        for i, (s, rows) in enumerate(zip(exits, hidden)):
+            words = head.own[:bank.config.words(s)]
+            sums[i] += (F.linear(rows.to(words.dtype), words).argmax(-1) == head.local[choices]).sum()
+        sums[-1] += len(choices)
+    *hits, rows = accelerator.reduce(sums).tolist()
+    return [hit / max(1, rows) for hit in hits]

@@ -1,0 +1,89 @@
+"""Growth: the time of a token against the length of the context and of the output."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from cascadeexit.config import DecodeConfig, Mode
+from cascadeexit.engine import Engine
+from cascadeexit.prompts import bundled_prompts, token_ids
+from training.contenders import GENERATE
+from training.machine import now
+
+CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024)
+
+
+def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5) -> dict:
+    """Measure milliseconds a token at several lengths of context (decoding 32 tokens) and of output.
+
+    The end-of-sequence token does not end a text here. All figures are medians over `rounds`, in which the lengths
+    take turns. The context is a text that the model wrote at temperature 1: in a text that repeats itself, drafts would
+    be copied.
+
+    Args:
+        reference: transformers' model for `generate`; None = measure our engine only.
+
+    Returns {"context": [...], "output": [...]}, an entry a length, each with the figures of every mode. An entry of
+    "context" also holds ratios to the shortest context: `allowed` by the bytes a token reads (weights, keys and
+    values); `allowed_16_bits`, if keys and values were stored in 16 bits, where our CPU kernels use 12; `times`, the
+    measured ratio of `full`, from two runs in direct succession, because the memory of a shared machine is not always
+    equally fast.
+    """
+    model = engine.model
+    longest = min(max(CONTEXTS), model.max_positions - 64)
+    prompt = token_ids(tokenizer, bundled_prompts()[0].text)
+
+    def ms(mode: Mode, ids: list[int], tokens: int) -> float:
+        config = DecodeConfig(mode=mode, max_new_tokens=tokens, max_draft=max_draft, ignore_eos=True)
+        return 1e3 / engine.run(ids, config).stats.tokens_per_second
+
+    def at_context(length: int) -> dict[str, float]:
+        generate = {GENERATE: _generate_ms(reference, text[:length])} if reference else {}
+        full, shortest = (ms(Mode.FULL, text[:n], 32) for n in (length, CONTEXTS[0]))
+        return {"context": length, **_allowed(engine, length), "times": full / shortest, "full": full,
+                "verified": ms(Mode.VERIFIED, text[:length], 32), **generate}
+
+    def at_output(length: int) -> dict[str, float]:
+        return {"output": length, "full": ms(Mode.FULL, prompt, length), "verified": ms(Mode.VERIFIED, prompt, length)}
+
+    text = prompt + _write(engine, prompt, max(1, longest - len(prompt)))
+    return {"context": _in_turn(at_context, [c for c in CONTEXTS if c <= longest], rounds, "context"),
+            "output": _in_turn(at_output, [n for n in OUTPUTS if n + len(prompt) < longest], rounds, "output")}
+
+
+def _write(engine: Engine, prompt: list[int], tokens: int) -> list[int]:
+    """Let the model write a text at temperature 1."""
+    config = DecodeConfig(mode=Mode.FULL, max_new_tokens=tokens, temperature=1.0, ignore_eos=True)
+    return [event.token_id for event in tqdm(engine.generate(prompt, config), desc="context to read", total=tokens,
+                                             unit="token")]
+
+
+def _allowed(engine: Engine, length: int) -> dict[str, float]:
+    """Compute the ratio of the bytes that a token reads at this context to those at the shortest one."""
+    model, weights = engine.model, engine.costs.full_token_bytes
+    cache = model.layers.new_cache(1)
+    position_bytes = {"allowed": cache.nbytes / cache.capacity,
+                      "allowed_16_bits": 2 * model.num_layers * model.num_kv_heads * model.head_dim * 2}
+    return {name: (weights + each * length) / (weights + each * CONTEXTS[0]) for name, each in position_bytes.items()}
+
+
+def _in_turn(measure: Callable[[int], dict[str, float]], lengths: list[int], rounds: int, desc: str) -> list[dict]:
+    """Measure every length once a round. Returns the medians for each length."""
+    seen = defaultdict(list)
+    for length in tqdm(lengths * rounds, desc=desc, unit="length"):
+        seen[length].append(measure(length))
+    return [{name: median(entry[name] for entry in entries) for name in entries[0]} for entries in seen.values()]
+
+
+def _generate_ms(reference, ids: list[int], tokens: int = 32) -> float:
+    """Measure milliseconds a token of transformers' generate after the first one: a long run minus a short one."""
+    inputs, spent = torch.tensor([ids], device=reference.device), []
+    for n in (1, tokens + 1):
+        start = now(reference.device)
+        reference.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=n, min_new_tokens=n,
+                           do_sample=False)
+        spent.append(now(reference.device) - start)
+    return 1e3 * (spent[1] - spent[0]) / tokens

@@ -1,0 +1,57 @@
+"""JSON files that survive a kill: written whole or not at all, and results that are collected row by row."""
+
+import json
+import os
+from pathlib import Path
+
+
+def save_json(path: Path, content: dict) -> None:
+    """Write JSON. A reader sees the old file or the new one, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict | None:
+    """Read a JSON file; None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read the records of a JSON-lines file. A missing file has none; a last line cut off by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+class ResumableRows:
+    """Rows of a long measurement, in a JSON-lines file until the measurement is complete.
+
+    Rows that an interrupted run left behind count if they were written with the same key.
+
+    Args:
+        key: what the rows depend on, such as the exits and the settings, as plain JSON.
+
+    Attributes:
+        rows: all rows up to now, without the key.
+    """
+
+    def __init__(self, path: Path, key: dict | list):
+        self._path, self._key = path, key
+        self.rows = [{name: value for name, value in row.items() if name != "key"}
+                     for row in read_lines(path) if row["key"] == key]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(map(self._line, self.rows)), encoding="utf-8")
+
+    def append(self, row: dict) -> None:
+        """Add a row and write it to the file at once."""
+        self.rows.append(row)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(self._line(row))
+
+    def finish(self) -> None:
+        """Delete the file: the result has been saved elsewhere."""
+        self._path.unlink(missing_ok=True)
+
+    def _line(self, row: dict) -> str:
+        return json.dumps({"key": self._key} | row) + "\n"

@@ -1,0 +1,127 @@
+"""The training loop: steps, micro-batches, several processes, checkpoints, log, progress bar and time limit.
+
+What is trained is a `Learner`. The loop does not know what its weights are for.
+"""
+
+import math
+import time
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from training.batches import micro_batches
+from training.checkpoint import RunFolder
+from training.features import FeatureStore
+
+CHECK_DOCUMENTS = 60        # a learner's `check` reads at most so many documents
+
+
+class Learner(Protocol):
+    """Something to train: its weights, their gradients, and how it reports on itself."""
+
+    name: str
+    """Name of the module in the checkpoint."""
+    module: nn.Module
+    """Module that the checkpoint holds."""
+    weights: list[Tensor]
+    """Parameters that are trained."""
+
+    def gradients(self, step: int, parts: list[list[int]], rows: int) -> Tensor:
+        """Add the gradients of the mean loss over `rows` rows to the weights.
+
+        Args:
+            step: number of this step; together with the process it decides all random numbers.
+            parts: document numbers of this process's micro-batches.
+            rows: rows of the whole step, over all processes.
+
+        Returns sums over this process's rows, in a shape that does not depend on the documents.
+        """
+
+    def record(self, means: Tensor) -> dict:
+        """Name the means over a step's rows, for the log."""
+
+    def progress(self, record: dict) -> str:
+        """Put a record into a few words, for the progress bar."""
+
+    def check(self) -> list[float]:
+        """Measure the agreement with the full model on held-out documents. All processes call it."""
+
+
+def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: RunFolder, accelerator: Accelerator, *,
+          learning_rate: float, micro_batch: int, save_every: int, minutes: float = math.inf) -> int:
+    """Train in place. A run that has a checkpoint continues from it, and ends as if it had not been interrupted.
+
+    Args:
+        plan: documents of each step, over all processes.
+        micro_batch: tokens in one backward pass.
+        save_every: steps between checkpoints.
+        minutes: stop after this long, with a checkpoint.
+
+    Returns the number of steps that the weights have had in all.
+    """
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    lengths = {i: len(d.ids) for i, d in enumerate(store.documents)}
+    optimizer, schedule = optimizer_for(learner.weights, learning_rate, len(plan))
+    saved = {learner.name: learner.module, "optimizer": optimizer, "schedule": schedule}
+    first = run.restore(saved)
+    if world > 1:
+        broadcast([weight.data for weight in learner.weights])      # first weights on several GPUs may differ slightly
+    mine = [documents[rank::world] for documents in plan]
+    started, tokens = time.perf_counter(), 0
+    bar = tqdm(range(first, len(plan)), initial=first, total=len(plan), unit="step", desc=learner.name,
+               disable=not main)
+    for step in bar:
+        if _is_late(started, minutes, accelerator):
+            bar.write(f"stopped by --minutes at step {step} of {len(plan)}; the same command continues")
+            run.save(step, saved)
+            return step
+        rows = sum(store.rows(i) for i in plan[step])
+        store.expect(mine[step + 1] if step + 1 < len(plan) else [])
+        sums = learner.gradients(step, micro_batches(mine[step], lengths, micro_batch), rows)
+        if world > 1:
+            sums = accelerator.reduce(sums)
+        update(learner.weights, optimizer, schedule, accelerator)
+        record = learner.record(sums / rows)
+        run.log(step=step + 1, rows=rows, **record, lr=schedule.get_last_lr()[0])
+        tokens += rows
+        speed = tokens / (time.perf_counter() - started)
+        bar.set_postfix_str(f"{learner.progress(record)}, {speed:.0f} tokens/s")
+        if (step + 1) % save_every == 0 or step + 1 == len(plan):
+            run.save(step + 1, saved)
+            rates = learner.check()
+            run.log(step=step + 1, held_out_agreement=rates)
+            if main:
+                bar.write(f"step {step + 1}: held-out agreement " + " / ".join(f"{rate:.1%}" for rate in rates))
+    return len(plan)
+
+
+def _is_late(started: float, minutes: float, accelerator: Accelerator) -> bool:
+    """Tell whether the time is over, by the clock of the main process: all processes stop at the same step."""
+    if math.isinf(minutes):
+        return False
+    late = accelerator.is_main_process and time.perf_counter() - started > minutes * 60
+    return bool(accelerator.reduce(torch.tensor(float(late), device=accelerator.device)).item())
+
+
+def optimizer_for(weights: list[Tensor], rate: float, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Make AdamW with a learning rate that rises during the first twentieth of the steps and falls as a cosine."""
+    optimizer, warm_up = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01), max(1, steps // 20)
+    return optimizer, LambdaLR(optimizer, lambda step: min(
+        (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))
+
+
+def update(weights: list[Tensor], optimizer: torch.optim.Optimizer, schedule: LambdaLR,
+           accelerator: Accelerator) -> None:
+    """Make one optimizer step with the gradients of all processes added up."""
+    if accelerator.num_processes > 1:
+        for weight in weights:
+            weight.grad = accelerator.reduce(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()

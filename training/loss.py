@@ -1,0 +1,104 @@
+"""The loss of an exit: its distance to the full model, plus a cross-entropy.
+
+Loss in nats: (1 - hard) * distance + hard * cross-entropy. The distance is T^2 KL(full || exit) at temperature T
+(Hinton et al. 2015), total variation, or a mix of both. Losses are summed over words and over rows; callers divide by
+the number of rows.
+
+Letters: N rows, D hidden size, K words, E exits.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.vocabulary import SampledHead
+
+_BLOCK = 512            # rows whose logits exist at the same time
+
+
+class _ExitLoss(torch.autograd.Function):
+    """The loss with its gradient in closed form: autograd would walk over the (N, K) tables five times as often."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, p: Tensor, labels: Tensor, hard: float, temperature: float, loss: str):
+        log_q = F.log_softmax(logits / temperature, -1)
+        kl = torch.xlogy(p, p).sum(-1) - torch.linalg.vecdot(p, log_q)
+        q, known = log_q.exp(), (labels >= 0).nonzero()[:, 0]
+        distance, gradient = temperature ** 2 * kl, temperature * (q - p)
+        if loss != "kl":
+            sign = (q - p).sign_()
+            tv, tv_gradient = 0.5 * torch.linalg.vecdot(sign, q - p), sign.sub_(torch.linalg.vecdot(sign, q)[:, None])
+            tv_gradient.mul_(q).mul_(0.5 / temperature)
+            share = torch.exp(-3 * (1 - tv)) if loss == "hybrid" else torch.zeros_like(tv)
+            distance = share * distance + (1 - share) * tv
+            gradient = share[:, None] * gradient + (1 - share)[:, None] * tv_gradient
+        gradient *= 1 - hard
+        ce = logits.new_zeros(())
+        if hard:
+            log_q = log_q if temperature == 1 else F.log_softmax(logits, -1)
+            ce = -log_q[known, labels[known]].sum()
+            gradient[known] += hard * (q if temperature == 1 else log_q.exp())[known]
+            gradient[known, labels[known]] -= hard
+        ctx.save_for_backward(gradient)
+        kl = kl.sum()
+        ctx.mark_non_differentiable(kl, ce)
+        return (1 - hard) * distance.sum() + hard * ce, kl, ce
+
+    @staticmethod
+    def backward(ctx, weight: Tensor, *_):
+        return weight * ctx.saved_tensors[0], None, None, None, None, None
+
+
+def exit_loss(logits: Tensor, full_probs: Tensor, labels: Tensor, *, hard: float, temperature: float = 1.0,
+              loss: str = "kl") -> tuple[Tensor, Tensor, Tensor]:
+    """Compute (loss, KL from the full model, cross-entropy), each summed over rows. Only the loss has a gradient.
+
+    Args:
+        logits: the exit's logits (N, K).
+        full_probs: the full model's softmax at this temperature over the same words (N, K).
+        labels: index of the correct word (N,). It is -1 where that word is not among the K; such a row has no
+            cross-entropy.
+        hard: weight of the cross-entropy; the distance to the full model has 1 - hard.
+        loss: the distance. 'kl'; 'tv', total variation, which is 1 - the acceptance rate of a draft (Leviathan et al.
+            2023); 'hybrid', which gives KL the weight exp(-3 (1 - acceptance)) and total variation the rest.
+    """
+    return _ExitLoss.apply(logits, full_probs, labels, hard, temperature, loss)
+
+
+def backward(hiddens: list[Tensor], top: Tensor, labels: Tensor, choices: Tensor, head: SampledHead, seed: int,
+             rows: int, *, hard: float, temperature: float, loss: str) -> Tensor:
+    """Propagate the gradient of the mean loss over `rows` rows into the adapters.
+
+    The logits are computed block by block, so that only a few of them exist at a time.
+
+    Args:
+        hiddens: adapted rows of each exit, E times (N, D).
+        top: the full model's rows (N, D).
+        labels: token ids for the cross-entropy (N,).
+        choices: token ids that count as agreement (N,).
+        seed: which words outside the head are sampled.
+        rows: rows of the whole training step, over all micro-batches and processes.
+
+    Returns sums over these N rows for each exit: KL, cross-entropy, rows that agree (E, 3).
+    """
+    weight, added = head.sample(seed)
+    sums = torch.zeros(len(hiddens), 3, device=top.device)
+    gradients = [torch.empty_like(h) for h in hiddens]
+    for a in range(0, len(top), _BLOCK):
+        part = slice(a, a + _BLOCK)
+        with torch.no_grad():
+            full_logits = F.linear(top[part].to(weight.dtype), weight).float() + added
+            full_probs = (full_logits / temperature).softmax(-1)
+        for s, hidden in enumerate(hiddens):
+            x = hidden[part].detach().requires_grad_()
+            logits = F.linear(x.to(weight.dtype), weight).float() + added
+            total, kl, ce = exit_loss(logits, full_probs, head.local[labels[part]], hard=hard, temperature=temperature,
+                                      loss=loss)
+            (total / rows).backward()
+            gradients[s][part] = x.grad
+            agreed = logits[:, :len(head.own)].argmax(-1) == head.local[choices[part]]
+            sums[s] += torch.stack([kl, ce, agreed.sum()])
+    for hidden, gradient in zip(hiddens, gradients):
+        if hidden.requires_grad:
+            hidden.backward(gradient)
+    return sums

@@ -1,0 +1,82 @@
+"""Command-line options that several commands of the recipe share, each declared once."""
+
+import argparse
+from pathlib import Path
+
+from cascadeexit.hub import DEFAULT_MODEL
+
+_MODEL = "bundled name, Hub id or local folder"
+
+
+def command_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Make a parser whose help begins with a command's docstring, as it is written."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_model(p: argparse.ArgumentParser) -> None:
+    """Add --model, by default the bundled one."""
+    p.add_argument("--model", default=DEFAULT_MODEL, help=_MODEL)
+
+
+def add_model_and_exits(p: argparse.ArgumentParser) -> None:
+    """Add --model and --exits for commands that measure: by default the bundled model with the shipped exits."""
+    add_model(p)
+    p.add_argument("--exits", type=Path, help="exits folder; default: the shipped exits")
+
+
+def add_exits_and_data(p: argparse.ArgumentParser, exits: str, data: str = "folders written by training.data") -> None:
+    """Add --model, --exits and --data for commands that improve exits. `exits` and `data` are help texts."""
+    p.add_argument("--model", help=f"{_MODEL}; default: the model that the exits were made for")
+    p.add_argument("--exits", type=Path, required=True, help=exits)
+    add_data(p, data)
+
+
+def add_data(p: argparse.ArgumentParser, help: str = "folders written by training.data") -> None:
+    """Add --data, one folder or several."""
+    p.add_argument("--data", type=Path, nargs="+", required=True, help=help)
+
+
+def add_features(p: argparse.ArgumentParser, folder: str) -> None:
+    """Add --features and --feature-gb: where hidden states are kept. `folder` is the default, for the help."""
+    p.add_argument("--features", type=Path, help=f"folder for hidden states; default: {folder}")
+    p.add_argument("--feature-gb", type=float, default=20.0, help="disk space for hidden states, in GB; what does not "
+                   "fit is computed again each time it is needed")
+
+
+def add_device_map(p: argparse.ArgumentParser) -> None:
+    """Add --device-map, for a model that is too large for one device."""
+    p.add_argument("--device-map", help="'auto' spreads a model that is too large for one device over all devices, "
+                   "main memory and disk; only with a single process")
+
+
+def add_seed(p: argparse.ArgumentParser, help: str = "seed of all random numbers") -> None:
+    """Add --seed."""
+    p.add_argument("--seed", type=int, default=0, help=help)
+
+
+def add_loop(p: argparse.ArgumentParser, *, epochs: float, lr: float, fit_documents: int, checkpoint: str) -> None:
+    """Add the options of the training loop, with these defaults. `checkpoint` is its folder, for the help."""
+    p.add_argument("--epochs", type=float, default=epochs, help="passes over the training documents")
+    p.add_argument("--batch", type=int, default=1024, help="training rows a step, over all processes")
+    p.add_argument("--micro-batch", type=int, default=8192, help="tokens in one backward pass; a step may have several")
+    p.add_argument("--lr", type=float, default=lr, help="highest learning rate")
+    p.add_argument("--fit-documents", type=int, default=fit_documents, help="number of documents that set the scale of "
+                   "the rows, and the first weights where a regression gives them")
+    p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    p.add_argument("--mixed-precision", choices=("no", "bf16"), default="bf16", help="precision of the forward passes")
+    p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
+                   help=f"continue from the last checkpoint in {checkpoint}")
+    p.add_argument("--data-note", default="", help="what the data is, in words, for the model card")
+    add_seed(p)
+
+
+def add_dtype(p: argparse.ArgumentParser) -> None:
+    """Add --dtype of the model's weights."""
+    p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
+                   help="data type of the model's weights")
+
+
+def add_prompts(p: argparse.ArgumentParser, *, prompts: int, tokens: int) -> None:
+    """Add --prompts and --tokens: how many of the project's own prompts are decoded, and how far."""
+    p.add_argument("--prompts", type=int, default=prompts, help="number of the project's prompts to decode")
+    p.add_argument("--tokens", type=int, default=tokens, help="new tokens a prompt")

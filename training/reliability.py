@@ -1,0 +1,47 @@
+"""Reliability of confidences: calibration error, ranking, and scaling, on rows that are right or wrong."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BINS = 15
+
+
+def equal_mass_bins(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[tuple[float, float, int]]:
+    """Divide rows (n,) by confidence into bins of equal size: (mean confidence, share that is right, rows) of each."""
+    order = confidence.argsort()
+    parts = zip(confidence[order].tensor_split(bins), right[order].float().tensor_split(bins))
+    return [(c.mean().item(), r.mean().item(), len(c)) for c, r in parts if len(c)]
+
+
+def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
+    """Mean |confidence - accuracy| over bins of equal size, weighted by rows (Naeini et al. 2015, equal-mass bins)."""
+    return sum(abs(c - r) * n for c, r, n in equal_mass_bins(confidence, right, bins)) / len(confidence)
+
+
+def auroc(score: Tensor, right: Tensor) -> float:
+    """Probability that a right row scores higher than a wrong one; ties count half (Mann-Whitney U).
+
+    NaN when no row is right or no row is wrong.
+    """
+    values, inverse, counts = score.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()         # mean rank of equal scores, from 1
+    positives, negatives = right.sum().item(), (~right).sum().item()
+    if not positives or not negatives:
+        return float("nan")
+    return ((ranks[right].sum().item() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def platt(score: Tensor, right: Tensor, shift: bool = True) -> tuple[float, float]:
+    """Fit (a, b) of sigmoid(a score + b) to `right` (Platt 1999); b stays 0 without `shift`."""
+    a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()), requires_grad=shift)
+    optimizer = torch.optim.LBFGS([a, b] if shift else [a], max_iter=50)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(a * score + b, right.float())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return a.item(), b.item()
