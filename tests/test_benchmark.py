@@ -10,7 +10,6 @@ import torch
 from conftest import tiny_base, tiny_engine
 
 from cascadeexit.config import DecodeConfig, Mode
-from cascadeexit.exits import ExitBank
 from cascadeexit.prompts import bundled_prompts, token_ids
 from tests.browser.tiny_text import tiny_tokenizer
 from training import benchmark, growth, replay
@@ -45,12 +44,11 @@ def test_the_replay_follows_its_script(monkeypatch, capsys):
 def test_growth_measures_every_length_that_fits(monkeypatch):
     """By a clock that ticks evenly: a token of `full` takes 1 ms, and 1 ms more for every 100 tokens of context."""
     engine = tiny_engine(adapter="carry")
-    model, eos = engine.model, frozenset([1])
-    model.eos_ids = eos
+    model = engine.model
     lengths = {"context": [], "output": []}
 
     def run(ids: list[int], config: DecodeConfig):
-        assert not model.eos_ids, "no token ends a text"
+        assert config.ignore_eos, "no token ends a text"
         lengths["context" if config.max_new_tokens == 32 else "output"].append(len(ids))
         ms = (1 + len(ids) / 100) * (0.5 if config.mode is Mode.VERIFIED else 1)
         return SimpleNamespace(stats=SimpleNamespace(tokens_per_second=1e3 / ms))
@@ -59,7 +57,7 @@ def test_growth_measures_every_length_that_fits(monkeypatch):
     found = growth.growth(engine, None, tiny_tokenizer(), max_draft=4, rounds=3)
     fitting = [c for c in growth.CONTEXTS if c <= model.max_positions - 64]
     assert len(fitting) > 1 and [e["context"] for e in found["context"]] == fitting
-    cache, weights = model.new_cache(1), engine.costs.full_token_bytes
+    cache, weights = model.layers.new_cache(1), engine.costs.full_token_bytes
     for entry in found["context"]:
         n = entry["context"]
         assert entry["full"] == pytest.approx(1 + n / 100) and entry["verified"] == pytest.approx(0.5 + n / 200)
@@ -69,7 +67,7 @@ def test_growth_measures_every_length_that_fits(monkeypatch):
         assert 1 <= entry["allowed_16_bits"] <= entry["allowed"], "this model keeps 32 bits"
     prompt = token_ids(tiny_tokenizer(), bundled_prompts()[0].text)
     assert [e["output"] for e in found["output"]] == [n for n in growth.OUTPUTS if len(prompt) + n < 1024 - 64] != []
-    assert len(lengths["output"]) == 3 * 2 * len(found["output"]) and model.eos_ids == eos
+    assert len(lengths["output"]) == 3 * 2 * len(found["output"])
 
 
 def test_growth_measures_every_mode_and_generate(monkeypatch):
@@ -86,8 +84,9 @@ def test_growth_measures_every_mode_and_generate(monkeypatch):
 def test_scripted_exits_compute_what_exits_compute(monkeypatch):
     """Only the outcome is scripted: every confidence that is asked for is also computed."""
     engine, computed = replay.make_engine("tiny", torch.device("cpu")), []
-    confidence = ExitBank.confidence
-    monkeypatch.setattr(ExitBank, "confidence", lambda *args: computed.append(args[1]) or confidence(*args))
+    trained = engine.exits._exits
+    confidence = trained.confidence
+    monkeypatch.setattr(trained, "confidence", lambda *args: computed.append(args[0]) or confidence(*args))
     run = engine.run(list(range(2, 12)), DecodeConfig(mode="cascade", max_new_tokens=40, thresholds=(0.5,) * 3))
     exits = [event.exit for event in run.events if event.final]
     asked = [s for exit in exits for s in range(min(exit, 2) + 1)]

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 import training.data
 import training.policy
+from cascadeexit.carry import carried_states
 from cascadeexit.exits import ADAPTERS, ExitBank
 from cascadeexit.hub import exit_layers
 from tests.helpers import tiny_store
 from training.batches import batches, micro_batches
 from training.checkpoint import RunFolder
 from training.documents import Document, Split, key_of, load_documents, save_shard
-from training.features import FeatureStore, carried_states
+from training.features import FeatureStore
 from training.forward import mixed_carried_states
 from training.inputs import AdapterInputs
 from training.join import join
@@ -404,7 +405,7 @@ def test_features_kept_while_writing_are_those_of_reading_the_text_again(tmp_pat
 def test_carried_states_in_training_are_those_of_chains_of_an_exit(tmp_path, max_chain):
     """Each carried state is the full model's, or that of 1 to `max_chain` tokens of the exit in a row; all occur."""
     bank, store = bank_and_store("carry", tmp_path)
-    bank.attach(store.model, trainable=True)
+    bank.prepare(store.model)
     f, found = store[0], set()
     h, full, rows = f.exits.float(), carried_states(f.top).float(), f.wanted.nonzero()[:, 0]
     inputs = AdapterInputs(bank, store, range(20), torch.ones(32))
@@ -416,7 +417,7 @@ def test_carried_states_in_training_are_those_of_chains_of_an_exit(tmp_path, max
             for length in range(1, min(max_chain, row) + 1):
                 state = full[row - length]
                 for at in range(row - length, row):
-                    state = bank.hidden(1, *inputs(1, h[at:at + 1, 1], state.view(1, -1)))
+                    state = bank.adapters[1](*inputs(1, h[at:at + 1, 1], state.view(1, -1)))
                 chains.append(state.view(-1))
             near = [n for n, state in enumerate(chains) if torch.allclose(got, state, atol=1e-4)]
             assert near, row
