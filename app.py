@@ -579,7 +579,8 @@ def build_demo(library: Library) -> gr.Blocks:
 
         demo.load(restore, None, [*inputs, preset, quality, view], queue=False, **quiet)
         add_endpoints(page)
-    return demo.queue(max_size=20)
+    # Closed to direct calls: a POST to /run/generate would skip the queue, and with it the limit of one run at a time.
+    return demo.queue(max_size=20, api_open=False)
 
 
 def _replay_upload(path):

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 from conftest import tiny_engine
 from gradio_client import Client
@@ -75,6 +76,48 @@ def test_evaluate_keeps_failures(served):
     said = served[2].predict(texts=["hi there", ""], max_new_tokens=8, chat=False, api_name="/evaluate")
     assert said["summary"]["prompts"] == 2 and said["summary"]["failed"] == 1
     assert said["results"][0]["tokens"] == 8 and "write a prompt" in said["results"][1]["error"]
+
+
+@pytest.fixture
+def runs(served, monkeypatch) -> list[str]:
+    """Modes of the runs that the engine began during the test."""
+    engine, modes = served[0], []
+    generate = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda ids, config: modes.append(config.mode) or generate(ids, config))
+    return modes
+
+
+@pytest.mark.parametrize("route", ["run", "api"])
+def test_a_direct_call_that_would_skip_the_queue_is_refused_and_runs_nothing(served, runs, route):
+    url = f"{served[2].src}gradio_api/{route}"
+    for endpoint, first in (("generate", "hi there"), ("compare", "hi there"), ("evaluate", ["hi there"])):
+        for address in (f"{url}/{endpoint}", f"{url}/{endpoint}/"):
+            answer = httpx.post(address, json={"data": [first]})
+            assert answer.status_code == 404 and "join the queue" in answer.json()["detail"]
+    assert runs == []
+
+
+def test_a_direct_call_by_number_reaches_no_queued_function(served, runs):
+    """The page's own functions have no public name, but a number that anybody can read in the page's configuration."""
+    _, _, client = served
+    queued = [d for d in client.config["dependencies"] if d["queue"]]
+    assert len(queued) == 6, "run, retry and evaluate on the page; generate, compare and evaluate for programs"
+    for dependency in queued:
+        answer = httpx.post(f"{client.src}gradio_api/run/predict",
+                            json={"fn_index": dependency["id"], "data": [None] * len(dependency["inputs"])})
+        assert answer.status_code == 404, dependency["api_name"]
+    assert runs == []
+
+
+def test_a_call_through_the_queue_is_answered_without_the_client_library(served, runs):
+    named = dict(prompt="hi there", mode="full", max_new_tokens=8)
+    in_order = {"data": ["hi there", "full", 0.5, 8, 7, 0, 0, 1, 0, True, "", 0]}
+    for route, body in (("call/v2", named), ("call", in_order)):
+        url = f"{served[2].src}gradio_api/{route}/generate"
+        event = httpx.post(url, json=body).json()["event_id"]
+        answer = httpx.get(f"{url}/{event}", timeout=60).text
+        assert "event: complete" in answer and '"token_ids"' in answer
+    assert runs == ["full", "full"]
 
 
 def test_the_readme_example_runs(served, capsys):
