@@ -30,6 +30,7 @@ from cascadeexit.engine import CASCADE_THRESHOLD, DecodeConfig, Mode, graded_thr
 from cascadeexit.inspection import Inspection, inspect  # noqa: E402
 from cascadeexit.library import Library, Offer  # noqa: E402
 from cascadeexit.race import race  # noqa: E402
+from cascadeexit.shape import Shape, exit_name  # noqa: E402
 
 log = logging.getLogger("cascadeexit.app")
 ASSETS = Path(__file__).parent / "assets"
@@ -90,7 +91,7 @@ def decode_configs(num_exits: int, mode, max_new_tokens, max_draft, tolerance, t
         raise ValueError("A setting is empty: give it a value.") from None
 
 
-def sliders_at(threshold: float, shape: stream.Shape) -> list[float]:
+def sliders_at(threshold: float, shape: Shape) -> list[float]:
     """Each threshold slider at one price (`graded_thresholds`), that of the first exit as given; NEVER closes all."""
     depths = [layer / shape.num_layers for layer in shape.exit_layers]
     # Up, not to the nearest: a calibrated threshold keeps its promise.
@@ -639,7 +640,7 @@ def _dials_at(threshold: float | None, calibration: Calibration | None) -> list[
     return [gr.update(value=named), gr.update(visible=bool(calibration), **percent)]
 
 
-def _exit_controls(shape: stream.Shape) -> tuple[list[gr.Slider], gr.Dropdown]:
+def _exit_controls(shape: Shape) -> tuple[list[gr.Slider], gr.Dropdown]:
     """A slider for each exit, and a way to force one or to leave one out."""
     with gr.Row():
         force = gr.Dropdown(label="Where tokens leave", elem_id="ce-force", min_width=220, **_ways_out(shape))
@@ -652,19 +653,19 @@ def _exit_controls(shape: stream.Shape) -> tuple[list[gr.Slider], gr.Dropdown]:
     return sliders, force
 
 
-def _ways_out(shape: stream.Shape) -> dict:
+def _ways_out(shape: Shape) -> dict:
     exits = range(len(shape.exit_layers))
     return dict(value=FIRST_SURE, choices=[
         ("At the first sure exit", FIRST_SURE), *((f"Always at exit {s + 1}", s) for s in exits),
         *((f"Never at exit {s + 1}", _left_out(s)) for s in exits)])
 
 
-def _slider(s: int, shape: stream.Shape) -> dict:
+def _slider(s: int, shape: Shape) -> dict:
     exits = len(shape.exit_layers)
-    return dict(visible=s < exits, label=stream.exit_name(min(s, exits), shape))
+    return dict(visible=s < exits, label=exit_name(min(s, exits), shape))
 
 
-def _fit(shape: stream.Shape) -> list[dict]:
+def _fit(shape: Shape) -> list[dict]:
     """Updates that make the exit controls those of another model, as it is first shown."""
     return [gr.update(**_ways_out(shape)),
             *(gr.update(value=t, **_slider(s, shape)) for s, t in enumerate(sliders_at(CASCADE_THRESHOLD, shape)))]

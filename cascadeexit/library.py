@@ -16,7 +16,7 @@ from cascadeexit import hub
 from cascadeexit.calibration import Calibration
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.exits import ExitBank
-from cascadeexit.stream import Shape
+from cascadeexit.shape import Shape
 
 log = logging.getLogger(__name__)
 

@@ -28,13 +28,13 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Self
+from dataclasses import asdict
 
 from cascadeexit import metrics
 from cascadeexit.engine import DecodeConfig, Engine, Mode
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.inspection import Inspection
+from cascadeexit.shape import Shape
 
 CASCADE, FULL = "cascade", "full"           # the two sides of a race
 FORMAT = 1                                  # of the stream; a reader refuses what it does not know
@@ -46,20 +46,6 @@ _BROKEN = "\ufffd"                          # how decoders show an unfinished or
 _DEPTH_COLOURS = ("#99DDFF", "#77AADD", "#44BB99", "#BBCC33", "#EEDD88", "#EE8866")
 _FULL_COLOUR = "#DDDDDD"
 COPIED_COLOUR = "#FFAABB"                   # as in app.css
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a page must know of a model before its weights are here."""
-
-    name: str
-    num_layers: int
-    exit_layers: tuple[int, ...]
-    trained: bool
-
-    @classmethod
-    def of(cls, engine: Engine) -> Self:
-        return cls(engine.model.name, engine.model.num_layers, engine.model.exit_layers, engine.bank.config.trained)
 
 
 def colours(num_exits: int) -> tuple[str, ...]:
@@ -296,15 +282,6 @@ def stopped(text: str) -> str:
     except (ValueError, KeyError, TypeError):
         return text
     return text if kind in ("model", "end", "stopped", "error", "status") else text + write_line("stopped")
-
-
-def exit_name(s: int, shape: Shape) -> str:
-    """Plain words for segment s."""
-    if s == len(shape.exit_layers):
-        return "Full model"
-    if shape.exit_layers[s] == 0:
-        return f"Exit {s + 1} (before the {shape.num_layers} layers)"
-    return f"Exit {s + 1} (after layer {shape.exit_layers[s]} of {shape.num_layers})"
 
 
 def write_line(type: str, **record) -> str:

@@ -8,9 +8,10 @@ import yaml
 from packaging.requirements import Requirement
 
 import app
-from cascadeexit import hub, stream
+from cascadeexit import hub
 from cascadeexit.calibration import Calibration, Point
 from cascadeexit.library import Library, Offer
+from cascadeexit.shape import Shape
 
 CALIBRATION = Calibration("exits", 300, 64, 0.1, tuple(
     Point(t, bound / 2, bound, 1.0) for t, bound in ((0.9, 0.02), (0.7, 0.052), (0.5, 0.2))))
@@ -28,10 +29,10 @@ def test_a_threshold_shows_the_agreement_that_is_sure_there(threshold, percent):
 
 
 def test_sliders_at_one_price_rise_with_depth_and_only_the_end_closes_exits():
-    shape = stream.Shape("m", 30, (0, 9, 17, 24), True)
+    shape = Shape("m", 30, (0, 9, 17, 24), True)
     assert app.sliders_at(0.5, shape)[:4] == [0.5, 0.65, 0.79, 0.9]
     assert app.sliders_at(0.99, shape)[:4] == [0.99] * 4 and app.sliders_at(1.0, shape) == [1.0] * app.MAX_EXITS
-    assert len(app.sliders_at(0.3, stream.Shape("m", 30, (9, 24), True))) == app.MAX_EXITS
+    assert len(app.sliders_at(0.3, Shape("m", 30, (9, 24), True))) == app.MAX_EXITS
 
 
 def test_the_measured_curve_is_that_of_the_shipped_exits():
@@ -61,7 +62,7 @@ def test_forced_exits_and_closed_ones():
     config, _ = app.decode_configs(3, "verified", 10, 4, 0.3, 0.0, 1.0, None, app.FIRST_SURE, [0.5, 0.6, 1.0, 0.7])
     assert config.thresholds is None, "verified has a rule of its own"
     assert config.tolerance == 0.3 and full.tolerance == 0
-    without_2 = next(value for name, value in app._ways_out(stream.Shape("m", 6, (2, 3, 5), True))["choices"]
+    without_2 = next(value for name, value in app._ways_out(Shape("m", 6, (2, 3, 5), True))["choices"]
                      if name == "Never at exit 2")
     config, _ = app.decode_configs(3, "cascade", 10, 4, 0.3, 0.0, 1.0, 0, without_2, [0.5, 0.6, 0.9, 0.7])
     assert config.thresholds == [0.5, None, 0.9]

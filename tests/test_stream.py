@@ -12,6 +12,7 @@ from cascadeexit.engine import DecodeConfig, Mode
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.inspection import inspect
 from cascadeexit.race import race
+from cascadeexit.shape import Shape
 from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
 
 
@@ -187,7 +188,7 @@ def test_a_kept_run_holds_no_model(tokenizer):
 
 
 def test_stopping_keeps_what_was_said_and_says_so_once(tokenizer):
-    idle = stream.model_line(stream.Shape.of(tiny_engine()))
+    idle = stream.model_line(Shape.of(tiny_engine()))
     assert stream.stopped(idle) == idle
     running = idle + '{"type":"token"}\n'
     assert stream.stopped(running) == running + '{"type":"stopped"}\n'

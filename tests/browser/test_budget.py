@@ -5,7 +5,7 @@ import time
 import pytest
 
 from cascadeexit.engine import DecodeConfig
-from cascadeexit.stream import Shape
+from cascadeexit.shape import Shape
 from tests.browser.test_page import FINAL, SKY, shown_ids
 
 pytestmark = pytest.mark.browser

@@ -19,7 +19,7 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.library import Library
 from cascadeexit.model import SegmentedModel
 from cascadeexit.race import race
-from cascadeexit.stream import Shape
+from cascadeexit.shape import Shape
 from tests.browser.conftest import SEED
 from tests.browser.server import serve, serve_library
 from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
@@ -563,7 +563,7 @@ def test_half_characters_of_a_record_are_shown_as_such(draw, recorded):
 
 
 def test_a_frame_that_comes_after_stop_or_clear_is_too_late(draw, recorded, tiny):
-    for end in (stream.stopped(recorded[1]), stream.model_line(stream.Shape.of(tiny[0]))):
+    for end in (stream.stopped(recorded[1]), stream.model_line(Shape.of(tiny[0]))):
         assert draw(*recorded[:2], end, recorded[2], recorded[-1]) == draw(*recorded[:2], end)
 
 
@@ -572,7 +572,7 @@ class Two(Library):
 
     def __init__(self, engines: dict):
         super().__init__(())
-        self.shapes = {label: stream.Shape(label, *shape_of(engine)) for label, engine in engines.items()}
+        self.shapes = {label: Shape(label, *shape_of(engine)) for label, engine in engines.items()}
         self._engines = engines
 
     def ready(self, label):
