@@ -1,4 +1,4 @@
-"""The endpoints, called as a program would."""
+"""The endpoints, called as a program calls them."""
 
 import re
 from pathlib import Path
@@ -29,53 +29,53 @@ def test_models_are_listed(served):
 
 
 @pytest.mark.parametrize("mode", ["cascade", "verified", "full"])
-def test_generate_says_what_the_engine_says(served, mode):
+def test_generate_returns_what_the_engine_writes(served, mode):
     engine, tokenizer, client = served
-    said = client.predict(prompt="hi there", mode=mode, threshold=0.5, max_new_tokens=24, chat=False,
+    answer = client.predict(prompt="hi there", mode=mode, threshold=0.5, max_new_tokens=24, chat=False,
                           api_name="/generate")
     run = engine.run(tokenizer("hi there").input_ids, DecodeConfig(
         mode=mode, thresholds=0.5 if mode == "cascade" else None, max_new_tokens=24))
-    assert said["token_ids"] == run.token_ids and len(said["exits"]) == 24
-    assert said["text"] == tokenizer.decode(run.token_ids, skip_special_tokens=True)
-    assert said["stats"]["routing_share"] == pytest.approx(run.stats.routing_share)
+    assert answer["token_ids"] == run.token_ids and len(answer["exits"]) == 24
+    assert answer["text"] == tokenizer.decode(run.token_ids, skip_special_tokens=True)
+    assert answer["stats"]["routing_share"] == pytest.approx(run.stats.routing_share)
 
 
 def test_compare_measures_both_sides(served):
     engine, tokenizer, client = served
-    said = client.predict(prompt="hi there", mode="verified", threshold=0.3, max_new_tokens=24, api_name="/compare")
-    assert said["identical"] and said["exits"]["token_ids"] == said["full"]["token_ids"]
-    assert said["agreement"] == 1.0 and said["speedup"] > 0
+    answer = client.predict(prompt="hi there", mode="verified", threshold=0.3, max_new_tokens=24, api_name="/compare")
+    assert answer["identical"] and answer["exits"]["token_ids"] == answer["full"]["token_ids"]
+    assert answer["agreement"] == 1.0 and answer["speedup"] > 0
 
 
-def test_a_tolerance_is_the_engines(served):
+def test_a_tolerance_reaches_the_engine(served):
     engine, tokenizer, client = served
-    asked = dict(mode="verified", max_new_tokens=24, tolerance=0.9)
-    said = client.predict(prompt="hi there", chat=False, **asked, api_name="/generate")
-    assert said["token_ids"] == engine.run(tokenizer("hi there").input_ids, DecodeConfig(**asked)).token_ids
+    options = dict(mode="verified", max_new_tokens=24, tolerance=0.9)
+    answer = client.predict(prompt="hi there", chat=False, **options, api_name="/generate")
+    assert answer["token_ids"] == engine.run(tokenizer("hi there").input_ids, DecodeConfig(**options)).token_ids
     with pytest.raises(AppError, match="tolerance goes with mode verified and temperature 0"):
-        client.predict(prompt="hi there", temperature=1.0, **asked, api_name="/generate")
+        client.predict(prompt="hi there", temperature=1.0, **options, api_name="/generate")
 
 
-def test_a_wanted_quality_is_kept_by_calibrated_exits_alone(served):
+def test_a_target_disagreement_needs_calibrated_exits(served):
     engine, _, client = served
-    asked = dict(prompt="hi there", chat=False, max_new_tokens=12, target_disagreement=0.1)
+    options = dict(prompt="hi there", chat=False, max_new_tokens=12, target_disagreement=0.1)
     with pytest.raises(AppError, match="training.calibrate"):
-        client.predict(**asked, api_name="/generate")
+        client.predict(**options, api_name="/generate")
     engine.bank.calibration = Calibration("", 9, 64, 0.1, (Point(0.7, 0.0, 0.05, 1.0), Point(0.1, 0.2, 0.3, 1.0)))
     try:
-        said = client.predict(**asked, api_name="/generate")
+        answer = client.predict(**options, api_name="/generate")
         with pytest.raises(AppError, match="target_disagreement goes with mode cascade"):
-            client.predict(**asked, temperature=0.5, api_name="/generate")
+            client.predict(**options, temperature=0.5, api_name="/generate")
     finally:
         engine.bank.calibration = None
-    by_threshold = client.predict(**asked | dict(target_disagreement=0, threshold=0.7), api_name="/generate")
-    assert said["token_ids"] == by_threshold["token_ids"] and said["exits"] == by_threshold["exits"]
+    by_threshold = client.predict(**options | dict(target_disagreement=0, threshold=0.7), api_name="/generate")
+    assert answer["token_ids"] == by_threshold["token_ids"] and answer["exits"] == by_threshold["exits"]
 
 
 def test_evaluate_keeps_failures(served):
-    said = served[2].predict(texts=["hi there", ""], max_new_tokens=8, chat=False, api_name="/evaluate")
-    assert said["summary"]["prompts"] == 2 and said["summary"]["failed"] == 1
-    assert said["results"][0]["tokens"] == 8 and "write a prompt" in said["results"][1]["error"]
+    answer = served[2].predict(texts=["hi there", ""], max_new_tokens=8, chat=False, api_name="/evaluate")
+    assert answer["summary"]["prompts"] == 2 and answer["summary"]["failed"] == 1
+    assert answer["results"][0]["tokens"] == 8 and "write a prompt" in answer["results"][1]["error"]
 
 
 @pytest.fixture
