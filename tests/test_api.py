@@ -1,5 +1,6 @@
 """The endpoints, called as a program calls them."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gradio_client.exceptions import AppError
 
 from cascadeexit.calibration import Calibration, Point
 from cascadeexit.engine import DecodeConfig
+from cascadeexit.prompts import visitor_token_ids
 from tests.browser.server import serve
 from tests.browser.tiny_text import tiny_tokenizer
 
@@ -32,7 +34,7 @@ def test_models_are_listed(served):
 def test_generate_returns_what_the_engine_writes(served, mode):
     engine, tokenizer, client = served
     answer = client.predict(prompt="hi there", mode=mode, threshold=0.5, max_new_tokens=24, chat=False,
-                          api_name="/generate")
+                            api_name="/generate")
     run = engine.run(tokenizer("hi there").input_ids, DecodeConfig(
         mode=mode, thresholds=0.5 if mode == "cascade" else None, max_new_tokens=24))
     assert answer["token_ids"] == run.token_ids and len(answer["exits"]) == 24
@@ -124,8 +126,16 @@ def test_the_readme_example_runs(served, capsys):
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     code = re.search("<!-- api-example -->\n```python\n(.*?)```", readme, re.DOTALL)[1]
     assert "http://127.0.0.1:7860" in code
-    exec(code.replace("http://127.0.0.1:7860", served[2].src), {})
-    assert "0." in capsys.readouterr().out
+    engine, tokenizer, client = served
+    exec(code.replace("http://127.0.0.1:7860", client.src), {})
+    run = engine.run(visitor_token_ids(tokenizer, "Explain why the sky is blue.", chat=True),
+                     DecodeConfig(mode="full", max_new_tokens=48))
+    greeting, _, printed = capsys.readouterr().out.removesuffix("\n").partition("\n")
+    text, shares = printed.rsplit(" [", 1)
+    assert greeting.startswith("Loaded as API"), "the client's own line"
+    assert text == tokenizer.decode(run.token_ids, skip_special_tokens=True), "verified writes the full model's text"
+    shares = json.loads(f"[{shares}")
+    assert len(shares) == engine.num_exits + 1 and all(0 <= share <= 1 for share in shares) and 0 < sum(shares) <= 1
 
 
 @pytest.mark.parametrize("wrong, reason", [
