@@ -170,20 +170,20 @@ def token_view(page: Page, value: str) -> gr.HTML:
 
     The template is constant on purpose: gradio runs template values as code, and model text is not trusted.
     """
-    def token_card(asked):              # gradio marks functions and cannot mark methods; it passes one argument
-        return page.token_card(*_of_length(asked, 2))
+    def token_card(arguments):          # a function, since gradio cannot mark a method; it passes one argument
+        return page.token_card(*_of_length(arguments, 2))
 
-    def layer_map(asked):
-        return page.layer_map(*_of_length(asked, 3))
+    def layer_map(arguments):
+        return page.layer_map(*_of_length(arguments, 3))
 
     return gr.HTML(value, html_template="<div class='ce'></div>", apply_default_css=False, elem_id="ce-view",
                    js_on_load=(ASSETS / "app.js").read_text(encoding="utf-8"),
                    server_functions=[token_card, layer_map])
 
 
-def _of_length(asked, n: int) -> list:
-    """A browser's question as n values, missing ones None: anybody can send anything."""
-    values = asked if isinstance(asked, list) else []
+def _of_length(arguments, n: int) -> list:
+    """Arguments from the browser as n values, missing ones None: anybody can send anything."""
+    values = arguments if isinstance(arguments, list) else []
     return values[:n] + [None] * (n - len(values))
 
 
@@ -413,12 +413,13 @@ def _percent(threshold: float, calibration: Calibration) -> int:
 def _connect_many(page: Page, one: OnePrompt, many: ManyPrompts) -> None:
     """Evaluate and cancel."""
     def evaluate_many(*values) -> Iterator[dict]:
-        source = PromptSource(**dict(zip(many.source, values)))
-        chosen = Settings.from_controls(dict(zip(one.controls, values[len(many.source):])))
-        with closing(page.evaluate(source, chosen)) as moments:
+        chosen = dict(zip(inputs, values))
+        source = PromptSource(**{name: chosen.pop(name) for name in many.source})
+        with closing(page.evaluate(source, Settings.from_controls(chosen))) as moments:
             yield from map(partial(_shown_progress, many), moments)
 
-    running = many.start.click(evaluate_many, [*many.source.values(), *one.controls.values()],
+    inputs = many.source | one.controls
+    running = many.start.click(evaluate_many, list(inputs.values()),
                                [many.status, many.table, many.chart, *many.files.values()], **_turns(many.status))
     many.cancel.click(lambda: None, cancels=[running], queue=False, **QUIET).then(
         _cancelled, many.status, many.status, queue=False, **QUIET)
@@ -426,7 +427,7 @@ def _connect_many(page: Page, one: OnePrompt, many: ManyPrompts) -> None:
 
 # -- a link that restores the settings ------------------------------------------------------------------------
 
-# Controls that share a parameter, the thresholds, stand in it separated by commas.
+# Values of controls that share a parameter (the thresholds) are separated by commas.
 COPY_LINK = """(...values) => {
     const parameters = {};
     NAMES.forEach((name, i) => (parameters[name] ||= []).push(values[i]));

@@ -284,8 +284,8 @@ function verdictStrip() {
   parts.jump.addEventListener('click', jump);
   parts.badge.hidden = parts.jump.hidden = true;
   const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'times the full model’s speed'),
-    tile('agreement', 'Agreement', 'known at the end'), tile('same', 'Match', 'so far'),
-    tile('cost', 'Weights read', 'from memory, compared with the full model'));
+    tile('agreement', 'Agreement', 'tokens that the full model would choose too'), tile('same', 'Match', 'same token at the same position'),
+    tile('cost', 'Weights read', 'from memory per token, against the full model'));
   parts.sameNote.after(' ', parts.jump);
   return make('section', 'ce-verdict', null, tiles, parts.badge, parts.status);
 }
@@ -414,10 +414,9 @@ function drawTiles() {
   put(parts.cost, stats ? percent(stats.cost) : '–');
   put(parts.same, versus ? percent(verdict ? verdict.positional : versus.positional) : '–');
   const result = verdict || versus;
-  put(parts.sameNote, !result ? 'so far' : result.first_divergence === null ? 'no difference ' + (verdict ? 'at all' : 'so far')
+  put(parts.sameNote, !result ? 'same token at the same position' : result.first_divergence === null ? 'no difference ' + (verdict ? 'at all' : 'so far')
     : 'first difference at token ' + (result.first_divergence + 1));
   put(parts.agreement, verdict ? percent(verdict.agreement, verdict.agreement > 0.99 && verdict.agreement < 1 ? 1 : 0) : '–');
-  put(parts.agreementNote, verdict ? 'of its tokens are the full model’s choice too' : 'known at the end');
   drawBadge();
 }
 

@@ -49,7 +49,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Frame:
-    """What changes on the page at one moment of a run. None: it stays as it is."""
+    """Changes of the page at one moment of a run; None leaves a part as it is."""
 
     stream: str | None = None       # value of the token view (`cascadeexit.stream`)
     charts: str | None = None       # id of the run whose charts can be opened; "" hides them
@@ -58,7 +58,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Progress:
-    """What changes at one moment of an evaluation. None: it stays as it is."""
+    """Changes of the second tab at one moment of an evaluation; None leaves a part as it is."""
 
     status: str | None = None
     kind: str = "busy"              # of the status: busy, done or error
@@ -181,7 +181,7 @@ class Page:
         finished = self._runs[run]
         return views.figures(finished.stream, finished.inspection.full_choices)
 
-    # The browser asks the next two questions, so anybody can ask them with any values.
+    # The next two are called by the browser, so anybody can call them with any values.
 
     def token_card(self, run, i) -> dict | None:
         """Candidates of the token at position i, for its card; None for a run that is not kept."""
@@ -191,7 +191,7 @@ class Page:
         return finished.inspection.card(finished.tokenizer, i)
 
     def layer_map(self, run, start, count) -> dict | None:
-        """What every exit would have written at `count` positions from `start`; None for a run that is not kept."""
+        """Choices of every exit at `count` positions from `start`; None for a run that is not kept."""
         finished = self._runs.get(run) if isinstance(run, str) else None
         if finished is None or not (isinstance(start, int) and isinstance(count, int)):
             return None
@@ -269,7 +269,7 @@ def _rows(results: list[evaluation.Result]) -> list[list]:
 
 
 def _summary_line(results: list[evaluation.Result], total: int, left: float) -> str:
-    """The results so far in one line; left: seconds that the rest will take."""
+    """One line about the results so far, with the `left` seconds that the other prompts will take."""
     s = evaluation.summarize_results(results)
     words = [f"{len(results)} of {total} prompts"]
     if s.failed:

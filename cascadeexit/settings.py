@@ -1,8 +1,8 @@
 """Settings: what a visitor chose on the page, with defaults, limits, address parameters and decoding configs.
 
-Each field names itself three times, in its metadata: its control on the page by the field's own name, its parameter in
-the page's address by `query`, and its key in a recorded run by `record`. The thresholds have a control for each exit,
-named `THRESHOLDS`, and share one parameter of the address.
+A setting has three names: the field has the name of its control on the page, `query` is its parameter in the page's
+address, and `record` is its key in a recorded run. Thresholds have one control for each exit (`THRESHOLDS`) and share
+one parameter of the address.
 """
 
 import math
@@ -29,12 +29,13 @@ class Limits(NamedTuple):
 
 
 def _setting(default, query: str, record: str | None, limits: Limits | None = None):
+    """Field of `Settings` with its other names and its limits."""
     return field(default=default, metadata=dict(query=query, record=record, limits=limits))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one run of the page is decoded. A value that a visitor erased is None and refused by `decode_configs`."""
+    """How one run of the page is decoded. A control that a visitor emptied is None; `decode_configs` refuses it."""
 
     model: str = _setting("", "model", None)
     prompt: str = _setting("", "p", "prompt")
@@ -119,7 +120,7 @@ def from_query(query: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[st
 
 
 def _query_texts(query: Mapping[str, str]) -> dict[str, str]:
-    """Text of each control that the address names; thresholds stand in one parameter, separated by commas."""
+    """Text for each control that the address names; all thresholds are one parameter, separated by commas."""
     texts = {f.name: query[f.metadata["query"]] for f in fields(Settings) if f.metadata["query"] in query}
     return texts | dict(zip(THRESHOLDS, texts.pop("thresholds", "").split(",")))
 

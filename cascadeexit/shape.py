@@ -8,12 +8,12 @@ from cascadeexit.engine import Engine
 
 @dataclass(frozen=True)
 class Shape:
-    """What a page must know of a model before it is loaded."""
+    """Name, size and exits of a model, known before it is loaded."""
 
     name: str
     num_layers: int
-    exit_layers: tuple[int, ...]        # layers below each exit, ascending; 0: the exit stands before the first layer
-    trained: bool                       # False: the exits are untrained and only show that the machinery works
+    exit_layers: tuple[int, ...]        # layers below each exit, ascending; 0: the exit is before the first layer
+    trained: bool                       # False: exits with random or initial weights
 
     @classmethod
     def of(cls, engine: Engine) -> Self:

@@ -1,4 +1,4 @@
-"""What the app and its page decide by themselves: thresholds for a wanted agreement, the menu of models."""
+"""Thresholds for a wanted agreement, the measured curve, the menu of models, the front matter of a Space."""
 
 import re
 from pathlib import Path

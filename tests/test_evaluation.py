@@ -127,14 +127,14 @@ def test_closing_in_the_middle_of_a_prompt_closes_both_runs(engine, watched, mon
     assert sorted(closed) == ["cascade", "full"] and list(running) == []
 
 
-@pytest.mark.parametrize("asked", [0, 1, 2])
-def test_closing_between_prompts_leaves_nothing_open(engine, watched, asked):
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_closing_between_prompts_leaves_nothing_open(engine, watched, taken):
     began, closed = watched
     running = evaluate(engine, encode, PROMPTS, CONFIG, TOKENIZER.decode)
-    for _ in range(asked):
+    for _ in range(taken):
         next(running)
     running.close()
-    assert sorted(began) == sorted(closed) == ["cascade", "full"] * (asked > 0)
+    assert sorted(began) == sorted(closed) == ["cascade", "full"] * (taken > 0)
 
 
 def test_a_run_that_breaks_closes_both_sides(engine, watched, monkeypatch):
