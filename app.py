@@ -200,8 +200,8 @@ def _quality_controls(calibration: Calibration | None) -> tuple[gr.Radio, gr.Sli
 
 
 def _certainty(calibration: Calibration) -> str:
-    return (f"Share of tokens equal to the full model's choice: an average over prompts like the {calibration.prompts} "
-            f"tested, certified with {1 - calibration.delta:.0%} confidence. One prompt may be lower.")
+    return (f"Tokens equal to the full model's choice, on average over prompts like the {calibration.prompts} tested "
+            f"({1 - calibration.delta:.0%} confidence)")
 
 
 def _exit_controls(shape: Shape) -> dict[str, Component]:

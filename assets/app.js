@@ -285,7 +285,7 @@ function verdictStrip() {
   parts.badge.hidden = parts.jump.hidden = true;
   const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'times the full model’s speed'),
     tile('agreement', 'Agreement', 'tokens that the full model would choose too'), tile('same', 'Match', 'same token at the same position'),
-    tile('cost', 'Weights read', 'from memory per token, against the full model'));
+    tile('cost', 'Weights read', 'per token, compared with the full model'));
   parts.sameNote.after(' ', parts.jump);
   return make('section', 'ce-verdict', null, tiles, parts.badge, parts.status);
 }
@@ -309,7 +309,7 @@ function panel(name) {
     : 'Press Run. Each token appears in the colour of the exit that wrote it.';
   const [speed, first, median, slow, perPass, accepted, total] = [1, 2, 3, 4, 5, 6, 7].map(() => make('b', null, '–'));
   const facts = make('p', 'ce-facts', null, make('span', null, null, speed, ' tokens/s'), make('span', null, null, 'first token ', first),
-    make('span', null, null, 'time per token: median ', median, ', p90 ', slow),
+    make('span', null, null, 'per token: median ', median, ', p90 ', slow),
     make('span', null, null, perPass, ' tokens per verification pass, ', accepted, ' of the drafts accepted'), make('span', null, null, total));
   accepted.parentNode.hidden = true;
   const toggle = make('button', 'ce-toggle');
