@@ -590,7 +590,7 @@ function layerMap() {
   back.addEventListener('click', () => load(Math.max(0, start - WINDOW)));
   forth.addEventListener('click', () => load(start + WINDOW));
   const details = make('details', 'ce-map', null, make('summary', null, 'Look inside: what every exit would have written at each position'),
-    make('p', 'ce-sub', 'Each column is a token of the left text, each row an exit. Stronger colour: higher confidence. Bold: the same token as the full model’s.'),
+    make('p', 'ce-sub', 'Each column is a token of the left text, each row an exit. Stronger colour: higher confidence. Bold: the same token as the full model’s. Underlined: this exit wrote the token.'),
     make('p', 'ce-map-bar', null, back, forth, place), scroll);
   details.addEventListener('toggle', () => { if (details.open && !table.rows.length) load(0); });
   details.hidden = true;

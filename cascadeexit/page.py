@@ -209,12 +209,12 @@ class Page:
 
 
 def replayed(path: str | Path) -> str:
-    """A recorded run as the token view replays it. Raises ValueError for a file that is no recorded run."""
+    """A recorded run as the token view replays it. Raises ValueError for any other file."""
     return replay_line() + record.load(Path(path).read_bytes())
 
 
 def replay_upload(path: str) -> Frame:
-    """Replay an uploaded run. A file that is no recorded run gives a message and no other change."""
+    """Replay an uploaded run. Any other file gives a message and no other change."""
     try:
         return Frame(replayed(path), charts="")
     except ValueError as error:
