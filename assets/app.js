@@ -1,18 +1,19 @@
-// TokenView: draws a growing string of JSON lines, one record a line (cascadeexit/stream.py writes them).
+// Token view: draws a growing string of JSON lines, one record per line (written by cascadeexit/stream.py).
 //
-// Gradio runs this once per mount, with `element`, `props` and `watch` in scope. The value is cumulative: a frame may
-// be skipped, repeated or replaced, so we read on from `offset`, or start again when the text is another one. All text
-// goes to the page through textContent. Numbers arrive computed; here they are only shown.
+// Gradio runs this script once per mount, with `element`, `props` and `watch` in scope. The value is cumulative, because
+// frames may be skipped, repeated or replaced: we continue at `offset`, or start again when the text is another one. All
+// text enters the page through textContent. Numbers arrive computed and are only shown here.
 
 const root = element.querySelector('.ce');
 const SVG = 'http://www.w3.org/2000/svg';
 const SIDES = ['cascade', 'full'];
-const MAX_POINTS = 240;                      // of a live chart; longer lines keep the peak of each step
+const MAX_POINTS = 240;                      // of a live chart; longer series keep the maximum of each step
 
 const WINDOW = 48;                           // tokens of the layer map shown at once
+const FAST_WORDS = 'the first confident exit writes each token';
 
-const over = new Set();                      // runs that were stopped or cleared: frames still under way are too late
-const still = matchMedia('(prefers-reduced-motion: reduce)').matches;
+const ended = new Set();                     // runs that were stopped or cleared: later frames are ignored
+const reducedMotion = matchMedia('(prefers-reduced-motion: reduce)').matches;
 
 let offset, consumed, model, run, sides, versus, verdict, match, parts, dirty, playing, compared, card;
 
@@ -26,7 +27,7 @@ function make(tag, className, text, ...children) {
   return node;
 }
 
-function put(node, text) {                   // touch the page only where something changed
+function put(node, text) {                   // change the page only where the text changed
   if (node.textContent !== text) node.textContent = text;
 }
 
@@ -34,9 +35,9 @@ const percent = (x, digits = 0) => x === null || x === undefined ? '–' : (100 
 const number = (x, digits = 1) => x === null || x === undefined ? '–' : x.toFixed(digits);
 const milliseconds = x => x === null || x === undefined ? '–' : x >= 10 ? x.toFixed(2) + ' s' : Math.round(1000 * x) + ' ms';
 const isLast = exit => exit >= model.exits.length;
-const COPIED = -1;                           // no exit wrote it: a guess copied from earlier in the text
+const COPIED = -1;                           // exit of a token that was copied from earlier in the text
 const colourClass = exit => isLast(exit) ? 'ef' : exit === COPIED ? 'ec' : 'e' + Math.min(exit, 5);
-const exitName = exit => isLast(exit) ? 'Full model' : exit === COPIED ? 'Nobody' : 'Exit ' + (exit + 1);
+const exitName = exit => isLast(exit) ? 'Full model' : exit === COPIED ? 'No exit' : 'Exit ' + (exit + 1);
 const exitPlace = exit => isLast(exit) ? 'all ' + model.layers + ' layers'
   : exit === COPIED ? 'copied from earlier in the text'
   : model.exits[exit].layer === 0 ? 'before the ' + model.layers + ' layers'
@@ -50,22 +51,22 @@ function reset() {
   closeCard();
   sides = {};
   for (const name of SIDES) {
-    sides[name] = { nodes: [], records: [], pending: new Map(), guessed: new Set(), waits: [], stats: null, tokens: 0, rejected: 0 };
+    sides[name] = { nodes: [], records: [], pending: new Map(), drafted: new Set(), times: [], stats: null, tokens: 0, rejected: 0 };
   }
 }
 
 function update() {
   const value = props.value || '';
-  if (value.startsWith('{"type":"error"')) {                    // a run that could not begin: keep what is shown
+  if (value.startsWith('{"type":"error"')) {                    // a run that could not begin: keep the last one
     if (!model) return;
     return status(JSON.parse(value.slice(0, value.indexOf('\n'))).message, 'error');
   }
   if (value.startsWith('{"type":"replay"')) return replay(value);
   stopReplay();
   const id = (value.match(/"run":"(\w+)"/) || [])[1];
-  if (over.has(id)) return;
+  if (ended.has(id)) return;
   if (!value.startsWith(consumed)) {
-    if (run && !id) over.add(run.run);
+    if (run && !id) ended.add(run.run);
     reset();
   }
   const end = value.lastIndexOf('\n') + 1;
@@ -94,7 +95,7 @@ function replay(value) {
   const began = performance.now();
   const step = () => {
     const now = (performance.now() - began) / 1000, from = next;
-    while (next < records.length && (still || !(records[next].t > now))) next++;
+    while (next < records.length && (reducedMotion || !(records[next].t > now))) next++;
     if (next > from) show(records.slice(from, next));
     if (next === records.length) {
       clearInterval(playing.timer);
@@ -119,13 +120,13 @@ const readers = {
   versus(record) { versus = record; match.push([record.n, record.rolling]); dirty = true; },
   end(record) { verdict = record; dirty = true; judge(record); status(playing ? 'Recorded run. Press Run for a live one.' : 'Done.', 'done'); },
   status(record) { status(record.message, 'busy'); },
-  stopped() { over.add(run.run); dirty = true; status('Stopped. The text so far is kept.', 'stopped'); },
+  stopped() { ended.add(run.run); dirty = true; status('Stopped. The text so far is kept.', 'stopped'); },
   error(record) { dirty = true; status(record.message, 'error'); },
 };
 
 function read(record) {
   const reader = readers[record.type];
-  if (reader) reader(record);                                   // unknown kinds come from newer versions: skip
+  if (reader) reader(record);                                   // newer versions may write unknown types: skip them
 }
 
 function readToken(record) {
@@ -136,13 +137,13 @@ function readToken(record) {
   side.pending.delete(record.i);
   if (!node) parts[record.side].text.append(node = make('span'));
   dress(node, record, '');
-  if (side.guessed.has(record.i) && isLast(record.exit)) {
+  if (side.drafted.has(record.i) && isLast(record.exit)) {
     node.classList.add('correction');
     parts.correction.hidden = false;
   }
   side.nodes[record.i] = node;
   side.records[record.i] = record;
-  if (record.ms !== undefined) side.waits.push(record.ms);
+  if (record.ms !== undefined) side.times.push(record.ms);
   if (side.tokens++ === 0 && !verdict) status('Writing…', 'busy');
 }
 
@@ -158,8 +159,8 @@ function reject(side, record) {
   side.pending.delete(record.i);
   if (!node) return;
   node.className = node.className.replace(' draft', ' rejected');
-  node.dataset.note = 'rejected: the full model said something else';
-  if (!node.classList.contains('ec')) side.guessed.add(record.i);       // an exit's guess, not a copy
+  node.dataset.note = 'rejected: the full model chose another token';
+  if (!node.classList.contains('ec')) side.drafted.add(record.i);       // drafted by an exit, not copied
   side.rejected++;
   drawToggle(parts[record.side], side);
 }
@@ -172,8 +173,8 @@ function dress(node, record, state) {
   node.textContent = record.text;
 }
 
-// Two kinds of mismatch. Choice: the full model, given this very text, would have said something else here. Place: the
-// other panel has another token at this position, as nearly everywhere once the two texts have parted.
+// There are two kinds of mismatch. `differs`: given the same text before it, the full model would choose another token.
+// `apart`: the other panel has another token at this position, as nearly everywhere after the texts have diverged.
 function judge(record) {
   const nodes = sides.cascade.nodes;
   for (const i of record.differs || []) if (nodes[i]) nodes[i].classList.add('differs');
@@ -181,7 +182,7 @@ function judge(record) {
   put(parts.differsCount, String((record.differs || []).length));
 }
 
-function comparePlaces() {
+function comparePositions() {
   const [ours, theirs] = SIDES.map(name => sides[name].nodes);
   const n = Math.min(ours.length, theirs.length);
   for (; compared < n; compared++) {
@@ -201,7 +202,7 @@ function jump() {
     if (node) box.scrollTop += node.getBoundingClientRect().top - box.getBoundingClientRect().top - 40;
   });
   const k = parts.split[0] ? 0 : 1;
-  parts[SIDES[k]].text.focus();                                 // the arrow keys go on from here
+  parts[SIDES[k]].text.focus();                                 // so that the arrow keys continue from here
   openCard(parts.split[k], SIDES[k], true);
 }
 
@@ -209,7 +210,7 @@ function jump() {
 
 function build() {
   model.colours.forEach((colour, s) => root.style.setProperty('--ce-' + colourClass(s), colour));
-  parts = { share: [], keys: [], buttons: [], ways: [...model.colours.keys(), COPIED] };
+  parts = { share: [], keys: [], buttons: [], writers: [...model.colours.keys(), COPIED] };
   root.replaceChildren(legend(), verdictStrip(), make('div', 'ce-panels', null, panel('cascade'), panel('full')),
     marks(), charts(), layerMap(), files(), cardBox());
   root.classList.remove('ce-show-rejected');
@@ -221,29 +222,29 @@ function legend() {
   const bar = make('div', 'ce-share');
   bar.setAttribute('aria-hidden', 'true');
   const keys = make('ul', 'ce-keys');
-  parts.ways.forEach((s, i) => {
+  parts.writers.forEach((s, i) => {
     const segment = make('div', 'ce-share-part ' + colourClass(s));
     const count = make('span', 'ce-count', '');
     const button = make('button', 'ce-key', null,
       make('span', 'ce-swatch t ' + colourClass(s), swatchText(s)),
       make('span', 'ce-place', exitPlace(s)), count);
     button.type = 'button';
-    button.title = 'Show these tokens alone (key ' + (i + 1) + ')';
+    button.title = 'Highlight only these tokens (key ' + (i + 1) + ')';
     button.setAttribute('aria-keyshortcuts', String(i + 1));
     button.setAttribute('aria-pressed', 'false');
     button.addEventListener('click', () => only(colourClass(s)));
     const key = make('li', '', null, button);
-    key.hidden = s === COPIED;               // until there is one
+    key.hidden = s === COPIED;               // until a token is copied
     bar.append(segment); keys.append(key);
     parts.share.push(segment); parts.keys.push(count); parts.buttons.push(button);
   });
-  const head = make('div', 'ce-legend-head', null, make('span', 'ce-caption', 'Colour shows how deep each token had to go'),
-    make('span', 'ce-place', 'a token is a word or a piece of one'), make('span', 'ce-model', model.model));
+  const head = make('div', 'ce-legend-head', null, make('span', 'ce-caption', 'Colour shows which exit wrote each token'),
+    make('span', 'ce-place', 'token: a word or a part of one; exit: a trained network that can write tokens after some of the layers'), make('span', 'ce-model', model.model));
   parts.recorded = make('span', 'ce-flag ce-recorded', 'recorded run');
   head.append(parts.recorded);
   if (!model.trained) {
     const flag = make('span', 'ce-flag', 'untrained exits');
-    flag.title = 'These exits were not trained for this model: they stop rarely or guess badly. Verified mode stays exact.';
+    flag.title = 'These exits were not trained for this model: they are rarely confident, or wrong. Exact mode stays exact.';
     head.append(flag);
   }
   return parts.legend = make('section', 'ce-legend', null, head, bar, keys);
@@ -252,23 +253,23 @@ function legend() {
 function only(kind) {
   const on = root.dataset.only !== kind;
   if (on) root.dataset.only = kind; else delete root.dataset.only;
-  parts.buttons.forEach((button, s) => button.setAttribute('aria-pressed', String(on && colourClass(parts.ways[s]) === kind)));
+  parts.buttons.forEach((button, s) => button.setAttribute('aria-pressed', String(on && colourClass(parts.writers[s]) === kind)));
 }
 
-// Digits work while the focus is on our part of the page, so that no digit is lost to somebody who writes a prompt.
+// Digit keys work only while the focus is inside the token view, so that digits typed into a prompt stay there.
 root.addEventListener('keydown', event => {
   const s = event.key - 1;
   if (event.ctrlKey || event.altKey || event.metaKey || !parts || !(s in parts.buttons)
       || parts.buttons[s].parentNode.hidden) return;
   event.preventDefault();
-  only(colourClass(parts.ways[s]));
+  only(colourClass(parts.writers[s]));
 });
 
 function marks() {
   parts.differsCount = make('b', null, '0');
-  parts.differs = make('li', null, null, make('span', 't ef differs', 'like this'), ' another choice: with the same text before it, the full model would have said something else (', parts.differsCount, ')');
-  parts.apart = make('li', null, null, make('span', 't ef apart split', 'like this'), ' another place: the two texts part at the bar; dotted tokens stand where the other text has another one');
-  parts.correction = make('li', null, null, make('span', 't ef correction', 'like this'), ' a correction: an exit had guessed another token, and the full model said this one');
+  parts.differs = make('li', null, null, make('span', 't ef differs', 'like this'), ' different choice: given the same text before it, the full model would choose another token (', parts.differsCount, ')');
+  parts.apart = make('li', null, null, make('span', 't ef apart split', 'like this'), ' diverged: the two texts first differ at the bar; at dotted tokens the other text has another token');
+  parts.correction = make('li', null, null, make('span', 't ef correction', 'like this'), ' correction: an exit drafted another token, and the full model wrote this one instead');
   parts.differs.hidden = parts.apart.hidden = parts.correction.hidden = true;
   return make('ul', 'ce-marks', null, parts.correction, parts.differs, parts.apart);
 }
@@ -277,14 +278,14 @@ function verdictStrip() {
   parts.status = make('p', 'ce-status');
   parts.status.setAttribute('role', 'status');
   parts.badge = make('p', 'ce-badge');
-  parts.jump = make('button', 'ce-toggle', 'show');
+  parts.jump = make('button', 'ce-toggle', 'Show');
   parts.jump.type = 'button';
   parts.jump.setAttribute('aria-label', 'Show the first difference');
   parts.jump.addEventListener('click', jump);
   parts.badge.hidden = parts.jump.hidden = true;
-  const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'the full model’s speed'),
-    tile('agreement', 'Agreement', 'known at the end'), tile('same', 'Same text', 'so far'),
-    tile('cost', 'Weights read', 'of what the full model reads'));
+  const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'times the full model’s speed'),
+    tile('agreement', 'Agreement', 'tokens that the full model would choose too'), tile('same', 'Match', 'same token at the same position'),
+    tile('cost', 'Weights read', 'per token, compared with the full model'));
   parts.sameNote.after(' ', parts.jump);
   return make('section', 'ce-verdict', null, tiles, parts.badge, parts.status);
 }
@@ -297,8 +298,7 @@ function tile(name, label, note) {
 
 function panel(name) {
   const title = make('h3', null, name === 'full' ? 'Full model' : 'With early exits');
-  const sub = make('p', 'ce-sub', name === 'full' ? 'every token goes through all ' + model.layers + ' layers'
-    : 'each token leaves as soon as an exit is sure');
+  const sub = make('p', 'ce-sub', name === 'full' ? 'every token uses all ' + model.layers + ' layers' : FAST_WORDS);
   const text = make('div', 'ce-text');
   text.tabIndex = 0; text.dir = 'auto';
   text.setAttribute('role', 'region');
@@ -307,10 +307,11 @@ function panel(name) {
   listen(text, name);
   text.dataset.hint = name === 'full' ? 'The same model without exits answers here, for comparison.'
     : 'Press Run. Each token appears in the colour of the exit that wrote it.';
-  const [speed, first, typical, slow, yielded, right, total] = [1, 2, 3, 4, 5, 6, 7].map(() => make('b', null, '–'));
+  const [speed, first, median, slow, perPass, accepted, total] = [1, 2, 3, 4, 5, 6, 7].map(() => make('b', null, '–'));
   const facts = make('p', 'ce-facts', null, make('span', null, null, speed, ' tokens/s'), make('span', null, null, 'first token ', first),
-    make('span', null, null, 'then half under ', typical, ', 90% under ', slow), make('span', null, null, yielded, ' tokens a check, ', right, ' of the guesses right'), make('span', null, null, total));
-  right.parentNode.hidden = true;
+    make('span', null, null, 'per token: median ', median, ', p90 ', slow),
+    make('span', null, null, perPass, ' tokens per verification pass, ', accepted, ' of the drafts accepted'), make('span', null, null, total));
+  accepted.parentNode.hidden = true;
   const toggle = make('button', 'ce-toggle');
   toggle.type = 'button'; toggle.hidden = true;
   toggle.setAttribute('aria-pressed', 'false');
@@ -319,14 +320,14 @@ function panel(name) {
     toggle.setAttribute('aria-pressed', String(on));
     drawToggle(parts[name], sides[name]);
   });
-  parts[name] = { title, sub, text, speed, first, typical, slow, yielded, right, total, toggle };
+  parts[name] = { title, sub, text, speed, first, median, slow, perPass, accepted, total, toggle };
   return make('section', 'ce-panel', null, make('header', null, null, title, sub, facts, toggle), text);
 }
 
 function charts() {
-  parts.matchChart = chart('Same tokens as the full model', 'the last 32 places', ['cascade']);
-  parts.waitChart = chart('Time for each token', 'solid: with exits, dotted: full model', ['full', 'cascade']);
-  parts.charts = make('section', 'ce-charts', null, parts.matchChart.box, parts.waitChart.box);
+  parts.matchChart = chart('Match with the full model’s text', 'last 32 tokens', ['cascade']);
+  parts.timeChart = chart('Time per token', 'solid: with exits, dotted: full model', ['full', 'cascade']);
+  parts.charts = make('section', 'ce-charts', null, parts.matchChart.box, parts.timeChart.box);
   parts.charts.hidden = true;
   return parts.charts;
 }
@@ -349,12 +350,11 @@ function chart(title, note, lines) {
 
 function begin() {
   const verified = run.mode === 'verified';
-  put(parts.cascade.title, verified ? 'Early exits, verified' : 'With early exits');
-  put(parts.cascade.sub, verified ? run.tolerance ? 'exits guess ahead; what the full model finds nearly as likely may stand'
-    : 'exits guess ahead, the full model checks every guess'
-    : 'each token leaves as soon as an exit is sure');
+  put(parts.cascade.title, verified ? run.tolerance ? 'With drafts, verified with tolerance' : 'With drafts, verified' : 'With early exits');
+  put(parts.cascade.sub, verified ? run.tolerance ? 'the full model also accepts drafts that it finds nearly as likely as its own choice'
+    : 'tokens are drafted ahead; the full model verifies every draft' : FAST_WORDS);
   parts.charts.hidden = false;
-  if (!playing && innerWidth < 768) parts.legend.scrollIntoView({ behavior: still ? 'auto' : 'smooth' });
+  if (!playing && innerWidth < 768) parts.legend.scrollIntoView({ behavior: reducedMotion ? 'auto' : 'smooth' });
 }
 
 function status(text, kind = '') {
@@ -373,9 +373,9 @@ function draw() {
   drawTiles();
   parts.files.hidden = !sides.cascade.nodes.length;
   if (!run) return;
-  comparePlaces();
+  comparePositions();
   drawMatch();
-  drawWaits();
+  drawTimes();
   if (verdict && !playing) parts.map.hidden = false;
 }
 
@@ -385,22 +385,22 @@ function drawSide(part, side) {
   if (!stats) return;
   put(part.speed, number(stats.tokens_per_second));
   put(part.first, milliseconds(stats.first_token_seconds));
-  put(part.typical, milliseconds(stats.token_seconds_p50));
+  put(part.median, milliseconds(stats.token_seconds_p50));
   put(part.slow, milliseconds(stats.token_seconds_p90));
-  part.right.parentNode.hidden = stats.acceptance === null || stats.acceptance === undefined;
-  put(part.right, percent(stats.acceptance));
-  put(part.yielded, stats.tokens_per_verification ? stats.tokens_per_verification.toFixed(1) : '–');
+  part.accepted.parentNode.hidden = stats.acceptance === null || stats.acceptance === undefined;
+  put(part.accepted, percent(stats.acceptance));
+  put(part.perPass, stats.tokens_per_verification ? stats.tokens_per_verification.toFixed(1) : '–');
   put(part.total, stats.tokens + ' tokens in ' + number(stats.seconds, 2) + ' s' + (stats.done ? ' ✓' : ''));
 }
 
 function drawToggle(part, side) {
   part.toggle.hidden = side.rejected === 0;
   const verb = root.classList.contains('ce-show-rejected') ? 'Hide ' : 'Show ';
-  put(part.toggle, verb + side.rejected + ' rejected guess' + (side.rejected === 1 ? '' : 'es'));
+  put(part.toggle, verb + side.rejected + ' rejected draft' + (side.rejected === 1 ? '' : 's'));
 }
 
 function drawShare(stats) {
-  parts.ways.forEach((s, i) => {
+  parts.writers.forEach((s, i) => {
     const share = !stats ? 0 : s !== COPIED ? stats.routing_share[s] : stats.copied_share || 0;
     parts.share[i].style.flexGrow = share;
     put(parts.keys[i], stats ? Math.round(share * stats.tokens) + ' · ' + percent(share) : '');
@@ -414,10 +414,9 @@ function drawTiles() {
   put(parts.cost, stats ? percent(stats.cost) : '–');
   put(parts.same, versus ? percent(verdict ? verdict.positional : versus.positional) : '–');
   const result = verdict || versus;
-  put(parts.sameNote, !result ? 'so far' : result.first_divergence === null ? 'no difference ' + (verdict ? 'at all' : 'so far')
+  put(parts.sameNote, !result ? 'same token at the same position' : result.first_divergence === null ? 'no difference ' + (verdict ? 'at all' : 'so far')
     : 'first difference at token ' + (result.first_divergence + 1));
   put(parts.agreement, verdict ? percent(verdict.agreement, verdict.agreement > 0.99 && verdict.agreement < 1 ? 1 : 0) : '–');
-  put(parts.agreementNote, verdict ? 'of its tokens the full model would pick too' : 'known at the end');
   drawBadge();
 }
 
@@ -427,7 +426,7 @@ function drawBadge() {
   if (!known) return;
   parts.badge.classList.toggle('bad', !verdict.identical);
   put(parts.badge, verdict.identical ? '✓ Identical to the full model, all ' + sides.full.tokens + ' tokens compared'
-    : '✗ Differs from the full model at token ' + (verdict.first_divergence + 1));
+    : '✗ Differs from the full model, first at token ' + (verdict.first_divergence + 1));
 }
 
 function drawMatch() {
@@ -436,12 +435,12 @@ function drawMatch() {
   line(parts.matchChart.paths.cascade, match, last ? last[0] : 1, 1);
 }
 
-function drawWaits() {
+function drawTimes() {
   const stats = SIDES.map(name => sides[name].stats).filter(Boolean);
   const top = 1.15 * Math.max(1e-3, ...stats.map(s => 1000 * (s.token_seconds_p99 || 0)));
-  const longest = Math.max(1, ...SIDES.map(name => sides[name].waits.length));
-  for (const name of SIDES) line(parts.waitChart.paths[name], peaks(sides[name].waits), longest, top);
-  put(parts.waitChart.top, Math.round(top) + ' ms');
+  const longest = Math.max(1, ...SIDES.map(name => sides[name].times.length));
+  for (const name of SIDES) line(parts.timeChart.paths[name], peaks(sides[name].times), longest, top);
+  put(parts.timeChart.top, Math.round(top) + ' ms');
 }
 
 function peaks(values) {
@@ -495,8 +494,8 @@ function openCard(node, name, pinned) {
   placeCard();
 }
 
-function placeCard() {                        // above its token where there is room, and again when it has grown
-  if (innerWidth < 768) {                     // the card lies at the foot of the screen: the token must not be under it
+function placeCard() {                        // above the token where there is room; called again when the card grows
+  if (innerWidth < 768) {                     // the card is at the bottom of the screen and must not cover its token
     const hidden = card.node.getBoundingClientRect().bottom + 12 - parts.card.getBoundingClientRect().top;
     if (hidden > 0) scrollBy(0, hidden);
     return;
@@ -520,64 +519,64 @@ function fillCard() {
   const facts = make('dl', 'ce-card-facts');
   const fact = (label, value) => facts.append(make('dt', null, label), make('dd', null, value));
   const text = node.textContent, bytes = bytesOf(record, text);
-  parts.card.replaceChildren(make('p', 'ce-card-text', visible(text) || (record && record.part ? 'part of a character' : 'nothing to see')), facts);
+  parts.card.replaceChildren(make('p', 'ce-card-text', visible(text) || (record && record.part ? 'part of a character' : 'empty')), facts);
   fact('token', node.dataset.id + (bytes.length ? ' · bytes ' + bytes.slice(0, 12).join(' ') + (bytes.length > 12 ? ' …' : '') : ''));
   if (node.dataset.note) fact('draft', node.dataset.note);
   if (!record) return;
   fact('written by', exitName(record.exit) + ', ' + exitPlace(record.exit));
-  if (node.classList.contains('correction')) fact('checked', 'a correction: an exit had guessed another token');
-  if (record.status === 'accepted') fact('checked', 'a guess that the full model confirmed');
+  if (node.classList.contains('correction')) fact('verified', 'correction: an exit drafted another token');
+  if (record.status === 'accepted') fact('verified', 'draft, accepted by the full model');
   if (record.ms !== undefined) fact('time', number(record.ms) + ' ms after the token before');
   if (record.read !== undefined) fact('weights read', percent(record.read) + ' of what the full model reads for a token');
-  if (node.classList.contains('differs')) fact('mismatch', 'the full model would have said something else here');
-  else if (node.classList.contains('apart')) fact('mismatch', 'the other text has another token at this place');
+  if (node.classList.contains('differs')) fact('mismatch', 'the full model would choose another token here');
+  else if (node.classList.contains('apart')) fact('mismatch', 'the other text has another token at this position');
   if (name === 'cascade' && run) parts.card.append(readings(record, i));
 }
 
-function bytesOf(record, text) {              // of a piece of a character they come along: its text is not its own
+function bytesOf(record, text) {              // a part of a character brings its bytes: it has no text of its own
   if (record && record.bytes) return record.bytes.match(/../g);
   return [...new TextEncoder().encode(text)].map(b => b.toString(16).padStart(2, '0'));
 }
 
 function readings(record, i) {
   const table = make('table', 'ce-readings'), body = make('tbody');
-  table.append(make('caption', null, 'How sure each exit was, and its likeliest tokens'), body);
+  table.append(make('caption', null, 'Confidence of each exit (its chance of being right), and its most likely tokens'), body);
   for (let s = 0; s <= model.exits.length; s++) {
-    const sure = record.conf[s], needed = run.thresholds[s];
-    const asked = sure === null || sure === undefined ? (s < record.exit ? 'not asked' : '') : percent(sure) + ' sure'
-      + (needed === null || needed === undefined ? '' : ' (' + percent(needed) + ' needed)');
+    const confidence = record.conf[s], needed = run.thresholds[s];
+    const words = confidence === null || confidence === undefined ? (s < record.exit ? 'not computed' : '')
+      : percent(confidence) + (needed === null || needed === undefined ? '' : ' (needs ' + percent(needed) + ')');
     body.append(make('tr', null, null, make('th', null, null, make('span', 'ce-swatch t ' + colourClass(s), swatchText(s))),
-      make('td', null, asked), make('td', 'ce-top5', '')));
+      make('td', null, words), make('td', 'ce-top5', '')));
   }
   if (verdict && !playing) ask(i, body);
-  else table.caption.textContent = 'How sure each exit was (likeliest tokens: after a live run)';
+  else table.caption.textContent = 'Confidence of each exit (its most likely tokens: only after a live run)';
   return table;
 }
 
 async function ask(i, body) {
-  const asked = card;
-  const seen = await server.token_card([run.run, i]);
-  if (card !== asked || !seen) return;
-  seen.readings.forEach((reading, s) => {
-    const [, sure, top] = body.rows[s].cells;
-    if (!sure.textContent && !isLast(s)) sure.textContent = percent(reading.confidence) + ' sure, not needed';
+  const opened = card;
+  const answer = await server.token_card([run.run, i]);
+  if (card !== opened || !answer) return;
+  answer.readings.forEach((reading, s) => {
+    const [, confidence, top] = body.rows[s].cells;
+    if (!confidence.textContent && !isLast(s)) confidence.textContent = percent(reading.confidence) + ', not used';
     top.replaceChildren(...reading.top.map(c => make('span', 'ce-choice', null,
-      make('span', 'ce-candidate' + (c.id === +asked.node.dataset.id ? ' same' : ''), visible(c.text)), ' ' + percent(c.p))));
+      make('span', 'ce-candidate' + (c.id === +opened.node.dataset.id ? ' same' : ''), visible(c.text)), ' ' + percent(c.p))));
   });
   placeCard();
 }
 
 const visible = text => text.replace(/ /g, '␣').replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/\r/g, '␍');
 
-// -- the layer map: what every exit would have said ------------------------------------------------------------------
+// -- the layer map: what every exit would have written ---------------------------------------------------------------
 
 function layerMap() {
   const table = make('table', 'ce-map-table'), scroll = make('div', 'ce-map-scroll', null, table);
   scroll.tabIndex = 0;
   scroll.setAttribute('role', 'region');
-  scroll.setAttribute('aria-label', 'What every exit would have said');
-  const back = make('button', 'ce-small', '‹ earlier'), on = make('button', 'ce-small', 'later ›'), place = make('span', 'ce-place');
-  back.type = on.type = 'button';
+  scroll.setAttribute('aria-label', 'What every exit would have written');
+  const back = make('button', 'ce-small', '‹ earlier'), forth = make('button', 'ce-small', 'later ›'), place = make('span', 'ce-place');
+  back.type = forth.type = 'button';
   let start = 0, total = 0;
   const load = async to => {
     const map = await server.layer_map([run.run, to, WINDOW]);
@@ -586,13 +585,13 @@ function layerMap() {
     drawMap(table, map);
     put(place, 'tokens ' + (start + 1) + ' to ' + (start + map.columns.length) + ' of ' + total);
     back.disabled = start === 0;
-    on.disabled = start + map.columns.length >= total;
+    forth.disabled = start + map.columns.length >= total;
   };
   back.addEventListener('click', () => load(Math.max(0, start - WINDOW)));
-  on.addEventListener('click', () => load(start + WINDOW));
-  const details = make('details', 'ce-map', null, make('summary', null, 'Look inside: what every exit would have said at each place'),
-    make('p', 'ce-sub', 'Each column is a token of the left text, each row an exit. The stronger the colour, the surer it was; bold where it says what the full model says.'),
-    make('p', 'ce-map-bar', null, back, on, place), scroll);
+  forth.addEventListener('click', () => load(start + WINDOW));
+  const details = make('details', 'ce-map', null, make('summary', null, 'Look inside: what every exit would have written at each position'),
+    make('p', 'ce-sub', 'Each column is a token of the left text, each row an exit. Stronger colour: higher confidence. Bold: the same token as the full model’s. Underlined: this exit wrote the token.'),
+    make('p', 'ce-map-bar', null, back, forth, place), scroll);
   details.addEventListener('toggle', () => { if (details.open && !table.rows.length) load(0); });
   details.hidden = true;
   parts.map = details;
@@ -604,10 +603,10 @@ function drawMap(table, map) {
   for (let s = model.exits.length; s >= 0; s--) {
     const row = make('tr', null, null, make('th', null, null, make('span', 'ce-swatch t ' + colourClass(s), swatchText(s))));
     map.columns.forEach((column, c) => {
-      const said = column[s], record = sides.cascade.records[map.start + c];
-      const cell = make('td', colourClass(s) + (said.id === column[column.length - 1].id ? ' same' : '') + (record && record.exit === s ? ' left' : ''), visible(said.text));
-      cell.style.setProperty('--p', Math.round(100 * said.p) + '%');
-      cell.title = visible(said.text) + ' · ' + percent(said.p) + (isLast(s) ? ' likely' : ' sure') + (record && record.exit === s ? ' · the token left here' : '');
+      const choice = column[s], record = sides.cascade.records[map.start + c];
+      const cell = make('td', colourClass(s) + (choice.id === column[column.length - 1].id ? ' same' : '') + (record && record.exit === s ? ' left' : ''), visible(choice.text));
+      cell.style.setProperty('--p', Math.round(100 * choice.p) + '%');
+      cell.title = visible(choice.text) + ' · ' + percent(choice.p) + (isLast(s) ? ' probability' : ' confidence') + (record && record.exit === s ? ' · wrote the token' : '');
       row.append(cell);
     });
     rows.push(row);

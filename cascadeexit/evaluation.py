@@ -1,6 +1,6 @@
-"""Evaluation: a set of prompts, each decoded with exits and in full: numbers per prompt, over all, and as files.
+"""Evaluation: decode a set of prompts with exits and with the full model; numbers per prompt and overall, and files.
 
-A prompt that cannot run keeps its place, with the error.
+A prompt that cannot run keeps its place in the results, with its error.
 """
 
 import csv
@@ -24,14 +24,14 @@ _EXITS, _FULL = "exits", "full"     # the two sides of a race
 
 @dataclass(frozen=True)
 class Result:
-    """One prompt. Rates are in [0, 1]; None where the prompt did not run (`error` says why) or nothing was measured."""
+    """Numbers of one prompt. Rates are in [0, 1]; None where nothing was measured, or the prompt had an error."""
 
     index: int
     kind: str
     prompt: str
     error: str | None = None
     tokens: int = 0
-    agreement: float | None = None                  # teacher-forced; None when sampled: there is no one choice then
+    agreement: float | None = None                  # teacher-forced, with the argmax: None when tokens are sampled
     positional: float | None = None                 # as in metrics.Match, like the next two
     first_divergence: int | None = None
     sequence: bool | None = None
@@ -48,23 +48,23 @@ class Result:
 
 @dataclass(frozen=True)
 class Summary:
-    """Prompts that ran, in numbers; None where nothing was measured."""
+    """Numbers over the prompts that ran; None where nothing was measured."""
 
     prompts: int                                    # failed ones included
     failed: int
     tokens: int
-    agreement: float | None                         # part of all tokens; so are the next two, per token
+    agreement: float | None                         # mean over all tokens, like the next two
     average_depth: float | None
     cost: float | None
-    routing_share: tuple[float, ...]                # part of all tokens that each segment produced
-    acceptance: float | None                        # mean over prompts that had drafts judged
+    routing_share: tuple[float, ...]                # share of all tokens that each segment produced
+    acceptance: float | None                        # mean over prompts with verified drafts
     positional: float | None                        # mean over prompts
     first_divergence: float | None                  # median over texts that diverge
-    sequence: float | None                          # part of the texts that are the full model's
-    tokens_per_second: float | None                 # median over prompts; so is the next
+    sequence: float | None                          # share of texts that are identical to the full model's
+    tokens_per_second: float | None                 # median over prompts, like the next
     full_tokens_per_second: float | None
     speedup: float | None                           # geometric mean over prompts
-    kinds: dict[str, "Summary"] = field(default_factory=dict)       # the same of each kind; a kind has none
+    kinds: dict[str, "Summary"] = field(default_factory=dict)       # summary of each kind; kinds of a kind are empty
 
 
 # -- running ---------------------------------------------------------------------------------------------------------
@@ -72,16 +72,15 @@ class Summary:
 
 def evaluate(engine: Engine, encode: Callable[[str], list[int]], prompts: Sequence[Prompt], config: DecodeConfig,
              decode: Callable[[list[int]], str], pauses: bool = False) -> Iterator[Result | None]:
-    """Race each prompt with `config` against the full model; yields a Result a prompt, in order.
+    """Race each prompt with `config` against the full model; yields one Result per prompt, in order.
 
-    A prompt that cannot run (too long, empty, refused by `encode` with a ValueError) yields its error, and the rest
-    goes on. Closing the generator closes both runs.
+    A prompt that cannot run (too long, empty, refused by `encode` with a ValueError) yields a Result with its error,
+    and the evaluation goes on. Closing the generator closes both runs.
 
     Args:
-        pauses: also yield None after every event, so that a caller can close in the middle of a prompt. Without, it
-            yields nothing but Results.
+        pauses: also yield None after every event, so that a caller can close the generator in the middle of a prompt.
 
-    A config that fits no prompt of this engine raises ValueError here, before the first result is asked for.
+    Raises ValueError at once, before the first Result, for a config that fits no prompt of this engine.
     """
     engine.check([0], replace(config, max_new_tokens=1))    # token 0 stands for any prompt: only the config can fail
     return _evaluate(engine, encode, prompts, config, decode, pauses)
@@ -90,12 +89,12 @@ def evaluate(engine: Engine, encode: Callable[[str], list[int]], prompts: Sequen
 def _evaluate(engine: Engine, encode, prompts, config: DecodeConfig, decode, pauses: bool) -> Iterator[Result | None]:
     full = replace(config, mode=Mode.FULL)
     for index, prompt in enumerate(prompts):
-        about = dict(index=index, kind=prompt.kind, prompt=prompt.text)
+        identity = dict(index=index, kind=prompt.kind, prompt=prompt.text)
         try:
             ids = encode(prompt.text)
             contest = race({_EXITS: engine.generate(ids, config), _FULL: engine.generate(ids, full)})
         except ValueError as error:
-            yield Result(**about, error=str(error))
+            yield Result(**identity, error=str(error))
             continue
         events = {_EXITS: [], _FULL: []}
         try:
@@ -105,14 +104,15 @@ def _evaluate(engine: Engine, encode, prompts, config: DecodeConfig, decode, pau
                     yield None
         finally:
             contest.close()
-        yield Result(**about, **_numbers(engine, ids, config, decode, events[_EXITS], events[_FULL]))
+        yield Result(**identity, **_numbers(engine, ids, config, decode, events[_EXITS], events[_FULL]))
 
 
 def _numbers(engine: Engine, ids: list[int], config: DecodeConfig, decode, exits: list[TokenEvent],
              full: list[TokenEvent]) -> dict:
+    """Fields of a Result, from the events of both runs."""
     ours, theirs = ([e.token_id for e in events if e.final] for events in (exits, full))
-    stats, whole = (metrics.summarize(events, engine.costs_for(config)) for events in (exits, full))
-    match, speeds = metrics.match(ours, theirs), (stats.tokens_per_second, whole.tokens_per_second)
+    stats, full_stats = (metrics.summarize(events, engine.costs_for(config)) for events in (exits, full))
+    match, speeds = metrics.match(ours, theirs), (stats.tokens_per_second, full_stats.tokens_per_second)
     return dict(
         tokens=stats.tokens,
         agreement=metrics.agreement(ours, engine.full_choices(ids, ours)) if config.temperature == 0 else None,
@@ -124,12 +124,13 @@ def _numbers(engine: Engine, ids: list[int], config: DecodeConfig, decode, exits
 
 
 def summarize_results(results: Sequence[Result]) -> Summary:
-    """Over all prompts that ran, and over those of each kind."""
+    """Summary of all prompts, and of each kind."""
     kinds = dict.fromkeys(r.kind for r in results)
     return replace(_over(results), kinds={kind: _over([r for r in results if r.kind == kind]) for kind in kinds})
 
 
 def _over(results: Sequence[Result]) -> Summary:
+    """Summary of these results, without kinds."""
     ran = [r for r in results if r.error is None]
 
     def known(name: str, over: Callable[[list], float]) -> float | None:
@@ -150,16 +151,16 @@ def _over(results: Sequence[Result]) -> Summary:
 
 
 def _by_tokens(pairs: Sequence[tuple[float | None, int]]) -> float | None:
-    """Mean of values, each weighted by its tokens; None when there are none."""
+    """Mean of (value, tokens) pairs, weighted by tokens; None without values."""
     pairs = [(value, tokens) for value, tokens in pairs if value is not None]
     total = sum(tokens for _, tokens in pairs)
     return sum(value * tokens for value, tokens in pairs) / total if total else None
 
 
 def quality_speed_points(results: Sequence[Result]) -> list[dict]:
-    """A point for each prompt that has both numbers: {x: speed-up, y: agreement, label: prompt's start, kind}.
+    """A point for each prompt with both numbers: {x: speed-up, y: agreement, label: start of the prompt, kind}.
 
-    Label and kind are strangers' text: whoever draws them must not let them be read as markup.
+    Label and kind are untrusted text: escape them where markup is read.
     """
     return [dict(x=r.speedup, y=r.agreement, label=" ".join(r.prompt.split())[:LABEL_CHARACTERS], kind=r.kind)
             for r in results if r.speedup is not None and r.agreement is not None]
@@ -169,14 +170,14 @@ def quality_speed_points(results: Sequence[Result]) -> list[dict]:
 
 
 def results_json(results: Sequence[Result], config: DecodeConfig, model: str) -> str:
-    """Everything, as ASCII: {format, model, config, summary, results}."""
+    """All results as ASCII JSON: {format, model, config, summary, results}."""
     return json.dumps({"format": FORMAT, "model": model, "config": asdict(config),
                        "summary": asdict(summarize_results(results)), "results": [asdict(r) for r in results]},
                       indent=1)
 
 
 def results_csv(results: Sequence[Result]) -> str:
-    """One row a prompt, a column for each segment's share. Text that a spreadsheet would run gets an apostrophe."""
+    """One row per prompt, with a column for the routing share of each segment."""
     names = [f.name for f in fields(Result) if f.name != "routing_share"]
     segments = max((len(r.routing_share) for r in results), default=0)
     out = io.StringIO(newline="")
@@ -189,9 +190,10 @@ def results_csv(results: Sequence[Result]) -> str:
 
 
 def _cell(value):
+    """Value of a table cell. Text that a spreadsheet would run as a formula gets an apostrophe."""
     if value is None:
         return ""
     if not isinstance(value, str):
         return value
-    text = value.encode("utf-8", "backslashreplace").decode("utf-8")       # half characters fit in no file
+    text = value.encode("utf-8", "backslashreplace").decode("utf-8")       # files cannot hold half characters
     return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text

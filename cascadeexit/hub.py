@@ -21,7 +21,7 @@ from cascadeexit.engine import Engine
 from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, read_config
 from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
 from cascadeexit.prompts import opening_ids
-from cascadeexit.stream import Shape
+from cascadeexit.shape import Shape
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]

@@ -1,4 +1,4 @@
-"""Library: the models that a page offers, one of them in memory at a time."""
+"""Library: the models that a page offers. One of them is in memory at a time."""
 
 import gc
 import itertools
@@ -17,39 +17,40 @@ from cascadeexit.calibration import Calibration
 from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
-from cascadeexit.stream import Shape
+from cascadeexit.shape import Shape
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Offer:
-    """One entry: a model with its exits."""
+    """One entry of the model menu."""
 
     label: str
-    model: str | None
-    exits: Path | None = None
+    model: str | None               # Hub id, local folder or GGUF file; None: the bundled model
+    exits: Path | None = None       # folder of trained exits; None: those that ship for the model
 
 
 def _warm_up(engine: Engine) -> None:
-    """Do once all that a run may do, from a few rows through every segment: no visitor's clock pays for it."""
+    """Make short runs that reach every segment, so that one-time work does not slow the first visitor's run."""
     prompt = [0] * 9
-    turns = [engine.generate(prompt, DecodeConfig(mode=mode, max_new_tokens=8)) for mode in Mode]
-    for _ in itertools.zip_longest(*turns):                         # as in a race
+    runs = [engine.generate(prompt, DecodeConfig(mode=mode, max_new_tokens=8)) for mode in Mode]
+    for _ in itertools.zip_longest(*runs):                          # interleaved, as in a race
         pass
-    for s in range(engine.num_exits):                               # each exit after the one before it, and taken
-        asked = {s - 1: 1.0, s: 0.3}
-        engine.run(prompt, DecodeConfig(thresholds=[asked.get(k) for k in range(engine.num_exits)], max_new_tokens=4))
+    for s in range(engine.num_exits):                               # each exit, taken after the one before it was not
+        thresholds = {s - 1: 1.0, s: 0.3}
+        engine.run(prompt, DecodeConfig(thresholds=[thresholds.get(k) for k in range(engine.num_exits)],
+                                        max_new_tokens=4))
 
 
 class Library:
-    """Loads on demand. Whoever asks for another model than the one in memory waits for the exchange.
+    """Loads models on demand. A request for another model than the one in memory waits until it is loaded.
 
     Args:
-        offers: at least one; labels differ.
+        offers: at least one, with different labels.
         device, dtype: as for `hub.load`.
 
-    Raises what `hub.describe` raises, for the first offer that cannot be had.
+    Raises what `hub.describe` raises, for the first offer that is not available.
     """
 
     def __init__(self, offers: Sequence[Offer], *, device: str | None = None, dtype=None):
@@ -61,7 +62,7 @@ class Library:
 
     @classmethod
     def of(cls, engine: Engine, tokenizer) -> Self:
-        """A library of one model that is loaded already."""
+        """Library of one model that is already loaded."""
         library, shape = cls(()), Shape.of(engine)
         library.shapes[shape.name], library._held = shape, (shape.name, engine, tokenizer)
         return library
@@ -71,12 +72,12 @@ class Library:
         return list(self.shapes)
 
     def fingerprint(self, label: str) -> str:
-        """Of this offer's exits, "" for untrained ones that are not in memory; needs no model."""
+        """Fingerprint of this offer's exits, without loading the model; "" for untrained exits not in memory."""
         bank = self._bank(label)
         return bank.fingerprint() if bank else ""
 
     def calibration(self, label: str) -> Calibration | None:
-        """Of this offer's exits, None where there is none; needs no model."""
+        """Calibration of this offer's exits, without loading the model; None where there is none."""
         bank = self._bank(label)
         return bank.calibration if bank else None
 
@@ -87,18 +88,19 @@ class Library:
         return ExitBank.load(folder) if folder else None
 
     def ready(self, label: str) -> bool:
+        """Whether this offer is in memory."""
         return self._held is not None and self._held[0] == label
 
     def get(self, label: str, progress: hub.Progress | None = None) -> tuple[Engine, object]:
-        """Engine and tokenizer of this offer; loads them when they are not the ones in memory.
+        """Engine and tokenizer of this offer, loaded when they are not in memory.
 
         Raises KeyError for a label that is not offered, and what `hub.load` raises.
         """
         with self._lock:
             if not self.ready(label):
                 offer = self._offers[label]
-                self._held = None                               # room first: both might not fit
-                gc.collect()                                    # recordings and their model hold each other
+                self._held = None                               # free it first: two models might not fit
+                gc.collect()                                    # CUDA graphs and their model refer to each other
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 engine, tokenizer = hub.load(offer.model, offer.exits, progress=progress, **self._place)
@@ -107,19 +109,19 @@ class Library:
             return self._held[1:]
 
     def load(self, label: str) -> Iterator[str]:
-        """`get`, with its progress as lines to show while it works. Raises as it does."""
-        said: queue.Queue = queue.Queue()
+        """Load this offer; yields progress lines to show meanwhile. Raises what `get` raises."""
+        lines: queue.Queue = queue.Queue()
 
         def work() -> None:
             try:
-                self.get(label, said.put)
-                said.put(None)
-            except Exception as error:      # handed to the caller's thread
-                said.put(error)
+                self.get(label, lines.put)
+                lines.put(None)
+            except Exception as error:      # raised in the caller's thread
+                lines.put(error)
 
         threading.Thread(target=work, daemon=True).start()
         yield f"Loading {label} …"
-        while (line := said.get()) is not None:
+        while (line := lines.get()) is not None:
             if isinstance(line, Exception):
                 raise line
             yield line

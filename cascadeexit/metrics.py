@@ -1,6 +1,6 @@
-"""Metrics, each defined once: pure functions over TokenEvents. Page, benchmark and evaluation share them.
+"""Metrics: pure functions over TokenEvents, each defined once for page, benchmark and evaluation.
 
-Only final events (emitted or accepted) are tokens; drafts and rejections count for acceptance alone.
+Only final events (emitted or accepted) count as tokens. Drafts and rejections count for the acceptance rate only.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from cascadeexit.events import COPIED, Status, TokenEvent
 
 @dataclass(frozen=True)
 class RunStats:
-    """One run in numbers. Shares and rates are in [0, 1], times in seconds; None where nothing was measured."""
+    """Numbers of one run. Shares and rates are in [0, 1], times in seconds; None where nothing was measured."""
 
     tokens: int
-    routing_share: tuple[float, ...]    # part of the tokens each segment produced
-    copied_share: float                 # part of the tokens copied from earlier in the text; with the shares above, 1
-    average_depth: float | None         # mean depth of the segment that produced each token, layers only; copied: 0
-    cost: float | None                  # weight bytes read per token / the full model's; heads and exits included
+    routing_share: tuple[float, ...]    # share of the tokens that each segment produced
+    copied_share: float                 # share of the tokens copied from earlier in the text; all shares add up to 1
+    average_depth: float | None         # mean depth of the segments that produced the tokens, layers only; copied: 0
+    cost: float | None                  # weight bytes read per token, relative to full; heads and exits included
     drafted: int
-    acceptance: float | None            # accepted / judged drafts
+    acceptance: float | None            # accepted drafts / verified drafts
     tokens_per_verification: float | None
     first_token_seconds: float | None
     token_seconds_p50: float | None
@@ -32,15 +32,15 @@ class RunStats:
 
 @dataclass(frozen=True)
 class Match:
-    """A text beside the full model's own output for the same prompt."""
+    """Comparison of a text with the full model's own output for the same prompt."""
 
-    positional: float                   # part of the positions, over the longer text, that hold the same token
+    positional: float                   # share of the positions, over the longer text, that hold the same token
     first_divergence: int | None        # index of the first difference; None when the texts are identical
     sequence: bool                      # identical from start to end
 
 
 def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
-    """All numbers that the events of one run hold."""
+    """Numbers of one run, from all its events."""
     final = [e for e in events if e.final]
     accepted = sum(e.status is Status.ACCEPTED for e in events)
     rejected = sum(e.status is Status.REJECTED for e in events)
@@ -65,35 +65,38 @@ def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
 
 
 def routing_share(events: Sequence[TokenEvent], num_segments: int) -> tuple[float, ...]:
-    """Part of the final tokens that each segment produced: (S,), zeros when there are none."""
+    """Share of the final tokens that each of S segments produced; zeros without tokens."""
     final = [e for e in events if e.final]
     return tuple(sum(e.exit == s for e in final) / max(1, len(final)) for s in range(num_segments))
 
 
 def copied_share(events: Sequence[TokenEvent]) -> float:
-    """Part of the final tokens that no segment produced, but `Lookup`; 0 when there are none."""
+    """Share of the final tokens that were copied by n-gram lookup; 0 without tokens."""
     final = [e for e in events if e.final]
     return sum(e.exit == COPIED for e in final) / max(1, len(final))
 
 
 def verifications(events: Sequence[TokenEvent]) -> int:
-    """Passes of the full model in a verified run: each adds one token of its own, but for one that ends on a draft."""
+    """Number of verification passes in a verified run.
+
+    Each pass emits one token of the full model, except a last pass whose drafts end the text.
+    """
     final = [e for e in events if e.final]
     return sum(e.status is Status.EMITTED for e in final) + (bool(final) and final[-1].status is Status.ACCEPTED)
 
 
 def token_seconds(final: Sequence[TokenEvent]) -> list[float]:
-    """Time from each final token to the next one, in seconds; accepted drafts arrive together."""
+    """Seconds from each final token to the next; drafts accepted in one pass come together."""
     return [b.seconds - a.seconds for a, b in zip(final, final[1:])]
 
 
 def agreement(token_ids: Sequence[int], full_choices: Sequence[int]) -> float | None:
-    """Teacher-forced: part of the tokens that the full model would have chosen given the same text before them."""
+    """Teacher-forced agreement: share of the tokens that equal the full model's choice after the same text."""
     return _mean([a == b for a, b in zip(token_ids, full_choices, strict=True)])
 
 
 def match(token_ids: Sequence[int], full_ids: Sequence[int]) -> Match:
-    """Compare with the full model's free-running output."""
+    """Compare a text with the full model's free-running output."""
     same = [a == b for a, b in zip(token_ids, full_ids)]
     longest = max(len(token_ids), len(full_ids))
     first = next((i for i, equal in enumerate(same) if not equal), len(same) if len(same) < longest else None)
@@ -101,7 +104,7 @@ def match(token_ids: Sequence[int], full_ids: Sequence[int]) -> Match:
 
 
 def percentile(values: Sequence[float], p: int) -> float | None:
-    """The p-th percentile, linearly interpolated between order statistics."""
+    """The p-th percentile, interpolated linearly between order statistics; None without values."""
     if len(values) < 2:
         return values[0] if values else None
     return quantiles(values, n=100, method="inclusive")[p - 1]

@@ -1,4 +1,7 @@
-"""Prompt sets: the project's own, pasted text, files. From anywhere, so read within limits, refused with a reason."""
+"""Prompts: sets that are bundled, pasted or uploaded, and their token ids.
+
+Pasted text and files may come from anybody, so they are read within limits, and refused with a reason.
+"""
 
 import csv
 import io
@@ -11,14 +14,15 @@ from pathlib import Path
 
 MAX_BYTES = 1_000_000               # of a file or of pasted text
 MAX_PROMPTS = 200
-MAX_CHARACTERS = 4_000              # of one prompt
+MAX_CHARACTERS = 4_000              # of one prompt of a set
 MAX_KIND_CHARACTERS = 40
-OWN = "own"                         # kind of a prompt that names none
+MAX_PROMPT_CHARACTERS = 20_000      # of a prompt that is written by hand
+OWN = "own"                         # kind of a prompt without one
 
 _PROMPTS_FILE = Path(__file__).parents[1] / "assets" / "prompts.json"
-_PROMPT_FIELDS = ("prompt", "text", "instruction")      # of a JSON row: the first that is there
+_PROMPT_FIELDS = ("prompt", "text", "instruction")      # of a JSON row: the first that is present
 _KIND_FIELDS = ("kind", "set")
-# Not str.splitlines: it also cuts at U+2028 and the like, which may stand inside a prompt or a JSON string.
+# Not str.splitlines: it also cuts at U+2028 and similar characters, which may stand inside a prompt or a JSON string.
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -29,15 +33,15 @@ class Prompt:
 
 
 def read_prompts(source: str | Path, limit: int = MAX_PROMPTS) -> list[Prompt]:
-    """Prompts of pasted text (a str, never read as a path) or of a file in UTF-8 (a Path; its ending decides).
+    """Read prompts from pasted text (a str, never taken for a path) or from a UTF-8 file (a Path).
 
     Args:
-        source: pasted: one prompt a line, or JSONL if every line is a JSON object. File: .txt, one prompt a line;
-            .jsonl, objects with "prompt", "text" or "instruction", and optional "kind" or "set"; .csv, a header with
-            `prompt`, and optional `kind` or `set`.
+        source: pasted text holds one prompt per line, or JSONL if every line is a JSON object. A file is read by its
+            ending: .txt, one prompt per line; .jsonl, objects with "prompt", "text" or "instruction", and optional
+            "kind" or "set"; .csv, a header with `prompt`, and optional `kind` or `set`.
         limit: the most prompts.
 
-    Raises ValueError that says what was expected, what came and on which line, and what to do. It may quote the
+    Raises ValueError that names the line, what was expected, what was found, and what to do. The message may quote the
     source: escape it where markup is read.
     """
     read = _reader_of(source) if isinstance(source, Path) else _from_pasted
@@ -54,30 +58,42 @@ def read_prompts(source: str | Path, limit: int = MAX_PROMPTS) -> list[Prompt]:
             raise ValueError(f"line {line}: expected at most {limit} prompts, got more: leave some out")
         prompts.append(prompt)
     if not prompts:
-        raise ValueError("expected at least one prompt, got none: write one a line")
+        raise ValueError("expected at least one prompt, got none: write one per line")
     return prompts
 
 
 def token_ids(tokenizer, text: str, *, chat: bool = True) -> list[int]:
-    """A prompt as token ids: one user turn in the model's chat template, ready for the reply; or plain text, where
-    `chat` is False or the model has no template."""
+    """Token ids of a prompt: one user turn in the model's chat template, ready for the reply.
+
+    Plain text when `chat` is False or the model has no template.
+    """
     if not (chat and tokenizer.chat_template):
         return tokenizer(text)["input_ids"]
     turn = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
+def visitor_token_ids(tokenizer, prompt: str | None, chat: bool) -> list[int]:
+    """Token ids of a prompt that a visitor wrote. Raises ValueError with a message for the visitor."""
+    prompt = (prompt or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # no half characters
+    if not prompt.strip():
+        raise ValueError("Please write a prompt first.")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"This prompt has {len(prompt):,} characters; the limit is {MAX_PROMPT_CHARACTERS:,}.")
+    return token_ids(tokenizer, prompt, chat=chat)
+
+
 def opening_ids(tokenizer) -> list[int]:
-    """What every prompt of one user turn begins with: the chat template's words before the user's. [] without one."""
+    """Token ids that the chat template puts before the user's words; [] without a template."""
     return os.path.commonprefix([token_ids(tokenizer, text) for text in ("a", "1")]) if tokenizer.chat_template else []
 
 
 def bundled_prompts(kinds: Sequence[str] | None = None, each: int | None = None) -> list[Prompt]:
-    """The project's own prompts, the kinds taken in turn, so that any first part of them is balanced.
+    """The bundled prompts, one of each kind in turn, so that the first n are balanced.
 
     Args:
-        kinds: which; None: all, in the file's order.
-        each: the most of one kind; None: all.
+        kinds: kinds to return; None: all, in the file's order.
+        each: the most prompts of one kind; None: all.
 
     Raises ValueError for a kind that does not exist.
     """
@@ -119,7 +135,7 @@ def _from_csv(content: str) -> Iterator[tuple[int, Prompt]]:
     table = csv.reader(io.StringIO(content, newline=""), strict=True)
     header = []
     while True:
-        line = table.line_num + 1                   # where the next row begins: its cells may hold line ends
+        line = table.line_num + 1                   # first line of the next row: cells may hold line ends
         try:
             cells = next(table, None)
         except csv.Error as error:
@@ -135,15 +151,15 @@ def _from_csv(content: str) -> Iterator[tuple[int, Prompt]]:
                 raise ValueError(f"line {line}: expected a header with one column prompt, got "
                                  f"{_quoted(','.join(cells))}: name the column, and put commas between columns")
         elif any(cell.strip() for cell in cells[len(header):]):
-            # Mostly a comma inside a prompt: the rest of it would be lost without a word.
-            raise ValueError(f"line {line}: expected one cell a column, {len(header)} in all, got {len(cells)}: "
+            # Usually a comma inside a prompt: the rest of the prompt would be lost silently.
+            raise ValueError(f"line {line}: expected one cell per column, {len(header)} in all, got {len(cells)}: "
                              'put prompts with commas in quotes, "like, this"')
         else:
             yield line, _from_row(dict(zip(header, cells)), ("prompt",), line)
 
 
 def _from_row(row: dict, names: Sequence[str], line: int) -> Prompt:
-    """The prompt of a JSON object or a table's row, by the first field that is there."""
+    """Prompt of a JSON object or a table's row, from the first field of `names` that is present."""
     text, kind = (next((row[name] for name in known if row.get(name) is not None), None)
                   for known in (names, _KIND_FIELDS))
     if not isinstance(text, str) or not text.strip():
@@ -166,7 +182,7 @@ def _reader_of(path: Path) -> Callable[[str], Iterator[tuple[int, Prompt]]]:
 def _file_text(path: Path) -> str:
     try:
         if not path.is_file():                      # reading a pipe or a device might never end
-            raise ValueError(f"expected a file, got {_quoted(path.name)}, which is none: choose another")
+            raise ValueError(f"expected a file, got {_quoted(path.name)}, which is not a file: choose another")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         _check_size(path.stat().st_size if len(content) > MAX_BYTES else 0)
@@ -174,7 +190,7 @@ def _file_text(path: Path) -> str:
         raise ValueError(f"expected a file that can be read, got {_quoted(path.name)} ({error.strerror}): "
                          "choose another") from None
     try:
-        return content.decode("utf-8-sig")          # spreadsheets begin their files with a byte order mark
+        return content.decode("utf-8-sig")          # spreadsheet programs write a byte order mark
     except UnicodeDecodeError as error:
         line = _line_at(content[:error.start].decode("latin-1"), error.start)
         raise ValueError(f"line {line}: expected UTF-8 text, got the byte 0x{error.object[error.start]:02x}: save the "
@@ -183,31 +199,32 @@ def _file_text(path: Path) -> str:
 
 def _check_size(size: int) -> None:
     if size > MAX_BYTES:
-        raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got {size:,}: make several smaller sets of it")
+        raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got {size:,}: split it into smaller sets")
 
 
 def _check_prompt(prompt: Prompt, line: int) -> None:
-    for what, text, most in (("prompt", prompt.text, MAX_CHARACTERS), ("kind", prompt.kind, MAX_KIND_CHARACTERS)):
+    for field, text, most in (("prompt", prompt.text, MAX_CHARACTERS), ("kind", prompt.kind, MAX_KIND_CHARACTERS)):
         if len(text) > most:
-            raise ValueError(f"line {line}: expected a {what} of at most {most:,} characters, got {len(text):,}: "
+            raise ValueError(f"line {line}: expected a {field} of at most {most:,} characters, got {len(text):,}: "
                              "shorten it")
-        # JSON can write both as escapes; tokenizers and files choke on them.
+        # JSON can hold both as escapes; tokenizers and files cannot.
         bad = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
         if bad:
-            raise ValueError(f"line {line}: expected a {what} of whole characters, got {bad!r}: take it out")
+            raise ValueError(f"line {line}: expected a {field} of whole characters, got {bad!r}: remove it")
 
 
 def _lines(content: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
+    """Non-blank lines with their numbers, from 1."""
     return ((number, line) for number, line in enumerate(_LINE_END.split(content), 1) if line.strip())
 
 
 def _line_at(content: str, position: int) -> int:
+    """Number of the line that holds this position."""
     return 1 + len(_LINE_END.findall(content[:position]))
 
 
 def _quoted(value) -> str:
-    """What came, cut to fit a message; control and direction characters as escapes."""
+    """A value for an error message: shortened, control and direction characters escaped."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     return repr(value[:60]) + "..." * (len(value) > 60) if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""A fair race on one device: the two sides never run at once, and the side whose own clock is behind goes next."""
+"""A fair race on one device: the sides never run at once, and the side that has used less engine time goes next."""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,10 +6,10 @@ from cascadeexit.events import TokenEvent
 
 
 def race(sides: Mapping[str, Iterator[TokenEvent]]) -> Iterator[tuple[str, TokenEvent]]:
-    """Interleave event streams by their own engine time.
+    """Interleave streams of events by their engine time; yields (side, event).
 
-    Each stream's `seconds` count only its own work, so a slow side does not delay the other's clock, and events come
-    out in the order in which they would have happened on two equal machines. Streams are closed when the race is.
+    The `seconds` of a stream count only its own work, so events come in the order in which they would have happened on
+    two equal machines. Closing the race closes the streams.
     """
     clocks = dict.fromkeys(sides, 0.0)
     try:

@@ -1,6 +1,6 @@
-"""Records: a race on file, for another page to replay. Checked when it is read, since it comes from anywhere.
+"""Records: races saved to files, which a page can replay. A file may come from anybody, so reading checks everything.
 
-A file is one JSON object {"format": 1, "records": [...]}; its records are the lines of `TokenStream`, described there.
+A file is one JSON object {"format": 1, "records": [...]}; the records are the lines of `TokenStream`, described there.
 """
 
 import json
@@ -13,7 +13,7 @@ from cascadeexit.stream import CASCADE, FORMAT, FULL, write_line
 MAX_BYTES, MAX_RECORDS = 8_000_000, 60_000
 _NUMBER = (int, float)
 _TOKEN = {"side": str, "i": int, "id": int, "status": str}
-# What a page needs of each kind of record; fields that are not named here may be missing.
+# Fields that the page needs of each type of record; other fields may be missing.
 _FIELDS = {
     "model": {"model": str, "layers": int, "exits": list, "trained": bool, "colours": list},
     "run": {"run": str, "mode": str, "thresholds": list, "max_new_tokens": int},
@@ -24,8 +24,8 @@ _FIELDS = {
     "end": {"positional": _NUMBER, "sequence": bool},
     "stopped": {}, "error": {"message": str},
 }
-_SAID = {"text": str, "exit": int, "t": _NUMBER, "conf": list}
-# Fields that may be missing or null, but nothing else than this.
+_TOKEN_TEXT = {"text": str, "exit": int, "t": _NUMBER, "conf": list}
+# Fields that may be missing or null; any other value must have this type.
 _OPTIONAL = {
     "token": {"ms": _NUMBER, "read": _NUMBER, "bytes": str, "special": bool, "part": bool},
     "stats": dict.fromkeys(("copied_share", "cost", "tokens_per_second", "first_token_seconds", "token_seconds_p50",
@@ -37,29 +37,29 @@ _STATUS = ("emitted", "draft", "accepted", "rejected")
 
 
 def dump(stream: str) -> str:
-    """A finished stream as the content of a file."""
+    """Content of a file for a finished stream."""
     records = [json.loads(line) for line in stream.splitlines()]
     return json.dumps({"format": FORMAT, "records": records}, separators=(",", ":"))
 
 
 def load(content: bytes | str) -> str:
-    """The stream of a recorded race, ready to be drawn.
+    """Stream of a recorded race, ready to be drawn.
 
-    Raises ValueError that says what was expected and what came.
+    Raises ValueError that names what was expected and what the file holds instead.
     """
     if len(content) > MAX_BYTES:
         raise ValueError(f"this file has {len(content):,} bytes, the limit is {MAX_BYTES:,}")
     try:
         file = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"this file is not JSON ({error}). Give one that Save wrote.") from None
+        raise ValueError(f"this file is not JSON ({error}). Choose a file that Save wrote.") from None
     if not isinstance(file, dict) or not isinstance(file.get("records"), list):
-        raise ValueError('this is no recorded run: expected {"format": ..., "records": [...]}. Give one that Save '
-                         "wrote.")
+        raise ValueError('this is not a recorded run: expected {"format": ..., "records": [...]}. Choose a file that '
+                         "Save wrote.")
     if file.get("format") != FORMAT:
         raise ValueError(f"this record has format {file.get('format')!r}; this page reads format {FORMAT}")
     if not 2 <= len(file["records"]) <= MAX_RECORDS:
-        raise ValueError(f"a record has 2 to {MAX_RECORDS:,} entries, this one {len(file['records']):,}")
+        raise ValueError(f"expected 2 to {MAX_RECORDS:,} entries, got {len(file['records']):,}")
     for number, record in enumerate(file["records"]):
         _check(number, record)
     _check_whole(file["records"])
@@ -67,17 +67,17 @@ def load(content: bytes | str) -> str:
 
 
 def _check_whole(records: list[dict]) -> None:
-    """What the entries, each right by itself, must be to one another."""
+    """Check what entries, each correct by itself, must be together. Raises ValueError."""
     kinds, model = [record["type"] for record in records], records[0]
     if kinds[:2] != ["model", "run"] or {"model", "run"} & {*kinds[2:]}:
-        raise ValueError("a record begins with a model and a run, and holds no other")
+        raise ValueError("a record must begin with a model and a run, and hold no other model or run")
     if not all(isinstance(e, dict) and isinstance(e.get("layer"), int) for e in model["exits"]):
         raise ValueError('entry 0 (model): exits should be a list of {"layer": ...}')
     exits = len(model["exits"])
-    # Colours become styles of the page, where anything else than a colour could fetch something.
+    # Colours become styles of the page, where another value could make the browser fetch something.
     if len(model["colours"]) != exits + 1 or not all(
             isinstance(c, str) and re.fullmatch("#[0-9A-Fa-f]{6}", c) for c in model["colours"]):
-        raise ValueError(f"entry 0 (model): colours should be {exits + 1}, written as #RRGGBB")
+        raise ValueError(f"entry 0 (model): colours should be {exits + 1} values written as #RRGGBB")
     written = {CASCADE: 0, FULL: 0}
     for number, record in enumerate(records):
         if not COPIED <= record.get("exit", 0) <= exits:
@@ -93,17 +93,18 @@ def _check_whole(records: list[dict]) -> None:
         final = record.get("status") in ("emitted", "accepted")
         if i < 0 or (final and i != written[side]) or (record["type"] == "text" and i >= written[side]):
             raise ValueError(f"entry {number} ({record['type']}): {written[side]} tokens of this side come before it, "
-                             f"so its place cannot be {i}")
+                             f"so its position cannot be {i}")
         written[side] += final
 
 
 def _check(number: int, record) -> None:
+    """Check one entry by itself. Raises ValueError."""
     kind = record.get("type") if isinstance(record, dict) else None
     if kind not in _FIELDS:
-        raise ValueError(f"entry {number}: expected a type among {', '.join(_FIELDS)}, got {kind!r}")
+        raise ValueError(f"entry {number}: expected one of the types {', '.join(_FIELDS)}, got {kind!r}")
     fields = dict(_FIELDS[kind])
     if kind == "token" and record.get("status") != "rejected":
-        fields |= _SAID
+        fields |= _TOKEN_TEXT
     optional = {name: wanted for name, wanted in _OPTIONAL.get(kind, {}).items() if record.get(name) is not None}
     for name, wanted in (fields | optional).items():
         value = record.get(name)
@@ -116,17 +117,19 @@ def _check(number: int, record) -> None:
     if record.get("side", CASCADE) not in (CASCADE, FULL):
         raise ValueError(f"entry {number}: side should be {CASCADE} or {FULL}, got {record['side']!r}"[:300])
     if kind == "token" and record["status"] not in _STATUS:
-        raise ValueError(f"entry {number}: status should be among {', '.join(_STATUS)}, got {record['status']!r}"[:300])
+        raise ValueError(f"entry {number}: status should be one of {', '.join(_STATUS)}, got "
+                         f"{record['status']!r}"[:300])
 
 
 def _fits(value, wanted) -> bool:
-    if isinstance(value, bool):             # a whole number to Python, and to nobody else
+    """Whether a value has the wanted type and, as a number, is finite."""
+    if isinstance(value, bool):             # Python counts True as a whole number
         return wanted is bool
     return isinstance(value, wanted) and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _refuse(constant: str):
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _name(wanted) -> str:

@@ -1,25 +1,25 @@
-"""TokenStream: a race as lines of JSON. The page draws them, a file keeps them, a test reads them.
+"""TokenStream: a race as lines of JSON, which the page draws, a file keeps and tests read.
 
-Lines by `type`, one record a line, in order of time:
+Each line is one record, in order of time. Records by `type`:
 
     model    format, model, layers, exits [{layer, depth}], trained, colours
-    run      run (its id), mode, greedy, thresholds, tolerance (of verified), prompt_tokens, max_new_tokens, settings
-             (as chosen on the page)
-    token    side ('cascade' or 'full'), i (position), id, status (emitted, draft, accepted, rejected); if not rejected
-             text, exit (0 the first, -1 copied from earlier in the text), t (engine seconds), conf (of each exit, null
-             = not asked), read (weights read, in tokens of the full model); ms since the token before; special where it
-             holds; for a piece of a character its bytes (in hexadecimal), and part when later tokens finish it
-    text     side, i, text: what a cut character at the end turned out to be
+    run      run (its id), mode, greedy, thresholds, tolerance (of verified mode), prompt_tokens, max_new_tokens,
+             settings (as chosen on the page)
+    token    side ('cascade' or 'full'), i (position), id, status (emitted, draft, accepted, rejected).
+             Unless rejected: text, exit (0 the first exit, -1 copied from earlier in the text), t (engine seconds),
+             conf (confidence of each exit, null where it was not computed), read (weights read, as a multiple of what
+             the full model reads for a token). Where they apply: ms since the token before; special; for a piece of a
+             character its bytes (hexadecimal), and part when a later token completes the character
+    text     side, i, text: how an incomplete character at the end of the text is shown
     stats    side, seconds, done and the fields of metrics.RunStats, so far
-    versus   n, speedup, positional, rolling, first_divergence: one text beside the other, so far
+    versus   n, speedup, positional, rolling, first_divergence: the two texts compared, so far
     end      agreement, positional, first_divergence, sequence, identical, differs [positions where the full model
-             would have said something else after the same text]
-    stopped  a visitor stopped it
+             would choose another token after the same text]
+    stopped  the visitor stopped the run
     error    message
 
-A page takes two more that no record holds: `replay` before a recorded stream, `status` while a run is prepared.
-
-Every number comes from `metrics`, so the page and the benchmark cannot disagree about what a word means.
+Two more types reach the page and are never recorded: `replay` before a recorded stream, `status` while a run is
+prepared. Every number comes from `metrics`, so page and benchmark use the same definitions.
 """
 
 import copy
@@ -28,65 +28,53 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Self
+from dataclasses import asdict
 
 from cascadeexit import metrics
 from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.inspection import Inspection
+from cascadeexit.shape import Shape
 
 CASCADE, FULL = "cascade", "full"           # the two sides of a race
 FORMAT = 1                                  # of the stream; a reader refuses what it does not know
-FRAME_SECONDS, STATS_SECONDS = 0.07, 0.2    # the browser redraws whole frames: more of them only cost time
+FRAME_SECONDS, STATS_SECONDS = 0.07, 0.2    # shorter intervals look the same and cost time
 ROLLING = 32                                # positions in the moving match rate
-_BROKEN = "\ufffd"                          # how decoders show an unfinished or invalid UTF-8 sequence
+_BROKEN = "\ufffd"                          # how decoders show an incomplete or invalid UTF-8 sequence
 
-# Paul Tol's "light" scheme, shallow to deep: black text on each is readable, also for colour-blind eyes.
+# Paul Tol's "light" scheme, shallow to deep: black text is readable on each, also for colour-blind readers.
 _DEPTH_COLOURS = ("#99DDFF", "#77AADD", "#44BB99", "#BBCC33", "#EEDD88", "#EE8866")
 _FULL_COLOUR = "#DDDDDD"
 COPIED_COLOUR = "#FFAABB"                   # as in app.css
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a page must know of a model before its weights are here."""
-
-    name: str
-    num_layers: int
-    exit_layers: tuple[int, ...]
-    trained: bool
-
-    @classmethod
-    def of(cls, engine: Engine) -> Self:
-        return cls(engine.model.name, engine.model.num_layers, engine.model.exit_layers, engine.bank.config.trained)
-
-
 def colours(num_exits: int) -> tuple[str, ...]:
-    """One colour per segment; exits beyond the palette share its last colour, the full model is grey."""
+    """One colour for each segment. Exits beyond the palette share its last colour; the full model is grey."""
     last = len(_DEPTH_COLOURS) - 1
     return (*(_DEPTH_COLOURS[min(s, last)] for s in range(num_exits)), _FULL_COLOUR)
 
 
 class TextDecoder:
-    """Token ids in, text pieces out, such that the pieces add up to what the tokenizer decodes for them all.
+    """Decodes one token after another. The pieces add up to what the tokenizer decodes for all tokens together.
 
-    A token that ends inside a character gets '', and the token that completes the character brings its text.
-    (Tokenizers with byte fallback rewrite a character when invalid bytes follow it; that is not undone.)
+    A token that ends inside a character gives ''; the token that completes the character gives its text.
+    (Tokenizers with byte fallback rewrite a character when invalid bytes follow it; earlier pieces are not corrected.)
     """
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        self._context: list[int] = []   # the last finished tokens: decoders treat the first of a text apart
-        self._held: list[int] = []      # tokens whose text is not finished
+        self._context: list[int] = []   # last complete tokens: decoders treat the first token of a text differently
+        self._held: list[int] = []      # tokens of an incomplete character
 
     @property
     def holding(self) -> bool:
+        """True while a character is incomplete."""
         return bool(self._held)
 
     def push(self, token_id: int) -> str:
-        # New lists, never changed in place: a shallow copy of a decoder can run ahead on drafts.
+        """Text that this token adds."""
+        # Lists are replaced, never changed in place: a shallow copy of a decoder can decode drafts.
         self._held = [*self._held, token_id]
         piece = self._pending()
         if piece.endswith(_BROKEN):
@@ -95,7 +83,7 @@ class TextDecoder:
         return piece
 
     def flush(self) -> str:
-        """The text of an unfinished end; '' when there is none."""
+        """Text of an incomplete character at the end; '' when there is none."""
         piece, self._held = self._pending() if self._held else "", []
         return piece
 
@@ -106,13 +94,13 @@ class TextDecoder:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-# How byte-level tokenizers write bytes: those of printable Latin letters as themselves, the others moved up.
+# Byte-level tokenizers write a byte as one character: printable Latin-1 as itself, others from U+0100 on.
 _PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - {*_PLAIN}))}
 
 
 def token_bytes(tokenizer, token_id: int) -> bytes:
-    """The bytes that a token stands for, also where they are no whole character."""
+    """Bytes of a token, including a token that is only a part of a character."""
     word = tokenizer.convert_ids_to_tokens(token_id)
     if re.fullmatch("<0x[0-9A-Fa-f]{2}>", word):                # byte fallback
         return bytes.fromhex(word[3:5])
@@ -122,12 +110,12 @@ def token_bytes(tokenizer, token_id: int) -> bytes:
 
 
 class _Side:
-    """One stream of events, on its way to text."""
+    """Events of one side of the race, decoded to text."""
 
     def __init__(self, tokenizer):
         self.decoder = TextDecoder(tokenizer)
-        self.ahead: TextDecoder | None = None       # runs ahead of `decoder` on tokens that are not final yet
-        self.drafts: dict[int, int] = {}            # the first path of drafts, which is the one to show: place -> token
+        self.draft_decoder: TextDecoder | None = None   # a copy of `decoder` that has also decoded the drafts
+        self.drafts: dict[int, int] = {}                # position -> token, of the draft tree's path that is shown
         self.events: list[TokenEvent] = []
         self.final: list[TokenEvent] = []
 
@@ -136,7 +124,7 @@ class _Side:
         return [e.token_id for e in self.final]
 
     def shows(self, event: TokenEvent) -> bool:
-        """False for drafts beside the first path, which come and go unseen; for those of it, once each way."""
+        """Whether the page shows this event: of drafts and their rejections only those on the first path."""
         if event.status is Status.DRAFT:
             if event.index != len(self.final) + len(self.drafts):
                 return False
@@ -148,32 +136,33 @@ class _Side:
         return True
 
     def piece(self, event: TokenEvent) -> str:
-        """This event's text: for good when it is final, a first guess when it is a draft."""
+        """Text of this event; the text of a draft is provisional."""
         self.events.append(event)
         if event.final:
-            self.ahead = None
+            self.draft_decoder = None
             self.final.append(event)
             self.drafts.pop(event.index, None)
             return self.decoder.push(event.token_id)
         if event.status is Status.REJECTED:
             return ""
-        self.ahead = self.ahead or copy.copy(self.decoder)
-        return self.ahead.push(event.token_id)
+        self.draft_decoder = self.draft_decoder or copy.copy(self.decoder)
+        return self.draft_decoder.push(event.token_id)
 
 
 class TokenStream:
-    """A race as one string of JSON lines that only grows: the page's input, and a record of the run.
+    """A race as one growing string of JSON lines: the input of the page, and the record of the run.
 
-    The string is ASCII and has no '<', so it survives any transport; read in pieces or whole, it says the same.
+    The string is ASCII without '<', so that no transport changes it. Reading it in pieces or whole gives the same.
 
     Args:
-        settings: what the visitor chose, kept in the record as it is: it must survive JSON.
+        settings: what the visitor chose, recorded as it is; must be plain JSON.
     """
 
     def __init__(self, engine: Engine, tokenizer, config: DecodeConfig, prompt_ids: Sequence[int],
                  settings: dict | None = None):
+        # Not the engine: a page keeps many streams, and models must be freed meanwhile.
         self.config, self.prompt_ids, self.shape = config, list(prompt_ids), Shape.of(engine)
-        self._costs, self._eos = engine.costs_for(config), engine.model.eos_ids     # not the engine: pages keep many
+        self._costs, self._eos = engine.costs_for(config), engine.model.eos_ids
         self.run = uuid.uuid4().hex[:12]
         self.sides = {CASCADE: _Side(tokenizer), FULL: _Side(tokenizer)}
         self._tokenizer, self._special = tokenizer, frozenset(tokenizer.all_special_ids)
@@ -183,7 +172,7 @@ class TokenStream:
                     max_new_tokens=config.max_new_tokens, tolerance=config.tolerance, settings=settings or {})
 
     def add(self, name: str, event: TokenEvent) -> None:
-        """One more event of the side with this name."""
+        """Append an event of the side with this name."""
         side = self.sides[name]
         if not side.shows(event):
             side.events.append(event)
@@ -200,11 +189,11 @@ class TokenStream:
         elif event.final and _BROKEN in self._tokenizer.decode([event.token_id]):
             record["bytes"] = token_bytes(self._tokenizer, event.token_id).hex()
             if side.decoder.holding:
-                record["part"] = True       # a later token finishes its character
+                record["part"] = True       # a later token completes its character
         self._write("token", **_rounded(record))
 
     def add_stats(self) -> None:
-        """The numbers so far, of both sides, and how far their texts are the same."""
+        """Append the numbers of both sides so far, and how well their texts match."""
         speed = {}
         for name, side in self.sides.items():
             if side.final:
@@ -226,25 +215,26 @@ class TokenStream:
                 or side.final[-1].token_id in self._eos)
 
     def close_text(self) -> None:
-        """Both sides are done: give each last token the text held back for it, and the final numbers."""
+        """Both sides are done: append the text of incomplete characters at the end, and the final numbers."""
         for name, side in self.sides.items():
             rest = side.decoder.flush()
             if rest:
                 self._write("text", side=name, i=side.final[-1].index, text=rest)
         self.add_stats()
 
-    def end(self, seen: Inspection) -> None:
-        """The verdict, by what the full model would say after each prefix of the left text."""
+    def end(self, inspection: Inspection) -> None:
+        """Append the verdict, from the full model's choice after each prefix of the text with exits."""
         ours, theirs = (side.ids for side in self.sides.values())
-        match, choices = metrics.match(ours, theirs), seen.full_choices
+        match, choices = metrics.match(ours, theirs), inspection.full_choices
         greedy = self.config.temperature == 0
-        lossless = self.config.mode is Mode.VERIFIED and not self.config.tolerance      # sampled, too: same seed
+        lossless = self.config.mode is Mode.VERIFIED and not self.config.tolerance
         self._write("end", agreement=_rounded(metrics.agreement(ours, choices)),
                     positional=_rounded(match.positional), first_divergence=match.first_divergence,
                     sequence=match.sequence, identical=match.sequence if lossless else None,
                     differs=[i for i, (a, b) in enumerate(zip(ours, choices)) if a != b] if greedy else [])
 
     def fail(self, message: str) -> None:
+        """Append an error: the run broke off."""
         self.text += error_line(message)
 
     def _write(self, type: str, **record) -> None:
@@ -252,7 +242,7 @@ class TokenStream:
 
 
 def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> Iterator[str]:
-    """Feed a race to a stream; yields its text when a frame is due, and for the first token at once."""
+    """Add the events of a race to a stream; yields the stream's text for the first token, then at each frame."""
     next_frame = 0.0
     next_stats = time.monotonic() + STATS_SECONDS
     for name, event in contest:
@@ -269,29 +259,29 @@ def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> It
 # -- single lines -------------------------------------------------------------------------------------------
 
 def model_line(shape: Shape) -> str:
-    """What runs here, as the first line of a stream; alone, it is a stream in which nothing has run yet."""
+    """First line of a stream: the model. Alone, it is the stream of a page where nothing has run yet."""
     exits = [dict(layer=layer, depth=round(layer / shape.num_layers, 4)) for layer in shape.exit_layers]
     return write_line("model", format=FORMAT, model=shape.name, layers=shape.num_layers, exits=exits,
                       trained=shape.trained, colours=colours(len(exits)))
 
 
 def status_line(message: str) -> str:
-    """What the server is doing before a run can begin; no part of a record."""
+    """A line that says what the server does before a run can begin; never recorded."""
     return write_line("status", message=message)
 
 
 def replay_line() -> str:
-    """Before a recorded stream: draw it at the pace at which it happened."""
+    """A line before a recorded stream: the page draws it at the pace of the recorded run."""
     return write_line("replay")
 
 
 def error_line(message: str) -> str:
-    """Alone: a run that could not begin. At the end of a stream: one that broke off."""
+    """A line that reports an error: alone, the run could not begin; at the end of a stream, it broke off."""
     return write_line("error", message=message)
 
 
 def stopped(text: str) -> str:
-    """The stream of a run that somebody stopped: what was said stays. No change when nothing was running."""
+    """The stream after Stop: the text so far stays. Unchanged when nothing was running."""
     try:
         kind = json.loads(text.rstrip("\n").rpartition("\n")[2])["type"]
     except (ValueError, KeyError, TypeError):
@@ -299,23 +289,15 @@ def stopped(text: str) -> str:
     return text if kind in ("model", "end", "stopped", "error", "status") else text + write_line("stopped")
 
 
-def exit_name(s: int, shape: Shape) -> str:
-    """Plain words for segment s."""
-    if s == len(shape.exit_layers):
-        return "Full model"
-    if shape.exit_layers[s] == 0:
-        return f"Exit {s + 1} (before the {shape.num_layers} layers)"
-    return f"Exit {s + 1} (after layer {shape.exit_layers[s]} of {shape.num_layers})"
-
-
 def write_line(type: str, **record) -> str:
+    """One record as a line of JSON."""
     # ASCII escapes carry lone surrogates safely; '<' is escaped so that no value can look like markup.
     text = json.dumps({"type": type, **record}, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c") + "\n"
 
 
 def _rounded(value):
-    """Floats in any nesting, to as many digits as a page can show."""
+    """Round floats, in any nesting, to the digits that the page can show."""
     if isinstance(value, float):
         return round(value, 5)
     if isinstance(value, (tuple, list)):

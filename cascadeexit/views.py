@@ -1,4 +1,4 @@
-"""Views: Plotly figures of a finished run and of an evaluation. They know numbers and colours, and no page."""
+"""Views: Plotly figures of a finished run and of an evaluation. They know nothing of the page around them."""
 
 from collections.abc import Sequence
 
@@ -6,19 +6,23 @@ import plotly.graph_objects as go
 
 from cascadeexit import metrics
 from cascadeexit.evaluation import Result, quality_speed_points, summarize_results
-from cascadeexit.stream import CASCADE, COPIED_COLOUR, FULL, TokenStream, colours, exit_name
+from cascadeexit.shape import exit_name
+from cascadeexit.stream import CASCADE, COPIED_COLOUR, FULL, TokenStream, colours
 
 _OUTLINE = "#7D838C"                        # visible on a light and on a dark page
 _KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # Paul Tol's "bright" scheme
 
 
 def figures(stream: TokenStream, full_choices: Sequence[int]) -> list[go.Figure]:
-    """All of a run, in the order in which the page shows them. full_choices: the full model's, after the left text."""
+    """All figures of a run, in the page's order.
+
+    full_choices: the full model's choice at each position, given the text with exits before it.
+    """
     return [routing_figure(stream), latency_figure(stream), confidence_figure(stream, full_choices)]
 
 
 def routing_figure(stream: TokenStream) -> go.Figure:
-    """Which exit wrote how much of the text."""
+    """Share of the tokens that each exit wrote."""
     exits, final = len(stream.shape.exit_layers), stream.sides[CASCADE].final
     share, copied = metrics.routing_share(final, exits + 1), metrics.copied_share(final)
     names = [exit_name(s, stream.shape).partition(" (")[0] for s in range(len(share))]
@@ -32,11 +36,11 @@ def routing_figure(stream: TokenStream) -> go.Figure:
         hovertemplate="%{y}: %{x:.1%} of the tokens<extra></extra>"))
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(tickformat=".0%", range=[0, 1.08])
-    return _styled(figure, "Where the tokens left the model", legend=False)
+    return _styled(figure, "Which exit wrote the tokens", legend=False)
 
 
 def latency_figure(stream: TokenStream) -> go.Figure:
-    """Milliseconds from each token to the next, both sides over the same axis."""
+    """Milliseconds from each token to the next, for both sides."""
     figure = go.Figure()
     for side, name, line in ((FULL, "Full model", dict(color=_OUTLINE, width=1.5, dash="dot")),
                              (CASCADE, "With exits", dict(color="#3F8FC7", width=1.5))):
@@ -45,11 +49,11 @@ def latency_figure(stream: TokenStream) -> go.Figure:
                            hovertemplate="token %{x}: %{y:.1f} ms<extra>" + name + "</extra>")
     figure.update_xaxes(title="token")
     figure.update_yaxes(ticksuffix=" ms", rangemode="tozero")
-    return _styled(figure, "How long each token took")
+    return _styled(figure, "Time per token")
 
 
 def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Figure:
-    """How sure the exit was that wrote each token; crosses where the full model would have differed."""
+    """Confidence of the exit that wrote each token; crosses where the full model would choose another token."""
     exits, final, figure = len(stream.shape.exit_layers), stream.sides[CASCADE].final, go.Figure()
     palette = colours(exits)
     for s in range(exits):
@@ -58,52 +62,52 @@ def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Fi
             x=[e.index for e in points], y=[e.confidences[s] for e in points],
             mode="markers", name=f"Exit {s + 1}",
             marker=dict(color=palette[s], size=8, line=dict(color=_OUTLINE, width=0.6)),
-            hovertemplate="token %{x}: %{y:.0%} sure<extra>" + f"Exit {s + 1}</extra>")
+            hovertemplate="token %{x}: confidence %{y:.0%}<extra>" + f"Exit {s + 1}</extra>")
     others = [e for e, choice in zip(final, full_choices)
               if 0 <= e.exit < exits and e.token_id != choice]
     figure.add_scatter(
         x=[e.index for e in others], y=[e.confidences[e.exit] for e in others], mode="markers",
-        name="full model differs", marker=dict(color="#D55E00", size=8, symbol="x-thin-open", line_width=2),
-        hovertemplate="token %{x}: the full model would say something else<extra></extra>")
+        name="full model chooses another", marker=dict(color="#D55E00", size=8, symbol="x-thin-open", line_width=2),
+        hovertemplate="token %{x}: the full model would choose another token<extra></extra>")
     figure.update_xaxes(title="token")
     figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
-    return _styled(figure, "How sure the exits were", legend_rows=1 + exits // 2)
+    return _styled(figure, "Confidence of the exits", legend_rows=1 + exits // 2)
 
 
 def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) -> go.Figure:
-    """Agreement against speed-up, a point a prompt and one for all.
+    """Agreement against speed-up: a point for each prompt and one for all prompts together.
 
-    curve: thresholds measured before, {threshold, agreement, cost} each: drawn at the speed-up that reading fewer
-        weights allows, 1 / cost.
+    curve: {threshold, agreement, cost} of thresholds measured before. Their speed-up is estimated from the weights
+        read: 1 / cost.
     """
     figure = go.Figure()
     if curve:
         figure.add_scatter(
             x=[1 / point["cost"] for point in curve], y=[point["agreement"] for point in curve], mode="lines+markers",
-            name="other thresholds, measured before (speed by weights read)",
+            name="other thresholds, measured before (speed estimated from weights read)",
             line=dict(color=_OUTLINE, width=1.5, dash="dot"),
             text=[f"first exit's threshold {point['threshold']:g}" for point in curve],
-            hovertemplate="%{text}: %{y:.1%} agreement, %{x:.2f}x by weights read<extra></extra>")
+            hovertemplate="%{text}: %{y:.1%} agreement, %{x:.2f}x estimated from weights read<extra></extra>")
     points = quality_speed_points(results)
     for kind, colour in zip(dict.fromkeys(p["kind"] for p in points), (*_KIND_COLOURS, *[_OUTLINE] * len(points))):
         mine = [p for p in points if p["kind"] == kind]
-        # Prompts are strangers' text: plotly reads markup in labels, so its angle brackets go.
+        # Plotly reads markup in labels, and anybody can write a prompt: replace angle brackets.
         labels = [p["label"].replace("<", "‹").replace(">", "›") for p in mine]
         figure.add_scatter(x=[p["x"] for p in mine], y=[p["y"] for p in mine], mode="markers",
                            name=kind.replace("<", "‹"), text=labels, marker=dict(size=9, color=colour),
                            hovertemplate="%{text}<br>%{y:.1%} agreement, %{x:.2f}x<extra></extra>")
     if points:
         total = summarize_results(results)
-        figure.add_scatter(x=[total.speedup], y=[total.agreement], mode="markers", name="all of them",
+        figure.add_scatter(x=[total.speedup], y=[total.agreement], mode="markers", name="all prompts",
                            marker=dict(symbol="star", size=17, color="#D55E00", line=dict(width=1, color=_OUTLINE)),
                            hovertemplate="all: %{y:.1%} agreement, %{x:.2f}x<extra></extra>")
-    figure.update_xaxes(title="times the full model's speed")
+    figure.update_xaxes(title="speed, times the full model's")
     figure.update_yaxes(title="agreement", tickformat=".0%")
     return _styled(figure, "Quality against speed")
 
 
 def _styled(figure: go.Figure, title: str, legend: bool = True, legend_rows: int = 1) -> go.Figure:
-    """Readable on light and dark: nothing behind the marks, neutral lines; the page colours the text."""
+    """Make a figure readable on light and dark pages: transparent, neutral lines, text in the page's colour."""
     axis = dict(gridcolor="rgba(128,128,128,0.22)", zerolinecolor="rgba(128,128,128,0.45)", automargin=True)
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)

@@ -1,8 +1,10 @@
-"""The endpoints, called as a program would."""
+"""The endpoints, called as a program calls them."""
 
+import json
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 from conftest import tiny_engine
 from gradio_client import Client
@@ -10,6 +12,7 @@ from gradio_client.exceptions import AppError
 
 from cascadeexit.calibration import Calibration, Point
 from cascadeexit.config import DecodeConfig
+from cascadeexit.prompts import visitor_token_ids
 from tests.browser.server import serve
 from tests.browser.tiny_text import tiny_tokenizer
 
@@ -28,61 +31,112 @@ def test_models_are_listed(served):
 
 
 @pytest.mark.parametrize("mode", ["cascade", "verified", "full"])
-def test_generate_says_what_the_engine_says(served, mode):
+def test_generate_returns_what_the_engine_writes(served, mode):
     engine, tokenizer, client = served
-    said = client.predict(prompt="hi there", mode=mode, threshold=0.5, max_new_tokens=24, chat=False,
-                          api_name="/generate")
+    answer = client.predict(prompt="hi there", mode=mode, threshold=0.5, max_new_tokens=24, chat=False,
+                            api_name="/generate")
     run = engine.run(tokenizer("hi there").input_ids, DecodeConfig(
         mode=mode, thresholds=0.5 if mode == "cascade" else None, max_new_tokens=24))
-    assert said["token_ids"] == run.token_ids and len(said["exits"]) == 24
-    assert said["text"] == tokenizer.decode(run.token_ids, skip_special_tokens=True)
-    assert said["stats"]["routing_share"] == pytest.approx(run.stats.routing_share)
+    assert answer["token_ids"] == run.token_ids and len(answer["exits"]) == 24
+    assert answer["text"] == tokenizer.decode(run.token_ids, skip_special_tokens=True)
+    assert answer["stats"]["routing_share"] == pytest.approx(run.stats.routing_share)
 
 
 def test_compare_measures_both_sides(served):
     engine, tokenizer, client = served
-    said = client.predict(prompt="hi there", mode="verified", threshold=0.3, max_new_tokens=24, api_name="/compare")
-    assert said["identical"] and said["exits"]["token_ids"] == said["full"]["token_ids"]
-    assert said["agreement"] == 1.0 and said["speedup"] > 0
+    answer = client.predict(prompt="hi there", mode="verified", threshold=0.3, max_new_tokens=24, api_name="/compare")
+    assert answer["identical"] and answer["exits"]["token_ids"] == answer["full"]["token_ids"]
+    assert answer["agreement"] == 1.0 and answer["speedup"] > 0
 
 
-def test_a_tolerance_is_the_engines(served):
+def test_a_tolerance_reaches_the_engine(served):
     engine, tokenizer, client = served
-    asked = dict(mode="verified", max_new_tokens=24, tolerance=0.9)
-    said = client.predict(prompt="hi there", chat=False, **asked, api_name="/generate")
-    assert said["token_ids"] == engine.run(tokenizer("hi there").input_ids, DecodeConfig(**asked)).token_ids
+    options = dict(mode="verified", max_new_tokens=24, tolerance=0.9)
+    answer = client.predict(prompt="hi there", chat=False, **options, api_name="/generate")
+    assert answer["token_ids"] == engine.run(tokenizer("hi there").input_ids, DecodeConfig(**options)).token_ids
     with pytest.raises(AppError, match="tolerance goes with mode verified and temperature 0"):
-        client.predict(prompt="hi there", temperature=1.0, **asked, api_name="/generate")
+        client.predict(prompt="hi there", temperature=1.0, **options, api_name="/generate")
 
 
-def test_a_wanted_quality_is_kept_by_calibrated_exits_alone(served):
+def test_a_target_disagreement_needs_calibrated_exits(served):
     engine, _, client = served
-    asked = dict(prompt="hi there", chat=False, max_new_tokens=12, target_disagreement=0.1)
+    options = dict(prompt="hi there", chat=False, max_new_tokens=12, target_disagreement=0.1)
     with pytest.raises(AppError, match="training.calibrate"):
-        client.predict(**asked, api_name="/generate")
+        client.predict(**options, api_name="/generate")
     engine.bank.calibration = Calibration("", 9, 64, 0.1, (Point(0.7, 0.0, 0.05, 1.0), Point(0.1, 0.2, 0.3, 1.0)))
     try:
-        said = client.predict(**asked, api_name="/generate")
+        answer = client.predict(**options, api_name="/generate")
         with pytest.raises(AppError, match="target_disagreement goes with mode cascade"):
-            client.predict(**asked, temperature=0.5, api_name="/generate")
+            client.predict(**options, temperature=0.5, api_name="/generate")
     finally:
         engine.bank.calibration = None
-    by_threshold = client.predict(**asked | dict(target_disagreement=0, threshold=0.7), api_name="/generate")
-    assert said["token_ids"] == by_threshold["token_ids"] and said["exits"] == by_threshold["exits"]
+    by_threshold = client.predict(**options | dict(target_disagreement=0, threshold=0.7), api_name="/generate")
+    assert answer["token_ids"] == by_threshold["token_ids"] and answer["exits"] == by_threshold["exits"]
 
 
 def test_evaluate_keeps_failures(served):
-    said = served[2].predict(texts=["hi there", ""], max_new_tokens=8, chat=False, api_name="/evaluate")
-    assert said["summary"]["prompts"] == 2 and said["summary"]["failed"] == 1
-    assert said["results"][0]["tokens"] == 8 and "write a prompt" in said["results"][1]["error"]
+    answer = served[2].predict(texts=["hi there", ""], max_new_tokens=8, chat=False, api_name="/evaluate")
+    assert answer["summary"]["prompts"] == 2 and answer["summary"]["failed"] == 1
+    assert answer["results"][0]["tokens"] == 8 and "write a prompt" in answer["results"][1]["error"]
+
+
+@pytest.fixture
+def runs(served, monkeypatch) -> list[str]:
+    """Modes of the runs that the engine began during the test."""
+    engine, modes = served[0], []
+    generate = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda ids, config: modes.append(config.mode) or generate(ids, config))
+    return modes
+
+
+@pytest.mark.parametrize("route", ["run", "api"])
+def test_a_direct_call_that_would_skip_the_queue_is_refused_and_runs_nothing(served, runs, route):
+    url = f"{served[2].src}gradio_api/{route}"
+    for endpoint, first in (("generate", "hi there"), ("compare", "hi there"), ("evaluate", ["hi there"])):
+        for address in (f"{url}/{endpoint}", f"{url}/{endpoint}/"):
+            answer = httpx.post(address, json={"data": [first]})
+            assert answer.status_code == 404 and "join the queue" in answer.json()["detail"]
+    assert runs == []
+
+
+def test_a_direct_call_by_number_reaches_no_queued_function(served, runs):
+    """The page's own functions have no public name, but a number that anybody can read in the page's configuration."""
+    _, _, client = served
+    queued = [d for d in client.config["dependencies"] if d["queue"]]
+    assert len(queued) == 6, "run, retry and evaluate on the page; generate, compare and evaluate for programs"
+    for dependency in queued:
+        answer = httpx.post(f"{client.src}gradio_api/run/predict",
+                            json={"fn_index": dependency["id"], "data": [None] * len(dependency["inputs"])})
+        assert answer.status_code == 404, dependency["api_name"]
+    assert runs == []
+
+
+def test_a_call_through_the_queue_is_answered_without_the_client_library(served, runs):
+    named = dict(prompt="hi there", mode="full", max_new_tokens=8)
+    in_order = {"data": ["hi there", "full", 0.5, 8, 7, 0, 0, 1, 0, True, "", 0]}
+    for route, body in (("call/v2", named), ("call", in_order)):
+        url = f"{served[2].src}gradio_api/{route}/generate"
+        event = httpx.post(url, json=body).json()["event_id"]
+        answer = httpx.get(f"{url}/{event}", timeout=60).text
+        assert "event: complete" in answer and '"token_ids"' in answer
+    assert runs == ["full", "full"]
 
 
 def test_the_readme_example_runs(served, capsys):
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     code = re.search("<!-- api-example -->\n```python\n(.*?)```", readme, re.DOTALL)[1]
     assert "http://127.0.0.1:7860" in code
-    exec(code.replace("http://127.0.0.1:7860", served[2].src), {})
-    assert "0." in capsys.readouterr().out
+    engine, tokenizer, client = served
+    exec(code.replace("http://127.0.0.1:7860", client.src), {})
+    run = engine.run(visitor_token_ids(tokenizer, "Explain why the sky is blue.", chat=True),
+                     DecodeConfig(mode="full", max_new_tokens=48))
+    greeting, _, printed = capsys.readouterr().out.removesuffix("\n").partition("\n")
+    text, _, counts = printed.rpartition("\n")
+    count, shares = counts.split(" tokens; routing share [")
+    assert greeting.startswith("Loaded as API"), "the client's own line"
+    assert text == tokenizer.decode(run.token_ids, skip_special_tokens=True), "verified writes the full model's text"
+    shares = json.loads(f"[{shares}")
+    assert int(count) == len(run.token_ids) and len(shares) == engine.num_exits + 1 and all(0 <= share <= 1 for share in shares) and 0 < sum(shares) <= 1
 
 
 @pytest.mark.parametrize("wrong, reason", [

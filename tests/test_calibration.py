@@ -1,4 +1,4 @@
-"""The quality dial: its bounds hold as often as they say, and what is not certified is refused."""
+"""Certified bounds hold with the probability that they state, and a target without calibration is refused."""
 
 import json
 import logging
@@ -15,13 +15,13 @@ from training.documents import Document
 
 
 def calibration(exits: str = "", **losses: float) -> Calibration:
-    """Of 400 prompts that all have the same loss at a threshold: _9=0.01 at 0.9."""
+    """Calibration with 400 prompts that have equal losses: _9=0.01 is a loss of 0.01 at threshold 0.9."""
     losses = {int(name[1:]) / 10: [loss] * 400 for name, loss in losses.items()}
     return Calibration.of(losses, dict.fromkeys(losses, 1.0), exits=exits, tokens=64, delta=0.1)
 
 
 def test_bounds_are_the_published_ones():
-    # Without any loss the exact bound would be 1 - delta ** (1 / n); Bentkus' has e before the chance, Hoeffding's not.
+    # Without losses, Hoeffding's bound is the exact one, 1 - delta ** (1 / n); Bentkus' has a factor e.
     assert upper_bound(0.0, 100, 0.05) == pytest.approx(1 - 0.05 ** (1 / 100), abs=1e-6)
     assert p_value(0.1, 50, 0.05) == 1.0 and p_value(0.02, 50, 1.0) == 0.0
     risks = [upper_bound(0.05, n, 0.1) for n in (20, 100, 500, 4000)]
@@ -29,15 +29,15 @@ def test_bounds_are_the_published_ones():
 
 
 @pytest.mark.parametrize("risk, spread", [(0.05, 0.02), (0.05, 0.5), (0.2, 1.0)])
-def test_bounds_fail_no_oftener_than_they_say(risk, spread):
-    """Losses that are 0 or `spread`, with this mean: over many calibrations the bound is above the truth."""
+def test_bounds_fail_at_most_as_often_as_stated(risk, spread):
+    """Losses are 0 or `spread` with mean `risk`: over many calibrations the bound is rarely below the true mean."""
     draw, spread = random.Random(0), max(risk, spread)
     failed = sum(upper_bound(sum(spread * (draw.random() < risk / spread) for _ in range(60)) / 60, 60, 0.1) < risk
                  for _ in range(400))
     assert failed <= 400 * 0.1
 
 
-def test_the_loosest_threshold_that_keeps_to_the_target_is_taken_and_none_behind_a_failure():
+def test_the_loosest_threshold_that_keeps_the_target_is_taken_and_none_after_a_failure():
     measured = calibration(_9=0.0, _8=0.02, _7=0.3, _6=0.0)
     assert [p.threshold for p in measured.points] == [0.9, 0.8, 0.7, 0.6]
     assert measured.threshold(0.1) == 0.8 and measured.threshold(0.5) == 0.6
@@ -45,7 +45,7 @@ def test_the_loosest_threshold_that_keeps_to_the_target_is_taken_and_none_behind
     assert measured.points[3].at_most == measured.points[2].at_most > 0.3
 
 
-def test_a_target_becomes_thresholds_or_says_why_not(tmp_path):
+def test_a_target_becomes_thresholds_or_is_refused_with_the_reason(tmp_path):
     engine = tiny_engine()
     with pytest.raises(ValueError, match="training.calibrate"):
         engine.run([5, 6], DecodeConfig(target_disagreement=0.1))
@@ -61,15 +61,15 @@ def test_a_target_becomes_thresholds_or_says_why_not(tmp_path):
             DecodeConfig(target_disagreement=wrong)
 
 
-def test_a_calibration_counts_for_the_exits_it_was_made_with(tmp_path, caplog):
+def test_a_calibration_applies_only_to_the_exits_it_was_made_with(tmp_path, caplog):
     bank = tiny_engine().bank
     bank.save(tmp_path)
     made = calibration(bank.fingerprint(), _8=0.01)
-    told = {"provenance": {}, "exits": made.exits, "prompts": 400, "tokens": 64, "delta": 0.1,
+    content = {"provenance": {}, "exits": made.exits, "prompts": 400, "tokens": 64, "delta": 0.1,
             "points": [vars(point) for point in made.points]}
-    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(told))
+    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(content))
     assert ExitBank.load(tmp_path).calibration == made
-    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(told | {"exits": "others"}))
+    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(content | {"exits": "others"}))
     with caplog.at_level(logging.WARNING):
         assert ExitBank.load(tmp_path).calibration is None
     assert "training.calibrate" in caplog.text
@@ -78,7 +78,7 @@ def test_a_calibration_counts_for_the_exits_it_was_made_with(tmp_path, caplog):
         ExitBank.load(tmp_path)
 
 
-def test_prompts_are_what_stands_before_the_last_reply_of_test_documents():
+def test_prompts_are_the_text_before_the_last_reply_of_test_documents():
     assert prompt_of(Document([1, 2, 3, 4, 5], [0, 1, 0, 1, 1])) == (1, 2, 3)
     documents = [Document([i % 7 + 1, 2, 9], [0, 0, 1], key) for i, key in enumerate(range(0, 25 * 20, 25))]
     documents += [Document([50, 2, 9], [0, 0, 1], 3), Document([60, 61], [0, 0], 0), Document([70, 71], [1, 1], 0)]

@@ -1,4 +1,4 @@
-"""An evaluation's numbers are those of the runs; what cannot run keeps its place."""
+"""The numbers of an evaluation are those of its runs; a prompt that cannot run keeps its place."""
 
 import csv
 import io
@@ -71,7 +71,7 @@ def test_numbers_are_those_of_the_runs(engine, config):
         assert result.error is None
 
 
-def test_verified_says_what_full_says(engine):
+def test_verified_writes_what_full_writes(engine):
     for result in written(engine, [PROMPTS[0], PROMPTS[5]], replace(CONFIG, mode="verified")):
         assert result.agreement == 1 and result.sequence and result.first_divergence is None
         assert result.text == result.full_text and result.acceptance is not None
@@ -101,7 +101,7 @@ def test_a_config_that_fits_no_prompt_is_refused_at_once(engine):
 
 @pytest.fixture
 def watched(engine, monkeypatch):
-    """Modes of the streams that began, and of those that were closed."""
+    """Modes of the runs that began, and of those that were closed."""
     began, closed, generate = [], [], engine.generate
 
     def watch(stream, mode):
@@ -117,7 +117,7 @@ def watched(engine, monkeypatch):
 
 def test_closing_in_the_middle_of_a_prompt_closes_both_runs(engine, watched, monkeypatch):
     began, closed = watched
-    # Held here, so that no garbage collector closes what the generator forgot.
+    # Kept alive, so that garbage collection cannot close what the generator forgot to close.
     kept, race = [], evaluation.race
     monkeypatch.setattr(evaluation, "race", lambda sides: kept.append(race(sides)) or kept[-1])
     running = evaluate(engine, encode, PROMPTS, CONFIG, TOKENIZER.decode, pauses=True)
@@ -127,14 +127,14 @@ def test_closing_in_the_middle_of_a_prompt_closes_both_runs(engine, watched, mon
     assert sorted(closed) == ["cascade", "full"] and list(running) == []
 
 
-@pytest.mark.parametrize("asked", [0, 1, 2])
-def test_closing_between_prompts_leaves_nothing_open(engine, watched, asked):
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_closing_between_prompts_leaves_nothing_open(engine, watched, taken):
     began, closed = watched
     running = evaluate(engine, encode, PROMPTS, CONFIG, TOKENIZER.decode)
-    for _ in range(asked):
+    for _ in range(taken):
         next(running)
     running.close()
-    assert sorted(began) == sorted(closed) == ["cascade", "full"] * (asked > 0)
+    assert sorted(began) == sorted(closed) == ["cascade", "full"] * (taken > 0)
 
 
 def test_a_run_that_breaks_closes_both_sides(engine, watched, monkeypatch):
@@ -175,7 +175,7 @@ def test_a_summary_weighs_by_tokens_and_multiplies_speeds():
     assert s.speedup == pytest.approx(9 ** (1 / 3))         # 2 x 0.5 x 9
 
 
-def test_a_summary_says_the_same_of_each_kind():
+def test_a_summary_has_the_same_numbers_for_each_kind():
     s = summarize_results(MADE)
     assert list(s.kinds) == ["a", "b", "c"]
     assert s.kinds["a"] == replace(summarize_results([MADE[0], *MADE[2:4]]), kinds={})
@@ -239,7 +239,7 @@ def test_csv_holds_every_number_as_it_is(results):
                 assert row[name] == ("" if value is None else str(value))
 
 
-def test_csv_runs_nothing_in_a_spreadsheet():
+def test_a_spreadsheet_runs_nothing_of_a_csv():
     rows = table(results_csv([Result(0, text, text, text, text=text, full_text=text) for text in NASTY]))
     for row, text in zip(rows, NASTY, strict=True):
         for name in ("kind", "prompt", "error", "text", "full_text"):
@@ -258,7 +258,7 @@ def test_hostile_text_survives(engine):
     assert read_prompts("\n".join(json.dumps({"prompt": text}) for text in HOSTILE)) == prompts
 
 
-def test_half_characters_break_no_file():
+def test_half_characters_can_be_saved():
     results = [Result(0, "own", "a\ud800", "b\udfff")]
     assert json.loads(results_json(results, CONFIG, "tiny"))["results"][0]["prompt"] == "a\ud800"
     assert table(results_csv(results).encode("utf-8").decode("utf-8"))[0]["prompt"] == "a\\ud800"

@@ -1,4 +1,4 @@
-"""Metrics on hand-written events: every number can be checked by eye."""
+"""Metrics of hand-written events, whose numbers can be computed in the head."""
 
 import pytest
 

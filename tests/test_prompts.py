@@ -1,4 +1,4 @@
-"""Prompt sets are read within limits, and what is none is refused by line and reason."""
+"""Prompt sets are read within limits, and anything else is refused with line and reason."""
 
 import os
 
@@ -27,7 +27,7 @@ READ = [Prompt("code", "one"), Prompt("own", " two "), Prompt("facts", "three")]
     ("one\n\n two \r\nthree\r \t\n", own("one", "two", "three")),
     ("\ufeffone", own("one")),
     (ROWS, READ),
-    ('{"prompt": "one"}\nnot json', own('{"prompt": "one"}', "not json")),      # not every line: plain text
+    ('{"prompt": "one"}\nnot json', own('{"prompt": "one"}', "not json")),      # not every line is JSON: plain text
     ('{"prompt": "one", "kind": " code "}\n{"prompt": "two", "kind": " "}', [Prompt("code", "one"), *own("two")]),
     ("{x} is a set.", own("{x} is a set.")), ("[1]\n5\n\"a\"", own("[1]", "5", '"a"')),
     ("[" * 9000, None),                                                          # too deep to be JSON, and too long
@@ -55,7 +55,7 @@ def test_prompt_files(tmp_path, name, content, expected):
     assert read_prompts(tmp_path / name) == expected
 
 
-def test_limits_are_allowed_themselves():
+def test_values_at_the_limits_are_allowed():
     assert len(read_prompts("a\n" * MAX_PROMPTS)) == MAX_PROMPTS
     assert read_prompts("é" * MAX_CHARACTERS) == own("é" * MAX_CHARACTERS)
     assert read_prompts("one\ntwo", limit=2) == own("one", "two")
@@ -63,13 +63,13 @@ def test_limits_are_allowed_themselves():
 
 
 @pytest.mark.parametrize("pasted, reason", [
-    ("", "at least one prompt, got none: write one a line"), (" \n\t\n", "at least one prompt, got none"),
+    ("", "at least one prompt, got none: write one per line"), (" \n\t\n", "at least one prompt, got none"),
     ("a\n\n" + "b\n" * MAX_PROMPTS, "line 202: expected at most 200 prompts, got more: leave some out"),
     ("a\n\n" + "b" * (MAX_CHARACTERS + 1), "line 3: expected a prompt of at most 4,000 characters, got 4,001: shorten"),
-    ("é\n" * (MAX_BYTES // 2), "at most 1,000,000 bytes, got 1,500,000: make several smaller sets"),
+    ("é\n" * (MAX_BYTES // 2), "at most 1,000,000 bytes, got 1,500,000: split it into smaller sets"),
     ("a\r\nb\0", "line 2: expected text, got a NUL character: save the prompts as plain UTF-8 text"),
-    ("a\nb\ud800", r"line 2: expected a prompt of whole characters, got '\\ud800': take it out"),
-    ('{"prompt": "\\u0000"}', r"line 1: expected a prompt of whole characters, got '\\x00': take it out"),
+    ("a\nb\ud800", r"line 2: expected a prompt of whole characters, got '\\ud800': remove it"),
+    ('{"prompt": "\\u0000"}', r"line 1: expected a prompt of whole characters, got '\\x00': remove it"),
     ('{"prompt": "a"}\n{"text": "a\\udc00"}', r"line 2: expected a prompt of whole characters, got '\\udc00'"),
     ('{"prompt": "a", "kind": "\\ud800"}', "line 1: expected a kind of whole characters"),
     ('{"prompt": "a", "kind": "' + "k" * 41 + '"}', f"at most {MAX_KIND_CHARACTERS} characters, got 41: shorten it"),
@@ -80,7 +80,7 @@ def test_limits_are_allowed_themselves():
     ('{"question": "a"}', "line 1: expected a text under prompt or text or instruction, got none: write the prompt"),
     ('{"prompt": " "}', "got ' ': write the prompt, or leave the line out"),
 ])
-def test_pasted_text_that_is_no_prompt_set(pasted, reason):
+def test_pasted_text_that_is_not_a_prompt_set(pasted, reason):
     with pytest.raises(ValueError, match=reason):
         read_prompts(pasted)
 
@@ -92,7 +92,7 @@ def test_pasted_text_that_is_no_prompt_set(pasted, reason):
     ("a.txt", "one".encode("utf-16"), "line 1: expected UTF-8 text, got the byte 0xff"),
     ("a.txt", b"one\n\0", "line 2: expected text, got a NUL character"),
     ("a.csv", "prompt\none".encode("utf-16-le"), "line 1: expected text, got a NUL character"),
-    ("a.txt", b"x" * (MAX_BYTES + 1), "at most 1,000,000 bytes, got 1,000,001: make several smaller sets"),
+    ("a.txt", b"x" * (MAX_BYTES + 1), "at most 1,000,000 bytes, got 1,000,001: split it into smaller sets"),
     ("a.jsonl", b'{"prompt": "a"}\n\n{oops', "line 3: expected a JSON object such as .*, got '{oops': correct"),
     ("a.jsonl", b"[1]", r"line 1: expected a JSON object such as .*, got '\[1\]'"),
     ("a.jsonl", b'{"prompt": ' + b"[" * 90_000, "line 1: expected a JSON object"),
@@ -101,7 +101,7 @@ def test_pasted_text_that_is_no_prompt_set(pasted, reason):
     ("a.csv", b"question,kind\nwhy,x", "line 1: expected a header with one column prompt, got 'question,kind': name"),
     ("a.csv", b"\nprompt;kind\na;b", "line 2: expected a header with one column prompt, got 'prompt;kind'.*put commas"),
     ("a.csv", b"prompt,prompt\na,b", "expected a header with one column prompt"),
-    ("a.csv", b'prompt\n"a\nb"\nHello, world', "line 4: expected one cell a column, 1 in all, got 2: put prompts with"),
+    ("a.csv", b'prompt\n"a\nb"\nHello, world', "line 4: expected one cell per column, 1 in all, got 2: put prompts"),
     ("a.csv", b'prompt\na\n"open\nstill', "line 3: expected comma-separated cells, got a row .*: close every"),
     ("a.csv", b'prompt\n"a"b', "line 2: expected comma-separated cells"),
     ("a.csv", b"prompt\n" + b"x" * 200_000, "line 2: expected comma-separated cells.*field larger"),
@@ -110,23 +110,23 @@ def test_pasted_text_that_is_no_prompt_set(pasted, reason):
     ("a.pdf", b"one", r"ends in .txt, .jsonl, .csv, got 'a.pdf': save it as one of them"),
     ("a", b"one", "ends in .txt"),
 ])
-def test_files_that_are_no_prompt_set(tmp_path, name, content, reason):
+def test_files_that_are_not_a_prompt_set(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=reason):
         read_prompts(tmp_path / name)
 
 
-def test_what_is_no_file_is_named(tmp_path):
+def test_a_path_that_is_not_a_file_is_named(tmp_path):
     (tmp_path / "folder.txt").mkdir()
-    os.mkfifo(tmp_path / "pipe.txt")                        # would wait for ever if it was opened
+    os.mkfifo(tmp_path / "pipe.txt")                        # opening it would wait for ever
     for name in ("none.txt", "folder.txt", "pipe.txt", "nul\0.txt"):
-        with pytest.raises(ValueError, match="expected a file, got .* which is none: choose another"):
+        with pytest.raises(ValueError, match="expected a file, got .* which is not a file: choose another"):
             read_prompts(tmp_path / name)
     with pytest.raises(ValueError, match="expected a file that can be read, got .*: choose another"):
         read_prompts(tmp_path / f"{'x' * 300}.txt")
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+def test_a_file_without_read_permission_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one")
 
     def refuse(*_):
@@ -136,7 +136,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         read_prompts(tmp_path / "a.txt")
 
 
-def test_bundled_prompts_take_turns():
+def test_kinds_of_bundled_prompts_alternate():
     prompts = bundled_prompts()
     kinds = list(dict.fromkeys(p.kind for p in prompts))
     assert [p.kind for p in prompts[:len(kinds)]] == kinds and len(prompts) == len(set(prompts)) <= MAX_PROMPTS

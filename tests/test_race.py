@@ -1,4 +1,4 @@
-"""A race is fair when each side's own clock decides who goes next, and clean when it is stopped."""
+"""The side that has used less engine time goes next, and stopping a race closes both sides."""
 
 from conftest import tiny_engine
 
@@ -12,13 +12,13 @@ def side(step: float, count: int):
         yield TokenEvent(i, 0, 0, (), Status.EMITTED, (i + 1) * step, 0)
 
 
-def test_the_side_whose_clock_is_behind_goes_next():
+def test_the_side_with_less_engine_time_goes_next():
     order = [(name, e.index) for name, e in race({"fast": side(1, 6), "slow": side(3, 2)})]
     assert order == [("fast", 0), ("slow", 0), ("fast", 1), ("fast", 2), ("fast", 3), ("slow", 1), ("fast", 4),
                      ("fast", 5)]
 
 
-def test_both_sides_say_what_they_say_alone():
+def test_both_sides_write_what_they_write_alone():
     engine = tiny_engine()
     configs = {mode: DecodeConfig(mode=mode, max_new_tokens=20, thresholds=0.4) for mode in ("cascade", "full")}
     alone = {mode: engine.run([5, 6], config).token_ids for mode, config in configs.items()}

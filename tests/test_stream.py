@@ -1,4 +1,4 @@
-"""What is shown is what was said: pieces add up, hostile text survives, drafts leave no trace."""
+"""The stream holds what the engine wrote: pieces add up, hostile text survives, rejected drafts leave no trace."""
 
 import gc
 import json
@@ -7,12 +7,24 @@ import weakref
 import pytest
 from conftest import tiny_engine
 
-from cascadeexit import hub, metrics, stream, views
+from cascadeexit import hub, metrics, views
 from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.folders import cache_folder
 from cascadeexit.inspection import inspect
 from cascadeexit.race import race
+from cascadeexit.shape import Shape
+from cascadeexit.stream import (
+    CASCADE,
+    FULL,
+    TextDecoder,
+    TokenStream,
+    error_line,
+    frames,
+    model_line,
+    stopped,
+    token_bytes,
+)
 from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
 
 
@@ -26,7 +38,7 @@ def decoded(tokenizer, ids) -> str:
 
 
 def pieces(tokenizer, ids) -> list[str]:
-    decoder = stream.TextDecoder(tokenizer)
+    decoder = TextDecoder(tokenizer)
     return [*(decoder.push(i) for i in ids), decoder.flush()]
 
 
@@ -34,22 +46,22 @@ def ids_of(tokenizer, words: str) -> list[int]:
     return tokenizer.convert_tokens_to_ids(words.split())
 
 
-def run_stream(engine, tokenizer, mode: str, **options) -> stream.TokenStream:
-    """A whole race, written down."""
+def run_stream(engine, tokenizer, mode: str, **options) -> TokenStream:
+    """Stream of a whole race."""
     config = DecodeConfig(mode=mode, thresholds=options.pop("thresholds", 0.6), max_new_tokens=60, **options)
     prompt = [5, 6, 7]
-    told = stream.TokenStream(engine, tokenizer, config, prompt)
+    stream = TokenStream(engine, tokenizer, config, prompt)
     full = DecodeConfig(mode=Mode.FULL, max_new_tokens=60, temperature=config.temperature)
-    for _ in stream.frames(told, race({stream.CASCADE: engine.generate(prompt, config),
-                                        stream.FULL: engine.generate(prompt, full)})):
+    for _ in frames(stream, race({CASCADE: engine.generate(prompt, config),
+                                        FULL: engine.generate(prompt, full)})):
         pass
-    told.close_text()
-    told.end(inspect(engine, prompt, told.sides[stream.CASCADE].events))
-    return told
+    stream.close_text()
+    stream.end(inspect(engine, prompt, stream.sides[CASCADE].events))
+    return stream
 
 
-def records(told: stream.TokenStream, type: str | None = None) -> list[dict]:
-    every = [json.loads(line) for line in told.text.splitlines()]
+def records(stream: TokenStream, type: str | None = None) -> list[dict]:
+    every = [json.loads(line) for line in stream.text.splitlines()]
     return [r for r in every if type in (None, r["type"])]
 
 
@@ -62,7 +74,7 @@ def test_pieces_add_up_to_the_whole_text(tokenizer, words):
     assert "".join(pieces(tokenizer, ids)) == decoded(tokenizer, ids)
 
 
-def test_a_character_comes_with_the_token_that_completes_it(tokenizer):
+def test_a_character_appears_with_the_token_that_completes_it(tokenizer):
     assert pieces(tokenizer, ids_of(tokenizer, "a ð Ł ĺ Ģ b")) == ["a", "", "", "", "😀", "b", ""]
 
 
@@ -76,62 +88,62 @@ def test_pieces_of_the_bundled_tokenizer_add_up():
     ids = tokenizer(text, add_special_tokens=False).input_ids
     out = pieces(tokenizer, ids)
     assert "".join(out) == decoded(tokenizer, ids) == text
-    assert "" in out[:-1], "no character was split over tokens: this text tests nothing"
+    assert "" in out[:-1], "this text must hold a character of several tokens"
 
 
 @pytest.mark.parametrize("mode", ["cascade", "verified"])
 def test_the_stream_holds_the_text_of_both_sides(tokenizer, mode):
-    told = run_stream(tiny_engine(seed=3), tokenizer, mode)
-    for name, side in told.sides.items():
-        texts = {r["i"]: r["text"] for r in records(told, "token")
+    stream = run_stream(tiny_engine(seed=3), tokenizer, mode)
+    for name, side in stream.sides.items():
+        texts = {r["i"]: r["text"] for r in records(stream, "token")
                  if r["side"] == name and r["status"] in ("emitted", "accepted")}
-        for patch in records(told, "text"):
+        for patch in records(stream, "text"):
             texts[patch["i"]] += patch["text"] if patch["side"] == name else ""
         assert "".join(texts[i] for i in range(len(texts))) == decoded(tokenizer, side.ids)
 
 
-def test_a_cut_character_at_the_end_is_not_lost(tokenizer):
-    told = stream.TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
+def test_an_incomplete_character_at_the_end_is_not_lost(tokenizer):
+    stream = TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
     for i, token in enumerate(ids_of(tokenizer, "a ð Ł")):
-        told.add(stream.CASCADE, TokenEvent(i, token, 3, (None,) * 3, Status.EMITTED, i + 1.0, 0))
-    told.close_text()
-    assert [r.get("part", False) for r in records(told, "token")] == [False, True, True]
-    assert records(told, "text") == [{"type": "text", "side": "cascade", "i": 2, "text": "\ufffd"}]
+        stream.add(CASCADE, TokenEvent(i, token, 3, (None,) * 3, Status.EMITTED, i + 1.0, 0))
+    stream.close_text()
+    assert [r.get("part", False) for r in records(stream, "token")] == [False, True, True]
+    assert records(stream, "text") == [{"type": "text", "side": "cascade", "i": 2, "text": "\ufffd"}]
 
 
-def test_a_piece_of_a_character_comes_with_its_bytes(tokenizer):
-    told = stream.TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
+def test_a_part_of_a_character_has_its_bytes(tokenizer):
+    stream = TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
     for i, token in enumerate(ids_of(tokenizer, "a ð Ł ĺ Ģ b â Ĥ ¬")):
-        told.add(stream.FULL, TokenEvent(i, token, 3, (None,) * 3, Status.EMITTED, i + 1.0, 0))
-    assert [r.get("bytes") for r in records(told, "token")] == [None, "f0", "9f", "98", "80", None, "e2", "82", "ac"]
-    assert all(stream.token_bytes(tokenizer, i) == tokenizer.decode([i]).encode()
+        stream.add(FULL, TokenEvent(i, token, 3, (None,) * 3, Status.EMITTED, i + 1.0, 0))
+    assert [r.get("bytes") for r in records(stream, "token")] == [None, "f0", "9f", "98", "80", None, "e2", "82", "ac"]
+    assert all(token_bytes(tokenizer, i) == tokenizer.decode([i]).encode()
                for i in ids_of(tokenizer, "a Ġ Ċ Ġx </s> 9"))
 
 
 def test_special_tokens_are_marked(tokenizer):
-    told = stream.TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
-    told.add(stream.FULL, TokenEvent(0, tokenizer.eos_token_id, 3, (None,) * 3, Status.EMITTED, 1.0, 0))
-    assert records(told, "token")[0] | {"special": True, "text": "</s>"} == records(told, "token")[0]
+    stream = TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
+    stream.add(FULL, TokenEvent(0, tokenizer.eos_token_id, 3, (None,) * 3, Status.EMITTED, 1.0, 0))
+    assert records(stream, "token")[0] | {"special": True, "text": "</s>"} == records(stream, "token")[0]
 
 
 # -- the stream ---------------------------------------------------------------------------------------------
 
-def test_lines_are_plain_json_and_only_grow(tokenizer):
+def test_the_stream_is_plain_json_and_only_grows(tokenizer):
     engine = tiny_engine()
     config = DecodeConfig(max_new_tokens=9, thresholds=0.5)
-    told = stream.TokenStream(engine, tokenizer, config, [5, 6])
-    before = told.text
-    for text in stream.frames(told, race({stream.CASCADE: engine.generate([5, 6], config),
-                                           stream.FULL: engine.generate([7, 8], config)})):
+    stream = TokenStream(engine, tokenizer, config, [5, 6])
+    before = stream.text
+    for text in frames(stream, race({CASCADE: engine.generate([5, 6], config),
+                                           FULL: engine.generate([7, 8], config)})):
         assert text.startswith(before)
         before = text
-    assert [r["type"] for r in records(told)][:2] == ["model", "run"]
-    assert told.text.isascii() and "<" not in told.text
+    assert [r["type"] for r in records(stream)][:2] == ["model", "run"]
+    assert stream.text.isascii() and "<" not in stream.text
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "\ud83d", "\u2028", "\x00", "line\nbreak"])
 def test_any_text_survives(text):
-    line = stream.error_line(text)
+    line = error_line(text)
     assert line.count("\n") == 1 and line.isascii() and "<" not in line
     assert json.loads(line)["message"] == text
 
@@ -139,9 +151,9 @@ def test_any_text_survives(text):
 @pytest.mark.parametrize("max_draft", [1, 3, 7])
 def test_drafts_and_rejections_leave_exactly_the_final_tokens(tokenizer, max_draft):
     engine = tiny_engine(seed=2)
-    told = run_stream(engine, tokenizer, "verified", max_draft=max_draft, thresholds=0.3)
+    stream = run_stream(engine, tokenizer, "verified", max_draft=max_draft, thresholds=0.3)
     pending, final, rejected = {}, [], 0
-    for r in (r for r in records(told, "token") if r["side"] == stream.CASCADE):
+    for r in (r for r in records(stream, "token") if r["side"] == CASCADE):
         if r["status"] == "draft":
             pending[r["i"]] = r["id"]
         elif r["status"] == "rejected":
@@ -156,42 +168,42 @@ def test_drafts_and_rejections_leave_exactly_the_final_tokens(tokenizer, max_dra
 
 def test_numbers_are_those_of_metrics(tokenizer):
     engine = tiny_engine(seed=3)
-    told = run_stream(engine, tokenizer, "cascade")
-    ours, theirs = (told.sides[name] for name in (stream.CASCADE, stream.FULL))
-    stats = [r for r in records(told, "stats") if r["side"] == stream.CASCADE][-1]
+    stream = run_stream(engine, tokenizer, "cascade")
+    ours, theirs = (stream.sides[name] for name in (CASCADE, FULL))
+    stats = [r for r in records(stream, "stats") if r["side"] == CASCADE][-1]
     expected = metrics.summarize(ours.events, engine.costs)
     for name in ("tokens", "cost", "first_token_seconds", "token_seconds_p90", "tokens_per_second"):
         assert stats[name] == pytest.approx(getattr(expected, name), abs=1e-5)
     assert stats["routing_share"] == pytest.approx(expected.routing_share, abs=1e-5) and stats["done"]
-    end = records(told, "end")[0]
+    end = records(stream, "end")[0]
     match = metrics.match(ours.ids, theirs.ids)
     assert end["first_divergence"] == match.first_divergence and end["sequence"] == match.sequence
     choices = engine.full_choices([5, 6, 7], ours.ids)
     assert end["agreement"] == pytest.approx(metrics.agreement(ours.ids, choices), abs=1e-5)
 
 
-def test_only_a_verified_run_that_tolerates_nothing_may_claim_to_be_identical(tokenizer):
+def test_only_a_verified_run_without_tolerance_may_claim_to_be_identical(tokenizer):
     engine = tiny_engine()
     for mode, options, claim in (("verified", {}, True), ("verified", {"temperature": 0.8}, True),
                                  ("verified", {"tolerance": 0.1}, None), ("cascade", {}, None)):
-        told = run_stream(engine, tokenizer, mode, **options)
-        assert records(told, "end")[0]["identical"] is claim
+        stream = run_stream(engine, tokenizer, mode, **options)
+        assert records(stream, "end")[0]["identical"] is claim
 
 
-def test_a_kept_run_holds_no_model(tokenizer):
-    """A page keeps many runs; models are exchanged meanwhile."""
+def test_a_stream_does_not_keep_its_model_alive(tokenizer):
+    """A page keeps many streams, while other models are loaded."""
     engine = tiny_engine()
-    told, model = run_stream(engine, tokenizer, Mode.CASCADE), weakref.ref(engine.model)
+    stream, model = run_stream(engine, tokenizer, Mode.CASCADE), weakref.ref(engine.model)
     del engine
     gc.collect()
-    assert model() is None and views.figures(told, []) and told.text
+    assert model() is None and views.figures(stream, []) and stream.text
 
 
-def test_stopping_keeps_what_was_said_and_says_so_once(tokenizer):
-    idle = stream.model_line(stream.Shape.of(tiny_engine()))
-    assert stream.stopped(idle) == idle
+def test_stopping_keeps_the_text_and_is_recorded_once(tokenizer):
+    idle = model_line(Shape.of(tiny_engine()))
+    assert stopped(idle) == idle
     running = idle + '{"type":"token"}\n'
-    assert stream.stopped(running) == running + '{"type":"stopped"}\n'
+    assert stopped(running) == running + '{"type":"stopped"}\n'
     ended = run_stream(tiny_engine(), tokenizer, "full").text
-    for text in ("", "no json", "[]", stream.stopped(running), ended):
-        assert stream.stopped(text) == text
+    for text in ("", "no json", "[]", stopped(running), ended):
+        assert stopped(text) == text

@@ -127,10 +127,10 @@ def test_folded_adapters_give_on_plain_rows_what_they_gave_on_mapped_ones(tmp_pa
     bank, store = bank_and_store(adapter, tmp_path)
     inputs = AdapterInputs(bank, store, range(20), torch.ones(32))
     h, carried = torch.randn(5, 32), torch.randn(5, 32)
-    before = [bank.hidden(s, *inputs(s, h, carried)) for s in range(3)]
+    before = [bank.adapters[s](*inputs(s, h, carried)) for s in range(3)]
     inputs.fold(bank)
     for s in range(3):
-        torch.testing.assert_close(bank.hidden(s, h, carried), before[s], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(bank.adapters[s](h, carried), before[s], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -142,7 +142,7 @@ def test_training_continues_from_exits_trained_before(tmp_path, adapter):
     assert inputs.adopt(bank, before) == [3, 5]
     h, carried = torch.randn(2, 6, 32)
     for s in (1, 2):
-        torch.testing.assert_close(bank.hidden(s, *inputs(s, h, carried)), before.hidden(s, h, carried), atol=2e-3,
+        torch.testing.assert_close(bank.adapters[s](*inputs(s, h, carried)), before.adapters[s](h, carried), atol=2e-3,
                                    rtol=2e-3)
     with pytest.raises(ValueError, match="another shape"):
         inputs.adopt(bank, tiny_engine(adapter=adapter, width=9).bank)

@@ -1,4 +1,4 @@
-"""A real page in a real Chromium: the app runs in this process around a tiny random model, on a free port."""
+"""Fixtures: the app around a tiny random model, in this process on a free port, and pages of it in Chromium."""
 
 import os
 from urllib.parse import urlparse
@@ -9,11 +9,11 @@ from conftest import tiny_engine
 from tests.browser.server import CHROMIUM_ARGS, find_chromium, serve
 from tests.browser.tiny_text import tiny_tokenizer
 
-SEED = 39           # of a tiny model whose text holds every hostile token and every exit within 200 tokens
+SEED = 39           # its tiny model writes every hostile token and uses every exit within 200 tokens
 
 
 def _unavailable(reason: str) -> None:
-    """Skip on a developer's machine, fail where the tests are the point."""
+    """Skip on a developer's machine, fail in CI."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
@@ -31,7 +31,7 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium):
-    """Opens pages that may talk to this machine only and must not complain; checked when the test is over."""
+    """Function that opens a page. Requests to other machines, errors and dialogs fail the test at its end."""
     contexts, complaints = [], []
 
     def check(route):

@@ -1,4 +1,4 @@
-"""Pictures of the page for the README, taken from the bundled model, and the recorded run of its first visitors.
+"""Take the screenshots of the README with the bundled model, and record the run that plays while a model loads.
 
     python -m tests.browser.screenshots --out assets/screenshots
 """
@@ -18,16 +18,16 @@ TRACE = Path("assets/traces/sky.json")
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture: how the page is opened and what is done before it is taken."""
+    """One screenshot: how the page is opened, and what is done before it is taken."""
 
     name: str
     theme: str = "light"
     width: int = 1280
     height: int = 1330
-    mode: str = "Cascade"
+    mode: str = "cascade"
     prompt: str = "Explain why the sky is blue."
     then: Callable[[Page], str | None] = lambda page: None
-    """What a visitor does when the run is over; returns the part of the page to show, None for all that is in view."""
+    """Called when the run is over; returns the selector of the part to show, None for the whole view."""
 
 
 def open_card(page: Page) -> None:
@@ -50,11 +50,11 @@ def open_charts(page: Page) -> str:
 def evaluate(page: Page) -> None:
     page.get_by_role("tab", name="Many prompts").click()
     page.click("#ce-evaluate")
-    page.wait_for_selector("#ce-said .ce-status.done")
+    page.wait_for_selector("#ce-many-status .ce-status.done")
     page.wait_for_selector("#ce-chart .main-svg")
 
 
-SHOTS = (Shot("light"), Shot("dark", theme="dark"), Shot("verified", mode="Verified"),
+SHOTS = (Shot("light"), Shot("dark", theme="dark"), Shot("verified", mode="verified"),
          Shot("phone", width=390, height=1500), Shot("figures", then=open_charts),
          Shot("card", then=open_card), Shot("map", then=open_map), Shot("many", then=evaluate))
 
@@ -63,7 +63,7 @@ def take(browser: Browser, url: str, shot: Shot, folder: Path) -> Path:
     page = browser.new_page(viewport={"width": shot.width, "height": shot.height}, device_scale_factor=1.5)
     page.set_default_timeout(600_000)
     page.goto(f"{url}?__theme={shot.theme}")
-    page.get_by_label(f"{shot.mode}:").check()
+    page.get_by_label(f"({shot.mode})").check()
     page.fill("#ce-prompt textarea", shot.prompt)
     page.click("#ce-run")
     page.wait_for_selector(".ce-status.done")
@@ -71,7 +71,7 @@ def take(browser: Browser, url: str, shot: Shot, folder: Path) -> Path:
         keep_trace(page)
     page.eval_on_selector_all(".ce-text", "all => { scrollTo(0, 0); all.forEach(box => box.scrollTop = 0); }")
     part = shot.then(page)
-    page.wait_for_timeout(1000)                                 # animations come to rest
+    page.wait_for_timeout(1000)                                 # animations end
     path = folder / f"{shot.name}.png"
     (page.locator(part) if part else page).screenshot(path=path)
     page.close()
@@ -79,7 +79,7 @@ def take(browser: Browser, url: str, shot: Shot, folder: Path) -> Path:
 
 
 def keep_trace(page: Page) -> None:
-    """The run that a visitor sees while the model loads."""
+    """Save the run that plays while the model loads."""
     with page.expect_download() as download:
         page.get_by_role("button", name="Save run").click()
     download.value.save_as(TRACE)

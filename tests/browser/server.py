@@ -1,4 +1,4 @@
-"""The app in this process on a free port, and the browser that looks at it: for tests and screenshots."""
+"""The app in this process on a free port, and the path of a browser: for tests and screenshots."""
 
 import shutil
 import socket
@@ -13,18 +13,18 @@ CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-
 
 
 def find_chromium() -> str | None:
-    """Path of an installed Chromium: playwright's own download is not asked for."""
+    """Path of an installed Chromium; playwright's own download is not used."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def serve(engine, tokenizer):
-    """The address of the app around one model, while it runs."""
+    """Serve the app around one model; yields its address."""
     return serve_library(Library.of(engine, tokenizer))
 
 
 @contextmanager
 def serve_library(library: Library) -> Iterator[str]:
-    """The app's address, while it runs."""
+    """Serve the app around a library; yields its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Everybody can use the page: axe's rules in every state, the keyboard, text of any direction."""
+"""Accessibility: axe finds no violation in any state, the keyboard is enough, text of any direction is readable."""
 
 import pytest
 
@@ -12,7 +12,7 @@ MANY = ("#ce-title", "#ce-many")
 
 
 def violations(page, places=ONE) -> list[str]:
-    """In our own components; gradio's toasts are not ours."""
+    """Violations in our own components; gradio's pop-up messages are not ours."""
     found = []
     for place in places:
         for rule in axe.Axe().run(page, context=place, options=RULES).response["violations"]:
@@ -48,7 +48,7 @@ def test_axe_finds_nothing_in_any_state(open_page, tiny_url, theme):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_among_many_prompts(open_page, tiny_url, theme):
+def test_axe_finds_nothing_on_the_many_prompts_tab(open_page, tiny_url, theme):
     page = open_page(f"{tiny_url}?__theme={theme}")
     page.get_by_role("tab", name="Many prompts").click()
     page.wait_for_selector("#ce-evaluate")
@@ -56,16 +56,16 @@ def test_axe_finds_nothing_among_many_prompts(open_page, tiny_url, theme):
     assert violations(page, MANY) == [], "idle"
     page.fill("#ce-pasted textarea", "hi there\n" + "sky " * 300)
     page.click("#ce-evaluate")
-    page.wait_for_selector("#ce-said .ce-status.done")
+    page.wait_for_selector("#ce-many-status .ce-status.done")
     page.wait_for_selector("#ce-chart .main-svg")
     assert violations(page, MANY) == [], "done, with a failure in the table"
     page.fill("#ce-pasted textarea", '{"prompt": 5}')
     page.click("#ce-evaluate")
-    page.wait_for_selector("#ce-said .ce-status.error")
+    page.wait_for_selector("#ce-many-status .ce-status.error")
     assert violations(page, MANY) == [], "error"
 
 
-def test_the_keyboard_alone_runs_and_looks(page):
+def test_the_keyboard_alone_is_enough(page):
     page.locator("#ce-prompt textarea").focus()
     for _ in range(25):
         if page.evaluate("document.activeElement.id") == "ce-run":

@@ -1,11 +1,13 @@
-"""Budgets of the page: no token lost in long or hidden runs, few updates, no long task, visitors in turn."""
+"""Budgets of the page: no lost tokens in long or hidden runs, few updates, no long tasks, visitors take turns."""
 
 import time
 
 import pytest
 
-from cascadeexit.config import DecodeConfig
-from cascadeexit.stream import Shape
+from cascadeexit.config import CASCADE_THRESHOLD, DecodeConfig
+from cascadeexit.prompts import visitor_token_ids
+from cascadeexit.settings import thresholds_at
+from cascadeexit.shape import Shape
 from tests.browser.test_page import FINAL, SKY, shown_ids
 
 pytestmark = pytest.mark.browser
@@ -20,7 +22,7 @@ WATCH = """() => {
     new MutationObserver(() => window.charts++).observe(document.querySelector('.ce-charts'),
         {subtree: true, attributeFilter: ['points']});
 }"""
-# Stamps the first token that was not there before.
+# Notes the time of the first new token.
 FIRST = """() => {
     const before = document.querySelector('.ce-text .t');
     window.first = null;
@@ -35,7 +37,7 @@ HIDE = """() => { Object.defineProperty(document, 'hidden', {get: () => true});
 
 
 def paced(tiny, monkeypatch, seconds: float) -> list[float]:
-    """An engine that takes its time; returns the list that gets the moment of each event."""
+    """Slow the engine down; returns a list that receives the time of each event."""
     fast, moments = tiny[0].generate, []
 
     def generate(ids, config):
@@ -49,9 +51,9 @@ def paced(tiny, monkeypatch, seconds: float) -> list[float]:
 
 def tokens(page, n: int) -> None:
     page.click("#ce-settings button")
-    box = page.get_by_label("number input for Most new tokens")
+    box = page.get_by_label("number input for Maximum length")
     box.wait_for()
-    page.wait_for_timeout(500)                  # what just opened still settles, and nobody types that fast
+    page.wait_for_timeout(500)                  # the settings are still opening
     box.fill(str(n))
     box.press("Tab")
     page.wait_for_timeout(200)
@@ -59,10 +61,9 @@ def tokens(page, n: int) -> None:
 
 
 def ids_of(tiny, n: int, mode: str) -> list[int]:
-    import app
     engine, tokenizer = tiny
-    thresholds = app.sliders_at(app.CASCADE_THRESHOLD, Shape.of(engine))[:engine.num_exits]
-    return engine.run(app.prompt_ids(tokenizer, SKY, chat=True),
+    thresholds = thresholds_at(CASCADE_THRESHOLD, Shape.of(engine))[:engine.num_exits]
+    return engine.run(visitor_token_ids(tokenizer, SKY, chat=True),
                       DecodeConfig(mode=mode, max_new_tokens=n, thresholds=thresholds)).token_ids
 
 
@@ -70,14 +71,14 @@ def ids_of(tiny, n: int, mode: str) -> list[int]:
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_long_run_loses_no_token_and_stays_light(page, tiny, monkeypatch, mode, hidden):
     tokens(page, LONG)
-    page.get_by_label(f"{mode.capitalize()}:").check()
+    page.get_by_label(f"({mode})").check()
     paced(tiny, monkeypatch, 0.003)
     page.evaluate(WATCH)
     if hidden:
         page.evaluate(HIDE)
     began = time.time()
     page.click("#ce-run")
-    page.wait_for_selector(".ce-status.done", timeout=180_000)         # on a machine with other work
+    page.wait_for_selector(".ce-status.done", timeout=180_000)         # the machine may be busy
     took = time.time() - began
     monkeypatch.undo()
     for side, wanted in (("cascade", mode), ("full", "full")):
@@ -88,14 +89,14 @@ def test_a_long_run_loses_no_token_and_stays_light(page, tiny, monkeypatch, mode
         assert [i for i, (a, b) in enumerate(zip(shown, ids)) if a != b] == []
     assert page.evaluate("window.longest") <= 200
     assert page.evaluate("window.updates") <= 15 * took
-    assert 3 <= page.evaluate("window.charts") <= 5 * took + 2       # and the last numbers, and the first
+    assert 3 <= page.evaluate("window.charts") <= 5 * took + 2       # plus the first and the last numbers
     nodes = page.evaluate("""() => document.evaluate('count(//*[contains(@class, "ce-text")]//node())', document, null,
         XPathResult.NUMBER_TYPE).numberValue""")
     assert nodes <= 4 * 2 * LONG
 
 
-def test_the_first_token_is_on_screen_at_once(page, tiny, monkeypatch):
-    """Median of runs: other programs on the machine may hold up one of them."""
+def test_the_first_token_appears_without_delay(page, tiny, monkeypatch):
+    """The median of several runs counts, because other programs may delay one of them."""
     tokens(page, 12)
     moments, delays = paced(tiny, monkeypatch, 0.01), []
     for _ in range(7):
@@ -130,7 +131,7 @@ def test_stopping_and_leaving_free_the_model(open_page, tiny_url, tiny, monkeypa
     one.wait_for_selector(".ce-text .t")
     two.click("#ce-run")
     three.click("#ce-run")
-    one.close()                                 # leaves: its run ends
+    one.close()                                 # leaving ends its run
     two.wait_for_selector(".ce-text .t")
     two.click("#ce-stop")
     two.wait_for_selector(".ce-status.stopped")

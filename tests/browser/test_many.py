@@ -1,4 +1,4 @@
-"""Many prompts: from three sources, with numbers as they come; cancelled, what is there stays."""
+"""Many prompts: three sources, live numbers, and results that stay after Cancel."""
 
 import json
 import time
@@ -7,11 +7,11 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-REMEMBER_SAID = """() => {
-  const said = document.querySelector("#ce-said");
-  window.saidSoFar = [];
-  new MutationObserver(() => window.saidSoFar.push(said.innerText)).observe(
-      said, {subtree: true, childList: true, characterData: true, attributes: true});
+REMEMBER_STATUS = """() => {
+  const status = document.querySelector("#ce-many-status");
+  window.statuses = [];
+  new MutationObserver(() => window.statuses.push(status.innerText)).observe(
+      status, {subtree: true, childList: true, characterData: true, attributes: true});
 }"""
 
 
@@ -25,9 +25,9 @@ def many(page):
 def test_pasted_prompts_are_evaluated_and_saved(many, tmp_path):
     many.fill("#ce-pasted textarea", "hi there\n<img src=x onerror=alert(1)>\n" + "sky " * 300)
     many.click("#ce-evaluate")
-    many.wait_for_selector("#ce-said .ce-status.done")
-    said = many.locator("#ce-said").inner_text()
-    assert "3 of 3 prompts" in said and "1 could not run" in said and "agreement" in said
+    many.wait_for_selector("#ce-many-status .ce-status.done")
+    status = many.locator("#ce-many-status").inner_text()
+    assert "3 of 3 prompts" in status and "1 could not run" in status and "agreement" in status
     assert many.locator("#ce-results img").count() == 0
     many.wait_for_selector("#ce-chart .main-svg")
     with many.expect_download() as download:
@@ -42,18 +42,18 @@ def test_a_file_of_prompts_is_evaluated(many, tmp_path):
     many.set_input_files("#ce-prompt-file input[type=file]", tmp_path / "set.csv")
     many.wait_for_selector("#ce-prompt-file :text('set.csv')")
     many.click("#ce-evaluate")
-    many.wait_for_selector("#ce-said .ce-status.done")
-    assert "2 of 2 prompts" in many.locator("#ce-said").inner_text()
+    many.wait_for_selector("#ce-many-status .ce-status.done")
+    assert "2 of 2 prompts" in many.locator("#ce-many-status").inner_text()
 
 
 def test_a_bad_set_gets_a_message(many):
     many.fill("#ce-pasted textarea", '{"prompt": 5}')
     many.click("#ce-evaluate")
-    many.wait_for_selector("#ce-said .ce-status.error")
-    assert "line 1: expected a text" in many.locator("#ce-said").inner_text()
+    many.wait_for_selector("#ce-many-status .ce-status.error")
+    assert "line 1: expected a text" in many.locator("#ce-many-status").inner_text()
 
 
-def test_cancelling_keeps_what_is_there(many, tiny, monkeypatch):
+def test_cancelling_keeps_the_results_so_far(many, tiny, monkeypatch):
     fast, made = tiny[0].generate, []
 
     def generate(ids, config):
@@ -64,16 +64,16 @@ def test_cancelling_keeps_what_is_there(many, tiny, monkeypatch):
     monkeypatch.setattr(tiny[0], "generate", generate)
     many.fill("#ce-pasted textarea", "\n".join(f"prompt {i}" for i in range(20)))
     many.click("#ce-evaluate")
-    many.wait_for_function("/^[23] of 20/.test(document.querySelector('#ce-said').innerText.trim())")
-    many.evaluate(REMEMBER_SAID)
+    many.wait_for_function("/^[23] of 20/.test(document.querySelector('#ce-many-status').innerText.trim())")
+    many.evaluate(REMEMBER_STATUS)
     many.click("#ce-cancel")
-    many.wait_for_selector("#ce-said .ce-status.stopped")
-    said = many.locator("#ce-said").inner_text()
+    many.wait_for_selector("#ce-many-status .ce-status.stopped")
+    status = many.locator("#ce-many-status").inner_text()
     many.wait_for_timeout(3000)
     stopped = len(made)
     many.wait_for_timeout(800)
-    assert len(made) == stopped, "it went on in the middle of a prompt"
-    assert many.locator("#ce-said").inner_text().strip() == said.split("\n")[-1] and "stopped" in said
-    assert not [text for text in many.evaluate("window.saidSoFar") if "Error" in text]
+    assert len(made) == stopped, "cancelling did not stop the run of a prompt"
+    assert many.locator("#ce-many-status").inner_text().strip() == status.split("\n")[-1] and "stopped" in status
+    assert not [text for text in many.evaluate("window.statuses") if "Error" in text]
     assert "prompt 1" in many.locator("#ce-results").inner_text()
     assert many.get_by_text("Save table (CSV)").is_enabled()

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: what the engine says is what a visitor sees: as text, live, nothing else."""
+"""The page in headless Chromium: a visitor sees exactly what the engine writes, as text, while it is written."""
 
 import csv
 import json
@@ -12,15 +12,18 @@ from conftest import tiny_base, tiny_engine
 from playwright.sync_api import expect
 
 import app
-from cascadeexit import hub, stream
+from cascadeexit import hub
 from cascadeexit.calibration import Calibration, Point
-from cascadeexit.config import DecodeConfig
+from cascadeexit.config import CASCADE_THRESHOLD, DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.library import Library
 from cascadeexit.model import SegmentedModel
+from cascadeexit.prompts import visitor_token_ids
 from cascadeexit.race import race
-from cascadeexit.stream import Shape
+from cascadeexit.settings import DISABLED, PRESETS, thresholds_at
+from cascadeexit.shape import Shape
+from cascadeexit.stream import FORMAT, TokenStream, frames, model_line, stopped
 from tests.browser.conftest import SEED
 from tests.browser.server import serve, serve_library
 from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
@@ -52,14 +55,14 @@ def run_to_end(page) -> None:
 
 
 def sliders(engine, threshold: float) -> list[float]:
-    """The thresholds that the page has at one price."""
-    return app.sliders_at(threshold, Shape.of(engine))[:engine.num_exits]
+    """Values of the page's threshold sliders for this threshold of the first exit."""
+    return thresholds_at(threshold, Shape.of(engine))[:engine.num_exits]
 
 
 def expected(tiny, mode: str, prompt: str = SKY) -> list[int]:
     engine, tokenizer = tiny
-    config = DecodeConfig(mode=mode, max_new_tokens=200, thresholds=sliders(engine, app.CASCADE_THRESHOLD))
-    return engine.run(app.prompt_ids(tokenizer, prompt, chat=True), config).token_ids
+    config = DecodeConfig(mode=mode, max_new_tokens=200, thresholds=sliders(engine, CASCADE_THRESHOLD))
+    return engine.run(visitor_token_ids(tokenizer, prompt, chat=True), config).token_ids
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def slow(tiny, monkeypatch):
     monkeypatch.setattr(tiny[0], "generate", generate)
 
 
-def test_both_sides_show_what_the_engine_says(page, tiny):
+def test_both_sides_show_what_the_engine_writes(page, tiny):
     run_to_end(page)
     for mode, side in (("cascade", "cascade"), ("full", "full")):
         ids = expected(tiny, mode)
@@ -104,7 +107,7 @@ def open_charts(page):
     page.wait_for_selector("#ce-figures .js-plotly-plot .main-svg")
 
 
-def test_a_new_run_puts_the_charts_of_the_last_one_away(page):
+def test_a_new_run_hides_the_charts_of_the_last_one(page):
     run_to_end(page)
     open_charts(page)
     page.click("#ce-run")
@@ -118,8 +121,7 @@ def test_numbers_and_charts_stay_after_a_run(page):
     open_charts(page)
     page.wait_for_function("document.querySelectorAll('#ce-figures .js-plotly-plot').length === 3")
     titles = page.locator("#ce-figures .gtitle").all_text_contents()
-    assert titles == ["Where the tokens left the model", "How long each token took",
-                      "How sure the exits were"]
+    assert titles == ["Which exit wrote the tokens", "Time per token", "Confidence of the exits"]
     nodes = page.evaluate("""() => document.evaluate('count(//*[contains(@class, "ce-text")]//node())',
                              document, null, XPathResult.NUMBER_TYPE).numberValue""")
     assert nodes <= 4 * sum(len(shown_ids(page, side)) for side in ("cascade", "full"))
@@ -147,39 +149,40 @@ def test_a_hostile_prompt_is_answered_like_any_other(page, tiny):
     assert shown_ids(page, "full") == expected(tiny, "full", prompt)
 
 
-def test_verified_mode_proves_that_it_is_identical(page, tiny):
-    page.get_by_label("Verified: exact").check()
+def test_exact_mode_proves_that_it_is_identical(page, tiny):
+    page.get_by_label("Exact (verified)").check()
     run_to_end(page)
     assert shown_ids(page, "cascade") == shown_ids(page, "full") == expected(tiny, "full")
     assert page.locator(".ce-badge").inner_text().startswith("✓ Identical to the full model")
     assert page.locator(".ce-text .draft").count() == 0
     rejected = page.locator(".ce-text .rejected")
     assert rejected.count() > 0 and not rejected.first.is_visible()
-    page.get_by_role("button", name="rejected guess").click()
+    page.get_by_role("button", name="rejected draft").click()
     assert rejected.first.is_visible()
 
 
-def test_a_correction_is_marked_where_an_exit_had_guessed(page, tiny):
-    page.get_by_label("Verified: exact").check()
-    choose_exit(page, "Always at exit 1")
+def test_a_correction_is_marked_where_an_exit_had_drafted_another_token(page, tiny):
+    page.get_by_label("Exact (verified)").check()
+    choose_exit(page, "Always exit 1")
     run_to_end(page)
     assert shown_ids(page, "cascade") == expected(tiny, "full")
     assert 0 < page.locator(".ce-text[data-side=cascade] .ef.correction").count() <= page.locator(".rejected").count()
 
 
-def test_verified_with_a_tolerance_is_what_the_engine_says_and_claims_no_identity(page, tiny):
-    page.get_by_label("Verified: exact").check()
-    choose_exit(page, "Always at exit 1")
+def test_exact_mode_with_a_tolerance_shows_what_the_engine_writes_and_claims_no_identity(page, tiny):
+    page.get_by_label("Exact (verified)").check()
+    choose_exit(page, "Always exit 1")
     set_number(page, "number input for Tolerance", 0.9)
     run_to_end(page)
     engine, tokenizer = tiny
     config = DecodeConfig(mode="verified", max_new_tokens=200, tolerance=0.9, thresholds=(0, None, None))
-    ids = engine.run(app.prompt_ids(tokenizer, SKY, chat=True), config).token_ids
+    ids = engine.run(visitor_token_ids(tokenizer, SKY, chat=True), config).token_ids
     assert shown_ids(page, "cascade") == ids != expected(tiny, "full")
-    assert page.locator(".ce-badge").is_hidden() and page.get_by_text("nearly as likely may stand").is_visible()
+    assert page.locator(".ce-badge").is_hidden()
+    assert page.get_by_text("also accepts drafts that it finds nearly as likely").is_visible()
 
 
-def test_cascade_mode_claims_no_identity(page):
+def test_fast_mode_claims_no_identity(page):
     run_to_end(page)
     assert page.locator(".ce-badge").is_hidden()
 
@@ -202,7 +205,7 @@ def test_a_run_after_a_stop_starts_anew(page, slow, tiny, monkeypatch):
     page.click("#ce-stop")
     page.wait_for_selector(".ce-status.stopped")
     monkeypatch.undo()
-    page.wait_for_timeout(500)        # gradio takes no click before it knows of the cancellation
+    page.wait_for_timeout(500)        # gradio ignores clicks until the cancellation is done
     run_to_end(page)
     assert shown_ids(page, "full") == expected(tiny, "full")
 
@@ -265,7 +268,7 @@ def test_on_a_phone_a_card_leaves_its_token_in_sight(open_page, tiny_url):
 
 # -- looking closer -----------------------------------------------------------------------------------------
 
-def test_a_card_tells_all_about_a_token(page, tiny):
+def test_a_card_shows_everything_about_a_token(page, tiny):
     run_to_end(page)
     tokens = page.locator(f".ce-text[data-side=cascade] {FINAL}")
     tokens.nth(5).click()
@@ -285,7 +288,7 @@ def test_a_card_tells_all_about_a_token(page, tiny):
     assert card.is_visible() and f"{ids[9]} · bytes" in card.inner_text()
 
 
-def test_a_key_of_the_legend_leaves_its_tokens_alone_in_colour(page):
+def test_a_key_of_the_legend_highlights_its_tokens(page):
     run_to_end(page)
     assert len(colours_seen(page)) >= 3
     key = page.locator(".ce-key").nth(1)
@@ -324,7 +327,7 @@ def test_two_kinds_of_mismatch_are_marked(page, tiny):
     run_to_end(page)
     engine, tokenizer = tiny
     ours, theirs = expected(tiny, "cascade"), expected(tiny, "full")
-    choices = engine.full_choices(app.prompt_ids(tokenizer, SKY, chat=True), ours)
+    choices = engine.full_choices(visitor_token_ids(tokenizer, SKY, chat=True), ours)
 
     def marked(name, side="cascade"):
         return page.eval_on_selector_all(f".ce-text[data-side={side}] {FINAL}", f"""all =>
@@ -335,12 +338,12 @@ def test_two_kinds_of_mismatch_are_marked(page, tiny):
     assert page.locator(".ce-marks li:visible").count() == 2
 
 
-def test_the_layer_map_shows_what_each_exit_would_have_said(page, tiny):
+def test_the_layer_map_shows_what_each_exit_would_have_written(page, tiny):
     run_to_end(page)
     page.click(".ce-map summary")
     page.wait_for_selector(".ce-map-table td")
     assert page.locator(".ce-map-table tr").count() == 4 and page.locator(".ce-map-table td").count() == 4 * 48
-    assert page.locator(".ce-map-table td.left").count() == 48, "each token leaves at one exit"
+    assert page.locator(".ce-map-table td.left").count() == 48, "one exit writes each token"
     page.get_by_role("button", name="later").click()
     shown = f"tokens 49 to 96 of {len(expected(tiny, 'cascade'))}"
     page.wait_for_function("shown => document.querySelector('.ce-map-bar').textContent.includes(shown)", arg=shown)
@@ -349,12 +352,12 @@ def test_the_layer_map_shows_what_each_exit_would_have_said(page, tiny):
 def open_settings(page) -> None:
     page.click("#ce-settings button")
     page.wait_for_selector("#ce-force")
-    page.wait_for_timeout(500)                  # what just opened still settles, and nobody types that fast
+    page.wait_for_timeout(500)                  # the settings are still opening
 
 
 def choose_exit(page, name: str) -> None:
     open_settings(page)
-    page.get_by_label("Where tokens leave").click()
+    page.get_by_label("Which exit writes").click()
     page.get_by_role("option", name=name).click()
 
 
@@ -363,27 +366,27 @@ def thresholds_shown(page) -> list[str]:
                                      "all => all.filter(x => x.offsetParent).map(x => x.value)")
 
 
-def test_forcing_an_exit_colours_every_token(page):
-    choose_exit(page, "Always at exit 2")
+def test_an_exit_that_always_writes_colours_every_token(page):
+    choose_exit(page, "Always exit 2")
     run_to_end(page)
     assert len(colours_seen(page)) == 1
     assert page.locator(".ce-count").nth(1).inner_text() == "200 · 100%"
 
 
-def test_an_exit_that_is_left_out_writes_nothing(page):
-    choose_exit(page, "Never at exit 2")
+def test_a_disabled_exit_writes_nothing(page):
+    choose_exit(page, "Disable exit 2")
     run_to_end(page)
     assert page.locator(".ce-count").nth(1).inner_text() == "0 · 0%"
 
 
-def test_a_preset_sets_every_threshold_also_behind_closed_settings(page, tiny):
-    with page.expect_response("**/run/predict*"):       # what it set has come
+def test_a_preset_sets_every_threshold_even_when_settings_are_closed(page, tiny):
+    with page.expect_response("**/run/predict*"):       # the thresholds have arrived
         page.get_by_label("Careful").check()
     run_to_end(page)
     engine, tokenizer = tiny
-    careful = sliders(engine, dict(app.PRESETS)["Careful"])
+    careful = sliders(engine, PRESETS["Careful"])
     config = DecodeConfig(max_new_tokens=200, thresholds=careful)
-    assert shown_ids(page, "cascade") == engine.run(app.prompt_ids(tokenizer, SKY, chat=True), config).token_ids
+    assert shown_ids(page, "cascade") == engine.run(visitor_token_ids(tokenizer, SKY, chat=True), config).token_ids
     open_settings(page)
     assert thresholds_shown(page) == [f"{t:g}" for t in careful]
     slider = page.get_by_label("number input for Exit 2")
@@ -405,7 +408,7 @@ def test_a_saved_run_is_replayed(page, open_page, tiny_url, tmp_path):
     run_to_end(page)
     shown = shown_ids(page, "cascade"), shown_ids(page, "full")
     file = saved(page, "Save run", tmp_path / "run.json")
-    assert json.loads(file.read_text())["format"] == stream.FORMAT
+    assert json.loads(file.read_text())["format"] == FORMAT
     other = open_page(tiny_url)
     other.set_input_files("#ce-links input[type=file], input[type=file]", file)
     other.wait_for_selector(".ce-status.done")
@@ -417,13 +420,13 @@ def test_a_saved_run_is_replayed(page, open_page, tiny_url, tmp_path):
     assert shown_ids(other, "full") == shown[1], "a live run after a replay"
 
 
-def test_a_file_that_is_no_run_gets_a_message(page, tmp_path):
+def test_a_file_that_is_not_a_run_gets_a_message(page, tmp_path):
     run_to_end(page)
     before = shown_ids(page, "cascade")
     (tmp_path / "other.json").write_text('{"format": 1, "records": [1, 2]}')
     page.set_input_files("input[type=file]", tmp_path / "other.json")
     page.wait_for_selector(".ce-status.error")
-    assert "entry 0: expected a type" in page.locator(".ce-status").inner_text()
+    assert "entry 0: expected one of the types" in page.locator(".ce-status").inner_text()
     assert shown_ids(page, "cascade") == before
 
 
@@ -435,32 +438,32 @@ def test_tokens_are_saved_as_a_table(page, tmp_path):
     assert not any(r["text"].startswith(("=", "+", "-", "@")) for r in rows)
 
 
-def test_the_quality_dial_takes_certified_thresholds(open_page):
+def test_the_quality_slider_sets_certified_thresholds(open_page):
     engine = tiny_engine(seed=SEED)
     engine.bank.calibration = Calibration("", 40, 64, 0.1, (Point(0.9, 0.01, 0.05, 0.9), Point(0.5, 0.1, 0.2, 0.5)))
     with serve(engine, tiny_tokenizer()) as url:
         page = open_page(url)
-        dial = page.locator("#ce-quality")
-        assert "90% certainty on prompts like the 40" in dial.inner_text()
-        assert dial.locator("input[type=number]").input_value() == "80", "what is certain at the balanced threshold"
-        page.get_by_text("More settings").click()
-        for wanted, threshold in ((95, 0.9), (81, 0.9), (70, 0.5), (99, app.NEVER)):
-            set_number(page, "number input for Agreement wanted, %", wanted)
+        slider = page.locator("#ce-quality")
+        assert "prompts like the 40 tested (90% confidence)" in slider.inner_text()
+        assert slider.locator("input[type=number]").input_value() == "80", "certified at the balanced threshold"
+        page.get_by_text("Advanced settings").click()
+        for wanted, threshold in ((95, 0.9), (81, 0.9), (70, 0.5), (99, DISABLED)):
+            set_number(page, "number input for Wanted agreement, %", wanted)
             for s, at in enumerate(sliders(engine, threshold)):
                 box = page.get_by_label(f"number input for Exit {s + 1}").and_(page.locator("input[type=number]"))
                 expect(box).to_have_value(f"{at:g}")
 
 
-def test_of_quick_turns_of_a_dial_the_last_counts(open_page):
+def test_the_last_of_several_quick_slider_moves_counts(open_page):
     engine = tiny_engine(seed=SEED)
     engine.bank.calibration = Calibration("", 40, 64, 0.1, (Point(0.9, 0.01, 0.05, 0.9), Point(0.5, 0.1, 0.2, 0.5)))
     with serve(engine, tiny_tokenizer()) as url:
         page = open_page(url)
-        page.get_by_text("More settings").click()
+        page.get_by_text("Advanced settings").click()
         first = page.get_by_label("number input for Exit 1").and_(page.locator("input[type=number]"))
-        for turns, at in (((70, 95, 70, 81), "0.9"), ((95, 81, 95, 70), "0.5")):
-            for wanted in turns:            # nobody waits for the answer to the one before
-                set_number(page, "number input for Agreement wanted, %", wanted)
+        for moves, at in (((70, 95, 70, 81), "0.9"), ((95, 81, 95, 70), "0.5")):
+            for wanted in moves:            # without waiting for the answer to the one before
+                set_number(page, "number input for Wanted agreement, %", wanted)
             expect(first).to_have_value(at)
 
 
@@ -478,10 +481,10 @@ def link_of(page) -> dict[str, str]:
 
 def test_a_link_restores_every_setting(page, open_page):
     page.fill("#ce-prompt textarea", "a & b = c? <b>é😀")
-    page.get_by_label("Verified: exact").check()
-    choose_exit(page, "Never at exit 3")
+    page.get_by_label("Exact (verified)").check()
+    choose_exit(page, "Disable exit 3")
     page.get_by_label("Chat", exact=True).uncheck()
-    for label, value in (("number input for Most new tokens", 77), ("number input for Guesses", 3),
+    for label, value in (("number input for Maximum length", 77), ("number input for Draft length", 3),
                          ("number input for Tolerance", 0.3), ("number input for Temperature", 0.5),
                          ("number input for Top-p", 0.9), ("Seed", 12), ("number input for Exit 1", 0.55),
                          ("number input for Exit 2", 0.65)):
@@ -498,20 +501,20 @@ def test_a_link_restores_every_setting(page, open_page):
 
 
 def test_a_link_shows_the_preset_that_it_holds(open_page, tiny, tiny_url):
-    careful = sliders(tiny[0], dict(app.PRESETS)["Careful"])
+    careful = sliders(tiny[0], PRESETS["Careful"])
     page = open_page(f"{tiny_url}?t={','.join(map(str, careful))}")
     page.wait_for_function("document.querySelector('#ce-preset input:checked + *, #ce-preset .selected')"
                            ".textContent.includes('Careful')")
 
 
-def test_a_link_of_nonsense_changes_nothing(open_page, tiny_url):
+def test_a_link_with_wrong_values_changes_nothing(open_page, tiny_url):
     page = open_page(f"{tiny_url}?mode=warp&n=many&temp=1e999&t=a,b&exit=77&model=other&seed=nan")
     page.wait_for_timeout(500)
-    assert page.get_by_label("Cascade: fast").is_checked()
+    assert page.get_by_label("Fast (cascade)").is_checked()
     run_to_end(page)
 
 
-# -- the script alone, fed by hand --------------------------------------------------------------------------
+# -- the script by itself --------------------------------------------------------------------------
 
 DRAW = """([code, values]) => {
     const element = document.createElement('div'); element.innerHTML = "<div class='ce'></div>";
@@ -526,7 +529,7 @@ DRAW = """([code, values]) => {
 
 @pytest.fixture
 def draw(page):
-    """What a fresh token view shows after a row of values: (tokens, status)."""
+    """Tokens and status that a fresh token view shows after a list of values."""
     return lambda *values: page.evaluate(DRAW, [APP_JS, values])
 
 
@@ -535,13 +538,13 @@ def recorded(tiny) -> list[str]:
     """The values of a verified run, each longer than the one before."""
     engine, tokenizer = tiny
     config = DecodeConfig(mode="verified", max_new_tokens=40, thresholds=0.5)
-    ids = app.prompt_ids(tokenizer, "sky", chat=True)
-    told = stream.TokenStream(engine, tokenizer, config, ids)
-    values = [told.text, *stream.frames(told, race({
+    ids = visitor_token_ids(tokenizer, "sky", chat=True)
+    stream = TokenStream(engine, tokenizer, config, ids)
+    values = [stream.text, *frames(stream, race({
         "cascade": engine.generate(ids, config),
         "full": engine.generate(ids, DecodeConfig(mode="full", max_new_tokens=40))}))]
-    told.close_text()
-    return [*values, told.text]
+    stream.close_text()
+    return [*values, stream.text]
 
 
 def test_any_cut_of_the_stream_draws_the_same_page(draw, recorded):
@@ -554,8 +557,8 @@ def test_any_cut_of_the_stream_draws_the_same_page(draw, recorded):
         assert draw(*values) == at_once
 
 
-def test_half_characters_of_a_record_are_shown_as_such(draw, recorded):
-    """JSON can hold half a character, a page cannot: it draws a sign for it and goes on."""
+def test_half_characters_of_a_record_are_replaced(draw, recorded):
+    """JSON can hold half a character, a page cannot: it shows a replacement character instead."""
     values = recorded[-1].splitlines()
     first = next(n for n, line in enumerate(values) if '"type":"token","side":"full"' in line)
     values[first] = re.sub('"text":"[^"]*"', r'"text":"\\ud83d\\u202e"', values[first])
@@ -563,8 +566,8 @@ def test_half_characters_of_a_record_are_shown_as_such(draw, recorded):
     assert [text[1:] for _, _, text in tokens].count("\u202e") == 1 and len(tokens) == len(draw(recorded[-1])[0])
 
 
-def test_a_frame_that_comes_after_stop_or_clear_is_too_late(draw, recorded, tiny):
-    for end in (stream.stopped(recorded[1]), stream.model_line(stream.Shape.of(tiny[0]))):
+def test_a_frame_after_stop_or_clear_is_ignored(draw, recorded, tiny):
+    for end in (stopped(recorded[1]), model_line(Shape.of(tiny[0]))):
         assert draw(*recorded[:2], end, recorded[2], recorded[-1]) == draw(*recorded[:2], end)
 
 
@@ -573,7 +576,7 @@ class Two(Library):
 
     def __init__(self, engines: dict):
         super().__init__(())
-        self.shapes = {label: stream.Shape(label, *shape_of(engine)) for label, engine in engines.items()}
+        self.shapes = {label: Shape(label, *shape_of(engine)) for label, engine in engines.items()}
         self._engines = engines
 
     def ready(self, label):
@@ -600,7 +603,7 @@ def test_a_visitor_changes_the_model_and_a_link_remembers_it(open_page):
         page.get_by_role("option", name="two").click()
         page.wait_for_function("document.querySelectorAll('li:not([hidden]) > .ce-key').length === 2")
         assert page.locator(".ce-model").inner_text() == "two"
-        choose_exit(page, "Always at exit 1")
+        choose_exit(page, "Always exit 1")
         link = link_of(page)
         run_to_end(page)
         assert shown_ids(page, "full") == expected((two, tiny_tokenizer()), "full")

@@ -1,0 +1,145 @@
+"""Endpoints: what programs and agents can ask of a running page. Plain JSON in and out.
+
+Each public method of `Endpoints` becomes an endpoint and, with `app.py --mcp`, a tool: its signature and docstring are
+the documentation that callers get.
+"""
+
+from dataclasses import asdict, replace
+from functools import partial
+
+from cascadeexit import evaluation, metrics, prompts
+from cascadeexit.config import CASCADE_THRESHOLD, DecodeConfig, graded_thresholds
+from cascadeexit.engine import Engine
+from cascadeexit.events import TokenEvent
+from cascadeexit.hub import ModelUnavailable
+from cascadeexit.library import Library
+from cascadeexit.race import race
+from cascadeexit.settings import DISABLED, Settings
+
+MAX_DRAFT = DecodeConfig.max_draft
+_EXITS, _FULL = "exits", "full"             # the two sides of a race
+
+
+class BadRequest(ValueError):
+    """A request that cannot be answered; its message tells the caller why."""
+
+
+class Endpoints:
+    """The endpoints of one page."""
+
+    def __init__(self, library: Library):
+        self._library = library
+
+    def models(self) -> list[dict]:
+        """List the models offered here: name, layers, exit layers, and whether their exits are trained."""
+        return [dict(model=label, layers=shape.num_layers, exit_layers=list(shape.exit_layers), trained=shape.trained)
+                for label, shape in self._library.shapes.items()]
+
+    def generate(self, prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
+                 max_new_tokens: int = 128, max_draft: int = MAX_DRAFT, tolerance: float = 0.0,
+                 temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = True, model: str = "",
+                 target_disagreement: float = 0.0) -> dict:
+        """Write with early exits.
+
+        Args:
+            prompt: what to answer, or with chat=False what to continue.
+            mode: 'cascade' (fast, each token comes from the first confident exit), 'verified' (exactly the full model's
+                text) or 'full'.
+            threshold: cascade mode: confidence, 0 to 1, from which the first exit is taken; deeper exits save less and
+                need more. 1 disables all exits.
+            max_new_tokens: the most tokens to write.
+            max_draft: verified mode: the most tokens drafted before the full model verifies them.
+            tolerance: verified mode, temperature 0: a draft is also accepted when the full model gives it at least
+                1 - tolerance times the probability of its own choice; 0 is lossless.
+            temperature: 0 always takes the most likely token.
+            top_p: below 1, choose among the most likely tokens only.
+            seed: the same seed writes the same text.
+            chat: put the prompt through the model's chat template.
+            model: a name from models; empty: the first.
+            target_disagreement: cascade mode, temperature 0, above 0 instead of a threshold: the largest share of
+                tokens that may differ from the full model's choice; needs calibrated exits.
+
+        Returns text, token_ids, exits (0 = the first exit, the highest number = the full model, -1 = copied from
+        earlier in the text) and stats.
+        """
+        settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
+                            tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed, chat=chat)
+        engine, tokenizer, config, _, ids = self._prepare(settings, threshold, target_disagreement)
+        run = engine.run(ids, config)
+        return dict(text=tokenizer.decode(run.token_ids, skip_special_tokens=True), token_ids=run.token_ids,
+                    exits=[e.exit for e in run.events if e.final], stats=asdict(run.stats))
+
+    def compare(self, prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
+                max_new_tokens: int = 128, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
+                model: str = "", target_disagreement: float = 0.0) -> dict:
+        """Write with early exits and with the full model, side by side; arguments as for generate.
+
+        Returns exits and full (text, token_ids, stats each), speedup, agreement (share of tokens that the full model
+        would choose too, given the same text before them), positional_match, first_divergence and identical.
+        """
+        settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
+                            tolerance=tolerance, chat=chat)
+        engine, tokenizer, config, full, ids = self._prepare(settings, threshold, target_disagreement)
+        events: dict[str, list[TokenEvent]] = {_EXITS: [], _FULL: []}
+        for side, event in race({_EXITS: engine.generate(ids, config), _FULL: engine.generate(ids, full)}):
+            events[side].append(event)
+        token_ids = {side: [e.token_id for e in events[side] if e.final] for side in events}
+        stats = {side: metrics.summarize(events[side], engine.costs) for side in events}
+        texts = {side: dict(text=tokenizer.decode(token_ids[side], skip_special_tokens=True), token_ids=token_ids[side],
+                            stats=asdict(stats[side])) for side in events}
+        match = metrics.match(token_ids[_EXITS], token_ids[_FULL])
+        speeds = [stats[side].tokens_per_second for side in events]
+        return dict(exits=texts[_EXITS], full=texts[_FULL], speedup=speeds[0] / speeds[1] if all(speeds) else None,
+                    agreement=metrics.agreement(token_ids[_EXITS], engine.full_choices(ids, token_ids[_EXITS])),
+                    positional_match=match.positional, first_divergence=match.first_divergence,
+                    identical=match.sequence)
+
+    def evaluate(self, texts: list[str], mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
+                 max_new_tokens: int = 64, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
+                 model: str = "", target_disagreement: float = 0.0) -> dict:
+        """Compare over many prompts; arguments as for generate.
+
+        Args:
+            texts: the prompts.
+
+        Returns summary and results, one for each prompt: agreement, speedup, routing_share, texts, or the error.
+        """
+        if not texts or len(texts) > prompts.MAX_PROMPTS:
+            raise BadRequest(f"give 1 to {prompts.MAX_PROMPTS} prompts, got {len(texts)}")
+        settings = Settings(model=model, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
+                            tolerance=tolerance)
+        engine, tokenizer, config, _, _ = self._prepare(settings, threshold, target_disagreement, with_prompt=False)
+        results = list(evaluation.evaluate(
+            engine, partial(prompts.visitor_token_ids, tokenizer, chat=chat),
+            [prompts.Prompt(prompts.OWN, str(text)) for text in texts], config,
+            partial(tokenizer.decode, skip_special_tokens=True)))
+        return dict(summary=asdict(evaluation.summarize_results(results)), results=[asdict(r) for r in results])
+
+    def _prepare(self, settings: Settings, threshold: float, target: float, with_prompt: bool = True
+                 ) -> tuple[Engine, object, DecodeConfig, DecodeConfig, list[int]]:
+        """Engine, tokenizer, config with exits, config of the full model, and the prompt's ids ([] without a prompt).
+
+        Raises BadRequest for whatever the caller can mend.
+        """
+        try:
+            labels = self._library.labels
+            label = settings.model or labels[0]
+            if label not in labels:
+                raise ValueError(f"model '{label}' is not offered here; /models lists {', '.join(labels)}")
+            engine, tokenizer = self._library.get(label)
+            config, full = replace(settings, thresholds=_thresholds(engine, settings, threshold, target)
+                                   ).decode_configs(engine.num_exits)
+            ids = prompts.visitor_token_ids(tokenizer, settings.prompt, settings.chat) if with_prompt else []
+            engine.check(ids if with_prompt else [0], config)       # token 0 stands for any prompt
+            return engine, tokenizer, config, full, ids
+        except (TypeError, ValueError, ModelUnavailable) as error:
+            raise BadRequest(str(error)) from None
+
+
+def _thresholds(engine: Engine, settings: Settings, first: float, target: float) -> tuple[float, ...]:
+    """Threshold of each exit: from that of the first exit, or with a target disagreement from the calibration."""
+    if not target:
+        return graded_thresholds(first, engine.exit_depths)
+    calibrated = engine.thresholds(DecodeConfig(mode=settings.mode, temperature=settings.temperature,
+                                                target_disagreement=target))
+    return tuple(DISABLED if t is None else t for t in calibrated)

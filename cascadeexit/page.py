@@ -1,0 +1,285 @@
+"""Page: what the controls of the page do. Plain values in and out; app.py turns them into updates of components."""
+
+import json
+import logging
+import math
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from cascadeexit import evaluation, prompts, record, views
+from cascadeexit.calibration import Calibration
+from cascadeexit.hub import ModelUnavailable
+from cascadeexit.inspection import Inspection, inspect
+from cascadeexit.library import Library
+from cascadeexit.race import race
+from cascadeexit.settings import DISABLED, Settings
+from cascadeexit.stream import (
+    CASCADE,
+    FULL,
+    TokenStream,
+    error_line,
+    frames,
+    model_line,
+    replay_line,
+    status_line,
+)
+
+log = logging.getLogger("cascadeexit.page")
+ASSETS = Path(__file__).parents[1] / "assets"
+KEPT_RUNS = 50              # latest finished runs whose candidates and charts can be asked for
+MAP_COLUMNS = 64            # most positions of the layer map in one answer
+FIGURE_SECONDS = 3.0        # least time between two figures of a running evaluation
+YIELD_SECONDS = 0.2         # least time between two moments at which a running evaluation can be cancelled
+COLUMNS = ("prompt", "kind", "agreement", "match", "first difference", "speed", "layers used", "weights read",
+           "problem")
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A message that pops up over the page: plain text, to be escaped where markup is read."""
+
+    title: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Changes of the page at one moment of a run; None leaves a part as it is."""
+
+    stream: str | None = None       # value of the token view (`cascadeexit.stream`)
+    charts: str | None = None       # id of the run whose charts can be opened; "" hides them
+    notice: Notice | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Changes of the second tab at one moment of an evaluation; None leaves a part as it is."""
+
+    status: str | None = None
+    kind: str = "busy"              # of the status: busy, done or error
+    rows: list[list] | None = None  # of the table of results, in the order of `COLUMNS`
+    figure: object = None           # a Plotly figure
+    files: dict[str, Path] | None = None    # results so far, by kind of file: json, csv
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where the prompts of an evaluation come from: an uploaded file, else pasted lines, else bundled kinds."""
+
+    kinds: Sequence[str] = ()
+    each: int | None = None         # bundled prompts of each kind
+    pasted: str | None = None
+    file: str | None = None
+
+    def read(self) -> list[prompts.Prompt]:
+        """The prompts. Raises ValueError with a message for the visitor."""
+        if self.file:
+            return prompts.read_prompts(Path(self.file))
+        if (self.pasted or "").strip():
+            return prompts.read_prompts(self.pasted)
+        if not self.kinds:
+            raise ValueError("Choose a kind of prompts, paste some, or upload a file.")
+        return prompts.bundled_prompts(self.kinds, int(self.each or 1))
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that the token card, the layer map and the charts can ask about."""
+
+    stream: TokenStream
+    inspection: Inspection
+    tokenizer: object
+
+
+class Page:
+    """Handlers of one page. They share the models and the latest finished runs."""
+
+    def __init__(self, library: Library):
+        self.library = library
+        self._runs: OrderedDict[str, FinishedRun] = OrderedDict()
+
+    def respond(self, settings: Settings) -> Iterator[Frame]:
+        """Race the run with exits against the full model, and keep the finished run."""
+        try:
+            if not (settings.prompt or "").strip():
+                raise ValueError("Please write a prompt first.")
+            for line in self._load(settings.model):
+                yield Frame(model_line(self.library.shapes[settings.model]) + status_line(line))
+            engine, tokenizer = self.library.get(settings.model)
+            config, full = settings.decode_configs(engine.num_exits)
+            ids = prompts.visitor_token_ids(tokenizer, settings.prompt, settings.chat)
+            contest = race({CASCADE: engine.generate(ids, config), FULL: engine.generate(ids, full)})
+        except (ValueError, ModelUnavailable, FileNotFoundError) as error:
+            yield Frame(error_line(str(error)), notice=Notice("Not started", str(error)))
+            return
+
+        stream = TokenStream(engine, tokenizer, config, ids, settings.record())
+        try:
+            yield Frame(stream.text, charts="")
+            for text in frames(stream, contest):
+                yield Frame(text)
+            stream.close_text()
+            yield Frame(stream.text)
+            inspection = inspect(engine, ids, stream.sides[CASCADE].events)
+            self._keep(FinishedRun(stream, inspection, tokenizer))
+            stream.end(inspection)
+            yield Frame(stream.text, charts=stream.run)
+        except Exception:
+            log.exception("a run failed")
+            stream.fail("Something went wrong while the model was running. The server's log has the details.")
+            yield Frame(stream.text)
+        finally:
+            contest.close()                                         # also when the visitor stops or leaves
+
+    def evaluate(self, source: PromptSource, settings: Settings) -> Iterator[Progress]:
+        """Race each of many prompts. Results so far are on file at every moment."""
+        try:
+            chosen = source.read()
+            for line in self._load(settings.model):
+                yield Progress(line)
+            engine, tokenizer = self.library.get(settings.model)
+            config, _ = settings.decode_configs(engine.num_exits)
+            running = evaluation.evaluate(
+                engine, partial(prompts.visitor_token_ids, tokenizer, chat=settings.chat), chosen, config,
+                partial(tokenizer.decode, skip_special_tokens=True), pauses=True)
+        except (ValueError, OSError, ModelUnavailable) as error:
+            yield Progress(str(error), "error")
+            return
+        folder, results, began = Path(tempfile.mkdtemp(prefix="cascadeexit-")), [], time.monotonic()
+        curve, next_figure, next_yield = measured_curve(engine.bank.fingerprint()), began, began
+        yield Progress(f"0 of {len(chosen)} prompts", rows=[])
+        for result in running:
+            if result is None:              # in the middle of a prompt: a run can only be cancelled where it yields
+                if time.monotonic() >= next_yield:
+                    next_yield = time.monotonic() + YIELD_SECONDS
+                    yield Progress()
+                continue
+            results.append(result)
+            files = _written(folder, results, config, settings.model)
+            left = (time.monotonic() - began) / len(results) * (len(chosen) - len(results))
+            done = len(results) == len(chosen)
+            figure = None
+            if done or time.monotonic() >= next_figure:
+                next_figure = time.monotonic() + FIGURE_SECONDS
+                figure = views.quality_speed_figure(results, curve)
+            yield Progress(_summary_line(results, len(chosen), left), "done" if done else "busy", _rows(results),
+                           figure, files)
+
+    def idle(self, label: str) -> Frame:
+        """The page before a run of this model."""
+        return Frame(model_line(self.library.shapes[label]), charts="")
+
+    def figures(self, run: str) -> list:
+        """Plotly figures of a finished run. Raises LookupError when the run is no longer kept."""
+        if run not in self._runs:
+            raise LookupError("The server no longer keeps this run. Run it again.")
+        finished = self._runs[run]
+        return views.figures(finished.stream, finished.inspection.full_choices)
+
+    # The next two are called by the browser, so anybody can call them with any values.
+
+    def token_card(self, run, i) -> dict | None:
+        """Candidates of the token at position i, for its card; None for a run that is not kept."""
+        finished = self._runs.get(run) if isinstance(run, str) else None
+        if finished is None or not isinstance(i, int) or not 0 <= i < len(finished.inspection.token_ids):
+            return None
+        return finished.inspection.card(finished.tokenizer, i)
+
+    def layer_map(self, run, start, count) -> dict | None:
+        """Choices of every exit at `count` positions from `start`; None for a run that is not kept."""
+        finished = self._runs.get(run) if isinstance(run, str) else None
+        if finished is None or not (isinstance(start, int) and isinstance(count, int)):
+            return None
+        return finished.inspection.map(finished.tokenizer, max(0, start), min(max(1, count), MAP_COLUMNS))
+
+    def _load(self, label: str) -> Iterator[str]:
+        """Make the model ready; yields progress to show."""
+        if not self.library.ready(label):
+            yield from self.library.load(label)
+
+    def _keep(self, finished: FinishedRun) -> None:
+        self._runs[finished.stream.run] = finished
+        while len(self._runs) > KEPT_RUNS:
+            self._runs.popitem(last=False)
+
+
+def replayed(path: str | Path) -> str:
+    """A recorded run as the token view replays it. Raises ValueError for any other file."""
+    return replay_line() + record.load(Path(path).read_bytes())
+
+
+def replay_upload(path: str) -> Frame:
+    """Replay an uploaded run. Any other file gives a message and no other change."""
+    try:
+        return Frame(replayed(path), charts="")
+    except ValueError as error:
+        return Frame(error_line(f"This file cannot be replayed: {error}"), notice=Notice("Not a saved run", str(error)))
+
+
+# -- the quality slider ---------------------------------------------------------------------------------------------
+
+
+def threshold_for(percent: float, calibration: Calibration) -> float:
+    """Loosest threshold that is certified to keep this agreement; `DISABLED` when no measured threshold does."""
+    threshold = calibration.threshold(1 - percent / 100)
+    return DISABLED if threshold is None else threshold
+
+
+def percent_at(threshold: float, calibration: Calibration) -> int:
+    """Agreement in percent that is certified at this threshold, by the next looser measured one; 0 without one."""
+    at_most = [point.at_most for point in calibration.points if point.threshold <= threshold]
+    return math.floor(100 * (1 - at_most[0])) if at_most else 0
+
+
+# -- many prompts ---------------------------------------------------------------------------------------------------
+
+
+def measured_curve(fingerprint: str) -> list[dict]:
+    """Thresholds that `training.evaluate decode` measured for the exits with this fingerprint; [] for other exits."""
+    path = ASSETS / "results" / "decode.json"
+    if not path.exists():
+        return []
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    return measured["cascade"] if measured.get("exits") == fingerprint else []
+
+
+def _written(folder: Path, results: list[evaluation.Result], config, label: str) -> dict[str, Path]:
+    """Write the results so far; returns the files by kind."""
+    contents = dict(json=evaluation.results_json(results, config, label), csv=evaluation.results_csv(results))
+    files = {kind: folder / f"evaluation.{kind}" for kind in contents}
+    for kind, path in files.items():
+        path.write_text(contents[kind], encoding="utf-8")
+    return files
+
+
+def _rows(results: list[evaluation.Result]) -> list[list]:
+    """The table of results, in the order of `COLUMNS`."""
+    def shown(value, form):
+        return "" if value is None else format(value, form)
+    return [[r.prompt[:80], r.kind, shown(r.agreement, ".1%"), shown(r.positional, ".0%"),
+             "" if r.error else "none" if r.first_divergence is None else r.first_divergence + 1,
+             shown(r.speedup, ".2f") + ("×" if r.speedup else ""), shown(r.average_depth, ".0%"), shown(r.cost, ".0%"),
+             r.error or ""]
+            for r in results]
+
+
+def _summary_line(results: list[evaluation.Result], total: int, left: float) -> str:
+    """One line about the results so far, with the `left` seconds that the other prompts will take."""
+    s = evaluation.summarize_results(results)
+    words = [f"{len(results)} of {total} prompts"]
+    if s.failed:
+        words.append(f"{s.failed} could not run")
+    if s.agreement is not None:
+        words.append(f"agreement {s.agreement:.1%}")
+    if s.speedup is not None:
+        words.append(f"{s.speedup:.2f}x the full model's speed")
+    if s.sequence is not None:
+        words.append(f"{s.sequence:.0%} identical texts")
+    if left > 1:
+        words.append(f"about {left:.0f} s left")
+    return " · ".join(words)

@@ -1,0 +1,39 @@
+"""Shape: how many layers a model has and where its exits are, known before its weights are loaded."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from cascadeexit.engine import Engine
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Name, size and exits of a model, known before it is loaded."""
+
+    name: str
+    num_layers: int
+    exit_layers: tuple[int, ...]        # layers below each exit, ascending; 0: the exit is before the first layer
+    trained: bool                       # False: exits with random or initial weights
+
+    @classmethod
+    def of(cls, engine: Engine) -> Self:
+        """Shape of a loaded model."""
+        return cls(engine.model.name, engine.model.num_layers, engine.model.exit_layers, engine.bank.config.trained)
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.exit_layers)
+
+    @property
+    def depths(self) -> list[float]:
+        """Share of the layers below each exit."""
+        return [layer / self.num_layers for layer in self.exit_layers]
+
+
+def exit_name(s: int, shape: Shape) -> str:
+    """Name of segment s in plain words, such as "Exit 2 (after layer 9 of 30)"; the last segment is "Full model"."""
+    if s == shape.num_exits:
+        return "Full model"
+    if shape.exit_layers[s] == 0:
+        return f"Exit {s + 1} (before the {shape.num_layers} layers)"
+    return f"Exit {s + 1} (after layer {shape.exit_layers[s]} of {shape.num_layers})"
