@@ -209,7 +209,7 @@ class Page:
 
 
 def replayed(path: str | Path) -> str:
-    """A recorded run as the token view replays it. Raises ValueError for any other file."""
+    """A recorded run as the token view plays it. Raises ValueError for any other file."""
     return replay_line() + record.load(Path(path).read_bytes())
 
 

@@ -1,11 +1,14 @@
-"""Helpers that several test files share, beside the tiny models of conftest.py."""
+"""Helpers that several test files share, beside the tiny models of tiny_models.py."""
 
 from pathlib import Path
 
 import torch
 
-from cascadeexit.config import DecodeConfig
+from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine
+from cascadeexit.inspection import inspect
+from cascadeexit.race import race
+from cascadeexit.stream import CASCADE, FULL, TokenStream, frames
 from training.documents import Document
 from training.features import FeatureStore
 
@@ -31,3 +34,16 @@ def tiny_store(engine: Engine, folder: Path, documents: int, budget_gb: float = 
     store.prepare()
     store.open()
     return store
+
+
+def run_stream(engine, tokenizer, mode: str, **options) -> TokenStream:
+    """Race a mode against `full` on a tiny model; the stream of the whole race, with its verdict."""
+    config = DecodeConfig(mode=mode, thresholds=options.pop("thresholds", 0.6), max_new_tokens=60, **options)
+    prompt = [5, 6, 7]
+    stream = TokenStream(engine, tokenizer, config, prompt)
+    full = DecodeConfig(mode=Mode.FULL, max_new_tokens=60, temperature=config.temperature)
+    for _ in frames(stream, race({CASCADE: engine.generate(prompt, config), FULL: engine.generate(prompt, full)})):
+        pass
+    stream.close_text()
+    stream.end(inspect(engine, prompt, stream.sides[CASCADE].events))
+    return stream

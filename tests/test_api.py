@@ -6,7 +6,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import tiny_engine
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
@@ -14,7 +13,8 @@ from cascadeexit.calibration import Calibration, Point
 from cascadeexit.config import DecodeConfig
 from cascadeexit.prompts import visitor_token_ids
 from tests.browser.server import serve
-from tests.browser.tiny_text import tiny_tokenizer
+from tests.tiny_models import tiny_engine
+from tests.tiny_text import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,8 @@ def test_the_readme_example_runs(served, capsys):
     assert greeting.startswith("Loaded as API"), "the client's own line"
     assert text == tokenizer.decode(run.token_ids, skip_special_tokens=True), "verified writes the full model's text"
     shares = json.loads(f"[{shares}")
-    assert int(count) == len(run.token_ids) and len(shares) == engine.num_exits + 1 and all(0 <= share <= 1 for share in shares) and 0 < sum(shares) <= 1
+    assert int(count) == len(run.token_ids) and len(shares) == engine.num_exits + 1
+    assert all(0 <= share <= 1 for share in shares) and 0 < sum(shares) <= 1
 
 
 @pytest.mark.parametrize("wrong, reason", [

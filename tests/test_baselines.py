@@ -1,9 +1,9 @@
 """The uncached loops are oracles: whatever the engine caches, skips or rolls back, its texts equal theirs."""
 
 import pytest
-from conftest import tiny_engine
 
 from cascadeexit.config import DecodeConfig
+from tests.tiny_models import tiny_engine
 from training import baselines
 
 PROMPTS = ([5], [11, 3, 60, 22, 9, 41, 77, 30, 2])

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_base, tiny_engine
 
 from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.prompts import bundled_prompts, token_ids
-from tests.browser.tiny_text import tiny_tokenizer
+from tests.tiny_models import tiny_base, tiny_engine
+from tests.tiny_text import tiny_tokenizer
 from training import benchmark, growth, replay
 from training.benchmark import ratio
 from training.contenders import GENERATE, Contender

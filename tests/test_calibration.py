@@ -5,11 +5,11 @@ import logging
 import random
 
 import pytest
-from conftest import tiny_engine
 
 from cascadeexit.calibration import CALIBRATION_FILE, Calibration, p_value, upper_bound
 from cascadeexit.config import DecodeConfig
 from cascadeexit.exits import ExitBank
+from tests.tiny_models import tiny_engine
 from training.calibrate import prompt_of, prompts_of
 from training.documents import Document
 

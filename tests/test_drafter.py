@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import tiny_base, tiny_engine
 
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.model import SegmentedModel
 from tests.helpers import tiny_store
+from tests.tiny_models import tiny_base, tiny_engine
 from training.drafter import DraftRows, WhitenedDrafter
 
 PROMPTS = ([5], [5, 6, 7], [9, 3] * 12)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import logits_of, tiny_base, tiny_engine
 
 from cascadeexit.backends.base import Choice
 from cascadeexit.config import DecodeConfig, Mode
@@ -19,6 +18,7 @@ from cascadeexit.metrics import summarize
 from cascadeexit.model import SegmentedModel
 from cascadeexit.sampling import Sampler
 from cascadeexit.staircase import Staircase
+from tests.tiny_models import logits_of, tiny_base, tiny_engine
 
 PROMPTS = ([5], [5, 6, 7], [11, 3, 60, 22, 9, 41, 77, 30, 2])
 TOKENS = 32

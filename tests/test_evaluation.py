@@ -8,7 +8,6 @@ from math import sqrt
 from statistics import median
 
 import pytest
-from conftest import tiny_engine
 
 from cascadeexit import evaluation, metrics
 from cascadeexit.config import DecodeConfig
@@ -21,7 +20,8 @@ from cascadeexit.evaluation import (
     summarize_results,
 )
 from cascadeexit.prompts import Prompt, read_prompts
-from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
+from tests.tiny_models import tiny_engine
+from tests.tiny_text import HOSTILE, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 CONFIG = DecodeConfig(thresholds=0.5, max_new_tokens=30)

@@ -5,13 +5,13 @@ import logging
 
 import pytest
 import torch
-from conftest import EXIT_LAYERS, tiny_base, tiny_engine
 
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.exits import ADAPTERS, ExitBank, ExitConfig
 from cascadeexit.lookup import NOTHING_COPIED
 from cascadeexit.model import SegmentedModel
+from tests.tiny_models import EXIT_LAYERS, tiny_base, tiny_engine
 
 PUBLISHED = ExitConfig(base_model="Llama-3.2-3B", hidden_size=3072, num_layers=28, vocab_size=128256,
                        layers=(8, 16, 22))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_base, tiny_engine
 
 from cascadeexit import hub
 from cascadeexit.config import DecodeConfig
@@ -11,6 +10,7 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.inspection import inspect
 from cascadeexit.model import SegmentedModel
 from cascadeexit.prompts import bundled_prompts, token_ids
+from tests.tiny_models import tiny_base, tiny_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PROMPT = [11, 3, 60, 22, 9, 41, 77, 30, 2]

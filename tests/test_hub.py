@@ -8,7 +8,6 @@ import threading
 import httpx
 import pytest
 import torch
-from conftest import EXIT_LAYERS, tiny_base, tiny_engine
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
@@ -18,6 +17,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from cascadeexit import bundled, hub
 from cascadeexit.config import DecodeConfig
 from cascadeexit.hub import ModelUnavailable
+from tests.tiny_models import EXIT_LAYERS, tiny_base, tiny_engine
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import EXIT_LAYERS, tiny_base
 
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.inspection import inspect
 from cascadeexit.model import SegmentedModel
+from tests.tiny_models import EXIT_LAYERS, tiny_base
 
 PROMPT = [5, 9, 33, 2, 71, 8, 15]
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPE, logits_of, through
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from cascadeexit.backends.cpu import build
@@ -17,6 +16,7 @@ from cascadeexit.engine import Engine
 from cascadeexit.exits import ADAPTERS, ExitBank, SketchConfidence
 from cascadeexit.exits.confidence import softmax_facts
 from cascadeexit.model import SegmentedModel
+from tests.tiny_models import SHAPE, logits_of, through
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler here")
 WIDE = SHAPE | dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1280)

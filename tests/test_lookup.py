@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_engine
 
 from cascadeexit.config import DecodeConfig
 from cascadeexit.events import COPIED, Status
 from cascadeexit.lookup import FARTHEST, NOTHING_COPIED, Lookup
+from tests.tiny_models import tiny_engine
 from training.confidence import copied_along
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import EXIT_LAYERS, SHAPE, logits_of, through, tiny_base
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from cascadeexit.backends.torch import attention
@@ -10,6 +9,7 @@ from cascadeexit.backends.torch.attention import additive_mask, attend
 from cascadeexit.backends.torch.cache import TorchCache
 from cascadeexit.backends.torch.linear import PackedLinear, can_pack, frozen_linear
 from cascadeexit.model import SegmentedModel, check_supported
+from tests.tiny_models import EXIT_LAYERS, SHAPE, logits_of, through, tiny_base
 
 
 def test_segments_in_turn_are_the_whole_model(family):

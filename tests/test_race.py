@@ -1,10 +1,9 @@
 """The side that has used less engine time goes next, and stopping a race closes both sides."""
 
-from conftest import tiny_engine
-
 from cascadeexit.config import DecodeConfig
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.race import race
+from tests.tiny_models import tiny_engine
 
 
 def side(step: float, count: int):

@@ -24,8 +24,6 @@ SHELL = [code for _, language, code in BLOCKS if language == "bash"]
 PYTHON = [code for marker, language, code in BLOCKS if language == "python" and marker != "api-example"]
 INLINE = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE))
 MAX_BYTES = 12_288
-split_house = pytest.mark.skipif(not (ROOT / "cascadeexit" / "backends").is_dir(),
-                                 reason="the README shows the package after it is split")
 
 
 def test_the_readme_stays_short():
@@ -165,7 +163,6 @@ def test_a_link_leads_somewhere(target):
     assert re.match(r"https://arxiv\.org/abs/\d{4}\.\d{5}$", target) or (ROOT / target).exists()
 
 
-@split_house
 def test_a_file_named_in_a_sentence_exists():
     named = [code for code in INLINE if re.fullmatch(r"[\w./-]+/[\w-]+\.(py|sh|md|json)", code)]
     assert len(named) >= 4 and all((ROOT / name).is_file() for name in named), named
@@ -190,7 +187,6 @@ def tree_paths() -> list[str]:
     return paths
 
 
-@split_house
 @pytest.mark.parametrize("path", tree_paths())
 def test_the_tree_of_files_is_the_tree_on_disk(path):
     assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file()

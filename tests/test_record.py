@@ -4,11 +4,11 @@ import json
 import re
 
 import pytest
-from conftest import tiny_engine
-from test_stream import run_stream
 
 from cascadeexit import record
-from tests.browser.tiny_text import tiny_tokenizer
+from tests.helpers import run_stream
+from tests.tiny_models import tiny_engine
+from tests.tiny_text import tiny_tokenizer
 
 
 @pytest.fixture(scope="module", params=["cascade", "verified"])

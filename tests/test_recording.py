@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_base, tiny_engine
 
 from cascadeexit.backends.torch import recording
 from cascadeexit.backends.torch.recording import Recorded
@@ -10,6 +9,7 @@ from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.model import SegmentedModel
+from tests.tiny_models import tiny_base, tiny_engine
 
 PROMPT = [11, 3, 60, 22, 9, 41, 77, 30, 2]
 CONFIGS = [DecodeConfig(max_new_tokens=40, **options) for options in (

@@ -5,13 +5,11 @@ import json
 import weakref
 
 import pytest
-from conftest import tiny_engine
 
 from cascadeexit import hub, metrics, views
 from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.folders import cache_folder
-from cascadeexit.inspection import inspect
 from cascadeexit.race import race
 from cascadeexit.shape import Shape
 from cascadeexit.stream import (
@@ -25,7 +23,9 @@ from cascadeexit.stream import (
     stopped,
     token_bytes,
 )
-from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
+from tests.helpers import run_stream
+from tests.tiny_models import tiny_engine
+from tests.tiny_text import HOSTILE, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +44,6 @@ def pieces(tokenizer, ids) -> list[str]:
 
 def ids_of(tokenizer, words: str) -> list[int]:
     return tokenizer.convert_tokens_to_ids(words.split())
-
-
-def run_stream(engine, tokenizer, mode: str, **options) -> TokenStream:
-    """Stream of a whole race."""
-    config = DecodeConfig(mode=mode, thresholds=options.pop("thresholds", 0.6), max_new_tokens=60, **options)
-    prompt = [5, 6, 7]
-    stream = TokenStream(engine, tokenizer, config, prompt)
-    full = DecodeConfig(mode=Mode.FULL, max_new_tokens=60, temperature=config.temperature)
-    for _ in frames(stream, race({CASCADE: engine.generate(prompt, config),
-                                        FULL: engine.generate(prompt, full)})):
-        pass
-    stream.close_text()
-    stream.end(inspect(engine, prompt, stream.sides[CASCADE].events))
-    return stream
 
 
 def records(stream: TokenStream, type: str | None = None) -> list[dict]:

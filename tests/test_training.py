@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import tiny_engine
 from tqdm import tqdm
 
 import training.data
@@ -21,6 +20,7 @@ from cascadeexit.carry import carried_states
 from cascadeexit.exits import ADAPTERS, ExitBank
 from cascadeexit.hub import exit_layers
 from tests.helpers import tiny_store
+from tests.tiny_models import tiny_engine
 from training.batches import batches, micro_batches
 from training.checkpoint import RunFolder
 from training.documents import Document, Split, key_of, load_documents, save_shard

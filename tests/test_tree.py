@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import tiny_engine
 
 from cascadeexit.config import DecodeConfig
 from cascadeexit.events import Status
 from cascadeexit.metrics import summarize
 from cascadeexit.stream import CASCADE, TokenStream
 from cascadeexit.tree import DraftTree
-from tests.browser.tiny_text import tiny_tokenizer
+from tests.tiny_models import tiny_engine
+from tests.tiny_text import tiny_tokenizer
 
 PROMPTS = ([5], [5, 6, 7], [9, 3] * 12)
 

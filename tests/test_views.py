@@ -1,12 +1,12 @@
 """Figures show the numbers of the run."""
 
 import pytest
-from conftest import tiny_engine
-from test_stream import run_stream
 
 from cascadeexit import views
 from cascadeexit.stream import CASCADE, FULL, colours
-from tests.browser.tiny_text import tiny_tokenizer
+from tests.helpers import run_stream
+from tests.tiny_models import tiny_engine
+from tests.tiny_text import tiny_tokenizer
 
 
 def test_figures_hold_the_run():

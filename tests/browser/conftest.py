@@ -4,10 +4,10 @@ import os
 from urllib.parse import urlparse
 
 import pytest
-from conftest import tiny_engine
 
 from tests.browser.server import CHROMIUM_ARGS, find_chromium, serve
-from tests.browser.tiny_text import tiny_tokenizer
+from tests.tiny_models import tiny_engine
+from tests.tiny_text import tiny_tokenizer
 
 SEED = 39           # its tiny model writes every hostile token and uses every exit within 200 tokens
 

@@ -8,7 +8,7 @@ from cascadeexit.config import CASCADE_THRESHOLD, DecodeConfig
 from cascadeexit.prompts import visitor_token_ids
 from cascadeexit.settings import thresholds_at
 from cascadeexit.shape import Shape
-from tests.browser.test_page import FINAL, SKY, shown_ids
+from tests.browser.reading import FINAL, SKY, shown_ids
 
 pytestmark = pytest.mark.browser
 

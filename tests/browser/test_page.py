@@ -8,7 +8,6 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlparse
 
 import pytest
-from conftest import tiny_base, tiny_engine
 from playwright.sync_api import expect
 
 import app
@@ -25,18 +24,13 @@ from cascadeexit.settings import DISABLED, PRESETS, thresholds_at
 from cascadeexit.shape import Shape
 from cascadeexit.stream import FORMAT, TokenStream, frames, model_line, stopped
 from tests.browser.conftest import SEED
+from tests.browser.reading import FINAL, SKY, shown_ids
 from tests.browser.server import serve, serve_library
-from tests.browser.tiny_text import HOSTILE, tiny_tokenizer
+from tests.tiny_models import tiny_base, tiny_engine
+from tests.tiny_text import HOSTILE, tiny_tokenizer
 
 pytestmark = pytest.mark.browser
-SKY = "Explain why the sky is blue."
-FINAL = ".t:not(.draft):not(.rejected)"
 APP_JS = Path(app.ASSETS / "app.js").read_text(encoding="utf-8")
-
-
-def shown_ids(page, side: str) -> list[int]:
-    return page.eval_on_selector_all(f".ce-text[data-side={side}] {FINAL}",
-                                     "all => all.map(t => +t.dataset.id)")
 
 
 def shown_text(page, side: str) -> str:
