@@ -1,9 +1,9 @@
-"""Kernels: the CPU's own way through decoder layers, exits and heads, from kernels.cpp.
+"""Kernels: the CPU's own way through decoder layers, exits and heads, from the C++ in backends/cpu/src.
 
 Weights are bf16, the same in 12 bits without loss, or rounded to 8 bits; keys and values bf16 in 12 bits.
 
 Stock matrix kernels read weights at a quarter of the memory bandwidth when a pass has few rows, and dispatch costs
-as much again. One C++ file takes rows through whole segments at most of the bandwidth. The machine's own C++ compiler
+as much again. Our C++ takes rows through whole segments at most of the bandwidth. The machine's own C++ compiler
 builds it once, in seconds, for this very processor; without one, or in fp32, transformers' layers run as before.
 
 A row's result does not depend on the other rows of its pass, so row buckets need no padding here, and rows may as well
@@ -35,7 +35,7 @@ from cascadeexit.states import Hidden, States, like
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = Path(__file__).parent / "backends" / "cpu" / "src"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _MOST_ODD = 1 / 64              # of a weight's numbers may have no code of 12 bits, else it stays in 16
 
@@ -103,17 +103,18 @@ def library() -> ctypes.CDLL | None:
 
 
 def _build(compiler: str) -> Path:
-    """The shared library for this source, compiler and processor, from the cache folder or made now."""
+    """Path of the shared library for these sources, compiler and processor, which is compiled where it is missing."""
     said = subprocess.run([compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull], capture_output=True,
                           text=True, timeout=60).stderr                   # names the processor that `native` is
-    target = hashlib.sha256(repr((_SOURCE.read_bytes(), _FLAGS, said, platform.machine())).encode()).hexdigest()[:16]
+    sources = [(path.name, path.read_bytes()) for path in sorted(_SOURCES.iterdir())]
+    target = hashlib.sha256(repr((sources, _FLAGS, said, platform.machine())).encode()).hexdigest()[:16]
     path = cache_folder() / f"kernels-{target}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:    # two processes at once: the last one wins
             made = Path(folder) / "kernels.so"
-            subprocess.run([compiler, *_FLAGS, "-o", str(made), str(_SOURCE)], check=True, capture_output=True,
-                           text=True, timeout=300)
+            subprocess.run([compiler, *_FLAGS, f"-I{_SOURCES}", "-o", str(made), str(_SOURCES / "kernels.cpp")],
+                           check=True, capture_output=True, text=True, timeout=300)
             os.replace(made, path)
     return path
 
