@@ -1,7 +1,7 @@
 // The largest output of a matrix for each row, optionally by way of a screen.
 //
-// A screen is the same weight rounded to 8 bits: half as much to read. Each of its sums bounds the exact output from both
-// sides, so few outputs can be the largest, and only these are computed exactly. The result is the same.
+// A screen is the same weight rounded to 8 bits: half as much to read. Each of its sums bounds the exact output from
+// both sides, so few outputs can be the largest, and only these are computed exactly. The result is the same.
 #pragma once
 
 #include <algorithm>
@@ -44,8 +44,8 @@ struct ArgmaxBuffers {
     }
 };
 
-// How far, in units of an output's scale, a screen's sum for row x may be from the exact one, whatever the signs (Cauchy
-// and Schwarz): by the rounding of weights, by that of inputs, and by eight times what sums in fp32 may lose.
+// How far, in units of an output's scale, a screen's sum for row x may be from the exact one, whatever the signs
+// (Cauchy and Schwarz): by the rounding of weights, by that of inputs, and by eight times what sums in fp32 may lose.
 inline float error_bound(const Screen& screen, const Number* x) {
     const int in = screen.rounded.in;
     double squares = 0;
@@ -84,8 +84,8 @@ inline void compare_all(Team& team, const Matrix& m, const Number* x, int rows, 
     });
 }
 
-// Compare this thread's candidates, computed exactly. Returns false on all threads, and compares nothing, where the team
-// has so many candidates that computing one by one would take longer than all outputs do.
+// Compare this thread's candidates, computed exactly. Returns false on all threads, and compares nothing, where the
+// team has so many candidates that computing one by one would take longer than all outputs do.
 inline bool compare_candidates(Team& team, const Matrix& m, const Screen& screen, const Number* x, int rows,
                                const ArgmaxBuffers& buffers) {
     static thread_local std::vector<Candidate> candidates;

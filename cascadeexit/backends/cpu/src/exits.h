@@ -25,7 +25,8 @@ inline void gather_inputs(const Exit& exit, const bf16* h, const bf16* carried, 
 // The adapter of an exit: h and carried (rows, D) bf16 -> out (rows, D) bf16. `carried` is null where it is not read.
 void adapt(const Exit& exit, const bf16* h, const bf16* carried, bf16* out, int rows, int threads) {
     const int D = exit.up.out, width = exit.up.in, in = exit.gate_down.in;
-    Number *x = scratch<Number, struct AdapterInputs>(size_t(rows) * in), *act = scratch<Number, struct Act>(size_t(rows) * width);
+    Number* x = scratch<Number, struct AdapterInputs>(size_t(rows) * in);
+    Number* act = scratch<Number, struct Act>(size_t(rows) * width);
     float* sum = scratch<float, struct Sum>(size_t(rows) * D);
     gather_inputs(exit, h, carried, rows, x, sum);
     run_team(threads, [&](Team& team) {
@@ -71,8 +72,9 @@ void linear_of_parts(const Matrix& m, const float* column_scale, const bf16* con
     linear(m, x, out, 1, threads);
 }
 
-// Drafts after each of `tokens` (rows), by an adapter that reads their rows of `embedding`, and the k likeliest outputs of
-// `words`, as from `likeliest`. carried: rows of D, or null; context (D) is added to them, or null. hidden: (rows, D).
+// Drafts after each of `tokens` (rows), by an adapter that reads their rows of `embedding`, and the k likeliest
+// outputs of `words`, as from `likeliest`. carried: rows of D, or null; context (D) is added to them, or null. hidden:
+// (rows, D).
 void draft(const Matrix& embedding, const Exit& exit, const Matrix& words, const int64_t* tokens,
            const bf16* const* carried, const float* context, bf16* hidden, float temperature, int k, int32_t* outputs,
            float* probs, int rows, int threads) {

@@ -1,12 +1,13 @@
-// CascadeExit's CPU kernels: decoder layers, exits and vocabulary heads, near the speed at which memory delivers weights.
+// CascadeExit's CPU kernels: decoder layers, exits and vocabulary heads, near the speed at which memory delivers
+// weights.
 //
 // This is the only translation unit: the headers are included here, so that everything can be inlined. It exports the C
 // functions that Python calls through ctypes.
 //
 // Weights are bf16, the same in 12 bits without loss, or 8-bit integers; keys and values are in 12 bits with a shared
-// exponent. Sums are fp32 and run over inputs in order (with 8-bit weights: exact sums of integers, of inputs rounded to
-// 16 bits), each row by itself. So a row's result is bitwise the same whatever other rows are in the pass; that is what
-// makes verification exact.
+// exponent. Sums are fp32 and run over inputs in order (with 8-bit weights: exact sums of integers, of inputs rounded
+// to 16 bits), each row by itself. So a row's result is bitwise the same whatever other rows are in the pass; that is
+// what makes verification exact.
 //
 //   processor.h, numbers.h, simd.h         what the processor offers, bf16, vectors
 //   scratch.h, team.h                      memory and threads of a call
@@ -47,8 +48,8 @@ float ce_row_cost(int32_t rows) {
 // Bytes that ce_pack writes for a weight of this shape.
 int64_t ce_packed_bytes(int32_t out, int32_t in) { return packed_bytes_16(out, in); }
 
-// Pack a row-major weight (out, in) bf16 into blocks first, first + step, ... With step 2, the blocks of two weights lie
-// in turn.
+// Pack a row-major weight (out, in) bf16 into blocks first, first + step, ... With step 2, the blocks of two weights
+// lie in turn.
 void ce_pack(const bf16* weight, int32_t out, int32_t in, uint32_t* packed, int32_t first, int32_t step) {
     pack_16(weight, out, in, packed, first, step);
 }
@@ -82,9 +83,10 @@ void ce_argmax(const Matrix* m, const Screen* screen, const bf16* x, int32_t* nu
     argmax(*m, screen, x, numbers, rows, threads);
 }
 
-// Rows in (rows, D) bf16 through layers first..last-1; their keys and values go into the cache. The rows before each of
-// the layers `stops`, ascending up to `last`, go to out (stops, rows, D) bf16. D, H * d and the inner size must be even, d a
-// multiple of 16. `parents` and `begins`, which may be null, say what the rows are to one another (RowPlaces in layers.h).
+// Rows in (rows, D) bf16 through layers first..last-1; their keys and values go into the cache. The rows before each
+// of the layers `stops`, ascending up to `last`, go to out (stops, rows, D) bf16. D, H * d and the inner size must be
+// even, d a multiple of 16. `parents` and `begins`, which may be null, say what the rows are to one another (RowPlaces
+// in layers.h).
 void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* stops, const bf16* in, bf16* out,
                int32_t rows, const Cache* cache, int32_t start, const int32_t* parents, const int32_t* begins,
                int32_t threads) {

@@ -1,14 +1,14 @@
 // The KV cache: keys and values in 12 bits with a shared exponent for each vector (block floating point).
 //
-// A key or value (d) is stored as its largest exponent and, for each number, sign, seven bits of fraction and four bits
-// that say how far its exponent is below the largest, up to 15. Smaller numbers become 2^-15 of the largest power of two;
-// that error is far below the last bit of the largest number in bf16, 2^-7. Relative to the shared exponent, all numbers
-// are below 2 and at least 2^-15, so every high byte is 0x38 with a sign and three more bits. The power of two that
-// remains is multiplied into scores (keys) and attention weights (values).
+// A key or value (d) is stored as its largest exponent and, for each number, sign, seven bits of fraction and four
+// bits that say how far its exponent is below the largest, up to 15. Smaller numbers become 2^-15 of the largest power
+// of two; that error is far below the last bit of the largest number in bf16, 2^-7. Relative to the shared exponent,
+// all numbers are below 2 and at least 2^-15, so every high byte is 0x38 with a sign and three more bits. The power of
+// two that remains is multiplied into scores (keys) and attention weights (values).
 //
 // Layout, for each layer, text and key-value head, in blocks of KEYS positions:
-//   keys    the exponents of all keys, the exponents of all values, then units as in the 12-bit layout of packing.h, with
-//           dimensions in place of inputs and positions in place of outputs.
+//   keys    the exponents of all keys, the exponents of all values, then units as in the 12-bit layout of packing.h,
+//           with dimensions in place of inputs and positions in place of outputs.
 //   values  the same units with positions in place of inputs and dimensions in place of outputs; the units of all
 //           dimensions for four positions lie side by side.
 // A slot is the index of a position in the cache. In a text both are the same; rows of a tree have slots of their own.
@@ -91,7 +91,7 @@ struct HeadCache {
         uint8_t* unit = key_block(t) + 2 * KEYS + byte_position(j, 0);
         for (int from = 0; from < d; from += LANES) {
             using Pairs = uint32_t __attribute__((vector_size(2 * LANES)));
-            const HalfUShorts kept = __builtin_convertvector(relative_to(load<Floats>(x + from), exponent), HalfUShorts);
+            const auto kept = __builtin_convertvector(relative_to(load<Floats>(x + from), exponent), HalfUShorts);
             auto join = [](Pairs bytes) { return (bytes & 0xFFu) | bytes >> 8; };       // two bytes that lie apart
             const Pairs pairs = load<Pairs>(&kept), high = join(pairs >> 8 & TWO_HIGH_BITS);
             const Pairs low = join(pairs & 0x00FF00FFu), second = (high >> 4 & 0x0808u) | (high << 4 & 0x7070u);
@@ -135,8 +135,8 @@ struct HeadCache {
     }
 
 private:
-    // Blend one position t of a block of dimensions into its unit. Low and high bytes are given 16 bits apart, high bytes
-    // as the first pair of a unit has them.
+    // Blend one position t of a block of dimensions into its unit. Low and high bytes are given 16 bits apart, high
+    // bytes as the first pair of a unit has them.
     static void blend_value(uint8_t* unit, int t, UInts low, UInts high) {
         auto blend = [&](uint8_t* at, UInts x, uint32_t byte) {
             const uint32_t shift = t % 2 * 8, mask = (byte << 16 | byte) << shift;

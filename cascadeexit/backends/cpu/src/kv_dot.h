@@ -18,7 +18,8 @@ inline void dot_keys(const uint8_t* block, const uint8_t* next, const Number* qu
     __m512 sum[M][2];
     for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     prefetch<M, 2 * KEYS>(next - PREFETCH_12_BITS);
-    add_units<M, 1>(block + 2 * KEYS, UNIT, next + 2 * KEYS - PREFETCH_12_BITS, SharedExponent(), queries, d, d / 2, sum);
+    add_units<M, 1>(block + 2 * KEYS, UNIT, next + 2 * KEYS - PREFETCH_12_BITS, SharedExponent(), queries, d, d / 2,
+                    sum);
     for (int v = 0; v < 2; v++) {
         const Floats powers = powers_of_two(block + LANES * v);
         for (int m = 0; m < M; m++) store(out + m * out_stride + LANES * v, (Floats)sum[m][v] * powers);

@@ -36,8 +36,8 @@ struct RowPlaces {
     const int* path(int r) const { return parents ? paths + r * rows : nullptr; }
 };
 
-// How the attention of a pass is cut into work: tiles of queries of one text and head, times spans of positions. A round
-// is as many tiles as are worked on between two barriers.
+// How the attention of a pass is cut into work: tiles of queries of one text and head, times spans of positions. A
+// round is as many tiles as are worked on between two barriers.
 struct AttentionPlan {
     int rows_per_text, queries_per_text;    // queries: of one key-value head
     int tiles_per_text, tiles;
@@ -174,7 +174,7 @@ private:
         const Layer& layer = stack.layers[l];
         for (int i = team.begin(rows * (H + 2 * G)); i < team.end(rows * (H + 2 * G)); i++) {
             int r = i % rows, part = i / rows;                      // rows of a head share cache lines of the cache
-            const int g = part / (group + 2), head = part % (group + 2);        // queries of a group, its key, its value
+            const int g = part / (group + 2), head = part % (group + 2);    // a group's queries, its key, its value
             float* row = qkv + size_t(r) * qkv_width + part * d;
             const float* cosine = stack.cosines + size_t(places.positions[r]) * (d / 2);
             const float* sine = stack.sines + size_t(places.positions[r]) * (d / 2);

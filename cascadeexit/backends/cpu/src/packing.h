@@ -1,18 +1,19 @@
 // Layouts of weights, and how bf16 weights are packed into them.
 //
-// A weight (out, in) is cut into blocks of BLOCK outputs, the last one filled up with zeros. A pass reads each block once
-// and in order. Within a block, pairs of inputs follow each other:
+// A weight (out, in) is cut into blocks of BLOCK outputs, the last one filled up with zeros. A pass reads each block
+// once and in order. Within a block, pairs of inputs follow each other:
 //   16 bits  (in / 2, BLOCK) words of 32 bits: one output's weights for a pair of inputs, the first in the lower half.
 //   12 bits  a BlockHeader, then for every two pairs a unit of (3, 2 BLOCK) bytes: the low bytes of the first pair, the
 //            low bytes of the second pair, and four bits for the high byte of each number, the first pair's below the
 //            second's. `byte_position` says where the bytes of an output are.
-//   8 bits   (in / 2, BLOCK / 2, 2, 2) bytes: pairs of inputs, outputs of the first half and of the second half in turn;
+//   8 bits   (in / 2, BLOCK / 2, 2, 2) bytes: pairs of inputs, outputs of the first half and the second half in turn;
 //            packed in Python.
 //
-// Packing into 12 bits is lossless. Four bits are the index into a code book of 16 high bytes (the sign and the exponent
-// without its last bit). A block's weights are so close in size that seven neighbouring exponents for each sign and two
-// zeros leave out very few weights. These outliers are zero in the block and listed apart, with their fp32 values. That
-// the exponents of a model's weights hold less than three bits of information is a finding of DFloat11 (Zhang et al. 2025).
+// Packing into 12 bits is lossless. Four bits are the index into a code book of 16 high bytes (the sign and the
+// exponent without its last bit). A block's weights are so close in size that seven neighbouring exponents for each
+// sign and two zeros leave out very few weights. These outliers are zero in the block and listed apart, with their
+// fp32 values. That the exponents of a model's weights hold less than three bits of information is a finding of
+// DFloat11 (Zhang et al. 2025).
 #pragma once
 
 #include "simd.h"
@@ -41,7 +42,9 @@ inline const uint32_t* block_16(const Matrix& m, int b) {
 }
 
 inline size_t block_bytes_12(int pairs) { return sizeof(BlockHeader) + size_t(pairs) * PAIR_BYTES; }
-inline const uint8_t* block_12(const Matrix& m, int b) { return (const uint8_t*)m.weight + b * block_bytes_12(pairs(m)); }
+inline const uint8_t* block_12(const Matrix& m, int b) {
+    return (const uint8_t*)m.weight + b * block_bytes_12(pairs(m));
+}
 
 // -- 16 bits ----------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
-// Softmax over the outputs of a matrix: the likeliest outputs, and facts from which an estimator tells whether an exit is
-// right.
+// Softmax over the outputs of a matrix: the likeliest outputs, and facts from which an estimator tells whether an exit
+// is right.
 #pragma once
 
 #include <cmath>
@@ -85,7 +85,8 @@ inline float cosine(const bf16* x, const bf16* y, int n) {
     return dot / std::fmax(1e-8f, std::sqrt(xx) * std::sqrt(yy));
 }
 
-// Facts of rows x (rows, in) bf16 -> (rows, 5), or (rows, 12) with rows `before` (rows, in), the exit before. By column:
+// Facts of rows x (rows, in) bf16 -> (rows, 5), or (rows, 12) with rows `before` (rows, in), the exit before. By
+// column:
 //   0-2    log p of the likeliest output, log p of the second, entropy in nats
 //   3-5    the same of `before`
 //   6      whether both have the same likeliest output

@@ -10,7 +10,7 @@ struct Outlier {                    // a weight that the code book of its block 
 
 struct Matrix {                     // (out, in); layouts are in packing.h
     const void* weight;
-    const float *scale, *bias;      // scale: 8-bit weights, one for each output, padded to whole blocks; both may be null
+    const float *scale, *bias;      // scale: of 8-bit weights, one for each output of whole blocks; both may be null
     int32_t in, out;
     const Outlier* outliers;        // null unless the weights are in 12 bits
 };
@@ -19,7 +19,7 @@ struct Matrix {                     // (out, in); layouts are in packing.h
 struct Screen {
     Matrix rounded;
     const int32_t* ids;             // for each of its outputs the output of the exact weight; null: the same number
-    float error, norm;              // largest norm over outputs: of the rounding error, of the integers, in units of scale
+    float error, norm;              // largest norms over outputs, in units of scale: of the rounding error, of integers
 };
 
 struct Layer {

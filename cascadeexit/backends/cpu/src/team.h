@@ -13,7 +13,7 @@ namespace {
 // cores, which may be on different L3 caches.
 struct Signals {
     alignas(64) std::atomic<int> arrived[16]{};     // for each step of a barrier: the last barrier that was signalled
-    alignas(64) std::atomic<int> claimed[2]{};      // items claimed of this thread's part, in this loop and the next one
+    alignas(64) std::atomic<int> claimed[2]{};      // items claimed of this thread's part, in this loop and the next
 };
 
 // One thread's view of its team.
@@ -28,8 +28,8 @@ struct Team {
     int end(int items) const { return begin(items, rank + 1); }
 
     // Wait until all threads are here. Dissemination barrier (Hensgen, Finkel and Manber 1988): in step k a thread
-    // signals the one 2^k further on and waits for the same signal. Threads arrive within microseconds of each other, so
-    // they spin; when another program holds a core, they yield to it.
+    // signals the one 2^k further on and waits for the same signal. Threads arrive within microseconds of each other,
+    // so they spin; when another program holds a core, they yield to it.
     void barrier() {
         barriers++;
         for (int step = 0, distance = 1; distance < size; step++, distance *= 2) {
@@ -52,7 +52,7 @@ struct Team {
         for (int k = 0; k < size; k++) {
             const int owner = (rank + k) % size, first = begin(items, owner), count = begin(items, owner + 1) - first;
             std::atomic<int>& claimed = signals[owner].claimed[now];
-            if (k && claimed.load(std::memory_order_relaxed) >= count) continue;    // a load is cheaper than an addition
+            if (k && claimed.load(std::memory_order_relaxed) >= count) continue;    // a load is cheaper than an add
             for (int i; (i = claimed.fetch_add(1, std::memory_order_relaxed)) < count;) work(first + i);
         }
     }
