@@ -38,6 +38,7 @@ class Exits:
             own[id(self._sketch)] = self._sketch
         self.memory_bytes = sum(head.owned_bytes for head in own.values()) + sum(p.nbytes for p in bank.parameters())
         self.full_head = backend.head
+        self._count()
 
     def _sketch_head(self, backend) -> VocabHead | None:
         """The head that sketch estimators read: the trimmed head's first words where they are the same."""
@@ -70,21 +71,18 @@ class Exits:
         return self._heads[s].nbytes
 
     def try_bytes(self, s: int) -> int:
-        estimators = self._bank.confidence_heads
-        read = _bytes(self._bank.adapters[s])
-        if estimators is None:
-            return read + self.head_bytes(s)
-        return read + (self._sketch.nbytes if self._sketch else 0) + _bytes(estimators[s])
+        return self._try_bytes[s]
 
-    @property
-    def draft_bytes(self) -> int:
-        drafter = self._bank.drafter
-        adapter = self._drafter_bytes(drafter.adapter) if drafter else _bytes(self._bank.adapters[0])
-        return adapter + self._draft_head.nbytes
-
-    @property
-    def context_bytes(self) -> int:
-        return self._drafter_bytes(self._bank.drafter.context) if self._bank.drafter else 0
+    def _count(self) -> None:
+        """Count once what each question reads: walking a module takes as long as a small kernel."""
+        bank, drafter, estimators = self._bank, self._bank.drafter, self._bank.confidence_heads
+        adapters = [_bytes(adapter) for adapter in bank.adapters]
+        sketch = self._sketch.nbytes if self._sketch else 0
+        self._try_bytes = [read + (self.head_bytes(s) if estimators is None else sketch + _bytes(estimators[s]))
+                           for s, read in enumerate(adapters)]
+        adapter = self._drafter_bytes(drafter.adapter) if drafter else adapters[0]
+        self.draft_bytes = adapter + self._draft_head.nbytes
+        self.context_bytes = self._drafter_bytes(drafter.context) if drafter else 0
 
     def _drafter_bytes(self, part: nn.Module) -> int:
         bits = self.drafter_bits
