@@ -1,4 +1,4 @@
-"""The page: layout and events only. `cascadeexit.page` and `cascadeexit.endpoints` have the handlers.
+"""The page: layout, events, link and command line. `cascadeexit.page` and `cascadeexit.endpoints` have the handlers.
 
     python app.py                                the bundled model on this machine
     python app.py --model my-model               any Llama-like model: a Hub id or a local folder

@@ -23,7 +23,8 @@ class DecodeConfig:
     """verified: the most tokens drafted for one verification pass."""
     thresholds: float | Sequence[float | None] | None = None
     """Confidence in [0, 1] from which an exit is taken. One number is the first exit's threshold, from which those of
-    deeper exits follow (`graded_thresholds`). A sequence has one for each exit; `None` in it disables that exit.
+    deeper exits follow (`graded_thresholds`). A sequence has one for each exit; `None` in it disables that exit. In
+    verified mode thresholds make the exits draft a chain, one token after another.
     `None` for the whole field uses the mode's default: 0.6 for cascade; for verified a draft tree, from the drafter and
     n-gram lookup, as large as is likely to save more time than it costs (`DraftTree`)."""
     target_disagreement: float | None = None

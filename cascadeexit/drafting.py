@@ -104,6 +104,7 @@ class ExitDrafts:
             rows = stairs.run(range(first, s + 1), meter=meter)[-1]                             # (1, N, D)
             copied = copied or carry.copied(stairs.tokens, confirmed)
             hidden = self._exits.hidden(s, rows[:, -1], carry.state)                            # (1, D)
+            # The estimator was trained beside the exit directly before, not beside one that lies deeper below.
             confidence, = self._exits.confidence(s, hidden, [copied], before if s == first else None)
             before, first = hidden, s + 1
             meter.add(self._exits.try_bytes(s))

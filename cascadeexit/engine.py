@@ -72,9 +72,7 @@ class Engine:
 
     def check(self, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
         """Raise ValueError when this run cannot work; `generate` calls it before any work."""
-        if len(prompt_ids) == 0:
-            raise ValueError("the prompt is empty: give at least one token")
-        self.model.check_ids(prompt_ids)
+        self.model.check_prompt(prompt_ids)
         needed = len(prompt_ids) + config.max_new_tokens
         if needed > self.model.max_positions:
             raise ValueError(f"{len(prompt_ids)} prompt tokens and {config.max_new_tokens} new ones need {needed} "
@@ -245,9 +243,8 @@ class Engine:
 
         Raises ValueError for an empty prompt and for token ids outside the vocabulary.
         """
-        if len(prompt_ids) == 0:
-            raise ValueError("the prompt is empty: give at least one token")
-        self.model.check_ids((*prompt_ids, *token_ids))
+        self.model.check_prompt(prompt_ids)
+        self.model.check_ids(token_ids)
         if not token_ids:
             return []
         stairs, _ = self.begin(prompt_ids, len(token_ids))

@@ -65,9 +65,8 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
     Raises ValueError for an empty prompt and for token ids outside the vocabulary.
     """
     final = [e for e in events if e.final]
-    if len(prompt_ids) == 0:
-        raise ValueError("the prompt is empty: give at least one token")
-    engine.model.check_ids((*prompt_ids, *(e.token_id for e in final)))
+    engine.model.check_prompt(prompt_ids)
+    engine.model.check_ids([e.token_id for e in final])
     text = [prompt_ids[-1], *(e.token_id for e in final[:-1])] if final else []
     stairs, passed = engine.begin(prompt_ids, len(final))
     carry, layers = Carry.after_prompt(engine.model, passed), engine.model.layers

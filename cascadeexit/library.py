@@ -27,7 +27,7 @@ class Offer:
     """One entry of the model menu."""
 
     label: str
-    model: str | None               # Hub id, local folder or GGUF file; None: the bundled model
+    model: str | None               # Hub id or local folder; None: the bundled model
     exits: Path | None = None       # folder of trained exits; None: those that ship for the model
 
 
@@ -37,8 +37,8 @@ def _warm_up(engine: Engine) -> None:
     runs = [engine.generate(prompt, DecodeConfig(mode=mode, max_new_tokens=8)) for mode in Mode]
     for _ in itertools.zip_longest(*runs):                          # interleaved, as in a race
         pass
-    for s in range(engine.num_exits):                               # each exit, taken after the one before it was not
-        thresholds = {s - 1: 1.0, s: 0.3}
+    for s in range(engine.num_exits):
+        thresholds = {s - 1: 1.0, s: 0.0}                           # 1: asked and hardly ever taken; 0: always taken
         engine.run(prompt, DecodeConfig(thresholds=[thresholds.get(k) for k in range(engine.num_exits)],
                                         max_new_tokens=4))
 

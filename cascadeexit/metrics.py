@@ -1,6 +1,7 @@
 """Metrics: pure functions over TokenEvents, each defined once for page, benchmark and evaluation.
 
-Only final events (emitted or accepted) count as tokens. Drafts and rejections count for the acceptance rate only.
+Only final events (emitted or accepted) count as tokens. Drafts and rejections count in `drafted`, in `acceptance` and,
+by the bytes they read, in `cost`.
 """
 
 from collections.abc import Sequence

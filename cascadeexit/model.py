@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cascadeexit import backends
 from cascadeexit.backends.base import Backend
+from cascadeexit.backends.weights import DecoderShape, outer_weights
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -59,16 +60,16 @@ class SegmentedModel:
         bounds = (0, *exit_layers, num_layers)
         if any(a >= b for a, b in zip((-1, *bounds[1:]), bounds[1:])):
             raise ValueError(f"exit layers must ascend within 0..{num_layers - 1}, got {tuple(exit_layers)}")
-        head = base.lm_head
-        self.device, self.dtype, self.vocab_size = head.weight.device, head.weight.dtype, head.weight.shape[0]
+        weights = outer_weights(base)
+        self.device, self.dtype, self.vocab_size = weights.device, weights.dtype, weights.head.shape[0]
         if self.device.type == "meta":
             raise ValueError("the vocabulary projection is not in memory: the device_map must put lm_head on a device")
         self.name = name or base.config.model_type
         self.config, self.bounds = base.config, bounds
-        self.norm_weight = base.model.norm.weight.detach().clone()          # (D,) of the final norm
+        self.norm_weight = weights.final_norm.detach().clone()              # (D,)
         self.eos_ids = _eos_ids(base)
         base.eval().requires_grad_(False)
-        self.weight_bytes = sum(p.nbytes for p in base.model.layers.parameters()) + head.weight.nbytes
+        self.weight_bytes = sum(p.nbytes for p in base.model.layers.parameters()) + weights.head.nbytes
         self.backend: Backend = backends.make(base, bounds, backend)
         self.layers, self.head = self.backend.layers, self.backend.head
 
@@ -94,7 +95,7 @@ class SegmentedModel:
 
     @property
     def head_dim(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.hidden_size // self.config.num_attention_heads
+        return DecoderShape.of(self.config).head_dim
 
     @property
     def max_positions(self) -> int:
@@ -115,6 +116,12 @@ class SegmentedModel:
         """SHA-256 of the head in bf16: tells which weights exits were trained on, whatever dtype is loaded."""
         weight = self.head_weight.detach().to("cpu", torch.bfloat16).contiguous()
         return hashlib.sha256(weight.view(torch.uint8).numpy()).hexdigest()
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raise ValueError for an empty prompt and for token ids outside the vocabulary."""
+        if len(ids) == 0:
+            raise ValueError("the prompt is empty: give at least one token")
+        self.check_ids(ids)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise ValueError for token ids outside the vocabulary: kernels would read memory that is not theirs."""

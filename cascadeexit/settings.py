@@ -110,9 +110,9 @@ def from_query(query: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[st
         if name in menus:
             if text in menus[name]:
                 found[name] = menus[name][text]
-        elif name == "prompt":
+        elif isinstance(_default(name), str):
             found[name] = text[:MAX_PROMPT_CHARACTERS]
-        elif name == "chat":
+        elif isinstance(_default(name), bool):
             found[name] = text == "true"
         elif (number := _number(text, limits("thresholds" if name in THRESHOLDS else name))) is not None:
             found[name] = number
@@ -123,6 +123,11 @@ def _query_texts(query: Mapping[str, str]) -> dict[str, str]:
     """Text for each control that the address names; all thresholds are one parameter, separated by commas."""
     texts = {f.name: query[f.metadata["query"]] for f in fields(Settings) if f.metadata["query"] in query}
     return texts | dict(zip(THRESHOLDS, texts.pop("thresholds", "").split(",")))
+
+
+def _default(control: str):
+    """Default value of a control's setting, by whose type its text is read."""
+    return _FIELDS["thresholds" if control in THRESHOLDS else control].default
 
 
 def _number(text: str, limits: Limits | None) -> float | int | None:

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from cascadeexit import backends
+from cascadeexit.backends.cpu import CpuBackend
 from cascadeexit.backends.torch import TorchBackend
 from cascadeexit.backends.torch.layers import TorchLayers
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
-from cascadeexit.exits import ExitBank
+from cascadeexit.exits import ADAPTERS, ExitBank
 from cascadeexit.inspection import inspect
 from cascadeexit.model import SegmentedModel
 from tests.tiny_models import tiny_base, tiny_engine
@@ -39,7 +40,7 @@ class ToyBackend(TorchBackend):
 
 @pytest.mark.parametrize("shape", [{}, dict(adapter="carry", confidence="sketch", sketch_size=40, layers=(0, 2, 4),
                                             drafter_width=8)], ids=["published", "ours"])
-def test_a_fourth_backend_needs_nothing_outside_of_itself(shape):
+def test_another_backend_needs_nothing_outside_of_itself(shape):
     reference = tiny_engine(**shape)
     bank = ExitBank(reference.bank.config)
     bank.load_state_dict(reference.bank.state_dict())
@@ -54,6 +55,36 @@ def test_a_fourth_backend_needs_nothing_outside_of_itself(shape):
         seen, wanted = (inspect(e, PROMPT, run.events) for e in (engine, reference))
         assert seen.full_choices == wanted.full_choices == engine.full_choices(PROMPT, run.token_ids)
         torch.testing.assert_close(seen.confidences, wanted.confidences, atol=1e-4, rtol=1e-4)
+
+
+class Bare(torch.nn.Module):
+    """A kind of adapter of a few lines: the logit lens with a learned scale for each input."""
+
+    reads_carried, linear = False, None
+
+    def __init__(self, hidden_size: int, width: int, norm_eps: float):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(hidden_size))
+        self.norm = torch.nn.RMSNorm(hidden_size, eps=norm_eps)
+
+    def forward(self, h, carried):
+        return self.norm(h * self.scale)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("layers", [(2, 4), (0, 3)], ids=str)
+def test_a_new_kind_of_adapter_runs_on_every_backend(monkeypatch, backend, layers):
+    if backend == "cpu" and not CpuBackend.fits(tiny_base("qwen3", dtype=torch.bfloat16)):
+        pytest.skip("no C++ compiler here")
+    monkeypatch.setitem(ADAPTERS, "bare", Bare)
+    model = SegmentedModel(tiny_base("qwen3", dtype=torch.bfloat16), layers, backend=backend)
+    engine = Engine(model, ExitBank.untrained(model, adapter="bare"))
+    full = engine.run(PROMPT, DecodeConfig(mode="full", max_new_tokens=30)).token_ids
+    for thresholds in (0.0, 0.3, None):
+        config = DecodeConfig(mode="verified", thresholds=thresholds, max_new_tokens=30)
+        assert engine.run(PROMPT, config).token_ids == full
+    run = engine.run(PROMPT, DecodeConfig(mode="cascade", thresholds=0.0, max_new_tokens=30))
+    assert {event.exit for event in run.events} == {0}
 
 
 def test_a_backend_is_chosen_by_name_and_a_wrong_one_is_refused():

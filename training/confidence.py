@@ -31,6 +31,7 @@ from tqdm import tqdm
 from cascadeexit.carry import carried_states
 from cascadeexit.engine import Engine
 from cascadeexit.exits import ConfidenceHead, ExitBank, SketchConfidence
+from cascadeexit.exits.confidence import read_copies
 from cascadeexit.hub import load_model
 from cascadeexit.lookup import FARTHEST, Lookup
 from cascadeexit.model import SegmentedModel
@@ -55,7 +56,7 @@ class ExitRows:
     """One exit over the n wanted rows of some documents."""
 
     hidden: Tensor      # (n, D) adapted hidden state
-    copied: Tensor      # (n, 2) what the n-gram lookup proposes, from `Exits.copies`
+    copied: Tensor      # (n, 2) what the n-gram lookup proposes, from `read_copies`
     right: Tensor       # (n,) whether its choice is the full model's
     softmax: Tensor     # (n,) largest probability of its head
     margin: Tensor      # (n,) largest minus second largest probability
@@ -86,7 +87,7 @@ def exit_rows(engine: Engine, s: int, store: FeatureStore, documents: list[int],
         log_p = logits.log_softmax(-1)
         top = log_p.topk(2).values.exp()
         along = zip(copied_along(tuple(f.ids.tolist())), f.wanted.tolist())
-        copies = torch.tensor(exits.copies([copy for copy, asked in along if asked]))
+        copies = torch.tensor(read_copies([copy for copy, asked in along if asked], engine.bank.sketch_places))
         parts.append((h, copies, picked == f.choices[f.wanted].to(picked.device), top[:, 0], top[:, 0] - top[:, 1],
                       -(log_p.exp() * log_p).sum(-1)))
     return ExitRows(*(torch.cat(column).cpu() for column in zip(*parts)))

@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from cascadeexit.exits import ADAPTERS, ExitBank
+from cascadeexit.exits.config import WORD_BLOCK
 from cascadeexit.hub import DEFAULT_MODEL, exit_layers, load_model
 from cascadeexit.model import SegmentedModel
 from training.batches import batches
@@ -178,7 +179,7 @@ def untrained_exits(model: SegmentedModel, args: argparse.Namespace) -> ExitBank
     args.head_size = [min(size, model.vocab_size) for size in args.head_size]
     bank = ExitBank.untrained(model, width=args.width, head_size=max(args.head_size), adapter=args.adapter,
                               head_sizes=args.head_size if len(args.head_size) > 1 else (),
-                              draft_size=min(args.draft_size, args.head_size[0]) // 32 * 32)
+                              draft_size=min(args.draft_size, args.head_size[0]) // WORD_BLOCK * WORD_BLOCK)
     bank.prepare(model).requires_grad_(True)
     bank.adapters.float()
     return bank

@@ -189,7 +189,7 @@ def texts_to_read(tokenizer, args: argparse.Namespace) -> dict[str, list[Documen
 def measure_text(engine: Engine, name: str, documents: list[Document]) -> dict:
     """Read one text. Returns the report of each tally, as `after_full` and `after_exit`."""
     store = FeatureStore(engine.model, documents, Path(), budget_gb=0)
-    sources = ("full", "exit") if engine.bank.config.adapter == "carry" else ("full",)
+    sources = ("full", "exit") if engine.bank.adapters[0].reads_carried else ("full",)
     tallies = {source: Tally(engine.num_exits + 1) for source in sources}
     for i in tqdm(range(len(store)), unit="text", desc=name):
         read_document(engine, store[i], tallies)

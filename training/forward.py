@@ -74,7 +74,7 @@ def mixed_carried_states(bank: ExitBank, inputs: Inputs, h: Tensor, full: Tensor
         sources: the exits that may have produced the tokens.
     """
     carried = full[rows].float()
-    if not own_share or bank.config.adapter != "carry":
+    if not own_share or not bank.adapters[0].reads_carried:
         return carried
     draw = torch.rand(3, len(rows), generator=generator).to(rows.device)
     source = (draw[0] * len(sources)).long()

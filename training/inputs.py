@@ -37,7 +37,7 @@ class AdapterInputs:
 
     def __init__(self, bank: ExitBank, store: FeatureStore, documents: Sequence[int], final_norm: Tensor,
                  total: Callable[[Tensor], Tensor] = lambda sums: sums):
-        self.carry = bank.config.adapter == "carry"
+        self.carry = bank.adapters[0].reads_carried
         fit = self._fit_regression if self.carry else self._fit_scale
         self.maps: list[Tensor | float] = [fit(bank, s, store, documents, final_norm, total)
                                            for s in range(len(bank.adapters))]
@@ -49,7 +49,7 @@ class AdapterInputs:
         rms = [store[i].exits[:, s].float().pow(2).mean().sqrt().item() for i in documents]
         added, number = total(torch.tensor([sum(rms), len(rms)], device=final_norm.device)).tolist()
         scale = 2.0 ** round(math.log2(added / number))
-        bank.adapters[s].rescale(1 / scale, 1.0)
+        bank.adapters[s].rescale(1 / scale)
         return scale
 
     @staticmethod
@@ -92,7 +92,7 @@ class AdapterInputs:
             if self.carry:
                 _transform(adapter, torch.linalg.inv(self.maps[s].double()).float())
             else:
-                adapter.rescale(1 / self.maps[s], 1.0)
+                adapter.rescale(1 / self.maps[s])
         return shared
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ class AdapterInputs:
             if self.carry:
                 _transform(adapter, change)
             else:
-                adapter.rescale(change, 1.0)
+                adapter.rescale(change)
 
 
 def _transform(adapter: torch.nn.Module, change: Tensor) -> None:

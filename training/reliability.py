@@ -32,10 +32,10 @@ def auroc(score: Tensor, right: Tensor) -> float:
     return ((ranks[right].sum().item() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def platt(score: Tensor, right: Tensor, shift: bool = True) -> tuple[float, float]:
-    """Fit (a, b) of sigmoid(a score + b) to `right` (Platt 1999); b stays 0 without `shift`."""
-    a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()), requires_grad=shift)
-    optimizer = torch.optim.LBFGS([a, b] if shift else [a], max_iter=50)
+def platt(score: Tensor, right: Tensor) -> tuple[float, float]:
+    """Fit (a, b) of sigmoid(a score + b) to `right` (Platt 1999)."""
+    a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.LBFGS([a, b], max_iter=50)
 
     def closure():
         optimizer.zero_grad()

@@ -1,13 +1,15 @@
 """The wall: what engine, drafting, inspection and training may ask of a backend.
 
-A backend computes with one frozen model on its device. Three protocols say all that the rest of the project knows of
-it: the layer stack, vocabulary heads, and the runtime of trained exits. No code outside `backends` asks which kernels
-run.
+A `Backend` computes with one frozen model on its device. Three protocols say all that the rest of the project knows of
+it: the layer stack, vocabulary heads, and the runtime of trained exits. No code outside `backends` decides by which
+kernels run. `cache.py` and `exits.py` beside this file have what all backends share.
 
 A backend promises one thing: a row's result depends neither on the rows beside it, nor on its place among them, nor on
-the cache's capacity, nor on the mode. Then `verified` equals `full` bitwise by construction.
+the cache's capacity, nor on the mode. Then `verified` equals `full` bitwise by construction. Where `row_multiple` is 1
+that holds for passes of any size. Elsewhere it holds for the layers, the final norm and the full head in passes of at
+most `max_rows` rows, which they pad to a multiple of `row_multiple`.
 
-Letters: N rows in a pass, D hidden size, V vocabulary, K words of a head, B texts of a batch, S segments.
+Letters: N rows in a pass, D hidden size, K words of a head, B texts of a batch, E exits but the first.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +24,9 @@ class Rows(Protocol):
     """Hidden states in the form that a backend keeps them: (1, N, D), or (1, D) for one row.
 
     rows[:, i] is one row (1, D), rows[:, a:b] a part (1, n, D); neither copies. `LayerStack.tensor` gives a tensor.
+
+    Every method that takes rows also takes a tensor in the model's dtype on its device: training, and the carried state
+    after a prompt of one token, use tensors.
     """
 
     shape: tuple[int, ...]
@@ -125,7 +130,7 @@ class VocabHead(Protocol):
         """Facts that a sketch estimator reads; see `cascadeexit.exits.confidence.softmax_facts`."""
 
     def first(self, words: int) -> "VocabHead":
-        """A head of the first words only: a multiple of 32, or all of them."""
+        """A head of the first words only: a multiple of `exits.config.WORD_BLOCK`, or all of them."""
 
 
 class ExitRuntime(Protocol):
@@ -184,14 +189,17 @@ class ExitRuntime(Protocol):
 
 
 class Backend(Protocol):
-    """One way of computing with one frozen model.
-
-    It is made from a transformers *ForCausalLM and the numbers of layers at which segments begin and end.
-    """
+    """One way of computing with one frozen model."""
 
     name: str
     layers: LayerStack
     head: VocabHead
+
+    def __init__(self, base, bounds: tuple[int, ...]):
+        """Take what is needed from a transformers *ForCausalLM that fits; the model may be dropped afterwards.
+
+        bounds: numbers of layers at which segments begin and end: 0, the exit layers, the number of layers.
+        """
 
     @classmethod
     def build(cls) -> None:

@@ -1,13 +1,11 @@
 """Exits: what the exit runtimes of all backends share, words and bytes. How rows are computed each adds for itself."""
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from cascadeexit.backends.base import Rows, VocabHead
 from cascadeexit.exits.bank import ExitBank
+from cascadeexit.exits.config import WORD_BLOCK
 
 
 class Exits:
@@ -32,7 +30,7 @@ class Exits:
         self._heads: list[VocabHead] = [parts[c.words(s)] for s in range(len(c.layers))]
         self._draft_head: VocabHead = parts[c.draft_words]
         self._sketch = self._sketch_head(backend)
-        self._places = {} if bank.sketch_ids is None else {word: i for i, word in enumerate(bank.sketch_ids.tolist())}
+        self._places = bank.sketch_places
         own = {id(head): head for head in (self._whole, *parts.values()) if head is not backend.head}
         if self._sketch:
             own[id(self._sketch)] = self._sketch
@@ -45,7 +43,7 @@ class Exits:
         ids, words = self._bank.sketch_ids, self._bank.head_ids
         if ids is None:
             return None
-        if words is not None and len(ids) % 32 == 0 and torch.equal(words[:len(ids)], ids):
+        if words is not None and len(ids) % WORD_BLOCK == 0 and torch.equal(words[:len(ids)], ids):
             return self._whole.first(len(ids))
         return backend.vocab_head(backend.head.weight[ids], rounded=True)
 
@@ -57,13 +55,6 @@ class Exits:
         """The likeliest token of exit s for one adapted row (1, D)."""
         best, = self._heads[s].argmax(hidden)
         return best if self._ids is None else self._ids[best]
-
-    def copies(self, copied: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:
-        """Turn n-gram copies, tokens and lengths, into what estimators read.
-
-        Each token's place in the sketch, -1 outside of it, and log(1 + length).
-        """
-        return [(self._places.get(token, -1), math.log1p(length)) for token, length in copied]
 
     # -- bytes ----------------------------------------------------------------------------------------------------
 

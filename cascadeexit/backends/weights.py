@@ -1,6 +1,7 @@
 """Weights: where a transformers decoder of a supported type keeps its weights.
 
-The only place that knows transformers' names of them. All supported types share one layout: RMSNorm, attention with
+The only place that knows transformers' names of them, but for the `torch` backend, which runs transformers' own
+modules. All supported types share one layout: RMSNorm, attention with
 grouped queries and rotary embedding (with biases in Qwen2, with norms of queries and keys in Qwen3), RMSNorm, SwiGLU.
 
 Letters: D hidden size, H query heads, K key-value heads, d head size, F inner size of the MLP, P positions.
@@ -11,6 +12,34 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OuterWeights:
+    """Weights around the decoder layers. V words."""
+
+    embedding: Tensor           # (V, D)
+    final_norm: Tensor          # (D,)
+    head: Tensor                # (V, D)
+    head_bias: Tensor | None    # (V,)
+
+    @property
+    def tied(self) -> bool:
+        """True where the embeddings are the head's rows."""
+        return self.head is self.embedding
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.dtype
+
+
+def outer_weights(base) -> OuterWeights:
+    """Read the weights around the layers of a transformers *ForCausalLM; nothing is copied."""
+    return OuterWeights(base.model.embed_tokens.weight, base.model.norm.weight, base.lm_head.weight, base.lm_head.bias)
 
 
 @dataclass(frozen=True)
@@ -32,6 +61,7 @@ class LayerWeights:
     o_bias: Tensor | None
     q_norm: Tensor | None       # (d,)
     k_norm: Tensor | None       # (d,)
+    scaling: float              # of attention scores
     plain_mlp: bool             # SiLU and no biases
 
 
@@ -47,7 +77,7 @@ def _layer(layer: nn.Module) -> LayerWeights:
         layer.input_layernorm.weight, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.o_proj.weight,
         layer.post_attention_layernorm.weight, m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight,
         a.q_proj.bias, a.k_proj.bias, a.v_proj.bias, a.o_proj.bias, _norm(a, "q_norm"), _norm(a, "k_norm"),
-        plain_mlp=no_bias and type(m.act_fn).__name__ in ("SiLU", "SiLUActivation"))
+        a.scaling, plain_mlp=no_bias and type(m.act_fn).__name__ in ("SiLU", "SiLUActivation"))
 
 
 def _norm(module: nn.Module, name: str) -> Tensor | None:

@@ -7,14 +7,34 @@ token left by. Every decoder has that state at hand, and it holds what deep laye
 Letters: D hidden size.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
+
+
+class Adapter(Protocol):
+    """What the project asks of a kind of adapter, an nn.Module made from (hidden_size, width, norm_eps)."""
+
+    reads_carried: bool
+    """True where the carried state is read; then training whitens its inputs and fits `linear` by ridge regression."""
+    linear: nn.Linear | None
+    """The linear part, (2 D) -> (D); None where that is the identity on the hidden state."""
+    norm: nn.RMSNorm
+    """The norm of the output, which makes it ready for the head."""
+
+    def __call__(self, h: Tensor, carried: Tensor) -> Tensor:
+        """Adapt hidden rows h, each with its carried state: (..., D), (..., D) -> (..., D)."""
+
+    def rescale(self, h: float) -> None:
+        """Change the weights so that rows multiplied by `h` give today's output; only without `reads_carried`."""
 
 
 class ExitAdapter(nn.Module):
     """The published adapter: h + up(silu(gate h) * down h), then a norm of its own. (..., D) -> (..., D)."""
 
-    linear = None       # it has no linear part: that is the identity
+    reads_carried = False
+    linear = None
 
     def __init__(self, hidden_size: int, width: int, norm_eps: float):
         super().__init__()
@@ -30,7 +50,7 @@ class ExitAdapter(nn.Module):
         return self.norm(h + self.up(nn.functional.silu(self.gate(h)) * self.down(h)))
 
     @torch.no_grad()
-    def rescale(self, h: float, carried: float) -> None:
+    def rescale(self, h: float) -> None:
         """Change the weights so that rows multiplied by `h` give today's output; the norm cancels the sum's scale."""
         for weight, factor in ((self.gate, 1 / h), (self.down, 1 / h), (self.up, h)):
             weight.weight.mul_(factor)
@@ -42,6 +62,8 @@ class CarryAdapter(nn.Module):
     (..., D), (..., D) -> (..., D). The carried state is ready for the head, as this adapter's own output is. Handing
     the last deep state on is the idea of EAGLE (Li et al. 2024); here it meets the newest token's own layers.
     """
+
+    reads_carried = True
 
     def __init__(self, hidden_size: int, width: int, norm_eps: float):
         super().__init__()
@@ -58,16 +80,8 @@ class CarryAdapter(nn.Module):
         x = torch.cat([h, carried], dim=-1)
         return self.norm(self.linear(x) + self.up(nn.functional.silu(self.gate(x)) * self.down(x)))
 
-    @torch.no_grad()
-    def rescale(self, h: float, carried: float) -> None:
-        """Change the weights so that rows and carried states multiplied by these factors give today's output."""
-        for projection in (self.linear, self.gate, self.down):
-            left, right = projection.weight.chunk(2, dim=1)
-            left.div_(h)
-            right.div_(carried)
 
-
-ADAPTERS = {"swiglu": ExitAdapter, "carry": CarryAdapter}
+ADAPTERS: dict[str, type[Adapter]] = {"swiglu": ExitAdapter, "carry": CarryAdapter}
 
 
 class Drafter(nn.Module):

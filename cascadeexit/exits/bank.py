@@ -90,6 +90,11 @@ class ExitBank(nn.Module):
             self.drafter.to(model.dtype)
         return self
 
+    @property
+    def sketch_places(self) -> dict[int, int]:
+        """Place in the sketch of each of its tokens; empty without a sketch."""
+        return {} if self.sketch_ids is None else {word: i for i, word in enumerate(self.sketch_ids.tolist())}
+
     def fingerprint(self) -> str:
         """SHA-256 over the exits' weights, in fp32, and their parts of the head: tells which exits made a result.
 

@@ -7,7 +7,8 @@ projection.
 Letters: N rows, D hidden size, K words of the head that a sketch reads.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,16 @@ class SketchConfidence(nn.Module):
         return (self.alone if facts.shape[-1] == FACTS_ALONE else self.after)(facts).squeeze(-1)
 
 
+def read_copies(copied: Sequence[tuple[int, int]], places: Mapping[int, int]) -> list[tuple[int, float]]:
+    """Turn n-gram copies into what estimators read: the word's place in the sketch and log(1 + length of the match).
+
+    Args:
+        copied: tokens and lengths, as from `Lookup.copied`.
+        places: place in the sketch of each of its tokens; other tokens get -1.
+    """
+    return [(places.get(token, -1), math.log1p(length)) for token, length in copied]
+
+
 def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: Tensor,
                   before: Tensor | None = None) -> Tensor:
     """Facts of an exit's softmax that `SketchConfidence` reads: (..., 5), or (..., 12) with the exit before it.
@@ -59,7 +70,7 @@ def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: T
     Args:
         project: the head of the sketch, rows (..., D) -> logits (..., K).
         hidden: adapted rows of this exit (..., D).
-        copied: place of the copied word in the sketch, -1 outside of it, and log(1 + length) of the copy: (..., 2).
+        copied: n-gram copies from `read_copies`, (..., 2).
         before: adapted rows of the exit before (..., D), where it was asked.
     """
     log_p, mine = _of_softmax(project(hidden))

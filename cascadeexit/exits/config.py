@@ -7,6 +7,7 @@ from pathlib import Path
 from cascadeexit.exits.adapters import ADAPTERS
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "exits.safetensors"
+WORD_BLOCK = 32         # parts of a head begin at multiples of it, the largest weight block of any backend
 _FORMAT = 3
 
 
@@ -61,12 +62,13 @@ class ExitConfig:
         if self.head_size > self.vocab_size:
             raise ValueError(f"head_size is at most the vocabulary, {self.vocab_size}; got {self.head_size}")
         if self.head_sizes and (len(self.head_sizes) != len(self.layers) or max(self.head_sizes) != self.head_size
-                                or any(n < 1 or n % 32 and n != self.head_size for n in self.head_sizes)):
-            raise ValueError(f"head_sizes are one for each of {len(self.layers)} exits, multiples of 32 up to "
-                             f"head_size, {self.head_size}; got {self.head_sizes}")
-        if not 0 <= self.draft_size <= self.head_size or self.draft_size % 32 or self.draft_size > self.words(0):
-            raise ValueError("draft_size is a multiple of 32 within a trimmed head and the first exit's part of it, "
-                             f"{self.words(0) if self.head_size else 0}; got {self.draft_size}")
+                                or any(n < 1 or n % WORD_BLOCK and n != self.head_size for n in self.head_sizes)):
+            raise ValueError(f"head_sizes are one for each of {len(self.layers)} exits, multiples of {WORD_BLOCK} up "
+                             f"to head_size, {self.head_size}; got {self.head_sizes}")
+        most = self.words(0) if self.head_size else 0
+        if not 0 <= self.draft_size <= most or self.draft_size % WORD_BLOCK:
+            raise ValueError(f"draft_size is a multiple of {WORD_BLOCK} within a trimmed head and the first exit's "
+                             f"part of it, {most}; got {self.draft_size}")
         if self.drafter_width and (self.layers[:1] != (0,) or len(self.layers) < 2):
             raise ValueError(f"a drafter needs an exit before the first layer and one deeper, got {self.layers}")
         if not all(a < b for a, b in zip((-1, *self.layers), (*self.layers, self.num_layers), strict=True)):

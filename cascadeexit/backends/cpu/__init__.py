@@ -14,7 +14,7 @@ from cascadeexit.backends.cpu import build
 from cascadeexit.backends.cpu.exits import CpuExits
 from cascadeexit.backends.cpu.heads import CpuHead
 from cascadeexit.backends.cpu.layers import CpuLayers
-from cascadeexit.backends.weights import DecoderShape, layer_weights
+from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weights
 from cascadeexit.exits.bank import ExitBank
 
 
@@ -22,9 +22,11 @@ class CpuBackend:
     """C++ kernels that compute each row by itself, in a fixed order. Methods as in `base.Backend`."""
 
     name = "cpu"
+    families = ("llama", "mistral", "qwen2", "qwen3")       # model types that tests/test_kernels.py compares
 
     def __init__(self, base, bounds: tuple[int, ...]):
-        self.head = CpuHead(base.lm_head.weight, base.lm_head.bias)
+        weights = outer_weights(base)
+        self.head = CpuHead(weights.head, weights.head_bias)
         self.layers = CpuLayers(base, bounds, self.head)
 
     @classmethod
@@ -34,14 +36,16 @@ class CpuBackend:
 
     @classmethod
     def fits(cls, base) -> bool:
-        """True for bf16 on a CPU, heads of a multiple of 16, a plain SwiGLU and an even inner size.
+        """True for bf16 on a CPU, a known model type, heads of a multiple of 16, a plain SwiGLU and an even inner size.
 
         A model that accelerate has spread over devices does not fit: its weights come and go with each call.
         """
-        if hasattr(base, "hf_device_map") or base.lm_head.weight.device.type != "cpu":
+        weights = outer_weights(base)
+        known = base.config.model_type in cls.families and not hasattr(base, "hf_device_map")
+        if not known or weights.device.type != "cpu":
             return False
         shape, layer = DecoderShape.of(base.config), layer_weights(base)[0]
-        return (base.lm_head.weight.dtype == layer.gate.dtype == torch.bfloat16 and layer.plain_mlp
+        return (weights.dtype == layer.gate.dtype == torch.bfloat16 and layer.plain_mlp
                 and shape.head_dim % 16 == 0 and shape.hidden % 2 == 0 and shape.inner % 2 == 0
                 and build.library() is not None)
 

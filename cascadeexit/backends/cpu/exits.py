@@ -18,7 +18,9 @@ from cascadeexit.backends.cpu.packing import Store, column_scale, rounded
 from cascadeexit.backends.cpu.states import Hidden, States, in_bf16, like, tensor_of
 from cascadeexit.backends.cpu.structures import Adapter, Estimator, Matrix
 from cascadeexit.backends.exits import Exits
+from cascadeexit.exits.adapters import CarryAdapter, ExitAdapter
 from cascadeexit.exits.bank import ExitBank
+from cascadeexit.exits.confidence import read_copies
 
 
 class CpuExits(Exits):
@@ -29,14 +31,15 @@ class CpuExits(Exits):
     def __init__(self, bank: ExitBank, backend):
         super().__init__(bank, backend)
         self._layers = backend.layers
-        self._adapters = [CpuAdapter(adapter) for adapter in bank.adapters]
+        self._adapters = [CpuAdapter(a) if CpuAdapter.knows(a) else ModuleAdapter(a) for a in bank.adapters]
         drafter = bank.drafter
         self._draft_adapter = CpuAdapter(drafter.adapter, eight_bits=True) if drafter else self._adapters[0]
         self._read_context = CpuContext(drafter.context.weight) if drafter else None
         self._sketch_estimators = [CpuConfidence(self._sketch, head.alone, head.after)
                                    for head in bank.confidence_heads or ()] if self._sketch else []
         embedding, self._drafter = self._layers.embedding_head, None
-        if bank.config.layers[:1] == (0,) and embedding is not None:
+        in_one_call = isinstance(self._draft_adapter, CpuAdapter) and embedding is not None
+        if bank.config.layers[:1] == (0,) and in_one_call:
             self._drafter = CpuDrafter(embedding, self._draft_adapter, self._draft_head, self._ids)
         all_words = bank.head_ids is not None and len(bank.head_ids.unique()) == bank.config.vocab_size
         if all_words and not backend.head.has_bias:
@@ -48,7 +51,7 @@ class CpuExits(Exits):
     def confidence(self, s: int, hidden: Hidden, copied: Sequence[tuple[int, int]],
                    before: Hidden | None = None) -> list[float]:
         if self._sketch_estimators:
-            return self._sketch_estimators[s](hidden, self.copies(copied), before)
+            return self._sketch_estimators[s](hidden, read_copies(copied, self._places), before)
         if self._bank.confidence_heads is None:
             return self.logits(s, hidden).softmax(-1).amax(-1).tolist()
         return self._bank.confidence_heads[s].chance(tensor_of(hidden)).tolist()
@@ -76,6 +79,18 @@ class CpuExits(Exits):
         return list(zip(each, probs.tolist(), ids.tolist()))
 
 
+class ModuleAdapter:
+    """An adapter of a kind that the kernels do not know, run by PyTorch: rows, carried states (..., D) -> (..., D)."""
+
+    def __init__(self, adapter: nn.Module):
+        self._adapter = adapter
+
+    def __call__(self, rows: Hidden, carried: Hidden, out: Hidden | None = None) -> Hidden:
+        out, adapted = like(rows) if out is None else out, self._adapter(tensor_of(rows), tensor_of(carried))
+        tensor_of(out).copy_(adapted.reshape(out.shape))
+        return out
+
+
 class CpuAdapter:
     """An adapter in C++: rows (..., D) and carried states (..., D) -> (..., D).
 
@@ -83,6 +98,11 @@ class CpuAdapter:
         adapter: `ExitAdapter` or `CarryAdapter`; its weights are copied.
         eight_bits: round weights to 8 bits, for results that need not be those of the bf16 weights.
     """
+
+    @staticmethod
+    def knows(adapter: nn.Module) -> bool:
+        """True for the kinds of adapter that the kernels compute."""
+        return type(adapter) in (ExitAdapter, CarryAdapter)
 
     def __init__(self, adapter: nn.Module, *, eight_bits: bool = False):
         gate, down, up = adapter.gate.weight, adapter.down.weight, adapter.up.weight
@@ -191,7 +211,7 @@ class CpuConfidence:
         return Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
 
     def __call__(self, rows: Hidden, copied: Sequence[tuple[int, float]], before: Hidden | None = None) -> list[float]:
-        """Chances (N) for rows (N, D), copies from `Exits.copies`, and rows of the exit before where it was asked."""
+        """Chances (N) for rows (N, D), copies from `read_copies`, and rows of the exit before where it was asked."""
         rows, before, n = in_bf16(rows), None if before is None else in_bf16(before), len(copied)
         chances = (c_float * n)()
         build.library().ce_confidence(byref(self._head.matrix), byref(self._alone if before is None else self._after),

@@ -17,6 +17,7 @@ from cascadeexit.backends.cpu import build
 from cascadeexit.backends.cpu.packing import Store, rounded, scale_of
 from cascadeexit.backends.cpu.states import Hidden, States, in_bf16
 from cascadeexit.backends.cpu.structures import Matrix, Screen
+from cascadeexit.exits.confidence import FACTS_AFTER, FACTS_ALONE
 
 
 class CpuHead:
@@ -100,14 +101,14 @@ class CpuHead:
 
     def softmax_facts(self, rows: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
         rows, copied, before = in_bf16(rows), copied.float().contiguous(), None if before is None else in_bf16(before)
-        facts = torch.empty(*rows.shape[:-1], 5 if before is None else 12)
+        facts = torch.empty(*rows.shape[:-1], FACTS_ALONE if before is None else FACTS_AFTER)
         build.library().ce_softmax_facts(byref(self.matrix), rows.data_ptr(), copied.data_ptr(),
                                          None if before is None else before.data_ptr(), facts.data_ptr(),
                                          prod(rows.shape[:-1]), torch.get_num_threads())
         return facts
 
     def first(self, words: int) -> "CpuHead":
-        """A head of the first words only, a multiple of 32 or all, over the same memory."""
+        """A head of the first words only, a multiple of `WORD_BLOCK` or all, over the same memory."""
         if words == self.words:
             return self
         part = copy.copy(self)

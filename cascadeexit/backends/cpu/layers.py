@@ -23,7 +23,7 @@ from cascadeexit.backends.cpu.heads import CpuHead
 from cascadeexit.backends.cpu.packing import Store
 from cascadeexit.backends.cpu.states import Hidden, States, in_bf16, joined, like, tensor_of
 from cascadeexit.backends.cpu.structures import Cache, Layer, Stack
-from cascadeexit.backends.weights import DecoderShape, layer_weights, rotary_angles
+from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weights, rotary_angles
 
 
 class CpuCache(KVCache):
@@ -47,12 +47,11 @@ class CpuLayers:
     row_multiple, max_rows, supports_trees = 1, 32, True
 
     def __init__(self, base, bounds: tuple[int, ...], head: CpuHead):
-        shape, layers = DecoderShape.of(base.config), layer_weights(base)
+        shape, layers, outer = DecoderShape.of(base.config), layer_weights(base), outer_weights(base)
         self._shape, self._bounds = shape, bounds
-        tied = base.lm_head.weight is base.model.embed_tokens.weight
-        self._head = head if tied else None
-        self._embedding = None if tied else base.model.embed_tokens.weight.detach().clone()     # lets go of its file
-        self._norm = base.model.norm.weight.detach().float().contiguous()
+        self._head = head if outer.tied else None
+        self._embedding = None if outer.tied else outer.embedding.detach().clone()      # lets go of its file
+        self._norm = outer.final_norm.detach().float().contiguous()
         qkv = [_by_group(shape.kv_heads, w.q, w.k, w.v) for w in layers]
         self._store = Store(chain.from_iterable((first, w.o, w.gate, w.up, w.down) for first, w in zip(qkv, layers)),
                             in_12_bits=True)
@@ -68,7 +67,7 @@ class CpuLayers:
         cosines, sines = rotary_angles(base, shape)
         self._stack = Stack((Layer * len(packed))(*packed), floats(cosines), floats(sines), shape.hidden, shape.heads,
                             shape.kv_heads, shape.head_dim, shape.inner, shape.norm_eps,
-                            base.model.layers[0].self_attn.scaling)
+                            layers[0].scaling)
 
     @property
     def embedding_head(self) -> CpuHead | None:

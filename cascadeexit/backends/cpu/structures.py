@@ -1,4 +1,4 @@
-"""Structures that Python and C++ share; the C++ side is in src/. Numbers in fp32 and pointers, no ownership."""
+"""Structures that Python and C++ share, field by field as in src/structs.h. They hold pointers and own nothing."""
 
 import ctypes
 from ctypes import POINTER, c_float, c_int32, c_void_p
@@ -14,7 +14,7 @@ class Matrix(ctypes.Structure):
 class Screen(ctypes.Structure):
     """A rounded copy of a head, the numbers of its words in the exact head, and bounds of the rounding errors."""
 
-    _fields_ = [("rough", Matrix), ("ids", c_void_p), ("error", c_float), ("size", c_float)]
+    _fields_ = [("rounded", Matrix), ("ids", c_void_p), ("error", c_float), ("norm", c_float)]
 
 
 class Layer(ctypes.Structure):

@@ -8,6 +8,7 @@ from torch import Tensor
 from cascadeexit.backends.torch.exits import TorchExits
 from cascadeexit.backends.torch.heads import TorchHead
 from cascadeexit.backends.torch.layers import TorchLayers
+from cascadeexit.backends.weights import outer_weights
 from cascadeexit.exits.bank import ExitBank
 
 
@@ -20,9 +21,10 @@ class TorchBackend:
     def __init__(self, base, bounds: tuple[int, ...]):
         self.layers = self.layers_type(base, bounds)
         self._recorded = bool(self.layers.recorded_rows)
-        self.head = TorchHead(base.lm_head.weight, base.lm_head.bias, row_multiple=self.layers.row_multiple,
+        weights = outer_weights(base)
+        self.head = TorchHead(weights.head, weights.head_bias, row_multiple=self.layers.row_multiple,
                               recorded_rows=self.layers.recorded_rows)
-        self._device = base.lm_head.weight.device
+        self._device = weights.device
 
     @classmethod
     def build(cls) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cascadeexit.backends.exits import Exits
 from cascadeexit.backends.torch.recording import Recorded
 from cascadeexit.exits.bank import ExitBank
+from cascadeexit.exits.confidence import read_copies
 
 
 class TorchExits(Exits):
@@ -48,7 +49,7 @@ class TorchExits(Exits):
                    before: Tensor | None = None) -> list[float]:
         if self._sketch is None:
             return self._estimators[s](hidden).tolist()
-        copies = torch.tensor(self.copies(copied), device=self._device)
+        copies = torch.tensor(read_copies(copied, self._places), device=self._device)
         return self._estimators[s](hidden, copies, *([] if before is None else [before])).tolist()
 
     def context(self, states: Sequence[Tensor], row: int) -> Tensor | None:

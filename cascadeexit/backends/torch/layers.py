@@ -21,6 +21,7 @@ from cascadeexit.backends.torch import attention, recording
 from cascadeexit.backends.torch.cache import TorchCache
 from cascadeexit.backends.torch.linear import frozen_linear
 from cascadeexit.backends.torch.recording import Recorded
+from cascadeexit.backends.weights import DecoderShape, outer_weights
 
 _RECORDED_CAPACITY = 1024       # a recording is for one cache, so few sizes are best; unused slots cost little to read
 _IDLE_CACHES = 4
@@ -44,10 +45,11 @@ class TorchLayers:
     def __init__(self, base, bounds: tuple[int, ...]):
         spread = hasattr(base, "hf_device_map")
         self._bounds = bounds
-        self._device, self._dtype = base.lm_head.weight.device, base.lm_head.weight.dtype
+        weights = outer_weights(base)
+        self._device, self._dtype = weights.device, weights.dtype
         self._decoder = base.model if spread else _sharing_weights(base.model)
-        self._config = self._decoder.config
-        self._config._attn_implementation = attention.register()
+        self._decoder.config._attn_implementation = attention.register()
+        self._shape = DecoderShape.of(self._decoder.config)
         self.segment_bytes = tuple(sum(p.nbytes for layer in self._decoder.layers[a:b] for p in layer.parameters())
                                    for a, b in zip(bounds, bounds[1:]))
         for layer in () if spread else self._decoder.layers:
@@ -73,9 +75,7 @@ class TorchLayers:
                 if cache.capacity == capacity and cache.keys.shape[1] == batch:
                     self._idle_caches.remove(cache)
                     return cache
-        config = self._config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return TorchCache(self._bounds[-1], config.num_key_value_heads, head_dim, capacity, batch=batch,
+        return TorchCache(self._bounds[-1], self._shape.kv_heads, self._shape.head_dim, capacity, batch=batch,
                           dtype=self._dtype, device=self._device)
 
     def release(self, cache: TorchCache) -> None:
@@ -109,7 +109,10 @@ class TorchLayers:
         Padding is written past the real rows, masked, and overwritten later.
         """
         assert parents is None, "a tree needs a backend with supports_trees"
-        n, out = rows.shape[1], []
+        n, out, first = rows.shape[1], [], self._bounds[segments[0]]
+        end = n + (cache.length(first) if first < self._bounds[-1] else 0)
+        if end > self._shape.positions:
+            raise ValueError(f"this model has {self._shape.positions} positions, {end} were asked for")
         for s in segments:
             if layers := range(self._bounds[s], self._bounds[s + 1]):
                 padded = self._padded(rows)
@@ -164,8 +167,7 @@ class TorchLayers:
         cache.write_at(positions[0])
         angles = self._decoder.rotary_emb(torch.zeros((), dtype=self._dtype, device=self._device),
                                           position_ids=positions)
-        groups = self._config.num_attention_heads // self._config.num_key_value_heads
-        added = attention.additive_mask(mask, groups, h.dtype)
+        added = attention.additive_mask(mask, self._shape.heads // self._shape.kv_heads, h.dtype)
         for layer_idx in layers:
             h = self._decoder.layers[layer_idx](h, attention_mask=added, position_ids=positions,
                                                 position_embeddings=angles, cache=cache)

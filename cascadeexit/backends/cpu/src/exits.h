@@ -9,7 +9,7 @@
 namespace {
 
 // x (rows, in) for an adapter: h, and behind it `carried` unless that is null, times the column scales. sum: h in fp32.
-inline void gather_inputs(const Exit& exit, const bf16* h, const bf16* carried, int rows, Number* x, float* sum) {
+inline void gather_inputs(const Adapter& exit, const bf16* h, const bf16* carried, int rows, Number* x, float* sum) {
     const int D = exit.up.out, in = exit.gate_down.in;
     for (int r = 0; r < rows; r++) {
         for (int j = 0; j < D; j++) sum[size_t(r) * D + j] = widen(h[size_t(r) * D + j]);
@@ -23,7 +23,7 @@ inline void gather_inputs(const Exit& exit, const bf16* h, const bf16* carried, 
 }
 
 // The adapter of an exit: h and carried (rows, D) bf16 -> out (rows, D) bf16. `carried` is null where it is not read.
-void adapt(const Exit& exit, const bf16* h, const bf16* carried, bf16* out, int rows, int threads) {
+void adapt(const Adapter& exit, const bf16* h, const bf16* carried, bf16* out, int rows, int threads) {
     const int D = exit.up.out, width = exit.up.in, in = exit.gate_down.in;
     Number* x = scratch<Number, struct AdapterInputs>(size_t(rows) * in);
     Number* act = scratch<Number, struct Act>(size_t(rows) * width);
@@ -75,7 +75,7 @@ void linear_of_parts(const Matrix& m, const float* column_scale, const bf16* con
 // Drafts after each of `tokens` (rows), by an adapter that reads their rows of `embedding`, and the k likeliest
 // outputs of `words`, as from `likeliest`. carried: rows of D, or null; context (D) is added to them, or null. hidden:
 // (rows, D).
-void draft(const Matrix& embedding, const Exit& exit, const Matrix& words, const int64_t* tokens,
+void draft(const Matrix& embedding, const Adapter& exit, const Matrix& words, const int64_t* tokens,
            const bf16* const* carried, const float* context, bf16* hidden, float temperature, int k, int32_t* outputs,
            float* probs, int rows, int threads) {
     const int D = embedding.in;

@@ -119,7 +119,7 @@ void ce_likeliest(const Matrix* m, const bf16* x, float temperature, int32_t k, 
 }
 
 // Adapter of an exit: h and carried (rows, D) bf16 -> out (rows, D) bf16. `carried` is null where it is not read.
-void ce_exit(const Exit* exit, const bf16* h, const bf16* carried, bf16* out, int32_t rows, int32_t threads) {
+void ce_exit(const Adapter* exit, const bf16* h, const bf16* carried, bf16* out, int32_t rows, int32_t threads) {
     adapt(*exit, h, carried, out, rows, threads);
 }
 
@@ -131,7 +131,7 @@ void ce_gathered(const Matrix* m, const float* column_scale, const bf16* const* 
 
 // Drafts after `tokens`: rows `hidden` (rows, D), and the k likeliest of the outputs of `words` as from ce_likeliest.
 // carried: pointers to (D), or null; context (D), added to each of them, or null.
-void ce_draft(const Matrix* embedding, const Exit* exit, const Matrix* words, const int64_t* tokens,
+void ce_draft(const Matrix* embedding, const Adapter* exit, const Matrix* words, const int64_t* tokens,
               const bf16* const* carried, const float* context, bf16* hidden, float temperature, int32_t k,
               int32_t* numbers, float* probs, int32_t rows, int32_t threads) {
     draft(*embedding, *exit, *words, tokens, carried, context, hidden, temperature, k, numbers, probs, rows, threads);

@@ -1,4 +1,5 @@
-// Structures that Python fills in; it declares the same fields in the same order with ctypes.
+// Structures that Python fills in. structures.py declares the same fields in the same order with ctypes; `in` and `out`
+// are `inputs` and `outputs` there.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +37,7 @@ struct Stack {
 };
 
 // Adapter of an exit: norm(linear x + up(silu(gate x) * down x)). Without `linear`, h stands for linear x.
-struct Exit {
+struct Adapter {
     Matrix linear, gate_down, up;   // linear.weight may be null; gate_down: blocks of gate and down in turn
     const float* norm;
     float eps;
