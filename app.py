@@ -53,7 +53,8 @@ EXAMPLES = {
     "Un chat (français)": "Raconte une courte histoire sur un chat.",
     "Pizza 🍕": "Tell me about pizza, with emoji 🍕🔥😀",
 }
-MODES = [("Fast (cascade): the text may change", Mode.CASCADE), ("Exact (verified): same text, checked", Mode.VERIFIED)]
+MODES = [("Fast (cascade): the text may differ from the full model's", Mode.CASCADE),
+         ("Exact (verified): the full model's own text", Mode.VERIFIED)]
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
 LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
 NUM_FIGURES = 3
@@ -102,7 +103,7 @@ class ManyPrompts:
 
 
 def build_demo(library: Library) -> gr.Blocks:
-    """The page around these models."""
+    """Build the page for these models."""
     page = Page(library)
     calibrations = {label: library.calibration(label) for label in library.labels}
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
@@ -132,7 +133,7 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
                         elem_id="ce-examples", example_labels=list(EXAMPLES))
         with gr.Column(min_width=300):
             mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", elem_id="ce-mode",
-                            info="For 95% agreement or more, Exact is also the faster one (measured on CPUs)."
+                            info="If 95% or more of the tokens must agree, Exact is also faster (on CPUs)."
                             if measured_curve(library.fingerprint(label)) else None)
             preset, quality = _quality_controls(calibration)
             model = gr.Dropdown(library.labels, value=label, label="Model", elem_id="ce-model-menu",
@@ -182,17 +183,17 @@ def token_view(page: Page, value: str) -> gr.HTML:
 
 
 def _of_length(arguments, n: int) -> list:
-    """Arguments from the browser as n values, missing ones None: anybody can send anything."""
+    """Turn arguments from the browser, which may be any JSON, into n values; missing ones are None."""
     values = arguments if isinstance(arguments, list) else []
     return values[:n] + [None] * (n - len(values))
 
 
 def _quality_controls(calibration: Calibration | None) -> tuple[gr.Radio, gr.Slider]:
-    """Two controls that set all thresholds: presets, and where exits are calibrated the wanted agreement."""
+    """Make two controls that set all thresholds: presets, and a slider of the agreement, shown for calibrated exits."""
     with gr.Row(elem_id="ce-dials"):
         percent = _percent(CASCADE_THRESHOLD, calibration) if calibration else LOWEST_PERCENT
         return (gr.Radio(list(PRESETS.items()), value=CASCADE_THRESHOLD, label="How confident must an exit be?",
-                         info="An exit is a small trained network part-way up the model that can write a token early.",
+                         info="An exit: a small trained network after some of the layers that can write a token early.",
                          elem_id="ce-preset", scale=3, min_width=280),
                 gr.Slider(LOWEST_PERCENT, 99, percent, step=1, label="Wanted agreement, %",
                           info=_certainty(calibration) if calibration else None, buttons=[], elem_id="ce-quality",
@@ -200,16 +201,16 @@ def _quality_controls(calibration: Calibration | None) -> tuple[gr.Radio, gr.Sli
 
 
 def _certainty(calibration: Calibration) -> str:
-    return (f"Tokens equal to the full model's choice, on average over prompts like the {calibration.prompts} tested "
-            f"({1 - calibration.delta:.0%} confidence)")
+    return (f"Share of tokens equal to the full model's choice. The average holds with {1 - calibration.delta:.0%} "
+            f"confidence for prompts like the {calibration.prompts} that were tested.")
 
 
 def _exit_controls(shape: Shape) -> dict[str, Component]:
     """A slider for each exit, and a menu to choose or disable one."""
     with gr.Row():
-        menu = gr.Dropdown(label="Which exit writes", elem_id="ce-force", min_width=220, **_exit_menu(shape))
+        menu = gr.Dropdown(label="Which exit writes tokens", elem_id="ce-force", min_width=220, **_exit_menu(shape))
         gr.HTML("<p>Confidence that each exit needs to write a token. Lower is faster, higher is closer to the full"
-                " model, 1 disables the exit. Exact mode chooses its own drafts.</p>",
+                " model, 1 disables the exit. Exact mode uses these values only when you disable an exit.</p>",
                 elem_id="ce-hint", apply_default_css=False, min_width=220)
     with gr.Row():
         sliders = {name: _slider(name, value=value, min_width=200, **_exit_slider(s, shape))
@@ -234,20 +235,22 @@ def _advanced_controls() -> dict[str, Component]:
                            info="Off: the model continues your text instead of answering it")
         max_new_tokens = _slider("max_new_tokens", label="Maximum length, tokens")
         max_draft = _slider("max_draft", label="Draft length",
-                            info="Exact mode: the most tokens drafted before the full model verifies them")
+                            info="Exact mode: most tokens proposed (drafted) for one pass of the full model")
         tolerance = _slider("tolerance", label="Tolerance",
                             info="Exact mode: above 0, a draft is also accepted when the full model finds it nearly as "
-                                 "likely as its own choice. The text may then change.")
+                                 "likely as its own choice. The text may then differ from the full model's.")
     with gr.Row():
-        temperature = _slider("temperature", label="Temperature", info="0: always the most likely token")
+        temperature = _slider("temperature", label="Temperature",
+                              info="0: always the most likely token. Higher: more random")
         top_p = _slider("top_p", label="Top-p", info="Below 1: choose among the most likely tokens only")
-        seed = gr.Number(Settings.seed, label="Seed", precision=0, info="Same seed, same text; Retry adds 1")
+        seed = gr.Number(Settings.seed, label="Seed", precision=0,
+                         info="Number that decides all random choices. Same seed, same text; Retry adds 1")
     return dict(chat=chat, max_new_tokens=max_new_tokens, max_draft=max_draft, tolerance=tolerance,
                 temperature=temperature, top_p=top_p, seed=seed)
 
 
 def _slider(name: str, **options) -> gr.Slider:
-    """Slider of a setting, with its limits and its default."""
+    """Make the slider of a setting, with its limits and its default."""
     low, high, step = settings.limits("thresholds" if name in THRESHOLDS else name)
     return gr.Slider(low, high, options.pop("value", getattr(Settings, name, None)), step=step, buttons=[], **options)
 
@@ -260,9 +263,9 @@ def _many_prompts() -> ManyPrompts:
         with gr.Column():
             kinds = gr.CheckboxGroup(available, value=available, label="Bundled prompts", elem_id="ce-kinds")
             each = gr.Slider(1, 12, 2, step=1, label="Prompts of each kind", buttons=[])
-        pasted = gr.Textbox(label="Or your own, one per line", lines=5, max_lines=10, elem_id="ce-pasted",
+        pasted = gr.Textbox(label="Or paste prompts, one per line", lines=5, max_lines=10, elem_id="ce-pasted",
                             placeholder="What is a noun?\nWrite a haiku about rain.")
-        file = gr.File(label="Or a file: .txt, .jsonl, .csv", type="filepath", height=170,
+        file = gr.File(label="Or upload a file: .txt, .jsonl or .csv", type="filepath", height=170,
                        file_types=[".txt", ".jsonl", ".csv"], elem_id="ce-prompt-file")
     with gr.Row(elem_id="ce-many-actions"):
         start = gr.Button("Evaluate", variant="primary", scale=0, elem_id="ce-evaluate")
@@ -326,7 +329,7 @@ def _cancelled(status: str | None) -> str | None:
 
 
 def _turns(place: Component) -> dict:
-    """Options of an event that computes: one queue for all of them, so that runs never share the device.
+    """Return options of an event that runs a model. All share one queue, so that two runs never use the device at once.
 
     place: where gradio shows the place in the queue.
     """
@@ -335,7 +338,7 @@ def _turns(place: Component) -> dict:
 
 
 def _connect_runs(page: Page, one: OnePrompt) -> None:
-    """Run, stop, retry, clear, choose a model, replay a file, open the charts."""
+    """Connect the controls of the first tab: run, stop, retry, clear, model menu, replay and charts."""
     outputs = [one.view, one.charts, one.charted]
     prompt, model, seed = (one.controls[name] for name in ("prompt", "model", "seed"))
     shown = partial(_shown, one)
@@ -364,7 +367,7 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
 
 
 def _connect_settings(library: Library, calibrations: dict[str, Calibration | None], one: OnePrompt) -> None:
-    """Model menu, presets and the quality slider set the exit controls."""
+    """Let the model menu, the presets and the quality slider set the exit controls."""
     model, thresholds = one.controls["model"], [one.controls[name] for name in THRESHOLDS]
 
     def fit(label: str) -> dict:
@@ -398,7 +401,7 @@ def _fitted_exit_controls(one: OnePrompt, shape: Shape, chosen: dict | None = No
 def _fitted_quality_controls(one: OnePrompt, threshold: float | None, calibration: Calibration | None) -> dict:
     """Updates of presets and quality slider.
 
-    threshold: of the first exit, from which all others follow; None when they do not.
+    threshold: the first exit's, when all others follow from it (`thresholds_at`); else None.
     """
     preset = threshold if threshold in PRESETS.values() else None
     percent = dict(value=_percent(threshold, calibration)) if calibration and threshold is not None else {}
@@ -411,7 +414,7 @@ def _percent(threshold: float, calibration: Calibration) -> int:
 
 
 def _connect_many(page: Page, one: OnePrompt, many: ManyPrompts) -> None:
-    """Evaluate and cancel."""
+    """Connect the buttons of the second tab: Evaluate and Cancel."""
     def evaluate_many(*values) -> Iterator[dict]:
         chosen = dict(zip(inputs, values))
         source = PromptSource(**{name: chosen.pop(name) for name in many.source})
@@ -472,14 +475,14 @@ def _connect_address(demo: gr.Blocks, library: Library, calibrations: dict[str, 
 
 
 def _add_endpoints(endpoints: Endpoints) -> None:
-    """/models, /generate, /compare and /evaluate."""
+    """Add the endpoints /models, /generate, /compare and /evaluate."""
     gr.api(_for_clients(endpoints.models), api_name="models", queue=False)
     for endpoint in (endpoints.generate, endpoints.compare, endpoints.evaluate):
         gr.api(_for_clients(endpoint), api_name=endpoint.__name__, concurrency_id="model", concurrency_limit=1)
 
 
 def _for_clients(endpoint: Callable) -> Callable:
-    """The endpoint, with a bad request as the error that gradio passes on to the caller."""
+    """Wrap an endpoint: a BadRequest becomes the error that gradio passes on to the caller."""
     @wraps(endpoint)
     def call(*args, **kwargs):
         try:

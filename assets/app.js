@@ -244,7 +244,8 @@ function legend() {
   head.append(parts.recorded);
   if (!model.trained) {
     const flag = make('span', 'ce-flag', 'untrained exits');
-    flag.title = 'These exits were not trained for this model: they are rarely confident, or wrong. Exact mode stays exact.';
+    flag.title = 'These exits were not trained for this model.'
+      + ' They are rarely confident and often wrong. Exact mode stays exact.';
     head.append(flag);
   }
   return parts.legend = make('section', 'ce-legend', null, head, bar, keys);
@@ -268,7 +269,8 @@ root.addEventListener('keydown', event => {
 function marks() {
   parts.differsCount = make('b', null, '0');
   parts.differs = make('li', null, null, make('span', 't ef differs', 'like this'), ' different choice: given the same text before it, the full model would choose another token (', parts.differsCount, ')');
-  parts.apart = make('li', null, null, make('span', 't ef apart split', 'like this'), ' diverged: the two texts first differ at the bar; at dotted tokens the other text has another token');
+  parts.apart = make('li', null, null, make('span', 't ef apart split', 'like this'),
+    ' diverged: the bar marks the first difference; at a dotted token the other text has another token');
   parts.correction = make('li', null, null, make('span', 't ef correction', 'like this'), ' correction: an exit drafted another token, and the full model wrote this one instead');
   parts.differs.hidden = parts.apart.hidden = parts.correction.hidden = true;
   return make('ul', 'ce-marks', null, parts.correction, parts.differs, parts.apart);
@@ -285,7 +287,7 @@ function verdictStrip() {
   parts.badge.hidden = parts.jump.hidden = true;
   const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'times the full model’s speed'),
     tile('agreement', 'Agreement', 'tokens that the full model would choose too'), tile('same', 'Match', 'same token at the same position'),
-    tile('cost', 'Weights read', 'per token, compared with the full model'));
+    tile('cost', 'Weights read', 'share of the model’s numbers used per token; 100%: full model'));
   parts.sameNote.after(' ', parts.jump);
   return make('section', 'ce-verdict', null, tiles, parts.badge, parts.status);
 }
@@ -309,8 +311,9 @@ function panel(name) {
     : 'Press Run. Each token appears in the colour of the exit that wrote it.';
   const [speed, first, median, slow, perPass, accepted, total] = [1, 2, 3, 4, 5, 6, 7].map(() => make('b', null, '–'));
   const facts = make('p', 'ce-facts', null, make('span', null, null, speed, ' tokens/s'), make('span', null, null, 'first token ', first),
-    make('span', null, null, 'per token: median ', median, ', p90 ', slow),
-    make('span', null, null, perPass, ' tokens per verification pass, ', accepted, ' of the drafts accepted'), make('span', null, null, total));
+    make('span', null, null, 'per token: median ', median, ', 90% within ', slow),
+    make('span', null, null, perPass, ' tokens per pass of the full model, ', accepted, ' of the drafts accepted'),
+    make('span', null, null, total));
   accepted.parentNode.hidden = true;
   const toggle = make('button', 'ce-toggle');
   toggle.type = 'button'; toggle.hidden = true;
@@ -549,7 +552,7 @@ function readings(record, i) {
       make('td', null, words), make('td', 'ce-top5', '')));
   }
   if (verdict && !playing) ask(i, body);
-  else table.caption.textContent = 'Confidence of each exit (its most likely tokens: only after a live run)';
+  else table.caption.textContent = 'Confidence of each exit. After a live run: also its most likely tokens.';
   return table;
 }
 

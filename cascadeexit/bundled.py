@@ -37,7 +37,7 @@ _DISK_BYTES = 700_000_000
 
 
 class ModelUnavailable(RuntimeError):
-    """A model cannot be had; the message says what was tried, what came of it and what to do."""
+    """A model is not available. The message names what was tried, the reason, and what to do."""
 
 
 def bundled_model(cache: Path | None = None, progress: Progress | None = None) -> Path:
@@ -60,7 +60,7 @@ def bundled_model(cache: Path | None = None, progress: Progress | None = None) -
         with _locked(cache / f"{DEFAULT_MODEL}.lock", say):
             if final.is_dir():
                 return final
-            for stale in cache.glob(f"{DEFAULT_MODEL}.tmp-*"):      # left by a killed run: nobody else holds the lock
+            for stale in cache.glob(f"{DEFAULT_MODEL}.tmp-*"):      # left by a killed run: we hold the lock
                 shutil.rmtree(stale, ignore_errors=True)
             _check_space(cache)
             work = Path(tempfile.mkdtemp(prefix=f"{DEFAULT_MODEL}.tmp-", dir=cache))
@@ -152,10 +152,10 @@ def _no_space(folder: Path) -> ModelUnavailable:
 
 
 def disk_full(error: Exception | str) -> bool:
-    """True where an error says that a disk is full; libraries written in Rust and pip say so in their text alone."""
+    """True for an error that a full disk caused. Rust libraries and pip report it in the message only."""
     return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error with its kind: a KeyError's text alone says nothing."""
+    """Return the first line of an error with its type, because a KeyError's text alone is not clear."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

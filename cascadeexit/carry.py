@@ -1,4 +1,4 @@
-"""Carry: what a text hands on from token to token, the carried state and its n-gram copies.
+"""Carry: state that a text passes from token to token: the carried state, and an index of n-grams.
 
 The carried state is the hidden state that produced the newest token, ready for the head: an exit's adapted state where
 that exit's token was kept, else the full model's state after its final norm. Decoding, inspection and training all
@@ -43,7 +43,7 @@ class Carry:
         """Carry on the state that produced a token.
 
         Args:
-            exit: number of the exit that produced it; any other number, also `COPIED`, stands for the full model.
+            exit: number of the exit that produced it; any other number, also `COPIED`, means the full model.
             hidden: adapted states of all exits (1, D).
             top: the full model's state after its final norm (1, D).
         """

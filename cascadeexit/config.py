@@ -10,7 +10,7 @@ CASCADE_THRESHOLD = 0.6
 class Mode(StrEnum):
     FULL = "full"           # every token from the last layer
     CASCADE = "cascade"     # every token from the first exit that is confident enough
-    VERIFIED = "verified"   # drafts that the full model verifies: exactly what `full` says
+    VERIFIED = "verified"   # drafts that the full model verifies: exactly the text of `full`
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class DecodeConfig:
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}")
         if self.tolerance and (self.mode is not Mode.VERIFIED or self.temperature):
-            raise ValueError("tolerance goes with mode verified and temperature 0: elsewhere nothing is judged by it")
+            raise ValueError("tolerance goes with mode verified and temperature 0: other modes do not use it")
         if self.target_disagreement is not None:
             if not 0 < self.target_disagreement < 1:
                 raise ValueError(f"target_disagreement must be in (0, 1), got {self.target_disagreement}")
             if self.mode is not Mode.CASCADE or self.temperature or self.thresholds is not None:
-                raise ValueError("target_disagreement goes with mode cascade, temperature 0 and no thresholds: that is "
-                                 "what it was measured for")
+                raise ValueError("target_disagreement goes with mode cascade, temperature 0 and no thresholds: it was "
+                                 "calibrated for these")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         each = [self.thresholds] if isinstance(self.thresholds, (int, float)) else list(self.thresholds or ())

@@ -1,11 +1,11 @@
-"""Costs: what a run reads, in bytes of weights. A meter is handed to whatever reads; one owner looks at it."""
+"""Costs: bytes of weights that a run reads. Functions that read weights add to a meter; one owner reads it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a run is compared with."""
+    """Cost of a token in `full`, and depth of each segment: the reference for a run's costs."""
 
     full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head
     depths: tuple[float, ...]           # share of the layers below each segment's end; the last is 1.0

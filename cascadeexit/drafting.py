@@ -1,6 +1,6 @@
 """Drafting: where tokens come from before the full model looks at them.
 
-A draft source proposes tokens that follow a text. `ExitDrafts` asks one exit after another for each token; its tokens
+A draft source proposes tokens that follow a text. `ExitDrafts` runs one exit after another for each token; its tokens
 are drafts in verified mode and final in cascade mode. `DraftTree` (tree.py) proposes a tree at once. The decoding loop
 sees both through `DraftSource` alone.
 
@@ -24,19 +24,19 @@ class Draft:
     """A proposed token. It follows the newest token of the text, or another draft."""
 
     token: int
-    exit: int                                       # that drafted it, or COPIED
+    exit: int                                       # number of the exit that drafted it, or COPIED
     confidences: tuple[float | None, ...]           # of each exit, as in a TokenEvent
     parent: int                                     # number of the draft it follows; -1: the newest token
     depth: int = 0                                  # drafts before it on its path
-    promised: float = 0.0                           # the exit's softmax: probability that it follows its parent
+    probability: float = 0.0                           # probability, by the exit's softmax, of following the parent
     matched: int = 0                                # COPIED: length of the n-gram match
 
 
 class DraftSource(Protocol):
     """Proposes what follows a text, round after round."""
 
-    asked: tuple[float | None, ...]
-    """Confidence of each exit that was asked about the token after the last proposal; None where it was not asked."""
+    confidences: tuple[float | None, ...]
+    """Confidence of each exit about the token after the last proposal; None where the exit did not run."""
 
     def draft(self, stairs: Staircase, carry: Carry, meter: Meter) -> Iterator[list[Draft]]:
         """Propose tokens after the newest one, parents first; those of one moment come together.
@@ -46,7 +46,7 @@ class DraftSource(Protocol):
 
     def judged(self, drafts: Sequence[Draft], path: Sequence[int], confirmed: Sequence[int],
                passed: Sequence[Rows]) -> None:
-        """Learn what became of the proposals.
+        """Update the source with the verdict of the verification pass.
 
         Args:
             path: numbers of the accepted drafts, in order.
@@ -56,7 +56,7 @@ class DraftSource(Protocol):
 
 
 class ExitDrafts:
-    """Asks one exit after another about each token, from the shallowest, until one is confident enough.
+    """Runs one exit after another for each token, from the shallowest, until one is confident enough.
 
     Args:
         exits: the runtime of the model's exits.
@@ -70,7 +70,7 @@ class ExitDrafts:
                  ended: Callable[[int, int], bool], limit: int | None):
         self._exits, self._thresholds, self._choose = exits, thresholds, choose
         self._ended, self._limit = ended, limit
-        self.asked = self._unasked = (None,) * len(thresholds)
+        self.confidences = self._unasked = (None,) * len(thresholds)
 
     def draft(self, stairs: Staircase, carry: Carry, meter: Meter) -> Iterator[list[Draft]]:
         """Propose one token after another, until no exit is confident enough; see `DraftSource.draft`."""
@@ -83,9 +83,9 @@ class ExitDrafts:
             token = self._choose(s, carry.state)
             meter.add(self._exits.head_bytes(s))
             stairs.tokens.append(token)
-            yield [Draft(token, s, self.asked, count - 1, count)]
+            yield [Draft(token, s, self.confidences, count - 1, count)]
             count += 1
-        self.asked = self._unasked
+        self.confidences = self._unasked
 
     def judged(self, drafts: Sequence[Draft], path: Sequence[int], confirmed: Sequence[int],
                passed: Sequence[Rows]) -> None:
@@ -98,27 +98,27 @@ class ExitDrafts:
 
         confirmed: how many tokens of the text are final.
         """
-        self.asked = self._unasked
+        self.confidences = self._unasked
         first, confidence, before, copied = 0, None, None, None
         while (s := next_exit(first, self._thresholds, confidence)) < len(self._thresholds):
             rows = stairs.run(range(first, s + 1), meter=meter)[-1]                             # (1, N, D)
             copied = copied or carry.copied(stairs.tokens, confirmed)
             hidden = self._exits.hidden(s, rows[:, -1], carry.state)                            # (1, D)
-            # The estimator was trained beside the exit directly before, not beside one that lies deeper below.
+            # Estimators were trained with the numbers of the exit directly before, not of an earlier one.
             confidence, = self._exits.confidence(s, hidden, [copied], before if s == first else None)
             before, first = hidden, s + 1
             meter.add(self._exits.try_bytes(s))
-            self.asked = (*self.asked[:s], confidence, *self.asked[s + 1:])
+            self.confidences = (*self.confidences[:s], confidence, *self.confidences[s + 1:])
             if confidence >= self._thresholds[s]:
                 carry.state = hidden
                 return s
         return None
 
 
-def worth_asking(s: int, thresholds: Sequence[float | None], last: float | None) -> bool:
-    """True where exit s may be taken, given the confidence of the exit that was asked last (None: no exit was).
+def worth_running(s: int, thresholds: Sequence[float | None], last: float | None) -> bool:
+    """True where exit s should run, given the confidence of the last exit that ran (None: no exit has run).
 
-    An exit that is far from its threshold rules out those soon after it; the deepest exit is always asked.
+    An exit is skipped if that confidence is far below its threshold. The deepest exit is never skipped.
     """
     if s == len(thresholds) or thresholds[s] is None:
         return False
@@ -126,5 +126,5 @@ def worth_asking(s: int, thresholds: Sequence[float | None], last: float | None)
 
 
 def next_exit(s: int, thresholds: Sequence[float | None], last: float | None) -> int:
-    """The first exit from s on that is worth asking; their number where there is none."""
-    return next((t for t in range(s, len(thresholds)) if worth_asking(t, thresholds, last)), len(thresholds))
+    """Return the first exit from s on that should run; the number of exits where there is none."""
+    return next((t for t in range(s, len(thresholds)) if worth_running(t, thresholds, last)), len(thresholds))

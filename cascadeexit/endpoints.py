@@ -1,4 +1,4 @@
-"""Endpoints: what programs and agents can ask of a running page. Plain JSON in and out.
+"""Endpoints: functions of a running page that programs and agents can call. Plain JSON in and out.
 
 Each public method of `Endpoints` becomes an endpoint and, with `app.py --mcp`, a tool: its signature and docstring are
 the documentation that callers get.
@@ -39,16 +39,16 @@ class Endpoints:
                  max_new_tokens: int = 128, max_draft: int = MAX_DRAFT, tolerance: float = 0.0,
                  temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = True, model: str = "",
                  target_disagreement: float = 0.0) -> dict:
-        """Write with early exits.
+        """Generate text with early exits.
 
         Args:
             prompt: what to answer, or with chat=False what to continue.
             mode: 'cascade' (fast, each token comes from the first confident exit), 'verified' (exactly the full model's
                 text) or 'full'.
-            threshold: cascade mode: confidence, 0 to 1, from which the first exit is taken; deeper exits save less and
-                need more. 1 disables all exits.
-            max_new_tokens: the most tokens to write.
-            max_draft: verified mode: the most tokens drafted before the full model verifies them.
+            threshold: cascade mode: lowest confidence, 0 to 1, at which the first exit is taken. Deeper exits need a
+                higher confidence. 1 disables all exits.
+            max_new_tokens: largest number of tokens to generate.
+            max_draft: verified mode: largest number of tokens drafted before the full model verifies them.
             tolerance: verified mode, temperature 0: a draft is also accepted when the full model gives it at least
                 1 - tolerance times the probability of its own choice; 0 is lossless.
             temperature: 0 always takes the most likely token.
@@ -56,11 +56,11 @@ class Endpoints:
             seed: the same seed writes the same text.
             chat: put the prompt through the model's chat template.
             model: a name from models; empty: the first.
-            target_disagreement: cascade mode, temperature 0, above 0 instead of a threshold: the largest share of
-                tokens that may differ from the full model's choice; needs calibrated exits.
+            target_disagreement: cascade mode, temperature 0. Above 0, it replaces the threshold: the largest share of
+                tokens, 0 to 1, that may differ from the full model's choice. It needs calibrated exits.
 
         Returns text, token_ids, exits (0 = the first exit, the highest number = the full model, -1 = copied from
-        earlier in the text) and stats.
+        earlier in the text) and stats (times in seconds, rates 0 to 1).
         """
         settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed, chat=chat)
@@ -72,7 +72,7 @@ class Endpoints:
     def compare(self, prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                 max_new_tokens: int = 128, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
                 model: str = "", target_disagreement: float = 0.0) -> dict:
-        """Write with early exits and with the full model, side by side; arguments as for generate.
+        """Generate text with early exits and with the full model. The arguments are those of `generate`.
 
         Returns exits and full (text, token_ids, stats each), speedup, agreement (share of tokens that the full model
         would choose too, given the same text before them), positional_match, first_divergence and identical.
@@ -97,7 +97,7 @@ class Endpoints:
     def evaluate(self, texts: list[str], mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                  max_new_tokens: int = 64, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
                  model: str = "", target_disagreement: float = 0.0) -> dict:
-        """Compare over many prompts; arguments as for generate.
+        """Do what `compare` does for many prompts. The other arguments are those of `generate`.
 
         Args:
             texts: the prompts.
@@ -119,7 +119,7 @@ class Endpoints:
                  ) -> tuple[Engine, object, DecodeConfig, DecodeConfig, list[int]]:
         """Engine, tokenizer, config with exits, config of the full model, and the prompt's ids ([] without a prompt).
 
-        Raises BadRequest for whatever the caller can mend.
+        Raises BadRequest for every error that the caller can correct.
         """
         try:
             labels = self._library.labels
@@ -137,7 +137,7 @@ class Endpoints:
 
 
 def _thresholds(engine: Engine, settings: Settings, first: float, target: float) -> tuple[float, ...]:
-    """Threshold of each exit: from that of the first exit, or with a target disagreement from the calibration."""
+    """Return the threshold of each exit, from the first exit's or, with a target disagreement, from the calibration."""
     if not target:
         return graded_thresholds(first, engine.exit_depths)
     calibrated = engine.thresholds(DecodeConfig(mode=settings.mode, temperature=settings.temperature,

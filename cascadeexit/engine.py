@@ -44,7 +44,7 @@ class Engine:
         model: the frozen model.
         bank: the exits as a plain module, with their config and calibration.
         exits: the same exits ready to run on the model's backend (`backends.base.ExitRuntime`).
-        costs: what a greedy run is compared with.
+        costs: costs of greedy `full`, with which a greedy run is compared.
     """
 
     def __init__(self, model: SegmentedModel, bank: ExitBank):
@@ -65,7 +65,7 @@ class Engine:
         return self.costs.depths[:-1]
 
     def costs_for(self, config: DecodeConfig) -> Costs:
-        """What a run is compared with: `full` at the same temperature."""
+        """Return the costs that a run is compared with: those of `full` at the same temperature."""
         return self._sampled_costs if config.temperature else self.costs
 
     # -- before a run ---------------------------------------------------------------------------------------------
@@ -105,9 +105,9 @@ class Engine:
 
     @torch.inference_mode()
     def read_opening(self, token_ids: Sequence[int]) -> None:
-        """Read once what many prompts begin with; later runs start from there, with the same result.
+        """Read the tokens that many prompts begin with, once. Later runs start after them, with the same result.
 
-        Nothing is kept on a backend whose rows depend on how a pass is cut, nor for no tokens.
+        Nothing is kept without tokens, or on a backend whose results depend on the number of rows in a pass.
 
         Raises ValueError for token ids outside the vocabulary, as a tokenizer of another model gives.
         """
@@ -144,7 +144,7 @@ class Engine:
     def generate(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Iterator[TokenEvent]:
         """Yield a TokenEvent for each token (and, in verified mode, for each draft) as it happens.
 
-        Bad input raises ValueError here, before the first event is asked for.
+        Raises ValueError for bad input at the call, before the first event.
         """
         prompt_ids = list(map(int, prompt_ids))
         self.check(prompt_ids, config)
@@ -189,26 +189,26 @@ class Engine:
             # 2. Run: the newest token and its drafts, and whatever waits for deeper layers, up to the top.
             passed = stairs.run(range(stairs.lowest(), self.num_exits + 1), _parents(drafts), meter)
 
-            # 3. Judge: a token's row at the top speaks of the token after it.
+            # 3. Judge: a token's row after the last layer predicts the token after it.
             rows, top = passed[-1], len(drafts) + 1
             normed = self.model.layers.norm(rows if rows.shape[1] == top else rows[:, -top:])
             path, token = _judge(drafts, self._verdicts(normed, sampler, meter), sampler, confirmed, ended)
 
-            # 4. Commit: drafts that were not accepted never were. The full model adds a token of its own.
+            # 4. Commit: rejected drafts leave no trace. The full model adds a token of its own.
             stairs.keep(len(drafts), path)
             burst = [event(confirmed + n, drafts[i], Status.ACCEPTED) for n, i in enumerate(path)]
             burst += [event(confirmed + d.depth, d, Status.REJECTED) for i, d in enumerate(drafts) if i not in path]
             if token is not None:
                 carry.state = normed[:, (path[-1] if path else -1) + 1]
                 stairs.tokens.append(token)
-                own = Draft(token, self.num_exits, source.asked, -1)
+                own = Draft(token, self.num_exits, source.confidences, -1)
                 burst.append(event(len(stairs.tokens) - 1, own, Status.EMITTED))
             source.judged(drafts, path, stairs.tokens[confirmed:], passed)
             yield burst
 
     def _source(self, config: DecodeConfig, prompt: list[int], passed: list[Rows], sampler: Sampler,
                 ended: Callable[[int, int], bool]) -> DraftSource:
-        """Where a run's proposals come from."""
+        """Make the draft source of a run."""
         if config.mode is Mode.VERIFIED and config.thresholds is None:
             return DraftTree(self.model, self.exits, prompt, config.temperature, passed=passed, limit=config.max_draft,
                              eos_ids=frozenset() if config.ignore_eos else self.model.eos_ids,
@@ -222,13 +222,13 @@ class Engine:
         return ExitDrafts(self.exits, self.thresholds(config), choose, ended, config.max_draft if verified else None)
 
     def _verdicts(self, normed: Rows, sampler: Sampler, meter: Meter) -> Sequence[Choice | torch.Tensor]:
-        """What a sampler judges drafts by, for each normed row (1, N, D) of the full model."""
+        """Return a choice (greedy) or logits (V,) of the full model for each normed row (1, N, D)."""
         head = self.exits.full_head if sampler.greedy else self.model.head
         meter.add(head.nbytes)
         return head.choices(normed) if sampler.greedy else head.logits(normed)[0]
 
     def sampler(self, config: DecodeConfig) -> Sampler:
-        """How a run chooses tokens and judges drafts."""
+        """Make the sampler that chooses a run's tokens and judges its drafts."""
         return Sampler(config.temperature, config.top_p, config.seed, self.model.vocab_size, self.model.device,
                        config.tolerance)
 
@@ -282,7 +282,7 @@ def _parents(drafts: Sequence[Draft]) -> list[int] | None:
 
 def _judge(drafts: Sequence[Draft], verdicts: Sequence[Choice | torch.Tensor], sampler: Sampler, confirmed: int,
            ended: Callable[[int, int], bool]) -> tuple[list[int], int | None]:
-    """Accept drafts from the newest token on, as long as what the full model says is among them.
+    """Accept drafts along one path, as long as the full model's choice is among the drafts.
 
     Args:
         verdicts: the full model's for the newest token's row and for each draft's row.

@@ -64,7 +64,7 @@ class Summary:
     tokens_per_second: float | None                 # median over prompts, like the next
     full_tokens_per_second: float | None
     speedup: float | None                           # geometric mean over prompts
-    kinds: dict[str, "Summary"] = field(default_factory=dict)       # summary of each kind; kinds of a kind are empty
+    kinds: dict[str, "Summary"] = field(default_factory=dict)       # summary of each kind; empty in these
 
 
 # -- running ---------------------------------------------------------------------------------------------------------

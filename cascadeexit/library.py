@@ -88,7 +88,7 @@ class Library:
         return ExitBank.load(folder) if folder else None
 
     def ready(self, label: str) -> bool:
-        """Whether this offer is in memory."""
+        """Tell whether this offer is in memory."""
         return self._held is not None and self._held[0] == label
 
     def get(self, label: str, progress: hub.Progress | None = None) -> tuple[Engine, object]:

@@ -1,8 +1,7 @@
 """Lookup: n-gram copies from earlier in the text, drafts for free and a second opinion on an exit's choice.
 
-Where the newest tokens stood in the text before, prompt included, the token that followed them then is a guess at the
-next one (prompt lookup: Saxena 2023). The share of such guesses that were right so far in this text gives their
-probability.
+If the newest tokens occur earlier in the text (prompt included), the token that followed them there is copied as a
+draft (prompt lookup: Saxena 2023). Its probability is the share of such copies that were accepted so far in this text.
 """
 
 from collections.abc import Sequence
@@ -10,9 +9,9 @@ from typing import NamedTuple
 
 _LENGTHS = (5, 3, 2, 1)                 # lengths of n-grams that are looked up, longest first
 _PRIOR = {5: 0.8, 3: 0.6, 2: 0.4, 1: 0.15}      # probability of being right before anything was seen
-_PRIOR_WEIGHT = 4                       # of `_PRIOR`, in guesses
+_PRIOR_WEIGHT = 4                       # weight of `_PRIOR`, as a number of copies
 LONGEST_MATCH = _LENGTHS[0]
-FARTHEST = 32                           # tokens at which counting a match ends
+MAX_MATCH = 32                           # tokens at which counting a match ends
 NOTHING_COPIED = -1, 0
 
 
@@ -25,7 +24,7 @@ class Copy(NamedTuple):
 
 
 class Lookup:
-    """Index of one text's n-grams. Knows token ids only."""
+    """Index of the n-grams of one text, as token ids."""
 
     def __init__(self, tokens: Sequence[int]):
         self._text: list[int] = []
@@ -45,7 +44,7 @@ class Lookup:
                     self._after[tuple(self._text[-n:])] = len(self._text)
             self._text.append(token)
 
-    def guess(self, text: Sequence[int]) -> Copy | None:
+    def find(self, text: Sequence[int]) -> Copy | None:
         """The copy that may follow this text, by its longest n-gram; None when no n-gram is known."""
         for n in _LENGTHS:
             at = self._after.get(tuple(text[-n:])) if len(text) >= n else None
@@ -54,20 +53,20 @@ class Lookup:
         return None
 
     def copied(self, text: Sequence[int]) -> tuple[int, int]:
-        """Return the token that followed this text's newest tokens when they stood here last, and the match's length.
+        """Return the token after the last earlier place with the same newest tokens, and the length of the match.
 
-        `NOTHING_COPIED` when they did not. Only the newest `FARTHEST` tokens of `text` matter.
+        Returns `NOTHING_COPIED` without such a place. Only the newest `MAX_MATCH` tokens of `text` matter.
         """
-        copy = self.guess(text)
+        copy = self.find(text)
         if copy is None:
             return NOTHING_COPIED
         at, length = self._after[tuple(text[-copy.matched:])], copy.matched
-        most = min(FARTHEST, at, len(text))
+        most = min(MAX_MATCH, at, len(text))
         while length < most and self._text[at - 1 - length] == text[-1 - length]:
             length += 1
         return copy.token, length
 
     def judged(self, matched: int, right: bool) -> None:
-        """Learn whether a copy after a match of this length was right."""
+        """Count whether a copy after a match of this length was accepted."""
         self._tried[matched] += 1
         self._right[matched] += right

@@ -87,7 +87,7 @@ def verifications(events: Sequence[TokenEvent]) -> int:
 
 
 def token_seconds(final: Sequence[TokenEvent]) -> list[float]:
-    """Seconds from each final token to the next; drafts accepted in one pass come together."""
+    """Seconds from each final token to the next; about 0 between drafts accepted in one pass."""
     return [b.seconds - a.seconds for a, b in zip(final, final[1:])]
 
 

@@ -124,7 +124,7 @@ class SegmentedModel:
         self.check_ids(ids)
 
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Raise ValueError for token ids outside the vocabulary: kernels would read memory that is not theirs."""
+        """Raise ValueError for token ids outside the vocabulary: kernels would read outside of the embedding."""
         bad = [i for i in ids if not 0 <= i < self.vocab_size]
         if bad:
             raise ValueError(f"token ids must be in 0..{self.vocab_size - 1}, got {bad[:5]}")

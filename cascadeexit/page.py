@@ -35,7 +35,7 @@ KEPT_RUNS = 50              # latest finished runs whose candidates and charts c
 MAP_COLUMNS = 64            # most positions of the layer map in one answer
 FIGURE_SECONDS = 3.0        # least time between two figures of a running evaluation
 YIELD_SECONDS = 0.2         # least time between two moments at which a running evaluation can be cancelled
-COLUMNS = ("prompt", "kind", "agreement", "match", "first difference", "speed", "layers used", "weights read",
+COLUMNS = ("prompt", "kind", "agreement", "match", "first difference", "speed-up", "layers used", "weights read",
            "problem")
 
 
@@ -83,7 +83,7 @@ class PromptSource:
         if (self.pasted or "").strip():
             return prompts.read_prompts(self.pasted)
         if not self.kinds:
-            raise ValueError("Choose a kind of prompts, paste some, or upload a file.")
+            raise ValueError("Choose at least one kind of prompts, paste some, or upload a file.")
         return prompts.bundled_prompts(self.kinds, int(self.each or 1))
 
 
@@ -137,7 +137,7 @@ class Page:
             contest.close()                                         # also when the visitor stops or leaves
 
     def evaluate(self, source: PromptSource, settings: Settings) -> Iterator[Progress]:
-        """Race each of many prompts. Results so far are on file at every moment."""
+        """Race each of many prompts. After each prompt, the results so far are written to the files."""
         try:
             chosen = source.read()
             for line in self._load(settings.model):
@@ -171,7 +171,7 @@ class Page:
                            figure, files)
 
     def idle(self, label: str) -> Frame:
-        """The page before a run of this model."""
+        """Return the page as it is before a run of this model."""
         return Frame(model_line(self.library.shapes[label]), charts="")
 
     def figures(self, run: str) -> list:
@@ -181,7 +181,7 @@ class Page:
         finished = self._runs[run]
         return views.figures(finished.stream, finished.inspection.full_choices)
 
-    # The next two are called by the browser, so anybody can call them with any values.
+    # The browser calls the next two, so their arguments may be any JSON.
 
     def token_card(self, run, i) -> dict | None:
         """Candidates of the token at position i, for its card; None for a run that is not kept."""
@@ -209,7 +209,7 @@ class Page:
 
 
 def replayed(path: str | Path) -> str:
-    """A recorded run as the token view plays it. Raises ValueError for any other file."""
+    """Read a recorded run as a stream that the token view plays. Raises ValueError for any other file."""
     return replay_line() + record.load(Path(path).read_bytes())
 
 

@@ -1,6 +1,6 @@
 """Prompts: sets that are bundled, pasted or uploaded, and their token ids.
 
-Pasted text and files may come from anybody, so they are read within limits, and refused with a reason.
+Pasted text and files are not trusted: they are read within limits, and refused with a reason.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""Records: races saved to files, which a page can replay. A file may come from anybody, so reading checks everything.
+"""Records: races saved to files, which a page can replay. Files are not trusted: all is checked.
 
 A file is one JSON object {"format": 1, "records": [...]}; the records are the lines of `TokenStream`, described there.
 """
@@ -67,7 +67,7 @@ def load(content: bytes | str) -> str:
 
 
 def _check_whole(records: list[dict]) -> None:
-    """Check what entries, each correct by itself, must be together. Raises ValueError."""
+    """Check how entries fit together; each is correct by itself already. Raises ValueError."""
     kinds, model = [record["type"] for record in records], records[0]
     if kinds[:2] != ["model", "run"] or {"model", "run"} & {*kinds[2:]}:
         raise ValueError("a record must begin with a model and a run, and hold no other model or run")

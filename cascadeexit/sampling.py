@@ -37,13 +37,13 @@ class Sampler:
         return int(torch.multinomial(self.distribution(logits, ids), 1, generator=self.generator))
 
     def judge(self, drafts: Sequence[int], row: Tensor | Choice) -> int:
-        """Return the token that is right where these are drafted: one of them, or the full model's own.
+        """Return the verified token at a place with these drafts: one of them, or the full model's own choice.
 
-        The full model chooses as if there were no drafts, so the outcome is its own, token by token for a seed. Greedy
-        with a tolerance, the likeliest draft is accepted when it is likely enough.
+        The full model chooses as if there were no drafts, so the text is its own, also when sampled with a seed. With a
+        tolerance (greedy only), the likeliest draft is accepted if it is likely enough.
 
         Args:
-            row: what the full model says: its logits (V,) where tokens are sampled, its choice where greedy.
+            row: the full model's logits (V,) if tokens are sampled, its `Choice` if greedy.
         """
         if not isinstance(row, Choice):
             return self.choose(row)
@@ -58,7 +58,7 @@ class Sampler:
         probs = (logits.float() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ranked, order = probs.sort(descending=True)
-            # A token stays when the mass before it is still short of top_p: the first one always stays.
+            # A token is kept if the mass before it is below top_p: the first token always is.
             mass = ranked.double().cumsum(0)                # fp32 sums on a GPU vary from call to call
             ranked[mass - ranked >= self.top_p] = 0
             probs = torch.zeros_like(probs).scatter_(0, order, ranked / ranked.sum())

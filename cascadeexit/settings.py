@@ -50,7 +50,7 @@ class Settings:
     exit_choice: int = _setting(FIRST_CONFIDENT, "exit", "force")
     """`FIRST_CONFIDENT`, an exit that writes every token, or an exit that is disabled (`disabling`)."""
     thresholds: tuple[float, ...] = _setting((), "t", "thresholds", Limits(0, DISABLED, 0.01))
-    """One for each exit; more than the model has exits are ignored."""
+    """One for each exit. Values beyond the model's number of exits are ignored."""
 
     @classmethod
     def from_controls(cls, values: Mapping[str, object]) -> Self:
@@ -73,7 +73,7 @@ class Settings:
             raise ValueError("A setting is empty: give it a value.") from None
 
     def _thresholds(self, num_exits: int) -> list[float | None] | None:
-        """Threshold of each exit, None where it is disabled; None for all: the mode's own rule."""
+        """Return one threshold for each exit, None where it is disabled. None for all of them: the mode's default."""
         if self.exit_choice >= 0:
             return [0.0 if s == self.exit_choice else None for s in range(num_exits)]
         if self.exit_choice == FIRST_CONFIDENT and self.mode == Mode.VERIFIED:
@@ -174,7 +174,7 @@ def thresholds_at(first: float, shape: Shape) -> list[float]:
 
 
 def first_threshold(thresholds: Sequence[float], shape: Shape) -> float | None:
-    """Threshold of the first exit from which all others follow as in `thresholds_at`; None when they do not."""
+    """Return the first exit's threshold if all others follow from it as in `thresholds_at`, else None."""
     wanted = list(thresholds)[:shape.num_exits]
     return wanted[0] if wanted and wanted == thresholds_at(wanted[0], shape)[:len(wanted)] else None
 

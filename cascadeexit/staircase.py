@@ -1,7 +1,7 @@
 """Staircase: one sequence on its way through the segments.
 
-Positions enter each segment in order, so how deep each position is computed is a staircase: filled[0] >= filled[1] >=
-... Hidden states wait on each step. `run` takes everything that waits at some segments through their layers in one
+Positions enter each segment in order, so the computed part has the shape of a staircase: filled[0] >= filled[1] >= ...
+Hidden states wait on each step. `run` takes everything that waits at some segments through their layers in one
 pass. Prefill, a decode step, catch-up of skipped layers and verification are all that one call.
 
 Letters: N rows in a pass, D hidden size, S segments (the last one ends in the full model).
@@ -47,8 +47,8 @@ class Staircase:
     def run(self, segments: range, parents: Sequence[int] | None = None, meter: Meter | None = None) -> list[Rows]:
         """Take everything that waits at these segments through them, up to the last.
 
-        Returns the rows after each segment, (1, N, D); the newest row is the last. A span of segments at which nothing
-        waits but the rows that come in is one pass.
+        Returns the rows after each segment, (1, N, D); the newest row is the last. Segments in a row where no
+        other rows wait are computed in one pass.
 
         Args:
             parents: the rows are a tree, as for `LayerStack.run`.

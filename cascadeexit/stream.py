@@ -1,4 +1,4 @@
-"""TokenStream: a race as lines of JSON, which the page draws, a file keeps and tests read.
+"""TokenStream: a race as lines of JSON. The page draws them, a file stores them, and tests read them.
 
 Each line is one record, in order of time. Records by `type`:
 
@@ -124,7 +124,7 @@ class _Side:
         return [e.token_id for e in self.final]
 
     def shows(self, event: TokenEvent) -> bool:
-        """Whether the page shows this event: of drafts and their rejections only those on the first path."""
+        """Tell whether the page shows this event. Of drafts and rejections it shows those on the first path only."""
         if event.status is Status.DRAFT:
             if event.index != len(self.final) + len(self.drafts):
                 return False
@@ -215,7 +215,7 @@ class TokenStream:
                 or side.final[-1].token_id in self._eos)
 
     def close_text(self) -> None:
-        """Both sides are done: append the text of incomplete characters at the end, and the final numbers."""
+        """Append the text of incomplete characters at the end, and the final numbers, once both sides are done."""
         for name, side in self.sides.items():
             rest = side.decoder.flush()
             if rest:
@@ -223,7 +223,7 @@ class TokenStream:
         self.add_stats()
 
     def end(self, inspection: Inspection) -> None:
-        """Append the verdict, from the full model's choice after each prefix of the text with exits."""
+        """Append agreement and match. The full model's choices, after each prefix of the text, are in `inspection`."""
         ours, theirs = (side.ids for side in self.sides.values())
         match, choices = metrics.match(ours, theirs), inspection.full_choices
         greedy = self.config.temperature == 0
@@ -281,7 +281,7 @@ def error_line(message: str) -> str:
 
 
 def stopped(text: str) -> str:
-    """The stream after Stop: the text so far stays. Unchanged when nothing was running."""
+    """Return the stream after Stop: the text so far stays. Without a run the stream is unchanged."""
     try:
         kind = json.loads(text.rstrip("\n").rpartition("\n")[2])["type"]
     except (ValueError, KeyError, TypeError):

@@ -1,10 +1,10 @@
-"""DraftTree: what may come next, as a tree of drafts that one pass of the full model verifies.
+"""DraftTree: a tree of drafts that one pass of the full model verifies.
 
 Drafts come from two sources that cost next to nothing. One is the drafter, or else the exit before the first layer,
-which reads a token's embedding and the carried state. The other is n-gram lookup. Both often hesitate between a few
-tokens, so a place in the text may have several drafts: the pass reads its weights once for all of them (SpecInfer: Miao
-et al. 2023). A draft joins the tree while the tokens it promises are worth its row of the pass. The acceptance rate so
-far in this text rescales the promises.
+which reads a token's embedding and the carried state. The other is n-gram lookup. Often several tokens are likely, so a
+place in the text may have several drafts: the pass reads its weights once for all of them (SpecInfer: Miao et al.
+2023). A draft is added if the tokens expected from it are worth the cost of one more row. Draft probabilities are
+rescaled by the acceptance rate seen so far in this text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,23 +21,23 @@ from cascadeexit.model import SegmentedModel
 from cascadeexit.staircase import Staircase
 
 _BRANCHES = 6               # drafts that may follow one token
-_HIT_RATE = 0.5             # assumed probability that asking the drafter brings a right draft, before it is asked
-_SURE_COPY = 0.5            # a copy likelier than this needs no second opinion
-_DECAY = 0.95               # share of the drafter's promises that holds after each token of its own, before any is seen
-_PRIOR_WEIGHT = 20          # of `_DECAY`, in expected right drafts
+_HIT_RATE = 0.5             # assumed probability that a drafter call gives an accepted draft, before the call
+_LIKELY_COPY = 0.5            # after a copy likelier than this the drafter is not called
+_DECAY = 0.95               # prior: factor on the drafter's probabilities for each draft before it on the path
+_PRIOR_WEIGHT = 20          # weight of `_DECAY`, as a number of expected accepted drafts
 
 
 @dataclass(slots=True)
 class _Node:
     """A draft under consideration: the end of a path, and what the drafter needs to go on from it."""
 
-    survival: float                                 # probability that it and all before it are right
+    survival: float                                 # probability that it and all drafts before it are accepted
     token: int
     parent: "_Node | None"
     carried: Rows                                   # (1, D), the state that produced it
     depth: int
     exit: int
-    promised: float = 0.0
+    probability: float = 0.0
     matched: int = 0
 
 
@@ -47,7 +47,7 @@ class DraftTree:
     Args:
         model, exits: the model and the runtime of its exits.
         prompt: the run's prompt, for n-gram copies.
-        temperature: the run's; the drafter's softmax is taken at it, at 1 when greedy.
+        temperature: temperature of the run, and of the drafter's softmax; 1 for that when greedy.
         passed: rows of the prefill after each segment (1, N, D), for the drafter's context; [] without any.
         eos_ids: nothing is drafted after these tokens.
         limit: the most drafts in a tree.
@@ -64,9 +64,9 @@ class DraftTree:
         self._ask_cost = exits.draft_bytes / (model.pass_bytes + exits.full_head.nbytes) if self._can_ask else 0.0
         # States after all exits but the first, and the row that produced the newest token.
         self._deep = (passed[1:-1], passed[0].shape[1] - 1) if passed else None
-        self._kept: list[float] = []                # right drafts at each depth, and how many were promised
-        self._promised: list[float] = []
-        self.asked = (None,) * len(model.exit_layers)
+        self._accepted: list[float] = []                # accepted drafts at each depth; below, how many were expected
+        self._expected: list[float] = []
+        self.confidences = (None,) * len(model.exit_layers)
 
     def draft(self, stairs: Staircase, carry: Carry, meter: Meter) -> Iterator[list[Draft]]:
         """Propose a tree; see `DraftSource.draft`."""
@@ -92,9 +92,9 @@ class DraftTree:
         for depth in range(longest):
             # Minimum path probability for which one more row still pays.
             needed = self._layers.row_cost(1 + len(kept)) * expected / spent
-            copies = [self._lookup.guess(_end(text, node)) for node in level]
+            copies = [self._lookup.find(_end(text, node)) for node in level]
             ask = [i for i, (node, copy) in enumerate(zip(level, copies))
-                   if node.survival * _HIT_RATE > needed and not (copy and copy.chance > _SURE_COPY)]
+                   if node.survival * _HIT_RATE > needed and not (copy and copy.chance > _LIKELY_COPY)]
             gain = _HIT_RATE * sum(level[i].survival for i in ask)
             opinions = {}
             if ask and self._can_ask and gain > self._ask_cost * expected / spent:
@@ -122,16 +122,16 @@ class DraftTree:
 
     def judged(self, drafts: Sequence[Draft], path: Sequence[int], confirmed: Sequence[int],
                passed: Sequence[Rows] = ()) -> None:
-        """Learn what became of a tree; see `DraftSource.judged`."""
+        """Update the acceptance rates after a pass; see `DraftSource.judged`."""
         for depth, parent in enumerate([-1, *path]):
             right = path[depth] if depth < len(path) else None
             children = [i for i, d in enumerate(drafts) if d.parent == parent]
-            if any(drafts[i].promised for i in children):
-                while len(self._kept) <= depth:
-                    self._kept.append(0.0)
-                    self._promised.append(0.0)
-                self._promised[depth] += sum(drafts[i].promised for i in children)
-                self._kept[depth] += right is not None and drafts[right].promised > 0
+            if any(drafts[i].probability for i in children):
+                while len(self._accepted) <= depth:
+                    self._accepted.append(0.0)
+                    self._expected.append(0.0)
+                self._expected[depth] += sum(drafts[i].probability for i in children)
+                self._accepted[depth] += right is not None and drafts[right].probability > 0
             for i in children:
                 if drafts[i].matched:
                     self._lookup.judged(drafts[i].matched, i == right)
@@ -139,14 +139,14 @@ class DraftTree:
         self._deep = (passed[1:-1], (path[-1] if path else -1) + 1) if passed else None
 
     def _context(self, meter: Meter) -> Any:
-        """What the drafter reads of the newest confirmed token; None without a drafter."""
+        """Compute the drafter's context at the newest confirmed token; None without a drafter."""
         if self._deep is None:
             return None
         meter.add(self._exits.context_bytes)
         return self._exits.context(*self._deep)
 
     def _ask(self, nodes: Sequence[_Node], context: Any, meter: Meter) -> list[tuple[Rows, list[float], list[int]]]:
-        """For each node the drafter's state, and the likeliest next tokens with their probabilities."""
+        """Call the drafter for these nodes. Returns its state (1, D), probabilities and token ids for each."""
         meter.add(self._exits.draft_bytes)
         return self._exits.drafts([node.token for node in nodes], [node.carried for node in nodes], _BRANCHES,
                                   self._temperature, context)
@@ -168,22 +168,24 @@ class DraftTree:
         return list(children.values())
 
     def _trust(self, depth: int) -> float:
-        """How often the drafter's tokens at this depth were accepted, over what its softmax promised."""
+        """Factor for the drafter's probabilities at this depth: accepted drafts over the number they predicted."""
         trust = _DECAY ** depth
-        if depth < len(self._kept):
-            trust = (self._kept[depth] + trust * _PRIOR_WEIGHT) / (self._promised[depth] + _PRIOR_WEIGHT)
+        if depth < len(self._accepted):
+            trust = (self._accepted[depth] + trust * _PRIOR_WEIGHT) / (self._expected[depth] + _PRIOR_WEIGHT)
         return trust
 
     def _in_order(self, nodes: Sequence[_Node]) -> list[Draft]:
-        """Parents before children, and a whole branch before the next one, the likeliest first."""
+        """List the nodes as drafts: parents before children, branch after branch, the likeliest first."""
         children: dict[int, list[_Node]] = {}
         for node in nodes:                                              # siblings stay by likelihood
             children.setdefault(id(node.parent) if node.depth else 0, []).append(node)
         drafts: list[Draft] = []
 
         def put(node: _Node, parent: int) -> None:
-            sure = (min(1.0, node.promised * self._trust(node.depth)), *self.asked[1:]) if node.promised else self.asked
-            drafts.append(Draft(node.token, node.exit, sure, parent, node.depth, node.promised, node.matched))
+            confidences = self.confidences
+            if node.probability:
+                confidences = min(1.0, node.probability * self._trust(node.depth)), *confidences[1:]
+            drafts.append(Draft(node.token, node.exit, confidences, parent, node.depth, node.probability, node.matched))
             number = len(drafts) - 1
             for child in children.get(id(node), []):
                 put(child, number)

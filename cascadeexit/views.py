@@ -1,4 +1,4 @@
-"""Views: Plotly figures of a finished run and of an evaluation. They know nothing of the page around them."""
+"""Views: Plotly figures of a finished run and of an evaluation. They do not depend on the page."""
 
 from collections.abc import Sequence
 
@@ -67,7 +67,8 @@ def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Fi
               if 0 <= e.exit < exits and e.token_id != choice]
     figure.add_scatter(
         x=[e.index for e in others], y=[e.confidences[e.exit] for e in others], mode="markers",
-        name="full model chooses another", marker=dict(color="#D55E00", size=8, symbol="x-thin-open", line_width=2),
+        name="full model would choose another token",
+        marker=dict(color="#D55E00", size=8, symbol="x-thin-open", line_width=2),
         hovertemplate="token %{x}: the full model would choose another token<extra></extra>")
     figure.update_xaxes(title="token")
     figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
@@ -84,7 +85,7 @@ def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) 
     if curve:
         figure.add_scatter(
             x=[1 / point["cost"] for point in curve], y=[point["agreement"] for point in curve], mode="lines+markers",
-            name="other thresholds, measured before (speed estimated from weights read)",
+            name="earlier measurement of other thresholds (speed estimated from weights read)",
             line=dict(color=_OUTLINE, width=1.5, dash="dot"),
             text=[f"first exit's threshold {point['threshold']:g}" for point in curve],
             hovertemplate="%{text}: %{y:.1%} agreement, %{x:.2f}x estimated from weights read<extra></extra>")
@@ -101,7 +102,7 @@ def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) 
         figure.add_scatter(x=[total.speedup], y=[total.agreement], mode="markers", name="all prompts",
                            marker=dict(symbol="star", size=17, color="#D55E00", line=dict(width=1, color=_OUTLINE)),
                            hovertemplate="all: %{y:.1%} agreement, %{x:.2f}x<extra></extra>")
-    figure.update_xaxes(title="speed, times the full model's")
+    figure.update_xaxes(title="speed-up (1 = as fast as the full model)")
     figure.update_yaxes(title="agreement", tickformat=".0%")
     return _styled(figure, "Quality against speed")
 

@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """For -n: the recipe's tests share what one of them made, and pages come one by one, so each lot has a process."""
+    """With -n: all recipe tests run in one process, since they share files; so do the browser tests."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Lots(LoadScopeScheduling):
@@ -42,5 +42,5 @@ def adapter(request) -> str:
 
 @pytest.fixture
 def engine(adapter) -> Engine:
-    """Both kinds of exits as they ship: published shape and published estimator, ours and ours."""
+    """Engine with both shipped kinds of exits: `swiglu` with an MLP estimator, `carry` with a sketch estimator."""
     return tiny_engine(adapter=adapter, **dict(confidence="sketch", sketch_size=40) if adapter == "carry" else {})

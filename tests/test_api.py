@@ -49,7 +49,7 @@ def test_compare_measures_both_sides(served):
     assert answer["agreement"] == 1.0 and answer["speedup"] > 0
 
 
-def test_a_tolerance_reaches_the_engine(served):
+def test_a_tolerance_is_passed_to_the_engine(served):
     engine, tokenizer, client = served
     options = dict(mode="verified", max_new_tokens=24, tolerance=0.9)
     answer = client.predict(prompt="hi there", chat=False, **options, api_name="/generate")
@@ -100,7 +100,7 @@ def test_a_direct_call_that_would_skip_the_queue_is_refused_and_runs_nothing(ser
 
 
 def test_a_direct_call_by_number_reaches_no_queued_function(served, runs):
-    """The page's own functions have no public name, but a number that anybody can read in the page's configuration."""
+    """The page's own functions have no public name, but the page's configuration shows their numbers."""
     _, _, client = served
     queued = [d for d in client.config["dependencies"] if d["queue"]]
     assert len(queued) == 6, "run, retry and evaluate on the page; generate, compare and evaluate for programs"

@@ -1,4 +1,4 @@
-"""The wall: a backend of a few lines serves engine, drafting and inspection, and how a backend is chosen."""
+"""Interface of backends: one of a few lines serves engine, drafting and inspection. Choice of a backend."""
 
 import pytest
 import torch

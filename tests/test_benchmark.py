@@ -42,7 +42,7 @@ def test_the_replay_follows_its_script(monkeypatch, capsys):
 
 
 def test_growth_measures_every_length_that_fits(monkeypatch):
-    """By a clock that ticks evenly: a token of `full` takes 1 ms, and 1 ms more for every 100 tokens of context."""
+    """A fake clock: a token of `full` takes 1 ms, and 1 ms more for every 100 tokens of context."""
     engine = tiny_engine(adapter="carry")
     model = engine.model
     lengths = {"context": [], "output": []}
@@ -82,7 +82,7 @@ def test_growth_measures_every_mode_and_generate(monkeypatch):
 
 
 def test_scripted_exits_compute_what_exits_compute(monkeypatch):
-    """Only the outcome is scripted: every confidence that is asked for is also computed."""
+    """The script decides the outcome only: every confidence that it replaces is computed, too."""
     engine, computed = replay.make_engine("tiny", torch.device("cpu")), []
     trained = engine.exits._exits
     confidence = trained.confidence

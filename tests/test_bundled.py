@@ -1,4 +1,4 @@
-"""The promises on the bundled real model with its shipped exits: a fast sample of `training.evaluate lossless`."""
+"""Equality of the modes on the bundled model with its shipped exits: a fast sample of `training.evaluate lossless`."""
 
 import logging
 
@@ -54,7 +54,7 @@ def test_a_tolerance_is_the_same_with_and_without_a_screen(loaded, monkeypatch):
     assert texts[0] == texts[1]
 
 
-def test_what_the_chat_template_says_first_was_read_when_loaded():
+def test_the_opening_of_the_chat_template_is_read_at_loading():
     engine, tokenizer = hub.load(hub.DEFAULT_MODEL, device="cpu")
     prompts = [token_ids(tokenizer, p.text) for p in bundled_prompts()]
     opening = opening_ids(tokenizer)

@@ -1,4 +1,4 @@
-"""A drafter makes drafts and nothing else: the text stays full's, the exits theirs, and it is trained as it runs."""
+"""A drafter changes drafts only: text and exits stay the same. Training computes the same states as decoding."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SHAPE = dict(adapter="carry", layers=(0, 2, 4), drafter_width=8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_verified_equals_full_whatever_the_drafter_says(family, dtype, monkeypatch):
+def test_verified_equals_full_whatever_the_drafter_drafts(family, dtype, monkeypatch):
     engine = tiny_engine(family, dtype=dtype, **SHAPE)
     # Its drafts are poor: let none be too expensive, anywhere.
     monkeypatch.setattr(engine.model.layers, "row_cost", lambda rows: 0.01)
@@ -28,8 +28,8 @@ def test_verified_equals_full_whatever_the_drafter_says(family, dtype, monkeypat
             assert any(e.exit == 0 for e in run.events), "it was never asked"
 
 
-def test_it_is_told_what_lay_below_the_state_that_named_the_newest_token(monkeypatch):
-    """In every pass, whatever was drafted: the states at the other exits, as a plain pass over the text has them."""
+def test_its_context_is_the_row_that_produced_the_newest_token(monkeypatch):
+    """In every pass, the context has the states at the other exits that a plain pass over the text gives."""
     engine = tiny_engine("qwen3", dtype=torch.bfloat16, **SHAPE)
     engine.bank.drafter.context.weight.data.mul_(0.1)
     read, context, tensor = [], engine.exits.context, engine.model.layers.tensor
@@ -72,7 +72,7 @@ def test_its_context_is_counted_once_a_pass():
 
 
 @pytest.mark.parametrize("layers", [(2, 4), (0,)])
-def test_it_wants_an_exit_before_the_first_layer_and_one_to_read(layers):
+def test_it_needs_an_exit_before_the_first_layer_and_a_deeper_one(layers):
     with pytest.raises(ValueError, match="a drafter needs an exit before the first layer and one deeper"):
         ExitBank.untrained(SegmentedModel(tiny_base(), layers), drafter_width=8)
 

@@ -1,4 +1,4 @@
-"""The promises of the engine, on tiny random models: exact caches, lossless when asked, ours equals transformers'."""
+"""Guarantees of the engine, on tiny random models: exact caches, lossless `verified`, `full` equals transformers."""
 
 import itertools
 import time
@@ -9,7 +9,7 @@ import torch
 
 from cascadeexit.backends.base import Choice
 from cascadeexit.config import DecodeConfig, Mode
-from cascadeexit.drafting import worth_asking
+from cascadeexit.drafting import worth_running
 from cascadeexit.engine import Engine
 from cascadeexit.events import Status
 from cascadeexit.exits import ExitBank
@@ -64,7 +64,7 @@ def test_full_stops_at_end_of_sequence():
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_text_of_more_rows_than_a_pass_takes_goes_through_in_parts(mode, dtype, monkeypatch):
-    """Prompts, and what waits for layers that catch up."""
+    """This holds for prompts, and for rows that wait for catch-up."""
     engine = tiny_engine(adapter="carry", confidence="sketch", sketch_size=40, dtype=dtype)
     prompt = [(7 * i) % 60 + 20 for i in range(45)]
     config = DecodeConfig(mode=mode, max_new_tokens=TOKENS, max_draft=15, thresholds=0.02)
@@ -77,7 +77,7 @@ def test_a_text_of_more_rows_than_a_pass_takes_goes_through_in_parts(mode, dtype
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("read", [1, 16, 17, 38, 39, 40, None])
 def test_an_opening_that_was_read_before_changes_nothing_but_the_work(mode, read):
-    """Of a prompt of 40 tokens so many were read; None: those of another prompt. At least one is left to read."""
+    """The opening has `read` of the 40 prompt tokens; None: tokens of another prompt. At least one is left to read."""
     engine = tiny_engine(adapter="carry", confidence="sketch", sketch_size=40, dtype=torch.bfloat16)
     prompt = [(7 * i) % 60 + 20 for i in range(40)]
     opening = [3] * 10 if read is None else prompt[:read]
@@ -190,7 +190,7 @@ def test_token_limit_inside_a_draft(engine, limit):
 
 @pytest.mark.parametrize("shift, acceptance", [(0, 1.0), (1, 0.0)], ids=["always-right", "never-right"])
 def test_scripted_exits_are_accepted_or_rejected(shift, acceptance):
-    """Exits that always (never) say what the full model will say: the output is the same, the acceptance 1 (0)."""
+    """Exits that always (never) agree with the full model: the text is the same, the acceptance rate 1 (0)."""
     engine = tiny_engine()
     full = engine.run(PROMPTS[2], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
     position = 0
@@ -212,7 +212,7 @@ def test_scripted_exits_are_accepted_or_rejected(shift, acceptance):
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
 def test_cache_after_a_cascade_equals_a_plain_prefill(family, threshold, monkeypatch):
-    """What a deeper token reads is exact: no hole, no approximation, in any layer, for the positions filled."""
+    """Each layer's cache is exact for the positions it has filled: no hole, no approximation."""
     engine, caches = tiny_engine(family), []
     new_cache = engine.model.layers.new_cache
     monkeypatch.setattr(engine.model.layers, "new_cache",
@@ -229,8 +229,8 @@ def test_cache_after_a_cascade_equals_a_plain_prefill(family, threshold, monkeyp
 
 
 @pytest.mark.parametrize("mode", ["cascade", "verified"])
-def test_an_exit_is_handed_the_state_that_named_the_newest_token(mode, monkeypatch):
-    """Read by the head, what is carried says the newest token itself: after exits, corrections and the prompt alike."""
+def test_an_exit_gets_the_state_that_produced_the_newest_token(mode, monkeypatch):
+    """The head's choice for the carried state is the newest token, after exits, corrections and the prompt."""
     engine, text, exits, handed = tiny_engine(adapter="carry"), [], set(), []
     hidden = engine.exits.hidden
 
@@ -248,16 +248,16 @@ def test_an_exit_is_handed_the_state_that_named_the_newest_token(mode, monkeypat
         else:
             text[event.index:] = [event.token_id]
     assert exits == {0, 1, 2, 3} and len(handed) > TOKENS / 2
-    assert all(said == newest for said, newest in handed)
+    assert all(choice == newest for choice, newest in handed)
 
 
-def test_cascade_with_closed_exits_is_full(engine):
+def test_cascade_with_disabled_exits_is_full(engine):
     full = engine.run(PROMPTS[1], DecodeConfig(mode="full", max_new_tokens=TOKENS)).token_ids
     config = DecodeConfig(mode="cascade", max_new_tokens=TOKENS, thresholds=(None, None, None))
     assert engine.run(PROMPTS[1], config).token_ids == full
 
 
-def test_cascade_at_threshold_zero_leaves_at_the_first_open_exit(engine):
+def test_cascade_at_threshold_zero_leaves_at_the_first_enabled_exit(engine):
     config = DecodeConfig(mode="cascade", max_new_tokens=TOKENS, thresholds=(None, 0, 0))
     assert {e.exit for e in engine.run(PROMPTS[1], config).events} == {1}
 
@@ -301,8 +301,8 @@ def test_verified_sampling_is_that_of_full_for_the_same_seed(engine, thresholds)
         assert engine.run(prompt, DecodeConfig(mode="verified", thresholds=thresholds, **options)).token_ids == full
 
 
-def test_the_full_model_chooses_as_if_nobody_had_drafted():
-    """Drafts change neither the draws nor the generator; greedy, a tolerance lets the best draft within it stand."""
+def test_drafts_do_not_change_what_the_full_model_chooses():
+    """Drafts change neither draws nor generator. With a tolerance (greedy), the best draft within it is accepted."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     alone, offered = (Sampler(1.0, 1.0, 0, 4, torch.device("cpu")) for _ in range(2))
     assert [alone.choose(logits) for _ in range(50)] == [offered.judge([3, 1], logits) for _ in range(50)]
@@ -394,9 +394,9 @@ def test_the_longest_run_that_fits_is_right():
     assert out == generate(base, prompt, 12)
 
 
-def test_an_exit_far_from_sure_rules_out_the_next_but_not_the_deepest():
+def test_an_exit_with_low_confidence_skips_the_next_but_not_the_deepest():
     engine = tiny_engine()
     wanted = (0.6,) * engine.num_exits
-    assert [worth_asking(s, wanted, None) for s in range(engine.num_exits + 1)] == [True] * 3 + [False]
-    assert [worth_asking(s, wanted, 0.2) for s in (1, 2)] == [False, True]
-    assert worth_asking(1, wanted, 0.5) and not worth_asking(1, (0.6, None, 0.6), 0.5)
+    assert [worth_running(s, wanted, None) for s in range(engine.num_exits + 1)] == [True] * 3 + [False]
+    assert [worth_running(s, wanted, 0.2) for s in (1, 2)] == [False, True]
+    assert worth_running(1, wanted, 0.5) and not worth_running(1, (0.6, None, 0.6), 0.5)

@@ -1,4 +1,4 @@
-"""Exits: the published shape, the identity at the start, and an artifact that fits or says why not."""
+"""Exits: published sizes, identity at the start, and an artifact that is loaded or refused with the reason."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ PUBLISHED = ExitConfig(base_model="Llama-3.2-3B", hidden_size=3072, num_layers=2
 
 
 def nothing(rows: int) -> list[tuple[int, int]]:
-    """Copies of rows whose text says nothing twice."""
+    """N-gram copies for rows whose text repeats nothing: none."""
     return [NOTHING_COPIED] * rows
 
 

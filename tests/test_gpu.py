@@ -1,4 +1,4 @@
-"""The equality promises on CUDA: one row bucket for decoding and verification makes them bitwise there too."""
+"""Equality of modes on CUDA: one row bucket for decoding and verification makes it bitwise there, too."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_verified_equals_full_on_tiny_models(family, dtype):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_verified_by_its_own_rule_equals_full_on_tiny_models(family, dtype, temperature):
+def test_verified_with_a_draft_tree_equals_full_on_tiny_models(family, dtype, temperature):
     engine, drafted = on_gpu(family, dtype, **OURS), 0
     for prompt in (PROMPT, [9, 3] * 12):
         settings = dict(max_new_tokens=60, temperature=temperature, seed=4)
@@ -53,7 +53,7 @@ def test_verified_by_its_own_rule_equals_full_on_tiny_models(family, dtype, temp
     assert drafted
 
 
-def test_how_sure_exits_are_is_what_a_cpu_computes(family):
+def test_confidences_equal_those_of_a_cpu(family):
     config = DecodeConfig(thresholds=0.5, max_new_tokens=24)
     theirs, ours = on_gpu(family, torch.float32, **OURS), tiny_engine(family, dtype=torch.float32, **OURS)
     for prompt in (PROMPT, [9, 3] * 12):
@@ -65,7 +65,7 @@ def test_how_sure_exits_are_is_what_a_cpu_computes(family):
                                     DecodeConfig(mode="verified", thresholds=0.4, max_draft=5),
                                     DecodeConfig(mode="verified")], ids=lambda c: f"{c.mode} {c.thresholds}")
 @pytest.mark.parametrize("shape", [{}, OURS], ids=["published", "ours"])
-def test_recorded_kernels_say_what_kernels_one_by_one_say(family, config, shape, monkeypatch):
+def test_recorded_kernels_give_the_results_of_single_kernels(family, config, shape, monkeypatch):
     recorded = on_gpu(family, torch.float32, **shape)
     monkeypatch.setenv("CASCADEEXIT_GRAPHS", "0")
     plain = on_gpu(family, torch.float32, **shape)

@@ -87,7 +87,7 @@ def test_a_model_of_one_layer_has_no_exit():
         hub.default_exit_layers(1)
 
 
-# -- what the user is told -------------------------------------------------------------------------------------------
+# -- error messages --------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_folder_and_a_folder_without_a_model(tmp_path):

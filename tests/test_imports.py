@@ -1,4 +1,4 @@
-"""The walls of the house: who may import whom, read from the source."""
+"""Rules of imports, read from the source: which module may import which."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cascadeexit"
 CORE = sorted(PACKAGE.rglob("*.py"))
 
-# Lower modules never import higher ones. A package's own name stands for its __init__.
+# A module imports only modules before it in this list. A package's own name means its __init__.
 ORDER = """
     events costs folders lookup prompts calibration config
     exits.adapters exits.confidence exits.config exits.bank exits
@@ -50,7 +50,7 @@ MODULES = {f"cascadeexit.{name_of(path)}" for path in CORE}
 
 
 @pytest.mark.parametrize("path", CORE, ids=name_of)
-def test_each_library_has_its_doors(path):
+def test_outside_libraries_are_imported_where_allowed(path):
     used = {name.split(".")[0] for name in imported(path)}
     for library, doors in DOORS.items():
         allowed = any(name_of(path) == door or (door.endswith(".") and f"{name_of(path)}.".startswith(door))

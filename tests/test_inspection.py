@@ -1,4 +1,4 @@
-"""Reading a text again says what decoding said."""
+"""Inspection of a finished text gives the choices and confidences of decoding."""
 
 import pytest
 import torch

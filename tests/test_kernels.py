@@ -1,4 +1,4 @@
-"""Our own CPU kernels: the layers, exits and heads that transformers and torch compute, and rows that stand alone."""
+"""CPU kernels: results equal those of transformers and torch, and a row does not depend on other rows."""
 
 from ctypes import byref
 from pathlib import Path
@@ -42,7 +42,7 @@ def two_threads():
 
 @pytest.fixture(params=["", "avx512_bf16", "avx512f", "avx2"], ids=lambda gone: f"without {gone or 'nothing'}")
 def processor(request, monkeypatch):
-    """This one, and one without what it has, down from here: kernels multiply in other ways there."""
+    """Kernels for this processor, and for older ones without AVX-512 BF16, AVX-512 or AVX2."""
     gone = {"avx512_bf16": ["-mno-avx512bf16"], "avx512f": ["-mno-avx512f"], "avx2": ["-mno-avx512f", "-mno-avx2"]}
     if request.param in gone:
         facts = Path("/proc/cpuinfo")
@@ -69,16 +69,16 @@ def product(matrix, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(64, 256), (40, 600), (16, 4)])
-@pytest.mark.parametrize("odd", [0, 1, 100])
-def test_weights_in_12_bits_are_those_of_16(in_12_bits, shape, odd):
-    """However far from the others in size: each is read alone, by an input that is 1 where the others are 0."""
-    torch.manual_seed(odd)
+@pytest.mark.parametrize("outliers", [0, 1, 100])
+def test_weights_in_12_bits_are_those_of_16(in_12_bits, shape, outliers):
+    """Each weight, also an outlier, is read alone: by an input that is 1 where the others are 0."""
+    torch.manual_seed(outliers)
     weight = torch.randn(shape).bfloat16()
-    far = torch.tensor([1e-38, -3e38, 2e-20, -0.0, 0.0, 1e-41, 7e9], dtype=torch.bfloat16)
-    places = torch.randperm(weight.numel())[:odd]
-    weight.view(-1)[places] = far.repeat(20)[:odd][:len(places)]
+    values = torch.tensor([1e-38, -3e38, 2e-20, -0.0, 0.0, 1e-41, 7e9], dtype=torch.bfloat16)
+    places = torch.randperm(weight.numel())[:outliers]
+    weight.view(-1)[places] = values.repeat(20)[:outliers][:len(places)]
     matrix = in_12_bits.matrix(weight)
-    assert matrix.outliers or odd == 100
+    assert matrix.outliers or outliers == 100
     ones = torch.eye(shape[1]).bfloat16()
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 100):
         alone = torch.cat([product(matrix, part.contiguous()) for part in ones.split(rows)])
@@ -88,7 +88,7 @@ def test_weights_in_12_bits_are_those_of_16(in_12_bits, shape, odd):
 
 
 def test_products_of_weights_in_12_bits_are_those_of_16(in_12_bits):
-    """Bitwise where no weight is odd, for any number of rows; blocks of two weights may lie in turn."""
+    """Products are bitwise equal without outliers, for any number of rows. Blocks of two weights may alternate."""
     torch.manual_seed(0)
     first, second = (torch.randn(48, 600).clamp(-2, 2).bfloat16() for _ in range(2))
     first[first.abs() < 0.01] = 0.5
@@ -177,8 +177,8 @@ def test_segments_at_once_are_segments_one_by_one(backend, exits):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("before", [1, 9, 15, 16, 17, 505, 511, 512, 1020])
 @pytest.mark.usefixtures("processor")
-def test_each_path_of_a_tree_is_bitwise_the_text_that_it_says(family, before):
-    """Wherever blocks and spans of the cache begin; and the cache after `keep` is that of the path's text."""
+def test_each_path_of_a_tree_is_bitwise_equal_to_its_text(family, before):
+    """This holds wherever blocks and spans begin. After `keep` the cache is that of the path's text."""
     model, parents = SegmentedModel(base_of(family), (3,)), [-1, 0, 1, 2, 0, 4, 1, 5, 7, 8, 3]
     tree, text = [3, 50, 7, 21, 9, 9, 33, 4, 18, 60, 2], (IDS * 49)[:before]
     cache = model.layers.new_cache(before + 16)
@@ -215,7 +215,7 @@ def test_long_texts_are_attended_to_as_transformers_does():
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("repeats", [1, 30])
-def test_texts_of_a_batch_see_themselves_alone(backend, repeats):
+def test_texts_of_a_batch_do_not_see_each_other(backend, repeats):
     base = base_of("llama") if backend == "cpu" else base_of("llama").float()
     model, begins = SegmentedModel(base, (3,), backend=backend), [0, 3, 11] if repeats == 1 else [0, 500, 515]
     texts = [text * repeats for text in (IDS, IDS[::-1], [7, *IDS[1:]])]
@@ -307,7 +307,7 @@ def test_the_largest_output_is_that_of_the_linear(outputs, inputs):
 @pytest.mark.parametrize("close", [0, 1e-2], ids=["far-apart", "close"])
 @pytest.mark.usefixtures("processor")
 def test_a_screen_finds_the_same_largest_output(outputs, inputs, close):
-    """Whatever was rounded: of outputs that differ by less than that, and of equal ones, it is the first largest."""
+    """The first largest output is found, also among outputs closer than the rounding error and among equal ones."""
     weight = torch.randn(outputs, inputs) * torch.rand(outputs, 1).exp()
     weight = (torch.randn(1, inputs) + close * weight if close else weight).bfloat16()
     weight[outputs // 2:] = weight[:outputs - outputs // 2].clone()     # each largest one is there twice
@@ -433,7 +433,7 @@ def test_without_a_compiler_pytorch_does_the_work(monkeypatch, caplog):
     assert (decoded(model, [len(IDS)]) - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-def test_a_compiler_that_fails_is_told_in_the_log(monkeypatch, caplog, tmp_path):
+def test_a_failing_compiler_is_logged(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("CASCADEEXIT_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", ("--no-such-flag",))
     assert build.library.__wrapped__() is None and "could not be built" in caplog.text
@@ -458,7 +458,7 @@ def test_drafts_in_one_call_are_those_of_the_parts(adapter, shape):
         assert torch.equal(hidden.tensor(), hidden2.tensor()) and rest == rest2
 
 
-def test_a_drafter_in_8_bits_drafts_nearly_what_it_says():
+def test_a_drafter_in_8_bits_drafts_nearly_the_same():
     model = SegmentedModel(base_of("llama-tied"), (0, 2, 3))
     bank = ExitBank.untrained(model, adapter="carry", width=8, drafter_width=8)
     for weight in bank.drafter.parameters():
@@ -481,7 +481,7 @@ def test_a_drafter_in_8_bits_drafts_nearly_what_it_says():
 
 
 def test_columns_of_any_size_keep_their_weights_in_8_bits(adapter):
-    """Rounded as they are, the small weights of strong inputs would be gone."""
+    """Without column scales, rounding would lose the small weights of strong inputs."""
     torch.manual_seed(2)
     size = torch.logspace(-3, 3, 64)[torch.randperm(64)]
     layer = ADAPTERS[adapter](64, 32, 1e-5)

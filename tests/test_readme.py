@@ -1,4 +1,4 @@
-"""The README keeps its promises: every code block runs or is checked, and every file, flag and link it names exists.
+"""The README is correct: every code block runs or is checked, and every file, flag and link it names exists.
 
 A block is found by its language. A Python block is executed, a shell block is checked command by command with the
 checks in `COMMANDS`, the tree of files is compared with the files. A block that nothing here knows fails the test.
@@ -55,7 +55,7 @@ def test_a_python_block_runs_on_the_bundled_model(code, capsys):
 
 
 def help_of(module: str, words: list[str]) -> str:
-    """What `python -m module WORDS --help` prints, without a process of its own."""
+    """Return what `python -m module WORDS --help` prints, without starting a process."""
     positional = list(words[:next((i for i, word in enumerate(words) if word.startswith("-")), len(words))])
     out: list[str] = []
     with MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:

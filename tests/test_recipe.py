@@ -210,7 +210,7 @@ def test_shards_of_other_settings_are_refused(recipe, tmp_path):
 
 
 def test_exits_without_estimators_take_their_confidence_from_the_head(recipe, tmp_path):
-    """Their head is no larger than the vocabulary."""
+    """Confidence is then the largest softmax probability. A --head-size above the vocabulary is reduced to it."""
     first = [(option, value) for option, value in zip(distill(recipe, tmp_path)[1::2], distill(recipe, tmp_path)[2::2])]
     options = dict(first) | {"--head-size": 16384, "--epochs": 0.2}
     run("training.distill", *(part for option in options.items() for part in option))

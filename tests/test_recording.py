@@ -1,4 +1,4 @@
-"""Recordings answer as the functions they are of. A CPU has none: here a stand-in keeps their rules of memory."""
+"""Recordings give the results of the functions that were recorded. On a CPU a stand-in replaces CUDA graphs."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def engines(monkeypatch, **shape) -> tuple[Engine, Engine]:
 @pytest.mark.parametrize("shape", [{}, {"adapter": "carry", "confidence": "sketch", "sketch_size": 30, "head_size": 60,
                                         "head_sizes": (32, 32, 60)},
                                    {"adapter": "carry", "layers": (0, 2, 4)}], ids=["swiglu", "sketch", "first"])
-def test_recorded_runs_say_what_others_say(recorded, monkeypatch, shape):
+def test_recorded_runs_write_the_same_text_as_others(recorded, monkeypatch, shape):
     stock, replayed = engines(monkeypatch, **shape)
     for config in CONFIGS:
         expected = stock.run(PROMPT, config)

@@ -1,4 +1,4 @@
-"""The generated pages say what the committed result files say, and nothing else says a measured number."""
+"""Generated pages agree with the committed result files, and no other page has measured numbers."""
 
 import json
 import re
@@ -103,7 +103,7 @@ def test_quality_and_speed_are_those_of_the_shipped_exits():
             assert made["drafter"] == shipped.drafter_fingerprint(), "its drafts are of another drafter"
 
 
-def test_training_runs_are_told_newest_first_and_joined_ones_once():
+def test_training_runs_are_listed_newest_first_and_joined_ones_once():
     def run(step: int, layers: list[int], **more) -> dict:
         return {"settings": {"layers": [0, 3, 5], "only": layers}, "steps": step, **more}
 

@@ -297,7 +297,7 @@ def test_a_checkpoint_of_other_settings_is_refused_unless_the_run_starts_again(t
     assert RunFolder(tmp_path, {"lr": 2}, resume=False, main=True).restore({"line": Line().module}) == 0
 
 
-def test_rows_of_an_interrupted_measurement_count_if_they_answer_the_same_question(tmp_path):
+def test_rows_of_an_interrupted_measurement_count_if_they_have_the_same_key(tmp_path):
     path, key = tmp_path / "new" / "rows.jsonl", {"exits": "a", "thresholds": [0.5, None]}
     first = ResumableRows(path, key)
     first.append({"prompt": 1})

@@ -1,4 +1,4 @@
-"""Trees of drafts: what they promise is worth their rows, several places are drafted at once, the text stays full's."""
+"""Draft trees: each row is worth its cost, a place may have several drafts, the text equals that of `full`."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ PROMPTS = ([5], [5, 6, 7], [9, 3] * 12)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layers", [(0,), (0, 3), (2, 4)], ids=str)
-def test_verified_by_its_own_rule_equals_full(family, dtype, layers):
+def test_verified_with_a_draft_tree_equals_full(family, dtype, layers):
     engine = tiny_engine(family, dtype=dtype, adapter="carry", layers=layers)
     for prompt in PROMPTS:
         full = engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=60)).token_ids
@@ -26,7 +26,7 @@ def test_verified_by_its_own_rule_equals_full(family, dtype, layers):
 
 
 def eager_engine():
-    """An exit before the first layer that is worth asking: its head is sharp, so that a few tokens are likely.
+    """Engine with an exit before the first layer whose sharp head makes a few tokens likely, so that it drafts.
 
     On a machine without a C++ compiler trees are chains.
     """
@@ -37,7 +37,7 @@ def eager_engine():
     return engine
 
 
-def test_a_tree_is_in_order_within_its_limits_and_never_drafts_a_token_twice_at_a_place():
+def test_a_tree_keeps_order_and_limits_and_never_drafts_a_token_twice_at_a_place():
     engine, seen = eager_engine(), 0
     for limit in (1, 5, 12):
         tree = DraftTree(engine.model, engine.exits, [5, 6, 7, 5, 6], 0.0)
@@ -51,8 +51,8 @@ def test_a_tree_is_in_order_within_its_limits_and_never_drafts_a_token_twice_at_
     assert seen > 1 or not engine.model.layers.supports_trees, "no place had several drafts"
 
 
-def test_no_draft_is_surer_than_sure():
-    """However often drafts were right where the softmax promised little."""
+def test_no_confidence_exceeds_one():
+    """Confidences stay at most 1 when far more drafts were accepted than the softmax predicted."""
     engine, text, sure = eager_engine(), [5, 6, 7], []
     tree = DraftTree(engine.model, engine.exits, text, 0.0)
     for _ in range(30):
@@ -77,7 +77,7 @@ def test_nothing_is_drafted_after_the_end_of_a_text():
     assert drafts and all(d.depth == 0 for d in drafts)
 
 
-def test_an_exit_that_breaks_its_promises_is_believed_less():
+def test_an_exit_whose_drafts_are_rejected_drafts_fewer_tokens():
     engine = eager_engine()
     tree, carried = DraftTree(engine.model, engine.exits, [5], 0.0), torch.randn(1, 32).bfloat16()
     sizes = []

@@ -30,7 +30,7 @@ def tiny_base(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = 
 
 def tiny_engine(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = torch.float32,
                 layers: tuple[int, ...] = EXIT_LAYERS, **shape) -> Engine:
-    """Random exits over a random model: adapters that differ from the identity, estimators that say anything."""
+    """Random exits over a random model: adapters that differ from the identity, random estimators."""
     model = SegmentedModel(tiny_base(family, seed, dtype), layers, name=family)
     bank = ExitBank.untrained(model, **dict(confidence="mlp", width=8, confidence_width=8) | shape)
     torch.manual_seed(seed + 1)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cascadeexit.carry import carried_states
 from cascadeexit.config import DecodeConfig, Mode
-from cascadeexit.drafting import worth_asking
+from cascadeexit.drafting import worth_running
 from cascadeexit.engine import Engine
 from cascadeexit.hub import load
 from cascadeexit.lookup import NOTHING_COPIED, Lookup
@@ -101,7 +101,7 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
                 carried = engine.model.layers.norm(h[0, -1:])
                 token = int(engine.model.head.logits(carried)[0].argmax(-1))
                 break
-            if not ask_all and not worth_asking(s, thresholds, confidence):
+            if not ask_all and not worth_running(s, thresholds, confidence):
                 hidden = None
                 continue
             token, confidence, hidden = run.exit(s, h, carried, lookup.copied(text), hidden)

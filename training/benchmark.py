@@ -220,14 +220,14 @@ def parse_args() -> argparse.Namespace:
     add_model_and_exits(p)
     add_dtype(p)
     p.add_argument("--prompts", type=int, help="number of the project's prompts; default: 50, or 8 with --quick")
-    p.add_argument("--tokens", type=int, help="new tokens a prompt; default: 128, or 64 with --quick")
+    p.add_argument("--tokens", type=int, help="new tokens per prompt; default: 128, or 64 with --quick")
     p.add_argument("--cascade-thresholds", type=thresholds, nargs="+", default=[0.8, 0.6, 0.4], metavar="T",
                    help="thresholds of the first exit, from which the others follow; or thresholds of all exits, "
                    "separated by commas, where 'no' disables an exit")
     p.add_argument("--tolerances", type=float, nargs="*", default=[0.3, 0.5], help="tolerances of lossy verification")
     p.add_argument("--max-draft", type=int, default=DecodeConfig.max_draft, help="draft length, at most")
     p.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp where llama_cpp is installed")
-    p.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="leave out contenders whose names begin so")
+    p.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="leave out contenders named NAME...")
     p.add_argument("--growth", nargs="?", const="all", choices=("all", "ours"), help="also measure the time of a token "
                    "against length; ours: without generate, which needs long to read a long context on a CPU without "
                    "bf16 instructions")

@@ -2,7 +2,7 @@
 
     python -m training.calibrate --exits runs/smollm2 --data data/policy data/policy2
 
-`DecodeConfig.target_disagreement` and the page's quality dial use the result. The prompts are those of the test
+`DecodeConfig.target_disagreement` and the page's quality slider use the result. The prompts are those of the test
 documents, which neither adapters nor estimators have seen: all that precedes the last reply. For each prompt and
 threshold the engine decodes a text (greedily, closed loop), and the full model reads it. The loss of a prompt is the
 share of tokens that the full model would not have chosen. `calibration.json` in the exits folder then holds, for each
@@ -70,7 +70,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     add_exits_and_data(parser, exits="exits folder with trained estimators")
     parser.add_argument("--prompts", type=int, default=300, help="number of prompts, at most; more make tighter bounds")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4],
                         help="thresholds of the first exit; those of the other exits follow from it")
     parser.add_argument("--delta", type=float, default=0.1, help="probability that the bound does not hold")

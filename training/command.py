@@ -1,4 +1,4 @@
-"""Entry point of all commands of the recipe: wrong input ends a command with one line that says what is wrong."""
+"""Entry point of all commands of the recipe: wrong input ends a command with a one-line message."""
 
 import sys
 from collections.abc import Callable

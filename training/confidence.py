@@ -33,7 +33,7 @@ from cascadeexit.engine import Engine
 from cascadeexit.exits import ConfidenceHead, ExitBank, SketchConfidence
 from cascadeexit.exits.confidence import read_copies
 from cascadeexit.hub import load_model
-from cascadeexit.lookup import FARTHEST, Lookup
+from cascadeexit.lookup import MAX_MATCH, Lookup
 from cascadeexit.model import SegmentedModel
 from training.command import run_command
 from training.documents import Split
@@ -69,7 +69,7 @@ def copied_along(ids: tuple[int, ...]) -> list[tuple[int, int]]:
     lookup, copied = Lookup(()), []
     for i, token in enumerate(ids):
         lookup.extend([token])
-        copied.append(lookup.copied(ids[max(0, i - FARTHEST):i + 1]))
+        copied.append(lookup.copied(ids[max(0, i - MAX_MATCH):i + 1]))
     return copied
 
 
@@ -131,7 +131,7 @@ class MlpEstimators:
         self.shape = dict(confidence="mlp", confidence_width=width, sketch_size=0)
 
     def inputs(self, rows: ExitRows, before: ExitRows | None) -> list[Tensor]:
-        """Return what an estimator reads: the hidden states, never the previous exit."""
+        """Return the inputs of the estimator: the adapted hidden states (n, D) alone."""
         return [rows.hidden]
 
     def fit(self, s: int, rows: ExitRows, before: ExitRows | None) -> ConfidenceHead:
@@ -161,7 +161,7 @@ class SketchEstimators:
 
     @torch.no_grad()
     def inputs(self, rows: ExitRows, before: ExitRows | None) -> list[Tensor]:
-        """Return the facts that an estimator reads: of the exit alone, and, if there is one, beside the exit before."""
+        """Return the inputs of the estimator: (n, 5) for the exit alone, and (n, 12) with the previous exit if any."""
         parts = list(zip(rows.hidden.split(_FACT_ROWS), rows.copied.split(_FACT_ROWS)))
         alone = torch.cat([self._facts(*part) for part in parts])
         if before is None:
@@ -187,7 +187,7 @@ class SketchEstimators:
 def sketch_words(bank: ExitBank, store: FeatureStore, model: SegmentedModel, words: int) -> Tensor:
     """Choose the words that a sketch reads: the most frequent ones, from the trimmed head where there is one.
 
-    Then an exit that is taken finds them read already.
+    The sketch is then the beginning of the exits' head and shares its memory.
     """
     ranked = bank.head_ids
     if ranked is None:
@@ -222,7 +222,7 @@ def baselines(calibration: ExitRows, test: ExitRows) -> dict:
 
 
 def measure(layer: int, head: nn.Module, inputs: list[Tensor], calibration: ExitRows, test: ExitRows) -> dict:
-    """Measure one exit's estimator on test rows: by itself and, where it can, beside the exit before."""
+    """Measure one exit's estimator on test rows: alone and, if there is one, with the previous exit."""
     with torch.no_grad():
         alone, *beside = [head(x).sigmoid() for x in inputs]
     confidence = beside[0] if beside else alone

@@ -97,7 +97,7 @@ class PolicyText:
 
 
 def write_policy(args: argparse.Namespace) -> None:
-    """Run `policy`."""
+    """Run the command `policy`: let the model write shards of training text."""
     text = PolicyText(args)
     settings, per_round = text.settings(), args.batch * args.steps
     check_settings(args.out, settings)
@@ -162,7 +162,7 @@ def cut(tokenizer, texts: list[str], max_length: int, tokens: int) -> list[Docum
 
 
 def write_text(args: argparse.Namespace) -> None:
-    """Run `text`."""
+    """Run the command `text`: tokenize local text into shards."""
     if not args.files and not args.dataset:
         raise SystemExit("nothing to read: give --files or --dataset")
     tokenizer = load_tokenizer(args.model)
@@ -206,12 +206,12 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--dataset", help="a Hub dataset with a text column, such as Salesforce/wikitext")
     text.add_argument("--dataset-config", help="such as wikitext-103-raw-v1")
     text.add_argument("--dataset-split", default="train", help="which part of the dataset")
-    text.add_argument("--max-length", type=int, default=256, help="cut longer documents into pieces of so many tokens")
+    text.add_argument("--max-length", type=int, default=256, help="cut longer documents into pieces of N tokens")
     text.set_defaults(run=write_text)
     for command in (policy, text):
         add_model(command)
         command.add_argument("--out", type=Path, required=True, help="folder for the shards")
-        command.add_argument("--tokens", type=int, default=500_000, help="stop after about so many tokens")
+        command.add_argument("--tokens", type=int, default=500_000, help="stop after about this many tokens")
         add_seed(command)
     return p
 

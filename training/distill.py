@@ -263,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line, over the defaults of its --preset."""
+    """Read the command line. Its options override those of --preset, which override the defaults."""
     command = parser()
     preset = command.parse_known_args()[0].preset
     command.set_defaults(**PRESETS.get(preset, {}))

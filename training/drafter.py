@@ -38,7 +38,7 @@ from training.options import add_exits_and_data, add_features, add_loop, command
 from training.provenance import provenance
 from training.vocabulary import SampledHead
 
-_SHARES = (1.0, 0.5, 0.3)       # of the rows, trained at each place of a chain: deep places are rarely reached
+_SHARES = (1.0, 0.5, 0.3)       # of the rows, trained at each place of a chain: few chains get that long
 _REPORTED = 4                   # places of a chain in reports
 
 
@@ -68,27 +68,27 @@ class WhitenedDrafter:
             for j, read in enumerate((x, rows.deep[rows.wanted])):
                 moments[j] = moments[j] + read.T @ read
             count += len(x)
-        self.near, self.deep = (whitening(part / count) for part in moments)
-        self._transform(*(torch.linalg.inv(part.double()).float() for part in (self.near, self.deep)))
+        self.shallow, self.deep = (whitening(part / count) for part in moments)
+        self._transform(*(torch.linalg.inv(part.double()).float() for part in (self.shallow, self.deep)))
 
     @torch.no_grad()
-    def _transform(self, near: Tensor, deep: Tensor) -> None:
+    def _transform(self, shallow: Tensor, deep: Tensor) -> None:
         adapter = self.drafter.adapter
-        for projection, change in ((adapter.linear, near), (adapter.gate, near), (adapter.down, near),
+        for projection, change in ((adapter.linear, shallow), (adapter.gate, shallow), (adapter.down, shallow),
                                    (self.drafter.context, deep)):
             projection.weight.copy_(projection.weight @ change.T)
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Make the drafter read plain rows."""
-        self._transform(self.near, self.deep)
+        """Fold the whitening into the weights: the drafter then reads plain rows (not whitened)."""
+        self._transform(self.shallow, self.deep)
 
     def chain(self, rows: DraftRows, length: int) -> list[Tensor]:
         """Run a chain of drafts up to each position. Returns the drafter's states (N, D) after 0, 1, ... own tokens."""
         context = F.linear(rows.deep, self.drafter.context.weight @ self.deep.T)
         out, carried = [], rows.back(rows.top, 1)
         for own in range(length):
-            x = torch.cat([rows.h, carried + rows.back(context, own + 1)], -1) @ self.near
+            x = torch.cat([rows.h, carried + rows.back(context, own + 1)], -1) @ self.shallow
             out.append(self.drafter.adapter(*x.chunk(2, -1)))
             carried = rows.back(out[-1], 1)
         return out

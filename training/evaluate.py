@@ -48,7 +48,7 @@ from training.provenance import provenance, results_file
 
 
 def check_lossless(args: argparse.Namespace) -> None:
-    """Run `lossless`. Raises SystemExit when tokens differ that must not."""
+    """Run the command `lossless`. Raises SystemExit when tokens differ that must not."""
     dtype = getattr(torch, args.dtype)
     engine, tokenizer = load(args.model, args.exits, dtype=dtype)
     reference = load_model(args.model, dtype=dtype)[0] if args.reference else None
@@ -67,7 +67,7 @@ def check_lossless(args: argparse.Namespace) -> None:
     partial.finish()
     print(json.dumps(summary, indent=2))
     if summary["verified_differing_tokens"] or (dtype == torch.float32 and summary["reference_differing_tokens"]):
-        raise SystemExit("verified is not lossless here: tokens differ (see the file)")
+        raise SystemExit("verified is not lossless here: tokens differ (the result file has the numbers)")
 
 
 def compare_prompt(engine: Engine, ids: list[int], args: argparse.Namespace, reference) -> dict:
@@ -202,7 +202,7 @@ def measure_text(engine: Engine, name: str, documents: list[Document]) -> dict:
 
 
 def measure_exits(args: argparse.Namespace) -> None:
-    """Run `exits`."""
+    """Run the command `exits`: measure each exit, teacher-forced."""
     out = args.out or results_file(args.model, args.exits, "exits.json")
     engine, tokenizer = load(args.model, args.exits)
     report = {name: measure_text(engine, name, documents)
@@ -219,7 +219,7 @@ def measure_exits(args: argparse.Namespace) -> None:
 
 
 def measure_decoding(args: argparse.Namespace) -> None:
-    """Run `decode`."""
+    """Run the command `decode`: measure cascade and self-speculation in closed loop."""
     out = args.out or results_file(args.model, args.exits, "decode.json")
     engine, tokenizer = load(args.model, args.exits)
     prompts = [token_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
@@ -297,7 +297,7 @@ def parser() -> argparse.ArgumentParser:
     lossless.add_argument("--reference", type=int, default=20, help="how many prompts transformers' generate decodes, "
                           "too")
     lossless.add_argument("--thresholds", type=lambda text: None if text == "own" else float(text), nargs="+",
-                          default=[0, 0.3, 0.6, 0.9, None], help="numbers, or own: the default rule of `verified`")
+                          default=[0, 0.3, 0.6, 0.9, None], help="thresholds, or own: a draft tree, the default")
     lossless.add_argument("--max-draft", type=int, nargs="+", default=[1, 3, 7], help="draft lengths")
     lossless.set_defaults(run=check_lossless)
     for command in (exits, decode, lossless):

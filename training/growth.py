@@ -17,7 +17,7 @@ CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024)
 
 
 def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5) -> dict:
-    """Measure milliseconds a token at several lengths of context (decoding 32 tokens) and of output.
+    """Measure milliseconds per token at several lengths of context (decoding 32 tokens) and of output.
 
     The end-of-sequence token does not end a text here. All figures are medians over `rounds`, in which the lengths
     take turns. The context is a text that the model wrote at temperature 1: in a text that repeats itself, drafts would

@@ -1,4 +1,4 @@
-"""The scale of what adapters read: rows are normalised during training, and the adapters' weights undo it at the end.
+"""Normalisation of the adapters' inputs during training. At the end it is folded into the adapters' weights.
 
 Hidden states have a few directions hundreds of times as strong as the rest, and gradient steps make little progress
 along the weak ones. Letters: D hidden size, E exits.

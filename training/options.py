@@ -57,7 +57,7 @@ def add_seed(p: argparse.ArgumentParser, help: str = "seed of all random numbers
 def add_loop(p: argparse.ArgumentParser, *, epochs: float, lr: float, fit_documents: int, checkpoint: str) -> None:
     """Add the options of the training loop, with these defaults. `checkpoint` is its folder, for the help."""
     p.add_argument("--epochs", type=float, default=epochs, help="passes over the training documents")
-    p.add_argument("--batch", type=int, default=1024, help="training rows a step, over all processes")
+    p.add_argument("--batch", type=int, default=1024, help="training rows per step, over all processes")
     p.add_argument("--micro-batch", type=int, default=8192, help="tokens in one backward pass; a step may have several")
     p.add_argument("--lr", type=float, default=lr, help="highest learning rate")
     p.add_argument("--fit-documents", type=int, default=fit_documents, help="number of documents that set the scale of "
@@ -79,4 +79,4 @@ def add_dtype(p: argparse.ArgumentParser) -> None:
 def add_prompts(p: argparse.ArgumentParser, *, prompts: int, tokens: int) -> None:
     """Add --prompts and --tokens: how many of the project's own prompts are decoded, and how far."""
     p.add_argument("--prompts", type=int, default=prompts, help="number of the project's prompts to decode")
-    p.add_argument("--tokens", type=int, default=tokens, help="new tokens a prompt")
+    p.add_argument("--tokens", type=int, default=tokens, help="new tokens per prompt")

@@ -37,7 +37,7 @@ def results_file(model: str, exits: Path | None, name: str) -> Path:
     Raises ValueError for another model or other exits: their results need --out.
     """
     if model != DEFAULT_MODEL or exits is not None:
-        raise ValueError("give --out a file: assets/results holds results of the shipped model and its exits only")
+        raise ValueError("give --out FILE: assets/results holds results of the shipped model and its exits only")
     return Path(__file__).parents[1] / "assets" / "results" / name
 
 

@@ -3,7 +3,7 @@
 The exits compute all that trained exits do (adapter, estimator, head), but a script decides the outcome. In the cascade
 it draws the exit of each token with the published shares. In verified mode each draft is accepted with a given
 probability. The speed-up that bytes allow is 1 / cost, where the cost is the weight bytes that a token reads relative
-to those of the full model. The result says how much of that speed-up the engine reaches.
+to those of the full model. The result shows how much of that speed-up the engine achieves.
 """
 
 import random
@@ -109,7 +109,7 @@ def measure(shape: str | None, tokens: int, read_bandwidth: Callable, acceptance
 
     Args:
         shape: name of a shape in SHAPES; None = Llama-3.2-3B on a GPU, SmolLM2-135M on a CPU.
-        tokens: new tokens a run.
+        tokens: new tokens per run.
         read_bandwidth: measures the bandwidth of a device, in bytes per second.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

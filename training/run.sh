@@ -74,7 +74,7 @@ say "5. evaluation"
 $python -m training.evaluate exits --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${evaluate[@]}" \
   --out "$OUT/exits/evaluation.json"
 
-say "6. calibration of the quality dial"
+say "6. calibration of the quality slider"
 $python -m training.calibrate --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${calibrate[@]}"
 
 say "done: python app.py --model $MODEL --exits $OUT/exits"

@@ -1,4 +1,4 @@
-"""Backends: the only place that knows how numbers are computed.
+"""Backends: all code that decides how numbers are computed.
 
 `torch` is the reference and runs on every device. `cpu` is our C++ kernels, for bf16 models on a CPU. A new backend is
 a class with the attributes of `base.Backend`: pass it to `SegmentedModel`, or list it in `BACKENDS`.
@@ -14,7 +14,7 @@ BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "torch": TorchBackend} 
 
 
 def build() -> None:
-    """Build what backends need on this machine, such as compiled kernels, before a model is there."""
+    """Build what backends need on this machine, such as compiled kernels, before a model is loaded."""
     for kind in BACKENDS.values():
         kind.build()
 

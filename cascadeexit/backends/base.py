@@ -1,10 +1,10 @@
-"""The wall: what engine, drafting, inspection and training may ask of a backend.
+"""Interface of backends to engine, drafting, inspection and training.
 
-A `Backend` computes with one frozen model on its device. Three protocols say all that the rest of the project knows of
-it: the layer stack, vocabulary heads, and the runtime of trained exits. No code outside `backends` decides by which
+A `Backend` computes with one frozen model on its device. Three protocols are all of it that other modules
+use: the layer stack, vocabulary heads, and the runtime of trained exits. No code outside `backends` decides by which
 kernels run. `cache.py` and `exits.py` beside this file have what all backends share.
 
-A backend promises one thing: a row's result depends neither on the rows beside it, nor on its place among them, nor on
+A backend guarantees this: a row's result depends neither on the rows beside it, nor on its place among them, nor on
 the cache's capacity, nor on the mode. Then `verified` equals `full` bitwise by construction. Where `row_multiple` is 1
 that holds for passes of any size. Elsewhere it holds for the layers, the final norm and the full head in passes of at
 most `max_rows` rows, which they pad to a multiple of `row_multiple`.
@@ -65,7 +65,7 @@ class LayerStack(Protocol):
         """Make an empty cache for at least `capacity` positions of `batch` texts, padding included."""
 
     def release(self, cache: KVCache) -> None:
-        """Take back a cache that nobody reads any more; the next run may get it."""
+        """Take back a cache that is no longer used; the next run may get it."""
 
     def run(self, segments: range, rows: Rows, cache: KVCache, parents: Sequence[int] | None = None) -> list[Rows]:
         """Run the next N rows (1, N, D) of the first of these segments through all of them.
@@ -98,7 +98,7 @@ class LayerStack(Protocol):
         """View rows as a tensor of the same shape, without a copy."""
 
     def row_cost(self, rows: int) -> float:
-        """Cost of one more row in a pass that has so many, in passes of one row."""
+        """Cost of adding a row to a pass of `rows` rows. Unit: the time of a pass of one row."""
 
 
 class VocabHead(Protocol):
@@ -121,13 +121,13 @@ class VocabHead(Protocol):
         """The likeliest word of each row (..., D), the first of equal ones."""
 
     def choices(self, rows: Rows) -> list[Choice]:
-        """The likeliest word of each row, with the logits of other words on demand."""
+        """The likeliest word of each row (..., N, D), with the logits of other words on demand: N choices."""
 
     def likeliest(self, rows: Rows, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """The k likeliest words of each row, best first: probabilities and word numbers, (..., min(k, K)) each."""
 
     def softmax_facts(self, rows: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
-        """Facts that a sketch estimator reads; see `cascadeexit.exits.confidence.softmax_facts`."""
+        """Inputs of a sketch estimator, (..., 5) or (..., 12); see `cascadeexit.exits.confidence.softmax_facts`."""
 
     def first(self, words: int) -> "VocabHead":
         """A head of the first words only: a multiple of `exits.config.WORD_BLOCK`, or all of them."""
@@ -160,13 +160,13 @@ class ExitRuntime(Protocol):
 
         Args:
             copied: n-gram copy for each row, as `Lookup.copied` gives it.
-            before: adapted rows of the exit before for the same tokens (N, D), where that exit was asked.
+            before: adapted rows of the previous exit for the same tokens (N, D); None if that exit did not run.
         """
 
     def context(self, states: Sequence[Rows], row: int) -> Any:
-        """What the drafter reads of one row of the states at all exits but the first, E times (1, N, D).
+        """Compute the drafter's context from one row of the states at all exits but the first, E times (1, N, D).
 
-        None without a trained drafter.
+        Returns None without a trained drafter.
         """
 
     def drafts(self, tokens: Sequence[int], carried: Sequence[Rows], k: int, temperature: float,
@@ -182,7 +182,7 @@ class ExitRuntime(Protocol):
         """
 
     def try_bytes(self, s: int) -> int:
-        """Bytes of weights read to adapt one row for exit s and to ask for its confidence."""
+        """Bytes of weights read to adapt one row for exit s and to compute its confidence."""
 
     def head_bytes(self, s: int) -> int:
         """Bytes of weights that the vocabulary projection of exit s reads."""
@@ -203,7 +203,7 @@ class Backend(Protocol):
 
     @classmethod
     def build(cls) -> None:
-        """Do what has to be done once on a machine, such as compiling kernels; `fits` does it, too."""
+        """Do the one-time work on a machine, such as compiling kernels. `fits` does this work, too, if needed."""
 
     @classmethod
     def fits(cls, base) -> bool:
@@ -222,4 +222,4 @@ class Backend(Protocol):
         """Wrap a function or generator function so that it runs as cheaply as possible without gradients."""
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked, so that a clock can be read."""
+        """Wait until the device has finished all work in its queue, so that a clock can be read."""

@@ -1,4 +1,4 @@
-"""Exits: what the exit runtimes of all backends share, words and bytes. How rows are computed each adds for itself."""
+"""Exits: base class of the exit runtimes: their words and bytes. Each backend adds how rows are computed."""
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,12 @@ from cascadeexit.exits.config import WORD_BLOCK
 
 
 class Exits:
-    """The heads of a bank's exits on one backend, and what each question reads.
+    """The heads of a bank's exits on one backend, and the bytes of weights that each evaluation reads.
 
     The heads of all exits, of the drafter and of the sketch are parts of one trimmed head wherever they can be.
 
     Args:
-        backend: the one whose heads read the exits' rows (`base.Backend`).
+        backend: a `base.Backend`; its vocabulary heads project the exits' rows.
     """
 
     drafter_bits = None         # bits of a drafter's weight as it is read; None: those of its dtype
@@ -65,7 +65,7 @@ class Exits:
         return self._try_bytes[s]
 
     def _count(self) -> None:
-        """Count once what each question reads: walking a module takes as long as a small kernel."""
+        """Count once the bytes that each evaluation reads: walking a module takes as long as a small kernel."""
         bank, drafter, estimators = self._bank, self._bank.drafter, self._bank.confidence_heads
         adapters = [_bytes(adapter) for adapter in bank.adapters]
         sketch = self._sketch.nbytes if self._sketch else 0

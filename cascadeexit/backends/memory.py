@@ -1,4 +1,4 @@
-"""CPU memory for what is read once a token: huge pages, whose contents arrive a twelfth faster."""
+"""Memory in huge pages for data that each token reads once: on a CPU it is read a twelfth faster."""
 
 import ctypes
 import logging
@@ -17,7 +17,7 @@ _PRIVATE = dict(flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if hasattr(mmap, "M
 
 
 def allocate(size: int) -> mmap.mmap:
-    """Allocate bytes of zeros, in huge pages where the system has them; freed when nobody holds them."""
+    """Allocate bytes of zeros, in huge pages where the system has them. Freed with the last reference."""
     space = mmap.mmap(-1, max(size, 1), **_PRIVATE)
     if _HUGE_PAGES is not None:
         try:
@@ -36,7 +36,7 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) 
 
 
 def give_back() -> None:
-    """Return what was allocated and freed to the system, where the C library can be told so (glibc)."""
+    """Return freed memory to the system, where the C library has a function for it (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

@@ -1,6 +1,6 @@
 """Weights: where a transformers decoder of a supported type keeps its weights.
 
-The only place that knows transformers' names of them, but for the `torch` backend, which runs transformers' own
+No other module uses their names in transformers, but for the `torch` backend, which runs transformers' own
 modules. All supported types share one layout: RMSNorm, attention with
 grouped queries and rotary embedding (with biases in Qwen2, with norms of queries and keys in Qwen3), RMSNorm, SwiGLU.
 

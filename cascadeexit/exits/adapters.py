@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Adapter(Protocol):
-    """What the project asks of a kind of adapter, an nn.Module made from (hidden_size, width, norm_eps)."""
+    """Interface that a kind of adapter implements, an nn.Module made from (hidden_size, width, norm_eps)."""
 
     reads_carried: bool
     """True where the carried state is read; then training whitens its inputs and fits `linear` by ridge regression."""

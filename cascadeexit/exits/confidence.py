@@ -36,7 +36,7 @@ class ConfidenceHead(nn.Module):
 class SketchConfidence(nn.Module):
     """An estimator that reads `softmax_facts`: (..., 5), or (..., 12) with the exit before it -> logits (...,).
 
-    Where the exit before was asked about the same token, its facts are read too: exits that agree are more often right.
+    If the previous exit ran for the same token, its numbers are inputs, too: exits that agree are right more often.
     """
 
     def __init__(self, width: int):
@@ -49,7 +49,7 @@ class SketchConfidence(nn.Module):
 
 
 def read_copies(copied: Sequence[tuple[int, int]], places: Mapping[int, int]) -> list[tuple[int, float]]:
-    """Turn n-gram copies into what estimators read: the word's place in the sketch and log(1 + length of the match).
+    """Turn n-gram copies into estimator inputs: the word's place in the sketch and log(1 + length of the match).
 
     Args:
         copied: tokens and lengths, as from `Lookup.copied`.
@@ -60,18 +60,18 @@ def read_copies(copied: Sequence[tuple[int, int]], places: Mapping[int, int]) ->
 
 def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: Tensor,
                   before: Tensor | None = None) -> Tensor:
-    """Facts of an exit's softmax that `SketchConfidence` reads: (..., 5), or (..., 12) with the exit before it.
+    """Compute the inputs of `SketchConfidence` from an exit's softmax: (..., 5), or (..., 12) with the previous exit.
 
-    Alone: log p of the likeliest word, log p of the second, the entropy in nats; then log(1 + length) of the copy where
-    the likeliest word is the copied one, else 0; the same where it is another word. With the exit before, between
-    them: its three numbers; 1 where the likeliest words are equal, else 0; log p that the exit before gives to this
-    exit's word, and the reverse, at least -15; the cosine of the two rows.
+    Columns: log p of the likeliest word, log p of the second, entropy in nats. With the previous exit, seven more: the
+    three numbers of that exit; 1 where both have the same likeliest word, else 0; log p by that exit of this exit's
+    word, and the reverse, at least -15; the cosine of the two rows. The last two: log(1 + length) of the copy where the
+    likeliest word is the copied one, else 0; log(1 + length) where it is another word, else 0.
 
     Args:
         project: the head of the sketch, rows (..., D) -> logits (..., K).
         hidden: adapted rows of this exit (..., D).
         copied: n-gram copies from `read_copies`, (..., 2).
-        before: adapted rows of the exit before (..., D), where it was asked.
+        before: adapted rows of the previous exit (..., D); None if it did not run.
     """
     log_p, mine = _of_softmax(project(hidden))
     best, (word, length) = log_p.argmax(-1, keepdim=True), copied.split(1, dim=-1)

@@ -1,4 +1,4 @@
-"""What tests read off the page."""
+"""Helpers with which tests read texts and token ids from the page."""
 
 SKY = "Explain why the sky is blue."
 FINAL = ".t:not(.draft):not(.rejected)"

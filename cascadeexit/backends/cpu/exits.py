@@ -26,7 +26,7 @@ from cascadeexit.exits.confidence import read_copies
 class CpuExits(Exits):
     """Exit runtime in C++; the methods are those of `base.ExitRuntime`."""
 
-    drafter_bits = 8            # what the drafter says decides nothing but speed
+    drafter_bits = 8            # drafts change only the speed, never the text
 
     def __init__(self, bank: ExitBank, backend):
         super().__init__(bank, backend)
@@ -128,8 +128,8 @@ class CpuAdapter:
 def _rounded_adapter(gate: Tensor, down: Tensor, up: Tensor, linear: Tensor | None):
     """Round an adapter's weights to 8 bits: a store, its matrices as in `Adapter`, and the scale of its inputs (I,).
 
-    Weights of strong inputs are small, and rounding would lose them. So columns are brought to one size first, by
-    powers of 2, and the inputs by their inverse; what `up` reads, by the outputs of `down`.
+    Weights of strong inputs are small, and rounding would lose them. So each column is first divided by a power of
+    2 near its size, and its input is multiplied by it. For the columns of `up`, the outputs of `down` are multiplied.
     """
     gate, down, up = gate.detach().float(), down.detach().float(), up.detach().float()
     whole = [] if linear is None else [linear.detach().float()]
@@ -147,12 +147,12 @@ def _rounded_adapter(gate: Tensor, down: Tensor, up: Tensor, linear: Tensor | No
 
 
 class CpuDrafter:
-    """The drafter, or the exit before the first layer, from tokens to what is drafted after them, in one C++ call.
+    """The drafter, or the exit before the first layer: one C++ call from tokens to the drafts after them.
 
     Args:
-        embedding: of all tokens.
-        head: words that may be drafted.
-        ids: their token ids; None where these are their numbers.
+        embedding: embeddings of all tokens (V, D).
+        head: projection onto the words that may be drafted.
+        ids: token ids of these words; None where a word's number is its token id.
     """
 
     def __init__(self, embedding: CpuHead, adapter: CpuAdapter, head: CpuHead, ids: Sequence[int] | None):
@@ -172,7 +172,7 @@ class CpuDrafter:
 
 
 class CpuContext:
-    """A drafter's context layer in 8 bits: its weight (D, E D) for one row that lies in E parts."""
+    """A drafter's context layer in 8 bits: weight (D, E D). Its input is one row, given as E parts of D numbers."""
 
     def __init__(self, weight: Tensor):
         weight = weight.detach().float()
@@ -193,11 +193,11 @@ class CpuContext:
 
 
 class CpuConfidence:
-    """A sketch estimator with the head that it reads, in C++.
+    """A sketch estimator and the vocabulary head that it reads, in C++.
 
     Args:
-        head: the sketch's words.
-        alone, after: the networks without and with the exit before: linear, SiLU, linear.
+        head: projection onto the words of the sketch.
+        alone, after: its two networks (linear, SiLU, linear): for an exit alone, and with the previous exit's inputs.
     """
 
     def __init__(self, head: CpuHead, alone: nn.Sequential, after: nn.Sequential):
@@ -211,7 +211,7 @@ class CpuConfidence:
         return Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
 
     def __call__(self, rows: Hidden, copied: Sequence[tuple[int, float]], before: Hidden | None = None) -> list[float]:
-        """Chances (N) for rows (N, D), copies from `read_copies`, and rows of the exit before where it was asked."""
+        """Confidences for rows (N, D), copies from `read_copies`, and the previous exit's rows if it ran."""
         rows, before, n = in_bf16(rows), None if before is None else in_bf16(before), len(copied)
         chances = (c_float * n)()
         build.library().ce_confidence(byref(self._head.matrix), byref(self._alone if before is None else self._after),

@@ -25,9 +25,8 @@ class CpuHead:
 
     Args:
         weight: (K, I) in bf16.
-        eight_bits: keep weights as 8-bit integers, each output with a factor of its own, and read rows as integers of
-            up to 16 bits, each row with one of its own. Half as much to read and half the work, for results that need
-            not be exactly those of the bf16 weight.
+        eight_bits: keep weights as 8-bit integers with one factor for each output, and round rows to 16-bit integers
+            with one factor for each row. This halves the bytes and the work, but rounds the results.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, eight_bits: bool = False):
@@ -70,7 +69,7 @@ class CpuHead:
         return out
 
     def argmax(self, rows: Hidden) -> list[int]:
-        """The likeliest word of each row, the first of equal ones; the same with a screen, sooner."""
+        """The likeliest word of each row (..., I), the first of equal ones. A screen gives the same result faster."""
         rows = in_bf16(rows)
         n = prod(rows.shape[:-1])
         numbers, screen = (c_int32 * n)(), self._screen
@@ -108,7 +107,7 @@ class CpuHead:
         return facts
 
     def first(self, words: int) -> "CpuHead":
-        """A head of the first words only, a multiple of `WORD_BLOCK` or all, over the same memory."""
+        """Make a head of the first `words` words, a multiple of `WORD_BLOCK` or all. It shares this head's memory."""
         if words == self.words:
             return self
         part = copy.copy(self)
@@ -122,21 +121,21 @@ class CpuHead:
         Raises ValueError where the weight was rounded to 8 bits.
         """
         if self.eight_bits:
-            raise ValueError("this head was rounded to 8 bits: ask the one that it was made from")
+            raise ValueError("this head was rounded to 8 bits: read the rows of the bf16 head that it was made from")
         n = len(ids)
         out = States((1, n, self.shape[1]))
         build.library().ce_rows(byref(self.matrix), (c_int64 * n)(*ids), n, out.data_ptr())
         return out
 
     def screened(self, rough: "CpuHead", exact: Tensor, ids: Tensor | None = None) -> "CpuHead":
-        """This head with a screen that finds its argmax sooner; see `HeadScreen` for the arguments."""
+        """Make a copy of this head whose argmax is faster by a screen; see `HeadScreen` for the arguments."""
         head = copy.copy(self)
         head._screen, head._shared = HeadScreen(rough, exact, ids), True
         return head
 
 
 class HeadScreen:
-    """A rounded copy of a head that finds the exact head's largest output: half is read, the result is the same.
+    """A head rounded to 8 bits that finds the exact head's largest output: same result, half of the bytes.
 
     The exact sum w . x of an output is within |w - v| |x| of that with the rounded v (Cauchy-Schwarz inequality), so
     few outputs can be the largest, and only these are read in bf16.

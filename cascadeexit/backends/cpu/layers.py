@@ -80,7 +80,7 @@ class CpuLayers:
         return CpuCache(self._bounds[-1], self._shape.kv_heads, self._shape.head_dim, capacity, batch)
 
     def release(self, cache: CpuCache) -> None:
-        """Do nothing: a cache is freed when nobody holds it."""
+        """Do nothing: a cache is freed with the last reference to it."""
 
     def keep(self, cache: CpuCache, start: int, path: Sequence[int]) -> None:
         if list(path) != list(range(len(path))):
@@ -126,9 +126,9 @@ class CpuLayers:
 
     def _run(self, bounds: tuple[int, ...], rows: Hidden, cache: CpuCache, start: int, *,
              parents: Sequence[int] | None = None, begins: Sequence[int] | None = None) -> list[States]:
-        """Rows (1, N, D) from layer bounds[0] on: what they are before each of the layers bounds[1:], (1, N, D) each.
+        """Run rows (1, N, D) from layer bounds[0] on. Returns the rows before each of the layers bounds[1:], (1, N, D).
 
-        They are positions start.. of one text, unless `parents` or `begins` says otherwise.
+        The rows are positions start..start+N-1 of one text, unless `parents` or `begins` is given.
 
         Args:
             parents: the rows are a tree after `start` positions.
@@ -144,7 +144,7 @@ class CpuLayers:
             build.library().ce_layers(byref(self._stack), bounds[0], bounds[-1], stops, rows.data_ptr(), out.data_ptr(),
                                       n, byref(cache.structure), start, _ints(parents), _ints(begins),
                                       torch.get_num_threads())
-        # Before the first of these layers they are what came in: there an exit may sit, too.
+        # An exit may be before the first of these layers: its rows are the input.
         return [rows] * (len(bounds) - 1 - count) + [out.part(i * n, (1, n, d)) for i in range(count)]
 
 
@@ -159,7 +159,7 @@ def _ints(values: Sequence[int] | None) -> ctypes.Array | None:
 
 @functools.cache
 def _stops(bounds: tuple[int, ...]) -> ctypes.Array:
-    """Those of these layers, after the first, before which C++ has rows to hand out."""
+    """Select the layers bounds[1:] that come after bounds[0]: C++ returns the rows before each of them."""
     return _ints([bound for bound in bounds[1:] if bound > bounds[0]])
 
 

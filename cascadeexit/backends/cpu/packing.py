@@ -23,7 +23,7 @@ class Store:
     """Packs weights into one piece of memory, and keeps alive what C++ holds pointers to.
 
     Args:
-        weights: all that it will hold; 8-bit ones as `rounded` makes them.
+        weights: all weights that it will hold, bf16 (O, I), or 8-bit as `rounded` makes them.
         in_12_bits: pack bf16 weights to 12 bits where that is possible.
 
     Attributes:
@@ -45,7 +45,7 @@ class Store:
         self._end = self._free + size
 
     def _take(self, size: int) -> int:
-        """Address at which so many bytes may lie."""
+        """Reserve `size` bytes and return their address."""
         if self._free + size > self._end:
             self._grow(_whole_lines(size))
         at = self._free
@@ -68,7 +68,7 @@ class Store:
         return Matrix(at, None, self.floats(bias), inputs, rows)
 
     def _coded(self, parts: Sequence[Tensor]) -> tuple[int, ctypes.Array] | None:
-        """Pack weights to 12 bits: their address and their outliers; None where too many are outside the code book."""
+        """Pack weights to 12 bits. Returns their address and their outliers; None where there are too many outliers."""
         outputs, inputs = parts[0].shape
         size, most, found = self._coded_bytes(outputs, inputs), int(parts[0].numel() * len(parts) * _MOST_OUTLIERS), 0
         at, outliers = self._take(len(parts) * size), (c_int64 * most)()

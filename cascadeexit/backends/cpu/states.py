@@ -18,7 +18,7 @@ class States:
     __slots__ = "shape", "_memory", "_offset"
 
     def __init__(self, shape: tuple[int, ...], memory: ctypes.Array | None = None, offset: int = 0):
-        """Make rows of this shape in memory of their own, or those that lie in `memory` from byte `offset` on."""
+        """Make rows of this shape in new memory, or over `memory` from byte `offset` on."""
         self.shape, self._offset = shape, offset
         self._memory = (ctypes.c_char * (2 * prod(shape)))() if memory is None else memory
 
@@ -58,7 +58,7 @@ def like(rows: Hidden) -> Hidden:
 
 
 def in_bf16(rows: Hidden) -> Hidden:
-    """Rows as C++ reads them: bf16, contiguous. A copy only where they are not."""
+    """Make rows bf16 and contiguous, as C++ reads them. They are copied only if they are not yet."""
     if isinstance(rows, States) or (rows.dtype == torch.bfloat16 and rows.is_contiguous()):
         return rows
     return rows.to(torch.bfloat16).contiguous()

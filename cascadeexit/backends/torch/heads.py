@@ -22,7 +22,7 @@ class TorchHead:
         weight: (K, D).
         row_multiple: rows are padded to such a multiple, so that a row's logits do not depend on those beside it.
         recorded_rows: on CUDA, passes of up to so many rows run from a recording; 0 records nothing.
-        owned: the weight is memory of this head's own, not another's.
+        owned: True where the weight is not shared with another head.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, row_multiple: int = 1, recorded_rows: int = 0,

@@ -149,7 +149,7 @@ class TorchLayers:
         return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
     def _through(self, s: int, cache: TorchCache, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """What takes rows (1, N, D) at positions (1, N) through segment s, recorded where that is possible."""
+        """Make the function that runs rows (1, N, D) at positions (1, N) through segment s, recorded if possible."""
         layers, held = range(self._bounds[s], self._bounds[s + 1]), weakref.ref(cache)  # the cache holds the recording
 
         def through(h: Tensor, positions: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Recorded:
                 try:
                     self._recordings[key] = (places, *record(self._function, places))
                 except RuntimeError as error:
-                    log.warning("No CUDA graph of this could be made, so it runs kernel by kernel: %s", error)
+                    log.warning("A CUDA graph could not be recorded, so its kernels start one by one: %s", error)
                     self._rows = -1
                     return self._function(*inputs)
             places, replay, out = self._recordings[key]
@@ -67,7 +67,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep garbage meanwhile: freeing it, a cache that is cleared say, would be recorded with the graph."""
+    """Disable garbage collection for a while: clearing a cache that it frees would be recorded with the graph."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -44,8 +44,8 @@ struct ArgmaxBuffers {
     }
 };
 
-// How far, in units of an output's scale, a screen's sum for row x may be from the exact one, whatever the signs
-// (Cauchy and Schwarz): by the rounding of weights, by that of inputs, and by eight times what sums in fp32 may lose.
+// Upper bound of the difference between a screen's sum for row x and the exact one, in units of an output's scale
+// (Cauchy-Schwarz inequality): rounding of weights, rounding of inputs, and eight times the error of fp32 sums.
 inline float error_bound(const Screen& screen, const Number* x) {
     const int in = screen.rounded.in;
     double squares = 0;
@@ -84,8 +84,8 @@ inline void compare_all(Team& team, const Matrix& m, const Number* x, int rows, 
     });
 }
 
-// Compare this thread's candidates, computed exactly. Returns false on all threads, and compares nothing, where the
-// team has so many candidates that computing one by one would take longer than all outputs do.
+// Compute this thread's candidates exactly and compare them. Returns false on all threads, without comparing, if the
+// team has so many candidates that computing all outputs is faster.
 inline bool compare_candidates(Team& team, const Matrix& m, const Screen& screen, const Number* x, int rows,
                                const ArgmaxBuffers& buffers) {
     static thread_local std::vector<Candidate> candidates;

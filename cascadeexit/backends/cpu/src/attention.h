@@ -54,7 +54,7 @@ struct Span {
         first = std::max(tile.first, begin);
         start = first / KEYS * KEYS;
         end = std::min(begin + SPAN, tile.longest);
-        // A tree's slots lie up to its end, wherever its positions are.
+        // In a tree, the keys of all its slots are scored, also those past the last position.
         keys_end = ((tree && end > tile.fork ? tile.end : end) + KEYS - 1) / KEYS * KEYS;
         values_end = (end + KEYS - 1) / KEYS * KEYS;
         next_key = begin + SPAN;
@@ -62,7 +62,7 @@ struct Span {
         distance = int(PREFETCH_12_BITS / key_block_bytes(tile.cache.d) + 1) * KEYS;
     }
 
-    // What to prefetch while the block from slot t on is read: a later block, values after keys, then the next span.
+    // Prefetch address while the block from slot t on is read: a later block; values follow keys, then the next span.
     const uint8_t* after_keys(const HeadCache& cache, int t) const {
         const int later = t + distance, value = later - keys_end + start;
         return later < keys_end ? cache.key_block(later)

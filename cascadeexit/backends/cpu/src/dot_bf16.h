@@ -10,9 +10,9 @@ namespace {
 
 const bool SMALL_L1 = sysconf(_SC_LEVEL1_DCACHE_SIZE) <= 32 * 1024;
 
-// Prefetch BYTES that are needed later, from PREFETCH_12_BITS after w on, into L1 alone, since nobody reads them again
-// soon. That long distance keeps memory busiest. Where L1 is small, tiles of many rows, which also compute, do better
-// when data that would come so early waits in L2.
+// Prefetch BYTES bytes that are needed later, from PREFETCH_12_BITS after w on, into L1 only: they are used once. This
+// long distance gives the highest bandwidth. With a small L1, tiles of many rows, which also compute, are faster
+// with two distances: far ahead into L2, then a short one into L1.
 template <int M, int BYTES>
 inline void prefetch(const void* w) {
     const char* from = (const char*)w;
@@ -48,7 +48,7 @@ inline void dot_block_16(const uint32_t* w, const bf16* x, size_t stride, int pa
 }
 
 // sum[m] += products of M rows with `pairs` pairs of inputs, an even number, of B blocks in 12 bits. Units of two pairs
-// follow every `step` bytes, with the units of B blocks side by side. `next` is where prefetching starts to count.
+// follow every `step` bytes, with the units of B blocks side by side. Prefetch distances count from `next`.
 template <int M, int B, class Decoder>
 inline void add_units(const uint8_t* w, size_t step, const uint8_t* next, const Decoder& decoder, const bf16* x,
                       size_t stride, int pairs, __m512 (&sum)[M][2 * B]) {

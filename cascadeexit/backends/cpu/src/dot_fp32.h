@@ -2,7 +2,7 @@
 //
 // Supplies the same functions as dot_bf16.h: dot_16_bits, dot_block_16 and dot_12_bits; also dot_many_12_bits. In
 // templates, M is the number of rows of a tile and B the number of blocks side by side. Each row's sum runs over its
-// inputs in order. With 8 lanes there are 16 registers, which decides most of what is done here.
+// inputs in order. With 8 lanes there are only 16 vector registers: most choices below follow from that.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int L1_PAIRS = 64;            // pairs of weights of a block that are read again while they are in L1
 constexpr int L1_WIDE_PAIRS = 96;       // the same for weights decoded to fp32
-constexpr int DECODE_IN_REGISTERS = 4;  // up to so many rows; the sums of six rows leave no registers to decode in
+constexpr int DECODE_IN_REGISTERS = 4;  // most rows to decode in registers; the sums of six rows fill all registers
 
 // The first and the second inputs of a vector of pairs.
 inline Floats first_inputs(UInts pairs) { return (Floats)(pairs << 16); }
@@ -34,7 +34,7 @@ __attribute__((noinline)) void add_columns(const uint32_t* w, size_t step, size_
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sum[m][v] = load<Floats>(out + m * out_stride + LANES * v);
     auto add = [&](const Number* input) __attribute__((always_inline)) {
-        if constexpr (M <= FEW_ROWS) {           // registers are left for the inputs: sums of one vector come soonest
+        if constexpr (M <= FEW_ROWS) {           // registers are left for the inputs: one weight vector after another
             Floats inputs[M];
             for (int m = 0; m < M; m++) inputs[m] = broadcast(input[m * stride]);
             for (int v = 0; v < V; v++)
@@ -60,8 +60,8 @@ __attribute__((noinline)) void add_columns(const uint32_t* w, size_t step, size_
         for (int v = 0; v < V; v++) store(out + m * out_stride + LANES * v, sum[m][v]);
 }
 
-// The same for `columns` outputs side by side, a multiple of 16. More rows than REGISTER_TILE go in two parts. Where
-// weights are read more than once, that happens piece by piece, while a piece is in L1.
+// As add_columns, for `columns` outputs side by side, a multiple of 16. More rows than REGISTER_TILE are computed in
+// two parts. Weights that are read more than once are read in pieces that fit into L1.
 template <int M, int PREFETCHED = 64>
 inline void add_products(const uint32_t* w, size_t step, int columns, const Number* x, size_t stride, int pairs,
                          float* out, size_t out_stride) {
@@ -99,7 +99,7 @@ inline void dot_block_16(const uint32_t* w, const Number* x, size_t stride, int 
     add_products<M>(w, BLOCK, BLOCK, x, stride, pairs, out, out_stride);
 }
 
-// The same for two neighbouring blocks of 16 outputs at once.
+// As dot_block_16, for two neighbouring blocks of 16 outputs at once.
 template <int M>
 inline void dot_two_blocks_16(const uint32_t* w, size_t apart, const Number* x, size_t stride, int pairs, float* out,
                               size_t out_stride) {
@@ -181,7 +181,7 @@ __attribute__((noinline)) void dot_in_registers(const uint8_t* block, size_t apa
         for (int v = 0; v < 2 * B; v++) store(out + m * out_stride + LANES * v, sum[m][v]);
 }
 
-// The same for one block and up to MAX_TILE rows. More than a few rows read a piece at a time, decoded into L1.
+// As above, for one block and up to MAX_TILE rows. For more than a few rows, weights are decoded in pieces into L1.
 template <int M>
 inline void dot_block_12(const uint8_t* block, const Number* x, size_t stride, int pairs, float* out,
                          size_t out_stride) {

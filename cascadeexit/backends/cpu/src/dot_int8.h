@@ -43,8 +43,8 @@ inline Inputs inputs_for(const Matrix& m, const Number* x, size_t stride, int ro
     return {x, stride, integers, scale};
 }
 
-// out[m][j] = (sum over p of w[p][j] . x[m][p]) * x_scale[m] * w_scale[j], for M rows and a block. The outputs of the
-// first half and the second half lie in turn, so that shifts alone widen them.
+// out[m][j] = (sum over p of w[p][j] . x[m][p]) * x_scale[m] * w_scale[j], for M rows and a block. Outputs of the
+// first half and the second half of a block alternate, so that shifts are enough to widen them.
 template <int M>
 inline void dot_block_8(const int8_t* w, const float* w_scale, const int16_t* x, const float* x_scale, size_t stride,
                         int pairs, float* out, size_t out_stride) {

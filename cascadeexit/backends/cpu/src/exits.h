@@ -46,7 +46,7 @@ void adapt(const Adapter& exit, const bf16* h, const bf16* carried, bf16* out, i
     });
 }
 
-// Probabilities (rows) that an exit is right, by an estimator of the facts that softmax_facts gives.
+// Confidence of an exit (rows): an estimator's probability that its choice is right. Inputs are those of softmax_facts.
 void confidence(const Matrix& m, const Estimator& estimator, const bf16* x, const float* copied, const bf16* before,
                 float* probabilities, int rows, int threads) {
     const int in = estimator.in;
@@ -63,7 +63,8 @@ void confidence(const Matrix& m, const Estimator& estimator, const bf16* x, cons
     }
 }
 
-// A matrix times one row -> out. The row lies in `parts` parts of equal length; each input is multiplied by its scale.
+// A matrix times one row -> out. The row is given as `parts` parts of equal length; each input is multiplied by its
+// column scale.
 void linear_of_parts(const Matrix& m, const float* column_scale, const bf16* const* row, int parts, float* out,
                      int threads) {
     bf16* x = scratch<bf16, struct Row>(m.in);

@@ -1,5 +1,4 @@
-// CascadeExit's CPU kernels: decoder layers, exits and vocabulary heads, near the speed at which memory delivers
-// weights.
+// CascadeExit's CPU kernels: decoder layers, exits and vocabulary heads, at nearly the memory bandwidth.
 //
 // This is the only translation unit: the headers are included here, so that everything can be inlined. It exports the C
 // functions that Python calls through ctypes.
@@ -34,7 +33,7 @@ int32_t ce_block() { return BLOCK; }
 int32_t ce_key_bytes(int32_t d) { return int32_t(key_block_bytes(d) / KEYS); }
 int32_t ce_value_bytes(int32_t d) { return int32_t(value_block_bytes(d) / KEYS); }
 
-// What one more row beside `rows` rows costs, in passes of one row; measured.
+// Cost of adding a row to a pass of `rows` rows, as a multiple of the time of a pass of one row; measured.
 float ce_row_cost(int32_t rows) {
     if (HAS_BF16_DOT) return rows < MAX_TILE ? 0.05f : 0.1f;
     // Beside 1, 2, ... 8 and more rows.
@@ -49,7 +48,7 @@ float ce_row_cost(int32_t rows) {
 int64_t ce_packed_bytes(int32_t out, int32_t in) { return packed_bytes_16(out, in); }
 
 // Pack a row-major weight (out, in) bf16 into blocks first, first + step, ... With step 2, the blocks of two weights
-// lie in turn.
+// alternate.
 void ce_pack(const bf16* weight, int32_t out, int32_t in, uint32_t* packed, int32_t first, int32_t step) {
     pack_16(weight, out, in, packed, first, step);
 }
@@ -85,8 +84,8 @@ void ce_argmax(const Matrix* m, const Screen* screen, const bf16* x, int32_t* nu
 
 // Rows in (rows, D) bf16 through layers first..last-1; their keys and values go into the cache. The rows before each
 // of the layers `stops`, ascending up to `last`, go to out (stops, rows, D) bf16. D, H * d and the inner size must be
-// even, d a multiple of 16. `parents` and `begins`, which may be null, say what the rows are to one another (RowPlaces
-// in layers.h).
+// even, d a multiple of 16. `parents` and `begins`, which may be null, describe how the rows are related (RowPlaces in
+// layers.h).
 void ce_layers(const Stack* stack, int32_t first, int32_t last, const int32_t* stops, const bf16* in, bf16* out,
                int32_t rows, const Cache* cache, int32_t start, const int32_t* parents, const int32_t* begins,
                int32_t threads) {
@@ -143,7 +142,7 @@ void ce_softmax_facts(const Matrix* m, const bf16* x, const float* copied, const
     softmax_facts(*m, x, copied, before, facts, rows, threads);
 }
 
-// Probabilities (rows) that an exit is right, by an estimator of these facts.
+// Confidence of an exit (rows): an estimator's probability that its choice is right, from these inputs.
 void ce_confidence(const Matrix* m, const Estimator* estimator, const bf16* x, const float* copied, const bf16* before,
                    float* chances, int32_t rows, int32_t threads) {
     confidence(*m, *estimator, x, copied, before, chances, rows, threads);

@@ -1,7 +1,7 @@
 // The KV cache: keys and values in 12 bits with a shared exponent for each vector (block floating point).
 //
-// A key or value (d) is stored as its largest exponent and, for each number, sign, seven bits of fraction and four
-// bits that say how far its exponent is below the largest, up to 15. Smaller numbers become 2^-15 of the largest power
+// A key or value (d) is stored as its largest exponent and, for each number, sign, seven bits of fraction and the
+// difference of its exponent to the largest in four bits (0 to 15). Smaller numbers become 2^-15 of the largest power
 // of two; that error is far below the last bit of the largest number in bf16, 2^-7. Relative to the shared exponent,
 // all numbers are below 2 and at least 2^-15, so every high byte is 0x38 with a sign and three more bits. The power of
 // two that remains is multiplied into scores (keys) and attention weights (values).
@@ -27,8 +27,8 @@ struct SharedExponent {
 
 constexpr uint32_t HIGH_BITS = 0x87, TWO_HIGH_BITS = 0x00870087;    // stored of a high byte; of two, 16 bits apart
 
-// Move the stored bits of high bytes, 16 bits apart, from where the first pair of a unit has them to where the second
-// pair has them, or back.
+// Move the stored bits of high bytes, 16 bits apart, from their places for a unit's first pair to those for its second
+// pair, or back.
 inline UInts exchange_pairs(UInts high) { return high << 4 | high >> 4; }
 
 // Dimensions, up to whole blocks.

@@ -8,7 +8,7 @@
 
 namespace {
 
-// Where the rows of a pass are in the cache, by what they are to one another:
+// Where the rows of a pass are in the cache. There are three cases:
 //   one text    positions start..start+rows-1 of a text;
 //   a tree      `parents`: after `start` positions of a text, row r continues row parents[r] < r, and row 0
 //               (parents[0] = -1) continues the text. Row r is in slot start + r of the cache;
@@ -127,7 +127,7 @@ struct LayerPass {
         team.barrier();
     }
 
-    // Round this thread's rows, the ones that it norms next, to bf16, and hand them out as well -> out (rows, D).
+    // Round this thread's rows to bf16, in place and as output -> out (rows, D). The same thread norms them next.
     void round_rows(Team& team, bf16* out) const {
         for (size_t i = size_t(team.begin(rows)) * D; i < size_t(team.end(rows)) * D; i++) {
             bf16 rounded = narrow(h[i]);
@@ -212,7 +212,7 @@ private:
         return tile;
     }
 
-    // Attention -> attended. Threads share tiles and spans, and meet where several spans are to be combined.
+    // Attention -> attended. Threads share tiles and spans; a barrier comes before several spans are combined.
     void attend(Team& team, int l) const {
         const SpanScratch scratch = buffers.of_thread(team.rank);
         const int spans = plan.spans;

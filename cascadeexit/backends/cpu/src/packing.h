@@ -5,15 +5,15 @@
 //   16 bits  (in / 2, BLOCK) words of 32 bits: one output's weights for a pair of inputs, the first in the lower half.
 //   12 bits  a BlockHeader, then for every two pairs a unit of (3, 2 BLOCK) bytes: the low bytes of the first pair, the
 //            low bytes of the second pair, and four bits for the high byte of each number, the first pair's below the
-//            second's. `byte_position` says where the bytes of an output are.
+//            second's. `byte_position` gives the places of an output's bytes.
 //   8 bits   (in / 2, BLOCK / 2, 2, 2) bytes: pairs of inputs, outputs of the first half and the second half in turn;
 //            packed in Python.
 //
 // Packing into 12 bits is lossless. Four bits are the index into a code book of 16 high bytes (the sign and the
 // exponent without its last bit). A block's weights are so close in size that seven neighbouring exponents for each
 // sign and two zeros leave out very few weights. These outliers are zero in the block and listed apart, with their
-// fp32 values. That the exponents of a model's weights hold less than three bits of information is a finding of
-// DFloat11 (Zhang et al. 2025).
+// fp32 values. DFloat11 (Zhang et al. 2025) found that exponents of
+// a model's weights hold less than three bits of information.
 #pragma once
 
 #include "simd.h"

@@ -1,5 +1,4 @@
-// Softmax over the outputs of a matrix: the likeliest outputs, and facts from which an estimator tells whether an exit
-// is right.
+// Softmax over the outputs of a matrix: the likeliest outputs, and the inputs of a confidence estimator.
 #pragma once
 
 #include <cmath>

@@ -36,7 +36,7 @@ struct Stack {
     float eps, scale;               // scale: of attention scores
 };
 
-// Adapter of an exit: norm(linear x + up(silu(gate x) * down x)). Without `linear`, h stands for linear x.
+// Adapter of an exit: norm(linear x + up(silu(gate x) * down x)). Without `linear`, h replaces linear x.
 struct Adapter {
     Matrix linear, gate_down, up;   // linear.weight may be null; gate_down: blocks of gate and down in turn
     const float* norm;
