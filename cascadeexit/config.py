@@ -1,10 +1,12 @@
 """DecodeConfig: how a text is decoded, and the thresholds that exits get from it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 CASCADE_THRESHOLD = 0.6
+_LEAST_TEMPERATURE = 1e-3       # below it logits overflow
 
 
 class Mode(StrEnum):
@@ -49,8 +51,9 @@ class DecodeConfig:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.max_draft < 1:
             raise ValueError(f"max_draft must be at least 1, got {self.max_draft}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy) or a number from {_LEAST_TEMPERATURE} on, got "
+                             f"{self.temperature}")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}")
         if self.tolerance and (self.mode is not Mode.VERIFIED or self.temperature):

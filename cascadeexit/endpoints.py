@@ -104,8 +104,8 @@ class Endpoints:
 
         Returns summary and results, one for each prompt: agreement, speedup, routing_share, texts, or the error.
         """
-        if not texts or len(texts) > prompts.MAX_PROMPTS:
-            raise BadRequest(f"give 1 to {prompts.MAX_PROMPTS} prompts, got {len(texts)}")
+        if not isinstance(texts, list) or not 1 <= len(texts) <= prompts.MAX_PROMPTS:
+            raise BadRequest(f"texts should be a list of 1 to {prompts.MAX_PROMPTS} prompts")
         settings = Settings(model=model, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance)
         engine, tokenizer, config, _, _ = self._prepare(settings, threshold, target_disagreement, with_prompt=False)
@@ -132,7 +132,7 @@ class Endpoints:
             ids = prompts.visitor_token_ids(tokenizer, settings.prompt, settings.chat) if with_prompt else []
             engine.check(ids if with_prompt else [0], config)       # token 0 stands for any prompt
             return engine, tokenizer, config, full, ids
-        except (TypeError, ValueError, ModelUnavailable) as error:
+        except (TypeError, ValueError, OverflowError, ModelUnavailable) as error:
             raise BadRequest(str(error)) from None
 
 

@@ -78,7 +78,7 @@ class Engine:
             raise ValueError(f"{len(prompt_ids)} prompt tokens and {config.max_new_tokens} new ones need {needed} "
                              f"positions; {self.model.name} has {self.model.max_positions}. Shorten one of them.")
         most = self.model.layers.max_rows
-        if config.mode is Mode.VERIFIED and config.max_draft >= most:
+        if config.max_draft >= most:
             raise ValueError(f"max_draft must be below {most} on this device (one pass of that many rows verifies the "
                              f"drafts), got {config.max_draft}")
         self.thresholds(config)

@@ -54,7 +54,11 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
     model_in_segments = SegmentedModel(base, layers, name=name, backend=backend)
     del base                                    # the backend keeps what it needs
     engine = Engine(model_in_segments, bank or ExitBank.untrained(model_in_segments))
-    engine.read_opening(opening_ids(tokenizer))
+    opening = opening_ids(tokenizer)
+    if max(opening, default=0) < model_in_segments.vocab_size:
+        engine.read_opening(opening)
+    else:
+        log.warning("The chat template of %s uses token ids that the model does not have: use it with chat off.", name)
     give_back()
     return engine, tokenizer
 

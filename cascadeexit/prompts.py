@@ -75,6 +75,8 @@ def token_ids(tokenizer, text: str, *, chat: bool = True) -> list[int]:
 
 def visitor_token_ids(tokenizer, prompt: str | None, chat: bool) -> list[int]:
     """Token ids of a prompt that a visitor wrote. Raises ValueError with a message for the visitor."""
+    if not isinstance(prompt or "", str):
+        raise ValueError("The prompt should be text.")
     prompt = (prompt or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # no half characters
     if not prompt.strip():
         raise ValueError("Please write a prompt first.")

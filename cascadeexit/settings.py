@@ -71,6 +71,8 @@ class Settings:
                     DecodeConfig(mode=Mode.FULL, **shared))
         except TypeError:
             raise ValueError("A setting is empty: give it a value.") from None
+        except OverflowError:
+            raise ValueError("A setting is too large: give it a smaller value.") from None
 
     def _thresholds(self, num_exits: int) -> list[float | None] | None:
         """Return one threshold for each exit, None where it is disabled. None for all of them: the mode's default."""

@@ -143,7 +143,8 @@ def test_the_readme_example_runs(served, capsys):
 @pytest.mark.parametrize("wrong, reason", [
     ({"prompt": "  "}, "write a prompt"), ({"mode": "warp"}, "mode must be one of"), ({"threshold": -1}, "thresholds"),
     ({"max_new_tokens": 0}, "at least 1"), ({"max_new_tokens": 100_000}, "positions"),
-    ({"model": "<b>other</b>"}, "not offered here")])
+    ({"model": "<b>other</b>"}, "not offered here"), ({"max_draft": 10**9}, "max_draft must be below"),
+    ({"temperature": 1e-40}, "temperature must be"), ({"prompt": 5}, "should be text")])
 def test_bad_input_is_answered_with_the_reason(served, wrong, reason):
     with pytest.raises(AppError, match=reason):
         served[2].predict(**{"prompt": "hi", "chat": False} | wrong, api_name="/generate")

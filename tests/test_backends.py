@@ -9,7 +9,7 @@ from cascadeexit.backends.torch import TorchBackend
 from cascadeexit.backends.torch.layers import TorchLayers
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
-from cascadeexit.exits import ADAPTERS, ExitBank
+from cascadeexit.exits import ADAPTERS, CarryAdapter, ExitBank
 from cascadeexit.inspection import inspect
 from cascadeexit.model import SegmentedModel
 from tests.tiny_models import tiny_base, tiny_engine
@@ -71,14 +71,19 @@ class Bare(torch.nn.Module):
         return self.norm(h * self.scale)
 
 
+class Mine(CarryAdapter):
+    """A kind that reads the carried state, as the shipped one does, under another name."""
+
+
+@pytest.mark.parametrize("kind", [Bare, Mine])
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("layers", [(2, 4), (0, 3)], ids=str)
-def test_a_new_kind_of_adapter_runs_on_every_backend(monkeypatch, backend, layers):
+def test_a_new_kind_of_adapter_runs_on_every_backend(monkeypatch, kind, backend, layers):
     if backend == "cpu" and not CpuBackend.fits(tiny_base("qwen3", dtype=torch.bfloat16)):
         pytest.skip("no C++ compiler here")
-    monkeypatch.setitem(ADAPTERS, "bare", Bare)
+    monkeypatch.setitem(ADAPTERS, "own", kind)
     model = SegmentedModel(tiny_base("qwen3", dtype=torch.bfloat16), layers, backend=backend)
-    engine = Engine(model, ExitBank.untrained(model, adapter="bare"))
+    engine = Engine(model, ExitBank.untrained(model, adapter="own", width=8))
     full = engine.run(PROMPT, DecodeConfig(mode="full", max_new_tokens=30)).token_ids
     for thresholds in (0.0, 0.3, None):
         config = DecodeConfig(mode="verified", thresholds=thresholds, max_new_tokens=30)

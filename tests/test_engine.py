@@ -355,6 +355,7 @@ def test_runs_may_interleave(engine):
     ([5] * 1012, {"max_new_tokens": 13}, "1024"),
     ([5], {"thresholds": (0.5, 0.5)}, "3 exits"),
     ([5], {"mode": "verified", "max_draft": 32}, "max_draft"),
+    ([5], {"mode": "cascade", "max_draft": 10**9}, "max_draft"),
 ])
 def test_bad_input_is_refused_before_any_work(engine, prompt, config, message):
     with pytest.raises(ValueError, match=message):
@@ -379,7 +380,8 @@ def test_token_ids_outside_the_vocabulary_are_refused_wherever_a_text_enters(dty
 
 
 @pytest.mark.parametrize("config", [
-    {"mode": "fast"}, {"max_new_tokens": 0}, {"max_draft": 0}, {"temperature": -1}, {"top_p": 0}, {"thresholds": 1.5},
+    {"mode": "fast"}, {"max_new_tokens": 0}, {"max_draft": 0}, {"temperature": -1}, {"temperature": float("nan")},
+    {"temperature": float("inf")}, {"temperature": 1e-40}, {"top_p": 0}, {"thresholds": 1.5},
     {"tolerance": 1}, {"tolerance": 0.3}, {"mode": "verified", "tolerance": 0.3, "temperature": 1},
 ])
 def test_contradictory_configs_are_refused(config):

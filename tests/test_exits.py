@@ -169,3 +169,17 @@ def test_words_outside_the_vocabulary_are_refused(tmp_path, name, bad):
     bank.save(tmp_path)
     with pytest.raises(ValueError, match=rf"{name} must be token ids in 0\.\.96, got \[{bad}\]"):
         ExitBank.load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 0.5], ids=["empty", "half"])
+def test_a_truncated_weights_file_is_refused_by_name(tmp_path, keep):
+    tiny_engine().bank.save(tmp_path)
+    content = (tmp_path / "exits.safetensors").read_bytes()
+    (tmp_path / "exits.safetensors").write_bytes(content[:int(keep * len(content))])
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        ExitBank.load(tmp_path)
+
+
+def test_a_bank_without_exits_is_refused():
+    with pytest.raises(ValueError, match="at least one exit layer"):
+        ExitBank.untrained(SegmentedModel(tiny_base(), ()))

@@ -500,8 +500,8 @@ def test_every_option_is_explained(command, monkeypatch, capsys):
 @pytest.mark.parametrize("line, message", [
     ("benchmark --model {empty}", "config.json"),
     ("benchmark --dtype float16", "float16 is for GPUs"),
-    ("evaluate decode --exits {empty}", "give --out a file"),
-    ("baselines --model {empty}", "give --out a file"),
+    ("evaluate decode --exits {empty}", "give --out FILE"),
+    ("baselines --model {empty}", "give --out FILE"),
     ("evaluate decode --model {empty} --out {empty}/d.json", "config.json"),
     ("evaluate exits --data {empty}", "no shard-*.safetensors"),
     ("data policy --model {empty} --out {empty}", "config.json"),

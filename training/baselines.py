@@ -98,8 +98,9 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
         hidden, confidence = None, None
         for s, h in enumerate(run.segments(text)):
             if s == engine.num_exits:
-                carried = engine.model.layers.norm(h[0, -1:])
-                token = int(engine.model.head.logits(carried)[0].argmax(-1))
+                normed = engine.model.layers.norm(h)        # as published, every position is projected
+                token = int(engine.model.head.logits(normed)[0].argmax(-1)[-1])
+                carried = engine.model.layers.tensor(normed)[0, -1:]
                 break
             if not ask_all and not worth_running(s, thresholds, confidence):
                 hidden = None

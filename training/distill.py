@@ -188,14 +188,15 @@ def untrained_exits(model: SegmentedModel, args: argparse.Namespace) -> ExitBank
 def choose_words(bank: ExitBank, model: SegmentedModel, store: FeatureStore,
                  args: argparse.Namespace) -> tuple[SampledHead, SampledHead]:
     """Trim the exits' head to the most frequent words. Returns that head, and the words to train on."""
-    words, head_size = SampledHead(model.head_weight, None, 0), bank.config.head_size
+    weight, head_size = model.head_weight, bank.config.head_size        # a backend may make the weight for each call
+    words = SampledHead(weight, None, 0)
     if head_size:
         choices = store.choices(store.of(Split.TRAIN))
         ranked = frequent_tokens(choices, model.vocab_size, model.eos_ids).to(model.device)
         bank.head_ids.copy_(ranked[:head_size])
         if args.train_words:
-            words = SampledHead(model.head_weight, ranked[:args.train_words], args.tail)
-    return SampledHead(model.head_weight, bank.head_ids, 0), words
+            words = SampledHead(weight, ranked[:args.train_words], args.tail)
+    return SampledHead(weight, bank.head_ids, 0), words
 
 
 def head_coverage(bank: ExitBank, store: FeatureStore, head: SampledHead) -> list[float]:

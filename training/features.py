@@ -40,10 +40,16 @@ class FeatureStore:
     Args:
         folder: where features are kept.
         budget_gb: disk space for features, in gigabytes; 0 keeps nothing.
+
+    Raises ValueError for a document that has more tokens than the model has positions.
     """
 
     def __init__(self, model: SegmentedModel, documents: Sequence[Document], folder: Path, budget_gb: float):
         self.model, self.documents, self.folder = model, list(documents), folder
+        longest = max((len(document.ids) for document in self.documents), default=0)
+        if longest > model.max_positions:
+            raise ValueError(f"a document has {longest} tokens, {model.name} has {model.max_positions} positions: "
+                             "write the data again with a smaller --max-length")
         token_bytes = (model.num_segments * model.hidden_size) * model.dtype.itemsize + 9
         self._chunks: list[range] = []                      # documents of each chunk on disk
         room, first, tokens = budget_gb * 1e9 / token_bytes, 0, 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -130,9 +131,9 @@ class ExitBank(nn.Module):
             bank = cls(read_config(folder))
             bank.load_state_dict(load_file(folder / WEIGHTS_FILE))
             bank._check_words()
-            bank.calibration = Calibration.load(folder)
-        except (TypeError, RuntimeError, ValueError) as error:
+        except (TypeError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no exits that this version can read: {error}") from error
+        bank.calibration = Calibration.load(folder)
         if bank.calibration and bank.calibration.exits != bank.fingerprint():
             log.warning("The calibration in %s belongs to other exits and is ignored: run python -m "
                         "training.calibrate", folder)

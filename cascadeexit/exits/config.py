@@ -52,6 +52,8 @@ class ExitConfig:
     def __post_init__(self):
         for name in ("layers", "head_sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.layers:
+            raise ValueError("exits need at least one exit layer, got none")
         if self.adapter not in ADAPTERS:
             raise ValueError(f"adapter must be one of {', '.join(ADAPTERS)}, got '{self.adapter}'")
         if self.confidence not in ("mlp", "sketch", "softmax"):

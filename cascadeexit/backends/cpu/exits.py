@@ -72,7 +72,7 @@ class CpuExits(Exits):
         if context is not None:
             states = (states + torch.frombuffer(context, dtype=torch.float32)).to(states.dtype)
         hidden = States((len(tokens), states.shape[-1]))
-        self._draft_adapter(self._layers.embed(tokens), states, hidden)
+        self._draft_adapter(tensor_of(self._layers.embed(tokens))[0], states, hidden)
         probs, words = self._draft_head.likeliest(hidden, k, temperature)
         ids = words if self._ids is None else self._bank.head_ids[words]
         each = [hidden.part(i, (1, states.shape[-1])) for i in range(len(tokens))]

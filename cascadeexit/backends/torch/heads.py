@@ -27,9 +27,9 @@ class TorchHead:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, row_multiple: int = 1, recorded_rows: int = 0,
                  owned: bool = True):
-        self._weight, self._bias = weight.detach(), bias
+        self._device, self._bias = weight.device, bias
         self._shape = dict(row_multiple=row_multiple, recorded_rows=recorded_rows)
-        self._linear = frozen_linear(self._weight, bias)
+        self._linear = frozen_linear(weight.detach(), bias)         # a packed weight is not kept beside it
         self._project: Callable[[Tensor], Tensor] = (
             Recorded(self._linear, recorded_rows) if recorded_rows else self._linear)
         self.words, self.nbytes = len(weight), weight.nbytes
@@ -37,13 +37,13 @@ class TorchHead:
 
     @property
     def weight(self) -> Tensor:
-        return self._weight
+        return self._linear.weight.detach()
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits of rows: (..., N, D) -> (..., N, K)."""
         n = rows.shape[-2]
         missing = -n % self._shape["row_multiple"]
-        rows = rows.to(self._weight.device)
+        rows = rows.to(self._device)
         return self._project(F.pad(rows, (0, 0, 0, missing)) if missing else rows)[..., :n, :]
 
     def argmax(self, rows: Tensor) -> list[int]:
@@ -69,7 +69,7 @@ class TorchHead:
         """A head of the first words only; packed weights are copied, others are shared."""
         if words == self.words:
             return self
-        return TorchHead(self._weight[:words], None if self._bias is None else self._bias[:words], owned=False,
+        return TorchHead(self.weight[:words], None if self._bias is None else self._bias[:words], owned=False,
                          **self._shape)
 
 

@@ -36,6 +36,11 @@ class PackedLinear(nn.Module):
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self._bias = None if bias is None else bias.detach()
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight (O, I) in plain layout, made anew for each call."""
+        return self._weight.to_dense()
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
