@@ -33,7 +33,7 @@ def recorded(monkeypatch):
 
 
 def engines(monkeypatch, **shape) -> tuple[Engine, Engine]:
-    """The same model and exits, without recordings and with them."""
+    """Two engines of one model and its exits: without recordings, and with them."""
     with monkeypatch.context() as plain:
         plain.setattr(recording, "wanted", lambda device: False)
         stock = tiny_engine(**shape)

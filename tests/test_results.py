@@ -30,7 +30,7 @@ def copy(tmp_path):
 
 
 def bent(value):
-    """The same JSON with other numbers."""
+    """Change the numbers of some JSON."""
     if isinstance(value, dict):
         return {name: bent(inner) for name, inner in value.items()}
     if isinstance(value, list):
