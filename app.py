@@ -66,6 +66,7 @@ NUM_FIGURES = 3
 RESULT_WIDTHS = (240, 100, 120, 100, 130, 100, 110, 110, 210)       # pixels of `COLUMNS`
 ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")     # as `spaces` reads it
 WORKER_DIED = "ZeroGPU worker error"                    # title that `spaces` gives to this error
+AT_ONCE = dict(concurrency_id="model", concurrency_limit=8 if ZERO_GPU else 1)      # runs; a ZeroGPU run has its own GPU
 QUIET = dict(show_progress="hidden", api_visibility="private")      # options of an event that shows no progress
 
 
@@ -337,12 +338,11 @@ def _cancelled(status: str | None) -> str | None:
 
 
 def _turns(place: Component) -> dict:
-    """Return options of an event that runs a model. All share one queue, so that two runs never use the device at once.
+    """Return options of an event that runs a model. All share one queue: two runs never use one device at once.
 
     place: where gradio shows the place in the queue.
     """
-    return dict(show_progress="minimal", show_progress_on=[place], api_visibility="private", concurrency_id="model",
-                concurrency_limit=1)
+    return dict(show_progress="minimal", show_progress_on=[place], api_visibility="private", **AT_ONCE)
 
 
 def _connect_runs(page: Page, one: OnePrompt) -> None:
@@ -486,7 +486,7 @@ def _add_endpoints(endpoints: Endpoints) -> None:
     """Add the endpoints /models, /generate, /compare and /evaluate."""
     gr.api(_for_clients(endpoints.models), api_name="models", queue=False)
     for endpoint in (endpoints.generate, endpoints.compare, endpoints.evaluate):
-        gr.api(_for_clients(endpoint), api_name=endpoint.__name__, concurrency_id="model", concurrency_limit=1)
+        gr.api(_for_clients(endpoint), api_name=endpoint.__name__, **AT_ONCE)
 
 
 def _for_clients(endpoint: Callable) -> Callable:
@@ -516,7 +516,7 @@ def on_zero_gpu(compute: Compute, seconds: Callable[..., int]) -> Compute:
         except gr.Error as error:
             reason = str(error.message)
             if error.title == WORKER_DIED:
-                reason = f"The process that ran the model on the GPU ended ({reason}). Run it again: a new one starts."
+                reason = f"The process that ran the model on the GPU broke off ({reason}). Run it again."
             raise RunFailed(error.title, reason) from error
     return call
 
