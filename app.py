@@ -66,7 +66,7 @@ NUM_FIGURES = 3
 RESULT_WIDTHS = (240, 100, 120, 100, 130, 100, 110, 110, 210)       # pixels of `COLUMNS`
 ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")     # as `spaces` reads it
 WORKER_DIED = "ZeroGPU worker error"                    # title that `spaces` gives to this error
-AT_ONCE = dict(concurrency_id="model", concurrency_limit=8 if ZERO_GPU else 1)      # runs; a ZeroGPU run has its own GPU
+AT_ONCE = dict(concurrency_id="model", concurrency_limit=8 if ZERO_GPU else 1)      # a ZeroGPU run has its own GPU
 QUIET = dict(show_progress="hidden", api_visibility="private")      # options of an event that shows no progress
 
 

@@ -11,13 +11,14 @@ worker, the hook at launch, and the calls to the device API. Two things are stan
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
@@ -124,6 +125,9 @@ def simulated_space(folder: Path, model: Path) -> Iterator[Space]:
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
+        for worker in api.workers:              # idle ones outlive their Space; on ZeroGPU the container ends them
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
         api.server.shutdown()
         api.server.server_close()
 
