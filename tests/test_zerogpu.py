@@ -1,8 +1,11 @@
 """The app on a simulated ZeroGPU (`tests/zerogpu.py` says what is real there), called as a program calls it."""
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,7 +15,7 @@ from gradio_client.exceptions import AppError
 from cascadeexit import hub
 from cascadeexit.backends.cpu import build
 from cascadeexit.config import DecodeConfig
-from tests.zerogpu import LONG
+from tests.zerogpu import LONG, ROOT
 
 SHORT = dict(prompt="hi there", chat=False, max_new_tokens=24)
 
@@ -36,6 +39,19 @@ def test_the_space_reports_one_decorated_function_and_computes_nothing_itself(ze
     assert runs and all(int(parent) == zerogpu.process.pid for _, _, parent in runs), "a run in the Space's process"
     assert {int(worker) for _, worker, _ in runs} <= set(zerogpu.api.workers)
     assert {backend for backend, _, _ in runs} == {"cpu" if build.library() else "torch"}
+
+
+def test_models_load_under_the_cuda_emulation(zerogpu, zerogpu_model, here, tmp_path):
+    """A CUDA call that the emulation does not intercept would raise, and weights are out of reach once on disk."""
+    environment = os.environ | dict(SPACES_ZERO_GPU="true", SPACES_ZERO_DEVICE_API_URL="http://127.0.0.1:9",
+                                    ZEROGPU_OFFLOAD_DIR=str(tmp_path / "tensors"))
+    out = subprocess.run([sys.executable, "-c", "import sys; from tests.zerogpu import load_with_emulation; "
+                          "load_with_emulation(sys.argv[1])", str(zerogpu_model)],
+                         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    loaded = json.loads(out.stdout.splitlines()[-1])
+    assert loaded["device"] == "cuda:0" and loaded["fingerprint"]
+    assert loaded["moved"] >= here[0].model.weight_bytes
 
 
 @pytest.mark.parametrize("mode", ["full", "cascade", "verified"])

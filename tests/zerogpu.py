@@ -132,13 +132,18 @@ def simulated_space(folder: Path, model: Path) -> Iterator[Space]:
         api.server.server_close()
 
 
-def _without_cuda() -> None:
-    """Import `spaces` as app.py does, with the stand-ins for CUDA."""
+def _import_spaces() -> None:
+    """Import `spaces` as app.py does, on a torch build for CPUs too."""
     import torch
     # A torch build for CPUs lacks what `spaces` reads when it is imported.
     torch.version.cuda = torch.version.cuda or "13.0"
     torch._C._cuda_init = getattr(torch._C, "_cuda_init", None)
     torch.cuda._is_in_bad_fork = bool                           # False, and it can be pickled
+    import spaces.zero.torch  # noqa: F401
+
+
+def _without_cuda() -> None:
+    """Put the stand-ins for CUDA in place."""
     import spaces.zero.torch
     spaces.zero.torch.unpatch()
     spaces.zero.torch.unpatch = lambda: None
@@ -160,7 +165,26 @@ def _slow_long_runs() -> None:
     Engine.generate = generate
 
 
+def load_with_emulation(model: str) -> None:
+    """Load a model as the Space's process does, with the CUDA emulation of `spaces` on, and move its weights to disk.
+
+    Prints JSON: device, bytes moved, and the fingerprint of the exits, asked for in a visitor's thread afterwards.
+    """
+    _import_spaces()
+    import spaces.zero.torch
+    from cascadeexit.library import Library, Offer
+    library = Library([Offer("tiny", model)])
+    library.load_all()
+    engine, found = library.get("tiny")[0], []
+    moved = spaces.zero.torch.pack()
+    visitor = threading.Thread(target=lambda: found.append(library.fingerprint("tiny")))
+    visitor.start()
+    visitor.join()
+    print(json.dumps(dict(device=str(engine.model.device), moved=moved, fingerprint=found[0])))
+
+
 def main() -> None:
+    _import_spaces()
     _without_cuda()
     import app
     _slow_long_runs()
