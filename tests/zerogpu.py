@@ -172,6 +172,7 @@ def load_with_emulation(model: str) -> None:
     """
     _import_spaces()
     import spaces.zero.torch
+
     from cascadeexit.library import Library, Offer
     library = Library([Offer("tiny", model)])
     library.load_all()
