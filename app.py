@@ -17,6 +17,10 @@ from functools import partial, wraps
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")     # read when gradio is imported
 
+try:
+    import spaces  # before gradio and torch: on ZeroGPU it stands in for CUDA in this process
+except ImportError:     # not on a Space
+    spaces = None
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 from gradio.components import Component  # noqa: E402
@@ -40,6 +44,7 @@ from cascadeexit.page import (  # noqa: E402
     replayed,
     threshold_for,
 )
+from cascadeexit.runner import Compute, RunFailed, Runner  # noqa: E402
 from cascadeexit.settings import PRESETS, THRESHOLDS, Settings, thresholds_at  # noqa: E402
 from cascadeexit.shape import Shape, exit_name  # noqa: E402
 
@@ -59,6 +64,9 @@ MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds o
 LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
 NUM_FIGURES = 3
 RESULT_WIDTHS = (240, 100, 120, 100, 130, 100, 110, 110, 210)       # pixels of `COLUMNS`
+ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")     # as `spaces` reads it
+WORKER_DIED = "ZeroGPU worker error"                    # title that `spaces` gives to this error
+AT_ONCE = dict(concurrency_id="model", concurrency_limit=8 if ZERO_GPU else 1)      # a ZeroGPU run has its own GPU
 QUIET = dict(show_progress="hidden", api_visibility="private")      # options of an event that shows no progress
 
 
@@ -104,7 +112,8 @@ class ManyPrompts:
 
 def build_demo(library: Library) -> gr.Blocks:
     """Build the page for these models."""
-    page = Page(library)
+    runner = Runner(library, on_zero_gpu if ZERO_GPU else None)
+    page = Page(runner)
     calibrations = {label: library.calibration(label) for label in library.labels}
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
         gr.HTML("<h1>CascadeExit</h1><p>The same language model, two ways: stop early when an exit is confident,"
@@ -117,7 +126,7 @@ def build_demo(library: Library) -> gr.Blocks:
         _connect_settings(library, calibrations, one)
         _connect_many(page, one, many)
         _connect_address(demo, library, calibrations, one)
-        _add_endpoints(Endpoints(library))
+        _add_endpoints(Endpoints(runner))
     # Closed to direct calls: a POST to /run/generate would skip the queue, and with it the limit of one run at a time.
     return demo.queue(max_size=20, api_open=False)
 
@@ -329,12 +338,11 @@ def _cancelled(status: str | None) -> str | None:
 
 
 def _turns(place: Component) -> dict:
-    """Return options of an event that runs a model. All share one queue, so that two runs never use the device at once.
+    """Return options of an event that runs a model. All share one queue: two runs never use one device at once.
 
     place: where gradio shows the place in the queue.
     """
-    return dict(show_progress="minimal", show_progress_on=[place], api_visibility="private", concurrency_id="model",
-                concurrency_limit=1)
+    return dict(show_progress="minimal", show_progress_on=[place], api_visibility="private", **AT_ONCE)
 
 
 def _connect_runs(page: Page, one: OnePrompt) -> None:
@@ -478,17 +486,38 @@ def _add_endpoints(endpoints: Endpoints) -> None:
     """Add the endpoints /models, /generate, /compare and /evaluate."""
     gr.api(_for_clients(endpoints.models), api_name="models", queue=False)
     for endpoint in (endpoints.generate, endpoints.compare, endpoints.evaluate):
-        gr.api(_for_clients(endpoint), api_name=endpoint.__name__, concurrency_id="model", concurrency_limit=1)
+        gr.api(_for_clients(endpoint), api_name=endpoint.__name__, **AT_ONCE)
 
 
 def _for_clients(endpoint: Callable) -> Callable:
-    """Wrap an endpoint: a BadRequest becomes the error that gradio passes on to the caller."""
+    """Wrap an endpoint: BadRequest and RunFailed become the error that gradio passes on to the caller."""
     @wraps(endpoint)
     def call(*args, **kwargs):
         try:
             return endpoint(*args, **kwargs)
-        except BadRequest as error:
+        except (BadRequest, RunFailed) as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from None
+    return call
+
+
+# -- ZeroGPU --------------------------------------------------------------------------------------------------
+
+def on_zero_gpu(compute: Compute, seconds: Callable[..., int]) -> Compute:
+    """Make a generator function run in a worker process that has a GPU, for `seconds` of its arguments.
+
+    Errors of `spaces`, such as a worker that died or a quota that is used up, become RunFailed.
+    """
+    on_gpu = spaces.GPU(compute, duration=seconds)
+
+    @wraps(compute)
+    def call(*args) -> Iterator:
+        try:
+            yield from on_gpu(*args)
+        except gr.Error as error:
+            reason = str(error.message)
+            if error.title == WORKER_DIED:
+                reason = f"The process that ran the model on the GPU broke off ({reason}). Run it again."
+            raise RunFailed(error.title, reason) from error
     return call
 
 
@@ -527,9 +556,13 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     log = partial(print, flush=True)
+    if ZERO_GPU and spaces is None:
+        raise SystemExit("app.py: on ZeroGPU the package `spaces` is needed: add it to requirements.txt")
     try:
         library = Library(offers(args.model, args.exits), device=args.device,
                           dtype=getattr(torch, args.dtype) if args.dtype else None)
+        if ZERO_GPU:
+            library.load_all(log)               # in this thread and before the launch, which moves weights to disk
         demo = build_demo(library)
         demo.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True,
                     mcp_server=args.mcp, **launch_options())

@@ -12,12 +12,11 @@ from cascadeexit.config import CASCADE_THRESHOLD, DecodeConfig, graded_threshold
 from cascadeexit.engine import Engine
 from cascadeexit.events import TokenEvent
 from cascadeexit.hub import ModelUnavailable
-from cascadeexit.library import Library
-from cascadeexit.race import race
+from cascadeexit.runner import Runner
 from cascadeexit.settings import DISABLED, Settings
+from cascadeexit.stream import CASCADE, FULL
 
 MAX_DRAFT = DecodeConfig.max_draft
-_EXITS, _FULL = "exits", "full"             # the two sides of a race
 
 
 class BadRequest(ValueError):
@@ -27,8 +26,8 @@ class BadRequest(ValueError):
 class Endpoints:
     """The endpoints of one page."""
 
-    def __init__(self, library: Library):
-        self._library = library
+    def __init__(self, runner: Runner):
+        self._library, self._runner = runner.library, runner
 
     def models(self) -> list[dict]:
         """List the models offered here: name, layers, exit layers, and whether their exits are trained."""
@@ -64,10 +63,13 @@ class Endpoints:
         """
         settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed, chat=chat)
-        engine, tokenizer, config, _, ids = self._prepare(settings, threshold, target_disagreement)
-        run = engine.run(ids, config)
-        return dict(text=tokenizer.decode(run.token_ids, skip_special_tokens=True), token_ids=run.token_ids,
-                    exits=[e.exit for e in run.events if e.final], stats=asdict(run.stats))
+        label, config, _, ids = self._prepare(settings, threshold, target_disagreement)
+        engine, tokenizer = self._library.get(label)
+        events = [event for batch in self._runner.race(label, ids, config) for _, event in batch.events]
+        final = [e for e in events if e.final]
+        token_ids, stats = [e.token_id for e in final], metrics.summarize(events, engine.costs_for(config))
+        return dict(text=tokenizer.decode(token_ids, skip_special_tokens=True), token_ids=token_ids,
+                    exits=[e.exit for e in final], stats=asdict(stats))
 
     def compare(self, prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                 max_new_tokens: int = 128, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
@@ -79,18 +81,21 @@ class Endpoints:
         """
         settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance, chat=chat)
-        engine, tokenizer, config, full, ids = self._prepare(settings, threshold, target_disagreement)
-        events: dict[str, list[TokenEvent]] = {_EXITS: [], _FULL: []}
-        for side, event in race({_EXITS: engine.generate(ids, config), _FULL: engine.generate(ids, full)}):
-            events[side].append(event)
+        label, config, full, ids = self._prepare(settings, threshold, target_disagreement)
+        engine, tokenizer = self._library.get(label)
+        events: dict[str, list[TokenEvent]] = {CASCADE: [], FULL: []}
+        for batch in self._runner.race(label, ids, config, full):
+            choices = batch.choices
+            for side, event in batch.events:
+                events[side].append(event)
         token_ids = {side: [e.token_id for e in events[side] if e.final] for side in events}
         stats = {side: metrics.summarize(events[side], engine.costs) for side in events}
         texts = {side: dict(text=tokenizer.decode(token_ids[side], skip_special_tokens=True), token_ids=token_ids[side],
                             stats=asdict(stats[side])) for side in events}
-        match = metrics.match(token_ids[_EXITS], token_ids[_FULL])
+        match = metrics.match(token_ids[CASCADE], token_ids[FULL])
         speeds = [stats[side].tokens_per_second for side in events]
-        return dict(exits=texts[_EXITS], full=texts[_FULL], speedup=speeds[0] / speeds[1] if all(speeds) else None,
-                    agreement=metrics.agreement(token_ids[_EXITS], engine.full_choices(ids, token_ids[_EXITS])),
+        return dict(exits=texts[CASCADE], full=texts[FULL], speedup=speeds[0] / speeds[1] if all(speeds) else None,
+                    agreement=metrics.agreement(token_ids[CASCADE], choices),
                     positional_match=match.positional, first_divergence=match.first_divergence,
                     identical=match.sequence)
 
@@ -108,16 +113,19 @@ class Endpoints:
             raise BadRequest(f"texts should be a list of 1 to {prompts.MAX_PROMPTS} prompts")
         settings = Settings(model=model, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance)
-        engine, tokenizer, config, _, _ = self._prepare(settings, threshold, target_disagreement, with_prompt=False)
+        label, config, _, _ = self._prepare(settings, threshold, target_disagreement, with_prompt=False)
+        _, tokenizer = self._library.get(label)
         results = list(evaluation.evaluate(
-            engine, partial(prompts.visitor_token_ids, tokenizer, chat=chat),
+            self._runner, label, partial(prompts.visitor_token_ids, tokenizer, chat=chat),
             [prompts.Prompt(prompts.OWN, str(text)) for text in texts], config,
             partial(tokenizer.decode, skip_special_tokens=True)))
         return dict(summary=asdict(evaluation.summarize_results(results)), results=[asdict(r) for r in results])
 
     def _prepare(self, settings: Settings, threshold: float, target: float, with_prompt: bool = True
-                 ) -> tuple[Engine, object, DecodeConfig, DecodeConfig, list[int]]:
-        """Engine, tokenizer, config with exits, config of the full model, and the prompt's ids ([] without a prompt).
+                 ) -> tuple[str, DecodeConfig, DecodeConfig, list[int]]:
+        """Model's label, config with exits, config of the full model, and the prompt's ids ([] without a prompt).
+
+        The model is ready then.
 
         Raises BadRequest for every error that the caller can correct.
         """
@@ -131,7 +139,7 @@ class Endpoints:
                                    ).decode_configs(engine.num_exits)
             ids = prompts.visitor_token_ids(tokenizer, settings.prompt, settings.chat) if with_prompt else []
             engine.check(ids if with_prompt else [0], config)       # token 0 stands for any prompt
-            return engine, tokenizer, config, full, ids
+            return label, config, full, ids
         except (TypeError, ValueError, OverflowError, ModelUnavailable) as error:
             raise BadRequest(str(error)) from None
 

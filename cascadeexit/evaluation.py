@@ -15,11 +15,11 @@ from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine
 from cascadeexit.events import TokenEvent
 from cascadeexit.prompts import Prompt
-from cascadeexit.race import race
+from cascadeexit.runner import RunFailed, Runner
+from cascadeexit.stream import CASCADE, FULL
 
 FORMAT = 1                          # of the JSON file; a reader refuses what it does not know
 LABEL_CHARACTERS = 60               # of a prompt's start beside a point
-_EXITS, _FULL = "exits", "full"     # the two sides of a race
 
 
 @dataclass(frozen=True)
@@ -70,52 +70,63 @@ class Summary:
 # -- running ---------------------------------------------------------------------------------------------------------
 
 
-def evaluate(engine: Engine, encode: Callable[[str], list[int]], prompts: Sequence[Prompt], config: DecodeConfig,
-             decode: Callable[[list[int]], str], pauses: bool = False) -> Iterator[Result | None]:
+def evaluate(runner: Runner, label: str, encode: Callable[[str], list[int]], prompts: Sequence[Prompt],
+             config: DecodeConfig, decode: Callable[[list[int]], str], pauses: bool = False
+             ) -> Iterator[Result | None]:
     """Race each prompt with `config` against the full model; yields one Result per prompt, in order.
 
-    A prompt that cannot run (too long, empty, refused by `encode` with a ValueError) yields a Result with its error,
-    and the evaluation goes on. Closing the generator closes both runs.
+    A prompt that cannot run (too long, empty, refused by `encode` with a ValueError, broken off with RunFailed) yields
+    a Result with its error, and the evaluation goes on. Closing the generator closes both runs.
 
     Args:
-        pauses: also yield None after every event, so that a caller can close the generator in the middle of a prompt.
+        label: the model of the runner's library; it must be ready.
+        pauses: also yield None after every batch of events, so that a caller can close the generator in the middle of
+            a prompt.
 
     Raises ValueError at once, before the first Result, for a config that fits no prompt of this engine.
     """
+    engine, _ = runner.library.get(label)
     engine.check([0], replace(config, max_new_tokens=1))    # token 0 stands for any prompt: only the config can fail
-    return _evaluate(engine, encode, prompts, config, decode, pauses)
+    return _evaluate(runner, label, encode, prompts, config, decode, pauses)
 
 
-def _evaluate(engine: Engine, encode, prompts, config: DecodeConfig, decode, pauses: bool) -> Iterator[Result | None]:
-    full = replace(config, mode=Mode.FULL)
+def _evaluate(runner: Runner, label: str, encode, prompts, config: DecodeConfig, decode, pauses: bool
+              ) -> Iterator[Result | None]:
+    engine, _ = runner.library.get(label)
+    full = replace(config, mode=Mode.FULL, tolerance=0.0, target_disagreement=None)     # which `full` has not
     for index, prompt in enumerate(prompts):
         identity = dict(index=index, kind=prompt.kind, prompt=prompt.text)
         try:
             ids = encode(prompt.text)
-            contest = race({_EXITS: engine.generate(ids, config), _FULL: engine.generate(ids, full)})
+            contest = runner.race(label, ids, config, full)
         except ValueError as error:
             yield Result(**identity, error=str(error))
             continue
-        events = {_EXITS: [], _FULL: []}
+        events, choices = {CASCADE: [], FULL: []}, None
         try:
-            for side, event in contest:
-                events[side].append(event)
+            for batch in contest:
+                choices = batch.choices
+                for side, event in batch.events:
+                    events[side].append(event)
                 if pauses:
                     yield None
+        except RunFailed as error:
+            yield Result(**identity, error=f"{error.title}: {error}")
+            continue
         finally:
             contest.close()
-        yield Result(**identity, **_numbers(engine, ids, config, decode, events[_EXITS], events[_FULL]))
+        yield Result(**identity, **_numbers(engine, config, decode, events[CASCADE], events[FULL], choices))
 
 
-def _numbers(engine: Engine, ids: list[int], config: DecodeConfig, decode, exits: list[TokenEvent],
-             full: list[TokenEvent]) -> dict:
-    """Fields of a Result, from the events of both runs."""
+def _numbers(engine: Engine, config: DecodeConfig, decode, exits: list[TokenEvent], full: list[TokenEvent],
+             choices: Sequence[int] | None) -> dict:
+    """Fields of a Result, from the events of both runs and the full model's choices; None where tokens are sampled."""
     ours, theirs = ([e.token_id for e in events if e.final] for events in (exits, full))
     stats, full_stats = (metrics.summarize(events, engine.costs_for(config)) for events in (exits, full))
     match, speeds = metrics.match(ours, theirs), (stats.tokens_per_second, full_stats.tokens_per_second)
     return dict(
         tokens=stats.tokens,
-        agreement=metrics.agreement(ours, engine.full_choices(ids, ours)) if config.temperature == 0 else None,
+        agreement=None if choices is None else metrics.agreement(ours, choices),
         positional=match.positional, first_divergence=match.first_divergence, sequence=match.sequence,
         routing_share=stats.routing_share, average_depth=stats.average_depth, cost=stats.cost,
         acceptance=stats.acceptance, tokens_per_second=speeds[0], full_tokens_per_second=speeds[1],

@@ -34,7 +34,7 @@ _SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
 
 def load(model: str | None = None, exits: str | Path | None = None, *, device: str | None = None,
          dtype: torch.dtype | str | None = None, backend: str | None = None,
-         progress: Progress | None = None) -> tuple[Engine, object]:
+         progress: Progress | None = None, compute: bool = True) -> tuple[Engine, object]:
     """Load an engine and its tokenizer, ready to decode.
 
     Args:
@@ -44,6 +44,7 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         dtype: a torch dtype or its name; default bfloat16, or float16 on a GPU that only emulates that.
         backend: 'cpu' or 'torch'; default the fastest that fits.
         progress: called with short lines about slow steps; default the log.
+        compute: False for a process that other processes will be forked from: it loads, but runs no layer.
 
     Raises ModelUnavailable, ValueError (unsupported model, exits of another model), FileNotFoundError (no exits there).
     """
@@ -54,7 +55,7 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
     model_in_segments = SegmentedModel(base, layers, name=name, backend=backend)
     del base                                    # the backend keeps what it needs
     engine = Engine(model_in_segments, bank or ExitBank.untrained(model_in_segments))
-    opening = opening_ids(tokenizer)
+    opening = opening_ids(tokenizer) if compute else []
     if max(opening, default=0) < model_in_segments.vocab_size:
         engine.read_opening(opening)
     else:

@@ -20,22 +20,25 @@ from cascadeexit.events import Status, TokenEvent
 
 @dataclass(frozen=True)
 class Inspection:
-    """Readings of N positions by S - 1 exits and, last, by the full model: the K likeliest tokens of each."""
+    """Readings of N positions by S - 1 exits and, last, by the full model: the K likeliest tokens of each.
 
-    token_ids: Tensor       # (N, S, K)
-    probabilities: Tensor   # (N, S, K); an exit's are over the words of its own head
-    confidences: Tensor     # (N, S - 1) of the exits, in [0, 1], whether asked in the run or not
+    Plain lists, so that a worker process can send it to the page.
+    """
+
+    token_ids: list[list[list[int]]]            # (N, S, K)
+    probabilities: list[list[list[float]]]      # (N, S, K); an exit's are over the words of its own head
+    confidences: list[list[float]]              # (N, S - 1) of the exits, in [0, 1], whether asked in the run or not
 
     @property
     def full_choices(self) -> list[int]:
         """The full model's first choice at each position, given the text before it."""
-        return self.token_ids[:, -1, 0].tolist()
+        return [readings[-1][0] for readings in self.token_ids]
 
     def card(self, tokenizer, i: int) -> dict:
         """Candidates at position i as plain JSON: {readings: [{confidence, top: [{id, text, p}]}]}."""
         return {"readings": [{"confidence": self._confidence(i, s), "top": [
             {"id": token, "text": tokenizer.decode([token]), "p": round(p, 4)}
-            for token, p in zip(ids.tolist(), probabilities.tolist())]}
+            for token, p in zip(ids, probabilities)]}
             for s, (ids, probabilities) in enumerate(zip(self.token_ids[i], self.probabilities[i]))]}
 
     def map(self, tokenizer, start: int, count: int) -> dict:
@@ -46,12 +49,11 @@ class Inspection:
         stop = min(start + count, len(self.token_ids))
         return {"start": start, "total": len(self.token_ids), "columns": [
             [{"id": token, "text": tokenizer.decode([token]), "p": self._confidence(i, s)}
-             for s, token in enumerate(self.token_ids[i, :, 0].tolist())] for i in range(start, stop)]}
+             for s, (token, *_) in enumerate(self.token_ids[i])] for i in range(start, stop)]}
 
     def _confidence(self, i: int, s: int) -> float:
         """An exit's confidence; for the full model the probability of its first choice."""
-        chance = self.confidences[i, s] if s < self.confidences.shape[1] else self.probabilities[i, s, 0]
-        return round(chance.item(), 4)
+        return round([*self.confidences[i], self.probabilities[i][-1][0]][s], 4)
 
 
 @torch.inference_mode()
@@ -87,9 +89,8 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
         columns = [torch.cat([layers.tensor(row) for row in column]) for column in zip(*hidden)]
         parts.append(_read(engine, columns, copied[part], normed, top))
     if not parts:
-        return Inspection(torch.zeros(0, engine.num_exits + 1, top, dtype=torch.long),
-                          torch.zeros(0, engine.num_exits + 1, top), torch.zeros(0, engine.num_exits))
-    return Inspection(*(torch.cat(column).cpu() for column in zip(*parts)))
+        return Inspection([], [], [])
+    return Inspection(*(torch.cat(column).tolist() for column in zip(*parts)))
 
 
 def _read(engine: Engine, hidden: list[Tensor], copied: list[tuple[int, int]], normed: Rows,

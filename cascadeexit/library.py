@@ -1,4 +1,4 @@
-"""Library: the models that a page offers. One of them is in memory at a time."""
+"""Library: the models that a page offers. One of them is in memory at a time, or all of them (`load_all`)."""
 
 import gc
 import itertools
@@ -58,13 +58,14 @@ class Library:
         self._offers = {offer.label: offer for offer in offers}
         self._place = dict(device=device, dtype=dtype)
         self._lock = threading.Lock()
-        self._held: tuple[str, Engine, object] | None = None
+        self._held: dict[str, tuple[Engine, object]] = {}
+        self._fingerprints: dict[str, str] = {}
 
     @classmethod
     def of(cls, engine: Engine, tokenizer) -> Self:
         """Library of one model that is already loaded."""
         library, shape = cls(()), Shape.of(engine)
-        library.shapes[shape.name], library._held = shape, (shape.name, engine, tokenizer)
+        library.shapes[shape.name], library._held[shape.name] = shape, (engine, tokenizer)
         return library
 
     @property
@@ -73,6 +74,8 @@ class Library:
 
     def fingerprint(self, label: str) -> str:
         """Fingerprint of this offer's exits, without loading the model; "" for untrained exits not in memory."""
+        if label in self._fingerprints:
+            return self._fingerprints[label]
         bank = self._bank(label)
         return bank.fingerprint() if bank else ""
 
@@ -83,30 +86,45 @@ class Library:
 
     def _bank(self, label: str) -> ExitBank | None:
         if self.ready(label):
-            return self._held[1].bank
+            return self._held[label][0].bank
         folder = hub.find_exits(self.shapes[label].name, self._offers[label].exits)
         return ExitBank.load(folder) if folder else None
 
     def ready(self, label: str) -> bool:
         """Tell whether this offer is in memory."""
-        return self._held is not None and self._held[0] == label
+        return label in self._held
 
     def get(self, label: str, progress: hub.Progress | None = None) -> tuple[Engine, object]:
         """Engine and tokenizer of this offer, loaded when they are not in memory.
 
         Raises KeyError for a label that is not offered, and what `hub.load` raises.
         """
+        if held := self._held.get(label):       # without the lock: in a forked process it might never be released
+            return held
         with self._lock:
             if not self.ready(label):
                 offer = self._offers[label]
-                self._held = None                               # free it first: two models might not fit
+                self._held.clear()                              # free it first: two models might not fit
                 gc.collect()                                    # CUDA graphs and their model refer to each other
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 engine, tokenizer = hub.load(offer.model, offer.exits, progress=progress, **self._place)
                 _warm_up(engine)
-                self._held = (label, engine, tokenizer)
-            return self._held[1:]
+                self._held[label] = engine, tokenizer
+            return self._held[label]
+
+    def load_all(self, progress: hub.Progress | None = None) -> None:
+        """Load all offers and keep them, for a process whose runs happen in processes forked from it.
+
+        No layer runs: neither a CUDA context nor a team of OpenMP threads would survive a fork. Weights may be
+        unreadable later (ZeroGPU moves them to disk at launch), so fingerprints are taken now.
+
+        Raises what `hub.load` raises.
+        """
+        for label, offer in self._offers.items():
+            engine, tokenizer = hub.load(offer.model, offer.exits, progress=progress, compute=False, **self._place)
+            self._fingerprints[label] = engine.bank.fingerprint()
+            self._held[label] = engine, tokenizer
 
     def load(self, label: str) -> Iterator[str]:
         """Load this offer; yields progress lines to show meanwhile. Raises what `get` raises."""

@@ -14,13 +14,10 @@ from pathlib import Path
 from cascadeexit import evaluation, prompts, record, views
 from cascadeexit.calibration import Calibration
 from cascadeexit.hub import ModelUnavailable
-from cascadeexit.inspection import Inspection, inspect
-from cascadeexit.library import Library
-from cascadeexit.race import race
+from cascadeexit.inspection import Inspection
+from cascadeexit.runner import RunFailed, Runner, events_of
 from cascadeexit.settings import DISABLED, Settings
 from cascadeexit.stream import (
-    CASCADE,
-    FULL,
     TokenStream,
     error_line,
     frames,
@@ -99,8 +96,8 @@ class FinishedRun:
 class Page:
     """Handlers of one page. They share the models and the latest finished runs."""
 
-    def __init__(self, library: Library):
-        self.library = library
+    def __init__(self, runner: Runner):
+        self.library, self._runner = runner.library, runner
         self._runs: OrderedDict[str, FinishedRun] = OrderedDict()
 
     def respond(self, settings: Settings) -> Iterator[Frame]:
@@ -113,7 +110,7 @@ class Page:
             engine, tokenizer = self.library.get(settings.model)
             config, full = settings.decode_configs(engine.num_exits)
             ids = prompts.visitor_token_ids(tokenizer, settings.prompt, settings.chat)
-            contest = race({CASCADE: engine.generate(ids, config), FULL: engine.generate(ids, full)})
+            contest = self._runner.race(settings.model, ids, config, full, inspected=True)
         except (ValueError, ModelUnavailable, FileNotFoundError) as error:
             yield Frame(error_line(str(error)), notice=Notice("Not started", str(error)))
             return
@@ -121,14 +118,18 @@ class Page:
         stream = TokenStream(engine, tokenizer, config, ids, settings.record())
         try:
             yield Frame(stream.text, charts="")
-            for text in frames(stream, contest):
+            for text in frames(stream, events_of(contest)):
                 yield Frame(text)
             stream.close_text()
             yield Frame(stream.text)
-            inspection = inspect(engine, ids, stream.sides[CASCADE].events)
+            inspection = next(contest).inspection
             self._keep(FinishedRun(stream, inspection, tokenizer))
             stream.end(inspection)
             yield Frame(stream.text, charts=stream.run)
+        except RunFailed as error:
+            log.warning("a run broke off: %s", error)
+            stream.fail(str(error))
+            yield Frame(stream.text, notice=Notice(error.title, str(error)))
         except Exception:
             log.exception("a run failed")
             stream.fail("Something went wrong while the model was running. The server's log has the details.")
@@ -145,13 +146,13 @@ class Page:
             engine, tokenizer = self.library.get(settings.model)
             config, _ = settings.decode_configs(engine.num_exits)
             running = evaluation.evaluate(
-                engine, partial(prompts.visitor_token_ids, tokenizer, chat=settings.chat), chosen, config,
-                partial(tokenizer.decode, skip_special_tokens=True), pauses=True)
+                self._runner, settings.model, partial(prompts.visitor_token_ids, tokenizer, chat=settings.chat), chosen,
+                config, partial(tokenizer.decode, skip_special_tokens=True), pauses=True)
         except (ValueError, OSError, ModelUnavailable) as error:
             yield Progress(str(error), "error")
             return
         folder, results, began = Path(tempfile.mkdtemp(prefix="cascadeexit-")), [], time.monotonic()
-        curve, next_figure, next_yield = measured_curve(engine.bank.fingerprint()), began, began
+        curve, next_figure, next_yield = measured_curve(self.library.fingerprint(settings.model)), began, began
         yield Progress(f"0 of {len(chosen)} prompts", rows=[])
         for result in running:
             if result is None:              # in the middle of a prompt: a run can only be cancelled where it yields

@@ -1,12 +1,15 @@
 """Fixtures that all tests share, and the order in which tests run."""
 
+import importlib.util
 import os
 
 import pytest
 import torch
 
 from cascadeexit.engine import Engine
-from tests.tiny_models import FAMILIES, tiny_engine
+from tests.tiny_models import FAMILIES, tiny_base, tiny_engine
+from tests.tiny_text import tiny_tokenizer
+from tests.zerogpu import simulated_space
 
 if os.environ.get("PYTEST_XDIST_WORKER"):       # as many processes as processors
     torch.set_num_threads(1)
@@ -44,3 +47,21 @@ def adapter(request) -> str:
 def engine(adapter) -> Engine:
     """Engine with both shipped kinds of exits: `swiglu` with an MLP estimator, `carry` with a sketch estimator."""
     return tiny_engine(adapter=adapter, **dict(confidence="sketch", sketch_size=40) if adapter == "carry" else {})
+
+
+@pytest.fixture(scope="session")
+def zerogpu_model(tmp_path_factory):
+    """Folder of a tiny model that the simulated ZeroGPU Space serves: one that our C++ kernels can run."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_base("qwen3", seed=3, dtype=torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def zerogpu(tmp_path_factory, zerogpu_model):
+    """A simulated ZeroGPU Space; see tests/zerogpu.py."""
+    if os.name != "posix" or importlib.util.find_spec("spaces") is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no package `spaces` here, or no fork")
+    with simulated_space(tmp_path_factory.mktemp("space"), zerogpu_model) as space:
+        yield space

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import SpaceHardware
 from packaging.requirements import Requirement
 
 import app
@@ -56,3 +57,7 @@ def test_the_front_matter_tells_a_space_what_the_page_needs():
              if (r := Requirement(line.split("#")[0].strip()))}
     assert front["sdk"] == "gradio" and needs["gradio"].specifier.contains(front["sdk_version"])
     assert (root / front["app_file"]).is_file() and front["python_version"] == "3.12"
+    assert (root / front["thumbnail"]).is_file() and len(front["short_description"]) <= 60
+    assert front["models"] and front["tags"] and front["suggested_hardware"] in {*SpaceHardware}
+    assert needs["torch"].specifier.contains("2.11.0"), "the newest that ZeroGPU offered in August 2026"
+    assert "g++" in (root / "packages.txt").read_text().split(), "a CPU Space compiles our kernels"

@@ -9,7 +9,7 @@ from statistics import median
 
 import pytest
 
-from cascadeexit import evaluation, metrics
+from cascadeexit import evaluation, metrics, runner
 from cascadeexit.config import DecodeConfig
 from cascadeexit.evaluation import (
     Result,
@@ -19,7 +19,9 @@ from cascadeexit.evaluation import (
     results_json,
     summarize_results,
 )
+from cascadeexit.library import Library
 from cascadeexit.prompts import Prompt, read_prompts
+from cascadeexit.runner import RunFailed, Runner
 from tests.tiny_models import tiny_engine
 from tests.tiny_text import HOSTILE, tiny_tokenizer
 
@@ -35,8 +37,13 @@ def encode(text: str) -> list[int]:
     return TOKENIZER(text).input_ids
 
 
+def evaluation_of(engine, prompts, config=CONFIG, **options):
+    return evaluate(Runner(Library.of(engine, TOKENIZER)), engine.model.name, encode, prompts, config, TOKENIZER.decode,
+                    **options)
+
+
 def written(engine, prompts, config=CONFIG, **options) -> list[Result]:
-    return list(evaluate(engine, encode, prompts, config, TOKENIZER.decode, **options))
+    return list(evaluation_of(engine, prompts, config, **options))
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +84,25 @@ def test_verified_writes_what_full_writes(engine):
         assert result.text == result.full_text and result.acceptance is not None
 
 
+def test_a_tolerance_is_for_the_run_with_exits_alone(engine):
+    [result] = written(engine, PROMPTS[:1], replace(CONFIG, mode="verified", thresholds=None, tolerance=0.9))
+    full = engine.run(encode(result.prompt), DecodeConfig(mode="full", max_new_tokens=30))
+    assert result.error is None and result.full_text == TOKENIZER.decode(full.token_ids)
+
+
+def test_a_run_that_broke_off_keeps_its_place_and_the_rest_goes_on(engine):
+    def worker(compute, seconds):
+        def call(label, ids, *rest):
+            if len(ids) == len(encode("hi there")):
+                raise RunFailed("Worker", "it died")
+            yield from compute(label, ids, *rest)
+        return call
+    library = Library.of(engine, TOKENIZER)
+    first, last = evaluate(Runner(library, worker), engine.model.name, encode, [PROMPTS[0], PROMPTS[5]], CONFIG,
+                           TOKENIZER.decode)
+    assert first.error == "Worker: it died" and last.error is None and last.tokens
+
+
 def test_a_text_of_one_token_has_no_speed(engine):
     [result] = written(engine, PROMPTS[:1], replace(CONFIG, max_new_tokens=1))
     assert result.tokens == 1 and result.speedup is result.tokens_per_second is None
@@ -96,7 +122,7 @@ def test_prompts_that_cannot_run_keep_their_place_and_the_rest_goes_on(results):
 def test_a_config_that_fits_no_prompt_is_refused_at_once(engine):
     for config in (replace(CONFIG, thresholds=(0.5,)), replace(CONFIG, mode="verified", max_draft=10_000)):
         with pytest.raises(ValueError, match="thresholds|max_draft"):
-            evaluate(engine, encode, PROMPTS, config, TOKENIZER.decode)     # before the first result is asked for
+            evaluation_of(engine, PROMPTS, config)      # before the first result is asked for
 
 
 @pytest.fixture
@@ -115,12 +141,18 @@ def watched(engine, monkeypatch):
     return began, closed
 
 
-def test_closing_in_the_middle_of_a_prompt_closes_both_runs(engine, watched, monkeypatch):
+@pytest.fixture
+def event_by_event(monkeypatch):
+    """A batch for each event."""
+    monkeypatch.setattr(runner, "BATCH_SECONDS", 0.0)
+
+
+def test_closing_in_the_middle_of_a_prompt_closes_both_runs(engine, watched, event_by_event, monkeypatch):
     began, closed = watched
     # Kept alive, so that garbage collection cannot close what the generator forgot to close.
-    kept, race = [], evaluation.race
-    monkeypatch.setattr(evaluation, "race", lambda sides: kept.append(race(sides)) or kept[-1])
-    running = evaluate(engine, encode, PROMPTS, CONFIG, TOKENIZER.decode, pauses=True)
+    kept, race = [], runner.race
+    monkeypatch.setattr(runner, "race", lambda sides: kept.append(race(sides)) or kept[-1])
+    running = evaluation_of(engine, PROMPTS, pauses=True)
     assert [next(running) for _ in range(5)] == [None] * 5
     assert sorted(began) == ["cascade", "full"] and closed == []
     running.close()
@@ -130,17 +162,17 @@ def test_closing_in_the_middle_of_a_prompt_closes_both_runs(engine, watched, mon
 @pytest.mark.parametrize("taken", [0, 1, 2])
 def test_closing_between_prompts_leaves_nothing_open(engine, watched, taken):
     began, closed = watched
-    running = evaluate(engine, encode, PROMPTS, CONFIG, TOKENIZER.decode)
+    running = evaluation_of(engine, PROMPTS)
     for _ in range(taken):
         next(running)
     running.close()
     assert sorted(began) == sorted(closed) == ["cascade", "full"] * (taken > 0)
 
 
-def test_a_run_that_breaks_closes_both_sides(engine, watched, monkeypatch):
+def test_a_run_that_breaks_closes_both_sides(engine, watched, event_by_event, monkeypatch):
     def broken(*_):
         raise RuntimeError("out of memory")
-    running = evaluate(engine, encode, PROMPTS, CONFIG, TOKENIZER.decode, pauses=True)
+    running = evaluation_of(engine, PROMPTS, pauses=True)
     next(running), next(running), next(running)
     monkeypatch.setattr(engine.model.layers, "run", broken)
     with pytest.raises(RuntimeError, match="out of memory"):

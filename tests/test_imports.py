@@ -19,11 +19,12 @@ ORDER = """
     backends.cpu.structures backends.cpu.build backends.cpu.states backends.cpu.packing
     backends.cpu.heads backends.cpu.layers backends.cpu.exits backends.cpu backends
     sampling model carry staircase drafting tree metrics engine race inspection shape
-    evaluation stream record views bundled hub library settings page endpoints
+    stream record bundled hub library runner evaluation views settings page endpoints
 """.split()
 # Each outside library, and the modules that may import it.
 DOORS = {"transformers": ("hub", "bundled", "backends.torch."), "plotly": ("views",), "gguf": ("bundled",),
-         "ctypes": ("backends.",), "triton": ("backends.",), "gradio": (), "training": (), "app": ()}
+         "ctypes": ("backends.",), "triton": ("backends.",), "gradio": (), "spaces": (), "training": (),
+         "app": ()}
 
 
 def name_of(path: Path) -> str:

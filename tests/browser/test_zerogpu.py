@@ -1,0 +1,97 @@
+"""The page on a simulated ZeroGPU (`tests/zerogpu.py`): runs happen in workers, and all that is kept is in the page."""
+
+import os
+import re
+import signal
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.reading import shown_ids
+from tests.zerogpu import LONG
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+def begin(open_page, zerogpu):
+    """Function that opens a page, starts a run of at most so many tokens and waits for the first one."""
+    def begin(tokens: int):
+        page = open_page(f"{zerogpu.url}?n={tokens}")
+        page.get_by_text("Advanced settings").click()
+        expect(length_of(page)).to_have_value(str(tokens))
+        page.click("#ce-run")
+        page.wait_for_selector(".ce-text[data-side=cascade] .t")
+        return page
+    return begin
+
+
+def length_of(page):
+    return page.get_by_label("number input for Maximum length, tokens").and_(page.locator("input[type=number]"))
+
+
+def run_again(page) -> None:
+    """Make a short run on the same page, to its end."""
+    length_of(page).fill("24")
+    length_of(page).press("Tab")
+    page.wait_for_timeout(500)
+    page.click("#ce-run")
+    page.wait_for_selector(".ce-status.done")
+
+
+def workers(zerogpu) -> list[int]:
+    """Process of each run so far, in order."""
+    return [int(pid) for pid in re.findall(r"generate \w+ in (\d+)", zerogpu.printed)]
+
+
+def test_both_sides_stream_and_the_finished_run_is_kept(begin):
+    page = begin(LONG)
+    counts = []
+    for _ in range(6):
+        counts.append([len(shown_ids(page, side)) for side in ("cascade", "full")])
+        page.wait_for_timeout(200)
+    for side in zip(*counts):
+        assert len(set(side)) >= 3, f"tokens came in lumps: {counts}"
+    page.wait_for_selector(".ce-status.done")
+    page.locator(".ce-text[data-side=cascade] .t").nth(4).click()
+    page.wait_for_selector(".ce-candidate")
+    page.click(".ce-map summary")
+    page.wait_for_selector(".ce-map-table td")
+    page.get_by_role("button", name="Interactive charts").click()
+    page.wait_for_function("document.querySelectorAll('#ce-figures .main-svg').length >= 3")
+
+
+def test_stop_ends_the_run_in_the_worker_and_the_next_run_works(begin, zerogpu):
+    ended = len(zerogpu.api.ended)
+    page = begin(900)
+    page.click("#ce-stop")
+    page.wait_for_selector(".ce-status.stopped")
+    for _ in range(50):
+        if len(zerogpu.api.ended) > ended:
+            break
+        page.wait_for_timeout(100)
+    assert zerogpu.api.ended[ended:] == [False], "the worker gave its GPU back within 5 s"
+    kept = len(shown_ids(page, "full"))
+    assert kept < 300
+    run_again(page)
+
+
+def test_two_visitors_stream_at_once(begin, zerogpu):
+    pages = [begin(LONG) for _ in range(2)]
+    assert all(page.locator(".ce-status.done").count() == 0 for page in pages), "both run now"
+    for page in pages:
+        page.wait_for_selector(".ce-status.done")
+    for side in ("cascade", "full"):
+        first, second = (shown_ids(page, side) for page in pages)
+        assert len(first) == len(second) and first == second
+    assert len(set(workers(zerogpu)[-4:])) == 2
+
+
+def test_a_worker_that_dies_leaves_the_text_so_far_and_a_message(begin, zerogpu):
+    page = begin(900)
+    os.kill(workers(zerogpu)[-1], signal.SIGKILL)
+    page.wait_for_selector(".ce-status.error")
+    assert "broke off" in page.locator(".ce-status").inner_text()
+    page.locator(".toast-body", has_text="broke off").wait_for()
+    assert shown_ids(page, "cascade")
+    run_again(page)
