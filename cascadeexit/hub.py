@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cascadeexit.backends.memory import give_back
+from cascadeexit.backends.weights import bring_outer_weights
 from cascadeexit.bundled import DEFAULT_MODEL, ModelUnavailable, bundled_model, disk_full, first_line
 from cascadeexit.engine import Engine
 from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, read_config
@@ -33,8 +34,8 @@ _SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
 
 
 def load(model: str | None = None, exits: str | Path | None = None, *, device: str | None = None,
-         dtype: torch.dtype | str | None = None, backend: str | None = None,
-         progress: Progress | None = None) -> tuple[Engine, object]:
+         dtype: torch.dtype | str | None = None, backend: str | None = None, progress: Progress | None = None,
+         device_map: str | dict | None = None) -> tuple[Engine, object]:
     """Load an engine and its tokenizer, ready to decode.
 
     Args:
@@ -44,10 +45,11 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         dtype: a torch dtype or its name; default bfloat16, or float16 on a GPU that only emulates that.
         backend: 'cpu' or 'torch'; default the fastest that fits.
         progress: called with short lines about slow steps; default the log.
+        device_map: as for `load_model`: 'auto' is for a model that is too large for one device.
 
     Raises ModelUnavailable, ValueError (unsupported model, exits of another model), FileNotFoundError (no exits there).
     """
-    base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress)
+    base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress, device_map=device_map)
     folder = find_exits(name, exits)
     bank = ExitBank.load(folder) if folder else None
     layers = bank.config.layers if bank else default_exit_layers(base.config.num_hidden_layers)
@@ -67,7 +69,8 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     Args:
         model, device, dtype, progress: as for `load`, whose errors are raised, too.
         token: opens gated and private Hub models; default $HF_TOKEN.
-        device_map: as transformers takes it; 'auto' spreads a model over several devices, main memory and disk.
+        device_map: as transformers takes it; 'auto' spreads a model over several devices, main memory and disk. It
+            decides about devices instead of `device`.
     """
     model, place = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, _device(device)
     dtype = _torch_dtype(dtype, place)
@@ -80,7 +83,10 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     except Exception as error:      # the readers of these files raise errors of many kinds, KeyError and Rust's too
         raise _explained(model, source, error) from error
     tokenizer = load_tokenizer(model, progress=progress, token=token)
-    base = base if device_map else base.to(place)
+    if device_map:
+        bring_outer_weights(base)
+    else:
+        base = base.to(place)
     return base.eval().requires_grad_(False), tokenizer, short_name(source)
 
 

@@ -14,7 +14,7 @@ from cascadeexit.backends.cpu import build
 from cascadeexit.backends.cpu.exits import CpuExits
 from cascadeexit.backends.cpu.heads import CpuHead
 from cascadeexit.backends.cpu.layers import CpuLayers
-from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weights
+from cascadeexit.backends.weights import DecoderShape, is_spread, layer_weights, outer_weights
 from cascadeexit.exits.bank import ExitBank
 
 
@@ -41,7 +41,7 @@ class CpuBackend:
         A model that accelerate has spread over devices does not fit: its weights come and go with each call.
         """
         weights = outer_weights(base)
-        known = base.config.model_type in cls.families and not hasattr(base, "hf_device_map")
+        known = base.config.model_type in cls.families and not is_spread(base)
         if not known or weights.device.type != "cpu":
             return False
         shape, layer = DecoderShape.of(base.config), layer_weights(base)[0]
