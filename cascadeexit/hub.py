@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -15,6 +15,8 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cascadeexit import selfcheck
+from cascadeexit.backends import REFERENCE, reference
 from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.weights import bring_outer_weights
 from cascadeexit.bundled import DEFAULT_MODEL, ModelUnavailable, bundled_model, disk_full, first_line
@@ -35,7 +37,7 @@ _SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
 
 def load(model: str | None = None, exits: str | Path | None = None, *, device: str | None = None,
          dtype: torch.dtype | str | None = None, backend: str | None = None, progress: Progress | None = None,
-         device_map: str | dict | None = None) -> tuple[Engine, object]:
+         device_map: str | dict | None = None, self_check: bool = True) -> tuple[Engine, object]:
     """Load an engine and its tokenizer, ready to decode.
 
     Args:
@@ -46,6 +48,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         backend: 'cpu' or 'torch'; default the fastest that fits.
         progress: called with short lines about slow steps; default the log.
         device_map: as for `load_model`: 'auto' is for a model that is too large for one device.
+        self_check: compare the backend with the `torch` backend. Where they differ, the engine runs on `torch` instead,
+            `Engine.notice` says why, and so does `progress`. `Engine.self_check` has the result.
 
     Raises ModelUnavailable, ValueError (unsupported model, exits of another model), FileNotFoundError (no exits there).
     """
@@ -53,12 +57,40 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
     folder = find_exits(name, exits)
     bank = ExitBank.load(folder) if folder else None
     layers = bank.config.layers if bank else default_exit_layers(base.config.num_hidden_layers)
-    model_in_segments = SegmentedModel(base, layers, name=name, backend=backend)
+    engine = _engine(base, layers, bank, name, backend)
+    if self_check:
+        engine = _checked(engine, base, progress)
     del base                                    # the backend keeps what it needs
-    engine = Engine(model_in_segments, bank or ExitBank.untrained(model_in_segments))
     engine.read_opening(opening_ids(tokenizer))
     give_back()
     return engine, tokenizer
+
+
+def _engine(base, layers: Sequence[int], bank: ExitBank | None, name: str, backend: str | None) -> Engine:
+    model = SegmentedModel(base, layers, name=name, backend=backend)
+    return Engine(model, bank or ExitBank.untrained(model))
+
+
+def _checked(engine: Engine, base, progress: Progress | None) -> Engine:
+    """Check an engine; returns it, or where the check failed one on the `torch` backend, with a notice."""
+    model, bank = engine.model, engine.bank
+    is_reference = model.backend.name == REFERENCE
+    result = selfcheck.check(engine, None if is_reference else reference(base, model.bounds))
+    engine.self_check = result
+    if result.passed:
+        return engine
+    if is_reference:
+        notice = f"The self-check of the model failed: {result.problem}."
+    else:
+        layers, name, notice = model.exit_layers, model.name, selfcheck.instead_words(result)
+        del engine, model                       # two copies of a large model might not fit
+        engine = _engine(base, layers, bank, name, REFERENCE)
+        engine.self_check = result
+    engine.notice = notice
+    log.warning("%s", notice)
+    if progress:
+        progress(notice)
+    return engine
 
 
 def load_model(model: str | None = None, *, device: str | None = None, dtype: torch.dtype | str | None = None,

@@ -120,6 +120,9 @@ class Page:
 
         stream = TokenStream(engine, tokenizer, config, ids, settings.record())
         try:
+            if engine.notice:
+                yield Frame(stream.text + status_line(engine.notice), charts="",
+                            notice=Notice("Slower than usual", engine.notice))
             yield Frame(stream.text, charts="")
             for text in frames(stream, contest):
                 yield Frame(text)
@@ -128,7 +131,7 @@ class Page:
             inspection = inspect(engine, ids, stream.sides[CASCADE].events)
             self._keep(FinishedRun(stream, inspection, tokenizer))
             stream.end(inspection)
-            yield Frame(stream.text, charts=stream.run)
+            yield Frame(stream.text + (status_line(engine.notice) if engine.notice else ""), charts=stream.run)
         except Exception:
             log.exception("a run failed")
             stream.fail("Something went wrong while the model was running. The server's log has the details.")

@@ -42,6 +42,7 @@ class TorchLayers:
     """
 
     supports_trees = False
+    prepared = True             # weights are packed and kernels recorded where that is faster
 
     def __init__(self, base, bounds: tuple[int, ...]):
         spread = is_spread(base)
@@ -54,14 +55,15 @@ class TorchLayers:
         self._shape = DecoderShape.of(self._decoder.config)
         self.segment_bytes = tuple(sum(p.nbytes for layer in self._decoder.layers[a:b] for p in layer.parameters())
                                    for a, b in zip(bounds, bounds[1:]))
-        for layer in () if spread else self._decoder.layers:
+        for layer in self._decoder.layers if self.prepared and not spread else ():
             for block in (layer.self_attn, layer.mlp):
                 for name, module in list(block.named_children()):
                     if isinstance(module, nn.Linear):
                         setattr(block, name, frozen_linear(module.weight, module.bias))
         on_cuda = self._device.type == "cuda"
         self.row_multiple, self.max_rows = (_CUDA_ROWS, _CUDA_ROWS) if on_cuda else (_CPU_ROWS, _CPU_MAX_ROWS)
-        self.recorded_rows = self.row_multiple if not spread and recording.wanted(self._device) else 0
+        recorded = self.prepared and not spread and recording.wanted(self._device)
+        self.recorded_rows = self.row_multiple if recorded else 0
         self._norm = Recorded(self._decoder.norm, self.row_multiple) if self.recorded_rows else self._decoder.norm
         self._idle_caches: list[TorchCache] = []
         self._caches_turn = threading.RLock()       # a run may end, and give its cache back, whenever memory is tidied
@@ -183,6 +185,12 @@ class TorchLayers:
             h = self._decoder.layers[layer_idx](h, attention_mask=added, position_ids=positions,
                                                 position_embeddings=tuple(angles), cache=cache)
         return h.to(self._device)
+
+
+class UnpreparedLayers(TorchLayers):
+    """The layers for a few passes: no weight is packed and no kernel is recorded, which would take longer."""
+
+    prepared = False
 
 
 def _sharing_weights(decoder: nn.Module) -> nn.Module:
