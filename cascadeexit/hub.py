@@ -104,7 +104,7 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
         device_map: as transformers takes it; 'auto' spreads a model over several devices, main memory and disk. It
             decides about devices instead of `device`.
     """
-    model, place = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, _device(device)
+    model, place = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, find_device(device)
     dtype = _torch_dtype(dtype, place)
     source = resolve(model, progress)
     hub = dict(token=token, trust_remote_code=False)    # unset, transformers would ask on the console to run code
@@ -154,7 +154,7 @@ def short_name(source: str) -> str:
     return Path(os.path.abspath(Path(source).expanduser())).name.lower()
 
 
-def _device(wanted: str | None) -> torch.device:
+def find_device(wanted: str | None) -> torch.device:
     """Return the wanted device, else a GPU when there is one. Raises ValueError when there is no such device."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0    # the count ignores a driver too old
     try:

@@ -135,10 +135,10 @@ def test_loading_checks_by_default_and_is_silent_where_all_is_well(folder, caplo
 
 def test_the_page_tells_a_visitor_why_the_model_is_slow(folder, wrong):
     page = Page(Library([Offer("tiny", str(folder))], device="cpu", dtype=torch.float32))
-    frames = list(page.respond(Settings(model="tiny", prompt="hi", max_new_tokens=4, chat=False)))
+    settings = Settings(model="tiny", prompt="hi", max_new_tokens=4, chat=False, thresholds=(0.5,) * 3)
+    frames = list(page.respond(settings))
     statuses = [json.loads(line)["message"] for frame in frames for line in (frame.stream or "").splitlines()
                 if json.loads(line)["type"] == "status"]
-    print([f.stream for f in frames])
     notice = page.library.get("tiny")[0].notice
     assert statuses.count(notice) >= 2 and [f.notice.message for f in frames if f.notice] == [notice]
     assert json.loads(frames[-1].stream.splitlines()[-1])["message"] == notice, "it stays on the status line"

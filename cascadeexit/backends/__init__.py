@@ -42,6 +42,17 @@ def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None)
     return kind(base, tuple(bounds))
 
 
+def why_not(base) -> dict[str, str]:
+    """Say for each backend that cannot run this model here why, and what to do."""
+    return {name: getattr(kind, "why_not", lambda _: "it does not fit this model or machine")(base)
+            for name, kind in BACKENDS.items() if not kind.fits(base)}
+
+
+def facts(name: str) -> dict[str, str]:
+    """Describe what a backend has on this machine, such as compiled kernels; {} where it has nothing to tell."""
+    return getattr(BACKENDS.get(name), "facts", dict)()
+
+
 def reference(base, bounds: Sequence[int]) -> Backend:
     """Make the `torch` backend for a few passes, to compare another backend with; it copies no weights."""
     return TorchReference(base, tuple(bounds))

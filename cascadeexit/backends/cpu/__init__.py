@@ -49,6 +49,21 @@ class CpuBackend:
                 and shape.head_dim % 16 == 0 and shape.hidden % 2 == 0 and shape.inner % 2 == 0
                 and build.library() is not None)
 
+    @classmethod
+    def why_not(cls, base) -> str:
+        """Say why `fits` is False, and what to do."""
+        weights = outer_weights(base)
+        if weights.device.type != "cpu":
+            return f"the model is on {weights.device}, and these kernels are for CPUs"
+        if weights.dtype != torch.bfloat16:
+            return f"the model is in {str(weights.dtype).removeprefix('torch.')}, and these kernels need bfloat16"
+        return build.why_not() or "the model's type, its sizes or its device map are not among those of the kernels"
+
+    @classmethod
+    def facts(cls) -> dict[str, str]:
+        """Describe the kernels on this machine."""
+        return build.facts()
+
     def vocab_head(self, weight: Tensor, *, rounded: bool = False) -> CpuHead:
         return CpuHead(weight, eight_bits=rounded)
 
