@@ -1,5 +1,6 @@
 """The doctor and the start of the page: each thing that can be missing is named, with what to do."""
 
+import functools
 import json
 import sys
 
@@ -25,9 +26,8 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(accelerator, "_DRIVER_FILE", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "_MEGABYTES", 1)
-    build.library.cache_clear()
-    yield tmp_path / "version"
-    build.library.cache_clear()
+    monkeypatch.setattr(build, "library", functools.cache(build.library.__wrapped__))
+    return tmp_path / "version"
 
 
 @pytest.fixture
