@@ -1,8 +1,10 @@
 """Hub: find and load a model, bundled, local or from the Hugging Face Hub, and the exits that belong to it."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -57,10 +59,9 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
     folder = find_exits(name, exits)
     bank = ExitBank.load(folder) if folder else None
     layers = bank.config.layers if bank else default_exit_layers(base.config.num_hidden_layers)
-    engine = _engine(base, layers, bank, name, backend)
-    if self_check:
-        engine = _checked(engine, base, progress)
-    del base                                    # the backend keeps what it needs
+    make = partial(_engine, base, layers, bank, name)
+    engine = _checked(make, base, backend, progress) if self_check else make(backend)
+    del base, make                              # the backend keeps what it needs
     engine.read_opening(opening_ids(tokenizer))
     give_back()
     return engine, tokenizer
@@ -71,25 +72,23 @@ def _engine(base, layers: Sequence[int], bank: ExitBank | None, name: str, backe
     return Engine(model, bank or ExitBank.untrained(model))
 
 
-def _checked(engine: Engine, base, progress: Progress | None) -> Engine:
-    """Check an engine; returns it, or where the check failed one on the `torch` backend, with a notice."""
-    model, bank = engine.model, engine.bank
-    is_reference = model.backend.name == REFERENCE
-    result = selfcheck.check(engine, None if is_reference else reference(base, model.bounds))
-    engine.self_check = result
-    if result.passed:
-        return engine
-    if is_reference:
+def _checked(make: Callable[[str], Engine], base, backend: str | None, progress: Progress | None) -> Engine:
+    """Make an engine and check it. Where the check fails, make one on the `torch` backend instead, with a notice."""
+    engine = make(backend)
+    is_reference = engine.model.backend.name == REFERENCE
+    result = selfcheck.check(engine, None if is_reference else reference(base, engine.model.bounds))
+    if not result.passed:
         notice = f"The self-check of the model failed: {result.problem}."
-    else:
-        layers, name, notice = model.exit_layers, model.name, selfcheck.instead_words(result)
-        del engine, model                       # two copies of a large model might not fit
-        engine = _engine(base, layers, bank, name, REFERENCE)
-        engine.self_check = result
-    engine.notice = notice
-    log.warning("%s", notice)
-    if progress:
-        progress(notice)
+        if not is_reference:
+            notice = selfcheck.instead_words(result)
+            del engine                          # first, since two copies of a large model might not fit
+            gc.collect()
+            engine = make(REFERENCE)
+        engine.notice = notice
+        log.warning("%s", notice)
+        if progress:
+            progress(notice)
+    engine.self_check = result
     return engine
 
 

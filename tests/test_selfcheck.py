@@ -1,6 +1,8 @@
 """Self-check at load: correct backends pass, wrong ones are found, and `torch` takes over with the reason."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -121,6 +123,35 @@ def test_loading_falls_back_to_torch_and_says_why(folder, wrong, caplog):
     assert lines[-1] == engine.notice and engine.notice in caplog.text
     full = engine.run([5, 6, 7], DecodeConfig(mode="full", max_new_tokens=12)).token_ids
     assert engine.run([5, 6, 7], DecodeConfig(mode="verified", max_new_tokens=12)).token_ids == full
+
+
+def test_a_wrong_backend_is_freed_before_torch_takes_over(folder, wrong, monkeypatch):
+    alive, made = [], []
+    build = hub.SegmentedModel
+
+    def watched(*args, **kwargs):
+        alive.append([ref() is not None for ref in made])
+        model = build(*args, **kwargs)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(hub, "SegmentedModel", watched)
+    hub.load(str(folder), dtype="float32", device="cpu")
+    assert alive == [[], [False]]
+
+
+def test_the_transformers_model_is_released_after_the_check(folder, monkeypatch):
+    bases, load_model = [], hub.load_model
+
+    def watched(*args, **kwargs):
+        base, *others = load_model(*args, **kwargs)
+        bases.append(weakref.ref(base))
+        return base, *others
+
+    monkeypatch.setattr(hub, "load_model", watched)
+    engine, _ = hub.load(str(folder), dtype="bfloat16", device="cpu")
+    gc.collect()
+    assert engine.self_check.passed and bases[0]() is None
 
 
 def test_the_check_can_be_switched_off(folder, wrong):
