@@ -25,7 +25,7 @@ import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 from gradio.components import Component  # noqa: E402
 
-from cascadeexit import hub, prompts, settings, stream  # noqa: E402
+from cascadeexit import accelerator, hub, prompts, settings, stream  # noqa: E402
 from cascadeexit.calibration import Calibration  # noqa: E402
 from cascadeexit.config import CASCADE_THRESHOLD, Mode  # noqa: E402
 from cascadeexit.endpoints import BadRequest, Endpoints  # noqa: E402
@@ -548,6 +548,8 @@ def main() -> None:
                         f"several make a menu (default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
     parser.add_argument("--exits", help="folder of trained exits (default: those shipped for the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
+    parser.add_argument("--device-map", help="'auto' spreads a model that is too large for one device over all "
+                        "devices, main memory and disk")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="default: bfloat16, or float16 on a GPU that only emulates that")
     parser.add_argument("--host", help="address to serve on, 0.0.0.0 for every network (default: 127.0.0.1)")
@@ -555,11 +557,13 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if problem := accelerator.space_problem():
+        raise SystemExit(f"app.py: {problem}")
     log = partial(print, flush=True)
     if ZERO_GPU and spaces is None:
         raise SystemExit("app.py: on ZeroGPU the package `spaces` is needed: add it to requirements.txt")
     try:
-        library = Library(offers(args.model, args.exits), device=args.device,
+        library = Library(offers(args.model, args.exits), device=args.device, device_map=args.device_map,
                           dtype=getattr(torch, args.dtype) if args.dtype else None)
         if ZERO_GPU:
             library.load_all(log)               # in this thread and before the launch, which moves weights to disk

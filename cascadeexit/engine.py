@@ -45,7 +45,12 @@ class Engine:
         bank: the exits as a plain module, with their config and calibration.
         exits: the same exits ready to run on the model's backend (`backends.base.ExitRuntime`).
         costs: costs of greedy `full`, with which a greedy run is compared.
+        self_check: result of the self-check at load (`cascadeexit.selfcheck.SelfCheck`); None where none was made.
+        notice: what users of this engine must know, such as why it runs on another backend; "" where there is nothing.
     """
+
+    self_check = None
+    notice = ""
 
     def __init__(self, model: SegmentedModel, bank: ExitBank):
         self.model, self.bank = model, bank.prepare(model)

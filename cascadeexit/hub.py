@@ -1,8 +1,10 @@
 """Hub: find and load a model, bundled, local or from the Hugging Face Hub, and the exits that belong to it."""
 
+import gc
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -15,7 +17,10 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cascadeexit import selfcheck
+from cascadeexit.backends import REFERENCE, reference
 from cascadeexit.backends.memory import give_back
+from cascadeexit.backends.weights import bring_outer_weights
 from cascadeexit.bundled import DEFAULT_MODEL, ModelUnavailable, bundled_model, disk_full, first_line
 from cascadeexit.engine import Engine
 from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, read_config
@@ -33,8 +38,8 @@ _SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
 
 
 def load(model: str | None = None, exits: str | Path | None = None, *, device: str | None = None,
-         dtype: torch.dtype | str | None = None, backend: str | None = None,
-         progress: Progress | None = None, compute: bool = True) -> tuple[Engine, object]:
+         dtype: torch.dtype | str | None = None, backend: str | None = None, progress: Progress | None = None,
+         device_map: str | dict | None = None, self_check: bool = True, compute: bool = True) -> tuple[Engine, object]:
     """Load an engine and its tokenizer, ready to decode.
 
     Args:
@@ -44,24 +49,52 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         dtype: a torch dtype or its name; default bfloat16, or float16 on a GPU that only emulates that.
         backend: 'cpu' or 'torch'; default the fastest that fits.
         progress: called with short lines about slow steps; default the log.
+        device_map: as for `load_model`: 'auto' is for a model that is too large for one device.
+        self_check: compare the backend with the `torch` backend. Where they differ, the engine runs on `torch` instead,
+            `Engine.notice` says why, and so does `progress`. `Engine.self_check` has the result.
         compute: False for a process that other processes will be forked from: it loads, but runs no layer.
 
     Raises ModelUnavailable, ValueError (unsupported model, exits of another model), FileNotFoundError (no exits there).
     """
-    base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress)
+    base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress, device_map=device_map)
     folder = find_exits(name, exits)
     bank = ExitBank.load(folder) if folder else None
     layers = bank.config.layers if bank else default_exit_layers(base.config.num_hidden_layers)
-    model_in_segments = SegmentedModel(base, layers, name=name, backend=backend)
-    del base                                    # the backend keeps what it needs
-    engine = Engine(model_in_segments, bank or ExitBank.untrained(model_in_segments))
+    make = partial(_engine, base, layers, bank, name)
+    engine = _checked(make, base, backend, progress) if self_check and compute else make(backend)
+    del base, make                              # the backend keeps what it needs
     opening = opening_ids(tokenizer) if compute else []
-    if max(opening, default=0) < model_in_segments.vocab_size:
+    if max(opening, default=0) < engine.model.vocab_size:
         engine.read_opening(opening)
     else:
         log.warning("The chat template of %s uses token ids that the model does not have: use it with chat off.", name)
     give_back()
     return engine, tokenizer
+
+
+def _engine(base, layers: Sequence[int], bank: ExitBank | None, name: str, backend: str | None) -> Engine:
+    model = SegmentedModel(base, layers, name=name, backend=backend)
+    return Engine(model, bank or ExitBank.untrained(model))
+
+
+def _checked(make: Callable[[str], Engine], base, backend: str | None, progress: Progress | None) -> Engine:
+    """Make an engine and check it. Where the check fails, make one on the `torch` backend instead, with a notice."""
+    engine = make(backend)
+    is_reference = engine.model.backend.name == REFERENCE
+    result = selfcheck.check(engine, None if is_reference else reference(base, engine.model.bounds))
+    if not result.passed:
+        notice = f"The self-check of the model failed: {result.problem}."
+        if not is_reference:
+            notice = selfcheck.instead_words(result)
+            del engine                          # first, since two copies of a large model might not fit
+            gc.collect()
+            engine = make(REFERENCE)
+        engine.notice = notice
+        log.warning("%s", notice)
+        if progress:
+            progress(notice)
+    engine.self_check = result
+    return engine
 
 
 def load_model(model: str | None = None, *, device: str | None = None, dtype: torch.dtype | str | None = None,
@@ -72,9 +105,10 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     Args:
         model, device, dtype, progress: as for `load`, whose errors are raised, too.
         token: opens gated and private Hub models; default $HF_TOKEN.
-        device_map: as transformers takes it; 'auto' spreads a model over several devices, main memory and disk.
+        device_map: as transformers takes it; 'auto' spreads a model over several devices, main memory and disk. It
+            decides about devices instead of `device`.
     """
-    model, place = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, _device(device)
+    model, place = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, find_device(device)
     dtype = _torch_dtype(dtype, place)
     source = resolve(model, progress)
     hub = dict(token=token, trust_remote_code=False)    # unset, transformers would ask on the console to run code
@@ -85,7 +119,10 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     except Exception as error:      # the readers of these files raise errors of many kinds, KeyError and Rust's too
         raise _explained(model, source, error) from error
     tokenizer = load_tokenizer(model, progress=progress, token=token)
-    base = base if device_map else base.to(place)
+    if device_map:
+        bring_outer_weights(base)
+    else:
+        base = base.to(place)
     return base.eval().requires_grad_(False), tokenizer, short_name(source)
 
 
@@ -121,7 +158,7 @@ def short_name(source: str) -> str:
     return Path(os.path.abspath(Path(source).expanduser())).name.lower()
 
 
-def _device(wanted: str | None) -> torch.device:
+def find_device(wanted: str | None) -> torch.device:
     """Return the wanted device, else a GPU when there is one. Raises ValueError when there is no such device."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0    # the count ignores a driver too old
     try:

@@ -48,15 +48,16 @@ class Library:
 
     Args:
         offers: at least one, with different labels.
-        device, dtype: as for `hub.load`.
+        device, dtype, device_map: as for `hub.load`.
 
     Raises what `hub.describe` raises, for the first offer that is not available.
     """
 
-    def __init__(self, offers: Sequence[Offer], *, device: str | None = None, dtype=None):
+    def __init__(self, offers: Sequence[Offer], *, device: str | None = None, dtype=None,
+                 device_map: str | None = None):
         self.shapes = {offer.label: hub.describe(offer.model, offer.exits) for offer in offers}
         self._offers = {offer.label: offer for offer in offers}
-        self._place = dict(device=device, dtype=dtype)
+        self._place = dict(device=device, dtype=dtype, device_map=device_map)
         self._lock = threading.Lock()
         self._held: dict[str, tuple[Engine, object]] = {}
         self._fingerprints: dict[str, str] = {}

@@ -117,6 +117,9 @@ class Page:
 
         stream = TokenStream(engine, tokenizer, config, ids, settings.record())
         try:
+            if engine.notice:
+                yield Frame(stream.text + status_line(engine.notice), charts="",
+                            notice=Notice("Slower than usual", engine.notice))
             yield Frame(stream.text, charts="")
             for text in frames(stream, events_of(contest)):
                 yield Frame(text)
@@ -125,7 +128,7 @@ class Page:
             inspection = next(contest).inspection
             self._keep(FinishedRun(stream, inspection, tokenizer))
             stream.end(inspection)
-            yield Frame(stream.text, charts=stream.run)
+            yield Frame(stream.text + (status_line(engine.notice) if engine.notice else ""), charts=stream.run)
         except RunFailed as error:
             log.warning("a run broke off: %s", error)
             stream.fail(str(error))

@@ -20,6 +20,11 @@ def loaded(request):
     return hub.load(hub.DEFAULT_MODEL, dtype=request.param, device="cpu")
 
 
+def test_the_self_check_passes_with_room_to_spare(loaded):
+    check = loaded[0].self_check
+    assert check.passed and not loaded[0].notice and (check.error or 0) < 0.8, check
+
+
 def test_verified_equals_full_bitwise(loaded):
     engine, tokenizer = loaded
     drafted = 0

@@ -67,6 +67,22 @@ def test_given_exits_are_used(folder, tmp_path):
     assert engine.model.exit_layers == EXIT_LAYERS and engine.bank.config.confidence == "mlp"
 
 
+def test_a_model_on_cpu_and_disk_decodes_in_every_mode(folder):
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "model.layers.0"), "cpu")
+    places |= dict.fromkeys(("lm_head", *(f"model.layers.{i}" for i in range(1, 6))), "disk")
+    spread, plain = (hub.load(str(folder), dtype=torch.float32, device="cpu", device_map=where)[0]
+                     for where in (places, None))
+    assert spread.model.device.type == "cpu"
+    for mode in ("full", "cascade", "verified"):
+        config = DecodeConfig(mode=mode, thresholds=None if mode == "full" else 0.2, max_new_tokens=20)
+        assert spread.run([5, 6, 7], config).token_ids == plain.run([5, 6, 7], config).token_ids, mode
+
+
+def test_an_automatic_device_map_on_one_device_changes_nothing(folder):
+    engine = hub.load(str(folder), dtype=torch.bfloat16, device_map={"": "cpu"})[0]
+    assert engine.model.backend.name == hub.load(str(folder), dtype=torch.bfloat16)[0].model.backend.name
+
+
 def test_the_environment_names_the_model(folder, monkeypatch):
     monkeypatch.setenv("CASCADEEXIT_MODEL", str(folder))
     assert hub.load_model(device="cpu")[2] == "tiny-llama"

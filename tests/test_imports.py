@@ -19,7 +19,8 @@ ORDER = """
     backends.cpu.structures backends.cpu.build backends.cpu.states backends.cpu.packing
     backends.cpu.heads backends.cpu.layers backends.cpu.exits backends.cpu backends
     sampling model carry staircase drafting tree metrics engine race inspection shape
-    stream record bundled hub library runner evaluation views settings page endpoints
+    stream record bundled machine accelerator selfcheck hub library runner evaluation views settings page endpoints
+    doctor
 """.split()
 # Each outside library, and the modules that may import it.
 DOORS = {"transformers": ("hub", "bundled", "backends.torch."), "plotly": ("views",), "gguf": ("bundled",),

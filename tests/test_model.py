@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from cascadeexit.backends.torch import attention
 from cascadeexit.backends.torch.attention import additive_mask, attend
 from cascadeexit.backends.torch.cache import TorchCache
+from cascadeexit.backends.torch.layers import TorchLayers
 from cascadeexit.backends.torch.linear import PackedLinear, can_pack, frozen_linear
+from cascadeexit.backends.weights import bring_outer_weights
 from cascadeexit.model import SegmentedModel, check_supported
 from tests.tiny_models import EXIT_LAYERS, SHAPE, logits_of, through, tiny_base
 
@@ -46,18 +49,67 @@ def test_unsupported_architectures_name_the_reason(config, reason):
         check_supported(config)
 
 
-def test_a_model_spread_over_memory_and_disk_is_the_same_model(tmp_path):
-    tiny_base().save_pretrained(tmp_path)
-    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(SHAPE["num_hidden_layers"])}
-    spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "disk")
+OUTER = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
+
+
+def spread_map(outer: str = "cpu") -> dict[str, str]:
+    """A device map with every other layer on the disk, and the weights around the layers at `outer`."""
+    layers = {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(SHAPE["num_hidden_layers"])}
+    return dict.fromkeys(OUTER, outer) | layers | {"model.rotary_emb": "cpu"}
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "llama-untied"])
+@pytest.mark.parametrize("outer", ["cpu", "disk"])
+def test_a_model_spread_over_memory_and_disk_is_the_same_model(tmp_path, family, outer):
+    tiny_base(family).save_pretrained(tmp_path)
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=spread_map(outer),
+                                                  offload_folder=tmp_path / "disk")
     assert spread.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    bring_outer_weights(spread)
     ids, rows = [5, 9, 33, 2, 71, 8, 15], []
-    for base in (tiny_base(), spread):
+    for base in (tiny_base(family), spread):
         model = SegmentedModel(base, EXIT_LAYERS)
         with torch.inference_mode():
             rows.append(logits_of(model, through(model, model.layers.new_cache(16), ids)))
     torch.testing.assert_close(*rows, atol=1e-4, rtol=1e-4)
+
+
+class TwoDevices:
+    """Layers on the CPU and on the `meta` device: their places are real, the numbers of the second are not."""
+
+    def __init__(self):
+        self.base = tiny_base()
+        self.base.model.layers[3:].to("meta")
+        self.base.hf_device_map = {"model.layers.0": "cpu", "model.layers.3": "meta"}
+        self.layers = TorchLayers(self.base, (0, 2, 6))
+
+
+def test_each_layers_cache_lies_where_the_layer_runs():
+    layers = TwoDevices().layers
+    cache = layers.new_cache(16)
+    for buffers in (cache.keys, cache.values):
+        assert [buffer.device.type for buffer in buffers] == ["cpu"] * 3 + ["meta"] * 3
+    assert cache.nbytes == 2 * 6 * 2 * 8 * 16 * 4, "keys and values, layers, heads, head size, slots, bytes"
+
+
+def test_no_cache_moves_between_devices():
+    """Between the devices go rows, masks and angles only, once for each change of device."""
+    layers, moved = TwoDevices().layers, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and args[0].device != out.device:
+                moved.append(tuple(args[0].shape))
+            return out
+
+    cache = layers.new_cache(64)
+    rows = layers.embed([5, 9, 33, 2])
+    with torch.no_grad(), Watch(), pytest.raises(NotImplementedError):          # meta tensors cannot come back
+        layers.run(range(2), rows, cache)
+    buffer = tuple(cache.keys[0].shape)
+    assert (1, 4, 32) in moved and buffer not in moved and len(moved) <= 6, moved
+    assert cache.lengths[:2] == [4, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

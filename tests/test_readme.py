@@ -79,7 +79,7 @@ def check_python(words: list[str], _: dict[str, str]) -> None:
     elif words[1] == "venv":
         assert words[2] == ".venv" and importlib.util.find_spec("venv")
     else:
-        assert words[0] == "-m" and words[1].startswith("training."), words
+        assert words[0] == "-m" and words[1].startswith(("training.", "cascadeexit.")), words
         check_flags(words[1], words[2:])
 
 

@@ -32,6 +32,7 @@ from cascadeexit import backends
 from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine
 from cascadeexit.hub import load, load_model
+from cascadeexit.machine import now, read_bandwidth, resident_bytes
 from cascadeexit.metrics import agreement, match
 from cascadeexit.prompts import bundled_prompts, token_ids
 from training import replay
@@ -39,7 +40,6 @@ from training.command import run_command
 from training.contenders import GENERATE, LLAMA_CPP, Contender, make_contenders
 from training.growth import growth
 from training.json_files import save_json
-from training.machine import now, read_bandwidth, resident_bytes
 from training.options import add_dtype, add_model_and_exits, command_parser
 from training.plots import growth_plot
 from training.provenance import provenance

@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine
+from cascadeexit.machine import now
 from cascadeexit.prompts import bundled_prompts, token_ids
 from training.contenders import GENERATE
-from training.machine import now
 
 CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024)
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from cascadeexit.backends.base import Backend
 from cascadeexit.backends.cpu import CpuBackend
-from cascadeexit.backends.torch import TorchBackend
+from cascadeexit.backends.torch import TorchBackend, TorchReference
 
 BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "torch": TorchBackend}      # the first that fits is taken
+REFERENCE = TorchBackend.name
 
 
 def build() -> None:
@@ -39,3 +40,19 @@ def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None)
         raise ValueError(f"the backend '{kind.name}' cannot run this model here ({weight.dtype} on {weight.device}): "
                          "leave the choice open, or use 'torch'")
     return kind(base, tuple(bounds))
+
+
+def why_not(base) -> dict[str, str]:
+    """Say for each backend that cannot run this model here why, and what to do."""
+    return {name: getattr(kind, "why_not", lambda _: "it does not fit this model or machine")(base)
+            for name, kind in BACKENDS.items() if not kind.fits(base)}
+
+
+def facts(name: str) -> dict[str, str]:
+    """Describe what a backend has on this machine, such as compiled kernels; {} where it has nothing to tell."""
+    return getattr(BACKENDS.get(name), "facts", dict)()
+
+
+def reference(base, bounds: Sequence[int]) -> Backend:
+    """Make the `torch` backend for a few passes, to compare another backend with; it copies no weights."""
+    return TorchReference(base, tuple(bounds))

@@ -209,6 +209,10 @@ class Backend(Protocol):
     def fits(cls, base) -> bool:
         """True where this backend can run the transformers model `base` on this machine."""
 
+    # Two more class methods are optional; `python -m cascadeexit.doctor` prints what they return.
+    #   why_not(base) -> str        why `fits` is False, and what to do
+    #   facts() -> dict[str, str]   what is there on this machine, such as compiled kernels, by name
+
     def vocab_head(self, weight: Tensor, *, rounded: bool = False) -> VocabHead:
         """A head with another weight (K, D).
 

@@ -42,6 +42,44 @@ def outer_weights(base) -> OuterWeights:
     return OuterWeights(base.model.embed_tokens.weight, base.model.norm.weight, base.lm_head.weight, base.lm_head.bias)
 
 
+def is_spread(base) -> bool:
+    """True for a model whose weights accelerate has spread over several devices, main memory or disk."""
+    places = {str(place) for place in getattr(base, "hf_device_map", {}).values()}
+    return len(places) > 1 or "disk" in places
+
+
+def layer_devices(base) -> list[torch.device]:
+    """Return the device on which each decoder layer runs; weights on the disk are brought there for each call."""
+    return [_execution_device(layer) for layer in base.model.layers]
+
+
+def _execution_device(layer: nn.Module) -> torch.device:
+    """Read the device from the hooks of accelerate, which may be several in one; without hooks, from the weights."""
+    hook = getattr(layer, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        if getattr(part, "execution_device", None) is not None:
+            return torch.device(part.execution_device)
+    return next(layer.parameters()).device
+
+
+def bring_outer_weights(base) -> None:
+    """Load embedding, final norm and head into memory where accelerate left them on the disk.
+
+    Every pass needs them, and they are small beside the layers. These modules lose their hooks.
+    """
+    for module in (base.model.embed_tokens, base.model.norm, base.lm_head):
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None and module.weight.device.type == "meta":
+            hook.pre_forward(module)                                    # brings the weights
+            held = {name: p.detach().clone() for name, p in module.named_parameters()}
+            for name in ("_hf_hook", "_old_forward", "forward"):        # the class has a `forward` of its own
+                delattr(module, name)
+            for name, value in held.items():
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+    if base.config.tie_word_embeddings:
+        base.lm_head.weight = base.model.embed_tokens.weight
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """Weights of one decoder layer; those that a type does not have are None."""

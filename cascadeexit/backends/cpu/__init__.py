@@ -14,7 +14,7 @@ from cascadeexit.backends.cpu import build
 from cascadeexit.backends.cpu.exits import CpuExits
 from cascadeexit.backends.cpu.heads import CpuHead
 from cascadeexit.backends.cpu.layers import CpuLayers
-from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weights
+from cascadeexit.backends.weights import DecoderShape, is_spread, layer_weights, outer_weights
 from cascadeexit.exits.bank import ExitBank
 
 
@@ -41,13 +41,28 @@ class CpuBackend:
         A model that accelerate has spread over devices does not fit: its weights come and go with each call.
         """
         weights = outer_weights(base)
-        known = base.config.model_type in cls.families and not hasattr(base, "hf_device_map")
+        known = base.config.model_type in cls.families and not is_spread(base)
         if not known or weights.device.type != "cpu":
             return False
         shape, layer = DecoderShape.of(base.config), layer_weights(base)[0]
         return (weights.dtype == layer.gate.dtype == torch.bfloat16 and layer.plain_mlp
                 and shape.head_dim % 16 == 0 and shape.hidden % 2 == 0 and shape.inner % 2 == 0
                 and build.library() is not None)
+
+    @classmethod
+    def why_not(cls, base) -> str:
+        """Say why `fits` is False, and what to do."""
+        weights = outer_weights(base)
+        if weights.device.type != "cpu":
+            return f"the model is on {weights.device}, and these kernels are for CPUs"
+        if weights.dtype != torch.bfloat16:
+            return f"the model is in {str(weights.dtype).removeprefix('torch.')}, and these kernels need bfloat16"
+        return build.why_not() or "the model's type, its sizes or its device map are not among those of the kernels"
+
+    @classmethod
+    def facts(cls) -> dict[str, str]:
+        """Describe the kernels on this machine."""
+        return build.facts()
 
     def vocab_head(self, weight: Tensor, *, rounded: bool = False) -> CpuHead:
         return CpuHead(weight, eight_bits=rounded)

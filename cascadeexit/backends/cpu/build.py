@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("src")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+_VECTORS = ("AVX512BF16", "AVX512VNNI", "AVX512BW", "AVX512F", "AVX2")      # compiler macros that src/*.h asks for
 
 
 @functools.cache
@@ -32,7 +33,7 @@ def library() -> ctypes.CDLL | None:
     """
     if os.environ.get("CASCADEEXIT_KERNELS") == "0":
         return None
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    compiler = find_compiler()
     if compiler is None:
         log.warning("No C++ compiler (g++) here: the model runs in PyTorch, several times slower.")
         return None
@@ -45,13 +46,56 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _build(compiler: str) -> Path:
-    """Return the shared library for these sources, this compiler and this processor; compile it where it is missing."""
-    target = subprocess.run([compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull], capture_output=True,
-                            text=True, timeout=60).stderr                   # names the processor that `native` is
+def find_compiler() -> str | None:
+    """Return the path of the C++ compiler: $CXX, else g++, else clang++; None without one."""
+    return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+
+
+def facts() -> dict[str, str]:
+    """Describe the kernels on this machine: compiler, compiled file, files of other versions, vector extensions."""
+    compiler, others = find_compiler(), sorted(cache_folder().glob("kernels-*.so"))
+    found = {"compiler": compiler or "none"}
+    if library() is not None:
+        current = kernels_file(compiler)
+        others = [path for path in others if path != current]
+        found["kernels"] = str(current)
+        target = subprocess.run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True,
+                                text=True, timeout=60).stdout
+        found["vector extensions"] = ", ".join(
+            name.lower() for name in _VECTORS if f"#define __{name}__ " in target) or "none that the kernels know"
+    if others:
+        found["kernels out of date"] = (f"{len(others)} files kernels-*.so in {cache_folder()} are of other versions, "
+                                        "compilers or processors and can be deleted")
+    return found
+
+
+def why_not() -> str:
+    """Say why there are no kernels, and what to do; "" where there are."""
+    if os.environ.get("CASCADEEXIT_KERNELS") == "0":
+        return "CASCADEEXIT_KERNELS=0 disables the kernels: unset this variable"
+    if library() is not None:
+        return ""
+    if find_compiler() is None:
+        return "no C++ compiler is installed: install one (apt-get install g++)"
+    return "the kernels could not be compiled: the log above has the compiler's message; install a newer g++"
+
+
+def _target(compiler: str) -> str:
+    """Return what names the processor that `-march=native` stands for."""
+    return subprocess.run([compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull], capture_output=True,
+                          text=True, timeout=60).stderr
+
+
+def kernels_file(compiler: str) -> Path:
+    """Return the path of the shared library for these sources, this compiler and this processor."""
     sources = [(path.name, path.read_bytes()) for path in sorted(SOURCES.iterdir())]
-    key = hashlib.sha256(repr((sources, FLAGS, target, platform.machine())).encode()).hexdigest()[:16]
-    path = cache_folder() / f"kernels-{key}.so"
+    key = hashlib.sha256(repr((sources, FLAGS, _target(compiler), platform.machine())).encode()).hexdigest()[:16]
+    return cache_folder() / f"kernels-{key}.so"
+
+
+def _build(compiler: str) -> Path:
+    """Return the path of the shared library; compile it where it is missing."""
+    path = kernels_file(compiler)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:    # two processes at once: the last one wins

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cascadeexit.backends.torch.exits import TorchExits
 from cascadeexit.backends.torch.heads import TorchHead
-from cascadeexit.backends.torch.layers import TorchLayers
+from cascadeexit.backends.torch.layers import TorchLayers, UnpreparedLayers
 from cascadeexit.backends.weights import outer_weights
 from cascadeexit.exits.bank import ExitBank
 
@@ -23,7 +23,7 @@ class TorchBackend:
         self._recorded = bool(self.layers.recorded_rows)
         weights = outer_weights(base)
         self.head = TorchHead(weights.head, weights.head_bias, row_multiple=self.layers.row_multiple,
-                              recorded_rows=self.layers.recorded_rows)
+                              recorded_rows=self.layers.recorded_rows, packed=self.layers.prepared)
         self._device = weights.device
 
     @classmethod
@@ -46,3 +46,9 @@ class TorchBackend:
     def synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+
+
+class TorchReference(TorchBackend):
+    """The `torch` backend for a few passes, to compare others with: it is ready at once and copies no weights."""
+
+    layers_type = UnpreparedLayers

@@ -3,6 +3,8 @@
 Letters: B texts, H key-value heads, N rows in this pass, C capacity in positions, d head size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,13 +43,45 @@ class TorchCache(KVCache):
 
         The length does not move: padded rows are written too, and only `advance` makes rows real.
         """
-        # `to`: the layer of a model that is spread over devices may lie elsewhere than the buffers.
-        self.keys[layer_idx].index_copy_(2, self._at, keys.to(self.keys))
-        self.values[layer_idx].index_copy_(2, self._at, values.to(self.values))
-        return self.keys[layer_idx].to(keys.device), self.values[layer_idx].to(keys.device)
+        buffers = self.keys[layer_idx], self.values[layer_idx]
+        for buffer, new in zip(buffers, (keys, values)):
+            buffer.index_copy_(2, self._at, new)
+        return buffers
 
     def clear(self) -> None:
         """Make the cache as new, in the same memory."""
         self.truncate(0)
         self.keys.zero_()
         self.values.zero_()
+
+
+class SpreadCache(TorchCache):
+    """A `TorchCache` for layers on several devices: each layer's buffers lie where the layer runs.
+
+    Args:
+        devices: device of each layer. Positions and masks are made on the device `home`.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], num_heads: int, head_dim: int, capacity: int, *, batch: int = 1,
+                 dtype: torch.dtype = torch.float32, home: torch.device | str = "cpu"):
+        super().__init__(0, num_heads, head_dim, capacity, batch=batch, dtype=dtype, device=home)
+        parts = [KVCache(1, num_heads, (head_dim, head_dim), capacity, batch=batch, dtype=dtype, device=device)
+                 for device in devices]
+        self.keys, self.values = ([getattr(part, name)[0] for part in parts] for name in ("keys", "values"))
+        self.lengths = [0] * len(parts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+
+    def copy_from(self, other: "SpreadCache") -> None:
+        """Take over the contents of a cache that has no more slots than this one."""
+        for ours, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values)):
+            ours[:, :, :other.capacity] = theirs
+        self.lengths = list(other.lengths)
+
+    def clear(self) -> None:
+        """Make the cache as new, in the same memory."""
+        self.truncate(0)
+        for buffer in (*self.keys, *self.values):
+            buffer.zero_()

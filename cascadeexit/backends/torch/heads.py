@@ -23,13 +23,15 @@ class TorchHead:
         row_multiple: rows are padded to such a multiple, so that a row's logits do not depend on those beside it.
         recorded_rows: on CUDA, passes of up to so many rows run from a recording; 0 records nothing.
         owned: True where the weight is not shared with another head.
+        packed: pack the weight where that is faster.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, row_multiple: int = 1, recorded_rows: int = 0,
-                 owned: bool = True):
+                 owned: bool = True, packed: bool = True):
         self._device, self._bias = weight.device, bias
-        self._shape = dict(row_multiple=row_multiple, recorded_rows=recorded_rows)
-        self._linear = frozen_linear(weight.detach(), bias)         # a packed weight is not kept beside it
+        self._shape = dict(row_multiple=row_multiple, recorded_rows=recorded_rows, packed=packed)
+        # A packed weight is not kept beside it.
+        self._linear = frozen_linear(weight.detach(), bias, packed=packed)
         self._project: Callable[[Tensor], Tensor] = (
             Recorded(self._linear, recorded_rows) if recorded_rows else self._linear)
         self.words, self.nbytes = len(weight), weight.nbytes

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascadeexit.backends.torch import attention, recording
-from cascadeexit.backends.torch.cache import TorchCache
+from cascadeexit.backends.torch.cache import SpreadCache, TorchCache
 from cascadeexit.backends.torch.linear import frozen_linear
 from cascadeexit.backends.torch.recording import Recorded
-from cascadeexit.backends.weights import DecoderShape, outer_weights
+from cascadeexit.backends.weights import DecoderShape, is_spread, layer_devices, outer_weights
 
 _RECORDED_CAPACITY = 1024       # a recording is for one cache, so few sizes are best; unused slots cost little to read
 _IDLE_CACHES = 4
@@ -36,30 +36,34 @@ class TorchLayers:
     """The layers of a transformers model between `bounds`.
 
     The model's modules are copied, their weights are shared, and the caller's model stays as it is. A model that
-    accelerate has spread over several devices is used in place: its hooks, which bring weights and rows, belong to its
-    modules.
+    accelerate has spread over several devices is used in place: its hooks, which bring weights from main memory or the
+    disk, belong to its modules. Its layers run where they lie, with their part of the cache beside them, and rows come
+    back to the head's device after each segment.
     """
 
     supports_trees = False
+    prepared = True             # weights are packed and kernels recorded where that is faster
 
     def __init__(self, base, bounds: tuple[int, ...]):
-        spread = hasattr(base, "hf_device_map")
+        spread = is_spread(base)
         self._bounds = bounds
         weights = outer_weights(base)
         self._device, self._dtype = weights.device, weights.dtype
+        self._layer_devices = layer_devices(base) if spread else [self._device] * len(base.model.layers)
         self._decoder = base.model if spread else _sharing_weights(base.model)
         self._decoder.config._attn_implementation = attention.register()
         self._shape = DecoderShape.of(self._decoder.config)
         self.segment_bytes = tuple(sum(p.nbytes for layer in self._decoder.layers[a:b] for p in layer.parameters())
                                    for a, b in zip(bounds, bounds[1:]))
-        for layer in () if spread else self._decoder.layers:
+        for layer in self._decoder.layers if self.prepared and not spread else ():
             for block in (layer.self_attn, layer.mlp):
                 for name, module in list(block.named_children()):
                     if isinstance(module, nn.Linear):
                         setattr(block, name, frozen_linear(module.weight, module.bias))
         on_cuda = self._device.type == "cuda"
         self.row_multiple, self.max_rows = (_CUDA_ROWS, _CUDA_ROWS) if on_cuda else (_CPU_ROWS, _CPU_MAX_ROWS)
-        self.recorded_rows = self.row_multiple if not spread and recording.wanted(self._device) else 0
+        recorded = self.prepared and not spread and recording.wanted(self._device)
+        self.recorded_rows = self.row_multiple if recorded else 0
         self._norm = Recorded(self._decoder.norm, self.row_multiple) if self.recorded_rows else self._decoder.norm
         self._idle_caches: list[TorchCache] = []
         self._caches_turn = threading.RLock()       # a run may end, and give its cache back, whenever memory is tidied
@@ -75,6 +79,9 @@ class TorchLayers:
                 if cache.capacity == capacity and cache.keys.shape[1] == batch:
                     self._idle_caches.remove(cache)
                     return cache
+        if set(self._layer_devices) != {self._device}:
+            return SpreadCache(self._layer_devices, self._shape.kv_heads, self._shape.head_dim, capacity, batch=batch,
+                               dtype=self._dtype, home=self._device)
         return TorchCache(self._bounds[-1], self._shape.kv_heads, self._shape.head_dim, capacity, batch=batch,
                           dtype=self._dtype, device=self._device)
 
@@ -96,11 +103,11 @@ class TorchLayers:
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Embed token ids (N,): (1, N, D)."""
-        return self._decoder.embed_tokens(torch.as_tensor(ids, device=self._device).reshape(1, -1))
+        return self._decoder.embed_tokens(torch.as_tensor(ids, device=self._device).reshape(1, -1)).to(self._device)
 
     def norm(self, rows: Tensor) -> Tensor:
         """Apply the final norm: (..., N, D) -> (..., N, D), padded to the row bucket on the way."""
-        return self._norm(self._padded(rows))[..., :rows.shape[-2], :]
+        return self._norm(self._padded(rows))[..., :rows.shape[-2], :].to(self._device)
 
     def run(self, segments: range, rows: Tensor, cache: TorchCache,
             parents: Sequence[int] | None = None) -> list[Tensor]:
@@ -163,15 +170,27 @@ class TorchLayers:
         return cache.recordings[s]
 
     def _run_layers(self, layers: range, h: Tensor, positions: Tensor, mask: Tensor, cache: TorchCache) -> Tensor:
-        """Hidden rows (B, N, D) through layers, writing keys and values into the cache; mask (B, 1, N, C)."""
-        cache.write_at(positions[0])
+        """Hidden rows (B, N, D) through layers, writing keys and values into the cache; mask (B, 1, N, C).
+
+        All inputs and the result lie on the head's device.
+        """
         angles = self._decoder.rotary_emb(torch.zeros((), dtype=self._dtype, device=self._device),
                                           position_ids=positions)
-        added = attention.additive_mask(mask, self._shape.heads // self._shape.kv_heads, h.dtype)
+        added, device = attention.additive_mask(mask, self._shape.heads // self._shape.kv_heads, h.dtype), None
         for layer_idx in layers:
+            if device != self._layer_devices[layer_idx]:
+                device = self._layer_devices[layer_idx]
+                h, added, positions, *angles = (t.to(device) for t in (h, added, positions, *angles))
+                cache.write_at(positions[0])
             h = self._decoder.layers[layer_idx](h, attention_mask=added, position_ids=positions,
-                                                position_embeddings=angles, cache=cache)
-        return h
+                                                position_embeddings=tuple(angles), cache=cache)
+        return h.to(self._device)
+
+
+class UnpreparedLayers(TorchLayers):
+    """The layers for a few passes: no weight is packed and no kernel is recorded, which would take longer."""
+
+    prepared = False
 
 
 def _sharing_weights(decoder: nn.Module) -> nn.Module:

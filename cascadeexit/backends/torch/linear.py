@@ -17,9 +17,9 @@ def can_pack(weight: Tensor) -> bool:
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def frozen_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    """Make a frozen linear layer with this weight (O, I), packed where that is possible."""
-    if can_pack(weight):
+def frozen_linear(weight: Tensor, bias: Tensor | None = None, *, packed: bool = True) -> nn.Module:
+    """Make a frozen linear layer with this weight (O, I), packed where that is possible and wanted."""
+    if packed and can_pack(weight):
         return PackedLinear(weight, bias)
     linear = nn.Linear(*weight.T.shape, bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)

@@ -1,0 +1,55 @@
+"""Accelerator: does torch see the NVIDIA device of this machine or Space, and if not, why and what helps?"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def nvidia_driver() -> str | None:
+    """Return the version of the NVIDIA driver, such as '550.54.15'; None where there is none."""
+    try:
+        found = re.search(r"(?:Kernel Module|x86_64|aarch64)\s+(\d[\d.]+)", _DRIVER_FILE.read_text())
+    except OSError:
+        return None
+    return found[1] if found else "unknown"
+
+
+def cuda_problem(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Say why torch cannot use this machine's NVIDIA device, and what to do.
+
+    Returns None where torch sees a device, and on machines without an NVIDIA driver.
+    """
+    driver = nvidia_driver()
+    if torch.cuda.is_available() or driver is None:
+        return None
+    if torch.version.cuda is None:
+        return (f"This machine has an NVIDIA driver ({driver}), but torch {torch.__version__} is a build for the CPU. "
+                "Install one for CUDA: see https://pytorch.org/get-started/locally")
+    hidden = environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and hidden.strip() in ("", "-1", "none", "NoDevFiles"):
+        return (f"The environment variable CUDA_VISIBLE_DEVICES is '{hidden}', which hides all devices. Unset it, or "
+                "set it to the number of a device, such as 0.")
+    visible = "is not set" if hidden is None else f"is '{hidden}': check that this device exists"
+    return (f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, but sees no device with the driver "
+            f"{driver}. The driver is probably too old: update it, or install a torch built for an older CUDA "
+            f"(`nvidia-smi` shows the newest that the driver knows). CUDA_VISIBLE_DEVICES {visible}.")
+
+
+def space_problem(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Say why a Space with a GPU cannot use it; None on CPU Spaces, on ZeroGPU, and outside of Spaces.
+
+    A Space's hardware is in the variable ACCELERATOR. On ZeroGPU the `spaces` package gives the GPU to single calls.
+    """
+    hardware = (environ.get("ACCELERATOR") or environ.get("SPACE_HARDWARE") or "none").strip().lower()
+    local, no_gpu = "SPACE_ID" not in environ, hardware == "none" or hardware.startswith("cpu")
+    zero = bool(environ.get("SPACES_ZERO_GPU")) or hardware.startswith("zero")
+    if local or no_gpu or zero or torch.cuda.is_available():
+        return None
+    reason = cuda_problem(environ) or f"torch {torch.__version__} finds no NVIDIA driver."
+    return (f"this Space has a GPU ({hardware}), but torch cannot use it. {reason} Restart the Space, or choose CPU "
+            "hardware in its settings.")
