@@ -16,6 +16,7 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.library import Library, Offer
 from cascadeexit.model import SegmentedModel
 from cascadeexit.page import Page
+from cascadeexit.runner import Runner
 from cascadeexit.settings import Settings
 from tests.tiny_models import EXIT_LAYERS, tiny_base
 from tests.tiny_text import tiny_tokenizer
@@ -165,7 +166,7 @@ def test_loading_checks_by_default_and_is_silent_where_all_is_well(folder, caplo
 
 
 def test_the_page_tells_a_visitor_why_the_model_is_slow(folder, wrong):
-    page = Page(Library([Offer("tiny", str(folder))], device="cpu", dtype=torch.float32))
+    page = Page(Runner(Library([Offer("tiny", str(folder))], device="cpu", dtype=torch.float32)))
     settings = Settings(model="tiny", prompt="hi", max_new_tokens=4, chat=False, thresholds=(0.5,) * 3)
     frames = list(page.respond(settings))
     statuses = [json.loads(line)["message"] for frame in frames for line in (frame.stream or "").splitlines()
