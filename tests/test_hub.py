@@ -17,6 +17,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from cascadeexit import bundled, hub
 from cascadeexit.config import DecodeConfig
 from cascadeexit.hub import ModelUnavailable
+from cascadeexit.library import Library, Offer
 from tests.tiny_models import EXIT_LAYERS, tiny_base, tiny_engine
 
 
@@ -78,9 +79,22 @@ def test_a_model_on_cpu_and_disk_decodes_in_every_mode(folder):
         assert spread.run([5, 6, 7], config).token_ids == plain.run([5, 6, 7], config).token_ids, mode
 
 
-def test_an_automatic_device_map_on_one_device_changes_nothing(folder):
-    engine = hub.load(str(folder), dtype=torch.bfloat16, device_map={"": "cpu"})[0]
-    assert engine.model.backend.name == hub.load(str(folder), dtype=torch.bfloat16)[0].model.backend.name
+def test_a_device_map_with_one_device_changes_nothing(folder):
+    """`auto` gives such a map on a machine where the model fits on one device."""
+    engine = hub.load(str(folder), dtype=torch.bfloat16, device="cpu", device_map="auto")[0]
+    assert engine.model.backend.name == hub.load(str(folder), dtype=torch.bfloat16, device="cpu")[0].model.backend.name
+
+
+def test_the_page_passes_its_device_map_on(folder, monkeypatch):
+    maps, load = [], hub.load
+
+    def watched(*args, **options):
+        maps.append(options["device_map"])
+        return load(*args, **options)
+
+    monkeypatch.setattr(hub, "load", watched)
+    Library([Offer("tiny", str(folder))], device="cpu", dtype=torch.float32, device_map="auto").get("tiny")
+    assert maps == ["auto"]
 
 
 def test_the_environment_names_the_model(folder, monkeypatch):
