@@ -1,0 +1,204 @@
+"""GpuLayers: the decoder layers of a Llama-like model in Triton.
+
+A row's result does not depend on the other rows of its pass, so passes need no padding, and rows may as well be
+branches of a draft tree, or texts of a batch. Weights stay where transformers has them; nothing is copied.
+
+Letters: N rows, T tiles of rows, D hidden size, B texts of a batch, d head size, S splits of attention.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cascadeexit.backends.cache import KVCache
+from cascadeexit.backends.gpu import kernels, places
+from cascadeexit.backends.gpu.launches import (KEYS, ROWS, SPLIT, Counts, input_block, launch, output_block, power_of_2,
+                                               shrink, tiles)
+from cascadeexit.backends.gpu.places import Places
+from cascadeexit.backends.weights import DecoderShape, LayerWeights, layer_weights, rotary_angles
+
+_CAPACITY_STEP = 128
+_PROMPT_ROWS = 128              # rows of a pass of a prompt: more need more memory for the splits of attention
+_ROW_COST = 0.02                # a tile of 16 rows costs about what one of them does
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What the kernels of a layer hand to each other, for N rows of a context of up to S splits."""
+
+    queries: Tensor     # (N, H d)
+    attended: Tensor    # (N, H d)
+    inner: Tensor       # (N, F)
+    partial: Tensor     # (T, K, parts, S, 16, d) in fp32
+    sums: Tensor        # (T, K, parts, S, 16, 2) in fp32
+
+
+class GpuLayers:
+    """Embedding, layers and final norm between `bounds`; the methods are those of `base.LayerStack`.
+
+    Args:
+        base: a transformers *ForCausalLM that `GpuBackend.fits`.
+    """
+
+    row_multiple, max_rows, supports_trees = 1, ROWS, True
+
+    def __init__(self, base, bounds: tuple[int, ...]):
+        self._shape, self._bounds = DecoderShape.of(base.config), bounds
+        self._weights = layer_weights(base)
+        self._embedding, self._norm_weight = base.model.embed_tokens.weight.detach(), base.model.norm.weight.detach()
+        self._device, self._dtype = base.lm_head.weight.device, base.lm_head.weight.dtype
+        self.counts = Counts(self._device)
+        self._cosines, self._sines = (angles.float().contiguous().to(self._device)
+                                      for angles in rotary_angles(base, self._shape))
+        self._scale = base.model.layers[0].self_attn.scaling
+        self.segment_bytes = tuple(sum(p.nbytes for layer in base.model.layers[a:b] for p in layer.parameters())
+                                   for a, b in zip(bounds, bounds[1:]))
+
+    # -- caches ---------------------------------------------------------------------------------------------------
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        d = self._shape.head_dim
+        return KVCache(self._bounds[-1], self._shape.kv_heads, (d, d), capacity, batch=batch, dtype=self._dtype,
+                       device=self._device)
+
+    def release(self, cache: KVCache) -> None:
+        """Do nothing: a cache is freed when nobody holds it."""
+
+    def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
+        if list(path) != list(range(len(path))):
+            taken = torch.tensor(path, device=self._device) + start
+            for part in (cache.keys, cache.values):
+                part[:, :, :, start:start + len(path)] = part[:, :, :, taken]
+        cache.truncate(start + len(path))
+
+    # -- computing ------------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
+        return F.embedding(torch.as_tensor(ids, device=self._device).reshape(1, -1), self._embedding)
+
+    def norm(self, rows: Tensor) -> Tensor:
+        return rms_norm(rows, self._norm_weight, self._shape.norm_eps, self.counts)
+
+    def run(self, segments: range, rows: Tensor, cache: KVCache, parents: Sequence[int] | None = None) -> list[Tensor]:
+        bounds, n = self._bounds[segments.start:segments.stop + 1], rows.shape[1]
+        start = self._claim(cache, bounds, n, n if parents is None else 1)
+        if parents is not None:
+            return self._run(bounds, rows, cache, places.tree(start, parents))
+        parts = [self._run(bounds, rows[:, a:a + _PROMPT_ROWS], cache,
+                           places.chain(start + a, min(n - a, _PROMPT_ROWS))) for a in range(0, n, _PROMPT_ROWS)]
+        return parts[0] if len(parts) == 1 else [self.join(after) for after in zip(*parts)]
+
+    def run_batch(self, segment: int, rows: Tensor, begins: Sequence[int], cache: KVCache) -> Tensor:
+        bounds = self._bounds[segment:segment + 2]
+        return self._run(bounds, rows, cache, places.batch(self._claim(cache, bounds, 1, 1), begins))[0]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts), dim=1)
+
+    def tensor(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def row_cost(self, rows: int) -> float:
+        return _ROW_COST
+
+    def _claim(self, cache: KVCache, bounds: Sequence[int], slots: int, positions: int) -> int:
+        """Make slots real in the layers between these bounds; returns the first. Raises ValueError for too many."""
+        if bounds[0] == bounds[-1]:
+            return 0
+        start = cache.room(bounds[0], slots)
+        if start + positions > self._shape.positions:
+            raise ValueError(f"this model has {self._shape.positions} positions, {start + positions} were asked for")
+        cache.advance(range(bounds[0], bounds[-1]), slots)
+        return start
+
+    def _run(self, bounds: Sequence[int], rows: Tensor, cache: KVCache, at: Places) -> list[Tensor]:
+        """Take rows (1, N, D) through the layers between these bounds: the rows before each of bounds[1:]."""
+        x = rows[0].to(self._dtype).contiguous()
+        scratch = self.scratch(at, int(at.positions.max()) // SPLIT + 1) if bounds[0] < bounds[-1] else None
+        return [out[None] for out in self.launch_layers(bounds, x, cache, at.to(self._device), scratch)]
+
+    def scratch(self, at: Places, splits: int) -> Scratch:
+        """Make room for what kernels hand to each other, for rows that see at most so many splits."""
+        shape, n = self._shape, len(at.positions)
+        parts = tiles(at.tile * (shape.heads // shape.kv_heads))
+        of = (len(at.firsts), shape.kv_heads, parts, splits, ROWS)
+
+        def empty(*size: int, dtype: torch.dtype = self._dtype) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=self._device)
+
+        width = shape.heads * shape.head_dim
+        return Scratch(empty(n, width), empty(n, width), empty(n, shape.inner),
+                       empty(*of, shape.head_dim, dtype=torch.float32), empty(*of, 2, dtype=torch.float32))
+
+    def launch_layers(self, bounds: Sequence[int], x: Tensor, cache: KVCache, at: Places,
+                      scratch: Scratch | None) -> list[Tensor]:
+        """Launch the layers between these bounds on rows (N, D): the rows before each of bounds[1:], (N, D) each.
+
+        Everything that changes from pass to pass is in `x` and `at`, so the launches may be recorded.
+        """
+        passed = []
+        for first, end in zip(bounds, bounds[1:]):
+            out = x if first == end else torch.empty_like(x)
+            for layer in range(first, end):
+                self._launch_layer(self._weights[layer], x, out, cache.keys[layer], cache.values[layer], at, scratch)
+                x = out
+            passed.append(out)
+        return passed
+
+    def _launch_layer(self, w: LayerWeights, x: Tensor, out: Tensor, keys: Tensor, values: Tensor, at: Places,
+                      scratch: Scratch) -> None:
+        """Launch the six kernels of one layer: x (N, D) -> out (N, D), which may be x itself."""
+        shape, n, capacity = self._shape, len(x), keys.shape[2]
+        D, H, K, d, eps = shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.norm_eps
+        parts, splits = scratch.partial.shape[2:4]
+        sizes = dict(TILE=at.tile, SPLIT=SPLIT, WIDTH=power_of_2(d))
+        biases, norms = (w.q_bias, w.k_bias, w.v_bias), (w.q_norm, w.k_norm)
+        launch(kernels.qkv_heads, (tiles(n), H + 2 * K), x, w.attention_norm, w.q, w.k, w.v,
+               *(w.q if bias is None else bias for bias in biases),             # a pointer in its place, never read
+               *(w.q if norm is None else norm for norm in norms), self._cosines, self._sines, scratch.queries, keys, values, at.count,
+               at.positions, at.slots, at.lanes, eps, D, H, K, capacity, d, SHRINK=shrink(x.dtype),
+               BIAS=w.q_bias is not None, HEAD_NORM=w.q_norm is not None, HALF=power_of_2(d // 2),
+               BLOCK=input_block(D, 64), num_warps=4, num_stages=4)
+        launch(kernels.attend, (K * parts, splits, len(at.firsts)), scratch.queries, keys, values, scratch.partial,
+               scratch.sums, at.count, at.positions, at.lanes, at.paths, at.firsts, at.begins, self._scale, H, K,
+               capacity, d, BLOCK=KEYS, num_warps=4, num_stages=2, **sizes)
+        launch(kernels.combine, (tiles(n), H), scratch.partial, scratch.sums, scratch.attended, at.count, at.positions,
+               H, K, splits, parts, d, num_warps=4, num_stages=2, **sizes)
+        linear(scratch.attended, w.o, at.count, out, bias=w.o_bias, residual=x)
+        gated(out, w.gate, w.up, at.count, scratch.inner, gain=w.mlp_norm, eps=eps)
+        linear(scratch.inner, w.down, at.count, out, residual=out)
+
+
+def rms_norm(rows: Tensor, gain: Tensor, eps: float, counts: Counts) -> Tensor:
+    """Apply RMSNorm to rows (..., D)."""
+    flat = rows.reshape(-1, rows.shape[-1]).to(gain.dtype).contiguous()
+    out = torch.empty_like(flat)
+    launch(kernels.rms_norm, (len(flat),), flat, gain, out, counts(len(flat)), eps, flat.shape[1],
+           BLOCK=min(1024, power_of_2(flat.shape[1])), num_warps=4)
+    return out.view(rows.shape)
+
+
+def linear(x: Tensor, weight: Tensor, count: Tensor, out: Tensor, *, bias: Tensor | None = None,
+           residual: Tensor | None = None) -> Tensor:
+    """Multiply rows x (N, I) by a weight (O, I) into out (N, O), with a bias and a residual; returns `out`."""
+    outputs, inputs = weight.shape
+    block = output_block(outputs)
+    launch(kernels.linear, (tiles(len(x)), -(-outputs // block)), x, weight, bias, residual, out, count, inputs,
+           outputs, BIAS=bias is not None, RESIDUAL=residual is not None, BLOCK_O=block,
+           BLOCK=input_block(inputs, 256 if block == 16 else 128), num_warps=4, num_stages=4)
+    return out
+
+
+def gated(x: Tensor, gate: Tensor, up: Tensor, count: Tensor, out: Tensor, *, gain: Tensor | None = None,
+          eps: float = 0.0) -> Tensor:
+    """Compute silu(gate x) * up x for rows x (N, I), normed first where there is a gain; returns `out` (N, F)."""
+    width, inputs = gate.shape
+    block = output_block(width)
+    launch(kernels.gated, (tiles(len(x)), -(-width // block)), x, gain, gate, up, out, count, eps, inputs, width,
+           NORM=gain is not None, SHRINK=shrink(x.dtype), BLOCK_F=block, BLOCK=input_block(inputs, 128), num_warps=4,
+           num_stages=4)
+    return out

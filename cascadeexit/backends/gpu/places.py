@@ -1,0 +1,96 @@
+"""Places: where the rows of a pass stand in the text and in the cache, as kernels read it from device memory.
+
+Letters: N rows, T tiles.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascadeexit.backends.gpu.launches import ROWS, tiles
+
+
+@dataclass(frozen=True)
+class Places:
+    """Positions, slots and paths of N rows, all int32 views of one buffer, so that one copy moves them.
+
+    A tile of attention has `tile` rows: 16 that follow each other or are a tree, or one row of a text of its own.
+    """
+
+    buffer: Tensor
+    count: Tensor       # (1,) number of rows
+    positions: Tensor   # (N,) in the text
+    slots: Tensor       # (N,) in the cache
+    lanes: Tensor       # (N,) text of a batch
+    paths: Tensor       # (N, 16) slots of the positions from firsts[tile] on, on the path that ends in this row
+    firsts: Tensor      # (T,) the tile's first position; what is before it all its rows see
+    begins: Tensor      # (T,) the first position that is read
+    tile: int
+
+    @classmethod
+    def over(cls, buffer: Tensor, rows: int, tile: int = ROWS) -> "Places":
+        """View a buffer of `size(rows, tile)` numbers."""
+        sizes = _sizes(rows, tile)
+        count, positions, slots, lanes, paths, firsts, begins = buffer.split(sizes)
+        return cls(buffer, count, positions, slots, lanes, paths.view(-1, ROWS), firsts, begins, tile)
+
+    @staticmethod
+    def size(rows: int, tile: int = ROWS) -> int:
+        """Numbers in the buffer of so many rows."""
+        return sum(_sizes(rows, tile))
+
+    def to(self, device: torch.device) -> "Places":
+        """Copy to a device, without waiting for it."""
+        if device.type == "cpu":
+            return self
+        buffer = self.buffer.pin_memory() if device.type == "cuda" else self.buffer
+        return Places.over(buffer.to(device, non_blocking=True), len(self.positions), self.tile)
+
+
+def chain(start: int, n: int, rows: int | None = None) -> Places:
+    """Places of n rows that follow `start` positions, one after another; in a buffer for `rows` rows."""
+    places = _empty(rows or n)
+    places.count[0], at = n, torch.arange(start, start + (rows or n), dtype=torch.int32)
+    places.positions[:], places.slots[:] = at, at
+    places.firsts[:] = at[::ROWS]
+    places.paths[:] = (places.firsts[:, None] + torch.arange(ROWS, dtype=torch.int32)).repeat_interleave(
+        ROWS, 0)[:len(at)]
+    return places
+
+
+def tree(start: int, parents: Sequence[int], rows: int | None = None) -> Places:
+    """Places of a tree of at most 16 rows after `start` positions: row r follows row parents[r] < r, row 0 the cache.
+
+    Raises ValueError for more rows.
+    """
+    n = len(parents)
+    if n > ROWS:
+        raise ValueError(f"a tree has at most {ROWS} rows on this backend, got {n}")
+    places, paths = chain(start, n, rows), []
+    for row, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), start + row])
+        places.positions[row] = start + len(paths[row]) - 1
+        places.paths[row, :len(paths[row])] = torch.tensor(paths[row], dtype=torch.int32)
+    return places
+
+
+def batch(start: int, begins: Sequence[int]) -> Places:
+    """Places of one row of each of several texts: all at slot `start`, text r reads its slots from begins[r] on."""
+    places = _empty(len(begins), 1)
+    places.count[0], places.lanes[:] = len(begins), torch.arange(len(begins))
+    places.begins[:] = torch.tensor(begins)
+    for view in (places.positions, places.slots, places.firsts, places.paths):
+        view[:] = start
+    return places
+
+
+def _empty(rows: int, tile: int = ROWS) -> Places:
+    return Places.over(torch.zeros(Places.size(rows, tile), dtype=torch.int32), rows, tile)
+
+
+def _sizes(rows: int, tile: int) -> list[int]:
+    """Sizes of the parts of a buffer."""
+    many = tiles(rows) if tile == ROWS else rows
+    return [1, rows, rows, rows, rows * ROWS, many, many]
