@@ -1,16 +1,19 @@
 """Backends: the only place that knows how numbers are computed.
 
-`torch` is the reference and runs on every device. `cpu` is our C++ kernels, for bf16 models on a CPU. A new backend is
-a class with the attributes of `base.Backend`: pass it to `SegmentedModel`, or list it in `BACKENDS`.
+`torch` is the reference and runs on every device. `cpu` is our C++ kernels, for bf16 models on a CPU. `gpu` is our
+Triton kernels, for bf16 and fp16 models on CUDA. A new backend is a class with the attributes of `base.Backend`: pass
+it to `SegmentedModel`, or list it in `BACKENDS`.
 """
 
 from collections.abc import Sequence
 
 from cascadeexit.backends.base import Backend
 from cascadeexit.backends.cpu import CpuBackend
+from cascadeexit.backends.gpu import GpuBackend
 from cascadeexit.backends.torch import TorchBackend
 
-BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "torch": TorchBackend}      # the first that fits is taken
+# The first that fits is taken.
+BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "gpu": GpuBackend, "torch": TorchBackend}
 
 
 def build() -> None:

@@ -9,10 +9,10 @@ a text is cut into passes:
    holds new rows is computed once for each row, with the keys of that row's own path and zeros after it. So the same
    numbers meet in the same tile, whether the row is decoded alone or verified in a tree.
 
-No kernel adds by atomics. Counts and positions are read from device memory, so a recorded launch serves every context.
+No kernel adds by atomics. Counts and positions are read from device memory: a recorded launch serves every context.
 
 Letters: N rows, T tiles of rows, D hidden size, I inputs, O outputs, H query heads, K key-value heads, G = H / K, d head
-size, C cache capacity, S splits, F inner size of the MLP, V words, P positions of the model.
+size, C cache capacity, S splits, F inner size of the MLP, V words.
 """
 
 import triton
@@ -103,11 +103,11 @@ def attend(queries, keys, values, partial, sums, count, positions, lanes, paths,
            TILE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """Attend from 16 query rows of one key-value head to one split of the positions.
 
-    The G query heads of a row are rows of the tile, so a tile of TILE rows has G * TILE query rows. `paths[r, j]` is the
-    slot of the position firsts[tile] + j on the path of row r; positions before firsts[tile] are slots of their own.
+    The G query heads of a row are rows of the tile, so a tile of TILE rows has G * TILE query rows. `paths[r, j]` is
+    the slot of the position firsts[tile] + j on the path of row r; positions before firsts[tile] are slots themselves.
     Blocks before the new rows are computed once for all rows, other blocks once for each row, in the same loop: the
-    step's keys are those that row `one` sees, and only `mine` keeps what comes out. Writes unnormalised sums of values
-    (T, K, parts, S, 16, d), and the largest score and the sum of weights (T, K, parts, S, 16, 2).
+    step's keys are those that row `one` sees, and only the rows `mine` keep what comes out. Writes unnormalised sums of
+    values (T, K, parts, S, 16, d), and the largest score and the sum of weights (T, K, parts, S, 16, 2).
 
     Grid: (K * parts, S, T), with as many parts as G * TILE query rows fill.
     """
@@ -188,8 +188,8 @@ def combine(partial, sums, out, count, positions, H, K, S, parts, d, TILE: tl.co
 
 
 @triton.jit
-def linear(x, weight, bias, residual, y, count, I, O, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-           BLOCK_O: tl.constexpr, BLOCK: tl.constexpr):
+def linear(x, weight, bias, residual, y, count, inputs, outputs, BIAS: tl.constexpr,
+           RESIDUAL: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK: tl.constexpr):
     """Multiply rows (N, I) by a weight (O, I), and add a bias and a residual (N, O). `residual` may be `y` itself.
 
     Grid: (T, blocks of outputs).
@@ -197,23 +197,23 @@ def linear(x, weight, bias, residual, y, count, I, O, BIAS: tl.constexpr, RESIDU
     row, out = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     real = row < tl.load(count)
     total = tl.zeros((ROWS, BLOCK_O), tl.float32)
-    for start in range(0, I, BLOCK):
+    for start in range(0, inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        w = tl.load(weight + out[:, None] * I + at[None], mask=(out < O)[:, None] & (at < I)[None], other=0.0)
-        part = tl.load(x + row[:, None] * I + at[None], mask=real[:, None] & (at < I)[None], other=0.0)
+        w = tl.load(weight + out[:, None] * inputs + at[None], mask=(out < outputs)[:, None] & (at < inputs)[None], other=0.0)
+        part = tl.load(x + row[:, None] * inputs + at[None], mask=real[:, None] & (at < inputs)[None], other=0.0)
         total = tl.dot(part, tl.trans(w), total)
-    place, wanted = row[:, None] * O + out[None], real[:, None] & (out < O)[None]
+    place, wanted = row[:, None] * outputs + out[None], real[:, None] & (out < outputs)[None]
     if BIAS:
-        total += tl.load(bias + out, mask=out < O, other=0.0).to(tl.float32)[None]
+        total += tl.load(bias + out, mask=out < outputs, other=0.0).to(tl.float32)[None]
     if RESIDUAL:
         total += tl.load(residual + place, mask=wanted, other=0.0).to(tl.float32)
     tl.store(y + place, total.to(y.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
-def gated(x, gain, gate, up, y, count, eps, I, F, NORM: tl.constexpr, SHRINK: tl.constexpr, BLOCK_F: tl.constexpr,
+def gated(x, gain, gate, up, y, count, eps, D, F, NORM: tl.constexpr, SHRINK: tl.constexpr, BLOCK_F: tl.constexpr,
           BLOCK: tl.constexpr):
-    """Compute silu(gate x) * up x of rows (N, I), normed first where NORM: (N, F). Norm and SHRINK as in `qkv_heads`.
+    """Compute silu(gate x) * up x of rows (N, D), normed first where NORM: (N, F). Norm and SHRINK as in `qkv_heads`.
 
     Grid: (T, blocks of outputs).
     """
@@ -221,21 +221,21 @@ def gated(x, gain, gate, up, y, count, eps, I, F, NORM: tl.constexpr, SHRINK: tl
     real = row < tl.load(count)
     squares = tl.zeros((ROWS,), tl.float32)
     left, right = tl.zeros((ROWS, BLOCK_F), tl.float32), tl.zeros((ROWS, BLOCK_F), tl.float32)
-    for start in range(0, I, BLOCK):
+    for start in range(0, D, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        place, wanted = out[:, None] * I + at[None], (out < F)[:, None] & (at < I)[None]
+        place, wanted = out[:, None] * D + at[None], (out < F)[:, None] & (at < D)[None]
         a = tl.load(gate + place, mask=wanted, other=0.0)
         b = tl.load(up + place, mask=wanted, other=0.0)
-        part = tl.load(x + row[:, None] * I + at[None], mask=real[:, None] & (at < I)[None], other=0.0)
+        part = tl.load(x + row[:, None] * D + at[None], mask=real[:, None] & (at < D)[None], other=0.0)
         if NORM:
             wide = part.to(tl.float32)
             squares += tl.sum(wide * wide, 1)
-            wide *= tl.load(gain + at, mask=at < I, other=0.0).to(tl.float32)[None] * SHRINK
+            wide *= tl.load(gain + at, mask=at < D, other=0.0).to(tl.float32)[None] * SHRINK
             part = wide.to(a.dtype)
         left = tl.dot(part, tl.trans(a), left)
         right = tl.dot(part, tl.trans(b), right)
     if NORM:
-        scale = tl.rsqrt(squares / I + eps) / SHRINK
+        scale = tl.rsqrt(squares / D + eps) / SHRINK
         left, right = left * scale[:, None], right * scale[:, None]
     product = left * tl.sigmoid(left) * right
     tl.store(y + row[:, None] * F + out[None], product.to(y.dtype.element_ty), mask=real[:, None] & (out < F)[None])

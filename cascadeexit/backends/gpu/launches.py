@@ -24,8 +24,8 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """
     for listener in _listeners:
         listener(kernel.__name__, grid, args, options)
-    if not any(arg.is_meta for arg in args if isinstance(arg, Tensor)):         # shapes alone: only listeners hear of it
-        kernel[grid](*args, enable_fp_fusion=True, **options)       # Triton's own default changes with its version
+    if not any(arg.is_meta for arg in args if isinstance(arg, Tensor)):     # shapes alone: only listeners hear of it
+        kernel[grid](*args, enable_fp_fusion=True, **options)               # the default differs between versions
 
 
 def tiles(rows: int) -> int:

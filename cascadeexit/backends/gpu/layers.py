@@ -15,8 +15,18 @@ from torch.nn import functional as F
 
 from cascadeexit.backends.cache import KVCache
 from cascadeexit.backends.gpu import kernels, places
-from cascadeexit.backends.gpu.launches import (KEYS, ROWS, SPLIT, Counts, input_block, launch, output_block, power_of_2,
-                                               shrink, tiles)
+from cascadeexit.backends.gpu.launches import (
+    KEYS,
+    ROWS,
+    SPLIT,
+    Counts,
+    input_block,
+    launch,
+    output_block,
+    power_of_2,
+    shrink,
+    tiles,
+)
 from cascadeexit.backends.gpu.places import Places
 from cascadeexit.backends.weights import DecoderShape, LayerWeights, layer_weights, rotary_angles
 
@@ -158,11 +168,11 @@ class GpuLayers:
         sizes = dict(TILE=at.tile, SPLIT=SPLIT, WIDTH=power_of_2(d))
         biases, norms = (w.q_bias, w.k_bias, w.v_bias), (w.q_norm, w.k_norm)
         launch(kernels.qkv_heads, (tiles(n), H + 2 * K), x, w.attention_norm, w.q, w.k, w.v,
-               *(w.q if bias is None else bias for bias in biases),             # a pointer in its place, never read
-               *(w.q if norm is None else norm for norm in norms), self._cosines, self._sines, scratch.queries, keys, values, at.count,
-               at.positions, at.slots, at.lanes, eps, D, H, K, capacity, d, SHRINK=shrink(x.dtype),
-               BIAS=w.q_bias is not None, HEAD_NORM=w.q_norm is not None, HALF=power_of_2(d // 2),
-               BLOCK=input_block(D, 64), num_warps=4, num_stages=4)
+               *(w.q if part is None else part for part in (*biases, *norms)),      # pointers that are never read
+               self._cosines, self._sines, scratch.queries, keys, values, at.count, at.positions, at.slots, at.lanes,
+               eps, D, H, K, capacity, d, SHRINK=shrink(x.dtype), BIAS=w.q_bias is not None,
+               HEAD_NORM=w.q_norm is not None, HALF=power_of_2(d // 2), BLOCK=input_block(D, 64), num_warps=4,
+               num_stages=4)
         launch(kernels.attend, (K * parts, splits, len(at.firsts)), scratch.queries, keys, values, scratch.partial,
                scratch.sums, at.count, at.positions, at.lanes, at.paths, at.firsts, at.begins, self._scale, H, K,
                capacity, d, BLOCK=KEYS, num_warps=4, num_stages=2, **sizes)
