@@ -39,7 +39,8 @@ SHAPES = {
                                 num_attention_heads=32, num_key_value_heads=8), torch.float16),
 }
 MULTIPLYING = ("qkv_heads", "attend", "linear", "gated", "head_logits")
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
+            torch.int64: "*i64"}
 
 
 class OnMeta(GpuBackend):

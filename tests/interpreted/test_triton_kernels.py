@@ -127,14 +127,15 @@ class Attention:
     def __call__(self, at: places.Places, spare_splits: int = 0) -> torch.Tensor:
         """Attention of the rows at these places (N, H, d), with room for more splits than are in use."""
         n, splits = int(at.count), int(at.positions.max()) // SPLIT + 1 + spare_splits
-        parts, capacity = tiles(at.tile * self.group), self.keys.shape[2]
+        parts, keys = tiles(at.tile * self.group), self.keys
+        at.cache.copy_(torch.tensor([keys.data_ptr(), self.values.data_ptr(), keys.shape[2], keys.numel()]))
         queries = self.queries[at.slots[:n]].contiguous()
         of = (len(at.firsts), self.kv_heads, parts, splits, 16)
         partial, sums, out = torch.full((*of, self.d), torch.nan), torch.full((*of, 2), torch.nan), queries.clone()
         sizes = dict(TILE=at.tile, SPLIT=SPLIT, WIDTH=power_of_2(self.d))
-        launch(kernels.attend, (self.kv_heads * parts, splits, len(at.firsts)), queries, self.keys, self.values,
+        launch(kernels.attend, (self.kv_heads * parts, splits, len(at.firsts)), queries, at.cache, 0,
                partial, sums, at.count, at.positions, at.lanes, at.paths, at.firsts, at.begins, self.d ** -0.5,
-               self.heads, self.kv_heads, capacity, self.d, BLOCK=KEYS, **sizes)
+               self.heads, self.kv_heads, self.d, BLOCK=KEYS, **sizes)
         launch(kernels.combine, (tiles(n), self.heads), partial, sums, out, at.count, at.positions, self.heads,
                self.kv_heads, splits, parts, self.d, **sizes)
         return out

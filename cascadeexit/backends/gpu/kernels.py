@@ -11,14 +11,25 @@ a text is cut into passes:
 
 No kernel adds by atomics. Counts and positions are read from device memory: a recorded launch serves every context.
 
-Letters: N rows, T tiles of rows, D hidden size, I inputs, O outputs, H query heads, K key-value heads, G = H / K, d head
-size, C cache capacity, S splits, F inner size of the MLP, V words.
+Letters: N rows, T tiles of rows, D hidden size, I inputs, O outputs, H query heads, K key-value heads, G = H / K, d
+head size, C cache capacity, S splits, F inner size of the MLP, V words.
 """
 
 import triton
 import triton.language as tl
 
 ROWS = tl.constexpr(16)         # of every tile, and the longest path of a tree
+
+
+@triton.jit
+def cache_of(cache, part: tl.constexpr, layer, dtype: tl.constexpr):
+    """Return a pointer to a layer's keys (part 0) or values (part 1), and the capacity C.
+
+    `cache` holds addresses, capacity and numbers of a layer (int64), so a recorded launch serves every cache.
+    """
+    address, capacity = tl.load(cache + part), tl.load(cache + 2).to(tl.int32)
+    pointer = address.to(tl.pointer_type(dtype)) + layer * tl.load(cache + 3)
+    return tl.multiple_of(pointer, 16), capacity
 
 
 @triton.jit
@@ -42,7 +53,7 @@ def rms_norm(x, gain, y, count, eps, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def qkv_heads(x, gain, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_norm, k_norm, cosines, sines, queries,
-              keys, values, count, positions, slots, lanes, eps, D, H, K, C, d, SHRINK: tl.constexpr,
+              cache, layer, count, positions, slots, lanes, eps, D, H, K, d, SHRINK: tl.constexpr,
               BIAS: tl.constexpr, HEAD_NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """Norm a tile of rows, and compute one query, key or value head of it: norm and rotary embedding included.
 
@@ -89,17 +100,18 @@ def qkv_heads(x, gain, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_n
         left, right = left * cosine - right * sine, right * cosine + left * sine
     out, at = queries, (row * H + number) * d
     if head >= H:
-        out, lane = keys, tl.load(lanes + row, mask=real, other=0)
-        at = (lane * K + number) * C * d + tl.load(slots + row, mask=real, other=0) * d
-    if head >= H + K:
-        out = values
+        out, C = cache_of(cache, 0, layer, queries.dtype.element_ty)
+        if head >= H + K:
+            out, C = cache_of(cache, 1, layer, queries.dtype.element_ty)
+        lane, slot = tl.load(lanes + row, mask=real, other=0), tl.load(slots + row, mask=real, other=0)
+        at = ((lane * K + number) * C + slot) * d
     stored = real[:, None] & inside[None]
     tl.store(out + at[:, None] + j[None], left.to(out.dtype.element_ty), mask=stored)
     tl.store(out + at[:, None] + d // 2 + j[None], right.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit
-def attend(queries, keys, values, partial, sums, count, positions, lanes, paths, firsts, begins, scale, H, K, C, d,
+def attend(queries, cache, layer, partial, sums, count, positions, lanes, paths, firsts, begins, scale, H, K, d,
            TILE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """Attend from 16 query rows of one key-value head to one split of the positions.
 
@@ -121,7 +133,9 @@ def attend(queries, keys, values, partial, sums, count, positions, lanes, paths,
     if low > last:
         return
     first, begin = tl.load(firsts + tile), tl.load(begins + tile)
-    cache = (tl.load(lanes + tile * TILE) * K + kv) * C * d
+    keys, C = cache_of(cache, 0, layer, queries.dtype.element_ty)
+    values, C = cache_of(cache, 1, layer, queries.dtype.element_ty)
+    base = (tl.load(lanes + tile * TILE) * K + kv) * C * d
     at = ((tile * TILE + row) * H + kv * group + query % group) * d
     q = tl.load(queries + at[:, None] + e[None], mask=(row < here)[:, None] & (e < d)[None], other=0.0)
     high = tl.minimum(low + SPLIT, last + 1)
@@ -137,7 +151,7 @@ def attend(queries, keys, values, partial, sums, count, positions, lanes, paths,
         seen = (p <= tl.load(positions + tile * TILE + one)) & (p >= begin)
         slot = tl.load(paths + (tile * TILE + one) * ROWS + p - first, mask=seen & (p >= first), other=0)
         slot = tl.where(p < first, p, slot)
-        place, wanted = cache + slot[:, None] * d + e[None], seen[:, None] & (e < d)[None]
+        place, wanted = base + slot[:, None] * d + e[None], seen[:, None] & (e < d)[None]
         k = tl.load(keys + place, mask=wanted, other=0.0)
         v = tl.load(values + place, mask=wanted, other=0.0)
         scores = tl.where(seen[None], tl.dot(q, tl.trans(k)) * scale, -float("inf"))
@@ -199,8 +213,9 @@ def linear(x, weight, bias, residual, y, count, inputs, outputs, BIAS: tl.conste
     total = tl.zeros((ROWS, BLOCK_O), tl.float32)
     for start in range(0, inputs, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        w = tl.load(weight + out[:, None] * inputs + at[None], mask=(out < outputs)[:, None] & (at < inputs)[None], other=0.0)
-        part = tl.load(x + row[:, None] * inputs + at[None], mask=real[:, None] & (at < inputs)[None], other=0.0)
+        inside = (at < inputs)[None]
+        w = tl.load(weight + out[:, None] * inputs + at[None], mask=(out < outputs)[:, None] & inside, other=0.0)
+        part = tl.load(x + row[:, None] * inputs + at[None], mask=real[:, None] & inside, other=0.0)
         total = tl.dot(part, tl.trans(w), total)
     place, wanted = row[:, None] * outputs + out[None], real[:, None] & (out < outputs)[None]
     if BIAS:

@@ -28,7 +28,7 @@ from cascadeexit.backends.gpu.launches import (
     tiles,
 )
 from cascadeexit.backends.gpu.places import Places
-from cascadeexit.backends.weights import DecoderShape, LayerWeights, layer_weights, rotary_angles
+from cascadeexit.backends.weights import DecoderShape, layer_weights, rotary_angles
 
 _CAPACITY_STEP = 128
 _PROMPT_ROWS = 128              # rows of a pass of a prompt: more need more memory for the splits of attention
@@ -129,7 +129,7 @@ class GpuLayers:
         """Take rows (1, N, D) through the layers between these bounds: the rows before each of bounds[1:]."""
         x = rows[0].to(self._dtype).contiguous()
         scratch = self.scratch(at, int(at.positions.max()) // SPLIT + 1) if bounds[0] < bounds[-1] else None
-        return [out[None] for out in self.launch_layers(bounds, x, cache, at.to(self._device), scratch)]
+        return [out[None] for out in self.launch_layers(bounds, x, at.of(cache).to(self._device), scratch)]
 
     def scratch(self, at: Places, splits: int) -> Scratch:
         """Make room for what kernels hand to each other, for rows that see at most so many splits."""
@@ -144,8 +144,7 @@ class GpuLayers:
         return Scratch(empty(n, width), empty(n, width), empty(n, shape.inner),
                        empty(*of, shape.head_dim, dtype=torch.float32), empty(*of, 2, dtype=torch.float32))
 
-    def launch_layers(self, bounds: Sequence[int], x: Tensor, cache: KVCache, at: Places,
-                      scratch: Scratch | None) -> list[Tensor]:
+    def launch_layers(self, bounds: Sequence[int], x: Tensor, at: Places, scratch: Scratch | None) -> list[Tensor]:
         """Launch the layers between these bounds on rows (N, D): the rows before each of bounds[1:], (N, D) each.
 
         Everything that changes from pass to pass is in `x` and `at`, so the launches may be recorded.
@@ -154,28 +153,27 @@ class GpuLayers:
         for first, end in zip(bounds, bounds[1:]):
             out = x if first == end else torch.empty_like(x)
             for layer in range(first, end):
-                self._launch_layer(self._weights[layer], x, out, cache.keys[layer], cache.values[layer], at, scratch)
+                self._launch_layer(layer, x, out, at, scratch)
                 x = out
             passed.append(out)
         return passed
 
-    def _launch_layer(self, w: LayerWeights, x: Tensor, out: Tensor, keys: Tensor, values: Tensor, at: Places,
-                      scratch: Scratch) -> None:
+    def _launch_layer(self, layer: int, x: Tensor, out: Tensor, at: Places, scratch: Scratch) -> None:
         """Launch the six kernels of one layer: x (N, D) -> out (N, D), which may be x itself."""
-        shape, n, capacity = self._shape, len(x), keys.shape[2]
+        shape, n, w = self._shape, len(x), self._weights[layer]
         D, H, K, d, eps = shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.norm_eps
         parts, splits = scratch.partial.shape[2:4]
         sizes = dict(TILE=at.tile, SPLIT=SPLIT, WIDTH=power_of_2(d))
         biases, norms = (w.q_bias, w.k_bias, w.v_bias), (w.q_norm, w.k_norm)
         launch(kernels.qkv_heads, (tiles(n), H + 2 * K), x, w.attention_norm, w.q, w.k, w.v,
                *(w.q if part is None else part for part in (*biases, *norms)),      # pointers that are never read
-               self._cosines, self._sines, scratch.queries, keys, values, at.count, at.positions, at.slots, at.lanes,
-               eps, D, H, K, capacity, d, SHRINK=shrink(x.dtype), BIAS=w.q_bias is not None,
+               self._cosines, self._sines, scratch.queries, at.cache, layer, at.count, at.positions, at.slots, at.lanes,
+               eps, D, H, K, d, SHRINK=shrink(x.dtype), BIAS=w.q_bias is not None,
                HEAD_NORM=w.q_norm is not None, HALF=power_of_2(d // 2), BLOCK=input_block(D, 64), num_warps=4,
                num_stages=4)
-        launch(kernels.attend, (K * parts, splits, len(at.firsts)), scratch.queries, keys, values, scratch.partial,
-               scratch.sums, at.count, at.positions, at.lanes, at.paths, at.firsts, at.begins, self._scale, H, K,
-               capacity, d, BLOCK=KEYS, num_warps=4, num_stages=2, **sizes)
+        launch(kernels.attend, (K * parts, splits, len(at.firsts)), scratch.queries, at.cache, layer, scratch.partial,
+               scratch.sums, at.count, at.positions, at.lanes, at.paths, at.firsts, at.begins, self._scale, H, K, d,
+               BLOCK=KEYS, num_warps=4, num_stages=2, **sizes)
         launch(kernels.combine, (tiles(n), H), scratch.partial, scratch.sums, scratch.attended, at.count, at.positions,
                H, K, splits, parts, d, num_warps=4, num_stages=2, **sizes)
         linear(scratch.attended, w.o, at.count, out, bias=w.o_bias, residual=x)

@@ -9,17 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cascadeexit.backends.cache import KVCache
 from cascadeexit.backends.gpu.launches import ROWS, tiles
+
+_CACHE = 4                      # numbers that say where a cache is
 
 
 @dataclass(frozen=True)
 class Places:
-    """Positions, slots and paths of N rows, all int32 views of one buffer, so that one copy moves them.
+    """Positions, slots and paths of N rows, and where their cache is: views of one buffer, so that one copy moves all.
 
     A tile of attention has `tile` rows: 16 that follow each other or are a tree, or one row of a text of its own.
     """
 
-    buffer: Tensor
+    buffer: Tensor      # int64; all but `cache` is viewed as int32
+    cache: Tensor       # (4,) addresses of keys and values, capacity, and numbers of a layer's keys
     count: Tensor       # (1,) number of rows
     positions: Tensor   # (N,) in the text
     slots: Tensor       # (N,) in the cache
@@ -32,14 +36,20 @@ class Places:
     @classmethod
     def over(cls, buffer: Tensor, rows: int, tile: int = ROWS) -> "Places":
         """View a buffer of `size(rows, tile)` numbers."""
-        sizes = _sizes(rows, tile)
-        count, positions, slots, lanes, paths, firsts, begins = buffer.split(sizes)
-        return cls(buffer, count, positions, slots, lanes, paths.view(-1, ROWS), firsts, begins, tile)
+        parts = buffer[_CACHE:].view(torch.int32)[:sum(_sizes(rows, tile))]
+        count, positions, slots, lanes, paths, firsts, begins = parts.split(_sizes(rows, tile))
+        return cls(buffer, buffer[:_CACHE], count, positions, slots, lanes, paths.view(-1, ROWS), firsts, begins, tile)
 
     @staticmethod
     def size(rows: int, tile: int = ROWS) -> int:
         """Numbers in the buffer of so many rows."""
-        return sum(_sizes(rows, tile))
+        return _CACHE + -(-sum(_sizes(rows, tile)) // 2)
+
+    def of(self, cache: KVCache) -> "Places":
+        """Say where the cache is; returns itself."""
+        self.cache.copy_(torch.tensor([cache.keys.data_ptr(), cache.values.data_ptr(), cache.capacity,
+                                       cache.keys[0].numel()]))
+        return self
 
     def to(self, device: torch.device) -> "Places":
         """Copy to a device, without waiting for it."""
@@ -87,7 +97,7 @@ def batch(start: int, begins: Sequence[int]) -> Places:
 
 
 def _empty(rows: int, tile: int = ROWS) -> Places:
-    return Places.over(torch.zeros(Places.size(rows, tile), dtype=torch.int32), rows, tile)
+    return Places.over(torch.zeros(Places.size(rows, tile), dtype=torch.int64), rows, tile)
 
 
 def _sizes(rows: int, tile: int) -> list[int]:
