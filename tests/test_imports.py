@@ -18,8 +18,8 @@ ORDER = """
     backends.torch.layers backends.torch.heads backends.torch.exits backends.torch
     backends.cpu.structures backends.cpu.build backends.cpu.states backends.cpu.packing
     backends.cpu.heads backends.cpu.layers backends.cpu.exits backends.cpu
-    backends.gpu.kernels backends.gpu.launches backends.gpu.places backends.gpu.layers backends.gpu.heads
-    backends.gpu.exits backends.gpu backends
+    backends.gpu.kernels backends.gpu.launches backends.gpu.places backends.gpu.recording backends.gpu.layers
+    backends.gpu.heads backends.gpu.exits backends.gpu backends
     sampling model carry staircase drafting tree metrics engine race inspection shape
     evaluation stream record views bundled hub library settings page endpoints
 """.split()

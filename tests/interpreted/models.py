@@ -19,6 +19,10 @@ FAMILIES = {
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=32),
 }
+TINIEST = SHAPE | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                       num_key_value_heads=1)
+FAMILIES_TO_DECODE = {"llama": LlamaConfig(**TINIEST, tie_word_embeddings=False),
+                      "qwen3": Qwen3Config(**TINIEST, head_dim=16)}
 IDS = [5, 9, 33, 2, 71, 8, 15, 60, 44, 3, 17, 90, 12, 6, 28, 51, 77, 4, 39, 10, 11]
 
 
@@ -29,10 +33,10 @@ class Interpreted(GpuBackend):
     fits = staticmethod(fits_shape)
 
 
-def base_of(family: str, dtype: torch.dtype = torch.bfloat16, std: float = 0.15):
+def base_of(family: str, dtype: torch.dtype = torch.bfloat16, std: float = 0.15, shapes: dict = FAMILIES):
     """A random model of a family; biases are as large as what they are added to."""
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="sdpa")
+    base = AutoModelForCausalLM.from_config(shapes[family], attn_implementation="sdpa")
     for name, parameter in base.named_parameters():
         if parameter.ndim == 2:
             parameter.data.normal_(std=std)
@@ -48,10 +52,10 @@ def model_of(family: str, exits: tuple[int, ...] = (1,), dtype: torch.dtype = to
 
 def engines(family: str, exits: tuple[int, ...] = (0, 1), dtype: torch.dtype = torch.bfloat16,
             **shape) -> tuple[Engine, Engine]:
-    """The same model and random exits on the interpreted kernels and on `torch`."""
+    """The same model and random exits on the interpreted kernels and on `torch`; few programs, so tokens take 0.2 s."""
     made = []
     for backend in (Interpreted, "torch"):
-        model = SegmentedModel(base_of(family, dtype, std=0.25), exits, backend=backend)
+        model = SegmentedModel(base_of(family, dtype, 0.25, FAMILIES_TO_DECODE), exits, backend=backend)
         torch.manual_seed(1)
         bank = ExitBank.untrained(model, **dict(width=16, confidence_width=8) | shape)
         for name, weight in bank.named_parameters():

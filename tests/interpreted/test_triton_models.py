@@ -23,11 +23,11 @@ def test_layers_are_those_of_transformers(family, dtype):
     assert (ours - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
 def test_a_row_does_not_depend_on_how_a_text_is_cut_nor_on_capacity(family):
     model = model_of(family)
     together = decoded(model, [len(IDS)])
-    for chunks in ([1] * 6 + [15], [16, 5], [3, 7, 11]):
+    for chunks in ([1] * 3 + [18], [16, 5]):
         assert torch.equal(decoded(model, chunks, capacity=64 * len(chunks)), together), chunks
 
 
@@ -42,7 +42,8 @@ def test_segments_at_once_are_segments_one_by_one():
     assert torch.equal(caches[0].keys, caches[1].keys) and caches[0].lengths == caches[1].lengths
 
 
-@pytest.mark.parametrize("family, before", [("llama", 3), ("qwen3", 60), ("llama", 250)])
+@pytest.mark.parametrize("family, before", [("llama", 3), ("qwen3", 60),
+                                            pytest.param("llama", 250, marks=pytest.mark.slow)])
 def test_each_path_of_a_tree_is_bitwise_the_text_that_it_says(family, before):
     """Wherever blocks and splits begin; and the cache after `keep` is that of the path's text."""
     model, parents = model_of(family), [-1, 0, 1, 2, 0, 4, 1, 5]
@@ -63,8 +64,8 @@ def test_each_path_of_a_tree_is_bitwise_the_text_that_it_says(family, before):
 
 def test_texts_of_a_batch_see_themselves_alone():
     model, begins = model_of("llama"), [0, 3, 11]
-    texts, layers = (IDS, IDS[::-1], [7, *IDS[1:]]), model.layers
-    cache = layers.new_cache(len(IDS), batch=3)
+    texts, layers = [text[:13] for text in (IDS, IDS[::-1], [7, *IDS[1:]])], model.layers
+    cache = layers.new_cache(len(texts[0]), batch=3)
     with torch.inference_mode():
         for column in zip(*texts):
             rows = layers.embed(column)
@@ -105,17 +106,17 @@ def test_exits_are_those_of_torch(shape):
             torch.testing.assert_close(probs, wanted_probs, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize("options", [dict(thresholds=0.2, max_draft=3), dict(max_draft=7)], ids=["chain", "tree"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family, options", [("llama", dict(thresholds=0.2, max_draft=3)), ("llama", dict(max_draft=7)),
+                                             ("qwen3", dict(max_draft=7))], ids=["chain", "tree", "qwen3-tree"])
 def test_verified_is_bitwise_full(family, options):
     engine, torchs = engines(family, **OURS)
-    prompt = [9, 3, 9, 3, 9, 3, 41, 9, 3]
-    full = engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=12, ignore_eos=True))
-    run = engine.run(prompt, DecodeConfig(mode="verified", max_new_tokens=12, ignore_eos=True, **options))
+    prompt = [9, 3, 9, 3, 41, 9, 3]
+    full = engine.run(prompt, DecodeConfig(mode="full", max_new_tokens=8, ignore_eos=True))
+    run = engine.run(prompt, DecodeConfig(mode="verified", max_new_tokens=8, ignore_eos=True, **options))
     assert run.token_ids == full.token_ids and run.stats.drafted
-    text = [*prompt, *full.token_ids[:-1]]
-    ours, theirs = (engine.model.layers.run(range(3), engine.model.layers.embed(text),
-                                            engine.model.layers.new_cache(64))[-1] for engine in (engine, torchs))
-    ours, theirs = (logits_of(engine.model, rows).float() for engine, rows in ((engine, ours), (torchs, theirs)))
-    assert (ours - theirs).abs().mean() < 0.03 * theirs.abs().mean()
-    assert ours[0, len(prompt) - 1:].argmax(-1).tolist() == full.token_ids, "prefill chooses what decoding chose"
+    text, logits = [*prompt, *full.token_ids[:-1]], []
+    for model in (engine.model, torchs.model):
+        rows = model.layers.run(range(3), model.layers.embed(text), model.layers.new_cache(64))[-1]
+        logits.append(logits_of(model, rows)[0].float())
+    assert (logits[0] - logits[1]).abs().mean() < 0.03 * logits[1].abs().mean()
+    assert logits[0][len(prompt) - 1:].argmax(-1).tolist() == full.token_ids, "prefill chooses what decoding chose"

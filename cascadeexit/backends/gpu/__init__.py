@@ -55,6 +55,7 @@ class GpuBackend:
         return torch.inference_mode()(function)
 
     def synchronize(self) -> None:
+        self.layers.settle()
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 

@@ -11,48 +11,129 @@ from torch import Tensor, nn
 from cascadeexit.backends.exits import Exits
 from cascadeexit.backends.gpu.launches import Counts
 from cascadeexit.backends.gpu.layers import gated, linear, rms_norm
+from cascadeexit.backends.gpu.recording import Hidden, Late, Passes, tensor_of
 from cascadeexit.exits.bank import ExitBank
 
 
 class GpuExits(Exits):
-    """Exit runtime in Triton; the methods are those of `base.ExitRuntime`."""
+    """Exit runtime in Triton; the methods are those of `base.ExitRuntime`.
+
+    Where passes are recorded, an exit is part of the recording of the segments below it, with its choice.
+    """
 
     def __init__(self, bank: ExitBank, backend):
         super().__init__(bank, backend)
-        self._embed, counts = backend.layers.embed, backend.layers.counts
-        self._adapters = [GpuAdapter(adapter, counts) for adapter in bank.adapters]
-        self._draft = GpuAdapter(bank.drafter.adapter, counts) if bank.drafter else self._adapters[0]
-        self._counts = counts
+        self._embed, self._counts = backend.layers.embed, backend.layers.counts
+        self._adapters = [GpuAdapter(adapter, self._counts) for adapter in bank.adapters]
+        self._draft = GpuAdapter(bank.drafter.adapter, self._counts) if bank.drafter else self._adapters[0]
+        self._passes: Passes | None = backend.layers.passes
+        if self._passes:
+            with torch.inference_mode():
+                self._record()
 
-    def hidden(self, s: int, rows: Tensor, carried: Tensor) -> Tensor:
-        return self._adapters[s](rows, carried)
+    def _record(self) -> None:
+        """Record each exit after every span that ends below it, alone and after the exit before."""
+        like = self._passes.x[:1]
+        self._carried, self._before = torch.zeros_like(like), torch.zeros_like(like)            # (1, D) each
+        self._copies = torch.zeros(1, 2, device=like.device)
+        for s in range(len(self._adapters)):
+            for after in (False, True) if s and self._sketch else (False,):
+                def asked(row: Tensor, s: int = s, after: bool = after) -> tuple[Tensor, Tensor]:
+                    hidden = self._adapters[s](row, self._carried)
+                    chance = self._chance(s, hidden, self._copies, self._before if after else None)
+                    return hidden, torch.cat([chance.double(), self._heads[s].launch(hidden)[1].double()])
 
-    def confidence(self, s: int, hidden: Tensor, copied: Sequence[tuple[int, int]],
-                   before: Tensor | None = None) -> list[float]:
+                for first in range(s + 1):
+                    self._passes.record_span((first, s + 1), (first, s, after), asked)
+
+    def hidden(self, s: int, rows: Hidden, carried: Hidden) -> Hidden:
+        ends = rows.ends if isinstance(rows, Late) else None
+        if ends is not None and len(rows.shape) == 2 and ends.waits and ends.span[1] == s + 1:
+            return AskedExit(self._adapters[s], rows, carried)
+        return self._adapters[s](tensor_of(rows), tensor_of(carried))
+
+    def confidence(self, s: int, hidden: Hidden, copied: Sequence[tuple[int, int]],
+                   before: Hidden | None = None) -> list[float]:
+        if isinstance(hidden, AskedExit) and (chance := self._ask(s, hidden, copied, before)) is not None:
+            return [chance]
+        copies = torch.tensor(self.copies(copied), device=self._device) if self._sketch else None
+        return self._chance(s, tensor_of(hidden), copies, None if before is None else tensor_of(before)).tolist()
+
+    def choice(self, s: int, hidden: Hidden) -> int:
+        if isinstance(hidden, AskedExit) and hidden.word is not None:
+            return hidden.word if self._ids is None else self._ids[hidden.word]
+        return super().choice(s, hidden)
+
+    def _ask(self, s: int, asked: "AskedExit", copied: Sequence[tuple[int, int]],
+             before: Hidden | None) -> float | None:
+        """Run the pass that waits below an exit together with it: its confidence; None where that cannot be done."""
+        after = before is not None and self._sketch is not None
+        name, carried = (asked.below.span[0], s, after), tensor_of(asked.carried)
+        before = tensor_of(before) if after else None               # read first: they may be of the pass that waits
+
+        def fill() -> None:
+            self._carried.copy_(carried)
+            if after:
+                self._before.copy_(before)
+            if self._sketch:
+                self._copies.copy_(torch.tensor(self.copies(copied)))
+
+        with self._passes.turn:
+            if not asked.below.waits or name not in self._passes.recorder:
+                return None
+            rows, (hidden, answer) = self._passes.run(asked.below, name, fill)
+            asked.below.take(rows)
+            asked.found = hidden.clone()
+            chance, word = answer.tolist()                          # the one synchronisation
+        asked.word = int(word)
+        return chance
+
+    def _chance(self, s: int, hidden: Tensor, copies: Tensor | None, before: Tensor | None) -> Tensor:
+        """Confidences (N,) of adapted rows (N, D); for a sketch, with copies (N, 2) and rows of the exit before."""
         estimators = self._bank.confidence_heads
         if estimators is None:
-            return self.logits(s, hidden).softmax(-1).amax(-1).tolist()
+            return self._heads[s].logits(hidden).softmax(-1).amax(-1)
         if self._sketch is None:
-            return estimators[s].chance(hidden).tolist()
-        copies = torch.tensor(self.copies(copied), device=self._device)
-        return estimators[s](self._sketch.softmax_facts(hidden, copies, before)).sigmoid().tolist()
+            return estimators[s].chance(hidden)
+        return estimators[s](self._sketch.softmax_facts(hidden, copies, before)).sigmoid()
 
-    def context(self, states: Sequence[Tensor], row: int) -> Tensor | None:
+    def context(self, states: Sequence[Hidden], row: int) -> Tensor | None:
         if self._bank.drafter is None:
             return None
-        x = torch.cat([rows[0, row:row + 1] for rows in states], dim=-1)
+        x = torch.cat([tensor_of(rows)[0, row:row + 1] for rows in states], dim=-1)
         weight = self._bank.drafter.context.weight
         return linear(x, weight, self._counts(1), x.new_empty(1, len(weight))).float()           # (1, D)
 
-    def drafts(self, tokens: Sequence[int], carried: Sequence[Tensor], k: int, temperature: float,
+    def drafts(self, tokens: Sequence[int], carried: Sequence[Hidden], k: int, temperature: float,
                context: Tensor | None = None) -> list[tuple[Tensor, list[float], list[int]]]:
-        states = torch.cat(list(carried)) if len(carried) > 1 else carried[0]
+        states = torch.cat([tensor_of(state) for state in carried])
         if context is not None:
             states = (states + context).to(states.dtype)
         hidden = self._draft(self._embed(tokens)[0], states)
         probs, words = self._draft_head.likeliest(hidden, k, temperature)
         ids = words if self._bank.head_ids is None else self._bank.head_ids[words]
         return list(zip(hidden[:, None], probs.tolist(), ids.tolist()))
+
+
+class AskedExit(Late):
+    """The adapted row (1, D) of an exit that may run in the recording of the pass below it.
+
+    Attributes:
+        below: that pass.
+        word: what the exit chose, by its number in the exit's head; None before it was asked.
+    """
+
+    __slots__ = "below", "carried", "found", "word"
+
+    def __init__(self, adapter: "GpuAdapter", rows: Late, carried: Hidden):
+        self.below, self.carried, self.found, self.word = rows.ends, carried, None, None
+
+        def find() -> Tensor:
+            if self.found is None:
+                self.found = adapter(rows.tensor(), tensor_of(carried))
+            return self.found
+
+        super().__init__(rows.shape, find)
 
 
 class GpuAdapter:

@@ -9,6 +9,7 @@ from torch import Tensor
 from cascadeexit.backends.base import Choice
 from cascadeexit.backends.gpu import kernels
 from cascadeexit.backends.gpu.launches import Counts, input_block, launch, tiles
+from cascadeexit.backends.gpu.recording import Hidden, tensor_of
 from cascadeexit.exits.confidence import softmax_facts
 
 _WORDS, _BLOCKS = 64, 1024      # words of one program, and blocks of words in one step of the argmax
@@ -31,18 +32,18 @@ class GpuHead:
     def weight(self) -> Tensor:
         return self._weight
 
-    def logits(self, rows: Tensor) -> Tensor:
+    def logits(self, rows: Hidden) -> Tensor:
         """Logits of rows (..., D) in fp32: (..., K)."""
         return self.launch(self._ready(rows))[0].view(*rows.shape[:-1], -1)
 
-    def argmax(self, rows: Tensor) -> list[int]:
+    def argmax(self, rows: Hidden) -> list[int]:
         return self.launch(self._ready(rows))[1].tolist()
 
-    def choices(self, rows: Tensor) -> list[Choice]:
+    def choices(self, rows: Hidden) -> list[Choice]:
         logits, tokens = self.launch(self._ready(rows))
         return [Choice(token, row.__getitem__) for token, row in zip(tokens.tolist(), logits)]
 
-    def likeliest(self, rows: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    def likeliest(self, rows: Hidden, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         logits = self.logits(rows) / temperature
         return logits.softmax(-1).topk(min(k, self.words), dim=-1)
 
@@ -68,5 +69,6 @@ class GpuHead:
         launch(kernels.argmax, (n,), logits, best, tokens, count, self.words, blocks, BLOCK=_BLOCKS, num_warps=4)
         return logits, tokens
 
-    def _ready(self, rows: Tensor) -> Tensor:
+    def _ready(self, rows: Hidden) -> Tensor:
+        rows = tensor_of(rows)
         return rows.reshape(-1, rows.shape[-1]).to(self._weight.dtype).contiguous()

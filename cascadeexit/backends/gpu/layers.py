@@ -6,13 +6,14 @@ branches of a draft tree, or texts of a batch. Weights stay where transformers h
 Letters: N rows, T tiles of rows, D hidden size, B texts of a batch, d head size, S splits of attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cascadeexit.backends.base import Unusable
 from cascadeexit.backends.cache import KVCache
 from cascadeexit.backends.gpu import kernels, places
 from cascadeexit.backends.gpu.launches import (
@@ -28,10 +29,12 @@ from cascadeexit.backends.gpu.launches import (
     tiles,
 )
 from cascadeexit.backends.gpu.places import Places
+from cascadeexit.backends.gpu.recording import Hidden, Passes, Recorder, tensor_of, wanted
 from cascadeexit.backends.weights import DecoderShape, layer_weights, rotary_angles
 
 _CAPACITY_STEP = 128
 _PROMPT_ROWS = 128              # rows of a pass of a prompt: more need more memory for the splits of attention
+_RECORDED_POSITIONS = 8192      # of a recording's context: longer ones run kernel by kernel
 _ROW_COST = 0.02                # a tile of 16 rows costs about what one of them does
 
 
@@ -44,6 +47,22 @@ class Scratch:
     inner: Tensor       # (N, F)
     partial: Tensor     # (T, K, parts, S, 16, d) in fp32
     sums: Tensor        # (T, K, parts, S, 16, 2) in fp32
+
+
+class GpuCache(KVCache):
+    """Keys and values, in which a pass that waits is written before they are copied.
+
+    Args:
+        settle: runs that pass.
+    """
+
+    def __init__(self, *shape, settle: Callable[[], None], **options):
+        super().__init__(*shape, **options)
+        self._settle = settle
+
+    def copy_from(self, other: KVCache) -> None:
+        self._settle()
+        super().copy_from(other)
 
 
 class GpuLayers:
@@ -66,20 +85,45 @@ class GpuLayers:
         self._scale = base.model.layers[0].self_attn.scaling
         self.segment_bytes = tuple(sum(p.nbytes for layer in base.model.layers[a:b] for p in layer.parameters())
                                    for a, b in zip(bounds, bounds[1:]))
+        self.passes: Passes | None = None
+        if wanted(self._device):
+            self._record()
+
+    def _record(self) -> None:
+        """Record every span of segments. Raises Unusable where the device cannot record."""
+        self._recorded_positions = min(self._shape.positions, _RECORDED_POSITIONS)
+        scratch = self.scratch(places.chain(0, ROWS), -(-self._recorded_positions // SPLIT))
+
+        def spanned(span: tuple[int, int], x: Tensor, at: Places) -> list[Tensor]:
+            return self.launch_layers(self._bounds[span[0]:span[1] + 1], x, at, scratch)
+
+        with torch.inference_mode():
+            self._spare = self.new_cache(ROWS)
+            self.passes = Passes(Recorder(self._device), self._shape.hidden, self._dtype, self._device,
+                                 places.chain(0, ROWS).of(self._spare), spanned)
+            self.passes.record(len(self._bounds) - 1)
+        if self.passes.recorder.error:
+            raise Unusable(f"CUDA graphs cannot be recorded here: {self.passes.recorder.error}")
 
     # -- caches ---------------------------------------------------------------------------------------------------
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
         d = self._shape.head_dim
-        return KVCache(self._bounds[-1], self._shape.kv_heads, (d, d), capacity, batch=batch, dtype=self._dtype,
-                       device=self._device)
+        return GpuCache(self._bounds[-1], self._shape.kv_heads, (d, d), capacity, batch=batch, dtype=self._dtype,
+                        device=self._device, settle=self.settle)
+
+    def settle(self) -> None:
+        """Run the pass that waits, if one does."""
+        if self.passes:
+            self.passes.settle()
 
     def release(self, cache: KVCache) -> None:
         """Do nothing: a cache is freed when nobody holds it."""
 
     def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
         if list(path) != list(range(len(path))):
+            self.settle()
             taken = torch.tensor(path, device=self._device) + start
             for part in (cache.keys, cache.values):
                 part[:, :, :, start:start + len(path)] = part[:, :, :, taken]
@@ -90,27 +134,31 @@ class GpuLayers:
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         return F.embedding(torch.as_tensor(ids, device=self._device).reshape(1, -1), self._embedding)
 
-    def norm(self, rows: Tensor) -> Tensor:
-        return rms_norm(rows, self._norm_weight, self._shape.norm_eps, self.counts)
+    def norm(self, rows: Hidden) -> Tensor:
+        return rms_norm(tensor_of(rows), self._norm_weight, self._shape.norm_eps, self.counts)
 
-    def run(self, segments: range, rows: Tensor, cache: KVCache, parents: Sequence[int] | None = None) -> list[Tensor]:
+    def run(self, segments: range, rows: Hidden, cache: KVCache, parents: Sequence[int] | None = None) -> list[Hidden]:
         bounds, n = self._bounds[segments.start:segments.stop + 1], rows.shape[1]
         start = self._claim(cache, bounds, n, n if parents is None else 1)
+        if self.passes and self.passes.usable and n <= ROWS and start + n <= self._recorded_positions:
+            at = places.chain(start, n, ROWS) if parents is None else places.tree(start, parents, ROWS)
+            return self.passes.put_off((segments.start, segments.stop), rows, at.of(cache))
         if parents is not None:
             return self._run(bounds, rows, cache, places.tree(start, parents))
+        rows = tensor_of(rows)
         parts = [self._run(bounds, rows[:, a:a + _PROMPT_ROWS], cache,
                            places.chain(start + a, min(n - a, _PROMPT_ROWS))) for a in range(0, n, _PROMPT_ROWS)]
         return parts[0] if len(parts) == 1 else [self.join(after) for after in zip(*parts)]
 
-    def run_batch(self, segment: int, rows: Tensor, begins: Sequence[int], cache: KVCache) -> Tensor:
+    def run_batch(self, segment: int, rows: Hidden, begins: Sequence[int], cache: KVCache) -> Tensor:
         bounds = self._bounds[segment:segment + 2]
         return self._run(bounds, rows, cache, places.batch(self._claim(cache, bounds, 1, 1), begins))[0]
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts), dim=1)
+    def join(self, parts: Sequence[Hidden]) -> Tensor:
+        return torch.cat([tensor_of(part) for part in parts], dim=1)
 
-    def tensor(self, rows: Tensor) -> Tensor:
-        return rows
+    def tensor(self, rows: Hidden) -> Tensor:
+        return tensor_of(rows)
 
     def row_cost(self, rows: int) -> float:
         return _ROW_COST
@@ -125,9 +173,10 @@ class GpuLayers:
         cache.advance(range(bounds[0], bounds[-1]), slots)
         return start
 
-    def _run(self, bounds: Sequence[int], rows: Tensor, cache: KVCache, at: Places) -> list[Tensor]:
+    def _run(self, bounds: Sequence[int], rows: Hidden, cache: KVCache, at: Places) -> list[Tensor]:
         """Take rows (1, N, D) through the layers between these bounds: the rows before each of bounds[1:]."""
-        x = rows[0].to(self._dtype).contiguous()
+        self.settle()
+        x = tensor_of(rows)[0].to(self._dtype).contiguous()
         scratch = self.scratch(at, int(at.positions.max()) // SPLIT + 1) if bounds[0] < bounds[-1] else None
         return [out[None] for out in self.launch_layers(bounds, x, at.of(cache).to(self._device), scratch)]
 

@@ -13,6 +13,7 @@ from cascadeexit.backends.cache import KVCache
 from cascadeexit.backends.gpu.launches import ROWS, tiles
 
 _CACHE = 4                      # numbers that say where a cache is
+_CHAINS: dict[int, Tensor] = {}         # buffers of `_from_zero`: making one takes longer than copying it
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,30 @@ class Places:
         """Copy to a device, without waiting for it."""
         if device.type == "cpu":
             return self
-        buffer = self.buffer.pin_memory() if device.type == "cuda" else self.buffer
-        return Places.over(buffer.to(device, non_blocking=True), len(self.positions), self.tile)
+        return Places.over(self.staged(device).to(device, non_blocking=True), len(self.positions), self.tile)
+
+    def staged(self, device: torch.device) -> Tensor:
+        """The buffer in memory that a device copies without making the caller wait."""
+        return self.buffer.pin_memory() if device.type == "cuda" else self.buffer
 
 
 def chain(start: int, n: int, rows: int | None = None) -> Places:
     """Places of n rows that follow `start` positions, one after another; in a buffer for `rows` rows."""
-    places = _empty(rows or n)
-    places.count[0], at = n, torch.arange(start, start + (rows or n), dtype=torch.int32)
-    places.positions[:], places.slots[:] = at, at
-    places.firsts[:] = at[::ROWS]
-    places.paths[:] = (places.firsts[:, None] + torch.arange(ROWS, dtype=torch.int32)).repeat_interleave(
-        ROWS, 0)[:len(at)]
+    places = _from_zero(rows or n)
+    places.count[0] = n
+    for view in (places.positions, places.slots, places.paths, places.firsts):
+        view += start
     return places
+
+
+def _from_zero(rows: int) -> Places:
+    """Places of so many rows of a text's beginning."""
+    if rows not in _CHAINS:
+        places, at = _empty(rows), torch.arange(rows, dtype=torch.int32)
+        places.positions[:], places.slots[:], places.firsts[:] = at, at, at[::ROWS]
+        places.paths[:] = (at // ROWS * ROWS)[:, None] + torch.arange(ROWS, dtype=torch.int32)
+        _CHAINS[rows] = places.buffer
+    return Places.over(_CHAINS[rows].clone(), rows)
 
 
 def tree(start: int, parents: Sequence[int], rows: int | None = None) -> Places:
