@@ -68,7 +68,7 @@ class GpuExits(Exits):
              before: Hidden | None) -> float | None:
         """Run the pass that waits below an exit together with it: its confidence; None where that cannot be done."""
         after = before is not None and self._sketch is not None
-        name, carried = (asked.below.span[0], s, after), tensor_of(asked.carried)
+        name, carried = (asked.source.span[0], s, after), tensor_of(asked.carried)
         before = tensor_of(before) if after else None               # read first: they may be of the pass that waits
 
         def fill() -> None:
@@ -79,10 +79,10 @@ class GpuExits(Exits):
                 self._copies.copy_(torch.tensor(self.copies(copied)))
 
         with self._passes.turn:
-            if not asked.below.waits or name not in self._passes.recorder:
+            if not asked.source.waits or name not in self._passes.recorder:
                 return None
-            rows, (hidden, answer) = self._passes.run(asked.below, name, fill)
-            asked.below.take(rows)
+            rows, (hidden, answer) = self._passes.run(asked.source, name, fill)
+            asked.source.take(rows)
             asked.found = hidden.clone()
             chance, word = answer.tolist()                          # the one synchronisation
         asked.word = int(word)
@@ -119,21 +119,14 @@ class AskedExit(Late):
     """The adapted row (1, D) of an exit that may run in the recording of the pass below it.
 
     Attributes:
-        below: that pass.
         word: what the exit chose, by its number in the exit's head; None before it was asked.
     """
 
-    __slots__ = "below", "carried", "found", "word"
+    __slots__ = "carried", "word"
 
     def __init__(self, adapter: "GpuAdapter", rows: Late, carried: Hidden):
-        self.below, self.carried, self.found, self.word = rows.ends, carried, None, None
-
-        def find() -> Tensor:
-            if self.found is None:
-                self.found = adapter(rows.tensor(), tensor_of(carried))
-            return self.found
-
-        super().__init__(rows.shape, find)
+        super().__init__(rows.shape, lambda: adapter(rows.tensor(), tensor_of(carried)), rows.ends)
+        self.carried, self.word = carried, None
 
 
 class GpuAdapter:

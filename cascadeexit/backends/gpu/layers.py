@@ -29,7 +29,7 @@ from cascadeexit.backends.gpu.launches import (
     tiles,
 )
 from cascadeexit.backends.gpu.places import Places
-from cascadeexit.backends.gpu.recording import Hidden, Passes, Recorder, tensor_of, wanted
+from cascadeexit.backends.gpu.recording import Hidden, Passes, Recorder, joined, tensor_of, wanted
 from cascadeexit.backends.weights import DecoderShape, layer_weights, rotary_angles
 
 _CAPACITY_STEP = 128
@@ -154,8 +154,8 @@ class GpuLayers:
         bounds = self._bounds[segment:segment + 2]
         return self._run(bounds, rows, cache, places.batch(self._claim(cache, bounds, 1, 1), begins))[0]
 
-    def join(self, parts: Sequence[Hidden]) -> Tensor:
-        return torch.cat([tensor_of(part) for part in parts], dim=1)
+    def join(self, parts: Sequence[Hidden]) -> Hidden:
+        return joined(parts)
 
     def tensor(self, rows: Hidden) -> Tensor:
         return tensor_of(rows)

@@ -91,23 +91,34 @@ class Late:
     """Rows of a pass that may be put off, or of the exit after it: (1, N, D), or (1, D) for one row.
 
     Rows as `base.Rows` describes them. `tensor` runs the pass where that was not done.
+
+    Args:
+        find: computes the rows.
+        source: the pass that they come from.
+        ends: the same pass, where its last row after its last segment is the last of these rows.
     """
 
-    __slots__ = "shape", "ends", "_find"
+    __slots__ = "shape", "source", "ends", "found", "_find"
 
-    def __init__(self, shape: tuple[int, ...], find: Callable[[], Tensor], ends: "Pass | None" = None):
-        """ends: the pass whose last row after its last segment is the last of these rows."""
-        self.shape, self._find, self.ends = shape, find, ends
+    def __init__(self, shape: tuple[int, ...], find: Callable[[], Tensor], source: "Pass",
+                 ends: "Pass | None" = None):
+        self.shape, self.source, self.ends, self.found, self._find = shape, source, ends, None, find
+
+    @property
+    def waits(self) -> bool:
+        return self.source.waits
 
     def __getitem__(self, at: tuple[slice, int | slice]) -> "Late":
         _, n, d = self.shape
         chosen = range(n)[at[1]]
         shape, last = ((1, d), chosen) if isinstance(chosen, int) else ((1, len(chosen), d), chosen.stop - 1)
-        return Late(shape, lambda: self.tensor()[at], self.ends if last == n - 1 else None)
+        return Late(shape, lambda: self.tensor()[at], self.source, self.ends if last == n - 1 else None)
 
     def tensor(self) -> Tensor:
         """Return the rows as a tensor of the same shape."""
-        return self._find()
+        if self.found is None:
+            self.found, self._find = self._find(), None
+        return self.found
 
 
 Hidden = Tensor | Late
@@ -116,6 +127,17 @@ Hidden = Tensor | Late
 def tensor_of(rows: Hidden) -> Tensor:
     """View rows of either kind as a tensor."""
     return rows.tensor() if isinstance(rows, Late) else rows
+
+
+def joined(parts: Sequence[Hidden]) -> Hidden:
+    """Concatenate rows (1, n, D): (1, N, D). Rows that wait go on waiting."""
+    parts = [part if isinstance(part, Late) and part.waits else tensor_of(part) for part in parts]
+    late = next((part for part in parts if isinstance(part, Late)), None)
+
+    def join() -> Tensor:
+        return torch.cat([tensor_of(part) for part in parts], dim=1)
+
+    return join() if late is None else Late((1, sum(part.shape[1] for part in parts), late.shape[2]), join, late.source)
 
 
 class Pass:
@@ -127,7 +149,7 @@ class Pass:
     """
 
     def __init__(self, passes: "Passes", span: tuple[int, int], rows: Hidden, places: Places):
-        self.passes, self.span, self.input, self.places = passes, span, rows, places
+        self.passes, self.span, self.input, self.places, self.shape = passes, span, rows, places, rows.shape
         self._rows: list[Tensor] | None = None
 
     @property
@@ -137,7 +159,7 @@ class Pass:
     def outputs(self) -> list[Late]:
         """Rows after each segment (1, N, D)."""
         last = self.span[1] - self.span[0] - 1
-        return [Late(self.input.shape, lambda i=i: self.rows()[i], self if i == last else None)
+        return [Late(self.shape, lambda i=i: self.rows()[i], self, self if i == last else None)
                 for i in range(last + 1)]
 
     def rows(self) -> list[Tensor]:
@@ -150,9 +172,8 @@ class Pass:
     @torch.inference_mode()
     def take(self, rows: Sequence[Tensor]) -> None:
         """Keep the rows of a recording (16, D) each, before the next one overwrites them."""
-        n = self.input.shape[1]
-        self._rows = [after[None, :n].clone() for after in rows]
-        self.input = Late(self.input.shape, lambda: self._rows[0])          # lets go of what it came from
+        self._rows = [after[None, :self.shape[1]].clone() for after in rows]
+        self.input = None                           # lets go of what it came from
 
 
 class Passes:
