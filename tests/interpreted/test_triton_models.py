@@ -11,8 +11,8 @@ from tests.tiny_models import logits_of
 OURS = dict(adapter="carry", confidence="sketch", sketch_size=40, drafter_width=8)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, dtype", [*((family, torch.bfloat16) for family in FAMILIES),
+                                           ("qwen3", torch.float16)], ids=str)
 def test_layers_are_those_of_transformers(family, dtype):
     with torch.inference_mode():
         exact = base_of(family, dtype).float()(torch.tensor([IDS])).logits[0]
@@ -120,3 +120,21 @@ def test_verified_is_bitwise_full(family, options):
         logits.append(logits_of(model, rows)[0].float())
     assert (logits[0] - logits[1]).abs().mean() < 0.03 * logits[1].abs().mean()
     assert logits[0][len(prompt) - 1:].argmax(-1).tolist() == full.token_ids, "prefill chooses what decoding chose"
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_pass_reads_little_but_weights_and_the_cache_in_use(read, rows):
+    """Each byte once: at most 1.05 of what it must. Capacity and rows that are not there are not read."""
+    model, shape = model_of("llama", exits=()), FAMILIES["llama"]
+    cache = model.layers.new_cache(700)
+    states(model, cache, IDS * 3)
+    read()
+    with torch.inference_mode():
+        top, = model.layers.run(range(1), model.layers.embed(IDS[:rows]), cache)
+        model.head.argmax(model.layers.norm(top))
+    context = len(IDS) * 3 + rows
+    needed = (sum(model.layers.segment_bytes) + model.head.nbytes
+              + 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * context)
+    found = read()
+    print(f"{found:,} bytes read, {needed:,} needed")
+    assert needed <= found <= 1.05 * needed + 1500 * (rows - 1)         # rows of this narrow model count as well

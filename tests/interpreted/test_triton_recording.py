@@ -4,6 +4,8 @@ A CPU records nothing: a stand-in keeps the rules of memory of a CUDA graph. Its
 each time, and what it returned is overwritten by the next replay.
 """
 
+import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -56,7 +58,8 @@ def recorded_engine(plain: Engine) -> Engine:
     return Engine(model, bank)
 
 
-@pytest.fixture(params=[dict(confidence="mlp"), SKETCH], ids=["published", "sketch"])
+@pytest.fixture(params=[pytest.param(dict(confidence="mlp"), marks=pytest.mark.slow), SKETCH],
+                ids=["published", "sketch"])
 def pair(request, replays, monkeypatch):
     """The same engine without recordings and with them."""
     with monkeypatch.context() as plain:
@@ -96,6 +99,18 @@ def test_an_exit_is_one_launch_and_one_synchronisation(pair, replays, monkeypatc
     assert [shape for _, shape, dtype in synchronised if dtype == torch.float64] == [(2,)] * 5
 
 
+def test_the_full_model_is_one_launch_for_each_token(pair, replays):
+    """With its norm, its head and the choice, whether one row is asked for or a tree of drafts."""
+    _, replayed = pair
+    for mode in ("full", "verified"):
+        events = iter(replayed.generate(PROMPT, DecodeConfig(mode=mode, max_new_tokens=5, ignore_eos=True)))
+        first = next(events)
+        replays.clear()
+        list(events)
+        assert len(replays) == 1, "always the same recording"
+        assert replays.total() == 4 if mode == "full" else replays.total() <= 5 - (first.status == "emitted")
+
+
 def test_every_recording_is_made_at_load(pair, replays):
     _, replayed = pair
     names = set(replayed.model.layers.passes.recorder._recordings)
@@ -120,6 +135,19 @@ def test_an_opening_is_copied_after_it_was_read(pair):
     replayed.read_opening(PROMPT[:4])
     config = DecodeConfig(mode="full", max_new_tokens=3, ignore_eos=True)
     assert replayed.run(PROMPT, config).token_ids == stock.run(PROMPT, config).token_ids
+
+
+def test_a_cache_outlives_the_pass_that_waits_to_write_it(pair):
+    """A run may be dropped at any time; a pass of it that ran later would write into another run's memory."""
+    layers = pair[1].model.layers
+    cache = layers.new_cache(16)
+    layers.run(range(1, 3), layers.embed(PROMPT), cache)
+    alive = weakref.ref(cache)
+    del cache
+    assert alive() is not None
+    layers.settle()
+    gc.collect()
+    assert alive() is None
 
 
 def refuse(work, pool):

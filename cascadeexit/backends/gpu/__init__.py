@@ -26,6 +26,7 @@ class GpuBackend:
         from cascadeexit.backends.gpu.layers import GpuLayers
         self.layers = GpuLayers(base, bounds)
         self.head = GpuHead(base.lm_head.weight, base.lm_head.bias, counts=self.layers.counts, owned=False)
+        self.head.in_top = self.layers.record_top(self.head.launch)
         self._device = base.lm_head.weight.device
 
     @classmethod
@@ -34,12 +35,13 @@ class GpuBackend:
 
     @classmethod
     def fits(cls, base) -> bool:
-        """True for bf16 or fp16 on an NVIDIA GPU of capability 8.0 or newer, with Triton and a shape that kernels know.
+        """True for bf16 or fp16 on the current NVIDIA GPU, of capability 8.0 or newer, with Triton and a known shape.
 
         A model that accelerate has spread over devices does not fit: its weights come and go with each call.
         """
         device = base.lm_head.weight.device
         return (device.type == "cuda" and torch.version.cuda is not None
+                and device.index in (None, torch.cuda.current_device())         # Triton launches on that one
                 and torch.cuda.get_device_capability(device) >= _OLDEST
                 and importlib.util.find_spec("triton") is not None and fits_shape(base))
 

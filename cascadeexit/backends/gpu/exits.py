@@ -38,8 +38,8 @@ class GpuExits(Exits):
         self._copies = torch.zeros(1, 2, device=like.device)
         for s in range(len(self._adapters)):
             for after in (False, True) if s and self._sketch else (False,):
-                def asked(row: Tensor, s: int = s, after: bool = after) -> tuple[Tensor, Tensor]:
-                    hidden = self._adapters[s](row, self._carried)
+                def asked(rows: Tensor, s: int = s, after: bool = after) -> tuple[Tensor, Tensor]:
+                    hidden = self._adapters[s](self._passes.last_row(rows), self._carried)
                     chance = self._chance(s, hidden, self._copies, self._before if after else None)
                     return hidden, torch.cat([chance.double(), self._heads[s].launch(hidden)[1].double()])
 
@@ -148,4 +148,4 @@ class GpuAdapter:
             straight = linear(x, a.linear.weight, count, x.new_empty(flat.shape))
         inner = gated(x, a.gate.weight, a.down.weight, count, x.new_empty(len(x), len(a.gate.weight)))
         out = linear(inner, a.up.weight, count, straight.new_empty(flat.shape), residual=straight.contiguous())
-        return rms_norm(out, a.norm.weight, a.norm.eps, self._counts).view(rows.shape)
+        return rms_norm(out, a.norm.weight, a.norm.eps, count).view(rows.shape)

@@ -29,7 +29,7 @@ from cascadeexit.backends.gpu.launches import (
     tiles,
 )
 from cascadeexit.backends.gpu.places import Places
-from cascadeexit.backends.gpu.recording import Hidden, Passes, Recorder, joined, tensor_of, wanted
+from cascadeexit.backends.gpu.recording import AskedTop, Hidden, Late, Passes, Recorder, joined, tensor_of, wanted
 from cascadeexit.backends.weights import DecoderShape, layer_weights, rotary_angles
 
 _CAPACITY_STEP = 128
@@ -134,15 +134,38 @@ class GpuLayers:
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         return F.embedding(torch.as_tensor(ids, device=self._device).reshape(1, -1), self._embedding)
 
-    def norm(self, rows: Hidden) -> Tensor:
-        return rms_norm(tensor_of(rows), self._norm_weight, self._shape.norm_eps, self.counts)
+    def norm(self, rows: Hidden) -> Hidden:
+        ends = rows.ends if isinstance(rows, Late) else None
+        if ends is not None and ends.waits and ends.span[1] == len(self._bounds) - 1 and len(rows.shape) == 3:
+            return AskedTop(rows, self._normed)
+        return self._normed(tensor_of(rows))
+
+    def _normed(self, rows: Tensor, count: Tensor | None = None) -> Tensor:
+        flat = rows.reshape(-1, rows.shape[-1])
+        count = self.counts(len(flat)) if count is None else count
+        return rms_norm(flat, self._norm_weight, self._shape.norm_eps, count).view(rows.shape)
+
+    def record_top(self, head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:
+        """Record the final norm and the model's head after every span up to the top; True where that worked.
+
+        head: launches it on normed rows (16, D), of which so many count (1,): logits (16, V) and tokens (16,).
+        """
+        if self.passes:
+            def answer(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                count = self.passes.places.count
+                normed = self._normed(rows, count)
+                return normed, *head(normed, count)
+
+            with torch.inference_mode():
+                self.passes.record_top(len(self._bounds) - 1, answer)
+        return self.passes is not None and self.passes.usable
 
     def run(self, segments: range, rows: Hidden, cache: KVCache, parents: Sequence[int] | None = None) -> list[Hidden]:
         bounds, n = self._bounds[segments.start:segments.stop + 1], rows.shape[1]
         start = self._claim(cache, bounds, n, n if parents is None else 1)
         if self.passes and self.passes.usable and n <= ROWS and start + n <= self._recorded_positions:
             at = places.chain(start, n, ROWS) if parents is None else places.tree(start, parents, ROWS)
-            return self.passes.put_off((segments.start, segments.stop), rows, at.of(cache))
+            return self.passes.put_off((segments.start, segments.stop), rows, at.of(cache), cache)
         if parents is not None:
             return self._run(bounds, rows, cache, places.tree(start, parents))
         rows = tensor_of(rows)
@@ -230,13 +253,13 @@ class GpuLayers:
         linear(scratch.inner, w.down, at.count, out, residual=out)
 
 
-def rms_norm(rows: Tensor, gain: Tensor, eps: float, counts: Counts) -> Tensor:
-    """Apply RMSNorm to rows (..., D)."""
-    flat = rows.reshape(-1, rows.shape[-1]).to(gain.dtype).contiguous()
-    out = torch.empty_like(flat)
-    launch(kernels.rms_norm, (len(flat),), flat, gain, out, counts(len(flat)), eps, flat.shape[1],
-           BLOCK=min(1024, power_of_2(flat.shape[1])), num_warps=4)
-    return out.view(rows.shape)
+def rms_norm(rows: Tensor, gain: Tensor, eps: float, count: Tensor) -> Tensor:
+    """Apply RMSNorm to rows (N, D), the first `count` (1,) of them."""
+    rows = rows.to(gain.dtype).contiguous()
+    out = torch.empty_like(rows)
+    launch(kernels.rms_norm, (len(rows),), rows, gain, out, count, eps, rows.shape[1],
+           BLOCK=min(1024, power_of_2(rows.shape[1])), num_warps=4)
+    return out
 
 
 def linear(x: Tensor, weight: Tensor, count: Tensor, out: Tensor, *, bias: Tensor | None = None,

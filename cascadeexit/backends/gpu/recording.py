@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascadeexit.backends.cache import KVCache
 from cascadeexit.backends.gpu.launches import ROWS
 from cascadeexit.backends.gpu.places import Places
 
@@ -146,10 +147,12 @@ class Pass:
     Args:
         passes: what runs it.
         span: first segment, and the one after the last.
+        cache: the one that the places are in; it must outlive the wait.
     """
 
-    def __init__(self, passes: "Passes", span: tuple[int, int], rows: Hidden, places: Places):
+    def __init__(self, passes: "Passes", span: tuple[int, int], rows: Hidden, places: Places, cache: KVCache):
         self.passes, self.span, self.input, self.places, self.shape = passes, span, rows, places, rows.shape
+        self._cache: KVCache | None = cache
         self._rows: list[Tensor] | None = None
 
     @property
@@ -173,7 +176,7 @@ class Pass:
     def take(self, rows: Sequence[Tensor]) -> None:
         """Keep the rows of a recording (16, D) each, before the next one overwrites them."""
         self._rows = [after[None, :self.shape[1]].clone() for after in rows]
-        self.input = None                           # lets go of what it came from
+        self.input = self._cache = None             # lets go of what it came from
 
 
 class Passes:
@@ -206,21 +209,33 @@ class Passes:
 
     def record_span(self, span: tuple[int, int], name: Any = None,
                     after: Callable[[Tensor], Any] | None = None) -> None:
-        """Record a span under its name, with what `after` does with its last row (1, D); the result is (rows, that)."""
+        """Record a span under its name, with what `after` does with the rows after it (16, D); results in (rows, that).
+
+        Only the first rows of these are those of a pass: `last_row` picks the last.
+        """
         def work() -> tuple[list[Tensor], Any]:
             rows = self._launch(span, self.x, self.places)
-            return rows, after(rows[-1].index_select(0, self.places.count - 1)) if after else None
+            return rows, after(rows[-1]) if after else None
 
         with self.turn:
             self.settle()
             self.places.buffer.copy_(self._spare.buffer)        # else those of a run, whose cache may be gone
             self.recorder.record(name or span, work)
 
-    def put_off(self, span: tuple[int, int], rows: Hidden, places: Places) -> list[Late]:
+    def last_row(self, rows: Tensor) -> Tensor:
+        """The last row of a pass (1, D) among those of a recording (16, D)."""
+        return rows.index_select(0, self.places.count - 1)
+
+    def record_top(self, segments: int, after: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Record every span up to the top again, with the full model's answer, as `AskedTop` takes it."""
+        for first in range(segments):
+            self.record_span((first, segments), (first, "top"), after)
+
+    def put_off(self, span: tuple[int, int], rows: Hidden, places: Places, cache: KVCache) -> list[Late]:
         """Let a pass wait: its rows after each segment. The pass that waited before runs now."""
         with self.turn:
             self.settle()
-            self._waiting = Pass(self, span, rows, places)
+            self._waiting = Pass(self, span, rows, places, cache)
             return self._waiting.outputs()
 
     def settle(self) -> None:
@@ -238,3 +253,31 @@ class Passes:
         self.places.buffer.copy_(waiting.places.staged(self._device), non_blocking=True)
         fill()
         return self.recorder.replay(name)
+
+
+class AskedTop(Late):
+    """Normed rows of the full model (1, N, D), whose head may run in the recording of the pass below it.
+
+    Args:
+        rows: the last rows of the pass, after the last layer.
+        norm: applies the final norm to them.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, rows: Late, norm: Callable[[Tensor], Tensor]):
+        super().__init__(rows.shape, lambda: norm(rows.tensor()), rows.ends)
+
+    @torch.inference_mode()
+    def ask(self) -> tuple[Tensor, list[int]] | None:
+        """Run the pass with the full model's head: logits (N, V), and the likeliest tokens; None where it has run."""
+        passes, name = self.source.passes, (self.source.span[0], "top")
+        with passes.turn:
+            if self.found is not None or not self.waits or name not in passes.recorder:
+                return None
+            rows, answer = passes.run(self.source, name)
+            part = slice(self.source.shape[1] - self.shape[1], self.source.shape[1])
+            self.source.take(rows)
+            normed, logits, tokens = (each[part].clone() for each in answer)
+            self.found = normed[None]
+            return logits, tokens.tolist()                          # the one synchronisation
