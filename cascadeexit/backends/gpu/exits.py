@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from cascadeexit.backends.exits import Exits
-from cascadeexit.backends.gpu.launches import Counts
+from cascadeexit.backends.gpu.launches import ROWS, Counts
 from cascadeexit.backends.gpu.layers import gated, linear, rms_norm
 from cascadeexit.backends.gpu.recording import Hidden, Late, Passes, tensor_of
 from cascadeexit.exits.bank import ExitBank
+
+_DRAFTS = "drafts"              # name of the recording of a level of drafts
 
 
 class GpuExits(Exits):
@@ -30,6 +32,7 @@ class GpuExits(Exits):
         if self._passes:
             with torch.inference_mode():
                 self._record()
+                self._record_drafts()
 
     def _record(self) -> None:
         """Record each exit after every span that ends below it, alone and after the exit before."""
@@ -106,13 +109,53 @@ class GpuExits(Exits):
 
     def drafts(self, tokens: Sequence[int], carried: Sequence[Hidden], k: int, temperature: float,
                context: Tensor | None = None) -> list[tuple[Tensor, list[float], list[int]]]:
+        n, k = len(tokens), min(k, self._draft_head.words)
         states = torch.cat([tensor_of(state) for state in carried])
+        if self._passes and _DRAFTS in self._passes.recorder and n <= ROWS and k <= self._most_drafts:
+            hidden, answer = self._replay_drafts(tokens, states, temperature, context)
+        else:
+            ids = torch.as_tensor(tokens, device=self._device)
+            hidden, answer = self._drafted(ids, states, context, temperature, k, self._counts(n))
+        each = [(row[:k], row[len(row) // 2:][:k]) for row in answer.tolist()]
+        return [(state, probs, list(map(int, ids))) for state, (probs, ids) in zip(hidden[:, None], each)]
+
+    def _drafted(self, tokens: Tensor, states: Tensor, context: Tensor | None, temperature: float | Tensor, k: int,
+                 count: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft what follows tokens (N,): hidden rows (N, D), and k probabilities and k token ids of each (N, 2 k)."""
         if context is not None:
             states = (states + context).to(states.dtype)
-        hidden = self._draft(self._embed(tokens)[0], states)
-        probs, words = self._draft_head.likeliest(hidden, k, temperature)
+        hidden = self._draft(self._embed(tokens)[0], states, count)
+        logits = self._draft_head.launch(hidden, count)[0]
+        probs, words = (logits / temperature).softmax(-1).topk(k, dim=-1)
         ids = words if self._bank.head_ids is None else self._bank.head_ids[words]
-        return list(zip(hidden[:, None], probs.tolist(), ids.tolist()))
+        return hidden, torch.cat([probs.double(), ids.double()], dim=-1)
+
+    def _record_drafts(self) -> None:
+        """Record one level of drafts, for up to 16 tokens."""
+        like = self._passes.x
+        self._most_drafts = min(ROWS, self._draft_head.words)
+        self._draft_tokens = torch.zeros(ROWS, dtype=torch.int64, device=like.device)
+        self._draft_states, self._draft_count = torch.zeros_like(like), self._counts(1).clone()
+        self._draft_context = torch.zeros(1, like.shape[1], device=like.device) if self._bank.drafter else None
+        self._temperature = torch.ones(1, device=like.device)
+        self._passes.recorder.record(_DRAFTS, lambda: self._drafted(
+            self._draft_tokens, self._draft_states, self._draft_context, self._temperature, self._most_drafts,
+            self._draft_count))
+
+    @torch.inference_mode()
+    def _replay_drafts(self, tokens: Sequence[int], states: Tensor, temperature: float,
+                       context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the recording of one level: hidden rows (N, D), and probabilities and ids (N, 2 k) of the most drafts."""
+        n = len(tokens)
+        with self._passes.turn:
+            self._draft_tokens[:n].copy_(torch.tensor(tokens))
+            self._draft_states[:n].copy_(states)
+            self._draft_count.fill_(n)
+            self._temperature.fill_(temperature)
+            if self._draft_context is not None:
+                self._draft_context.zero_() if context is None else self._draft_context.copy_(context)
+            hidden, answer = self._passes.recorder.replay(_DRAFTS)
+            return hidden[:n].clone(), answer[:n].clone()
 
 
 class AskedExit(Late):
@@ -139,9 +182,10 @@ class GpuAdapter:
     def __init__(self, adapter: nn.Module, counts: Counts):
         self._adapter, self._counts = adapter, counts
 
-    def __call__(self, rows: Tensor, carried: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor, carried: Tensor, count: Tensor | None = None) -> Tensor:
+        """count: how many of the rows are computed, in device memory; None for all."""
         a, flat = self._adapter, rows.reshape(-1, rows.shape[-1])
-        count, straight = self._counts(len(flat)), flat
+        count, straight = self._counts(len(flat)) if count is None else count, flat
         x = flat.to(a.gate.weight.dtype).contiguous()
         if a.linear is not None:
             x = torch.cat([x, carried.reshape(x.shape).to(x.dtype)], dim=-1)
