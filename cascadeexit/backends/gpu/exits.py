@@ -124,7 +124,7 @@ class GpuExits(Exits):
         """Draft what follows tokens (N,): hidden rows (N, D), and k probabilities and k token ids of each (N, 2 k)."""
         if context is not None:
             states = (states + context).to(states.dtype)
-        hidden = self._draft(self._embed(tokens)[0], states, count)
+        hidden = self._draft(tensor_of(self._embed(tokens))[0], states, count)
         logits = self._draft_head.launch(hidden, count)[0]
         probs, words = (logits / temperature).softmax(-1).topk(k, dim=-1)
         ids = words if self._bank.head_ids is None else self._bank.head_ids[words]

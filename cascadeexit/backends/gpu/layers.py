@@ -29,7 +29,17 @@ from cascadeexit.backends.gpu.launches import (
     tiles,
 )
 from cascadeexit.backends.gpu.places import Places
-from cascadeexit.backends.gpu.recording import AskedTop, Hidden, Late, Passes, Recorder, joined, tensor_of, wanted
+from cascadeexit.backends.gpu.recording import (
+    AskedTop,
+    Embedded,
+    Hidden,
+    Late,
+    Passes,
+    Recorder,
+    joined,
+    tensor_of,
+    wanted,
+)
 from cascadeexit.backends.weights import DecoderShape, layer_weights, rotary_angles
 
 _CAPACITY_STEP = 128
@@ -95,6 +105,7 @@ class GpuLayers:
         scratch = self.scratch(places.chain(0, ROWS), -(-self._recorded_positions // SPLIT))
 
         def spanned(span: tuple[int, int], x: Tensor, at: Places) -> list[Tensor]:
+            x = x if span[0] else F.embedding(at.tokens, self._embedding)
             return self.launch_layers(self._bounds[span[0]:span[1] + 1], x, at, scratch)
 
         with torch.inference_mode():
@@ -131,7 +142,12 @@ class GpuLayers:
 
     # -- computing ------------------------------------------------------------------------------------------------
 
-    def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
+    def embed(self, ids: Sequence[int] | Tensor) -> Hidden:
+        if self.passes and self.passes.usable and len(ids) <= ROWS and not isinstance(ids, Tensor):
+            return Embedded(list(ids), self._shape.hidden, self._looked_up)
+        return self._looked_up(ids)
+
+    def _looked_up(self, ids: Sequence[int] | Tensor) -> Tensor:
         return F.embedding(torch.as_tensor(ids, device=self._device).reshape(1, -1), self._embedding)
 
     def norm(self, rows: Hidden) -> Hidden:
@@ -163,7 +179,8 @@ class GpuLayers:
     def run(self, segments: range, rows: Hidden, cache: KVCache, parents: Sequence[int] | None = None) -> list[Hidden]:
         bounds, n = self._bounds[segments.start:segments.stop + 1], rows.shape[1]
         start = self._claim(cache, bounds, n, n if parents is None else 1)
-        if self.passes and self.passes.usable and n <= ROWS and start + n <= self._recorded_positions:
+        if (self.passes and self.passes.usable and n <= ROWS and start + n <= self._recorded_positions
+                and (segments.start or isinstance(rows, Embedded))):
             at = places.chain(start, n, ROWS) if parents is None else places.tree(start, parents, ROWS)
             return self.passes.put_off((segments.start, segments.stop), rows, at.of(cache), cache)
         if parents is not None:

@@ -29,6 +29,7 @@ class Places:
     positions: Tensor   # (N,) in the text
     slots: Tensor       # (N,) in the cache
     lanes: Tensor       # (N,) text of a batch
+    tokens: Tensor      # (N,) token ids, for recordings that begin with embeddings
     paths: Tensor       # (N, 16) slots of the positions from firsts[tile] on, on the path that ends in this row
     firsts: Tensor      # (T,) the tile's first position; what is before it all its rows see
     begins: Tensor      # (T,) the first position that is read
@@ -38,8 +39,9 @@ class Places:
     def over(cls, buffer: Tensor, rows: int, tile: int = ROWS) -> "Places":
         """View a buffer of `size(rows, tile)` numbers."""
         parts = buffer[_CACHE:].view(torch.int32)[:sum(_sizes(rows, tile))]
-        count, positions, slots, lanes, paths, firsts, begins = parts.split(_sizes(rows, tile))
-        return cls(buffer, buffer[:_CACHE], count, positions, slots, lanes, paths.view(-1, ROWS), firsts, begins, tile)
+        count, positions, slots, lanes, tokens, paths, firsts, begins = parts.split(_sizes(rows, tile))
+        paths = paths.view(-1, ROWS)
+        return cls(buffer, buffer[:_CACHE], count, positions, slots, lanes, tokens, paths, firsts, begins, tile)
 
     @staticmethod
     def size(rows: int, tile: int = ROWS) -> int:
@@ -115,4 +117,4 @@ def _empty(rows: int, tile: int = ROWS) -> Places:
 def _sizes(rows: int, tile: int) -> list[int]:
     """Sizes of the parts of a buffer."""
     many = tiles(rows) if tile == ROWS else rows
-    return [1, rows, rows, rows, rows * ROWS, many, many]
+    return [1, rows, rows, rows, rows, rows * ROWS, many, many]

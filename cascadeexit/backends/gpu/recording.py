@@ -95,19 +95,19 @@ class Late:
 
     Args:
         find: computes the rows.
-        source: the pass that they come from.
+        source: the pass that they come from; None for embeddings.
         ends: the same pass, where its last row after its last segment is the last of these rows.
     """
 
     __slots__ = "shape", "source", "ends", "found", "_find"
 
-    def __init__(self, shape: tuple[int, ...], find: Callable[[], Tensor], source: "Pass",
+    def __init__(self, shape: tuple[int, ...], find: Callable[[], Tensor], source: "Pass | None",
                  ends: "Pass | None" = None):
         self.shape, self.source, self.ends, self.found, self._find = shape, source, ends, None, find
 
     @property
     def waits(self) -> bool:
-        return self.source.waits
+        return self.source is not None and self.source.waits
 
     def __getitem__(self, at: tuple[slice, int | slice]) -> "Late":
         _, n, d = self.shape
@@ -120,6 +120,20 @@ class Late:
         if self.found is None:
             self.found, self._find = self._find(), None
         return self.found
+
+
+class Embedded(Late):
+    """Embeddings of tokens (1, N, D), which a recording looks up itself.
+
+    Args:
+        look_up: computes them.
+    """
+
+    __slots__ = ("tokens",)
+
+    def __init__(self, tokens: Sequence[int], hidden: int, look_up: Callable[[Sequence[int]], Tensor]):
+        super().__init__((1, len(tokens), hidden), lambda: look_up(tokens), None)
+        self.tokens = tokens
 
 
 Hidden = Tensor | Late
@@ -185,7 +199,8 @@ class Passes:
     Args:
         hidden: D.
         spare: places in a cache of no text. What is recorded runs once, and writes there.
-        launch: launches the segments of a span on rows (16, D) at places: the rows after each segment.
+        launch: launches the segments of a span on rows (16, D) at places: the rows after each segment. A span that
+            begins with the first segment reads the places' tokens instead.
     """
 
     def __init__(self, recorder: Recorder, hidden: int, dtype: torch.dtype, device: torch.device,
@@ -248,8 +263,10 @@ class Passes:
     def run(self, waiting: Pass, name: Any, fill: Callable[[], None] = lambda: None) -> Any:
         """Run a pass by the recording of this name; `fill` writes what else the recording reads."""
         self._waiting = None
-        x = tensor_of(waiting.input)[0]
-        self.x[:len(x)].copy_(x)
+        if waiting.span[0] == 0:
+            waiting.places.tokens[:waiting.shape[1]] = torch.tensor(waiting.input.tokens)
+        else:
+            self.x[:waiting.shape[1]].copy_(tensor_of(waiting.input)[0])
         self.places.buffer.copy_(waiting.places.staged(self._device), non_blocking=True)
         fill()
         return self.recorder.replay(name)
