@@ -17,7 +17,9 @@ ORDER = """
     backends.torch.recording backends.torch.linear backends.torch.attention backends.torch.cache
     backends.torch.layers backends.torch.heads backends.torch.exits backends.torch
     backends.cpu.structures backends.cpu.build backends.cpu.states backends.cpu.packing
-    backends.cpu.heads backends.cpu.layers backends.cpu.exits backends.cpu backends
+    backends.cpu.heads backends.cpu.layers backends.cpu.exits backends.cpu
+    backends.gpu.kernels backends.gpu.launches backends.gpu.places backends.gpu.recording backends.gpu.layers
+    backends.gpu.heads backends.gpu.exits backends.gpu backends
     sampling model carry staircase drafting tree metrics engine race inspection shape
     stream record bundled machine accelerator selfcheck hub library runner evaluation views settings page endpoints
     doctor

@@ -1,16 +1,22 @@
 """Backends: all code that decides how numbers are computed.
 
-`torch` is the reference and runs on every device. `cpu` is our C++ kernels, for bf16 models on a CPU. A new backend is
-a class with the attributes of `base.Backend`: pass it to `SegmentedModel`, or list it in `BACKENDS`.
+`torch` is the reference and runs on every device. `cpu` is our C++ kernels, for bf16 models on a CPU. `gpu` is our
+Triton kernels, for bf16 and fp16 models on CUDA. A new backend is a class with the attributes of `base.Backend`: pass
+it to `SegmentedModel`, or list it in `BACKENDS`.
 """
 
+import logging
 from collections.abc import Sequence
 
-from cascadeexit.backends.base import Backend
+from cascadeexit.backends.base import Backend, Unusable
 from cascadeexit.backends.cpu import CpuBackend
+from cascadeexit.backends.gpu import GpuBackend
 from cascadeexit.backends.torch import TorchBackend, TorchReference
 
-BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "torch": TorchBackend}      # the first that fits is taken
+log = logging.getLogger(__name__)
+
+# The first that fits is taken.
+BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "gpu": GpuBackend, "torch": TorchBackend}
 REFERENCE = TorchBackend.name
 
 
@@ -28,8 +34,14 @@ def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None)
     Raises ValueError for an unknown name, and for a backend that cannot run this model here.
     """
     if wanted is None:
-        kind = next(kind for kind in BACKENDS.values() if kind.fits(base))
-    elif isinstance(wanted, str):
+        for kind in BACKENDS.values():
+            if kind.fits(base):
+                try:
+                    return kind(base, tuple(bounds))
+                except Unusable as error:
+                    log.warning("The backend '%s' cannot be used: %s", kind.name, error)
+        raise AssertionError("the backend 'torch' fits every model")
+    if isinstance(wanted, str):
         if wanted not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got '{wanted}'")
         kind = BACKENDS[wanted]

@@ -20,6 +20,10 @@ from torch import Tensor
 from cascadeexit.backends.cache import KVCache
 
 
+class Unusable(RuntimeError):
+    """A backend that fits a model turned out not to work on this machine; the next one that fits is taken."""
+
+
 class Rows(Protocol):
     """Hidden states in the form that a backend keeps them: (1, N, D), or (1, D) for one row.
 

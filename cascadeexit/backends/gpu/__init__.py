@@ -1,0 +1,72 @@
+"""The `gpu` backend: our Triton kernels for bf16 and fp16 models on CUDA.
+
+Triton comes with PyTorch's CUDA builds. It is imported when a model is made, not before, so that machines without it
+work. Where this backend does not fit, models run on the `torch` backend.
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cascadeexit.backends.weights import DecoderShape, layer_weights
+
+_OLDEST = (8, 0)                # compute capability from which tensor cores multiply bf16
+_WIDEST_HEAD = 128
+
+
+class GpuBackend:
+    """Triton kernels that multiply rows in fixed tiles. Methods as in `base.Backend`."""
+
+    name = "gpu"
+
+    def __init__(self, base, bounds: tuple[int, ...]):
+        from cascadeexit.backends.gpu.heads import GpuHead
+        from cascadeexit.backends.gpu.layers import GpuLayers
+        self.layers = GpuLayers(base, bounds)
+        self.head = GpuHead(base.lm_head.weight, base.lm_head.bias, counts=self.layers.counts, owned=False)
+        self.head.in_top = self.layers.record_top(self.head.launch)
+        self._device = base.lm_head.weight.device
+
+    @classmethod
+    def build(cls) -> None:
+        """Do nothing: Triton compiles kernels when they are first used, and keeps them on disk."""
+
+    @classmethod
+    def fits(cls, base) -> bool:
+        """True for bf16 or fp16 on the current NVIDIA GPU, of capability 8.0 or newer, with Triton and a known shape.
+
+        A model that accelerate has spread over devices does not fit: its weights come and go with each call.
+        """
+        device = base.lm_head.weight.device
+        return (device.type == "cuda" and torch.version.cuda is not None
+                and device.index in (None, torch.cuda.current_device())         # Triton launches on that one
+                and torch.cuda.get_device_capability(device) >= _OLDEST
+                and importlib.util.find_spec("triton") is not None and fits_shape(base))
+
+    def vocab_head(self, weight: Tensor, *, rounded: bool = False):
+        from cascadeexit.backends.gpu.heads import GpuHead
+        return GpuHead(weight, counts=self.layers.counts)
+
+    def exits(self, bank):
+        from cascadeexit.backends.gpu.exits import GpuExits
+        return GpuExits(bank, self)
+
+    def without_gradients(self, function: Callable) -> Callable:
+        return torch.inference_mode()(function)
+
+    def synchronize(self) -> None:
+        self.layers.settle()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
+def fits_shape(base) -> bool:
+    """True where the kernels know a transformers model's dtype and shape, whatever its device."""
+    if hasattr(base, "hf_device_map"):
+        return False
+    dtype, shape, layers = base.lm_head.weight.dtype, DecoderShape.of(base.config), layer_weights(base)
+    return (dtype in (torch.bfloat16, torch.float16) and shape.head_dim % 2 == 0 and shape.head_dim <= _WIDEST_HEAD
+            and shape.heads % shape.kv_heads == 0
+            and all(layer.plain_mlp and {w.dtype for w in (layer.q, layer.gate)} == {dtype} for layer in layers))

@@ -1,0 +1,195 @@
+"""GpuExits: adapters, estimators and drafter over our Triton kernels.
+
+Letters: N rows, D hidden size, F inner size of an adapter, E exits but the first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cascadeexit.backends.exits import Exits
+from cascadeexit.backends.gpu.launches import ROWS, Counts
+from cascadeexit.backends.gpu.layers import gated, linear, rms_norm
+from cascadeexit.backends.gpu.recording import Hidden, Late, Passes, tensor_of
+from cascadeexit.exits.bank import ExitBank
+
+_DRAFTS = "drafts"              # name of the recording of a level of drafts
+
+
+class GpuExits(Exits):
+    """Exit runtime in Triton; the methods are those of `base.ExitRuntime`.
+
+    Where passes are recorded, an exit is part of the recording of the segments below it, with its choice.
+    """
+
+    def __init__(self, bank: ExitBank, backend):
+        super().__init__(bank, backend)
+        self._embed, self._counts = backend.layers.embed, backend.layers.counts
+        self._adapters = [GpuAdapter(adapter, self._counts) for adapter in bank.adapters]
+        self._draft = GpuAdapter(bank.drafter.adapter, self._counts) if bank.drafter else self._adapters[0]
+        self._passes: Passes | None = backend.layers.passes
+        if self._passes:
+            with torch.inference_mode():
+                self._record()
+                self._record_drafts()
+
+    def _record(self) -> None:
+        """Record each exit after every span that ends below it, alone and after the exit before."""
+        like = self._passes.x[:1]
+        self._carried, self._before = torch.zeros_like(like), torch.zeros_like(like)            # (1, D) each
+        self._copies = torch.zeros(1, 2, device=like.device)
+        for s in range(len(self._adapters)):
+            for after in (False, True) if s and self._sketch else (False,):
+                def asked(rows: Tensor, s: int = s, after: bool = after) -> tuple[Tensor, Tensor]:
+                    hidden = self._adapters[s](self._passes.last_row(rows), self._carried)
+                    chance = self._chance(s, hidden, self._copies, self._before if after else None)
+                    return hidden, torch.cat([chance.double(), self._heads[s].launch(hidden)[1].double()])
+
+                for first in range(s + 1):
+                    self._passes.record_span((first, s + 1), (first, s, after), asked)
+
+    def hidden(self, s: int, rows: Hidden, carried: Hidden) -> Hidden:
+        ends = rows.ends if isinstance(rows, Late) else None
+        if ends is not None and len(rows.shape) == 2 and ends.waits and ends.span[1] == s + 1:
+            return AskedExit(self._adapters[s], rows, carried)
+        return self._adapters[s](tensor_of(rows), tensor_of(carried))
+
+    def confidence(self, s: int, hidden: Hidden, copied: Sequence[tuple[int, int]],
+                   before: Hidden | None = None) -> list[float]:
+        if isinstance(hidden, AskedExit) and (chance := self._ask(s, hidden, copied, before)) is not None:
+            return [chance]
+        copies = torch.tensor(self.copies(copied), device=self._device) if self._sketch else None
+        return self._chance(s, tensor_of(hidden), copies, None if before is None else tensor_of(before)).tolist()
+
+    def choice(self, s: int, hidden: Hidden) -> int:
+        if isinstance(hidden, AskedExit) and hidden.word is not None:
+            return hidden.word if self._ids is None else self._ids[hidden.word]
+        return super().choice(s, hidden)
+
+    def _ask(self, s: int, asked: "AskedExit", copied: Sequence[tuple[int, int]],
+             before: Hidden | None) -> float | None:
+        """Run the pass that waits below an exit together with it: its confidence; None where that cannot be done."""
+        after = before is not None and self._sketch is not None
+        name, carried = (asked.source.span[0], s, after), tensor_of(asked.carried)
+        before = tensor_of(before) if after else None               # read first: they may be of the pass that waits
+
+        def fill() -> None:
+            self._carried.copy_(carried)
+            if after:
+                self._before.copy_(before)
+            if self._sketch:
+                self._copies.copy_(torch.tensor(self.copies(copied)))
+
+        with self._passes.turn:
+            if not asked.source.waits or name not in self._passes.recorder:
+                return None
+            rows, (hidden, answer) = self._passes.run(asked.source, name, fill)
+            asked.source.take(rows)
+            asked.found = hidden.clone()
+            chance, word = answer.tolist()                          # the one synchronisation
+        asked.word = int(word)
+        return chance
+
+    def _chance(self, s: int, hidden: Tensor, copies: Tensor | None, before: Tensor | None) -> Tensor:
+        """Confidences (N,) of adapted rows (N, D); for a sketch, with copies (N, 2) and rows of the exit before."""
+        estimators = self._bank.confidence_heads
+        if estimators is None:
+            return self._heads[s].logits(hidden).softmax(-1).amax(-1)
+        if self._sketch is None:
+            return estimators[s].chance(hidden)
+        return estimators[s](self._sketch.softmax_facts(hidden, copies, before)).sigmoid()
+
+    def context(self, states: Sequence[Hidden], row: int) -> Tensor | None:
+        if self._bank.drafter is None:
+            return None
+        x = torch.cat([tensor_of(rows)[0, row:row + 1] for rows in states], dim=-1)
+        weight = self._bank.drafter.context.weight
+        return linear(x, weight, self._counts(1), x.new_empty(1, len(weight))).float()           # (1, D)
+
+    def drafts(self, tokens: Sequence[int], carried: Sequence[Hidden], k: int, temperature: float,
+               context: Tensor | None = None) -> list[tuple[Tensor, list[float], list[int]]]:
+        n, k = len(tokens), min(k, self._draft_head.words)
+        states = torch.cat([tensor_of(state) for state in carried])
+        if self._passes and _DRAFTS in self._passes.recorder and n <= ROWS and k <= self._most_drafts:
+            hidden, answer = self._replay_drafts(tokens, states, temperature, context)
+        else:
+            ids = torch.as_tensor(tokens, device=self._device)
+            hidden, answer = self._drafted(ids, states, context, temperature, k, self._counts(n))
+        each = [(row[:k], row[len(row) // 2:][:k]) for row in answer.tolist()]
+        return [(state, probs, list(map(int, ids))) for state, (probs, ids) in zip(hidden[:, None], each)]
+
+    def _drafted(self, tokens: Tensor, states: Tensor, context: Tensor | None, temperature: float | Tensor, k: int,
+                 count: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft what follows tokens (N,): hidden rows (N, D), and k probabilities and k token ids of each (N, 2 k)."""
+        if context is not None:
+            states = (states + context).to(states.dtype)
+        hidden = self._draft(tensor_of(self._embed(tokens))[0], states, count)
+        logits = self._draft_head.launch(hidden, count)[0]
+        probs, words = (logits / temperature).softmax(-1).topk(k, dim=-1)
+        ids = words if self._bank.head_ids is None else self._bank.head_ids[words]
+        return hidden, torch.cat([probs.double(), ids.double()], dim=-1)
+
+    def _record_drafts(self) -> None:
+        """Record one level of drafts, for up to 16 tokens."""
+        like = self._passes.x
+        self._most_drafts = min(ROWS, self._draft_head.words)
+        self._draft_tokens = torch.zeros(ROWS, dtype=torch.int64, device=like.device)
+        self._draft_states, self._draft_count = torch.zeros_like(like), self._counts(1).clone()
+        self._draft_context = torch.zeros(1, like.shape[1], device=like.device) if self._bank.drafter else None
+        self._temperature = torch.ones(1, device=like.device)
+        self._passes.recorder.record(_DRAFTS, lambda: self._drafted(
+            self._draft_tokens, self._draft_states, self._draft_context, self._temperature, self._most_drafts,
+            self._draft_count))
+
+    @torch.inference_mode()
+    def _replay_drafts(self, tokens: Sequence[int], states: Tensor, temperature: float,
+                       context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the recording of one level: hidden rows (N, D), and probabilities and ids (N, 2 k) of the most drafts."""
+        n = len(tokens)
+        with self._passes.turn:
+            self._draft_tokens[:n].copy_(torch.tensor(tokens))
+            self._draft_states[:n].copy_(states)
+            self._draft_count.fill_(n)
+            self._temperature.fill_(temperature)
+            if self._draft_context is not None:
+                self._draft_context.zero_() if context is None else self._draft_context.copy_(context)
+            hidden, answer = self._passes.recorder.replay(_DRAFTS)
+            return hidden[:n].clone(), answer[:n].clone()
+
+
+class AskedExit(Late):
+    """The adapted row (1, D) of an exit that may run in the recording of the pass below it.
+
+    Attributes:
+        word: what the exit chose, by its number in the exit's head; None before it was asked.
+    """
+
+    __slots__ = "carried", "word"
+
+    def __init__(self, adapter: "GpuAdapter", rows: Late, carried: Hidden):
+        super().__init__(rows.shape, lambda: adapter(rows.tensor(), tensor_of(carried)), rows.ends)
+        self.carried, self.word = carried, None
+
+
+class GpuAdapter:
+    """An adapter in Triton: rows (..., D) and carried states (..., D) -> (..., D).
+
+    Args:
+        adapter: `ExitAdapter` or `CarryAdapter`; its weights are shared.
+    """
+
+    def __init__(self, adapter: nn.Module, counts: Counts):
+        self._adapter, self._counts = adapter, counts
+
+    def __call__(self, rows: Tensor, carried: Tensor, count: Tensor | None = None) -> Tensor:
+        """count: how many of the rows are computed, in device memory; None for all."""
+        a, flat = self._adapter, rows.reshape(-1, rows.shape[-1])
+        count, straight = self._counts(len(flat)) if count is None else count, flat
+        x = flat.to(a.gate.weight.dtype).contiguous()
+        if a.linear is not None:
+            x = torch.cat([x, carried.reshape(x.shape).to(x.dtype)], dim=-1)
+            straight = linear(x, a.linear.weight, count, x.new_empty(flat.shape))
+        inner = gated(x, a.gate.weight, a.down.weight, count, x.new_empty(len(x), len(a.gate.weight)))
+        out = linear(inner, a.up.weight, count, straight.new_empty(flat.shape), residual=straight.contiguous())
+        return rms_norm(out, a.norm.weight, a.norm.eps, count).view(rows.shape)

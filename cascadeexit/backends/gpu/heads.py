@@ -1,0 +1,85 @@
+"""GpuHead: a vocabulary projection in Triton.
+
+Letters: N rows, D hidden size, K words.
+"""
+
+import torch
+from torch import Tensor
+
+from cascadeexit.backends.base import Choice
+from cascadeexit.backends.gpu import kernels
+from cascadeexit.backends.gpu.launches import Counts, input_block, launch, tiles
+from cascadeexit.backends.gpu.recording import AskedTop, Hidden, tensor_of
+from cascadeexit.exits.confidence import softmax_facts
+
+_WORDS, _BLOCKS = 64, 1024      # words of one program, and blocks of words in one step of the argmax
+
+
+class GpuHead:
+    """Projection of rows (..., D) onto K words; the methods are those of `base.VocabHead`.
+
+    Args:
+        weight: (K, D).
+        owned: the weight is memory of this head's own, not another's.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, counts: Counts, owned: bool = True):
+        self._weight, self._bias, self._counts = weight.detach(), bias, counts
+        self.words, self.nbytes = len(weight), weight.nbytes
+        self.owned_bytes = self.nbytes if owned else 0
+        self.in_top = False                 # True for the head that recordings up to the top end in
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight
+
+    def logits(self, rows: Hidden) -> Tensor:
+        """Logits of rows (..., D) in fp32: (..., K)."""
+        return self.launch(self._ready(rows))[0].view(*rows.shape[:-1], -1)
+
+    def argmax(self, rows: Hidden) -> list[int]:
+        return self._asked(rows)[1]
+
+    def choices(self, rows: Hidden) -> list[Choice]:
+        logits, tokens = self._asked(rows)
+        return [Choice(token, row.__getitem__) for token, row in zip(tokens, logits)]
+
+    def _asked(self, rows: Hidden) -> tuple[Tensor, list[int]]:
+        """Logits (N, K) and the likeliest words of rows."""
+        if self.in_top and isinstance(rows, AskedTop) and (answer := rows.ask()):
+            return answer
+        logits, words = self.launch(self._ready(rows))
+        return logits, words.tolist()
+
+    def likeliest(self, rows: Hidden, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = self.logits(rows) / temperature
+        return logits.softmax(-1).topk(min(k, self.words), dim=-1)
+
+    def softmax_facts(self, rows: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
+        return softmax_facts(self.logits, rows, copied, before)
+
+    def first(self, words: int) -> "GpuHead":
+        """A head of the first words only, over the same memory."""
+        if words == self.words:
+            return self
+        bias = None if self._bias is None else self._bias[:words]
+        return GpuHead(self._weight[:words], bias, counts=self._counts, owned=False)
+
+    def launch(self, rows: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Launch projection and argmax on contiguous rows (N, D): logits (N, K) in fp32, and tokens (N,).
+
+        count: how many of the rows are computed, in device memory; None for all.
+        """
+        n, d = rows.shape
+        blocks, count = -(-self.words // _WORDS), self._counts(n) if count is None else count
+        logits = torch.empty(n, self.words, dtype=torch.float32, device=rows.device)
+        best, tokens = (torch.empty(size, dtype=torch.int32, device=rows.device) for size in ((n, blocks), (n,)))
+        launch(kernels.head_logits, (tiles(n), blocks), rows, self._weight, self._bias, logits, best, count, d,
+               self.words, BIAS=self._bias is not None, BLOCK_V=_WORDS, BLOCK=input_block(d, 128), num_warps=4,
+               num_stages=4)
+        launch(kernels.argmax, (n,), logits, best, tokens, count, self.words, blocks, BLOCK=_BLOCKS, num_warps=4)
+        return logits, tokens
+
+    def _ready(self, rows: Hidden) -> Tensor:
+        rows = tensor_of(rows)
+        return rows.reshape(-1, rows.shape[-1]).to(self._weight.dtype).contiguous()

@@ -1,0 +1,65 @@
+"""Launches: how kernels are started and sized. Every kernel of this backend starts through `launch`.
+
+So a test can list the launches of a pass, and count from them kernels and bytes without a GPU.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS = 16                       # of every tile of rows, as in `kernels`
+SPLIT, KEYS = 256, 64           # positions of a split of attention, and of a block in it
+_FEW_PROGRAMS = 256             # up to so many programs of 16 outputs each; larger weights get larger blocks
+_listeners: list[Callable[[str, tuple[int, ...], Sequence[Any], dict[str, Any]], None]] = []
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Start a kernel on a grid of programs.
+
+    Args:
+        args: tensors and numbers, in the order of the kernel's parameters.
+        options: its compile-time parameters, `num_warps` and `num_stages`.
+    """
+    for listener in _listeners:
+        listener(kernel.__name__, grid, args, options)
+    if not any(arg.is_meta for arg in args if isinstance(arg, Tensor)):     # shapes alone: only listeners hear of it
+        kernel[grid](*args, enable_fp_fusion=True, **options)               # the default differs between versions
+
+
+def tiles(rows: int) -> int:
+    """Number of tiles that hold so many rows."""
+    return -(-rows // ROWS)
+
+
+def power_of_2(size: int) -> int:
+    """The size of a tile that covers `size` numbers: a power of 2, at least 16, as `tl.dot` needs."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def output_block(outputs: int) -> int:
+    """Outputs of one program: few enough that small weights keep the whole GPU busy."""
+    return 16 if outputs <= 16 * _FEW_PROGRAMS else 32
+
+
+def input_block(inputs: int, most: int) -> int:
+    """Inputs of one step of a product: at most `most`, at least 16, a power of 2."""
+    return min(most, power_of_2(inputs))
+
+
+def shrink(dtype: torch.dtype) -> float:
+    """Factor of unnormed rows in products: fp16 ends at 65504, which large hidden states times a gain may pass."""
+    return 2.0 ** -6 if dtype == torch.float16 else 1.0
+
+
+class Counts:
+    """Row counts in device memory, made once: `counts(n)` is an int32 tensor (1,) that holds n."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._made = device, {}
+
+    def __call__(self, n: int) -> Tensor:
+        if n not in self._made:
+            self._made[n] = torch.tensor([n], dtype=torch.int32, device=self._device)
+        return self._made[n]

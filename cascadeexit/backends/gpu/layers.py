@@ -1,0 +1,301 @@
+"""GpuLayers: the decoder layers of a Llama-like model in Triton.
+
+A row's result does not depend on the other rows of its pass, so passes need no padding, and rows may as well be
+branches of a draft tree, or texts of a batch. Weights stay where transformers has them; nothing is copied.
+
+Letters: N rows, T tiles of rows, D hidden size, B texts of a batch, d head size, S splits of attention.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cascadeexit.backends.base import Unusable
+from cascadeexit.backends.cache import KVCache
+from cascadeexit.backends.gpu import kernels, places
+from cascadeexit.backends.gpu.launches import (
+    KEYS,
+    ROWS,
+    SPLIT,
+    Counts,
+    input_block,
+    launch,
+    output_block,
+    power_of_2,
+    shrink,
+    tiles,
+)
+from cascadeexit.backends.gpu.places import Places
+from cascadeexit.backends.gpu.recording import (
+    AskedTop,
+    Embedded,
+    Hidden,
+    Late,
+    Passes,
+    Recorder,
+    joined,
+    tensor_of,
+    wanted,
+)
+from cascadeexit.backends.weights import DecoderShape, layer_weights, rotary_angles
+
+_CAPACITY_STEP = 128
+_PROMPT_ROWS = 128              # rows of a pass of a prompt: more need more memory for the splits of attention
+_RECORDED_POSITIONS = 8192      # of a recording's context: longer ones run kernel by kernel
+_ROW_COST = 0.02                # a tile of 16 rows costs about what one of them does
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What the kernels of a layer hand to each other, for N rows of a context of up to S splits."""
+
+    queries: Tensor     # (N, H d)
+    attended: Tensor    # (N, H d)
+    inner: Tensor       # (N, F)
+    partial: Tensor     # (T, K, parts, S, 16, d) in fp32
+    sums: Tensor        # (T, K, parts, S, 16, 2) in fp32
+
+
+class GpuCache(KVCache):
+    """Keys and values, in which a pass that waits is written before they are copied.
+
+    Args:
+        settle: runs that pass.
+    """
+
+    def __init__(self, *shape, settle: Callable[[], None], **options):
+        super().__init__(*shape, **options)
+        self._settle = settle
+
+    def copy_from(self, other: KVCache) -> None:
+        self._settle()
+        super().copy_from(other)
+
+
+class GpuLayers:
+    """Embedding, layers and final norm between `bounds`; the methods are those of `base.LayerStack`.
+
+    Args:
+        base: a transformers *ForCausalLM that `GpuBackend.fits`.
+    """
+
+    row_multiple, max_rows, supports_trees = 1, ROWS, True
+
+    def __init__(self, base, bounds: tuple[int, ...]):
+        self._shape, self._bounds = DecoderShape.of(base.config), bounds
+        self._weights = layer_weights(base)
+        self._embedding, self._norm_weight = base.model.embed_tokens.weight.detach(), base.model.norm.weight.detach()
+        self._device, self._dtype = base.lm_head.weight.device, base.lm_head.weight.dtype
+        self.counts = Counts(self._device)
+        self._cosines, self._sines = (angles.float().contiguous().to(self._device)
+                                      for angles in rotary_angles(base, self._shape))
+        self._scale = base.model.layers[0].self_attn.scaling
+        self.segment_bytes = tuple(sum(p.nbytes for layer in base.model.layers[a:b] for p in layer.parameters())
+                                   for a, b in zip(bounds, bounds[1:]))
+        self.passes: Passes | None = None
+        if wanted(self._device):
+            self._record()
+
+    def _record(self) -> None:
+        """Record every span of segments. Raises Unusable where the device cannot record."""
+        self._recorded_positions = min(self._shape.positions, _RECORDED_POSITIONS)
+        scratch = self.scratch(places.chain(0, ROWS), -(-self._recorded_positions // SPLIT))
+
+        def spanned(span: tuple[int, int], x: Tensor, at: Places) -> list[Tensor]:
+            x = x if span[0] else F.embedding(at.tokens, self._embedding)
+            return self.launch_layers(self._bounds[span[0]:span[1] + 1], x, at, scratch)
+
+        with torch.inference_mode():
+            self._spare = self.new_cache(ROWS)
+            self.passes = Passes(Recorder(self._device), self._shape.hidden, self._dtype, self._device,
+                                 places.chain(0, ROWS).of(self._spare), spanned)
+            self.passes.record(len(self._bounds) - 1)
+        if self.passes.recorder.error:
+            raise Unusable(f"CUDA graphs cannot be recorded here: {self.passes.recorder.error}")
+
+    # -- caches ---------------------------------------------------------------------------------------------------
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        d = self._shape.head_dim
+        return GpuCache(self._bounds[-1], self._shape.kv_heads, (d, d), capacity, batch=batch, dtype=self._dtype,
+                        device=self._device, settle=self.settle)
+
+    def settle(self) -> None:
+        """Run the pass that waits, if one does."""
+        if self.passes:
+            self.passes.settle()
+
+    def release(self, cache: KVCache) -> None:
+        """Do nothing: a cache is freed when nobody holds it."""
+
+    def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
+        if list(path) != list(range(len(path))):
+            self.settle()
+            taken = torch.tensor(path, device=self._device) + start
+            for part in (cache.keys, cache.values):
+                part[:, :, :, start:start + len(path)] = part[:, :, :, taken]
+        cache.truncate(start + len(path))
+
+    # -- computing ------------------------------------------------------------------------------------------------
+
+    def embed(self, ids: Sequence[int] | Tensor) -> Hidden:
+        if self.passes and self.passes.usable and len(ids) <= ROWS and not isinstance(ids, Tensor):
+            return Embedded(list(ids), self._shape.hidden, self._looked_up)
+        return self._looked_up(ids)
+
+    def _looked_up(self, ids: Sequence[int] | Tensor) -> Tensor:
+        return F.embedding(torch.as_tensor(ids, device=self._device).reshape(1, -1), self._embedding)
+
+    def norm(self, rows: Hidden) -> Hidden:
+        ends = rows.ends if isinstance(rows, Late) else None
+        if ends is not None and ends.waits and ends.span[1] == len(self._bounds) - 1 and len(rows.shape) == 3:
+            return AskedTop(rows, self._normed)
+        return self._normed(tensor_of(rows))
+
+    def _normed(self, rows: Tensor, count: Tensor | None = None) -> Tensor:
+        flat = rows.reshape(-1, rows.shape[-1])
+        count = self.counts(len(flat)) if count is None else count
+        return rms_norm(flat, self._norm_weight, self._shape.norm_eps, count).view(rows.shape)
+
+    def record_top(self, head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:
+        """Record the final norm and the model's head after every span up to the top; True where that worked.
+
+        head: launches it on normed rows (16, D), of which so many count (1,): logits (16, V) and tokens (16,).
+        """
+        if self.passes:
+            def answer(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                count = self.passes.places.count
+                normed = self._normed(rows, count)
+                return normed, *head(normed, count)
+
+            with torch.inference_mode():
+                self.passes.record_top(len(self._bounds) - 1, answer)
+        return self.passes is not None and self.passes.usable
+
+    def run(self, segments: range, rows: Hidden, cache: KVCache, parents: Sequence[int] | None = None) -> list[Hidden]:
+        bounds, n = self._bounds[segments.start:segments.stop + 1], rows.shape[1]
+        start = self._claim(cache, bounds, n, n if parents is None else 1)
+        if (self.passes and self.passes.usable and n <= ROWS and start + n <= self._recorded_positions
+                and (segments.start or isinstance(rows, Embedded))):
+            at = places.chain(start, n, ROWS) if parents is None else places.tree(start, parents, ROWS)
+            return self.passes.put_off((segments.start, segments.stop), rows, at.of(cache), cache)
+        if parents is not None:
+            return self._run(bounds, rows, cache, places.tree(start, parents))
+        rows = tensor_of(rows)
+        parts = [self._run(bounds, rows[:, a:a + _PROMPT_ROWS], cache,
+                           places.chain(start + a, min(n - a, _PROMPT_ROWS))) for a in range(0, n, _PROMPT_ROWS)]
+        return parts[0] if len(parts) == 1 else [self.join(after) for after in zip(*parts)]
+
+    def run_batch(self, segment: int, rows: Hidden, begins: Sequence[int], cache: KVCache) -> Tensor:
+        bounds = self._bounds[segment:segment + 2]
+        return self._run(bounds, rows, cache, places.batch(self._claim(cache, bounds, 1, 1), begins))[0]
+
+    def join(self, parts: Sequence[Hidden]) -> Hidden:
+        return joined(parts)
+
+    def tensor(self, rows: Hidden) -> Tensor:
+        return tensor_of(rows)
+
+    def row_cost(self, rows: int) -> float:
+        return _ROW_COST
+
+    def _claim(self, cache: KVCache, bounds: Sequence[int], slots: int, positions: int) -> int:
+        """Make slots real in the layers between these bounds; returns the first. Raises ValueError for too many."""
+        if bounds[0] == bounds[-1]:
+            return 0
+        start = cache.room(bounds[0], slots)
+        if start + positions > self._shape.positions:
+            raise ValueError(f"this model has {self._shape.positions} positions, {start + positions} were asked for")
+        cache.advance(range(bounds[0], bounds[-1]), slots)
+        return start
+
+    def _run(self, bounds: Sequence[int], rows: Hidden, cache: KVCache, at: Places) -> list[Tensor]:
+        """Take rows (1, N, D) through the layers between these bounds: the rows before each of bounds[1:]."""
+        self.settle()
+        x = tensor_of(rows)[0].to(self._dtype).contiguous()
+        scratch = self.scratch(at, int(at.positions.max()) // SPLIT + 1) if bounds[0] < bounds[-1] else None
+        return [out[None] for out in self.launch_layers(bounds, x, at.of(cache).to(self._device), scratch)]
+
+    def scratch(self, at: Places, splits: int) -> Scratch:
+        """Make room for what kernels hand to each other, for rows that see at most so many splits."""
+        shape, n = self._shape, len(at.positions)
+        parts = tiles(at.tile * (shape.heads // shape.kv_heads))
+        of = (len(at.firsts), shape.kv_heads, parts, splits, ROWS)
+
+        def empty(*size: int, dtype: torch.dtype = self._dtype) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=self._device)
+
+        width = shape.heads * shape.head_dim
+        return Scratch(empty(n, width), empty(n, width), empty(n, shape.inner),
+                       empty(*of, shape.head_dim, dtype=torch.float32), empty(*of, 2, dtype=torch.float32))
+
+    def launch_layers(self, bounds: Sequence[int], x: Tensor, at: Places, scratch: Scratch | None) -> list[Tensor]:
+        """Launch the layers between these bounds on rows (N, D): the rows before each of bounds[1:], (N, D) each.
+
+        Everything that changes from pass to pass is in `x` and `at`, so the launches may be recorded.
+        """
+        passed = []
+        for first, end in zip(bounds, bounds[1:]):
+            out = x if first == end else torch.empty_like(x)
+            for layer in range(first, end):
+                self._launch_layer(layer, x, out, at, scratch)
+                x = out
+            passed.append(out)
+        return passed
+
+    def _launch_layer(self, layer: int, x: Tensor, out: Tensor, at: Places, scratch: Scratch) -> None:
+        """Launch the six kernels of one layer: x (N, D) -> out (N, D), which may be x itself."""
+        shape, n, w = self._shape, len(x), self._weights[layer]
+        D, H, K, d, eps = shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.norm_eps
+        parts, splits = scratch.partial.shape[2:4]
+        sizes = dict(TILE=at.tile, SPLIT=SPLIT, WIDTH=power_of_2(d))
+        biases, norms = (w.q_bias, w.k_bias, w.v_bias), (w.q_norm, w.k_norm)
+        launch(kernels.qkv_heads, (tiles(n), H + 2 * K), x, w.attention_norm, w.q, w.k, w.v,
+               *(w.q if part is None else part for part in (*biases, *norms)),      # pointers that are never read
+               self._cosines, self._sines, scratch.queries, at.cache, layer, at.count, at.positions, at.slots, at.lanes,
+               eps, D, H, K, d, SHRINK=shrink(x.dtype), BIAS=w.q_bias is not None,
+               HEAD_NORM=w.q_norm is not None, HALF=power_of_2(d // 2), BLOCK=input_block(D, 64), num_warps=4,
+               num_stages=4)
+        launch(kernels.attend, (K * parts, splits, len(at.firsts)), scratch.queries, at.cache, layer, scratch.partial,
+               scratch.sums, at.count, at.positions, at.lanes, at.paths, at.firsts, at.begins, self._scale, H, K, d,
+               BLOCK=KEYS, num_warps=4, num_stages=2, **sizes)
+        launch(kernels.combine, (tiles(n), H), scratch.partial, scratch.sums, scratch.attended, at.count, at.positions,
+               H, K, splits, parts, d, num_warps=4, num_stages=2, **sizes)
+        linear(scratch.attended, w.o, at.count, out, bias=w.o_bias, residual=x)
+        gated(out, w.gate, w.up, at.count, scratch.inner, gain=w.mlp_norm, eps=eps)
+        linear(scratch.inner, w.down, at.count, out, residual=out)
+
+
+def rms_norm(rows: Tensor, gain: Tensor, eps: float, count: Tensor) -> Tensor:
+    """Apply RMSNorm to rows (N, D), the first `count` (1,) of them."""
+    rows = rows.to(gain.dtype).contiguous()
+    out = torch.empty_like(rows)
+    launch(kernels.rms_norm, (len(rows),), rows, gain, out, count, eps, rows.shape[1],
+           BLOCK=min(1024, power_of_2(rows.shape[1])), num_warps=4)
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, count: Tensor, out: Tensor, *, bias: Tensor | None = None,
+           residual: Tensor | None = None) -> Tensor:
+    """Multiply rows x (N, I) by a weight (O, I) into out (N, O), with a bias and a residual; returns `out`."""
+    outputs, inputs = weight.shape
+    block = output_block(outputs)
+    launch(kernels.linear, (tiles(len(x)), -(-outputs // block)), x, weight, bias, residual, out, count, inputs,
+           outputs, BIAS=bias is not None, RESIDUAL=residual is not None, BLOCK_O=block,
+           BLOCK=input_block(inputs, 256 if block == 16 else 128), num_warps=4, num_stages=4)
+    return out
+
+
+def gated(x: Tensor, gate: Tensor, up: Tensor, count: Tensor, out: Tensor, *, gain: Tensor | None = None,
+          eps: float = 0.0) -> Tensor:
+    """Compute silu(gate x) * up x for rows x (N, I), normed first where there is a gain; returns `out` (N, F)."""
+    width, inputs = gate.shape
+    block = output_block(width)
+    launch(kernels.gated, (tiles(len(x)), -(-width // block)), x, gain, gate, up, out, count, eps, inputs, width,
+           NORM=gain is not None, SHRINK=shrink(x.dtype), BLOCK_F=block, BLOCK=input_block(inputs, 128), num_warps=4,
+           num_stages=4)
+    return out

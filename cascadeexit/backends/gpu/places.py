@@ -1,0 +1,120 @@
+"""Places: where the rows of a pass stand in the text and in the cache, as kernels read it from device memory.
+
+Letters: N rows, T tiles.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascadeexit.backends.cache import KVCache
+from cascadeexit.backends.gpu.launches import ROWS, tiles
+
+_CACHE = 4                      # numbers that say where a cache is
+_CHAINS: dict[int, Tensor] = {}         # buffers of `_from_zero`: making one takes longer than copying it
+
+
+@dataclass(frozen=True)
+class Places:
+    """Positions, slots and paths of N rows, and where their cache is: views of one buffer, so that one copy moves all.
+
+    A tile of attention has `tile` rows: 16 that follow each other or are a tree, or one row of a text of its own.
+    """
+
+    buffer: Tensor      # int64; all but `cache` is viewed as int32
+    cache: Tensor       # (4,) addresses of keys and values, capacity, and numbers of a layer's keys
+    count: Tensor       # (1,) number of rows
+    positions: Tensor   # (N,) in the text
+    slots: Tensor       # (N,) in the cache
+    lanes: Tensor       # (N,) text of a batch
+    tokens: Tensor      # (N,) token ids, for recordings that begin with embeddings
+    paths: Tensor       # (N, 16) slots of the positions from firsts[tile] on, on the path that ends in this row
+    firsts: Tensor      # (T,) the tile's first position; what is before it all its rows see
+    begins: Tensor      # (T,) the first position that is read
+    tile: int
+
+    @classmethod
+    def over(cls, buffer: Tensor, rows: int, tile: int = ROWS) -> "Places":
+        """View a buffer of `size(rows, tile)` numbers."""
+        parts = buffer[_CACHE:].view(torch.int32)[:sum(_sizes(rows, tile))]
+        count, positions, slots, lanes, tokens, paths, firsts, begins = parts.split(_sizes(rows, tile))
+        paths = paths.view(-1, ROWS)
+        return cls(buffer, buffer[:_CACHE], count, positions, slots, lanes, tokens, paths, firsts, begins, tile)
+
+    @staticmethod
+    def size(rows: int, tile: int = ROWS) -> int:
+        """Numbers in the buffer of so many rows."""
+        return _CACHE + -(-sum(_sizes(rows, tile)) // 2)
+
+    def of(self, cache: KVCache) -> "Places":
+        """Say where the cache is; returns itself."""
+        self.cache.copy_(torch.tensor([cache.keys.data_ptr(), cache.values.data_ptr(), cache.capacity,
+                                       cache.keys[0].numel()]))
+        return self
+
+    def to(self, device: torch.device) -> "Places":
+        """Copy to a device, without waiting for it."""
+        if device.type == "cpu":
+            return self
+        return Places.over(self.staged(device).to(device, non_blocking=True), len(self.positions), self.tile)
+
+    def staged(self, device: torch.device) -> Tensor:
+        """The buffer in memory that a device copies without making the caller wait."""
+        return self.buffer.pin_memory() if device.type == "cuda" else self.buffer
+
+
+def chain(start: int, n: int, rows: int | None = None) -> Places:
+    """Places of n rows that follow `start` positions, one after another; in a buffer for `rows` rows."""
+    places = _from_zero(rows or n)
+    places.count[0] = n
+    for view in (places.positions, places.slots, places.paths, places.firsts):
+        view += start
+    return places
+
+
+def _from_zero(rows: int) -> Places:
+    """Places of so many rows of a text's beginning."""
+    if rows not in _CHAINS:
+        places, at = _empty(rows), torch.arange(rows, dtype=torch.int32)
+        places.positions[:], places.slots[:], places.firsts[:] = at, at, at[::ROWS]
+        places.paths[:] = (at // ROWS * ROWS)[:, None] + torch.arange(ROWS, dtype=torch.int32)
+        _CHAINS[rows] = places.buffer
+    return Places.over(_CHAINS[rows].clone(), rows)
+
+
+def tree(start: int, parents: Sequence[int], rows: int | None = None) -> Places:
+    """Places of a tree of at most 16 rows after `start` positions: row r follows row parents[r] < r, row 0 the cache.
+
+    Raises ValueError for more rows.
+    """
+    n = len(parents)
+    if n > ROWS:
+        raise ValueError(f"a tree has at most {ROWS} rows on this backend, got {n}")
+    places, paths = chain(start, n, rows), []
+    for row, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), start + row])
+        places.positions[row] = start + len(paths[row]) - 1
+        places.paths[row, :len(paths[row])] = torch.tensor(paths[row], dtype=torch.int32)
+    return places
+
+
+def batch(start: int, begins: Sequence[int]) -> Places:
+    """Places of one row of each of several texts: all at slot `start`, text r reads its slots from begins[r] on."""
+    places = _empty(len(begins), 1)
+    places.count[0], places.lanes[:] = len(begins), torch.arange(len(begins))
+    places.begins[:] = torch.tensor(begins)
+    for view in (places.positions, places.slots, places.firsts, places.paths):
+        view[:] = start
+    return places
+
+
+def _empty(rows: int, tile: int = ROWS) -> Places:
+    return Places.over(torch.zeros(Places.size(rows, tile), dtype=torch.int64), rows, tile)
+
+
+def _sizes(rows: int, tile: int) -> list[int]:
+    """Sizes of the parts of a buffer."""
+    many = tiles(rows) if tile == ROWS else rows
+    return [1, rows, rows, rows, rows, rows * ROWS, many, many]

@@ -1,0 +1,300 @@
+"""Recordings: passes of at most 16 rows as CUDA graphs, made once, that serve every cache and every context.
+
+All that changes from pass to pass lies in a few tensors that never move: rows, places, and what an exit reads. A pass
+is put off until somebody reads its rows. If the exit after it is asked next, as in decoding, the exit is part of the
+same recording: one launch, and one synchronisation for its answer.
+
+Letters: N rows, D hidden size.
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cascadeexit.backends.cache import KVCache
+from cascadeexit.backends.gpu.launches import ROWS
+from cascadeexit.backends.gpu.places import Places
+
+log = logging.getLogger(__name__)
+
+
+def wanted(device: torch.device) -> bool:
+    """True where recordings pay: on CUDA, unless CASCADEEXIT_GRAPHS=0."""
+    return device.type == "cuda" and os.environ.get("CASCADEEXIT_GRAPHS") != "0"
+
+
+def capture(work: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+    """Record what `work` launches as a CUDA graph. Returns what replays it, and the result of `work`, which stays."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()                                      # compiles kernels, which cannot be done while recording
+        # thread_local: other threads may go on working
+        with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            out = work()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay, out
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep garbage meanwhile: what frees it would be recorded with the graph."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class Recorder:
+    """Records pieces of work by name, in one memory pool, and replays them.
+
+    After a recording has failed nothing is recorded or replayed any more, and the reason is logged once.
+    """
+
+    def __init__(self, device: torch.device):
+        self._recordings: dict[Any, tuple[Callable[[], None], Any]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.error: str | None = None
+        self.replays = 0
+
+    def record(self, name: Any, work: Callable[[], Any]) -> None:
+        """Record work that launches the same kernels on the same memory each time; its result is kept."""
+        if self.error is None:
+            try:
+                self._recordings[name] = capture(work, self._pool)
+            except RuntimeError as error:           # torch.OutOfMemoryError is one
+                self._recordings.clear()
+                self.error = str(error)
+                log.warning("No CUDA graph could be recorded, so passes run kernel by kernel: %s", error)
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self._recordings
+
+    def replay(self, name: Any) -> Any:
+        """Run a recording; returns its result, which the next replay overwrites."""
+        replay, out = self._recordings[name]
+        self.replays += 1
+        replay()
+        return out
+
+
+class Late:
+    """Rows of a pass that may be put off, or of the exit after it: (1, N, D), or (1, D) for one row.
+
+    Rows as `base.Rows` describes them. `tensor` runs the pass where that was not done.
+
+    Args:
+        find: computes the rows.
+        source: the pass that they come from; None for embeddings.
+        ends: the same pass, where its last row after its last segment is the last of these rows.
+    """
+
+    __slots__ = "shape", "source", "ends", "found", "_find"
+
+    def __init__(self, shape: tuple[int, ...], find: Callable[[], Tensor], source: "Pass | None",
+                 ends: "Pass | None" = None):
+        self.shape, self.source, self.ends, self.found, self._find = shape, source, ends, None, find
+
+    @property
+    def waits(self) -> bool:
+        return self.source is not None and self.source.waits
+
+    def __getitem__(self, at: tuple[slice, int | slice]) -> "Late":
+        _, n, d = self.shape
+        chosen = range(n)[at[1]]
+        shape, last = ((1, d), chosen) if isinstance(chosen, int) else ((1, len(chosen), d), chosen.stop - 1)
+        return Late(shape, lambda: self.tensor()[at], self.source, self.ends if last == n - 1 else None)
+
+    def tensor(self) -> Tensor:
+        """Return the rows as a tensor of the same shape."""
+        if self.found is None:
+            self.found, self._find = self._find(), None
+        return self.found
+
+
+class Embedded(Late):
+    """Embeddings of tokens (1, N, D), which a recording looks up itself.
+
+    Args:
+        look_up: computes them.
+    """
+
+    __slots__ = ("tokens",)
+
+    def __init__(self, tokens: Sequence[int], hidden: int, look_up: Callable[[Sequence[int]], Tensor]):
+        super().__init__((1, len(tokens), hidden), lambda: look_up(tokens), None)
+        self.tokens = tokens
+
+
+Hidden = Tensor | Late
+
+
+def tensor_of(rows: Hidden) -> Tensor:
+    """View rows of either kind as a tensor."""
+    return rows.tensor() if isinstance(rows, Late) else rows
+
+
+def joined(parts: Sequence[Hidden]) -> Hidden:
+    """Concatenate rows (1, n, D): (1, N, D). Rows that wait go on waiting."""
+    parts = [part if isinstance(part, Late) and part.waits else tensor_of(part) for part in parts]
+    late = next((part for part in parts if isinstance(part, Late)), None)
+
+    def join() -> Tensor:
+        return torch.cat([tensor_of(part) for part in parts], dim=1)
+
+    return join() if late is None else Late((1, sum(part.shape[1] for part in parts), late.shape[2]), join, late.source)
+
+
+class Pass:
+    """One pass of at most 16 rows through a span of segments, put off until somebody needs it.
+
+    Args:
+        passes: what runs it.
+        span: first segment, and the one after the last.
+        cache: the one that the places are in; it must outlive the wait.
+    """
+
+    def __init__(self, passes: "Passes", span: tuple[int, int], rows: Hidden, places: Places, cache: KVCache):
+        self.passes, self.span, self.input, self.places, self.shape = passes, span, rows, places, rows.shape
+        self._cache: KVCache | None = cache
+        self._rows: list[Tensor] | None = None
+
+    @property
+    def waits(self) -> bool:
+        return self._rows is None
+
+    def outputs(self) -> list[Late]:
+        """Rows after each segment (1, N, D)."""
+        last = self.span[1] - self.span[0] - 1
+        return [Late(self.shape, lambda i=i: self.rows()[i], self, self if i == last else None)
+                for i in range(last + 1)]
+
+    def rows(self) -> list[Tensor]:
+        """Run the pass if it waits: the rows after each segment (1, N, D)."""
+        with self.passes.turn:
+            if self._rows is None:
+                self.take(self.passes.run(self, self.span)[0])
+        return self._rows
+
+    @torch.inference_mode()
+    def take(self, rows: Sequence[Tensor]) -> None:
+        """Keep the rows of a recording (16, D) each, before the next one overwrites them."""
+        self._rows = [after[None, :self.shape[1]].clone() for after in rows]
+        self.input = self._cache = None             # lets go of what it came from
+
+
+class Passes:
+    """Recorded passes of one model: tensors that never move, and the one pass that may wait.
+
+    Args:
+        hidden: D.
+        spare: places in a cache of no text. What is recorded runs once, and writes there.
+        launch: launches the segments of a span on rows (16, D) at places: the rows after each segment. A span that
+            begins with the first segment reads the places' tokens instead.
+    """
+
+    def __init__(self, recorder: Recorder, hidden: int, dtype: torch.dtype, device: torch.device,
+                 spare: Places, launch: Callable[[tuple[int, int], Tensor, Places], list[Tensor]]):
+        self.recorder, self._launch, self._device, self._spare = recorder, launch, device, spare
+        self.x = torch.zeros(ROWS, hidden, dtype=dtype, device=device)
+        self.places = Places.over(torch.zeros(Places.size(ROWS), dtype=torch.int64, device=device), ROWS)
+        self.turn = threading.RLock()
+        self._waiting: Pass | None = None
+
+    @property
+    def usable(self) -> bool:
+        """False after a recording has failed: from then on everything runs kernel by kernel."""
+        return self.recorder.error is None
+
+    def record(self, segments: int) -> None:
+        """Record every span of segments."""
+        for first in range(segments):
+            for stop in range(first + 1, segments + 1):
+                self.record_span((first, stop))
+
+    def record_span(self, span: tuple[int, int], name: Any = None,
+                    after: Callable[[Tensor], Any] | None = None) -> None:
+        """Record a span under its name, with what `after` does with the rows after it (16, D); results in (rows, that).
+
+        Only the first rows of these are those of a pass: `last_row` picks the last.
+        """
+        def work() -> tuple[list[Tensor], Any]:
+            rows = self._launch(span, self.x, self.places)
+            return rows, after(rows[-1]) if after else None
+
+        with self.turn:
+            self.settle()
+            self.places.buffer.copy_(self._spare.buffer)        # else those of a run, whose cache may be gone
+            self.recorder.record(name or span, work)
+
+    def last_row(self, rows: Tensor) -> Tensor:
+        """The last row of a pass (1, D) among those of a recording (16, D)."""
+        return rows.index_select(0, self.places.count - 1)
+
+    def record_top(self, segments: int, after: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Record every span up to the top again, with the full model's answer, as `AskedTop` takes it."""
+        for first in range(segments):
+            self.record_span((first, segments), (first, "top"), after)
+
+    def put_off(self, span: tuple[int, int], rows: Hidden, places: Places, cache: KVCache) -> list[Late]:
+        """Let a pass wait: its rows after each segment. The pass that waited before runs now."""
+        with self.turn:
+            self.settle()
+            self._waiting = Pass(self, span, rows, places, cache)
+            return self._waiting.outputs()
+
+    def settle(self) -> None:
+        """Run the pass that waits, if one does: caches are then as if none had waited."""
+        with self.turn:
+            if self._waiting is not None:
+                self._waiting.rows()
+
+    @torch.inference_mode()
+    def run(self, waiting: Pass, name: Any, fill: Callable[[], None] = lambda: None) -> Any:
+        """Run a pass by the recording of this name; `fill` writes what else the recording reads."""
+        self._waiting = None
+        if waiting.span[0] == 0:
+            waiting.places.tokens[:waiting.shape[1]] = torch.tensor(waiting.input.tokens)
+        else:
+            self.x[:waiting.shape[1]].copy_(tensor_of(waiting.input)[0])
+        self.places.buffer.copy_(waiting.places.staged(self._device), non_blocking=True)
+        fill()
+        return self.recorder.replay(name)
+
+
+class AskedTop(Late):
+    """Normed rows of the full model (1, N, D), whose head may run in the recording of the pass below it.
+
+    Args:
+        rows: the last rows of the pass, after the last layer.
+        norm: applies the final norm to them.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, rows: Late, norm: Callable[[Tensor], Tensor]):
+        super().__init__(rows.shape, lambda: norm(rows.tensor()), rows.ends)
+
+    @torch.inference_mode()
+    def ask(self) -> tuple[Tensor, list[int]] | None:
+        """Run the pass with the full model's head: logits (N, V), and the likeliest tokens; None where it has run."""
+        passes, name = self.source.passes, (self.source.span[0], "top")
+        with passes.turn:
+            if self.found is not None or not self.waits or name not in passes.recorder:
+                return None
+            rows, answer = passes.run(self.source, name)
+            part = slice(self.source.shape[1] - self.shape[1], self.source.shape[1])
+            self.source.take(rows)
+            normed, logits, tokens = (each[part].clone() for each in answer)
+            self.found = normed[None]
+            return logits, tokens.tolist()                          # the one synchronisation

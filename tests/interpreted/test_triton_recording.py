@@ -1,0 +1,178 @@
+"""Recorded passes say what passes kernel by kernel say, with one launch and one synchronisation for each exit asked.
+
+A CPU records nothing: a stand-in keeps the rules of memory of a CUDA graph. Its kernels read and write the same tensors
+each time, and what it returned is overwritten by the next replay.
+"""
+
+import gc
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+
+from cascadeexit import backends
+from cascadeexit.backends.gpu import layers, recording
+from cascadeexit.config import DecodeConfig
+from cascadeexit.engine import Engine
+from cascadeexit.exits import ExitBank
+from cascadeexit.model import SegmentedModel
+from tests.interpreted.models import FAMILIES_TO_DECODE, Interpreted, base_of, engines
+
+PROMPT = [11, 3, 60, 22, 9, 41]
+SKETCH = dict(adapter="carry", confidence="sketch", sketch_size=40, drafter_width=8)
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [tensor for part in tree or () for tensor in tensors(part)]
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Record by a stand-in; counts the replays of each recording, by its number."""
+    count, made = Counter(), []
+
+    def capture(work, pool):
+        out, number = work(), len(made)
+        made.append(out)
+
+        def replay():
+            count[number] += 1
+            for place, new in zip(tensors(out), tensors(work())):
+                place.copy_(new)
+
+        return replay, out
+
+    monkeypatch.setattr(recording, "capture", capture)
+    monkeypatch.setattr(layers, "wanted", lambda device: True)
+    return count
+
+
+def recorded_engine(plain: Engine) -> Engine:
+    base = base_of("llama", std=0.25, shapes=FAMILIES_TO_DECODE)
+    model = SegmentedModel(base, plain.model.exit_layers, backend=Interpreted)
+    bank = ExitBank(plain.bank.config)
+    bank.load_state_dict(plain.bank.state_dict())
+    return Engine(model, bank)
+
+
+@pytest.fixture(params=[pytest.param(dict(confidence="mlp"), marks=pytest.mark.slow), SKETCH],
+                ids=["published", "sketch"])
+def pair(request, replays, monkeypatch):
+    """The same engine without recordings and with them."""
+    with monkeypatch.context() as plain:
+        plain.setattr(layers, "wanted", lambda device: False)
+        stock, _ = engines("llama", **request.param)
+    return stock, recorded_engine(stock)
+
+
+def test_recorded_runs_say_what_others_say(pair, replays):
+    stock, replayed = pair
+    for options in (dict(mode="full"), dict(mode="cascade", thresholds=0.5), dict(mode="cascade", thresholds=0.9),
+                    dict(mode="verified", thresholds=0.4, max_draft=3), dict(mode="verified")):
+        config = DecodeConfig(max_new_tokens=5, ignore_eos=True, **options)
+        expected, run = stock.run(PROMPT, config), replayed.run(PROMPT, config)
+        assert run.token_ids == expected.token_ids, config
+        assert [e.confidences for e in run.events] == [e.confidences for e in expected.events], config
+    assert replays
+
+
+def test_an_exit_is_one_launch_and_one_synchronisation(pair, replays, monkeypatch):
+    _, replayed = pair
+    config = DecodeConfig(thresholds=0.0, max_new_tokens=6, ignore_eos=True)
+    synchronised = []
+    originals = {name: getattr(torch.Tensor, name) for name in ("tolist", "item", "__float__", "__int__", "__bool__")}
+    for name in originals:
+        def counted(self, *args, name=name):
+            synchronised.append((name, tuple(self.shape), self.dtype))
+            return originals[name](self, *args)
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    events = iter(replayed.generate(PROMPT, config))
+    next(events)
+    replays.clear()
+    synchronised.clear()
+    assert [event.exit for event in events] == [0] * 5, "the first exit takes every token"
+    assert replays.total() == 5 and len(replays) == 1
+    # Places and n-gram copies are made on the CPU; only answers (float64) come from the device.
+    assert [shape for _, shape, dtype in synchronised if dtype == torch.float64] == [(2,)] * 5
+
+
+def test_the_full_model_is_one_launch_for_each_token(pair, replays):
+    """With its norm, its head and the choice, whether one row is asked for or a tree of drafts."""
+    _, replayed = pair
+    for mode in ("full", "verified"):
+        events = iter(replayed.generate(PROMPT, DecodeConfig(mode=mode, max_new_tokens=5, ignore_eos=True)))
+        first = next(events)
+        replays.clear()
+        list(events)
+        drafts = replays.pop(len(replayed.model.layers.passes.recorder._recordings) - 1, 0)
+        assert len(replays) == 1, "always the same recording"
+        assert replays.total() == 4 if mode == "full" else replays.total() <= 5 - (first.status == "emitted")
+        assert (drafts > 0) == (mode == "verified")
+
+
+def test_every_recording_is_made_at_load(pair, replays):
+    _, replayed = pair
+    names = set(replayed.model.layers.passes.recorder._recordings)
+    for prompt in (PROMPT, PROMPT * 4):
+        replayed.run(prompt, DecodeConfig(thresholds=0.5, max_new_tokens=4))
+    assert set(replayed.model.layers.passes.recorder._recordings) == names
+
+
+def test_runs_that_take_turns_have_caches_of_their_own(pair):
+    stock, replayed = pair
+    prompts, config = [PROMPT, PROMPT[::-1]], DecodeConfig(thresholds=0.5, max_new_tokens=4, ignore_eos=True)
+    expected = [stock.run(prompt, config).token_ids for prompt in prompts]
+    turns, got = [replayed.generate(prompt, config) for prompt in prompts], [[], []]
+    for events in zip(*turns):
+        for tokens, event in zip(got, events):
+            tokens.append(event.token_id)
+    assert got == expected
+
+
+def test_an_opening_is_copied_after_it_was_read(pair):
+    stock, replayed = pair
+    replayed.read_opening(PROMPT[:4])
+    config = DecodeConfig(mode="full", max_new_tokens=3, ignore_eos=True)
+    assert replayed.run(PROMPT, config).token_ids == stock.run(PROMPT, config).token_ids
+
+
+def test_a_cache_outlives_the_pass_that_waits_to_write_it(pair):
+    """A run may be dropped at any time; a pass of it that ran later would write into another run's memory."""
+    layers = pair[1].model.layers
+    cache = layers.new_cache(16)
+    layers.run(range(1, 3), layers.embed(PROMPT), cache)
+    alive = weakref.ref(cache)
+    del cache
+    assert alive() is not None
+    layers.settle()
+    gc.collect()
+    assert alive() is None
+
+
+def refuse(work, pool):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_model_whose_passes_cannot_be_recorded_runs_on_torch(monkeypatch, caplog):
+    monkeypatch.setattr(recording, "capture", refuse)
+    monkeypatch.setattr(layers, "wanted", lambda device: True)
+    monkeypatch.setattr(backends, "BACKENDS", {"gpu": Interpreted, "torch": backends.BACKENDS["torch"]})
+    model = SegmentedModel(base_of("llama", shapes=FAMILIES_TO_DECODE), (1,))
+    assert model.backend.name == "torch"
+    assert caplog.text.count("The backend 'interpreted' cannot be used: CUDA graphs cannot be recorded here") == 1
+
+
+def test_exits_that_cannot_be_recorded_run_kernel_by_kernel(replays, monkeypatch, caplog):
+    with monkeypatch.context() as plain:
+        plain.setattr(layers, "wanted", lambda device: False)
+        stock, _ = engines("llama", **SKETCH)
+    model = SegmentedModel(base_of("llama", std=0.25, shapes=FAMILIES_TO_DECODE), (0, 1), backend=Interpreted)
+    bank = ExitBank(stock.bank.config)
+    bank.load_state_dict(stock.bank.state_dict())
+    monkeypatch.setattr(recording, "capture", refuse)
+    engine, config = Engine(model, bank), DecodeConfig(thresholds=0.5, max_new_tokens=3, ignore_eos=True)
+    assert engine.run(PROMPT, config).token_ids == stock.run(PROMPT, config).token_ids
+    assert not replays and caplog.text.count("not permitted") == 1
