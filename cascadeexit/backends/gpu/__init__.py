@@ -5,12 +5,13 @@ work. Where this backend does not fit, models run on the `torch` backend.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from cascadeexit.backends.weights import DecoderShape, layer_weights
+from cascadeexit.backends.weights import DecoderShape, is_spread, layer_weights
 
 _OLDEST = (8, 0)                # compute capability from which tensor cores multiply bf16
 _WIDEST_HEAD = 128
@@ -37,10 +38,11 @@ class GpuBackend:
     def fits(cls, base) -> bool:
         """True for bf16 or fp16 on the current NVIDIA GPU, of capability 8.0 or newer, with Triton and a known shape.
 
-        A model that accelerate has spread over devices does not fit: its weights come and go with each call.
+        A model that accelerate has spread over devices does not fit: its weights come and go with each call. Nor does
+        ZeroGPU, where the process that loads the model has no GPU to record passes on.
         """
         device = base.lm_head.weight.device
-        return (device.type == "cuda" and torch.version.cuda is not None
+        return (not os.environ.get("SPACES_ZERO_GPU") and device.type == "cuda" and torch.version.cuda is not None
                 and device.index in (None, torch.cuda.current_device())         # Triton launches on that one
                 and torch.cuda.get_device_capability(device) >= _OLDEST
                 and importlib.util.find_spec("triton") is not None and fits_shape(base))
@@ -64,7 +66,7 @@ class GpuBackend:
 
 def fits_shape(base) -> bool:
     """True where the kernels know a transformers model's dtype and shape, whatever its device."""
-    if hasattr(base, "hf_device_map"):
+    if is_spread(base):
         return False
     dtype, shape, layers = base.lm_head.weight.dtype, DecoderShape.of(base.config), layer_weights(base)
     return (dtype in (torch.bfloat16, torch.float16) and shape.head_dim % 2 == 0 and shape.head_dim <= _WIDEST_HEAD
