@@ -48,7 +48,7 @@ class SegmentedModel:
         exit_layers: number of layers below each exit, ascending, each in 0..num_layers-1. An exit after layer 0 reads
             the token's embedding, and the carried state if its adapter has one.
         name: short name for messages and artifacts.
-        backend: 'cpu', 'torch', a class of your own (`backends.base.Backend`), or None for the fastest that fits.
+        backend: 'cpu', 'gpu', 'torch', your own class (`backends.base.Backend`), or None for the fastest that fits.
 
     Raises ValueError for an unsupported architecture, bad exit layers, or a backend that cannot run the model here.
     """

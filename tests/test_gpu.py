@@ -10,7 +10,7 @@ from cascadeexit.exits import ExitBank
 from cascadeexit.inspection import inspect
 from cascadeexit.model import SegmentedModel
 from cascadeexit.prompts import bundled_prompts, token_ids
-from tests.tiny_models import tiny_base, tiny_engine
+from tests.tiny_models import logits_of, through, tiny_base, tiny_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PROMPT = [11, 3, 60, 22, 9, 41, 77, 30, 2]
@@ -65,11 +65,16 @@ def test_confidences_equal_those_of_a_cpu(family):
                                     DecodeConfig(mode="verified", thresholds=0.4, max_draft=5),
                                     DecodeConfig(mode="verified")], ids=lambda c: f"{c.mode} {c.thresholds}")
 @pytest.mark.parametrize("shape", [{}, OURS], ids=["published", "ours"])
-def test_recorded_kernels_give_the_results_of_single_kernels(family, config, shape, monkeypatch):
-    recorded = on_gpu(family, torch.float32, **shape)
+@pytest.mark.parametrize("dtype, backend", [(torch.float32, "torch"), (torch.bfloat16, "gpu"), (torch.float16, "gpu")])
+def test_recorded_kernels_give_the_results_of_single_kernels(family, config, shape, dtype, backend, monkeypatch):
+    recorded = on_gpu(family, dtype, **shape)
     monkeypatch.setenv("CASCADEEXIT_GRAPHS", "0")
-    plain = on_gpu(family, torch.float32, **shape)
-    assert recorded.model.layers.recorded_rows and not plain.model.layers.recorded_rows
+    plain = on_gpu(family, dtype, **shape)
+    assert recorded.model.backend.name == plain.model.backend.name == backend
+    if backend == "torch":
+        assert recorded.model.layers.recorded_rows and not plain.model.layers.recorded_rows
+    else:
+        assert recorded.model.layers.passes.usable and plain.model.layers.passes is None
     for _ in range(2):
         assert recorded.run(PROMPT, config).token_ids == plain.run(PROMPT, config).token_ids
 
@@ -84,3 +89,21 @@ def test_verified_equals_full_on_the_bundled_model(dtype):
         for threshold in (0, 0.3, 0.6, 0.9, None):
             config = DecodeConfig(mode="verified", max_new_tokens=128, thresholds=threshold, max_draft=7)
             assert engine.run(ids, config).token_ids == full, (prompt, threshold)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_triton_layers_are_those_of_torch(family, dtype):
+    """As near to the fp32 model with these weights as the `torch` backend is, whole and token by token, bitwise."""
+    text, logits = [*PROMPT, *range(2, 70)], {}
+    for name in ("gpu", "torch", "exact"):
+        base = tiny_base(family, dtype=dtype).cuda()
+        base, backend = base if name != "exact" else base.float(), "gpu" if name == "gpu" else "torch"
+        model = SegmentedModel(base, (3,), backend=backend)
+        with torch.inference_mode():
+            logits[name] = logits_of(model, through(model, model.layers.new_cache(128), text))[0].float()
+            if name == "gpu":
+                cache = model.layers.new_cache(300)
+                alone = torch.cat([logits_of(model, through(model, cache, [token]))[0] for token in text])
+                assert torch.equal(alone, logits[name])
+    ours, theirs = ((logits[name] - logits["exact"]).abs().mean() for name in ("gpu", "torch"))
+    assert ours <= 1.2 * theirs

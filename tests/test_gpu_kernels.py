@@ -178,6 +178,7 @@ def test_it_takes_bf16_models_on_gpus_that_multiply_bf16(monkeypatch, capability
     """Not on a T4 (7.5), nor on AMD's GPUs, which PyTorch calls CUDA as well."""
     base = tiny_base(dtype=torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", cuda)
 
     class OnCuda:

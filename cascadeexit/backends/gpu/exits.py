@@ -3,6 +3,7 @@
 Letters: N rows, D hidden size, F inner size of an adapter, E exits but the first.
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from cascadeexit.backends.gpu.layers import gated, linear, rms_norm
 from cascadeexit.backends.gpu.recording import Hidden, Late, Passes, tensor_of
 from cascadeexit.exits.bank import ExitBank
 
+log = logging.getLogger(__name__)
 _DRAFTS = "drafts"              # name of the recording of a level of drafts
 
 
@@ -29,10 +31,13 @@ class GpuExits(Exits):
         self._adapters = [GpuAdapter(adapter, self._counts) for adapter in bank.adapters]
         self._draft = GpuAdapter(bank.drafter.adapter, self._counts) if bank.drafter else self._adapters[0]
         self._passes: Passes | None = backend.layers.passes
-        if self._passes:
+        if self._passes and self._passes.usable:
             with torch.inference_mode():
                 self._record()
                 self._record_drafts()
+            if not self._passes.usable:
+                log.warning("These exits cannot be recorded as CUDA graphs, so everything runs kernel by kernel: %s",
+                            self._passes.recorder.error)
 
     def _record(self) -> None:
         """Record each exit after every span that ends below it, alone and after the exit before."""
@@ -71,6 +76,8 @@ class GpuExits(Exits):
              before: Hidden | None) -> float | None:
         """Run the pass that waits below an exit together with it: its confidence; None where that cannot be done."""
         after = before is not None and self._sketch is not None
+        if not asked.waits:
+            return None
         name, carried = (asked.source.span[0], s, after), tensor_of(asked.carried)
         before = tensor_of(before) if after else None               # read first: they may be of the pass that waits
 
@@ -82,11 +89,12 @@ class GpuExits(Exits):
                 self._copies.copy_(torch.tensor(self.copies(copied)))
 
         with self._passes.turn:
-            if not asked.source.waits or name not in self._passes.recorder:
+            if not asked.waits or name not in self._passes.recorder:
                 return None
             rows, (hidden, answer) = self._passes.run(asked.source, name, fill)
             asked.source.take(rows)
-            asked.found = hidden.clone()
+            asked.keep(hidden.clone())
+            asked.carried = None
             chance, word = answer.tolist()                          # the one synchronisation
         asked.word = int(word)
         return chance

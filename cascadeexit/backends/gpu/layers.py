@@ -113,7 +113,10 @@ class GpuLayers:
             self.passes = Passes(Recorder(self._device), self._shape.hidden, self._dtype, self._device,
                                  places.chain(0, ROWS).of(self._spare), spanned)
             self.passes.record(len(self._bounds) - 1)
-        if self.passes.recorder.error:
+        self._check_recordings()
+
+    def _check_recordings(self) -> None:
+        if not self.passes.usable:
             raise Unusable(f"CUDA graphs cannot be recorded here: {self.passes.recorder.error}")
 
     # -- caches ---------------------------------------------------------------------------------------------------
@@ -162,7 +165,9 @@ class GpuLayers:
         return rms_norm(flat, self._norm_weight, self._shape.norm_eps, count).view(rows.shape)
 
     def record_top(self, head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:
-        """Record the final norm and the model's head after every span up to the top; True where that worked.
+        """Record the final norm and the model's head after every span up to the top; True where passes are recorded.
+
+        Raises Unusable where the device cannot record.
 
         head: launches it on normed rows (16, D), of which so many count (1,): logits (16, V) and tokens (16,).
         """
@@ -174,7 +179,8 @@ class GpuLayers:
 
             with torch.inference_mode():
                 self.passes.record_top(len(self._bounds) - 1, answer)
-        return self.passes is not None and self.passes.usable
+            self._check_recordings()
+        return self.passes is not None
 
     def run(self, segments: range, rows: Hidden, cache: KVCache, parents: Sequence[int] | None = None) -> list[Hidden]:
         bounds, n = self._bounds[segments.start:segments.stop + 1], rows.shape[1]

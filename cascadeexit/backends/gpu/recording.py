@@ -9,7 +9,6 @@ Letters: N rows, D hidden size.
 
 import contextlib
 import gc
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,6 @@ from torch import Tensor
 from cascadeexit.backends.cache import KVCache
 from cascadeexit.backends.gpu.launches import ROWS
 from cascadeexit.backends.gpu.places import Places
-
-log = logging.getLogger(__name__)
 
 
 def wanted(device: torch.device) -> bool:
@@ -58,14 +55,16 @@ def _no_collection() -> Iterator[None]:
 class Recorder:
     """Records pieces of work by name, in one memory pool, and replays them.
 
-    After a recording has failed nothing is recorded or replayed any more, and the reason is logged once.
+    After a recording has failed nothing is recorded or replayed any more.
+
+    Attributes:
+        error: why a recording failed; None before.
     """
 
     def __init__(self, device: torch.device):
         self._recordings: dict[Any, tuple[Callable[[], None], Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.error: str | None = None
-        self.replays = 0
 
     def record(self, name: Any, work: Callable[[], Any]) -> None:
         """Record work that launches the same kernels on the same memory each time; its result is kept."""
@@ -75,7 +74,6 @@ class Recorder:
             except RuntimeError as error:           # torch.OutOfMemoryError is one
                 self._recordings.clear()
                 self.error = str(error)
-                log.warning("No CUDA graph could be recorded, so passes run kernel by kernel: %s", error)
 
     def __contains__(self, name: Any) -> bool:
         return name in self._recordings
@@ -83,7 +81,6 @@ class Recorder:
     def replay(self, name: Any) -> Any:
         """Run a recording; returns its result, which the next replay overwrites."""
         replay, out = self._recordings[name]
-        self.replays += 1
         replay()
         return out
 
@@ -118,8 +115,12 @@ class Late:
     def tensor(self) -> Tensor:
         """Return the rows as a tensor of the same shape."""
         if self.found is None:
-            self.found, self._find = self._find(), None
+            self.keep(self._find())
         return self.found
+
+    def keep(self, found: Tensor) -> None:
+        """Be these rows from now on, and let go of what they came from: else a text would hold all its states."""
+        self.found, self._find, self.source, self.ends = found, None, None, None
 
 
 class Embedded(Late):
@@ -288,13 +289,15 @@ class AskedTop(Late):
     @torch.inference_mode()
     def ask(self) -> tuple[Tensor, list[int]] | None:
         """Run the pass with the full model's head: logits (N, V), and the likeliest tokens; None where it has run."""
+        if not self.waits:
+            return None
         passes, name = self.source.passes, (self.source.span[0], "top")
         with passes.turn:
-            if self.found is not None or not self.waits or name not in passes.recorder:
+            if not self.waits or name not in passes.recorder:
                 return None
             rows, answer = passes.run(self.source, name)
             part = slice(self.source.shape[1] - self.shape[1], self.source.shape[1])
             self.source.take(rows)
             normed, logits, tokens = (each[part].clone() for each in answer)
-            self.found = normed[None]
+            self.keep(normed[None])
             return logits, tokens.tolist()                          # the one synchronisation
