@@ -376,6 +376,7 @@ def test_a_disabled_exit_writes_nothing(page):
 def test_a_preset_sets_every_threshold_even_when_settings_are_closed(page, tiny):
     with page.expect_response("**/run/predict*"):       # the thresholds have arrived
         page.get_by_label("Careful").check()
+    page.wait_for_timeout(500)                          # until the page has put them into its closed sliders
     run_to_end(page)
     engine, tokenizer = tiny
     careful = sliders(engine, PRESETS["Careful"])

@@ -14,6 +14,7 @@ from cascadeexit.backends.gpu.launches import ROWS, Counts
 from cascadeexit.backends.gpu.layers import gated, linear, rms_norm
 from cascadeexit.backends.gpu.recording import Hidden, Late, Passes, tensor_of
 from cascadeexit.exits.bank import ExitBank
+from cascadeexit.exits.confidence import read_copies
 
 log = logging.getLogger(__name__)
 _DRAFTS = "drafts"              # name of the recording of a level of drafts
@@ -64,7 +65,7 @@ class GpuExits(Exits):
                    before: Hidden | None = None) -> list[float]:
         if isinstance(hidden, AskedExit) and (chance := self._ask(s, hidden, copied, before)) is not None:
             return [chance]
-        copies = torch.tensor(self.copies(copied), device=self._device) if self._sketch else None
+        copies = torch.tensor(read_copies(copied, self._places), device=self._device) if self._sketch else None
         return self._chance(s, tensor_of(hidden), copies, None if before is None else tensor_of(before)).tolist()
 
     def choice(self, s: int, hidden: Hidden) -> int:
@@ -86,7 +87,7 @@ class GpuExits(Exits):
             if after:
                 self._before.copy_(before)
             if self._sketch:
-                self._copies.copy_(torch.tensor(self.copies(copied)))
+                self._copies.copy_(torch.tensor(read_copies(copied, self._places)))
 
         with self._passes.turn:
             if not asked.waits or name not in self._passes.recorder:
