@@ -7,11 +7,9 @@ same recording: one launch, and one synchronisation for its answer.
 Letters: N rows, D hidden size.
 """
 
-import contextlib
-import gc
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 from cascadeexit.backends.cache import KVCache
 from cascadeexit.backends.gpu.launches import ROWS
 from cascadeexit.backends.gpu.places import Places
+from cascadeexit.backends.memory import no_collection
 
 
 def wanted(device: torch.device) -> bool:
@@ -34,22 +33,10 @@ def capture(work: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any
     with torch.cuda.stream(stream):
         work()                                      # compiles kernels, which cannot be done while recording
         # thread_local: other threads may go on working
-        with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             out = work()
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, out
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep garbage meanwhile: what frees it would be recorded with the graph."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Recorder:

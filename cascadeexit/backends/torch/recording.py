@@ -5,16 +5,16 @@ each shape of its inputs, a function is started by one call. Recorded kernels re
 so inputs are copied to their places first and the result is copied away.
 """
 
-import contextlib
 import functools
-import gc
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from cascadeexit.backends.memory import no_collection
 
 log = logging.getLogger(__name__)
 
@@ -65,18 +65,6 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Disable garbage collection for a while: clearing a cache that it frees would be recorded with the graph."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Record a CUDA graph of function(*places). Returns what replays it, and where its result then is."""
     device = places[0].device
@@ -87,7 +75,7 @@ def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Calla
             for _ in range(3):                          # first calls allocate workspaces and pick kernels
                 function(*places)
             # thread_local: other threads may go on working
-            with _no_collection(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            with no_collection(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 out = function(*places)
         now.wait_stream(side)
     return graph.replay, out
