@@ -219,7 +219,7 @@ def _exit_controls(shape: Shape) -> dict[str, Component]:
     with gr.Row():
         menu = gr.Dropdown(label="Which exit writes tokens", elem_id="ce-force", min_width=220, **_exit_menu(shape))
         gr.HTML("<p>Confidence that each exit needs to write a token. Lower is faster, higher is closer to the full"
-                " model, 1 disables the exit. Exact mode uses these values only when you disable an exit.</p>",
+                " model, 1 disables the exit. Exact mode ignores these values unless the menu says “Disable exit”.</p>",
                 elem_id="ce-hint", apply_default_css=False, min_width=220)
     with gr.Row():
         sliders = {name: _slider(name, value=value, min_width=200, **_exit_slider(s, shape))
@@ -244,7 +244,7 @@ def _advanced_controls() -> dict[str, Component]:
                            info="Off: the model continues your text instead of answering it")
         max_new_tokens = _slider("max_new_tokens", label="Maximum length, tokens")
         max_draft = _slider("max_draft", label="Draft length",
-                            info="Exact mode: most tokens proposed (drafted) for one pass of the full model")
+                            info="Exact mode: at most this many tokens are drafted for one pass of the full model")
         tolerance = _slider("tolerance", label="Tolerance",
                             info="Exact mode: above 0, a draft is also accepted when the full model finds it nearly as "
                                  "likely as its own choice. The text may then differ from the full model's.")

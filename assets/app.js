@@ -287,7 +287,7 @@ function verdictStrip() {
   parts.badge.hidden = parts.jump.hidden = true;
   const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'times the full model’s speed'),
     tile('agreement', 'Agreement', 'tokens that the full model would choose too'), tile('same', 'Match', 'same token at the same position'),
-    tile('cost', 'Weights read', 'share of the model’s numbers used per token; 100%: full model'));
+    tile('cost', 'Weights read', 'weights read per token, as a share of what the full model reads'));
   parts.sameNote.after(' ', parts.jump);
   return make('section', 'ce-verdict', null, tiles, parts.badge, parts.status);
 }

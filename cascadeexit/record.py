@@ -37,7 +37,7 @@ _STATUS = ("emitted", "draft", "accepted", "rejected")
 
 
 def dump(stream: str) -> str:
-    """Content of a file for a finished stream."""
+    """Convert a finished stream to the content of the file that saves it; `load` reads it back."""
     records = [json.loads(line) for line in stream.splitlines()]
     return json.dumps({"format": FORMAT, "records": records}, separators=(",", ":"))
 

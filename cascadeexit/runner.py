@@ -123,7 +123,7 @@ class Runner:
 
 
 def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
-    """Yield the events of a race; `next(batches)` then gives what was read after it."""
+    """Yield the events until the race is over; `next(batches)` then gives the batch of `_read_again`."""
     for batch in batches:
         yield from batch.events
         if batch.over:

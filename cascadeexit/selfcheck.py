@@ -165,7 +165,7 @@ class _Comparison:
 
 
 def _text(engine: Engine, prompt: Sequence[int], mode: Mode, tokens: int) -> list[int]:
-    """Decode until the time is over, but at least `LEAST_TOKENS` tokens."""
+    """Decode `tokens` tokens. Once `SECONDS` are over, stop early, but not before `LEAST_TOKENS` tokens."""
     config = DecodeConfig(mode=mode, max_new_tokens=tokens, max_draft=MAX_DRAFT, ignore_eos=True)
     end = time.perf_counter() + SECONDS
     text: list[int] = []

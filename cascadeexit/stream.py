@@ -271,7 +271,7 @@ def status_line(message: str) -> str:
 
 
 def replay_line() -> str:
-    """A line before a recorded stream: the page draws it at the pace of the recorded run."""
+    """A line to put before a recorded stream, so that the page draws it at the pace of the recorded run."""
     return write_line("replay")
 
 

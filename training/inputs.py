@@ -45,7 +45,10 @@ class AdapterInputs:
     @staticmethod
     def _fit_scale(bank: ExitBank, s: int, store: FeatureStore, documents: Sequence[int], final_norm: Tensor,
                    total: Callable[[Tensor], Tensor]) -> float:
-        """Return the root mean square of the rows at exit s, as a power of two: dividing bf16 rows by it is exact."""
+        """Return a scale for the rows at exit s, and fit adapter s to rows that were divided by it.
+
+        The scale is their average root mean square, rounded to a power of two: dividing bf16 rows by that is exact.
+        """
         rms = [store[i].exits[:, s].float().pow(2).mean().sqrt().item() for i in documents]
         added, number = total(torch.tensor([sum(rms), len(rms)], device=final_norm.device)).tolist()
         scale = 2.0 ** round(math.log2(added / number))

@@ -49,7 +49,7 @@ def is_spread(base) -> bool:
 
 
 def layer_devices(base) -> list[torch.device]:
-    """Return the device on which each decoder layer runs; weights on the disk are brought there for each call."""
+    """Return the device on which each decoder layer runs; weights kept on disk are loaded to it for each call."""
     return [_execution_device(layer) for layer in base.model.layers]
 
 

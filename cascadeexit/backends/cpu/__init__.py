@@ -1,8 +1,8 @@
 """The `cpu` backend: our C++ kernels for bf16 models on a CPU.
 
 PyTorch's matrix kernels read weights at a quarter of the memory bandwidth when a pass has few rows, and dispatch costs
-as much again. These kernels take rows through whole segments in one call, at most of the bandwidth. The machine's own
-C++ compiler builds them once, in seconds. Without one, or in fp32, models run on the `torch` backend.
+as much again. These kernels take rows through whole segments in one call and use most of the memory bandwidth. The
+machine's own C++ compiler builds them once, in seconds. Without one, or in fp32, models run on the `torch` backend.
 """
 
 from collections.abc import Callable

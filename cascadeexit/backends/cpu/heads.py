@@ -128,7 +128,7 @@ class CpuHead:
         return out
 
     def screened(self, rough: "CpuHead", exact: Tensor, ids: Tensor | None = None) -> "CpuHead":
-        """Make a copy of this head whose argmax is faster by a screen; see `HeadScreen` for the arguments."""
+        """Make a copy of this head whose argmax is faster, because a `HeadScreen` of these arguments comes first."""
         head = copy.copy(self)
         head._screen, head._shared = HeadScreen(rough, exact, ids), True
         return head

@@ -128,7 +128,7 @@ class GpuLayers:
                         device=self._device, settle=self.settle)
 
     def settle(self) -> None:
-        """Run the pass that waits, if one does."""
+        """If a pass was put off, run it now; see `Passes.settle`."""
         if self.passes:
             self.passes.settle()
 

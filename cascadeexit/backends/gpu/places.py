@@ -18,9 +18,10 @@ _CHAINS: dict[int, Tensor] = {}         # buffers of `_from_zero`: making one ta
 
 @dataclass(frozen=True)
 class Places:
-    """Positions, slots and paths of N rows, and where their cache is: views of one buffer, so that one copy moves all.
+    """Positions, slots and paths of N rows, and the addresses of their cache.
 
-    A tile of attention has `tile` rows: 16 that follow each other or are a tree, or one row of a text of its own.
+    All are views of one buffer, so one copy moves them together. Attention works on tiles of `tile` rows. A tile is 16
+    rows of one text, in sequence or as a tree, or a single row where each row belongs to another text.
     """
 
     buffer: Tensor      # int64; all but `cache` is viewed as int32

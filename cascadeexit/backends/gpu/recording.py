@@ -128,7 +128,7 @@ Hidden = Tensor | Late
 
 
 def tensor_of(rows: Hidden) -> Tensor:
-    """View rows of either kind as a tensor."""
+    """Return the rows as a tensor. If they are `Late`, this runs their pass where that was not done yet."""
     return rows.tensor() if isinstance(rows, Late) else rows
 
 
