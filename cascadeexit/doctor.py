@@ -27,13 +27,13 @@ _MEGABYTES = 256            # read to measure the bandwidth
 
 @dataclass
 class Report:
-    """What was found: facts by name, and problems that need attention, each with what to do."""
+    """Findings about this machine: facts by name, and problems, each with advice on how to solve it."""
 
     facts: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """Lines to print."""
+        """Return the report as text to print, one finding a line."""
         width = max(map(len, self.facts), default=0)
         lines = [f"{name:{width}}  {value}" for name, value in self.facts.items()]
         lines += ["", "All is well." if not self.problems else "Needs attention:", *(f"- {p}" for p in self.problems)]

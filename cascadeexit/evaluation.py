@@ -1,4 +1,4 @@
-"""Evaluation: decode a set of prompts with exits and with the full model; numbers per prompt and overall, and files.
+"""Evaluation: decode prompts with exits and with the full model, compare both, and write results as JSON or CSV.
 
 A prompt that cannot run keeps its place in the results, with its error.
 """
@@ -120,7 +120,7 @@ def _evaluate(runner: Runner, label: str, encode, prompts, config: DecodeConfig,
 
 def _numbers(engine: Engine, config: DecodeConfig, decode, exits: list[TokenEvent], full: list[TokenEvent],
              choices: Sequence[int] | None) -> dict:
-    """Fields of a Result, from the events of both runs and the full model's choices; None where tokens are sampled."""
+    """Compute the fields of a Result from both runs' events and the full model's choices (None for sampled tokens)."""
     ours, theirs = ([e.token_id for e in events if e.final] for events in (exits, full))
     stats, full_stats = (metrics.summarize(events, engine.costs_for(config)) for events in (exits, full))
     match, speeds = metrics.match(ours, theirs), (stats.tokens_per_second, full_stats.tokens_per_second)
@@ -135,13 +135,13 @@ def _numbers(engine: Engine, config: DecodeConfig, decode, exits: list[TokenEven
 
 
 def summarize_results(results: Sequence[Result]) -> Summary:
-    """Summary of all prompts, and of each kind."""
+    """Summarize all results together, and the results of each kind of prompt."""
     kinds = dict.fromkeys(r.kind for r in results)
     return replace(_over(results), kinds={kind: _over([r for r in results if r.kind == kind]) for kind in kinds})
 
 
 def _over(results: Sequence[Result]) -> Summary:
-    """Summary of these results, without kinds."""
+    """Summarize these results as one group, without a summary for each kind of prompt."""
     ran = [r for r in results if r.error is None]
 
     def known(name: str, over: Callable[[list], float]) -> float | None:
@@ -169,7 +169,9 @@ def _by_tokens(pairs: Sequence[tuple[float | None, int]]) -> float | None:
 
 
 def quality_speed_points(results: Sequence[Result]) -> list[dict]:
-    """A point for each prompt with both numbers: {x: speed-up, y: agreement, label: start of the prompt, kind}.
+    """Make a chart point for each prompt with a speed-up and an agreement: {x: speed-up, y: agreement, label, kind}.
+
+    The label is the start of the prompt.
 
     Label and kind are untrusted text: escape them where markup is read.
     """
@@ -201,7 +203,7 @@ def results_csv(results: Sequence[Result]) -> str:
 
 
 def _cell(value):
-    """Value of a table cell. Text that a spreadsheet would run as a formula gets an apostrophe."""
+    """Convert a value for a CSV cell. Text that a spreadsheet would run as a formula gets an apostrophe in front."""
     if value is None:
         return ""
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Records: races saved to files, which a page can replay. Files are not trusted: all is checked.
+"""Records: save races to files that the page can replay. Files are not trusted: `load` checks every value.
 
 A file is one JSON object {"format": 1, "records": [...]}; the records are the lines of `TokenStream`, described there.
 """
@@ -43,7 +43,7 @@ def dump(stream: str) -> str:
 
 
 def load(content: bytes | str) -> str:
-    """Stream of a recorded race, ready to be drawn.
+    """Read a file that `dump` made. Returns the stream of the recorded race, which the page can draw.
 
     Raises ValueError that names what was expected and what the file holds instead.
     """
@@ -67,7 +67,7 @@ def load(content: bytes | str) -> str:
 
 
 def _check_whole(records: list[dict]) -> None:
-    """Check how entries fit together; each is correct by itself already. Raises ValueError."""
+    """Check that entries fit together, after `_check` accepted each one. Raises ValueError if they do not."""
     kinds, model = [record["type"] for record in records], records[0]
     if kinds[:2] != ["model", "run"] or {"model", "run"} & {*kinds[2:]}:
         raise ValueError("a record must begin with a model and a run, and hold no other model or run")
@@ -98,7 +98,7 @@ def _check_whole(records: list[dict]) -> None:
 
 
 def _check(number: int, record) -> None:
-    """Check one entry by itself. Raises ValueError."""
+    """Check one entry without looking at the others. Raises ValueError if it is wrong."""
     kind = record.get("type") if isinstance(record, dict) else None
     if kind not in _FIELDS:
         raise ValueError(f"entry {number}: expected one of the types {', '.join(_FIELDS)}, got {kind!r}")
@@ -122,7 +122,7 @@ def _check(number: int, record) -> None:
 
 
 def _fits(value, wanted) -> bool:
-    """Whether a value has the wanted type and, as a number, is finite."""
+    """Return True if a value has the wanted type; a number must also be finite."""
     if isinstance(value, bool):             # Python counts True as a whole number
         return wanted is bool
     return isinstance(value, wanted) and not (isinstance(value, float) and not math.isfinite(value))

@@ -28,7 +28,7 @@ Compute = Callable[..., Iterator["Batch"]]
 
 
 class RunFailed(RuntimeError):
-    """A run that broke off outside of our code, such as a worker that died or a quota that is used up.
+    """Error of a run that failed outside of our code, for example because a worker died or a quota is used up.
 
     The message is for the visitor: plain text, to be escaped where markup is read.
     """
@@ -40,7 +40,7 @@ class RunFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Batch:
-    """Events of one moment of a race, as (side, event). One more batch follows the race, with what was read then."""
+    """Consecutive events of a race, as (side, event). A last batch without events has the results of `_read_again`."""
 
     events: Sequence[tuple[str, TokenEvent]] = ()
     over: bool = False                          # with the last events
@@ -68,7 +68,7 @@ class Runner:
         Closing the iterator ends both runs. The model must be ready (`Library.ready`).
 
         Args:
-            full: config of the full model's run; None runs no such side.
+            full: config of the full model's run; None runs only the side with exits.
             inspected: end with an `Inspection`. Else a race of greedy runs ends with the full model's choices alone.
 
         Raises ValueError for runs that cannot work, before the first batch, and RunFailed from the iterator.
@@ -81,12 +81,12 @@ class Runner:
 
     def seconds(self, label: str, ids: Sequence[int], config: DecodeConfig, full: DecodeConfig | None = None,
                 inspected: bool = False) -> int:
-        """Seconds of GPU time to ask for, for a race with these arguments: from its length and the latest speed."""
+        """Estimate the GPU time in seconds for a race with these arguments, from its length and the latest speed."""
         tokens = config.max_new_tokens + (full.max_new_tokens if full else 0)
         return math.ceil(START_SECONDS + MARGIN * tokens * self._token_seconds.get(label, TOKEN_SECONDS))
 
     def _measured(self, label: str, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass batches on, and keep the time of a token when the race is over."""
+        """Yield the batches unchanged. After the race, store the time that a token took, for `seconds`."""
         clocks, tokens = {}, 0
         try:
             for batch in batches:
@@ -101,7 +101,7 @@ class Runner:
 
     def _compute(self, label: str, ids: list[int], config: DecodeConfig, full: DecodeConfig | None,
                  inspected: bool) -> Iterator[Batch]:
-        """Decode. The only function that computes; it may run in a forked process."""
+        """Decode, and yield the batches of a race. All computation happens here; it may run in a forked process."""
         engine, _ = self.library.get(label)
         contest = race({CASCADE: engine.generate(ids, config)} | ({FULL: engine.generate(ids, full)} if full else {}))
         written: list[TokenEvent] = []
@@ -123,7 +123,7 @@ class Runner:
 
 
 def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
-    """Yield the events until the race is over; `next(batches)` then gives the batch of `_read_again`."""
+    """Yield the events of a race. When they end, `next(batches)` returns the last batch, which `_read_again` made."""
     for batch in batches:
         yield from batch.events
         if batch.over:
@@ -131,7 +131,7 @@ def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
 
 
 def _read_again(engine: Engine, ids: list[int], written: list[TokenEvent], inspected: bool, choices: bool) -> Batch:
-    """Read the text with exits once more. Returns the last batch of a race."""
+    """Pass the text of the run with exits through the full model again. Returns the last batch of a race."""
     if inspected:
         inspection = inspect(engine, ids, written)
         return Batch(choices=inspection.full_choices, inspection=inspection)

@@ -87,7 +87,7 @@ def check(engine: Engine, reference: Backend | None) -> SelfCheck:
 
 
 class _Comparison:
-    """One self-check on its way; see `SelfCheck` for the attributes."""
+    """A self-check while it runs. It has the attributes of `SelfCheck`."""
 
     def __init__(self, engine: Engine):
         self._engine, self._model = engine, engine.model
@@ -117,7 +117,7 @@ class _Comparison:
             self.layers += stop - begin
 
     def _run(self) -> list[Tensor]:
-        """Run the tokens through all segments of the backend: the rows before each and after the last, (1, N, D)."""
+        """Run the tokens through all segments. Returns the rows before each segment and after the last: (1, N, D)."""
         layers, segments = self._model.layers, range(self._model.num_segments)
         cache, passes = layers.new_cache(len(self._ids) + layers.row_multiple), []
         for part in (self._ids[:PROMPT_ROWS], self._ids[PROMPT_ROWS:]):
@@ -129,9 +129,10 @@ class _Comparison:
         return self._model.layers.tensor(rows).to(self._model.device, self._model.dtype)
 
     def _expect(self, part: str, ours: Tensor, theirs: Tensor, before: Tensor | None = None, layers: int = 0) -> None:
-        """Compare rows (1, N, ...): the error relative to what these layers added to the rows `before` them.
+        """Compare rows (1, N, ...). The error is relative to the size of what this part added to the rows `before` it.
 
-        Where a part adds little to large rows, a tenth of the rows counts instead: the sum is rounded, too.
+        If a part adds little to large rows, the error is relative to a tenth of the rows' size instead, because
+        rounding the sum causes an error, too.
         """
         ours, theirs = ours.float().to(self._model.device), theirs.float().to(self._model.device)
         added = theirs if before is None else theirs - before.float()
@@ -145,7 +146,7 @@ class _Comparison:
                              f"{allowed:.2%} is allowed")
 
     def _expect_choices(self, chosen: Sequence[int], logits: Tensor) -> None:
-        """Compare chosen words with logits (N, V): where two words are nearly equally likely, both are right."""
+        """Compare chosen words with logits (N, V). If two words are nearly equally likely, either choice is correct."""
         allowed = self._tolerance * logits.norm(dim=-1) / logits.shape[-1] ** 0.5
         rows = torch.arange(len(chosen), device=logits.device)
         missing = logits.amax(-1) - logits[rows, torch.tensor(chosen, device=logits.device)]
@@ -178,7 +179,7 @@ def _text(engine: Engine, prompt: Sequence[int], mode: Mode, tokens: int) -> lis
 
 
 def _first_last_others(bounds: Sequence[int]) -> Iterator[int]:
-    """Segments that have layers: the first, the last, then the others."""
+    """Yield the segments that have layers, in the order of the check: the first, the last, then the others."""
     segments = [s for s, (a, b) in enumerate(zip(bounds, bounds[1:])) if a < b]
     yield from dict.fromkeys((segments[0], segments[-1], *segments))
 

@@ -50,13 +50,13 @@ COPIED_COLOUR = "#FFAABB"                   # as in app.css
 
 
 def colours(num_exits: int) -> tuple[str, ...]:
-    """One colour for each segment. Exits beyond the palette share its last colour; the full model is grey."""
+    """Return a colour for each exit and for the full model. Exits beyond the palette share its last colour."""
     last = len(_DEPTH_COLOURS) - 1
     return (*(_DEPTH_COLOURS[min(s, last)] for s in range(num_exits)), _FULL_COLOUR)
 
 
 class TextDecoder:
-    """Decodes one token after another. The pieces add up to what the tokenizer decodes for all tokens together.
+    """Decodes one token at a time. The joined pieces equal the text that the tokenizer decodes from all tokens at once.
 
     A token that ends inside a character gives ''; the token that completes the character gives its text.
     (Tokenizers with byte fallback rewrite a character when invalid bytes follow it; earlier pieces are not corrected.)
@@ -73,7 +73,7 @@ class TextDecoder:
         return bool(self._held)
 
     def push(self, token_id: int) -> str:
-        """Text that this token adds."""
+        """Decode the next token. Returns the text that it adds."""
         # Lists are replaced, never changed in place: a shallow copy of a decoder can decode drafts.
         self._held = [*self._held, token_id]
         piece = self._pending()
@@ -83,7 +83,7 @@ class TextDecoder:
         return piece
 
     def flush(self) -> str:
-        """Text of an incomplete character at the end; '' when there is none."""
+        """Return the text of an incomplete character at the end, or '' if there is none."""
         piece, self._held = self._pending() if self._held else "", []
         return piece
 
@@ -100,7 +100,7 @@ _BYTES = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(so
 
 
 def token_bytes(tokenizer, token_id: int) -> bytes:
-    """Bytes of a token, including a token that is only a part of a character."""
+    """Return the bytes of a token, also if the token is only a part of a character."""
     word = tokenizer.convert_ids_to_tokens(token_id)
     if re.fullmatch("<0x[0-9A-Fa-f]{2}>", word):                # byte fallback
         return bytes.fromhex(word[3:5])
@@ -124,7 +124,7 @@ class _Side:
         return [e.token_id for e in self.final]
 
     def shows(self, event: TokenEvent) -> bool:
-        """Tell whether the page shows this event. Of drafts and rejections it shows those on the first path only."""
+        """Return True if the page shows this event. Drafts and rejections are shown for the first path only."""
         if event.status is Status.DRAFT:
             if event.index != len(self.final) + len(self.drafts):
                 return False
@@ -136,7 +136,7 @@ class _Side:
         return True
 
     def piece(self, event: TokenEvent) -> str:
-        """Text of this event; the text of a draft is provisional."""
+        """Return the text of this event. The text of a draft can still change."""
         self.events.append(event)
         if event.final:
             self.draft_decoder = None
@@ -259,29 +259,29 @@ def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> It
 # -- single lines -------------------------------------------------------------------------------------------
 
 def model_line(shape: Shape) -> str:
-    """First line of a stream: the model. Alone, it is the stream of a page where nothing has run yet."""
+    """Return the first line of a stream, which describes the model. Before any run, it is the page's whole stream."""
     exits = [dict(layer=layer, depth=round(layer / shape.num_layers, 4)) for layer in shape.exit_layers]
     return write_line("model", format=FORMAT, model=shape.name, layers=shape.num_layers, exits=exits,
                       trained=shape.trained, colours=colours(len(exits)))
 
 
 def status_line(message: str) -> str:
-    """A line that says what the server does before a run can begin; never recorded."""
+    """Return a line that tells what the server does before a run begins. It is never saved in a record."""
     return write_line("status", message=message)
 
 
 def replay_line() -> str:
-    """A line to put before a recorded stream, so that the page draws it at the pace of the recorded run."""
+    """Return the line to put before a recorded stream: the page then draws it at the speed of the recorded run."""
     return write_line("replay")
 
 
 def error_line(message: str) -> str:
-    """A line that reports an error: alone, the run could not begin; at the end of a stream, it broke off."""
+    """Return a line that reports an error. Alone, it means that no run began; after others, that the run failed."""
     return write_line("error", message=message)
 
 
 def stopped(text: str) -> str:
-    """Return the stream after Stop: the text so far stays. Without a run the stream is unchanged."""
+    """Mark a stream as stopped by the visitor, and return it. Nothing changes where no run is in progress."""
     try:
         kind = json.loads(text.rstrip("\n").rpartition("\n")[2])["type"]
     except (ValueError, KeyError, TypeError):
@@ -297,7 +297,7 @@ def write_line(type: str, **record) -> str:
 
 
 def _rounded(value):
-    """Round floats, in any nesting, to the digits that the page can show."""
+    """Round floats, also inside nested lists and dicts, to the digits that the page can show."""
     if isinstance(value, float):
         return round(value, 5)
     if isinstance(value, (tuple, list)):

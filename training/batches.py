@@ -1,4 +1,4 @@
-"""Batches: which documents each training step reads, and in what parts."""
+"""Batches: choose the documents of each training step, and divide them into micro-batches."""
 
 import math
 

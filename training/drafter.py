@@ -53,12 +53,12 @@ class DraftRows:
         self._places = torch.cat([torch.arange(len(f.ids)) for f in features]).to(exits.device)
 
     def back(self, rows: Tensor, tokens: int) -> Tensor:
-        """Shift rows: each position gets the row of so many tokens before it, zero before its document's start."""
+        """Shift rows by `tokens`: each position gets the row that many tokens earlier, or zero before its document."""
         return rows.roll(tokens, 0) * (self._places >= tokens)[:, None]
 
 
 class WhitenedDrafter:
-    """A drafter that reads whitened rows during training (see `training.inputs`). `fold` undoes it in its weights."""
+    """A drafter that reads whitened rows during training (see `training.inputs`). `fold` makes it read plain rows."""
 
     def __init__(self, drafter: Drafter, store: FeatureStore, documents: list[int]):
         self.drafter, moments, count = drafter, [0.0, 0.0], 0
@@ -95,7 +95,7 @@ class WhitenedDrafter:
 
 
 class DrafterLearner:
-    """The drafter, for the training loop (`training.loop.Learner`).
+    """Connects the drafter to the training loop, as a `training.loop.Learner`.
 
     Args:
         head: the words that are drafted.
@@ -153,7 +153,7 @@ class DrafterLearner:
 
     @torch.no_grad()
     def agreement(self, documents: list[int]) -> list[float]:
-        """Measure top-1 agreement with the full model after 0, 1, ... drafts in a row, among the drafted words.
+        """Measure top-1 agreement with the full model after 0, 1, ... drafts in a row, among words that may be drafted.
 
         Each process reads its part of the documents, so all processes have to call.
         """
@@ -195,7 +195,7 @@ def first_drafter(bank: ExitBank, go_on: bool) -> Drafter:
 
 
 def drafted_words(bank: ExitBank, model: SegmentedModel, tail: int) -> tuple[SampledHead, SampledHead]:
-    """Return the words that are drafted, alone and with `tail` of the other words sampled at each step."""
+    """Return two heads: of the words that may be drafted, and of these plus `tail` other words sampled at each step."""
     config, weight = bank.config, model.head_weight.detach()
     ids = torch.arange(config.vocab_size) if bank.head_ids is None else bank.head_ids
     ids = ids[:config.draft_size or config.words(0)].to(model.device)
@@ -203,7 +203,7 @@ def drafted_words(bank: ExitBank, model: SegmentedModel, tail: int) -> tuple[Sam
 
 
 def split_documents(store: FeatureStore) -> tuple[list[int], list[int]]:
-    """Return the training and the held-out documents. Raises ValueError when there are none of a kind."""
+    """Return the training and the held-out documents. Raises ValueError if either list is empty."""
     training, held_out = (store.of(split, policy_only=True) for split in (Split.TRAIN, Split.TEST))
     if not training or not held_out:
         raise ValueError(f"{len(training)} training and {len(held_out)} held-out documents that the model wrote are "
@@ -212,7 +212,7 @@ def split_documents(store: FeatureStore) -> tuple[list[int], list[int]]:
 
 
 def settings_of(bank: ExitBank, store: FeatureStore, args: argparse.Namespace) -> dict:
-    """Collect what decides the result: a checkpoint with other settings is not continued."""
+    """Collect the settings that affect the result. A checkpoint with other settings is not continued."""
     names = ("hard", "tail", "epochs", "batch", "lr", "fit_documents", "seed")
     return {"documents": store.fingerprint(),
             "start": bank.drafter_fingerprint() if args.go_on else bank.fingerprint()

@@ -24,7 +24,7 @@ Inputs = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]      # such as `
 
 
 def plain_inputs(s: int, h: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave the rows as they are: the inputs of adapters that are not in training."""
+    """Return the rows unchanged. Use this as `inputs` for adapters that are not being trained."""
     return h, carried
 
 
@@ -38,7 +38,7 @@ def adapted_states(bank: ExitBank, inputs: Inputs, features: list[Features], own
         own_share: share of the rows whose carried state is the adapted state of an exit, instead of the full model's.
             The exit is drawn at random. For the exit before the first layer it is that exit itself, because it drafts
             whole chains.
-        max_chain: at most so many tokens in a row come from an exit.
+        max_chain: largest number of consecutive tokens that come from an exit.
         exits: numbers of the exits to run; None = all.
     """
     device = bank.adapters[0].norm.weight.device
@@ -70,7 +70,7 @@ def mixed_carried_states(bank: ExitBank, inputs: Inputs, h: Tensor, full: Tensor
         h: hidden states at the exits (N, E, D).
         full: carried states of the full model (N, D).
         places: position of each row in its document (N,).
-        rows: which positions are asked for (n,).
+        rows: positions whose carried states are returned (n,).
         sources: the exits that may have produced the tokens.
     """
     carried = full[rows].float()

@@ -80,7 +80,7 @@ class AdapterInputs:
 
     @torch.no_grad()
     def adopt(self, bank: ExitBank, trained: ExitBank) -> list[int]:
-        """Copy adapters trained before into the bank, where both have an exit after the same layer.
+        """Copy adapters of an earlier training into the bank, for each layer after which both banks have an exit.
 
         Returns these layers. Raises ValueError when the adapters have another shape.
         """

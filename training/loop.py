@@ -1,6 +1,6 @@
 """The training loop: steps, micro-batches, several processes, checkpoints, log, progress bar and time limit.
 
-What is trained is a `Learner`. The loop does not know what its weights are for.
+The loop trains any `Learner`, and does not depend on the purpose of its weights.
 """
 
 import math
@@ -43,10 +43,10 @@ class Learner(Protocol):
         """
 
     def record(self, means: Tensor) -> dict:
-        """Name the means over a step's rows, for the log."""
+        """Convert the means over a step's rows to a log entry: {name: value}."""
 
     def progress(self, record: dict) -> str:
-        """Put a record into a few words, for the progress bar."""
+        """Format a log entry as a short text for the progress bar."""
 
     def check(self) -> list[float]:
         """Measure the agreement with the full model on held-out documents. All processes call it."""
@@ -101,7 +101,7 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
 
 
 def _is_late(started: float, minutes: float, accelerator: Accelerator) -> bool:
-    """Tell whether the time is over, by the clock of the main process: all processes stop at the same step."""
+    """Return True if the time is over. The main process's clock decides, so all processes stop at the same step."""
     if math.isinf(minutes):
         return False
     late = accelerator.is_main_process and time.perf_counter() - started > minutes * 60

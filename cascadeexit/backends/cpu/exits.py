@@ -80,7 +80,7 @@ class CpuExits(Exits):
 
 
 class ModuleAdapter:
-    """An adapter of a kind that the kernels do not know, run by PyTorch: rows, carried states (..., D) -> (..., D)."""
+    """Runs an adapter in PyTorch if the kernels do not support it: rows, carried states (..., D) -> (..., D)."""
 
     def __init__(self, adapter: nn.Module):
         self._adapter = adapter
@@ -96,12 +96,12 @@ class CpuAdapter:
 
     Args:
         adapter: `ExitAdapter` or `CarryAdapter`; its weights are copied.
-        eight_bits: round weights to 8 bits, for results that need not be those of the bf16 weights.
+        eight_bits: round weights to 8 bits. Results then differ slightly from those of the bf16 weights.
     """
 
     @staticmethod
     def knows(adapter: nn.Module) -> bool:
-        """True for the kinds of adapter that the kernels compute."""
+        """Return True if the kernels support this kind of adapter."""
         return type(adapter) in (ExitAdapter, CarryAdapter)
 
     def __init__(self, adapter: nn.Module, *, eight_bits: bool = False):
@@ -183,7 +183,7 @@ class CpuContext:
         self._scale = self._store.floats(scale)
 
     def __call__(self, states: Sequence[Hidden], row: int) -> ctypes.Array:
-        """Read one row of each of E states (1, N, D) in bf16: D numbers in fp32."""
+        """Apply the layer to one row of each of E states (1, N, D) in bf16. Returns D numbers in fp32."""
         n, d = len(states), self._matrix.outputs
         out = (c_float * d)()
         build.library().ce_gathered(byref(self._matrix), self._scale,
@@ -211,7 +211,12 @@ class CpuConfidence:
         return Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
 
     def __call__(self, rows: Hidden, copied: Sequence[tuple[int, float]], before: Hidden | None = None) -> list[float]:
-        """Confidences for rows (N, D), copies from `read_copies`, and the previous exit's rows if it ran."""
+        """Compute the confidences of rows (N, D).
+
+        Args:
+            copied: result of `read_copies`.
+            before: rows of the previous exit; None if it did not run.
+        """
         rows, before, n = in_bf16(rows), None if before is None else in_bf16(before), len(copied)
         chances = (c_float * n)()
         build.library().ce_confidence(byref(self._head.matrix), byref(self._alone if before is None else self._after),

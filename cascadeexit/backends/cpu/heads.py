@@ -47,7 +47,7 @@ class CpuHead:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights that one call of `argmax` reads; with a screen, without the few exact ones."""
+        """Return the bytes of weights that one `argmax` call reads. With a screen, the few bf16 rows do not count."""
         if self._screen:
             return self._screen.rough.nbytes
         return self.shape[0] * (self.shape[1] + 4 if self.eight_bits else 2 * self.shape[1])
@@ -58,7 +58,7 @@ class CpuHead:
 
     @property
     def weight(self) -> Tensor:
-        """The weight (K, I), made anew. Raises ValueError where it was rounded to 8 bits."""
+        """Unpack the weight into a new tensor (K, I). Raises ValueError if the weight was rounded to 8 bits."""
         return self.rows(range(self.words)).tensor()[0]
 
     def logits(self, rows: Hidden) -> Tensor:
@@ -69,7 +69,7 @@ class CpuHead:
         return out
 
     def argmax(self, rows: Hidden) -> list[int]:
-        """The likeliest word of each row (..., I), the first of equal ones. A screen gives the same result faster."""
+        """Find the likeliest word of each row (..., I); of equal ones, the first. With a screen this is faster."""
         rows = in_bf16(rows)
         n = prod(rows.shape[:-1])
         numbers, screen = (c_int32 * n)(), self._screen
@@ -81,7 +81,7 @@ class CpuHead:
         return [Choice(token, partial(self.logit, rows, row)) for row, token in enumerate(self.argmax(rows))]
 
     def logit(self, rows: Hidden, row: int, number: int) -> float:
-        """One word's logit for one of these rows (1, N, I), bitwise what `logits` gives."""
+        """Compute the logit of one word for one of the rows (1, N, I). It is bitwise equal to the value in `logits`."""
         rows, size, of = in_bf16(rows), build.library().ce_block(), self.matrix
         first = number // size * size
         # Its block alone, as a matrix of its own.
@@ -116,7 +116,7 @@ class CpuHead:
         return part
 
     def rows(self, ids: Sequence[int]) -> States:
-        """Rows of the weight, as an embedding reads them: n numbers -> (1, n, I).
+        """Read rows of the weight as embeddings: n token ids -> (1, n, I).
 
         Raises ValueError where the weight was rounded to 8 bits.
         """
@@ -128,7 +128,7 @@ class CpuHead:
         return out
 
     def screened(self, rough: "CpuHead", exact: Tensor, ids: Tensor | None = None) -> "CpuHead":
-        """Make a copy of this head whose argmax is faster, because a `HeadScreen` of these arguments comes first."""
+        """Copy this head with a faster argmax: a `HeadScreen` made from these arguments excludes most words first."""
         head = copy.copy(self)
         head._screen, head._shared = HeadScreen(rough, exact, ids), True
         return head

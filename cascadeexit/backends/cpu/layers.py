@@ -27,7 +27,7 @@ from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weig
 
 
 class CpuCache(KVCache):
-    """Keys and values in the kernels' own layout, as bytes, in whole blocks of positions."""
+    """A `KVCache` of bytes, in the layout of the C++ kernels. Its capacity is a whole number of blocks of positions."""
 
     def __init__(self, num_layers: int, num_heads: int, head_dim: int, capacity: int, batch: int):
         lib = build.library()
@@ -71,7 +71,7 @@ class CpuLayers:
 
     @property
     def embedding_head(self) -> CpuHead | None:
-        """The head whose rows are the embeddings; None where the model does not tie them."""
+        """Return the head whose weight rows are the embeddings; None if the model does not tie head and embeddings."""
         return self._head
 
     # -- caches ---------------------------------------------------------------------------------------------------
@@ -159,14 +159,14 @@ def _ints(values: Sequence[int] | None) -> ctypes.Array | None:
 
 @functools.cache
 def _stops(bounds: tuple[int, ...]) -> ctypes.Array:
-    """Select the layers bounds[1:] that come after bounds[0]: C++ returns the rows before each of them."""
+    """Convert bounds[1:] to an array of layer numbers for C++, which returns the rows before each of these layers."""
     return _ints([bound for bound in bounds[1:] if bound > bounds[0]])
 
 
 def _by_group(groups: int, *parts: Tensor | None) -> Tensor | None:
     """Join queries, keys and values (O, ...) so that a key-value head lies beside its queries.
 
-    Then a thread computes attention over what it projected itself.
+    A thread then computes attention from queries, keys and values that it has projected itself.
     """
     if parts[0] is None:
         return None

@@ -23,7 +23,7 @@ class Store:
     """Packs weights into one piece of memory, and keeps alive what C++ holds pointers to.
 
     Args:
-        weights: all weights that it will hold, bf16 (O, I), or 8-bit as `rounded` makes them.
+        weights: all weights that the store will hold: bf16 (O, I), or 8-bit integers from `rounded`.
         in_12_bits: pack bf16 weights to 12 bits where that is possible.
 
     Attributes:
@@ -82,13 +82,13 @@ class Store:
         return at, outliers
 
     def matrix_in_8_bits(self, weight: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None) -> Matrix:
-        """Store one weight as `rounded` made it."""
+        """Store one weight of 8-bit integers, in the layout that `rounded` returns."""
         at = self._take(weight.nbytes)
         ctypes.memmove(at, weight.data_ptr(), weight.nbytes)
         return Matrix(at, self.floats(scale), self.floats(bias), 2 * weight.shape[1], outputs)
 
     def floats(self, values: Tensor | None) -> int | None:
-        """Address of an fp32 copy; None for None."""
+        """Store an fp32 copy of the values. Returns its address; None if there are no values."""
         if values is None:
             return None
         self._kept.append(values.detach().float().contiguous().clone())
@@ -96,12 +96,12 @@ class Store:
 
 
 def _whole_lines(size: int) -> int:
-    """Bytes up to the next cache line."""
+    """Round a size in bytes up to whole cache lines."""
     return -(-size // 64) * 64
 
 
 def scale_of(weight: Tensor) -> Tensor:
-    """Factor of the 8-bit integers of each output of a weight (O, I): (O,)."""
+    """Return the scale (O,) of a weight (O, I): for each output, the factor of its 8-bit integers."""
     return weight.abs().amax(1).clamp(min=1e-30) / 127
 
 
@@ -121,5 +121,5 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def column_scale(weight: Tensor) -> Tensor:
-    """Size of each column of a weight (O, I), as powers of 2: (I,)."""
+    """Return a power of 2 near the magnitude of each column of a weight (O, I): (I,)."""
     return weight.square().mean(0).clamp(min=1e-30).sqrt().log2().round().exp2()

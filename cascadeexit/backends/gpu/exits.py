@@ -41,7 +41,10 @@ class GpuExits(Exits):
                             self._passes.recorder.error)
 
     def _record(self) -> None:
-        """Record each exit after every span that ends below it, alone and after the exit before."""
+        """Record each exit with every span of segments that ends below it.
+
+        A sketch estimator is recorded both with and without the previous exit's rows.
+        """
         like = self._passes.x[:1]
         self._carried, self._before = torch.zeros_like(like), torch.zeros_like(like)            # (1, D) each
         self._copies = torch.zeros(1, 2, device=like.device)
@@ -75,7 +78,7 @@ class GpuExits(Exits):
 
     def _ask(self, s: int, asked: "AskedExit", copied: Sequence[tuple[int, int]],
              before: Hidden | None) -> float | None:
-        """Run the pass that waits below an exit together with it: its confidence; None where that cannot be done."""
+        """Run an exit in one recording with the postponed pass below it. Returns its confidence; None if impossible."""
         after = before is not None and self._sketch is not None
         if not asked.waits:
             return None
@@ -101,7 +104,12 @@ class GpuExits(Exits):
         return chance
 
     def _chance(self, s: int, hidden: Tensor, copies: Tensor | None, before: Tensor | None) -> Tensor:
-        """Confidences (N,) of adapted rows (N, D); for a sketch, with copies (N, 2) and rows of the exit before."""
+        """Compute confidences (N,) of adapted rows (N, D).
+
+        Args:
+            copies: (N, 2), read by a sketch estimator only.
+            before: adapted rows of the previous exit, read by a sketch estimator only; None if it did not run.
+        """
         estimators = self._bank.confidence_heads
         if estimators is None:
             return self._heads[s].logits(hidden).softmax(-1).amax(-1)
@@ -130,7 +138,7 @@ class GpuExits(Exits):
 
     def _drafted(self, tokens: Tensor, states: Tensor, context: Tensor | None, temperature: float | Tensor, k: int,
                  count: Tensor) -> tuple[Tensor, Tensor]:
-        """Draft what follows tokens (N,): hidden rows (N, D), and k probabilities and k token ids of each (N, 2 k)."""
+        """Draft k next tokens after each token (N,). Returns hidden rows (N, D), and probabilities and ids (N, 2 k)."""
         if context is not None:
             states = (states + context).to(states.dtype)
         hidden = self._draft(tensor_of(self._embed(tokens))[0], states, count)
@@ -154,7 +162,10 @@ class GpuExits(Exits):
     @torch.inference_mode()
     def _replay_drafts(self, tokens: Sequence[int], states: Tensor, temperature: float,
                        context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run the recording of one level: hidden rows (N, D), and probabilities and ids (N, 2 k) of the most drafts."""
+        """Replay the recording of one draft level. Returns hidden rows (N, D), and probabilities and ids (N, 2 k).
+
+        k is the number of drafts that was recorded, the largest that can be used.
+        """
         n = len(tokens)
         with self._passes.turn:
             self._draft_tokens[:n].copy_(torch.tensor(tokens))
@@ -171,7 +182,7 @@ class AskedExit(Late):
     """The adapted row (1, D) of an exit that may run in the recording of the pass below it.
 
     Attributes:
-        word: what the exit chose, by its number in the exit's head; None before it was asked.
+        word: the word that the exit chose, as its number in the exit's head; None before the exit has run.
     """
 
     __slots__ = "carried", "word"
@@ -192,7 +203,7 @@ class GpuAdapter:
         self._adapter, self._counts = adapter, counts
 
     def __call__(self, rows: Tensor, carried: Tensor, count: Tensor | None = None) -> Tensor:
-        """count: how many of the rows are computed, in device memory; None for all."""
+        """Apply the adapter to the first `count` rows (a tensor in device memory), or to all rows if it is None."""
         a, flat = self._adapter, rows.reshape(-1, rows.shape[-1])
         count, straight = self._counts(len(flat)) if count is None else count, flat
         x = flat.to(a.gate.weight.dtype).contiguous()

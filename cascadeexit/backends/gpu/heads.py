@@ -20,7 +20,7 @@ class GpuHead:
 
     Args:
         weight: (K, D).
-        owned: the weight is memory of this head's own, not another's.
+        owned: True if the weight is not shared with another head or the model.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, counts: Counts, owned: bool = True):
@@ -34,7 +34,7 @@ class GpuHead:
         return self._weight
 
     def logits(self, rows: Hidden) -> Tensor:
-        """Logits of rows (..., D) in fp32: (..., K)."""
+        """Compute the logits (..., K) of rows (..., D), in fp32."""
         return self.launch(self._ready(rows))[0].view(*rows.shape[:-1], -1)
 
     def argmax(self, rows: Hidden) -> list[int]:
@@ -45,7 +45,7 @@ class GpuHead:
         return [Choice(token, row.__getitem__) for token, row in zip(tokens, logits)]
 
     def _asked(self, rows: Hidden) -> tuple[Tensor, list[int]]:
-        """Logits (N, K) and the likeliest words of rows."""
+        """Return logits (N, K) and the likeliest word of each row."""
         if self.in_top and isinstance(rows, AskedTop) and (answer := rows.ask()):
             return answer
         logits, words = self.launch(self._ready(rows))
@@ -59,7 +59,7 @@ class GpuHead:
         return softmax_facts(self.logits, rows, copied, before)
 
     def first(self, words: int) -> "GpuHead":
-        """A head of the first words only, over the same memory."""
+        """Make a head of the first `words` words. It shares this head's memory."""
         if words == self.words:
             return self
         bias = None if self._bias is None else self._bias[:words]

@@ -172,9 +172,9 @@ def attend(queries, cache, layer, partial, sums, count, positions, lanes, paths,
 @triton.jit
 def combine(partial, sums, out, count, positions, H, K, S, parts, d, TILE: tl.constexpr, SPLIT: tl.constexpr,
             WIDTH: tl.constexpr):
-    """Add what `attend` found in each split, in ascending order: attention outputs (N, H, d) of one head.
+    """Combine the results of `attend` for one head over all splits, in ascending order: attention outputs (N, H, d).
 
-    A kernel of its own: each program of the output projection would have to repeat it.
+    This is a separate kernel because otherwise each program of the output projection would have to repeat it.
 
     Grid: (T, H).
     """

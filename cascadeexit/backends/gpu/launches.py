@@ -29,27 +29,27 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
 
 
 def tiles(rows: int) -> int:
-    """Number of tiles that hold so many rows."""
+    """Return the number of tiles that hold this many rows."""
     return -(-rows // ROWS)
 
 
 def power_of_2(size: int) -> int:
-    """The size of a tile that covers `size` numbers: a power of 2, at least 16, as `tl.dot` needs."""
+    """Return the smallest power of 2 that is at least `size` and 16, the minimum tile size of `tl.dot`."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def output_block(outputs: int) -> int:
-    """Outputs of one program: few enough that small weights keep the whole GPU busy."""
+    """Choose how many outputs one program computes: few enough that small weights still occupy the whole GPU."""
     return 16 if outputs <= 16 * _FEW_PROGRAMS else 32
 
 
 def input_block(inputs: int, most: int) -> int:
-    """Inputs of one step of a product: at most `most`, at least 16, a power of 2."""
+    """Choose how many inputs one step of a product reads: a power of 2 from 16 to `most`."""
     return min(most, power_of_2(inputs))
 
 
 def shrink(dtype: torch.dtype) -> float:
-    """Factor of unnormed rows in products: fp16 ends at 65504, which large hidden states times a gain may pass."""
+    """Return the factor that keeps products of unnormed rows and gains in range: fp16 overflows above 65504."""
     return 2.0 ** -6 if dtype == torch.float16 else 1.0
 
 

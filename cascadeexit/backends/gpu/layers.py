@@ -50,7 +50,7 @@ _ROW_COST = 0.02                # a tile of 16 rows costs about what one of them
 
 @dataclass(frozen=True)
 class Scratch:
-    """What the kernels of a layer hand to each other, for N rows of a context of up to S splits."""
+    """Buffers through which the kernels of a layer pass results on, for N rows and up to S splits of attention."""
 
     queries: Tensor     # (N, H d)
     attended: Tensor    # (N, H d)
@@ -60,10 +60,10 @@ class Scratch:
 
 
 class GpuCache(KVCache):
-    """Keys and values, in which a pass that waits is written before they are copied.
+    """A `KVCache` that runs a postponed pass before its keys and values are copied, so that the copy is complete.
 
     Args:
-        settle: runs that pass.
+        settle: runs the postponed pass, if there is one.
     """
 
     def __init__(self, *shape, settle: Callable[[], None], **options):
@@ -100,7 +100,7 @@ class GpuLayers:
             self._record()
 
     def _record(self) -> None:
-        """Record every span of segments. Raises Unusable where the device cannot record."""
+        """Record each span of segments as a CUDA graph. Raises Unusable if the device cannot record."""
         self._recorded_positions = min(self._shape.positions, _RECORDED_POSITIONS)
         scratch = self.scratch(places.chain(0, ROWS), -(-self._recorded_positions // SPLIT))
 
@@ -128,12 +128,12 @@ class GpuLayers:
                         device=self._device, settle=self.settle)
 
     def settle(self) -> None:
-        """If a pass was put off, run it now; see `Passes.settle`."""
+        """Run the postponed pass, if there is one; see `Passes.settle`."""
         if self.passes:
             self.passes.settle()
 
     def release(self, cache: KVCache) -> None:
-        """Do nothing: a cache is freed when nobody holds it."""
+        """Do nothing: a cache is freed with the last reference to it."""
 
     def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
         if list(path) != list(range(len(path))):
@@ -169,7 +169,7 @@ class GpuLayers:
 
         Raises Unusable where the device cannot record.
 
-        head: launches it on normed rows (16, D), of which so many count (1,): logits (16, V) and tokens (16,).
+        head: launches the head on normed rows (16, D) and their count (1,). Returns logits (16, V) and tokens (16,).
         """
         if self.passes:
             def answer(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +210,10 @@ class GpuLayers:
         return _ROW_COST
 
     def _claim(self, cache: KVCache, bounds: Sequence[int], slots: int, positions: int) -> int:
-        """Make slots real in the layers between these bounds; returns the first. Raises ValueError for too many."""
+        """Reserve cache slots in the layers between these bounds. Returns the first slot.
+
+        Raises ValueError if they exceed the cache or the model's positions.
+        """
         if bounds[0] == bounds[-1]:
             return 0
         start = cache.room(bounds[0], slots)
@@ -220,14 +223,14 @@ class GpuLayers:
         return start
 
     def _run(self, bounds: Sequence[int], rows: Hidden, cache: KVCache, at: Places) -> list[Tensor]:
-        """Take rows (1, N, D) through the layers between these bounds: the rows before each of bounds[1:]."""
+        """Run rows (1, N, D) through the layers between these bounds. Returns the rows before each of bounds[1:]."""
         self.settle()
         x = tensor_of(rows)[0].to(self._dtype).contiguous()
         scratch = self.scratch(at, int(at.positions.max()) // SPLIT + 1) if bounds[0] < bounds[-1] else None
         return [out[None] for out in self.launch_layers(bounds, x, at.of(cache).to(self._device), scratch)]
 
     def scratch(self, at: Places, splits: int) -> Scratch:
-        """Make room for what kernels hand to each other, for rows that see at most so many splits."""
+        """Allocate the buffers that the kernels of a layer share, for rows that attend to at most `splits` splits."""
         shape, n = self._shape, len(at.positions)
         parts = tiles(at.tile * (shape.heads // shape.kv_heads))
         of = (len(at.firsts), shape.kv_heads, parts, splits, ROWS)
@@ -240,7 +243,7 @@ class GpuLayers:
                        empty(*of, shape.head_dim, dtype=torch.float32), empty(*of, 2, dtype=torch.float32))
 
     def launch_layers(self, bounds: Sequence[int], x: Tensor, at: Places, scratch: Scratch | None) -> list[Tensor]:
-        """Launch the layers between these bounds on rows (N, D): the rows before each of bounds[1:], (N, D) each.
+        """Launch the layers between these bounds on rows (N, D). Returns the rows (N, D) before each of bounds[1:].
 
         Everything that changes from pass to pass is in `x` and `at`, so the launches may be recorded.
         """

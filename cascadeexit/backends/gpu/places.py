@@ -38,7 +38,7 @@ class Places:
 
     @classmethod
     def over(cls, buffer: Tensor, rows: int, tile: int = ROWS) -> "Places":
-        """View a buffer of `size(rows, tile)` numbers."""
+        """Make places as views of an existing buffer of `size(rows, tile)` numbers."""
         parts = buffer[_CACHE:].view(torch.int32)[:sum(_sizes(rows, tile))]
         count, positions, slots, lanes, tokens, paths, firsts, begins = parts.split(_sizes(rows, tile))
         paths = paths.view(-1, ROWS)
@@ -46,28 +46,28 @@ class Places:
 
     @staticmethod
     def size(rows: int, tile: int = ROWS) -> int:
-        """Numbers in the buffer of so many rows."""
+        """Return how many numbers a buffer for this many rows holds."""
         return _CACHE + -(-sum(_sizes(rows, tile)) // 2)
 
     def of(self, cache: KVCache) -> "Places":
-        """Say where the cache is; returns itself."""
+        """Write the address of this cache into the buffer. Returns this object."""
         self.cache.copy_(torch.tensor([cache.keys.data_ptr(), cache.values.data_ptr(), cache.capacity,
                                        cache.keys[0].numel()]))
         return self
 
     def to(self, device: torch.device) -> "Places":
-        """Copy to a device, without waiting for it."""
+        """Copy the places to a device, without waiting until the copy is done."""
         if device.type == "cpu":
             return self
         return Places.over(self.staged(device).to(device, non_blocking=True), len(self.positions), self.tile)
 
     def staged(self, device: torch.device) -> Tensor:
-        """The buffer in memory that a device copies without making the caller wait."""
+        """Return the buffer in memory from which a device can copy while the caller goes on (pinned on CUDA)."""
         return self.buffer.pin_memory() if device.type == "cuda" else self.buffer
 
 
 def chain(start: int, n: int, rows: int | None = None) -> Places:
-    """Places of n rows that follow `start` positions, one after another; in a buffer for `rows` rows."""
+    """Make places for n consecutive rows after `start` positions, in a buffer with room for `rows` rows."""
     places = _from_zero(rows or n)
     places.count[0] = n
     for view in (places.positions, places.slots, places.paths, places.firsts):
@@ -76,7 +76,7 @@ def chain(start: int, n: int, rows: int | None = None) -> Places:
 
 
 def _from_zero(rows: int) -> Places:
-    """Places of so many rows of a text's beginning."""
+    """Make places for the first `rows` positions of a text."""
     if rows not in _CHAINS:
         places, at = _empty(rows), torch.arange(rows, dtype=torch.int32)
         places.positions[:], places.slots[:], places.firsts[:] = at, at, at[::ROWS]
@@ -86,7 +86,9 @@ def _from_zero(rows: int) -> Places:
 
 
 def tree(start: int, parents: Sequence[int], rows: int | None = None) -> Places:
-    """Places of a tree of at most 16 rows after `start` positions: row r follows row parents[r] < r, row 0 the cache.
+    """Make places for a tree of at most 16 rows after `start` positions: row r follows row parents[r] < r.
+
+    Row 0 follows the last position in the cache.
 
     Raises ValueError for more rows.
     """
@@ -102,7 +104,7 @@ def tree(start: int, parents: Sequence[int], rows: int | None = None) -> Places:
 
 
 def batch(start: int, begins: Sequence[int]) -> Places:
-    """Places of one row of each of several texts: all at slot `start`, text r reads its slots from begins[r] on."""
+    """Make places for one row of each text: all rows are at slot `start`, and text r reads slots from begins[r] on."""
     places = _empty(len(begins), 1)
     places.count[0], places.lanes[:] = len(begins), torch.arange(len(begins))
     places.begins[:] = torch.tensor(begins)
@@ -116,6 +118,6 @@ def _empty(rows: int, tile: int = ROWS) -> Places:
 
 
 def _sizes(rows: int, tile: int) -> list[int]:
-    """Sizes of the parts of a buffer."""
+    """Return how many numbers each part of a buffer holds."""
     many = tiles(rows) if tile == ROWS else rows
     return [1, rows, rows, rows, rows, rows * ROWS, many, many]

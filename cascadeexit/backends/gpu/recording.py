@@ -22,12 +22,12 @@ from cascadeexit.backends.memory import no_collection
 
 
 def wanted(device: torch.device) -> bool:
-    """True where recordings pay: on CUDA, unless CASCADEEXIT_GRAPHS=0."""
+    """Return True if passes should be recorded: on CUDA, unless the environment sets CASCADEEXIT_GRAPHS=0."""
     return device.type == "cuda" and os.environ.get("CASCADEEXIT_GRAPHS") != "0"
 
 
 def capture(work: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-    """Record what `work` launches as a CUDA graph. Returns what replays it, and the result of `work`, which stays."""
+    """Record the launches of `work` as a CUDA graph. Returns a function that replays them, and the result of `work`."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -54,7 +54,7 @@ class Recorder:
         self.error: str | None = None
 
     def record(self, name: Any, work: Callable[[], Any]) -> None:
-        """Record work that launches the same kernels on the same memory each time; its result is kept."""
+        """Record work that launches the same kernels on the same memory each time, and keep its result for `replay`."""
         if self.error is None:
             try:
                 self._recordings[name] = capture(work, self._pool)
@@ -66,21 +66,21 @@ class Recorder:
         return name in self._recordings
 
     def replay(self, name: Any) -> Any:
-        """Run a recording; returns its result, which the next replay overwrites."""
+        """Replay a recording. Returns its result, which the next replay overwrites."""
         replay, out = self._recordings[name]
         replay()
         return out
 
 
 class Late:
-    """Rows of a pass that may be put off, or of the exit after it: (1, N, D), or (1, D) for one row.
+    """Rows of a pass that may be postponed, or of the exit after it: (1, N, D), or (1, D) for one row.
 
-    Rows as `base.Rows` describes them. `tensor` runs the pass where that was not done.
+    `base.Rows` describes the methods. `tensor` runs the pass if it has not run yet.
 
     Args:
         find: computes the rows.
         source: the pass that they come from; None for embeddings.
-        ends: the same pass, where its last row after its last segment is the last of these rows.
+        ends: the same pass if the last of these rows is its last row after its last segment; else None.
     """
 
     __slots__ = "shape", "source", "ends", "found", "_find"
@@ -106,7 +106,7 @@ class Late:
         return self.found
 
     def keep(self, found: Tensor) -> None:
-        """Be these rows from now on, and let go of what they came from: else a text would hold all its states."""
+        """Store the computed rows and drop the reference to their pass, so that old hidden states can be freed."""
         self.found, self._find, self.source, self.ends = found, None, None, None
 
 
@@ -114,7 +114,7 @@ class Embedded(Late):
     """Embeddings of tokens (1, N, D), which a recording looks up itself.
 
     Args:
-        look_up: computes them.
+        look_up: computes the embeddings (1, N, D) of tokens.
     """
 
     __slots__ = ("tokens",)
@@ -128,12 +128,12 @@ Hidden = Tensor | Late
 
 
 def tensor_of(rows: Hidden) -> Tensor:
-    """Return the rows as a tensor. If they are `Late`, this runs their pass where that was not done yet."""
+    """Return the rows as a tensor. `Late` rows may first have to be computed: then this runs their pass."""
     return rows.tensor() if isinstance(rows, Late) else rows
 
 
 def joined(parts: Sequence[Hidden]) -> Hidden:
-    """Concatenate rows (1, n, D): (1, N, D). Rows that wait go on waiting."""
+    """Concatenate rows (1, n, D) to (1, N, D). This does not run the pass of postponed rows."""
     parts = [part if isinstance(part, Late) and part.waits else tensor_of(part) for part in parts]
     late = next((part for part in parts if isinstance(part, Late)), None)
 
@@ -144,12 +144,12 @@ def joined(parts: Sequence[Hidden]) -> Hidden:
 
 
 class Pass:
-    """One pass of at most 16 rows through a span of segments, put off until somebody needs it.
+    """One pass of at most 16 rows through a span of segments, postponed until its rows are read.
 
     Args:
         passes: what runs it.
         span: first segment, and the one after the last.
-        cache: the one that the places are in; it must outlive the wait.
+        cache: the cache that `places` refers to. This reference keeps it alive until the pass runs.
     """
 
     def __init__(self, passes: "Passes", span: tuple[int, int], rows: Hidden, places: Places, cache: KVCache):
@@ -162,13 +162,13 @@ class Pass:
         return self._rows is None
 
     def outputs(self) -> list[Late]:
-        """Rows after each segment (1, N, D)."""
+        """Return the rows after each segment, (1, N, D) each, without running the pass."""
         last = self.span[1] - self.span[0] - 1
         return [Late(self.shape, lambda i=i: self.rows()[i], self, self if i == last else None)
                 for i in range(last + 1)]
 
     def rows(self) -> list[Tensor]:
-        """Run the pass if it waits: the rows after each segment (1, N, D)."""
+        """Run the pass if it has not run yet. Returns the rows after each segment, (1, N, D) each."""
         with self.passes.turn:
             if self._rows is None:
                 self.take(self.passes.run(self, self.span)[0])
@@ -176,7 +176,7 @@ class Pass:
 
     @torch.inference_mode()
     def take(self, rows: Sequence[Tensor]) -> None:
-        """Keep the rows of a recording (16, D) each, before the next one overwrites them."""
+        """Copy the rows (16, D) of each segment out of the recording, before the next replay overwrites them."""
         self._rows = [after[None, :self.shape[1]].clone() for after in rows]
         self.input = self._cache = None             # lets go of what it came from
 
@@ -186,8 +186,8 @@ class Passes:
 
     Args:
         hidden: D.
-        spare: places in a cache of no text. What is recorded runs once, and writes there.
-        launch: launches the segments of a span on rows (16, D) at places: the rows after each segment. A span that
+        spare: places in a cache that no text uses. Recording runs each kernel once, which writes keys and values there.
+        launch: launches a span of segments on rows (16, D) at places, and returns the rows after each. A span that
             begins with the first segment reads the places' tokens instead.
     """
 
@@ -212,9 +212,9 @@ class Passes:
 
     def record_span(self, span: tuple[int, int], name: Any = None,
                     after: Callable[[Tensor], Any] | None = None) -> None:
-        """Record a span under its name, with what `after` does with the rows after it (16, D); results in (rows, that).
+        """Record a span of segments, then `after` on its last rows (16, D). The result is (rows, result of `after`).
 
-        Only the first rows of these are those of a pass: `last_row` picks the last.
+        A pass may have fewer than 16 rows, which come first: `last_row` selects the last of them.
         """
         def work() -> tuple[list[Tensor], Any]:
             rows = self._launch(span, self.x, self.places)
@@ -226,30 +226,30 @@ class Passes:
             self.recorder.record(name or span, work)
 
     def last_row(self, rows: Tensor) -> Tensor:
-        """The last row of a pass (1, D) among those of a recording (16, D)."""
+        """Select the last row (1, D) of a pass. `rows` (16, D) of the recording may be more than the pass has."""
         return rows.index_select(0, self.places.count - 1)
 
     def record_top(self, segments: int, after: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Record every span up to the top again, with the full model's answer, as `AskedTop` takes it."""
+        """Record every span that ends with the last segment once more, with the full model's head, for `AskedTop`."""
         for first in range(segments):
             self.record_span((first, segments), (first, "top"), after)
 
     def put_off(self, span: tuple[int, int], rows: Hidden, places: Places, cache: KVCache) -> list[Late]:
-        """Let a pass wait: its rows after each segment. The pass that waited before runs now."""
+        """Postpone a pass, and run the previously postponed one. Returns the new pass's rows after each segment."""
         with self.turn:
             self.settle()
             self._waiting = Pass(self, span, rows, places, cache)
             return self._waiting.outputs()
 
     def settle(self) -> None:
-        """Run the pass that waits, if one does: caches are then as if none had waited."""
+        """Run the postponed pass, if there is one. Afterwards the caches hold the keys and values of every pass."""
         with self.turn:
             if self._waiting is not None:
                 self._waiting.rows()
 
     @torch.inference_mode()
     def run(self, waiting: Pass, name: Any, fill: Callable[[], None] = lambda: None) -> Any:
-        """Run a pass by the recording of this name; `fill` writes what else the recording reads."""
+        """Run a pass by replaying the recording `name`. `fill` first writes the other inputs of the recording."""
         self._waiting = None
         if waiting.span[0] == 0:
             waiting.places.tokens[:waiting.shape[1]] = torch.tensor(waiting.input.tokens)
@@ -275,7 +275,10 @@ class AskedTop(Late):
 
     @torch.inference_mode()
     def ask(self) -> tuple[Tensor, list[int]] | None:
-        """Run the pass with the full model's head: logits (N, V), and the likeliest tokens; None where it has run."""
+        """Run pass and head from one recording. Returns logits (N, V) and the likeliest tokens.
+
+        Returns None if the pass has run already, or has no such recording.
+        """
         if not self.waits:
             return None
         passes, name = self.source.passes, (self.source.span[0], "top")

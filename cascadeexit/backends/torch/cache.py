@@ -31,7 +31,7 @@ class TorchCache(KVCache):
         self._at = positions
 
     def mask(self, positions: Tensor) -> Tensor:
-        """True where rows at these positions (1, N) may look, every slot up to their own: (1, 1, N, C).
+        """Make the attention mask (1, 1, N, C) of rows at positions (1, N): True for every slot up to the row's own.
 
         Always explicit and always over the whole buffer: transformers' SDPA path with no mask keeps only the first N
         keys, and slicing the buffer to its length makes kernels round differently from step to step.

@@ -34,7 +34,10 @@ class TorchExits(Exits):
         self._estimators = estimators if bank.confidence_heads is None else list(map(prepared, estimators))
 
     def _estimator(self, s: int) -> Callable[..., Tensor]:
-        """Chances (N,) from adapted rows (N, D), and for a sketch from copies (N, 2) and rows of the exit before."""
+        """Make the function that computes confidences (N,) from adapted rows (N, D).
+
+        A sketch estimator also reads copies (N, 2) and the previous exit's rows.
+        """
         heads = self._bank.confidence_heads
         if heads is None:
             return lambda hidden: self.logits(s, hidden).float().softmax(-1).amax(-1)

@@ -20,8 +20,8 @@ class TorchHead:
 
     Args:
         weight: (K, D).
-        row_multiple: rows are padded to such a multiple, so that a row's logits do not depend on those beside it.
-        recorded_rows: on CUDA, passes of up to so many rows run from a recording; 0 records nothing.
+        row_multiple: pad the number of rows to a multiple of this, so that a row's logits do not depend on other rows.
+        recorded_rows: on CUDA, passes of up to this many rows run from a recording; 0 records nothing.
         owned: True where the weight is not shared with another head.
         packed: pack the weight where that is faster.
     """
@@ -42,33 +42,33 @@ class TorchHead:
         return self._linear.weight.detach()
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Logits of rows: (..., N, D) -> (..., N, K)."""
+        """Compute the logits of rows: (..., N, D) -> (..., N, K)."""
         n = rows.shape[-2]
         missing = -n % self._shape["row_multiple"]
         rows = rows.to(self._device)
         return self._project(F.pad(rows, (0, 0, 0, missing)) if missing else rows)[..., :n, :]
 
     def argmax(self, rows: Tensor) -> list[int]:
-        """The likeliest word of each row (..., D), the first of equal ones."""
+        """Find the likeliest word of each row (..., D); of equal ones, the first."""
         return argmax(self.logits(rows).flatten(0, -2))
 
     def choices(self, rows: Tensor) -> list[Choice]:
-        """The likeliest word of each row, with the logits of other words on demand."""
+        """Find the likeliest word of each row. The logits of other words are available on demand."""
         logits = self.logits(rows).flatten(0, -2)
         return [Choice(token, row.__getitem__) for token, row in zip(argmax(logits), logits)]
 
     def likeliest(self, rows: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """The k likeliest words of each row, best first: probabilities and word numbers, (..., min(k, K)) each."""
+        """Find the k likeliest words of each row, best first: probabilities and word numbers, (..., min(k, K)) each."""
         logits = self.logits(rows).float() / temperature
         probs, numbers = logits.softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
         return probs, numbers
 
     def softmax_facts(self, rows: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
-        """Facts that a sketch estimator reads: (..., 5), or (..., 12) with the rows of the exit before."""
+        """Compute the inputs of a sketch estimator: (..., 5), or (..., 12) with the previous exit's rows."""
         return softmax_facts(self._linear, rows, copied, before)        # the whole estimator may be recorded
 
     def first(self, words: int) -> "TorchHead":
-        """A head of the first words only; packed weights are copied, others are shared."""
+        """Make a head of the first `words` words. Packed weights are copied, others are shared."""
         if words == self.words:
             return self
         return TorchHead(self.weight[:words], None if self._bias is None else self._bias[:words], owned=False,
@@ -76,7 +76,7 @@ class TorchHead:
 
 
 def argmax(logits: Tensor) -> list[int]:
-    """The likeliest of each row (N, K), the first of equal ones."""
+    """Find the index of the largest logit in each row (N, K); of equal ones, the first."""
     # numpy looks through a vocabulary ten times as fast as PyTorch on a CPU.
     on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32
     return (logits.numpy() if on_cpu else logits).argmax(-1).tolist()

@@ -151,7 +151,7 @@ class TorchLayers:
         return _ROW_COST if rows < _FEW_ROWS else _LATE_ROW_COST
 
     def _padded(self, rows: Tensor) -> Tensor:
-        """Rows (..., N, D) with zero rows up to the row bucket."""
+        """Pad rows (..., N, D) with zero rows to the size of the row bucket."""
         missing = -rows.shape[-2] % self.row_multiple
         return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
@@ -170,7 +170,7 @@ class TorchLayers:
         return cache.recordings[s]
 
     def _run_layers(self, layers: range, h: Tensor, positions: Tensor, mask: Tensor, cache: TorchCache) -> Tensor:
-        """Hidden rows (B, N, D) through layers, writing keys and values into the cache; mask (B, 1, N, C).
+        """Run hidden rows (B, N, D) through layers, and write keys and values into the cache; mask (B, 1, N, C).
 
         All inputs and the result lie on the head's device.
         """
@@ -188,7 +188,7 @@ class TorchLayers:
 
 
 class UnpreparedLayers(TorchLayers):
-    """The layers for a few passes: no weight is packed and no kernel is recorded, which would take longer."""
+    """Layers for only a few passes: weights are not packed and kernels not recorded, since that would take longer."""
 
     prepared = False
 
