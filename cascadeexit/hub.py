@@ -21,7 +21,7 @@ from cascadeexit import selfcheck
 from cascadeexit.backends import REFERENCE, reference
 from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.weights import bring_outer_weights
-from cascadeexit.bundled import DEFAULT_MODEL, ModelUnavailable, bundled_model, disk_full, first_line
+from cascadeexit.bundled import DEFAULT_MODEL, ModelUnavailable, Progress, bundled_model, disk_full, first_line
 from cascadeexit.engine import Engine
 from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, read_config
 from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
@@ -29,8 +29,6 @@ from cascadeexit.prompts import opening_ids
 from cascadeexit.shape import Shape
 
 log = logging.getLogger(__name__)
-Progress = Callable[[str], None]
-
 _SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
 
 
@@ -47,7 +45,7 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         exits: a folder of trained exits; default the ones shipped for this model, else untrained ones.
         device: cpu, cuda or cuda:N; default a GPU when there is one.
         dtype: a torch dtype or its name; default bfloat16, or float16 on a GPU that only emulates that.
-        backend: 'cpu' or 'torch'; default the fastest that fits.
+        backend: 'cpu', 'gpu' or 'torch'; default the fastest that fits.
         progress: called with short lines about slow steps; default the log.
         device_map: as for `load_model`: 'auto' is for a model that is too large for one device.
         self_check: compare the backend with the `torch` backend. Where they differ, the engine runs on `torch` instead,

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import torch
-
 from cascadeexit import hub
+from cascadeexit.backends.memory import give_back
 from cascadeexit.calibration import Calibration
 from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine
@@ -107,8 +106,7 @@ class Library:
                 offer = self._offers[label]
                 self._held.clear()                              # free it first: two models might not fit
                 gc.collect()                                    # CUDA graphs and their model refer to each other
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                give_back()
                 engine, tokenizer = hub.load(offer.model, offer.exits, progress=progress, **self._place)
                 _warm_up(engine)
                 self._held[label] = engine, tokenizer

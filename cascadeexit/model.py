@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cascadeexit import backends
 from cascadeexit.backends.base import Backend
-from cascadeexit.backends.weights import DecoderShape, outer_weights
+from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weights
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -69,7 +69,7 @@ class SegmentedModel:
         self.norm_weight = weights.final_norm.detach().clone()              # (D,)
         self.eos_ids = _eos_ids(base)
         base.eval().requires_grad_(False)
-        self.weight_bytes = sum(p.nbytes for p in base.model.layers.parameters()) + weights.head.nbytes
+        self.weight_bytes = sum(layer.nbytes for layer in layer_weights(base)) + weights.head.nbytes
         self.backend: Backend = backends.make(base, bounds, backend)
         self.layers, self.head = self.backend.layers, self.backend.head
 

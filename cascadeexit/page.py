@@ -66,7 +66,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where the prompts of an evaluation come from: an uploaded file, else pasted lines, else bundled kinds."""
+    """Source of an evaluation's prompts: an uploaded file, else pasted lines, else bundled kinds."""
 
     kinds: Sequence[str] = ()
     each: int | None = None         # bundled prompts of each kind

@@ -127,7 +127,7 @@ def resources(code, capability: int, folder: Path) -> tuple[int, int, int]:
 @pytest.mark.parametrize("shape", [
     pytest.param(shape, marks=[] if shape in ("llama-3b", "smollm2-135m") else pytest.mark.slow) for shape in SHAPES])
 def test_every_gpu_gets_code_without_spills(shape, tmp_path):
-    """And its shared memory fits the smallest of these GPUs: 99 KB a block."""
+    """No kernel spills registers, and the shared memory of a block fits the smallest of these GPUs, 99 KB."""
     seen = {}
     for launch in launched(shape, 1, 300):
         name, _, args, options = launch

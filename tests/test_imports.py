@@ -13,7 +13,7 @@ CORE = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
     events costs folders lookup prompts calibration config
     exits.adapters exits.confidence exits.config exits.bank exits
-    backends.memory backends.cache backends.base backends.weights backends.exits
+    backends.memory backends.graphs backends.cache backends.base backends.weights backends.exits
     backends.torch.recording backends.torch.linear backends.torch.attention backends.torch.cache
     backends.torch.layers backends.torch.heads backends.torch.exits backends.torch
     backends.cpu.structures backends.cpu.build backends.cpu.states backends.cpu.packing

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cascadeexit.backends import graphs
 from cascadeexit.backends.torch import recording
 from cascadeexit.backends.torch.recording import Recorded
 from cascadeexit.config import DecodeConfig
@@ -28,14 +29,14 @@ def recorded(monkeypatch):
         return lambda: out.copy_(function(*places)), out
 
     monkeypatch.setattr(recording, "record", record)
-    monkeypatch.setattr(recording, "wanted", lambda device: True)
+    monkeypatch.setattr(graphs, "wanted", lambda device: True)
     return shapes
 
 
 def engines(monkeypatch, **shape) -> tuple[Engine, Engine]:
     """Two engines of one model and its exits: without recordings, and with them."""
     with monkeypatch.context() as plain:
-        plain.setattr(recording, "wanted", lambda device: False)
+        plain.setattr(graphs, "wanted", lambda device: False)
         stock = tiny_engine(**shape)
     model = SegmentedModel(tiny_base("llama-untied"), stock.model.exit_layers)
     bank = ExitBank(stock.bank.config)
@@ -92,6 +93,6 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
 
 
 def test_recordings_can_be_refused(monkeypatch):
-    assert recording.wanted(torch.device("cuda")) and not recording.wanted(torch.device("cpu"))
+    assert graphs.wanted(torch.device("cuda")) and not graphs.wanted(torch.device("cpu"))
     monkeypatch.setenv("CASCADEEXIT_GRAPHS", "0")
-    assert not recording.wanted(torch.device("cuda"))
+    assert not graphs.wanted(torch.device("cuda"))

@@ -27,7 +27,7 @@ def client(zerogpu):
 
 @pytest.fixture(scope="module")
 def here(zerogpu_model):
-    """The same model in this process."""
+    """An engine of the served model, in this process."""
     engine, tokenizer = hub.load(str(zerogpu_model), device="cpu")
     return engine, tokenizer("hi there").input_ids
 

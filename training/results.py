@@ -97,7 +97,7 @@ def command(result: dict) -> str:
 
 
 def source(result: dict) -> str:
-    """Where a result comes from, in one line: date, commit, machine, versions, seed."""
+    """Describe in one line how a result was made: date, commit, machine, versions, seed."""
     p = result["provenance"]
     versions = ", ".join(f"{name} {value}" for name, value in p["versions"].items())
     return f"{p['date']}, commit {p['commit']}, {p['machine']}; {versions}; seed {p['seed']}"

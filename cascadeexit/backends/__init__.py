@@ -12,6 +12,7 @@ from cascadeexit.backends.base import Backend, Unusable
 from cascadeexit.backends.cpu import CpuBackend
 from cascadeexit.backends.gpu import GpuBackend
 from cascadeexit.backends.torch import TorchBackend, TorchReference
+from cascadeexit.backends.weights import outer_weights
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None)
     else:
         kind = wanted
     if not kind.fits(base):
-        weight = base.lm_head.weight
-        raise ValueError(f"the backend '{kind.name}' cannot run this model here ({weight.dtype} on {weight.device}): "
+        weights = outer_weights(base)
+        raise ValueError(f"the backend '{kind.name}' cannot run this model here ({weights.dtype} on {weights.device}): "
                          "leave the choice open, or use 'torch'")
     return kind(base, tuple(bounds))
 

@@ -21,15 +21,16 @@ class Exits:
 
     def __init__(self, bank: ExitBank, backend):
         c = bank.config
-        self._bank, self._device = bank, backend.head.weight.device
+        weight = backend.head.weight          # a backend may make it for each call
+        self._bank, self._device = bank, weight.device
         self._ids = None if bank.head_ids is None else bank.head_ids.tolist()
         self._whole = backend.head
         if bank.head_ids is not None:       # as good rounded as in bf16, and half as much to read
-            self._whole = backend.vocab_head(backend.head.weight[bank.head_ids], rounded=True)
+            self._whole = backend.vocab_head(weight[bank.head_ids], rounded=True)
         parts = {n: self._whole.first(n) for n in dict.fromkeys((*map(c.words, range(len(c.layers))), c.draft_words))}
         self._heads: list[VocabHead] = [parts[c.words(s)] for s in range(len(c.layers))]
         self._draft_head: VocabHead = parts[c.draft_words]
-        self._sketch = self._sketch_head(backend)
+        self._sketch = self._sketch_head(backend, weight)
         self._places = bank.sketch_places
         own = {id(head): head for head in (self._whole, *parts.values()) if head is not backend.head}
         if self._sketch:
@@ -38,14 +39,14 @@ class Exits:
         self.full_head = backend.head
         self._count()
 
-    def _sketch_head(self, backend) -> VocabHead | None:
+    def _sketch_head(self, backend, weight: Tensor) -> VocabHead | None:
         """The head that sketch estimators read: the trimmed head's first words where they are the same."""
         ids, words = self._bank.sketch_ids, self._bank.head_ids
         if ids is None:
             return None
         if words is not None and len(ids) % WORD_BLOCK == 0 and torch.equal(words[:len(ids)], ids):
             return self._whole.first(len(ids))
-        return backend.vocab_head(backend.head.weight[ids], rounded=True)
+        return backend.vocab_head(weight[ids], rounded=True)
 
     def logits(self, s: int, hidden: Rows) -> Tensor:
         """Logits of exit s for adapted rows; see `ExitRuntime.logits`."""

@@ -1,13 +1,11 @@
-"""Memory: huge pages for data that each token reads once, which a CPU reads a twelfth faster, and garbage."""
+"""Memory: huge pages for data that each token reads once (a CPU reads them a twelfth faster), and freed memory."""
 
-import contextlib
 import ctypes
-import gc
 import logging
 import math
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,19 +36,9 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) 
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library has a function for it (glibc)."""
+    """Return freed memory: to the system, where the C library has a function for it (glibc), and to the CUDA device."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Disable garbage collection while a CUDA graph is recorded: clearing a freed cache would be recorded, too."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
 """Weights: where a transformers decoder of a supported type keeps its weights.
 
-No other module uses their names in transformers, but for the `torch` backend, which runs transformers' own
-modules. All supported types share one layout: RMSNorm, attention with
-grouped queries and rotary embedding (with biases in Qwen2, with norms of queries and keys in Qwen3), RMSNorm, SwiGLU.
+No other module uses their names in transformers, except the `torch` backend, which runs transformers' own modules. All
+supported types share one layout: RMSNorm, attention with grouped queries and rotary embedding (with biases in Qwen2,
+with norms of queries and keys in Qwen3), RMSNorm, SwiGLU.
 
 Letters: D hidden size, H query heads, K key-value heads, d head size, F inner size of the MLP, P positions.
 """
@@ -101,6 +101,11 @@ class LayerWeights:
     k_norm: Tensor | None       # (d,)
     scaling: float              # of attention scores
     plain_mlp: bool             # SiLU and no biases
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all these weights."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
 
 def layer_weights(base) -> list[LayerWeights]:

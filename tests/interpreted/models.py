@@ -52,7 +52,7 @@ def model_of(family: str, exits: tuple[int, ...] = (1,), dtype: torch.dtype = to
 
 def engines(family: str, exits: tuple[int, ...] = (0, 1), dtype: torch.dtype = torch.bfloat16,
             **shape) -> tuple[Engine, Engine]:
-    """The same model and random exits on the interpreted kernels and on `torch`; few programs, so tokens take 0.2 s."""
+    """Two engines of one model and random exits: interpreted kernels and `torch`. Few programs: tokens take 0.2 s."""
     made = []
     for backend in (Interpreted, "torch"):
         model = SegmentedModel(base_of(family, dtype, 0.25, FAMILIES_TO_DECODE), exits, backend=backend)

@@ -61,7 +61,7 @@ def recorded_engine(plain: Engine) -> Engine:
 @pytest.fixture(params=[pytest.param(dict(confidence="mlp"), marks=pytest.mark.slow), SKETCH],
                 ids=["published", "sketch"])
 def pair(request, replays, monkeypatch):
-    """The same engine without recordings and with them."""
+    """Two engines of one model and its exits: without recordings, and with them."""
     with monkeypatch.context() as plain:
         plain.setattr(layers, "wanted", lambda device: False)
         stock, _ = engines("llama", **request.param)

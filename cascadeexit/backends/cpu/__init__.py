@@ -36,28 +36,31 @@ class CpuBackend:
 
     @classmethod
     def fits(cls, base) -> bool:
-        """True for bf16 on a CPU, a known model type, heads of a multiple of 16, a plain SwiGLU and an even inner size.
-
-        A model that accelerate has spread over devices does not fit: its weights come and go with each call.
-        """
-        weights = outer_weights(base)
-        known = base.config.model_type in cls.families and not is_spread(base)
-        if not known or weights.device.type != "cpu":
-            return False
-        shape, layer = DecoderShape.of(base.config), layer_weights(base)[0]
-        return (weights.dtype == layer.gate.dtype == torch.bfloat16 and layer.plain_mlp
-                and shape.head_dim % 16 == 0 and shape.hidden % 2 == 0 and shape.inner % 2 == 0
-                and build.library() is not None)
+        return not cls.why_not(base)
 
     @classmethod
     def why_not(cls, base) -> str:
-        """Say why `fits` is False, and what to do."""
+        """Say why this backend does not fit a model, and what to do; "" where it fits.
+
+        It fits bf16 on a CPU, a known model type, heads of a multiple of 16, a plain SwiGLU and an even inner size. A
+        model that accelerate has spread over devices does not fit: its weights come and go with each call.
+        """
         weights = outer_weights(base)
         if weights.device.type != "cpu":
             return f"the model is on {weights.device}, and these kernels are for CPUs"
         if weights.dtype != torch.bfloat16:
             return f"the model is in {str(weights.dtype).removeprefix('torch.')}, and these kernels need bfloat16"
-        return build.why_not() or "the model's type, its sizes or its device map are not among those of the kernels"
+        if not cls._knows(base):
+            return "the model's type, its sizes or its device map are not among those of the kernels"
+        return build.why_not() if build.library() is None else ""
+
+    @classmethod
+    def _knows(cls, base) -> bool:
+        if base.config.model_type not in cls.families or is_spread(base):
+            return False
+        shape, layer = DecoderShape.of(base.config), layer_weights(base)[0]
+        return (layer.plain_mlp and layer.gate.dtype == torch.bfloat16
+                and shape.head_dim % 16 == 0 and shape.hidden % 2 == 0 and shape.inner % 2 == 0)
 
     @classmethod
     def facts(cls) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cascadeexit.backends.weights import DecoderShape, is_spread, layer_weights
+from cascadeexit.backends.weights import DecoderShape, is_spread, layer_weights, outer_weights
 
 _OLDEST = (8, 0)                # compute capability from which tensor cores multiply bf16
 _WIDEST_HEAD = 128
@@ -26,9 +26,10 @@ class GpuBackend:
         from cascadeexit.backends.gpu.heads import GpuHead
         from cascadeexit.backends.gpu.layers import GpuLayers
         self.layers = GpuLayers(base, bounds)
-        self.head = GpuHead(base.lm_head.weight, base.lm_head.bias, counts=self.layers.counts, owned=False)
+        weights = outer_weights(base)
+        self.head = GpuHead(weights.head, weights.head_bias, counts=self.layers.counts, owned=False)
         self.head.in_top = self.layers.record_top(self.head.launch)
-        self._device = base.lm_head.weight.device
+        self._device = weights.device
 
     @classmethod
     def build(cls) -> None:
@@ -36,16 +37,28 @@ class GpuBackend:
 
     @classmethod
     def fits(cls, base) -> bool:
-        """True for bf16 or fp16 on the current NVIDIA GPU, of capability 8.0 or newer, with Triton and a known shape.
+        return not cls.why_not(base)
 
-        A model that accelerate has spread over devices does not fit: its weights come and go with each call. Nor does
+    @classmethod
+    def why_not(cls, base) -> str:
+        """Say why this backend does not fit a model, and what to do; "" where it fits.
+
+        It fits bf16 or fp16 on the current NVIDIA GPU, of capability 8.0 or newer, with Triton and a known shape. A
+        model that accelerate has spread over devices does not fit: its weights come and go with each call. Nor does
         ZeroGPU, where the process that loads the model has no GPU to record passes on.
         """
-        device = base.lm_head.weight.device
-        return (not os.environ.get("SPACES_ZERO_GPU") and device.type == "cuda" and torch.version.cuda is not None
-                and device.index in (None, torch.cuda.current_device())         # Triton launches on that one
-                and torch.cuda.get_device_capability(device) >= _OLDEST
-                and importlib.util.find_spec("triton") is not None and fits_shape(base))
+        device = outer_weights(base).device
+        if os.environ.get("SPACES_ZERO_GPU"):
+            return "on ZeroGPU, the process that loads the model has no GPU to record passes on"
+        if device.type != "cuda" or torch.version.cuda is None:
+            return f"the model is on {device}, and these kernels are for NVIDIA GPUs"
+        if device.index not in (None, torch.cuda.current_device()):         # Triton launches on that one
+            return f"the model is on {device}, and the current device is {torch.cuda.current_device()}"
+        if torch.cuda.get_device_capability(device) < _OLDEST:
+            return "the GPU's compute capability is below 8.0"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install triton"
+        return "" if fits_shape(base) else "the model's dtype, its sizes or its device map are not among the kernels'"
 
     def vocab_head(self, weight: Tensor, *, rounded: bool = False):
         from cascadeexit.backends.gpu.heads import GpuHead
@@ -68,7 +81,7 @@ def fits_shape(base) -> bool:
     """True where the kernels know a transformers model's dtype and shape, whatever its device."""
     if is_spread(base):
         return False
-    dtype, shape, layers = base.lm_head.weight.dtype, DecoderShape.of(base.config), layer_weights(base)
+    dtype, shape, layers = outer_weights(base).dtype, DecoderShape.of(base.config), layer_weights(base)
     return (dtype in (torch.bfloat16, torch.float16) and shape.head_dim % 2 == 0 and shape.head_dim <= _WIDEST_HEAD
             and shape.heads % shape.kv_heads == 0
             and all(layer.plain_mlp and {w.dtype for w in (layer.q, layer.gate)} == {dtype} for layer in layers))

@@ -13,6 +13,7 @@ from cascadeexit.backends.exits import Exits
 from cascadeexit.backends.gpu.launches import ROWS, Counts
 from cascadeexit.backends.gpu.layers import gated, linear, rms_norm
 from cascadeexit.backends.gpu.recording import Hidden, Late, Passes, tensor_of
+from cascadeexit.exits.adapters import CarryAdapter, ExitAdapter
 from cascadeexit.exits.bank import ExitBank
 from cascadeexit.exits.confidence import read_copies
 
@@ -29,7 +30,8 @@ class GpuExits(Exits):
     def __init__(self, bank: ExitBank, backend):
         super().__init__(bank, backend)
         self._embed, self._counts = backend.layers.embed, backend.layers.counts
-        self._adapters = [GpuAdapter(adapter, self._counts) for adapter in bank.adapters]
+        self._adapters = [GpuAdapter(adapter, self._counts) if type(adapter) in (ExitAdapter, CarryAdapter)
+                          else ModuleAdapter(adapter) for adapter in bank.adapters]
         self._draft = GpuAdapter(bank.drafter.adapter, self._counts) if bank.drafter else self._adapters[0]
         self._passes: Passes | None = backend.layers.passes
         if self._passes and self._passes.usable:
@@ -190,6 +192,17 @@ class AskedExit(Late):
     def __init__(self, adapter: "GpuAdapter", rows: Late, carried: Hidden):
         super().__init__(rows.shape, lambda: adapter(rows.tensor(), tensor_of(carried)), rows.ends)
         self.carried, self.word = carried, None
+
+
+class ModuleAdapter:
+    """An adapter of a kind that the kernels do not know, run by PyTorch: rows, carried states (..., D) -> (..., D)."""
+
+    def __init__(self, adapter: nn.Module):
+        self._adapter = adapter
+
+    def __call__(self, rows: Tensor, carried: Tensor, count: Tensor | None = None) -> Tensor:
+        """Apply the adapter to all rows; those from `count` on do no harm."""
+        return self._adapter(rows, carried)
 
 
 class GpuAdapter:

@@ -38,9 +38,9 @@ from cascadeexit.backends.gpu.recording import (
     Recorder,
     joined,
     tensor_of,
-    wanted,
 )
-from cascadeexit.backends.weights import DecoderShape, layer_weights, rotary_angles
+from cascadeexit.backends.graphs import wanted
+from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weights, rotary_angles
 
 _CAPACITY_STEP = 128
 _PROMPT_ROWS = 128              # rows of a pass of a prompt: more need more memory for the splits of attention
@@ -87,13 +87,14 @@ class GpuLayers:
     def __init__(self, base, bounds: tuple[int, ...]):
         self._shape, self._bounds = DecoderShape.of(base.config), bounds
         self._weights = layer_weights(base)
-        self._embedding, self._norm_weight = base.model.embed_tokens.weight.detach(), base.model.norm.weight.detach()
-        self._device, self._dtype = base.lm_head.weight.device, base.lm_head.weight.dtype
+        outer = outer_weights(base)
+        self._embedding, self._norm_weight = outer.embedding.detach(), outer.final_norm.detach()
+        self._device, self._dtype = outer.device, outer.dtype
         self.counts = Counts(self._device)
         self._cosines, self._sines = (angles.float().contiguous().to(self._device)
                                       for angles in rotary_angles(base, self._shape))
-        self._scale = base.model.layers[0].self_attn.scaling
-        self.segment_bytes = tuple(sum(p.nbytes for layer in base.model.layers[a:b] for p in layer.parameters())
+        self._scale = self._weights[0].scaling
+        self.segment_bytes = tuple(sum(layer.nbytes for layer in self._weights[a:b])
                                    for a, b in zip(bounds, bounds[1:]))
         self.passes: Passes | None = None
         if wanted(self._device):

@@ -7,7 +7,6 @@ same recording: one launch, and one synchronisation for its answer.
 Letters: N rows, D hidden size.
 """
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,25 +17,7 @@ from torch import Tensor
 from cascadeexit.backends.cache import KVCache
 from cascadeexit.backends.gpu.launches import ROWS
 from cascadeexit.backends.gpu.places import Places
-from cascadeexit.backends.memory import no_collection
-
-
-def wanted(device: torch.device) -> bool:
-    """Return True if passes should be recorded: on CUDA, unless the environment sets CASCADEEXIT_GRAPHS=0."""
-    return device.type == "cuda" and os.environ.get("CASCADEEXIT_GRAPHS") != "0"
-
-
-def capture(work: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-    """Record the launches of `work` as a CUDA graph. Returns a function that replays them, and the result of `work`."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()                                      # compiles kernels, which cannot be done while recording
-        # thread_local: other threads may go on working
-        with no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            out = work()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay, out
+from cascadeexit.backends.graphs import capture
 
 
 class Recorder:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascadeexit.backends.torch import attention, recording
+from cascadeexit.backends import graphs
+from cascadeexit.backends.torch import attention
 from cascadeexit.backends.torch.cache import SpreadCache, TorchCache
 from cascadeexit.backends.torch.linear import frozen_linear
 from cascadeexit.backends.torch.recording import Recorded
@@ -62,7 +63,7 @@ class TorchLayers:
                         setattr(block, name, frozen_linear(module.weight, module.bias))
         on_cuda = self._device.type == "cuda"
         self.row_multiple, self.max_rows = (_CUDA_ROWS, _CUDA_ROWS) if on_cuda else (_CPU_ROWS, _CPU_MAX_ROWS)
-        recorded = self.prepared and not spread and recording.wanted(self._device)
+        recorded = self.prepared and not spread and graphs.wanted(self._device)
         self.recorded_rows = self.row_multiple if recorded else 0
         self._norm = Recorded(self._decoder.norm, self.row_multiple) if self.recorded_rows else self._decoder.norm
         self._idle_caches: list[TorchCache] = []

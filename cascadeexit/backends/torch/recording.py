@@ -5,23 +5,16 @@ each shape of its inputs, a function is started by one call. Recorded kernels re
 so inputs are copied to their places first and the result is copied away.
 """
 
-import functools
 import logging
-import os
 import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from cascadeexit.backends.memory import no_collection
+from cascadeexit.backends.graphs import capture
 
 log = logging.getLogger(__name__)
-
-
-def wanted(device: torch.device) -> bool:
-    """True where recordings pay: on CUDA, unless CASCADEEXIT_GRAPHS=0."""
-    return device.type == "cuda" and os.environ.get("CASCADEEXIT_GRAPHS") != "0"
 
 
 class Recorded:
@@ -56,26 +49,7 @@ class Recorded:
             return out.clone()
 
 
-_RECORDING = threading.Lock()           # CUDA records one graph at a time
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which a device's graphs are recorded: one, since libraries keep a workspace for each."""
-    return torch.cuda.Stream(device)
-
-
 def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Record a CUDA graph of function(*places). Returns what replays it, and where its result then is."""
-    device = places[0].device
-    with _RECORDING, torch.cuda.device(device):
-        now, side, graph = torch.cuda.current_stream(), _side_stream(device), torch.cuda.CUDAGraph()
-        side.wait_stream(now)
-        with torch.cuda.stream(side):                   # leaves this stream even where recording fails
-            for _ in range(3):                          # first calls allocate workspaces and pick kernels
-                function(*places)
-            # thread_local: other threads may go on working
-            with no_collection(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                out = function(*places)
-        now.wait_stream(side)
-    return graph.replay, out
+    with torch.cuda.device(places[0].device):
+        return capture(lambda: function(*places), warm_ups=3)
