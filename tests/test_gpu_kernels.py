@@ -185,6 +185,8 @@ def test_it_takes_bf16_models_on_gpus_that_multiply_bf16(monkeypatch, capability
         model, config = base.model, base.config
 
         class lm_head:
+            bias = None
+
             class weight:
                 device, dtype = torch.device("cuda"), torch.bfloat16
 

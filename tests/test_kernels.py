@@ -16,7 +16,7 @@ from cascadeexit.engine import Engine
 from cascadeexit.exits import ADAPTERS, ExitBank, SketchConfidence
 from cascadeexit.exits.confidence import softmax_facts
 from cascadeexit.model import SegmentedModel
-from tests.tiny_models import SHAPE, logits_of, through
+from tests.tiny_models import IDS, SHAPE, base_of, decoded, last_states, logits_of, states
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler here")
 WIDE = SHAPE | dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1280)
@@ -28,7 +28,6 @@ FAMILIES = {
     "qwen2": Qwen2Config(**WIDE),
     "qwen3": Qwen3Config(**WIDE, head_dim=32),
 }
-IDS = [5, 9, 33, 2, 71, 8, 15, 60, 44, 3, 17, 90, 12, 6, 28, 51, 77, 4, 39, 10, 11]
 
 
 @pytest.fixture(autouse=True)
@@ -109,41 +108,14 @@ def test_weights_of_all_sizes_stay_in_16_bits(in_12_bits):
     assert torch.equal(product(matrix, torch.eye(64).bfloat16()).T.bfloat16(), weight)
 
 
-def base_of(family: str):
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="sdpa")
-    for name, parameter in base.named_parameters():
-        if parameter.ndim == 2:
-            parameter.data.normal_(std=0.15)
-        elif name.endswith("bias"):
-            parameter.data.normal_(std=0.5)
-    return base.to(torch.bfloat16).eval()
-
-
-@torch.inference_mode()
-def decoded(model: SegmentedModel, chunks: list[int]) -> torch.Tensor:
-    """Logits of IDS (N, V), taken through the model in chunks of these sizes."""
-    cache, out, at = model.layers.new_cache(64), [], 0
-    for n in chunks:
-        out.append(logits_of(model, through(model, cache, IDS[at:at + n]))[0])
-        at += n
-    return torch.cat(out)
-
-
-@torch.inference_mode()
-def states(model: SegmentedModel, cache, ids: list[int], parents: list[int] | None = None) -> torch.Tensor:
-    """Rows of these tokens after the last layer (N, D)."""
-    return model.layers.tensor(through(model, cache, ids, parents))[0]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("processor")
 def test_layers_are_those_of_transformers(family):
-    model = SegmentedModel(base_of(family), (3,))
+    model = SegmentedModel(base_of(FAMILIES[family]), (3,))
     assert model.backend.name == "cpu"
     with torch.inference_mode():
-        exact = base_of(family).float()(torch.tensor([IDS])).logits[0]
-        rounded = base_of(family)(torch.tensor([IDS])).logits[0].float()
+        exact = base_of(FAMILIES[family]).float()(torch.tensor([IDS])).logits[0]
+        rounded = base_of(FAMILIES[family])(torch.tensor([IDS])).logits[0].float()
     ours = decoded(model, [len(IDS)])
     # As near to the fp32 model with these weights as transformers' own bf16 layers are.
     assert (ours - exact).abs().mean() <= 1.1 * (rounded - exact).abs().mean()
@@ -153,7 +125,7 @@ def test_layers_are_those_of_transformers(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("processor")
 def test_a_row_does_not_depend_on_the_rows_beside_it(family):
-    model = SegmentedModel(base_of(family), (3,))
+    model = SegmentedModel(base_of(FAMILIES[family]), (3,))
     alone = decoded(model, [1] * len(IDS))
     for size in (2, 3, 5, 8, 11):
         chunks = [size] * (len(IDS) // size) + [len(IDS) % size] * (len(IDS) % size > 0)
@@ -163,7 +135,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(family):
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("exits", [(), (0, 3), (1, 2, 3)])
 def test_segments_at_once_are_segments_one_by_one(backend, exits):
-    model = SegmentedModel(base_of("llama"), exits, backend=backend)
+    model = SegmentedModel(base_of(FAMILIES["llama"]), exits, backend=backend)
     layers, tensor = model.layers, model.layers.tensor
     with torch.inference_mode():
         rows, caches = layers.embed(IDS[:8]), [layers.new_cache(16), layers.new_cache(16)]
@@ -179,7 +151,7 @@ def test_segments_at_once_are_segments_one_by_one(backend, exits):
 @pytest.mark.usefixtures("processor")
 def test_each_path_of_a_tree_is_bitwise_equal_to_its_text(family, before):
     """This holds wherever blocks and spans begin. After `keep` the cache is that of the path's text."""
-    model, parents = SegmentedModel(base_of(family), (3,)), [-1, 0, 1, 2, 0, 4, 1, 5, 7, 8, 3]
+    model, parents = SegmentedModel(base_of(FAMILIES[family]), (3,)), [-1, 0, 1, 2, 0, 4, 1, 5, 7, 8, 3]
     tree, text = [3, 50, 7, 21, 9, 9, 33, 4, 18, 60, 2], (IDS * 49)[:before]
     cache = model.layers.new_cache(before + 16)
     states(model, cache, text)
@@ -202,9 +174,9 @@ def test_each_path_of_a_tree_is_bitwise_equal_to_its_text(family, before):
 @pytest.mark.usefixtures("processor")
 def test_long_texts_are_attended_to_as_transformers_does():
     """Attention works in spans of 512 positions: rows that see several, on their own and many in a pass."""
-    model, text = SegmentedModel(base_of("llama"), (3,)), IDS * 53
+    model, text = SegmentedModel(base_of(FAMILIES["llama"]), (3,)), IDS * 53
     exact, rounded = (base(torch.tensor([text])).logits[0, -300:].float()
-                      for base in (base_of("llama").float(), base_of("llama")))
+                      for base in (base_of(FAMILIES["llama"]).float(), base_of(FAMILIES["llama"])))
     cache = model.layers.new_cache(len(text))
     many = torch.cat([states(model, cache, text[:700]), states(model, cache, text[700:])])
     ours = logits_of(model, many[None])[0, -300:]
@@ -216,19 +188,13 @@ def test_long_texts_are_attended_to_as_transformers_does():
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("repeats", [1, 30])
 def test_texts_of_a_batch_do_not_see_each_other(backend, repeats):
-    base = base_of("llama") if backend == "cpu" else base_of("llama").float()
+    base = base_of(FAMILIES["llama"]) if backend == "cpu" else base_of(FAMILIES["llama"]).float()
     model, begins = SegmentedModel(base, (3,), backend=backend), [0, 3, 11] if repeats == 1 else [0, 500, 515]
     texts = [text * repeats for text in (IDS, IDS[::-1], [7, *IDS[1:]])]
-    layers = model.layers
-    cache = layers.new_cache(len(texts[0]), batch=3)
-    with torch.inference_mode():
-        for column in zip(*texts):
-            rows = layers.embed(column)
-            for s in range(model.num_segments):
-                rows = layers.run_batch(s, rows, [min(b, cache.length(model.bounds[s])) for b in begins], cache)
+    rows, layers = last_states(model, texts, begins), model.layers
     for lane, (begin, text) in enumerate(zip(begins, texts)):
         alone = states(model, layers.new_cache(len(text)), text[begin:])[-1]        # rotary angles tell distances
-        difference = (layers.tensor(rows)[0, lane] - alone).abs().mean()
+        difference = (rows[lane] - alone).abs().mean()
         assert difference < (0.03 if backend == "cpu" else 1e-5) * alone.abs().mean()
 
 
@@ -255,7 +221,7 @@ def test_what_is_kept_in_12_bits_has_all_digits_of_bf16(head_dim):
 
 
 def test_a_cut_back_cache_is_as_if_the_rows_had_never_been():
-    model = SegmentedModel(base_of("llama"), ())
+    model = SegmentedModel(base_of(FAMILIES["llama"]), ())
     caches = [model.layers.new_cache(64), model.layers.new_cache(64)]
     for cache in caches:
         states(model, cache, IDS[:5])
@@ -266,14 +232,14 @@ def test_a_cut_back_cache_is_as_if_the_rows_had_never_been():
 
 
 def test_positions_that_the_model_does_not_have_are_refused():
-    model = SegmentedModel(base_of("llama"), ())
+    model = SegmentedModel(base_of(FAMILIES["llama"]), ())
     cache = model.layers.new_cache(model.max_positions + 16)
     with pytest.raises(ValueError, match=f"has {model.max_positions} positions, .* asked for"):
         states(model, cache, [3] * (model.max_positions + 1))
 
 
 def test_a_full_cache_says_how_much_it_holds():
-    model = SegmentedModel(base_of("llama"), ())
+    model = SegmentedModel(base_of(FAMILIES["llama"]), ())
     cache = model.layers.new_cache(16)
     expected = f"holds {cache.capacity} positions, 0 are used and 63 more"
     with pytest.raises(ValueError, match=expected):
@@ -399,7 +365,7 @@ def test_the_likeliest_words_are_those_of_torch(words):
 
 
 def test_norms_are_those_of_transformers():
-    base, x = base_of("llama"), torch.randn(2, 5, 96, dtype=torch.bfloat16) * 30
+    base, x = base_of(FAMILIES["llama"]), torch.randn(2, 5, 96, dtype=torch.bfloat16) * 30
     base.model.norm.weight.data.normal_()
     with torch.inference_mode():
         torch.testing.assert_close(SegmentedModel(base, ()).layers.norm(x).float(), base.model.norm.float()(x.float()),
@@ -408,7 +374,7 @@ def test_norms_are_those_of_transformers():
 
 @pytest.mark.parametrize("kind", ["swiglu", "carry"])
 def test_adapters_are_those_that_were_trained(kind):
-    model = SegmentedModel(base_of("llama"), (2, 4))
+    model = SegmentedModel(base_of(FAMILIES["llama"]), (2, 4))
     bank = ExitBank.untrained(model, adapter=kind, width=24)
     for adapter in bank.adapters:
         torch.nn.init.normal_(adapter.up.weight, std=0.2)
@@ -425,11 +391,11 @@ def test_without_a_compiler_pytorch_does_the_work(monkeypatch, caplog):
     assert build.library.__wrapped__() is None and "No C++ compiler" in caplog.text
     monkeypatch.setattr(build, "library", lambda: None)
     with torch.inference_mode():
-        exact = base_of("llama").float()(torch.tensor([IDS])).logits[0]
-    model = SegmentedModel(base_of("llama"), (3,))
+        exact = base_of(FAMILIES["llama"]).float()(torch.tensor([IDS])).logits[0]
+    model = SegmentedModel(base_of(FAMILIES["llama"]), (3,))
     assert model.backend.name == "torch"
     with pytest.raises(ValueError, match="'cpu' cannot run this model here"):
-        SegmentedModel(base_of("llama"), (3,), backend="cpu")
+        SegmentedModel(base_of(FAMILIES["llama"]), (3,), backend="cpu")
     assert (decoded(model, [len(IDS)]) - exact).abs().max() < 0.1 * exact.abs().max()
 
 
@@ -441,12 +407,12 @@ def test_a_failing_compiler_is_logged(monkeypatch, caplog, tmp_path):
 
 
 def test_fp32_stays_with_pytorch():
-    assert SegmentedModel(base_of("llama").float(), (3,)).backend.name == "torch"
+    assert SegmentedModel(base_of(FAMILIES["llama"]).float(), (3,)).backend.name == "torch"
 
 
 @pytest.mark.parametrize("shape", [{}, dict(head_size=64, draft_size=32)], ids=["all words", "few words"])
 def test_drafts_in_one_call_are_those_of_the_parts(adapter, shape):
-    model = SegmentedModel(base_of("llama-tied"), (0, 3))
+    model = SegmentedModel(base_of(FAMILIES["llama-tied"]), (0, 3))
     bank = ExitBank.untrained(model, adapter=adapter, width=8, **shape)
     for weight in bank.adapters[0].parameters():
         weight.data += 0.1 * torch.randn_like(weight)
@@ -459,7 +425,7 @@ def test_drafts_in_one_call_are_those_of_the_parts(adapter, shape):
 
 
 def test_a_drafter_in_8_bits_drafts_nearly_the_same():
-    model = SegmentedModel(base_of("llama-tied"), (0, 2, 3))
+    model = SegmentedModel(base_of(FAMILIES["llama-tied"]), (0, 2, 3))
     bank = ExitBank.untrained(model, adapter="carry", width=8, drafter_width=8)
     for weight in bank.drafter.parameters():
         weight.data += 0.1 * torch.randn_like(weight)

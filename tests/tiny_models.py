@@ -16,6 +16,7 @@ FAMILIES = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
 }
 EXIT_LAYERS = (2, 3, 5)
+IDS = [5, 9, 33, 2, 71, 8, 15, 60, 44, 3, 17, 90, 12, 6, 28, 51, 77, 4, 39, 10, 11]
 
 
 def tiny_base(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -52,6 +53,18 @@ def tiny_engine(family: str = "llama-untied", seed: int = 0, dtype: torch.dtype 
     return Engine(model, bank)
 
 
+def base_of(config, dtype: torch.dtype = torch.bfloat16, std: float = 0.15):
+    """A random model of a config; biases are as large as what they are added to."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    for name, parameter in base.named_parameters():
+        if parameter.ndim == 2:
+            parameter.data.normal_(std=std)
+        elif name.endswith("bias"):
+            parameter.data.normal_(std=0.5)
+    return base.to(dtype).eval()
+
+
 def logits_of(model: SegmentedModel, rows) -> torch.Tensor:
     """The full model's logits for rows after the last layer: (1, N, D) -> (1, N, V)."""
     return model.head.logits(model.layers.norm(rows))
@@ -63,3 +76,30 @@ def through(model: SegmentedModel, cache, ids, parents=None):
     for s in range(model.num_segments):
         rows, = model.layers.run(range(s, s + 1), rows, cache, parents)
     return rows
+
+
+@torch.inference_mode()
+def decoded(model: SegmentedModel, chunks: list[int], capacity: int = 64) -> torch.Tensor:
+    """Logits of IDS (N, V), taken through the model in chunks of these sizes."""
+    cache, out, at = model.layers.new_cache(capacity), [], 0
+    for n in chunks:
+        out.append(logits_of(model, through(model, cache, IDS[at:at + n]))[0])
+        at += n
+    return torch.cat(out)
+
+
+@torch.inference_mode()
+def states(model: SegmentedModel, cache, ids: list[int], parents: list[int] | None = None) -> torch.Tensor:
+    """Rows of these tokens after the last layer (N, D)."""
+    return model.layers.tensor(through(model, cache, ids, parents))[0]
+
+
+@torch.inference_mode()
+def last_states(model: SegmentedModel, texts: list[list[int]], begins: list[int]) -> torch.Tensor:
+    """Rows of the last token of each text (B, D), decoded as one batch; text b starts at its token begins[b]."""
+    cache = model.layers.new_cache(len(texts[0]), batch=len(texts))
+    for column in zip(*texts):
+        rows = model.layers.embed(column)
+        for s in range(model.num_segments):
+            rows = model.layers.run_batch(s, rows, [min(b, cache.length(model.bounds[s])) for b in begins], cache)
+    return model.layers.tensor(rows)[0]

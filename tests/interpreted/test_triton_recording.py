@@ -15,9 +15,11 @@ from cascadeexit import backends
 from cascadeexit.backends.gpu import layers, recording
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
-from cascadeexit.exits import ExitBank
+from cascadeexit.exits import ADAPTERS, CarryAdapter, ExitBank
+from cascadeexit.inspection import inspect
 from cascadeexit.model import SegmentedModel
-from tests.interpreted.models import FAMILIES_TO_DECODE, Interpreted, base_of, engines
+from tests.interpreted.models import FAMILIES_TO_DECODE, Interpreted, engines
+from tests.tiny_models import base_of
 
 PROMPT = [11, 3, 60, 22, 9, 41]
 SKETCH = dict(adapter="carry", confidence="sketch", sketch_size=40, drafter_width=8)
@@ -51,7 +53,7 @@ def replays(monkeypatch):
 
 
 def recorded_engine(plain: Engine) -> Engine:
-    base = base_of("llama", std=0.25, shapes=FAMILIES_TO_DECODE)
+    base = base_of(FAMILIES_TO_DECODE["llama"], std=0.25)
     model = SegmentedModel(base, plain.model.exit_layers, backend=Interpreted)
     bank = ExitBank(plain.bank.config)
     bank.load_state_dict(plain.bank.state_dict())
@@ -76,6 +78,26 @@ def test_recorded_runs_say_what_others_say(pair, replays):
         expected, run = stock.run(PROMPT, config), replayed.run(PROMPT, config)
         assert run.token_ids == expected.token_ids, config
         assert [e.confidences for e in run.events] == [e.confidences for e in expected.events], config
+    assert replays
+
+
+class Own(CarryAdapter):
+    """A kind of adapter that the kernels do not know."""
+
+
+def test_an_adapter_of_another_kind_runs_with_and_without_recordings(replays, monkeypatch):
+    monkeypatch.setitem(ADAPTERS, "own", Own)
+    with monkeypatch.context() as plain:
+        plain.setattr(layers, "wanted", lambda device: False)
+        stock, torchs = engines("llama", **SKETCH | dict(adapter="own"))
+    replayed = recorded_engine(stock)
+    for options in (dict(mode="cascade", thresholds=0.0), dict(mode="verified", thresholds=0.0, max_draft=3)):
+        config = DecodeConfig(max_new_tokens=5, ignore_eos=True, **options)
+        expected, run = stock.run(PROMPT, config), replayed.run(PROMPT, config)
+        assert run.token_ids == expected.token_ids, config
+        assert [e.confidences for e in run.events] == [e.confidences for e in expected.events], config
+    seen, wanted = (inspect(engine, PROMPT, run.events).confidences for engine in (replayed, torchs))
+    torch.testing.assert_close(seen, wanted, atol=0.03, rtol=0.03)
     assert replays
 
 
@@ -160,7 +182,7 @@ def test_a_model_whose_passes_cannot_be_recorded_runs_on_torch(monkeypatch, capl
     monkeypatch.setattr(recording, "capture", refuse)
     monkeypatch.setattr(layers, "wanted", lambda device: True)
     monkeypatch.setattr(backends, "BACKENDS", {"gpu": Interpreted, "torch": backends.BACKENDS["torch"]})
-    model = SegmentedModel(base_of("llama", shapes=FAMILIES_TO_DECODE), (1,))
+    model = SegmentedModel(base_of(FAMILIES_TO_DECODE["llama"]), (1,))
     assert model.backend.name == "torch"
     assert caplog.text.count("The backend 'interpreted' cannot be used: CUDA graphs cannot be recorded here") == 1
 
@@ -169,7 +191,7 @@ def test_exits_that_cannot_be_recorded_run_kernel_by_kernel(replays, monkeypatch
     with monkeypatch.context() as plain:
         plain.setattr(layers, "wanted", lambda device: False)
         stock, _ = engines("llama", **SKETCH)
-    model = SegmentedModel(base_of("llama", std=0.25, shapes=FAMILIES_TO_DECODE), (0, 1), backend=Interpreted)
+    model = SegmentedModel(base_of(FAMILIES_TO_DECODE["llama"], std=0.25), (0, 1), backend=Interpreted)
     bank = ExitBank(stock.bank.config)
     bank.load_state_dict(stock.bank.state_dict())
     monkeypatch.setattr(recording, "capture", refuse)
