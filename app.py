@@ -38,7 +38,6 @@ from cascadeexit.page import (  # noqa: E402
     Page,
     Progress,
     PromptSource,
-    measured_curve,
     percent_at,
     replay_upload,
     replayed,
@@ -58,8 +57,11 @@ EXAMPLES = {
     "Un chat (français)": "Raconte une courte histoire sur un chat.",
     "Pizza 🍕": "Tell me about pizza, with emoji 🍕🔥😀",
 }
-MODES = [("Fast (cascade): the text may differ from the full model's", Mode.CASCADE),
-         ("Exact (verified): the full model's own text", Mode.VERIFIED)]
+MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
+# Files of the token view, in assets/page. `main` comes last: it draws the first value.
+SCRIPTS = ("dom", "exits", "wire", "run", "panels", "player", "strip", "dock", "card",
+           "charts", "timeline", "moments", "align", "map", "files", "tour", "main")
+TOGGLE_SETTINGS = "() => { document.body.classList.toggle('ce-settings-open'); }"
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
 LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
 NUM_FIGURES = 3
@@ -134,45 +136,55 @@ def build_demo(library: Library) -> gr.Blocks:
 def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
     library, label = page.library, page.library.labels[0]
     shape = library.shapes[label]
-    with gr.Row(elem_id="ce-controls"):
-        with gr.Column(min_width=300):
-            prompt = gr.Textbox(next(iter(EXAMPLES.values())), label="Prompt", lines=3, max_lines=8,
-                                placeholder="Ask something, or give a text to continue", elem_id="ce-prompt")
-            gr.Examples([[text] for text in EXAMPLES.values()], prompt, label="Examples",
-                        elem_id="ce-examples", example_labels=list(EXAMPLES))
-        with gr.Column(min_width=300):
-            mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", elem_id="ce-mode",
-                            info="If 95% or more of the tokens must agree, Exact is also faster (on CPUs)."
-                            if measured_curve(library.fingerprint(label)) else None)
-            preset, quality = _quality_controls(calibration)
-            model = gr.Dropdown(library.labels, value=label, label="Model", elem_id="ce-model-menu",
-                                visible=len(library.labels) > 1)
-    with gr.Row(elem_id="ce-actions"):
-        run = gr.Button("Run", variant="primary", size="md", scale=0, elem_id="ce-run")
-        stop = gr.Button("Stop", size="md", scale=0, elem_id="ce-stop")
-        retry = gr.Button("Retry", size="md", scale=0, elem_id="ce-retry")
-        clear = gr.Button("Clear", size="md", scale=0, elem_id="ce-clear")
+    with gr.Row(elem_id="ce-bar"):
+        prompt = gr.Textbox(next(iter(EXAMPLES.values())), label="Prompt", lines=1, max_lines=6, container=False,
+                            placeholder="Ask something. Enter runs, Shift+Enter makes a new line.",
+                            elem_id="ce-prompt", scale=10, min_width=260)
+        mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", container=False, elem_id="ce-mode", scale=0,
+                        min_width=330)
+        run = gr.Button("Run", variant="primary", size="md", scale=0, min_width=96, elem_id="ce-run")
+        stop = gr.Button("Stop", size="md", scale=0, min_width=96, elem_id="ce-stop")
+    with gr.Row(elem_id="ce-choices"):
+        gr.Examples([[text] for text in EXAMPLES.values()], prompt, label="Examples",
+                    elem_id="ce-examples", example_labels=list(EXAMPLES))
         queue = gr.HTML("<span></span>", elem_id="ce-queue", apply_default_css=False)
-    with gr.Accordion("Advanced settings", open=False, elem_id="ce-settings"):
-        exit_controls = _exit_controls(shape)
-        controls = dict(model=model, prompt=prompt, mode=mode) | _advanced_controls() | exit_controls
-    view = token_view(page, replayed(TRACE) if _shows_recorded_run(library) else stream.model_line(shape))
+        preset = gr.Radio(list(PRESETS.items()), value=CASCADE_THRESHOLD, label="How confident must an exit be?",
+                          container=False, elem_id="ce-preset", scale=0, min_width=250)
+        settings_button = gr.Button("Settings", size="sm", scale=0, min_width=90, elem_id="ce-open")
+    with gr.Column(elem_id="ce-settings"):
+        with gr.Row(elem_id="ce-settings-head"):
+            gr.HTML("<h2>Settings</h2>", apply_default_css=False)
+            close_button = gr.Button("Close", size="sm", scale=0, min_width=80, elem_id="ce-close")
+        model = gr.Dropdown(library.labels, value=label, label="Model", elem_id="ce-model-menu",
+                            visible=len(library.labels) > 1)
+        quality = _quality_slider(calibration)
+        controls = (dict(model=model, prompt=prompt, mode=mode) | _advanced_controls() | _exit_controls(shape))
+        with gr.Row(elem_id="ce-links"):
+            retry = gr.Button("Run again, next seed", size="sm", scale=0, elem_id="ce-retry")
+            clear = gr.Button("Clear", size="sm", scale=0, elem_id="ce-clear")
+            link = gr.Button("Copy a link to these settings", size="sm", scale=0, elem_id="ce-link")
+            upload = gr.UploadButton("Replay a saved run", size="sm", scale=0, file_types=[".json"],
+                                     elem_id="ce-replay")
+    for switch in (settings_button, close_button):
+        switch.click(None, js=TOGGLE_SETTINGS, queue=False, **QUIET)
+    view = token_view(page, replayed(TRACE) if _has_recorded_run(library) else stream.model_line(shape))
     charted = gr.State("")
     with gr.Accordion("Interactive charts of this run", open=False, visible=False,
                       elem_id="ce-figures") as charts, gr.Row():
         figures = [gr.Plot(visible=False, show_label=False, container=False, min_width=300)
                    for _ in range(NUM_FIGURES)]
-    with gr.Row(elem_id="ce-links"):
-        link = gr.Button("Copy a link to these settings", size="sm", scale=0, elem_id="ce-link")
-        upload = gr.UploadButton("Replay a saved run", size="sm", scale=0, file_types=[".json"], elem_id="ce-replay")
     return OnePrompt(controls, preset, quality, run, stop, retry, clear, queue, view, charts, charted, figures, link,
                      upload)
 
 
-def _shows_recorded_run(library: Library) -> bool:
-    """True until the model that wrote the recorded run is ready."""
-    label = library.labels[0]
-    return TRACE.exists() and library.shapes[label].name == hub.DEFAULT_MODEL and not library.ready(label)
+def _has_recorded_run(library: Library) -> bool:
+    """True where the recorded run, which plays until a visitor's first own run, is one of this model."""
+    return TRACE.exists() and library.shapes[library.labels[0]].name == hub.DEFAULT_MODEL
+
+
+def page_script() -> str:
+    """The script of the token view: the files of `SCRIPTS` in their order, in one scope."""
+    return "\n".join((ASSETS / "page" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
 
 
 def token_view(page: Page, value: str) -> gr.HTML:
@@ -187,7 +199,7 @@ def token_view(page: Page, value: str) -> gr.HTML:
         return page.layer_map(*_of_length(arguments, 4))
 
     return gr.HTML(value, html_template="<div class='ce'></div>", apply_default_css=False, elem_id="ce-view",
-                   js_on_load=(ASSETS / "app.js").read_text(encoding="utf-8"),
+                   js_on_load=page_script(),
                    server_functions=[token_card, layer_map])
 
 
@@ -197,16 +209,12 @@ def _of_length(arguments, n: int) -> list:
     return values[:n] + [None] * (n - len(values))
 
 
-def _quality_controls(calibration: Calibration | None) -> tuple[gr.Radio, gr.Slider]:
-    """Make two controls that set all thresholds: presets, and a slider of the agreement, shown for calibrated exits."""
-    with gr.Row(elem_id="ce-dials"):
-        percent = _percent(CASCADE_THRESHOLD, calibration) if calibration else LOWEST_PERCENT
-        return (gr.Radio(list(PRESETS.items()), value=CASCADE_THRESHOLD, label="How confident must an exit be?",
-                         info="An exit: a small trained network after some of the layers that can write a token early.",
-                         elem_id="ce-preset", scale=3, min_width=280),
-                gr.Slider(LOWEST_PERCENT, 99, percent, step=1, label="Wanted agreement, %",
-                          info=_certainty(calibration) if calibration else None, buttons=[], elem_id="ce-quality",
-                          scale=2, min_width=200, visible=bool(calibration)))
+def _quality_slider(calibration: Calibration | None) -> gr.Slider:
+    """Make the slider of the wanted agreement, which sets all thresholds; shown for calibrated exits."""
+    percent = _percent(CASCADE_THRESHOLD, calibration) if calibration else LOWEST_PERCENT
+    return gr.Slider(LOWEST_PERCENT, 99, percent, step=1, label="Wanted agreement, %",
+                     info=_certainty(calibration) if calibration else None, buttons=[], elem_id="ce-quality",
+                     visible=bool(calibration))
 
 
 def _certainty(calibration: Calibration) -> str:
@@ -460,7 +468,6 @@ def _connect_address(demo: gr.Blocks, library: Library, calibrations: dict[str, 
     one.link.click(None, list(one.controls.values()), js=COPY_LINK.replace("NAMES", names)).then(
         lambda: gr.Info("The page's address now holds these settings and was copied."), queue=False, **QUIET)
     first = library.labels[0]
-    recorded = _shows_recorded_run(library)
 
     def restore(request: gr.Request) -> dict:
         values = settings.from_query(dict(request.query_params), library.shapes)
@@ -472,7 +479,7 @@ def _connect_address(demo: gr.Blocks, library: Library, calibrations: dict[str, 
         wanted = [values.get(name) for name in THRESHOLDS[:shape.num_exits]]
         if None not in wanted:
             updates |= _fitted_quality_controls(one, settings.first_threshold(wanted, shape), calibrations[label])
-        if label != first or (recorded and library.ready(first)):
+        if label != first:
             updates[one.view] = stream.model_line(shape)
         return updates or gr.skip()
 
@@ -529,7 +536,8 @@ def launch_options() -> dict:
     font = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=font).set(
         body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600")    # the default is too pale
-    return dict(theme=theme, css_paths=ASSETS / "app.css", ssr_mode=False, run_history=False, footer_links=[],
+    styles = [ASSETS / "app.css", *sorted((ASSETS / "page").glob("*.css"))]
+    return dict(theme=theme, css_paths=styles, ssr_mode=False, run_history=False, footer_links=[],
                 max_file_size=MAX_UPLOAD)
 
 
@@ -570,7 +578,7 @@ def main() -> None:
         demo = build_demo(library)
         demo.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True,
                     mcp_server=args.mcp, **launch_options())
-        log(f"Open {demo.local_url} (a recorded run plays there until the model is ready)")
+        log(f"Open {demo.local_url} (a recorded run plays there until your first one)")
         library.get(library.labels[0], log)
     except (RuntimeError, ValueError, OSError) as error:
         raise SystemExit(f"app.py: {error}") from error

@@ -54,10 +54,11 @@ FORMAT = 1                                  # of the stream; a reader refuses wh
 FRAME_SECONDS, STATS_SECONDS = 0.07, 0.5    # shorter intervals look the same and cost time and bytes
 ROLLING = 32                                # positions in the moving match rate
 
-# Paul Tol's "light" scheme, shallow to deep: black text is readable on each, also for colour-blind readers.
-_DEPTH_COLOURS = ("#99DDFF", "#77AADD", "#44BB99", "#BBCC33", "#EEDD88", "#EE8866")
+# One ramp from light to dark, after ColorBrewer's YlGnBu, so that colour reads as depth, also for colour-blind readers.
+# Black text has a contrast of at least 7:1 on each. Tokens of the full model have no background.
+_DEPTH_COLOURS = ("#FFF2A8", "#C3E8A9", "#83D3B4", "#5BBFC8", "#55A5D6", "#7F98DB")
 _FULL_COLOUR = "#DDDDDD"
-COPIED_COLOUR = "#FFAABB"                   # as in app.css
+COPIED_COLOUR = "#F2C4D8"                   # as in app.css
 
 
 def colours(num_exits: int) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+// Both texts aligned by tokens, also after they have parted.

@@ -1,0 +1,1 @@
+// Live plots: routing share, agreement and time per token, as the text grows.

@@ -1,0 +1,37 @@
+// The page: its parts in their order, and the first look at the value.
+
+let parts;
+
+function build() {
+  model.colours.forEach((colour, exit) => root.style.setProperty('--ce-' + colourClass(exit), colour));
+  parts = { panels: make('div', 'ce-panels') };
+  const strip = buildStrip(), under = buildDock();
+  root.classList.remove('ce-show-rejected');
+  delete root.dataset.only;
+  root.replaceChildren(strip, parts.panels, under, cardBox());
+  buildPanels();
+  each('build');
+}
+
+function draw() {
+  dirty = false;
+  order.forEach(drawPanel);
+  drawStrip();
+  each('draw');
+  drawDock();
+}
+
+// The click counts at once, before the server answers.
+document.addEventListener('click', event => { if (event.target.closest('#ce-run')) began(); });
+document.addEventListener('keydown', event => {
+  if (event.key === 'Enter' && !event.shiftKey && event.target.closest('#ce-prompt')) began();
+});
+
+function began() {
+  waiting(true);
+  status('Starting…', 'busy');
+}
+
+forget();
+update();
+watch('value', update);

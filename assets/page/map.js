@@ -1,0 +1,55 @@
+// The layer map: what every exit would have written at each position.
+
+const WINDOW = 48;                           // positions shown at once
+
+function layerMap() {
+  const table = make('table', 'ce-map-table'), scroll = make('div', 'ce-map-scroll', null, table);
+  scroll.tabIndex = 0;
+  scroll.setAttribute('role', 'region');
+  scroll.setAttribute('aria-label', 'What every exit would have written');
+  const back = button('ce-small', '‹ earlier'), forth = button('ce-small', 'later ›'), place = make('span', 'ce-place');
+  let start = 0, total = 0;
+  const load = async to => {
+    const map = await server.layer_map([run.run, 'cascade', to, WINDOW]);
+    if (!map) return put(place, 'The server no longer keeps this run. Run it again.');
+    ({ start, total } = map);
+    drawMap(table, map);
+    put(place, 'tokens ' + (start + 1) + ' to ' + (start + map.columns.length) + ' of ' + total);
+    back.disabled = start === 0;
+    forth.disabled = start + map.columns.length >= total;
+  };
+  back.addEventListener('click', () => load(Math.max(0, start - WINDOW)));
+  forth.addEventListener('click', () => load(start + WINDOW));
+  const box = make('div', 'ce-map', null,
+    make('p', 'ce-sub', 'Each column is a position of the left text, each row an exit. Stronger colour: higher confidence. Bold: the same token as the full model’s. Bar below: this exit wrote the token.'),
+    make('p', 'ce-map-bar', null, back, forth, place), scroll);
+  let shown = null;
+  return { box, open() {
+    if (!run || !sides.cascade.end || replaying() || shown === run.run) return;
+    shown = run.run;
+    load(0);
+  }, forget() { shown = null; table.replaceChildren(); put(place, 'Known when a live run is over.'); } };
+}
+
+function drawMap(table, map) {
+  const rows = [];
+  for (let s = model.exits.length; s >= 0; s--) {
+    const row = make('tr', null, null, make('th', null, null, swatch(s)));
+    map.columns.forEach((column, c) => {
+      const choice = column[s], record = sides.cascade.records[map.start + c];
+      const cell = make('td', colourClass(s) + (choice.id === column[column.length - 1].id ? ' same' : '') + (record && record.exit === s ? ' left' : ''), visible(choice.text));
+      cell.style.setProperty('--p', Math.round(100 * choice.p) + '%');
+      cell.title = visible(choice.text) + ' · ' + percent(choice.p) + (isLast(s) ? ' probability' : ' confidence') + (record && record.exit === s ? ' · wrote the token' : '');
+      row.append(cell);
+    });
+    rows.push(row);
+  }
+  table.replaceChildren(...rows);
+}
+
+
+let layers;
+feature({
+  build() { layers = layerMap(); addTab('layers', 'Layers', layers.box, layers.open); },
+  begin() { layers.forget(); },
+});

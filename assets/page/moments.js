@@ -1,0 +1,1 @@
+// Worst moments: the tokens where the exits cost most.

@@ -1,0 +1,1 @@
+// The first visit: three steps, dismissed for good.
