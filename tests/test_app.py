@@ -12,7 +12,8 @@ import app
 from cascadeexit import hub
 from cascadeexit.calibration import Calibration, Point
 from cascadeexit.library import Library, Offer
-from cascadeexit.page import measured_curve, percent_at, threshold_for
+from cascadeexit.page import percent_at, threshold_for
+from cascadeexit.report import measured_curve
 from cascadeexit.settings import DISABLED
 
 CALIBRATION = Calibration("exits", 300, 64, 0.1, tuple(
