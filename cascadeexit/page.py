@@ -237,7 +237,17 @@ def threshold_for(percent: float, calibration: Calibration) -> float:
 def percent_at(threshold: float, calibration: Calibration) -> int:
     """Agreement in percent that is certified at this threshold, by the next looser measured one; 0 without one."""
     at_most = [point.at_most for point in calibration.points if point.threshold <= threshold]
-    return math.floor(100 * (1 - at_most[0])) if at_most else 0
+    return math.floor(round(100 * (1 - at_most[0]), 9)) if at_most else 0
+
+
+def quality_stops(calibration: Calibration) -> list[int]:
+    """Positions of the quality slider, in percent and ascending, at which it changes the thresholds.
+
+    The first and the last are the range of the slider. Below the first, the loosest measured threshold stays in force.
+    Above the last, no threshold is certified: only the mode verified keeps such an agreement. A position between two
+    stops has the threshold of the upper one, so `percent_at(threshold_for(percent))` moves a slider to its stop.
+    """
+    return sorted({percent_at(point.threshold, calibration) for point in calibration.points})
 
 
 # -- many prompts ---------------------------------------------------------------------------------------------------
