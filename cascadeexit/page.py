@@ -287,9 +287,6 @@ def threshold_for(percent: float, calibration: Calibration) -> float:
 def percent_at(threshold: float, calibration: Calibration) -> int:
     """Agreement in percent that is certified at this threshold, by the next looser measured one; 0 without one."""
     at_most = [point.at_most for point in calibration.points if point.threshold <= threshold]
-<<<<<<< HEAD
-    return math.floor(100 * (1 - at_most[0])) if at_most else 0
-=======
     return math.floor(round(100 * (1 - at_most[0]), 9)) if at_most else 0
 
 
@@ -301,53 +298,3 @@ def quality_stops(calibration: Calibration) -> list[int]:
     stops has the threshold of the upper one, so `percent_at(threshold_for(percent))` moves a slider to its stop.
     """
     return sorted({percent_at(point.threshold, calibration) for point in calibration.points})
-
-
-# -- many prompts ---------------------------------------------------------------------------------------------------
-
-
-def measured_curve(fingerprint: str) -> list[dict]:
-    """Thresholds that `training.evaluate decode` measured for the exits with this fingerprint; [] for other exits."""
-    path = ASSETS / "results" / "decode.json"
-    if not path.exists():
-        return []
-    measured = json.loads(path.read_text(encoding="utf-8"))
-    return measured["cascade"] if measured.get("exits") == fingerprint else []
-
-
-def _written(folder: Path, results: list[evaluation.Result], config, label: str) -> dict[str, Path]:
-    """Write the results so far; returns the files by kind."""
-    contents = dict(json=evaluation.results_json(results, config, label), csv=evaluation.results_csv(results))
-    files = {kind: folder / f"evaluation.{kind}" for kind in contents}
-    for kind, path in files.items():
-        path.write_text(contents[kind], encoding="utf-8")
-    return files
-
-
-def _rows(results: list[evaluation.Result]) -> list[list]:
-    """The table of results, in the order of `COLUMNS`."""
-    def shown(value, form):
-        return "" if value is None else format(value, form)
-    return [[r.prompt[:80], r.kind, shown(r.agreement, ".1%"), shown(r.positional, ".0%"),
-             "" if r.error else "none" if r.first_divergence is None else r.first_divergence + 1,
-             shown(r.speedup, ".2f") + ("×" if r.speedup else ""), shown(r.average_depth, ".0%"), shown(r.cost, ".0%"),
-             r.error or ""]
-            for r in results]
-
-
-def _summary_line(results: list[evaluation.Result], total: int, left: float) -> str:
-    """One line about the results so far, with the `left` seconds that the other prompts will take."""
-    s = evaluation.summarize_results(results)
-    words = [f"{len(results)} of {total} prompts"]
-    if s.failed:
-        words.append(f"{s.failed} could not run")
-    if s.agreement is not None:
-        words.append(f"agreement {s.agreement:.1%}")
-    if s.speedup is not None:
-        words.append(f"{s.speedup:.2f}x the full model's speed")
-    if s.sequence is not None:
-        words.append(f"{s.sequence:.0%} identical texts")
-    if left > 1:
-        words.append(f"about {left:.0f} s left")
-    return " · ".join(words)
->>>>>>> defaults
