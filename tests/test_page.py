@@ -211,7 +211,8 @@ def test_a_fork_of_a_fork_is_saved_and_loaded(page):
     (dict(run="gone"), "no longer keeps this run"), (dict(side="full"), "no such token"),
     (dict(side=[]), "no such token"), (dict(at=40), "no such token"), (dict(at=-1), "no such token"),
     (dict(at=True), "no such token"),
-    (dict(token_id="x"), "no such token"), (dict(token_id=10**6), "vocabulary"), (dict(token_id=1), "ends the text"),
+    (dict(token_id="x"), "no such token"), (dict(token_id=10**6), "must be in 0..96"),
+    (dict(token_id=1), "ends the text"),
     (dict(at=39), "as long as it may be")])
 def test_a_fork_that_cannot_be_gets_a_message(page, change, reason):
     run = records(list(page.respond(SETTINGS)))[1]["run"]
