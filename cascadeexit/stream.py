@@ -20,10 +20,11 @@ Each line is one record, in order of time; `cascadeexit.wire` says how a record 
     text     side, i, text: how an incomplete character at the end of the text is shown
     stats    side, seconds, done and the fields of metrics.RunStats, so far
     versus   side, n, speedup, positional, rolling, first_divergence: this text and the full model's, so far
-    end      side, agreement (null with sampling), positional, first_divergence, sequence (null where a text is not
-             complete), identical, differs [positions where the full model would choose another token after the same
-             text], moments [{i, said, full, p_said, p_full, id}] where that mattered most, and loops {start, period,
-             share} when the text repeats itself, else null
+    end      side, agreement (null with sampling), positional (null where there is nothing to compare),
+             first_divergence, sequence (null where a text is not complete), identical (null where nothing promises it),
+             differs [positions where the full model would choose another token after the same text], moments [{i, said,
+             full, p_said, p_full, id}] where that mattered most (both [] with sampling), and loops {start, period,
+             share} when the text ends in a loop, else null
     fork     side, of, at, id, text, title: a new side. Its tokens have positions from `at` on, the first has this id;
              the text before is that of the side `of`
     stopped  the visitor stopped the run; what was written may still be checked afterwards
@@ -193,23 +194,22 @@ class TokenStream:
         loop = find_loop(side.ids)
         agreement = metrics.agreement([token for _, token, _ in pairs], [choice for _, _, choice in pairs])
         self._write("end", side=name, agreement=rounded(agreement) if greedy else None,
-                    positional=rounded(match.positional), first_divergence=match.first_divergence,
+                    positional=None if n == 0 else rounded(match.positional), first_divergence=match.first_divergence,
                     sequence=match.sequence if whole else None,
                     identical=match.sequence if whole and lossless and not side.start else None,
                     differs=[i for i, token, choice in pairs if token != choice] if greedy else [],
                     moments=[], loops=rounded(loop._asdict()) if loop else None)
 
-    def fork(self, side: Side, of: str, chosen: TokenEvent) -> SideText:
+    def fork(self, side: Side, of: str, chosen: TokenEvent) -> None:
         """Add a side that goes on from the text of another one, with another token from there on.
 
         chosen: the event of that token, at its position in the text.
         """
         before = self.sides[of].ids[:chosen.index]
-        text = self.sides[side.name] = SideText(self._tokenizer, side, self.prompt_ids, of, before, chosen)
+        self.sides[side.name] = SideText(self._tokenizer, side, self.prompt_ids, of, before, chosen)
         self._write("fork", side=side.name, of=of, at=chosen.index, id=chosen.token_id,
                     text=self._tokenizer.decode([chosen.token_id]), title=side.title)
-        self._write_token(text, chosen)
-        return text
+        self._write_token(self.sides[side.name], chosen)
 
     def status(self, message: str) -> None:
         """Append what the server does now."""
