@@ -15,7 +15,7 @@ class RunFolder:
     Args:
         key: the settings that decide the result. A checkpoint with another key is refused.
         resume: continue from the checkpoint if there is one; else start from step 0.
-        main: whether this is the main process.
+        main: True in the main process.
 
     Raises SystemExit when the checkpoint was made with other settings.
     """
@@ -50,7 +50,7 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
 
     def restore(self, parts: dict[str, Any]) -> int:
-        """Load the checkpoint into these parts. Returns the number of steps it has had, 0 without a checkpoint."""
+        """Load the checkpoint into these parts. Returns the number of steps done before it, 0 without a checkpoint."""
         if not self._state:
             return 0
         for name, part in parts.items():

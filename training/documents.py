@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 
 class Split(IntEnum):
-    """Use of a document."""
+    """Purpose of a document."""
 
     TRAIN = 0
     CALIBRATION = 1
@@ -33,7 +33,7 @@ class Document:
 
     @property
     def split(self) -> "Split":
-        """1 in 25 documents is for tests, 2 are for calibration, the rest for training.
+        """Split of this document: 1 in 25 is for tests, 2 in 25 are for calibration, the rest are for training.
 
         The key decides, so documents from the same prompt are always in the same split.
         """

@@ -84,7 +84,10 @@ class WhitenedDrafter:
         self._transform(self.shallow, self.deep)
 
     def chain(self, rows: DraftRows, length: int) -> list[Tensor]:
-        """Run a chain of drafts up to each position. Returns the drafter's states (N, D) after 0, 1, ... own tokens."""
+        """Run chains of drafts that end at each position.
+
+        Returns `length` times the drafter's states (N, D): after 0, 1, ... tokens that the drafter itself produced.
+        """
         context = F.linear(rows.deep, self.drafter.context.weight @ self.deep.T)
         out, carried = [], rows.back(rows.top, 1)
         for own in range(length):
@@ -99,7 +102,7 @@ class DrafterLearner:
 
     Args:
         head: the words that are drafted.
-        words: the words that it is trained on.
+        words: the words that the drafter is trained on.
     """
 
     name = "drafter"
@@ -116,7 +119,7 @@ class DrafterLearner:
         return batches({i: self.store.rows(i) for i in self.training}, args.batch, args.epochs, args.seed)
 
     def gradients(self, step: int, parts: list[list[int]], rows: int) -> Tensor:
-        """Add the gradients of a step. Returns the sums of the loss and of rows that agree at the first place (2,)."""
+        """Add the gradients of a step. Returns sums (2,): the loss, and rows whose first draft agrees."""
         sums, seed = torch.zeros(2, device=self.accelerator.device), step * 64 + self.accelerator.process_index
         for part in parts:
             sums += self._backward(DraftRows([self.store[i] for i in part]), rows, seed)
@@ -236,7 +239,7 @@ def save_with_drafter(bank: ExitBank, drafter: Drafter, dtype: torch.dtype, args
 def parser() -> argparse.ArgumentParser:
     p = command_parser(__doc__)
     add_exits_and_data(p, exits="exits folder; one of its exits is before the first layer")
-    p.add_argument("--out", type=Path, help="folder for the exits with the drafter; default: EXITS, which gets it")
+    p.add_argument("--out", type=Path, help="folder for the exits with the drafter; default: EXITS itself")
     p.add_argument("--go-on", action="store_true", help="train the drafter of EXITS further, instead of starting from "
                    "the exit before the first layer")
     p.add_argument("--tail", type=int, default=1024, help="how many of the words that are not drafted are sampled at "

@@ -75,7 +75,7 @@ class FeatureStore:
         return self._chunks[-1].stop if self._chunks else 0
 
     def prepare(self, rank: int = 0, world: int = 1) -> None:
-        """Write the chunks that are missing. With several processes each writes its part."""
+        """Write the chunks that are missing. With several processes (`world`), each writes its part."""
         missing = [c for c in self._chunks[rank::world] if not self._path(c).exists()]
         total = sum(len(self.documents[i].ids) for c in missing for i in c)
         with tqdm(total=total, unit="token", unit_scale=True, desc="features", disable=not missing) as bar:
@@ -139,7 +139,7 @@ class FeatureStore:
         return [i for i, d in enumerate(self.documents) if d.split == split and (any(d.chosen) or not policy_only)]
 
     def measured(self, split: Split) -> list[int]:
-        """Return the documents of a split on which exits are measured: what the model wrote, else all of the split."""
+        """Return the documents of a split to measure exits on: those that the model wrote or, without any, all."""
         return self.of(split, policy_only=True) or self.of(split)
 
     def _path(self, chunk: range) -> Path:
@@ -172,7 +172,7 @@ def prepared_store(model: SegmentedModel, data: Sequence[Path], folder: Path, bu
 
 
 def wanted(document: Document) -> Tensor:
-    """Mark the positions where an exit learns (T,): the model chose the next token.
+    """Mark the positions where an exit learns (T,): those whose next token was chosen by the model.
 
     In a text that the model did not write, these are all positions but the last.
     """
