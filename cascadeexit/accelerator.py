@@ -22,7 +22,7 @@ def nvidia_driver() -> str | None:
 def cuda_problem(environ: Mapping[str, str] = os.environ) -> str | None:
     """Say why torch cannot use this machine's NVIDIA device, and what to do.
 
-    Returns None where torch sees a device, and on machines without an NVIDIA driver.
+    Returns None if torch sees a device, and on machines without an NVIDIA driver.
     """
     driver = nvidia_driver()
     if torch.cuda.is_available() or driver is None:

@@ -29,11 +29,12 @@ class Carry:
 
     @classmethod
     def after_prompt(cls, model, passed: Sequence[Rows]) -> "Carry":
-        """Make the carry of a run that begins: all tokens of the prompt but the newest have been computed.
+        """Make the carry for the start of decoding, after the prefill of all prompt tokens except the newest.
 
         Args:
             model: a `SegmentedModel`.
-            passed: their rows after each segment, (1, N, D) each. [] for a prompt of one token: the state is then zero.
+            passed: rows of the prefill after each segment, (1, N, D) each. [] for a prompt of one token: the state is
+                then zero.
         """
         if not passed:
             return cls(torch.zeros(1, model.hidden_size, dtype=model.dtype, device=model.device))

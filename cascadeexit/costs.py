@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Costs:
-    """What the costs of a run are compared with: bytes per token in `full`, and the depth of each segment."""
+    """Reference for the costs of a run: bytes per token in `full`, and the depth of each segment."""
 
     full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head
     depths: tuple[float, ...]           # share of the layers below each segment's end; the last is 1.0

@@ -146,7 +146,10 @@ class Endpoints:
 
 
 def _thresholds(engine: Engine, settings: Settings, first: float, target: float) -> tuple[float, ...]:
-    """Return the threshold of each exit: from the calibration for a target above 0, else from the first exit's."""
+    """Return the threshold of each exit.
+
+    For a target above 0 they come from the calibration. Otherwise they follow from the threshold of the first exit.
+    """
     if not target:
         return graded_thresholds(first, engine.exit_depths)
     calibrated = engine.thresholds(DecodeConfig(mode=settings.mode, temperature=settings.temperature,

@@ -83,7 +83,7 @@ def evaluate(runner: Runner, label: str, encode: Callable[[str], list[int]], pro
         pauses: also yield None after every batch of events, so that a caller can close the generator in the middle of
             a prompt.
 
-    Raises ValueError at once, before the first Result, for a config that this engine can use with no prompt.
+    Raises ValueError at once, before the first Result, for a config that does not suit this engine.
     """
     engine, _ = runner.library.get(label)
     engine.check([0], replace(config, max_new_tokens=1))    # token 0 stands for any prompt: only the config can fail
@@ -183,14 +183,14 @@ def quality_speed_points(results: Sequence[Result]) -> list[dict]:
 
 
 def results_json(results: Sequence[Result], config: DecodeConfig, model: str) -> str:
-    """Write all results as ASCII JSON: {format, model, config, summary, results}."""
+    """Return all results as ASCII JSON: {format, model, config, summary, results}."""
     return json.dumps({"format": FORMAT, "model": model, "config": asdict(config),
                        "summary": asdict(summarize_results(results)), "results": [asdict(r) for r in results]},
                       indent=1)
 
 
 def results_csv(results: Sequence[Result]) -> str:
-    """Write all results as CSV: one row per prompt, with a column for each segment's routing share."""
+    """Return all results as CSV: one row per prompt, with a column for each segment's routing share."""
     names = [f.name for f in fields(Result) if f.name != "routing_share"]
     segments = max((len(r.routing_share) for r in results), default=0)
     out = io.StringIO(newline="")

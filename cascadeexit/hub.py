@@ -137,7 +137,7 @@ def load_tokenizer(model: str, *, progress: Progress | None = None, token: str |
 def describe(model: str | None = None, exits: str | Path | None = None) -> Shape:
     """Return the shape of the model and exits that `load` would load. It reads config files, and no weights.
 
-    Raises those errors of `load` that the config files show.
+    Raises an error of `load` if the config files already show it.
     """
     model = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL
     name = short_name(model)
@@ -215,7 +215,7 @@ def default_exit_layers(num_layers: int) -> tuple[int, ...]:
 def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
     """Read exit layers from text such as '8,16,22' (layers) or '0.3,0.57,0.8' (shares of the depth).
 
-    None means the default layers and 0, an exit before the first layer, whose drafts cost nearly no time.
+    None means the default layers and 0, the exit before the first layer, which drafts in nearly no time.
 
     Raises ValueError for text that does not hold numbers.
     """

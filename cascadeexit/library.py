@@ -1,4 +1,4 @@
-"""Library: the models that a page offers. One of them is in memory at a time, or all of them (`load_all`)."""
+"""Library: the models that a page offers. One model is in memory at a time, or all after `load_all`."""
 
 import gc
 import itertools
@@ -116,7 +116,7 @@ class Library:
             return self._held[label]
 
     def load_all(self, progress: hub.Progress | None = None) -> None:
-        """Load all offers and keep them in memory, for a process whose forks will run the models.
+        """Load all offers and keep them in memory. The process can then be forked, and forks run the models.
 
         No layer runs here, because neither a CUDA context nor OpenMP threads survive a fork. Fingerprints are computed
         now, because weights may not be readable later (ZeroGPU moves them to disk at launch).

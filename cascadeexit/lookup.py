@@ -1,4 +1,4 @@
-"""Lookup: copies tokens from earlier in the text by n-grams. Copies are free drafts, and inputs of estimators.
+"""Lookup: copies tokens from earlier in the text by n-grams, as drafts and as inputs of confidence estimators.
 
 If the newest tokens occur earlier in the text (prompt included), the token that followed them there is copied as a
 draft (prompt lookup: Saxena 2023). Its probability is the share of copies after n-grams of this length that were

@@ -38,9 +38,9 @@ def read_prompts(source: str | Path, limit: int = MAX_PROMPTS) -> list[Prompt]:
     """Read prompts from pasted text (a str, never taken for a path) or from a UTF-8 file (a Path).
 
     Args:
-        source: pasted text holds one prompt per line, or JSONL if every line is a JSON object. A file is read by
-            its ending: .txt, one prompt per line; .jsonl, objects with "prompt", "text" or "instruction", and optional
-            "kind" or "set"; .csv, a header with `prompt`, and optional `kind` or `set`.
+        source: pasted text holds one prompt per line, or JSONL if every line is a JSON object. The ending of a file
+            decides how it is read. .txt: one prompt per line. .jsonl: objects with "prompt", "text" or "instruction",
+            and optional "kind" or "set". .csv: a header with `prompt`, and optional `kind` or `set`.
         limit: largest number of prompts.
 
     Raises ValueError that names the line, what was expected, what was found, and what to do. The message may quote the

@@ -8,8 +8,8 @@ from cascadeexit.events import TokenEvent
 def race(sides: Mapping[str, Iterator[TokenEvent]]) -> Iterator[tuple[str, TokenEvent]]:
     """Interleave streams of events by their engine time. Yields (side, event).
 
-    The `seconds` of a stream count only its own work, so events come in the order that equal machines, one for each
-    side, would give. Closing the race closes the streams.
+    The `seconds` of a stream count only its own work, so events come in the order that they would have if each side
+    had an equal machine of its own. Closing the race closes the streams.
     """
     clocks = dict.fromkeys(sides, 0.0)
     try:

@@ -39,7 +39,7 @@ class Sampler:
     def judge(self, drafts: Sequence[int], row: Tensor | Choice) -> int:
         """Return the verified token at a position with these drafts: one of them, or the full model's own choice.
 
-        The full model chooses as if there were no drafts, so the text is its own, also when sampled with a seed. With a
+        The full model chooses as if there were no drafts, so the text is its own, even if it is sampled. With a
         tolerance (greedy only), the likeliest draft is accepted if it is likely enough.
 
         Args:

@@ -1,10 +1,10 @@
 """Self-check: tests whether a backend computes what the `torch` backend does, and whether `verified` equals `full`.
 
 It runs when a model is loaded, in about a second for the bundled model. Kernels that were compiled or tuned for other
-machines can be wrong on this one without an error. The tested backend runs random tokens
-in two passes: a prompt, and a verification pass after it. Then the `torch` backend computes each part: embedding, each
-segment, final norm and head. The input of a part is what the tested backend computed before it, so errors do not add
-up. Rows and logits must be within `TOLERANCES`. Last, a short text of `verified` must equal that of `full`.
+machines can be wrong on this one without an error. The tested backend runs random tokens in two passes: a prompt, and a
+verification pass after it. Then the `torch` backend computes each part: embedding, each segment, final norm and head.
+The input of a part is what the tested backend computed before it, so errors do not add up. Rows and logits must be
+within `TOLERANCES`. Last, a short text of `verified` must equal that of `full`.
 
 A large model would take long. So after `SECONDS` no further segment is compared, and texts end early. The first
 segment, the head and a text of at least `LEAST_TOKENS` tokens are always compared.

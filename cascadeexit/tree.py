@@ -47,7 +47,7 @@ class DraftTree:
     Args:
         model, exits: the model and the runtime of its exits.
         prompt: the run's prompt, for n-gram copies.
-        temperature: temperature of the run and of the drafter's softmax. In a greedy run (0) the softmax has 1.
+        temperature: temperature of the run and of the drafter's softmax. In a greedy run the softmax has 1.
         passed: rows of the prefill after each segment (1, N, D), for the drafter's context; [] if there were none.
         eos_ids: nothing is drafted after these tokens.
         limit: largest number of drafts in a tree.

@@ -16,7 +16,7 @@ _KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # P
 def figures(stream: TokenStream, full_choices: Sequence[int]) -> list[go.Figure]:
     """Make all figures of a run, in the page's order.
 
-    full_choices: the full model's choice at each position, given the text with exits before it.
+    full_choices: the full model's choice at each position of the text that was written with exits.
     """
     return [routing_figure(stream), latency_figure(stream), confidence_figure(stream, full_choices)]
 
@@ -40,7 +40,7 @@ def routing_figure(stream: TokenStream) -> go.Figure:
 
 
 def latency_figure(stream: TokenStream) -> go.Figure:
-    """Plot the milliseconds from each token to the next, for both sides."""
+    """Plot the milliseconds from each token to the next, with exits and with the full model."""
     figure = go.Figure()
     for side, name, line in ((FULL, "Full model", dict(color=_OUTLINE, width=1.5, dash="dot")),
                              (CASCADE, "With exits", dict(color="#3F8FC7", width=1.5))):
@@ -53,7 +53,10 @@ def latency_figure(stream: TokenStream) -> go.Figure:
 
 
 def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Figure:
-    """Plot the confidence of the exit that wrote each token. Crosses: the full model would choose another token."""
+    """Plot the confidence of the exit that wrote each token.
+
+    Crosses mark tokens that the full model would not choose.
+    """
     exits, final, figure = len(stream.shape.exit_layers), stream.sides[CASCADE].final, go.Figure()
     palette = colours(exits)
     for s in range(exits):

@@ -21,7 +21,7 @@ from cascadeexit.backends.cache import KVCache
 
 
 class Unusable(RuntimeError):
-    """A backend fits a model but does not work on this machine. Without a wanted backend, `make` tries the next one."""
+    """A backend fits a model but does not work on this machine. `backends.make` then tries the next backend."""
 
 
 class Rows(Protocol):
@@ -59,7 +59,7 @@ class LayerStack(Protocol):
     max_rows: int
     """Largest number of rows in one verification pass."""
     supports_trees: bool
-    """True if the rows of a pass may be a tree of drafts. Each path then gives bitwise the results of a text."""
+    """True if the rows of a pass may be a tree of drafts. Each path then gives bitwise the results of plain text."""
     segment_bytes: tuple[int, ...]
     """For each segment, the bytes of weights that one pass through it reads."""
 

@@ -1,7 +1,7 @@
 """Weights: where a transformers decoder of a supported type keeps its weights.
 
-No other module depends on the names of weights in transformers. Only the `torch` backend does, because it runs
-transformers' own modules. All supported types share one layout: RMSNorm, attention with grouped queries and rotary
+Only this module depends on the names of these weights in transformers. (The `torch` backend does, too, because it runs
+transformers' own modules.) All supported types share one layout: RMSNorm, attention with grouped queries and rotary
 embedding (with biases in Qwen2, with norms of queries and keys in Qwen3), RMSNorm, SwiGLU.
 
 Letters: D hidden size, H query heads, K key-value heads, d head size, F inner size of the MLP, P positions.

@@ -17,7 +17,7 @@ class Adapter(Protocol):
     """Interface of a kind of adapter: an nn.Module that is made from (hidden_size, width, norm_eps)."""
 
     reads_carried: bool
-    """True if it reads the carried state. Training then whitens its inputs and fits `linear` by ridge regression."""
+    """True if the adapter reads the carried state. Training then whitens inputs and fits `linear` by regression."""
     linear: nn.Linear | None
     """The linear part, (2 D) -> (D); None if it is the identity on the hidden state."""
     norm: nn.RMSNorm
@@ -27,7 +27,10 @@ class Adapter(Protocol):
         """Adapt hidden rows h, each with its carried state: (..., D), (..., D) -> (..., D)."""
 
     def rescale(self, h: float) -> None:
-        """Change the weights so that rows times `h` give the output of the rows before. Not for `reads_carried`."""
+        """Scale the weights to suit rows that were multiplied by `h`: the output stays the same.
+
+        Only for adapters without `reads_carried`.
+        """
 
 
 class ExitAdapter(nn.Module):
@@ -51,7 +54,10 @@ class ExitAdapter(nn.Module):
 
     @torch.no_grad()
     def rescale(self, h: float) -> None:
-        """Change the weights so that rows times `h` give the output of the rows before. The norm cancels the scale."""
+        """Scale the weights to suit rows that were multiplied by `h`: the output stays the same.
+
+        The norm cancels the scale that remains.
+        """
         for weight, factor in ((self.gate, 1 / h), (self.down, 1 / h), (self.up, h)):
             weight.weight.mul_(factor)
 

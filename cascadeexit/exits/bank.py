@@ -1,6 +1,6 @@
 """ExitBank: all exits of one model as a plain trainable module, and the artifact it is saved to.
 
-Artifact: config.json + exits.safetensors, and calibration.json where the exits were calibrated. Decoding does
+Artifact: config.json + exits.safetensors, and calibration.json if the exits were calibrated. Decoding does
 not call the bank itself: `backend.exits(bank)` makes the runtime for a device.
 """
 

@@ -66,7 +66,7 @@ class CpuBackend:
 
     @classmethod
     def facts(cls) -> dict[str, str]:
-        """Describe the kernels on this machine."""
+        """Describe the kernels on this machine: {fact: value}, as in `build.facts`."""
         return build.facts()
 
     def vocab_head(self, weight: Tensor, *, rounded: bool = False) -> CpuHead:

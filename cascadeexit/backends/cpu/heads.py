@@ -143,7 +143,7 @@ class CpuHead:
 
 
 class HeadScreen:
-    """Excludes most words from an argmax with a head rounded to 8 bits: same result, half of the bytes.
+    """Excludes most words from an argmax with a head rounded to 8 bits. The result is the same, for half of the bytes.
 
     For an output with weights w and rounded weights v, w . x differs from v . x by at most |w - v| |x| (Cauchy-Schwarz
     inequality). So only a few outputs can be the largest, and only these are computed with the bf16 weights.

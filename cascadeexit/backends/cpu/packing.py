@@ -24,7 +24,7 @@ class Store:
 
     Args:
         weights: all weights that the store will hold: bf16 (O, I), or 8-bit integers from `rounded`.
-        in_12_bits: pack bf16 weights to 12 bits where that is possible.
+        in_12_bits: pack bf16 weights to 12 bits if possible.
 
     Attributes:
         bytes: size of the bf16 weights after packing.
@@ -68,7 +68,7 @@ class Store:
         return Matrix(at, None, self.floats(bias), inputs, rows)
 
     def _coded(self, parts: Sequence[Tensor]) -> tuple[int, ctypes.Array] | None:
-        """Pack weights to 12 bits. Returns their address and their outliers; None where there are too many outliers."""
+        """Pack weights to 12 bits. Returns their address and their outliers; None if there are too many outliers."""
         outputs, inputs = parts[0].shape
         size, most, found = self._coded_bytes(outputs, inputs), int(parts[0].numel() * len(parts) * _MOST_OUTLIERS), 0
         at, outliers = self._take(len(parts) * size), (c_int64 * most)()

@@ -78,7 +78,7 @@ class GpuBackend:
 
 
 def fits_shape(base) -> bool:
-    """Return True if the kernels support a transformers model's dtype and shape, on whatever single device it is."""
+    """Return True if the kernels support a transformers model's dtype and shape. It may be on any single device."""
     if is_spread(base):
         return False
     dtype, shape, layers = outer_weights(base).dtype, DecoderShape.of(base.config), layer_weights(base)

@@ -16,7 +16,7 @@ _WORDS, _BLOCKS = 64, 1024      # words of one program, and blocks of words in o
 
 
 class GpuHead:
-    """Projection of rows (..., D) onto K words; the methods are those of `base.VocabHead`.
+    """Projects rows (..., D) onto K words. `base.VocabHead` describes the methods.
 
     Args:
         weight: (K, D).

@@ -210,7 +210,7 @@ def combine(partial, sums, out, count, positions, H, K, S, parts, d, TILE: tl.co
 @triton.jit
 def linear(x, weight, bias, residual, y, count, inputs, outputs, BIAS: tl.constexpr,
            RESIDUAL: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiply rows (N, I) by a weight (O, I), and add a bias and a residual (N, O). `residual` may be `y` itself.
+    """Multiply rows x (N, I) by a weight (O, I), and add bias and residual (N, O): y (N, O). `residual` may be `y`.
 
     Grid: (T, blocks of outputs).
     """

@@ -34,7 +34,7 @@ def tiles(rows: int) -> int:
 
 
 def power_of_2(size: int) -> int:
-    """Return the smallest power of 2 that is at least `size` and 16, the minimum tile size of `tl.dot`."""
+    """Return the smallest power of 2 that is at least `size` and at least 16, the minimum tile size of `tl.dot`."""
     return max(16, 1 << (size - 1).bit_length())
 
 

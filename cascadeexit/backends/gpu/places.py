@@ -56,7 +56,7 @@ class Places:
         return self
 
     def to(self, device: torch.device) -> "Places":
-        """Return the places on a device: a copy, which may still be under way, or on a CPU this object."""
+        """Return a copy of the places on a device, without waiting for the transfer. On a CPU, return this object."""
         if device.type == "cpu":
             return self
         return Places.over(self.staged(device).to(device, non_blocking=True), len(self.positions), self.tile)

@@ -242,7 +242,7 @@ class Passes:
 
 
 class AskedTop(Late):
-    """Normed rows of the full model (1, N, D), whose head may run in the recording of the pass below it.
+    """Normed rows of the full model (1, N, D). If their pass is still postponed, `ask` runs pass and head together.
 
     Args:
         rows: the last rows of the pass, after the last layer.
@@ -258,7 +258,7 @@ class AskedTop(Late):
     def ask(self) -> tuple[Tensor, list[int]] | None:
         """Run pass and head from one recording. Returns logits (N, V) and the likeliest tokens.
 
-        Returns None if the pass has run already, or has no such recording.
+        Returns None if the pass has already run, or if there is no recording of it with the head.
         """
         if not self.waits:
             return None

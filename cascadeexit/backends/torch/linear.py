@@ -2,7 +2,7 @@
 
 On a CPU, PyTorch gives row-major weights to oneDNN, which reads them at a fraction of the memory bandwidth if a pass
 has few rows. After reordering them once, the same oneDNN kernels read them 2 to 3 times as fast. Results are bitwise
-the same for every row bucket.
+the same for every number of padded rows (see `layers.py`).
 """
 
 import torch
