@@ -64,7 +64,7 @@ class Uncached:
 
         Args:
             copied: the n-gram lookup's token and match length, from `Lookup.copied`.
-            before: the adapted hidden state of the previous exit, where it ran.
+            before: the adapted hidden state of the previous exit; None if it did not run.
         """
         hidden = self.exits.hidden(s, h[0, -1:], carried)
         confidence, = self.exits.confidence(s, hidden, [copied], before)
@@ -115,7 +115,7 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
 
 @torch.inference_mode()
 def self_speculation(engine: Engine, prompt: list[int], tokens: int, exit: int, max_draft: int) -> list[int]:
-    """Decode with self-speculation: exit number `exit` drafts max_draft tokens, and one full pass verifies them."""
+    """Decode with self-speculation: exit `exit` drafts max_draft tokens, and a pass of the full model verifies them."""
     run, text = Uncached(engine), list(prompt)
     carried, end = run.carried(prompt), len(prompt) + tokens
     while len(text) < end and not _ended(engine, prompt, text):
@@ -165,7 +165,10 @@ def make_jobs(engine: Engine, args: argparse.Namespace) -> dict[Job, Decode]:
 
 
 def time_jobs(jobs: dict[Job, Decode], prompts: list[list[int]]) -> tuple[dict[Job, list[float]], dict[Job, list]]:
-    """Run every job on every prompt in turn. Returns for each job lists of tokens per second and of token ids."""
+    """Run every job on every prompt in turn.
+
+    Returns {job: tokens per second} and {job: token ids}, as lists with an entry for each prompt.
+    """
     for job, decode in jobs.items():
         if job[0] == "cached":                              # warm-up; the uncached loops gain little by one
             decode(prompts[0])

@@ -7,7 +7,9 @@ import torch
 
 def batches(rows: dict[int, int], batch: int, epochs: float, seed: int,
             repeats: dict[int, int] | None = None) -> list[list[int]]:
-    """List the documents of each step. Every epoch has its own order; a step ends when it has at least `batch` rows.
+    """List the document numbers of each step.
+
+    Every epoch has its own order. A step ends when it has at least `batch` rows.
 
     Args:
         rows: training rows of each document, by its number.

@@ -1,4 +1,4 @@
-"""Calibrate a cascade: measure at each threshold how often it disagrees with the full model, with a certified bound.
+"""Calibrate a cascade: measure how often it disagrees with the full model at each threshold, and certify a bound.
 
     python -m training.calibrate --exits runs/smollm2 --data data/policy data/policy2
 

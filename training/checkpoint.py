@@ -40,7 +40,7 @@ class RunFolder:
                              "ones, another --out, or --no-resume to start again from the first step.")
 
     def records(self) -> list[dict]:
-        """Read the log."""
+        """Read all records of the log."""
         return read_lines(self.log_file)
 
     def log(self, **record) -> None:
@@ -58,7 +58,7 @@ class RunFolder:
         return self._state["step"]
 
     def save(self, step: int, parts: dict[str, Any]) -> None:
-        """Replace the checkpoint by the states of these parts."""
+        """Replace the checkpoint by this step and the states of these parts."""
         if self.main:
             state = {"step": step, "key": self.key} | {name: part.state_dict() for name, part in parts.items()}
             torch.save(state, self.checkpoint.with_suffix(".tmp"))

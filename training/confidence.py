@@ -129,7 +129,7 @@ def fit(head: nn.Module, inputs: Tensor, target: Tensor, *, epochs: int, lr: flo
 
 
 class MlpEstimators:
-    """Fits the published estimators, in the three steps that the module describes."""
+    """Fits estimators of the kind `mlp`, in the three steps that the module describes."""
 
     def __init__(self, engine: Engine, store: FeatureStore, calibration: list[int], width: int,
                  args: argparse.Namespace):
@@ -142,7 +142,7 @@ class MlpEstimators:
         return [rows.hidden]
 
     def fit(self, s: int, rows: ExitRows, before: ExitRows | None) -> ConfidenceHead:
-        """Fit the estimator of exit s."""
+        """Fit the estimator of exit s, and return it."""
         args, head = self.args, ConfidenceHead(self.engine.model.hidden_size, self.width)
         seen = exit_rows(self.engine, s, self.store, self.training, "training")
         fitted, checked = (exit_rows(self.engine, s, self.store, half, "calibration")
@@ -180,7 +180,7 @@ class SketchEstimators:
         return self._head.softmax_facts(*(part.to(self._device) for part in rows)).cpu()
 
     def fit(self, s: int, rows: ExitRows, before: ExitRows | None) -> SketchConfidence:
-        """Fit the estimator of exit s to its calibration rows and those of the exit before."""
+        """Fit the estimator of exit s to its calibration rows and those of the previous exit, and return it."""
         head = SketchConfidence(self.width)
         for net, x in zip((head.alone, head.after), self.inputs(rows, before)):
             mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
@@ -192,7 +192,7 @@ class SketchEstimators:
 
 
 def sketch_words(bank: ExitBank, store: FeatureStore, model: SegmentedModel, words: int) -> Tensor:
-    """Choose the words that a sketch reads: the most frequent ones, from the trimmed head where there is one.
+    """Choose the words that a sketch reads: the most frequent ones, from the trimmed head if there is one.
 
     The sketch is then the beginning of the exits' head and shares its memory.
     """

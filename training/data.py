@@ -88,7 +88,7 @@ class PolicyText:
         save_shard(path, documents)
 
     def _is_new(self, document: Document) -> bool:
-        """Tell whether no earlier document had the same tokens, and remember these."""
+        """Return True if no earlier document had the same tokens. Later calls know this document, too."""
         ids = tuple(document.ids)
         if ids in self._known:
             return False
@@ -123,7 +123,7 @@ def read_texts(file: Path) -> Iterator[str]:
 
 
 def read_dataset(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the documents of a Hub dataset with a `text` column. The rows of WikiText are lines; they become articles.
+    """Yield the documents of a Hub dataset with a `text` column. The lines of WikiText are joined to articles.
 
     Raises SystemExit when there is no such column.
     """

@@ -71,7 +71,7 @@ class AdapterLearner:
         self.weights = [w for s in self.exits for w in bank.adapters[s].parameters()]
 
     def plan(self) -> list[list[int]]:
-        """List the documents of each step."""
+        """List the document numbers of each step."""
         training, own = self.store.of(Split.TRAIN), set(self.store.of(Split.TRAIN, policy_only=True))
         return batches({i: self.store.rows(i) for i in training}, self.args.batch, self.args.epochs, self.args.seed,
                        {i: self.args.text_repeats for i in training if i not in own})
@@ -164,7 +164,7 @@ class StartingExits:
 
 
 def load_models(args: argparse.Namespace, device: str) -> tuple[SegmentedModel, ExitBank | None]:
-    """Load the frozen model, and the exits of --continue-from. Raises SystemExit when --only does not fit them."""
+    """Load the frozen model, and the exits of --continue-from. Raises SystemExit when they lack layers for --only."""
     base, _, name = load_model(args.model, device=device, device_map=args.device_map)
     layers = exit_layers(args.exits, base.config.num_hidden_layers)
     exits = ExitBank.load(args.continue_from) if args.continue_from else None

@@ -43,7 +43,7 @@ _REPORTED = 4                   # places of a chain in reports
 
 
 class DraftRows:
-    """Positions of a few documents, one document after another (N rows)."""
+    """Hidden states at all positions of a few documents, one document after another (N rows)."""
 
     def __init__(self, features: list[Features]):
         exits, self.top, wanted, choices = (torch.cat([getattr(f, name) for f in features])
@@ -86,7 +86,7 @@ class WhitenedDrafter:
     def chain(self, rows: DraftRows, length: int) -> list[Tensor]:
         """Run chains of drafts that end at each position.
 
-        Returns `length` times the drafter's states (N, D): after 0, 1, ... tokens that the drafter itself produced.
+        Returns a list of `length` tensors (N, D): the drafter's states after 0, 1, ... tokens of its own.
         """
         context = F.linear(rows.deep, self.drafter.context.weight @ self.deep.T)
         out, carried = [], rows.back(rows.top, 1)
@@ -114,7 +114,7 @@ class DrafterLearner:
         self.module, self.weights = inputs.drafter, list(inputs.drafter.parameters())
 
     def plan(self) -> list[list[int]]:
-        """List the documents of each step."""
+        """List the document numbers of each step."""
         args = self.args
         return batches({i: self.store.rows(i) for i in self.training}, args.batch, args.epochs, args.seed)
 
@@ -158,7 +158,7 @@ class DrafterLearner:
     def agreement(self, documents: list[int]) -> list[float]:
         """Measure top-1 agreement with the full model after 0, 1, ... drafts in a row, among words that may be drafted.
 
-        Each process reads its part of the documents, so all processes have to call.
+        Each process reads its part of the documents, so all processes must call this.
         """
         hits = torch.zeros(_REPORTED + 1, dtype=torch.float64, device=self.accelerator.device)
         for i in documents[self.accelerator.process_index::self.accelerator.num_processes]:
@@ -198,7 +198,7 @@ def first_drafter(bank: ExitBank, go_on: bool) -> Drafter:
 
 
 def drafted_words(bank: ExitBank, model: SegmentedModel, tail: int) -> tuple[SampledHead, SampledHead]:
-    """Return two heads: of the words that may be drafted, and of these plus `tail` other words sampled at each step."""
+    """Return a head of the words that may be drafted, and one that also samples `tail` other words at each step."""
     config, weight = bank.config, model.head_weight.detach()
     ids = torch.arange(config.vocab_size) if bank.head_ids is None else bank.head_ids
     ids = ids[:config.draft_size or config.words(0)].to(model.device)

@@ -48,7 +48,7 @@ from training.provenance import provenance, results_file
 
 
 def check_lossless(args: argparse.Namespace) -> None:
-    """Run the command `lossless`. Raises SystemExit when tokens differ that must not."""
+    """Run the command `lossless`. Raises SystemExit when tokens differ that must be equal."""
     dtype = getattr(torch, args.dtype)
     engine, tokenizer = load(args.model, args.exits, dtype=dtype)
     reference = load_model(args.model, dtype=dtype)[0] if args.reference else None
@@ -149,7 +149,7 @@ class Tally:
 
 @torch.inference_mode()
 def read_document(engine: Engine, f: Features, tallies: dict[str, Tally]) -> None:
-    """Add one document to the tallies. Their names tell where carried states come from: 'full' model or same 'exit'."""
+    """Add one document to the tallies. In 'full', carried states come from the full model, in 'exit' from that exit."""
     exits, words, project = engine.exits, engine.bank.head_ids, engine.model.head.logits
     wanted = f.wanted.clone()
     wanted[-1] = False                                       # nothing follows the last token
@@ -254,7 +254,7 @@ def decode_cascade(engine: Engine, prompts: list[list[int]], fulls: list[list[in
     total = sum(r.stats.tokens for r in runs)
 
     def mean(values) -> float:
-        """Average one value a run over all tokens."""
+        """Average one value per run, weighted by the tokens of the runs."""
         return sum(v * r.stats.tokens for v, r in zip(values, runs)) / total
 
     share = [mean(r.stats.routing_share[s] for r in runs) for s in range(engine.model.num_segments)]
@@ -268,7 +268,7 @@ def decode_cascade(engine: Engine, prompts: list[list[int]], fulls: list[list[in
 
 
 def decode_drafts(engine: Engine, prompts: list[list[int]], fulls: list[list[int]], config: DecodeConfig) -> dict:
-    """Decode these prompts with `verified`. Returns the acceptance rate over all drafts."""
+    """Decode these prompts with `verified`. Returns acceptance rate, tokens per pass, and share of identical texts."""
     runs = [engine.run(ids, config) for ids in prompts]
     drafted, tokens = sum(r.stats.drafted for r in runs), sum(r.stats.tokens for r in runs)
     passes = sum(r.stats.tokens / r.stats.tokens_per_verification for r in runs if r.stats.tokens_per_verification)

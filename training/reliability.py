@@ -8,7 +8,10 @@ BINS = 15
 
 
 def equal_mass_bins(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[tuple[float, float, int]]:
-    """Divide rows (n,) by confidence into bins of equal size: (mean confidence, share that is right, rows) of each."""
+    """Divide rows (n,), sorted by confidence, into bins of equal size.
+
+    Returns for each bin its mean confidence, the share of its rows that are right, and the number of its rows.
+    """
     order = confidence.argsort()
     parts = zip(confidence[order].tensor_split(bins), right[order].float().tensor_split(bins))
     return [(c.mean().item(), r.mean().item(), len(c)) for c, r in parts if len(c)]

@@ -29,7 +29,7 @@ class SampledHead:
 
     Attributes:
         own: rows of the own words (K, D).
-        local: position of each token id among the own words (V,), -1 where it is not one of them.
+        local: position of each token id among the own words (V,), -1 if it is not one of them.
     """
 
     def __init__(self, weight: Tensor, ids: Tensor | None, tail: int):
