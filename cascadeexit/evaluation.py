@@ -15,8 +15,8 @@ from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine
 from cascadeexit.events import TokenEvent
 from cascadeexit.prompts import Prompt
-from cascadeexit.runner import RunFailed, Runner
-from cascadeexit.stream import CASCADE, FULL
+from cascadeexit.runner import Check, RunFailed, Runner, Task
+from cascadeexit.sides import CASCADE, FULL
 
 FORMAT = 1                          # of the JSON file: a reader refuses other formats
 LABEL_CHARACTERS = 60               # length of a chart point's label
@@ -98,14 +98,15 @@ def _evaluate(runner: Runner, label: str, encode, prompts, config: DecodeConfig,
         identity = dict(index=index, kind=prompt.kind, prompt=prompt.text)
         try:
             ids = encode(prompt.text)
-            contest = runner.race(label, ids, config, full)
+            contest = runner.race(label, {CASCADE: Task(ids, config), FULL: Task(ids, full)},
+                                  Check.NOTHING if config.temperature else Check.CHOICES)
         except ValueError as error:
             yield Result(**identity, error=str(error))
             continue
         events, choices = {CASCADE: [], FULL: []}, None
         try:
             for batch in contest:
-                choices = batch.choices
+                choices = batch.choices.get(CASCADE)
                 for side, event in batch.events:
                     events[side].append(event)
                 if pauses:
@@ -169,13 +170,14 @@ def _by_tokens(pairs: Sequence[tuple[float | None, int]]) -> float | None:
 
 
 def quality_speed_points(results: Sequence[Result]) -> list[dict]:
-    """Make a chart point for each prompt with a speed-up and an agreement: {x: speed-up, y: agreement, label, kind}.
+    """Make a chart point for each prompt with a speed-up and an agreement: {x: speed-up, y: agreement, ...}.
 
-    The label is the start of the prompt.
+    The others are cost (weights read, as a share of what the full model reads), kind, and label: the prompt's start.
 
     Label and kind are untrusted text: escape them where markup is read.
     """
-    return [dict(x=r.speedup, y=r.agreement, label=" ".join(r.prompt.split())[:LABEL_CHARACTERS], kind=r.kind)
+    return [dict(x=r.speedup, y=r.agreement, cost=r.cost, kind=r.kind,
+                 label=" ".join(r.prompt.split())[:LABEL_CHARACTERS])
             for r in results if r.speedup is not None and r.agreement is not None]
 
 
