@@ -62,7 +62,11 @@ MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text,
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
 SCRIPTS = ("dom", "exits", "wire", "run", "panels", "player", "strip", "dock", "card",
            "charts", "timeline", "moments", "align", "map", "files", "tour", "main")
-TOGGLE_SETTINGS = "() => { document.body.classList.toggle('ce-settings-open'); }"
+CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
+TOGGLE_SETTINGS = """() => {
+    const open = document.body.classList.toggle('ce-settings-open');
+    setTimeout(() => document.getElementById(open ? 'ce-close' : 'ce-open').focus(), 60);
+}"""
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
 LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
 NUM_FIGURES = 3
@@ -98,7 +102,7 @@ class OnePrompt:
 
     @property
     def exit_controls(self) -> list[Component]:
-        return [self.controls[name] for name in ("exit_choice", *THRESHOLDS)]
+        return [self.controls[name] for name in ("exit_choice", "beside", *THRESHOLDS)]
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,10 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
         model = gr.Dropdown(library.labels, value=label, label="Model", elem_id="ce-model-menu",
                             visible=len(library.labels) > 1)
         quality = _quality_slider(calibration)
-        controls = (dict(model=model, prompt=prompt, mode=mode) | _advanced_controls() | _exit_controls(shape))
+        beside = gr.Dropdown(label="Third panel", elem_id="ce-beside", info="A second setting, beside the full model",
+                             **_beside_menu(shape))
+        controls = (dict(model=model, prompt=prompt, mode=mode, beside=beside) | _advanced_controls()
+                    | _exit_controls(shape))
         with gr.Row(elem_id="ce-links"):
             retry = gr.Button("Run again, next seed", size="sm", scale=0, elem_id="ce-retry")
             clear = gr.Button("Clear", size="sm", scale=0, elem_id="ce-clear")
@@ -236,6 +243,12 @@ def _exit_controls(shape: Shape) -> dict[str, Component]:
         sliders = {name: _slider(name, value=value, min_width=200, **_exit_slider(s, shape))
                    for s, (name, value) in enumerate(zip(THRESHOLDS, thresholds_at(CASCADE_THRESHOLD, shape)))}
     return dict(exit_choice=menu) | sliders
+
+
+def _beside_menu(shape: Shape) -> dict:
+    """Choices and value of the menu of the third panel."""
+    choices = [(choice or "None", choice) for choice in settings.beside_choices(shape)]
+    return dict(value=Settings.beside, choices=choices)
 
 
 def _exit_menu(shape: Shape) -> dict:
@@ -390,8 +403,10 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
     ends = dict(cancels=[running, again, check], queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
-    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, **ends)
-    one.charts.expand(open_charts, one.charted, one.figures, queue=False, **QUIET)
+    # In the queue, because only there gradio can show a warning; the drawer closes, so that nothing covers the run.
+    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=[running, again],
+                      concurrency_limit=None, **QUIET).then(None, js=CLOSE_SETTINGS, queue=False, **QUIET)
+    one.charts.expand(open_charts, one.charted, one.figures, concurrency_limit=None, **QUIET)
 
 
 def _connect_settings(library: Library, calibrations: dict[str, Calibration | None], one: OnePrompt) -> None:
@@ -422,8 +437,9 @@ def _fitted_exit_controls(one: OnePrompt, shape: Shape, chosen: dict | None = No
     """Updates that make the exit controls those of a model, with default or chosen values (by name)."""
     values = dict(zip(THRESHOLDS, thresholds_at(CASCADE_THRESHOLD, shape))) | (chosen or {})
     menu = gr.update(**_exit_menu(shape) | {"value": values.get("exit_choice", settings.FIRST_CONFIDENT)})
+    beside = gr.update(**_beside_menu(shape) | {"value": values.get("beside", Settings.beside)})
     sliders = {name: gr.update(value=values[name], **_exit_slider(s, shape)) for s, name in enumerate(THRESHOLDS)}
-    return {one.controls[name]: update for name, update in (dict(exit_choice=menu) | sliders).items()}
+    return {one.controls[name]: update for name, update in (dict(exit_choice=menu, beside=beside) | sliders).items()}
 
 
 def _fitted_quality_controls(one: OnePrompt, threshold: float | None, calibration: Calibration | None) -> dict:
@@ -469,7 +485,11 @@ COPY_LINK = """(...values) => {
     if (theme) query.set('__theme', theme);
     const link = location.origin + location.pathname + '?' + query;
     history.replaceState(null, '', link);
-    if (navigator.clipboard) navigator.clipboard.writeText(link).catch(() => 0);
+    const button = document.getElementById('ce-link'), words = button.textContent;
+    const say = text => { button.textContent = text; setTimeout(() => { button.textContent = words; }, 2500); };
+    const inAddress = () => say('Link is in the address bar');
+    if (navigator.clipboard) navigator.clipboard.writeText(link).then(() => say('Link copied ✓'), inAddress);
+    else inAddress();
 }"""
 
 
@@ -477,8 +497,7 @@ def _connect_address(demo: gr.Blocks, library: Library, calibrations: dict[str, 
                      one: OnePrompt) -> None:
     """Write the settings into the page's address, and restore them from it."""
     names = json.dumps([settings.query_name(name) for name in one.controls])
-    one.link.click(None, list(one.controls.values()), js=COPY_LINK.replace("NAMES", names)).then(
-        lambda: gr.Info("The page's address now holds these settings and was copied."), queue=False, **QUIET)
+    one.link.click(None, list(one.controls.values()), js=COPY_LINK.replace("NAMES", names), queue=False, **QUIET)
     first = library.labels[0]
 
     def restore(request: gr.Request) -> dict:
@@ -558,8 +577,10 @@ def offers(models: list[str], exits: str | None) -> list[Offer]:
     if models or exits or os.environ.get("CASCADEEXIT_MODEL"):
         return [Offer(hub.short_name(model or hub.DEFAULT_MODEL), model, exits)
                 for model in models or [os.environ.get("CASCADEEXIT_MODEL")]]
-    return [Offer(hub.DEFAULT_MODEL, None), *(
-        Offer(folder.name, None, folder) for folder in sorted((ASSETS / "exits").glob(f"{hub.DEFAULT_MODEL}-*")))]
+    others = sorted((ASSETS / "exits").glob(f"{hub.DEFAULT_MODEL}-*"))
+    kinds = [folder.name.removeprefix(f"{hub.DEFAULT_MODEL}-") for folder in others]
+    return [Offer(hub.DEFAULT_MODEL, None),
+            *(Offer(f"{hub.DEFAULT_MODEL}, {kind} exits", None, folder) for kind, folder in zip(kinds, others))]
 
 
 def main() -> None:

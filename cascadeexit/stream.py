@@ -253,10 +253,13 @@ def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> It
 
 # -- single lines -------------------------------------------------------------------------------------------
 
-def model_line(shape: Shape) -> str:
-    """Return the first line of a stream, which describes the model. Before any run, it is the page's whole stream."""
+def model_line(shape: Shape, label: str = "") -> str:
+    """Return the first line of a stream, which describes the model. Before any run, it is the page's whole stream.
+
+    label: the model's name on the menu, where it is another one.
+    """
     exits = [dict(layer=layer, depth=round(layer / shape.num_layers, 4)) for layer in shape.exit_layers]
-    return write_line("model", format=FORMAT, model=shape.name, layers=shape.num_layers, exits=exits,
+    return write_line("model", format=FORMAT, model=label or shape.name, layers=shape.num_layers, exits=exits,
                       trained=shape.trained, colours=colours(len(exits)))
 
 
