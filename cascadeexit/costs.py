@@ -1,6 +1,8 @@
-"""Costs: bytes of weights that a run reads. Functions that read weights add to a meter; one owner reads it."""
+"""Costs: what a run computes and reads. Functions that do the work add to a meter; one owner reads it."""
 
 from dataclasses import dataclass
+
+from cascadeexit.events import Span
 
 
 @dataclass(frozen=True)
@@ -12,17 +14,25 @@ class Costs:
 
 
 class Meter:
-    """Counts bytes of weights that were read. `taken` belongs to one owner, who turns them into events."""
+    """Counts the bytes of weights that were read, and lists the spans of segments that ran.
+
+    `taken` belongs to one owner, who turns both into events.
+    """
 
     def __init__(self):
-        self.total = 0
-        self._taken = 0
+        self._read = 0
+        self._spans: list[Span] = []
 
     def add(self, read: int) -> None:
         """Count bytes that were read."""
-        self.total += read
+        self._read += read
 
-    def taken(self) -> int:
-        """Return the bytes that were read since the last call."""
-        new, self._taken = self.total - self._taken, self.total
-        return new
+    def ran(self, span: Span) -> None:
+        """Note segments that ran."""
+        self._spans.append(span)
+
+    def taken(self) -> tuple[int, tuple[Span, ...]]:
+        """Return the bytes that were read and the spans that ran since the last call."""
+        taken = self._read, tuple(self._spans)
+        self._read, self._spans = 0, []
+        return taken
