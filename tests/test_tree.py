@@ -91,6 +91,23 @@ def test_an_exit_whose_drafts_are_rejected_drafts_fewer_tokens():
     assert sizes[0] > 1 and sizes[-1] < sizes[0]
 
 
+def test_events_tell_the_tree_of_drafts():
+    """Numbers of drafts count from the last verdict on; a draft stands one position after its parent."""
+    engine, tree, seen = eager_engine(), [], 0
+    run = engine.run([5, 6, 7] * 4, DecodeConfig(mode="verified", max_new_tokens=60, max_draft=12))
+    for event in run.events:
+        if event.status is Status.DRAFT:
+            assert -1 <= event.parent < len(tree) and 0 < event.probability <= 1
+            first = tree[0].index if tree else event.index
+            assert event.index == (tree[event.parent].index + 1 if event.parent >= 0 else first)
+            tree.append(event)
+            seen = max(seen, event.parent + 1)
+        else:
+            assert event.parent == -1 and event.probability is None
+            tree = []
+    assert seen > 1
+
+
 def test_every_draft_is_judged_and_the_page_sees_one_path():
     """Each draft gets one verdict; records show no place twice at a time, and end with the text."""
     engine, prompt = eager_engine(), [5, 6, 7]
