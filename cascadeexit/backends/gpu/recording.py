@@ -8,6 +8,7 @@ Letters: N rows, D hidden size.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,21 +28,26 @@ class Recorder:
 
     Attributes:
         error: why a recording failed; None before.
+        seconds: how long all recordings took, compilation of their kernels included.
     """
 
     def __init__(self, device: torch.device):
+        self.seconds = 0.0
         self._recordings: dict[Any, tuple[Callable[[], None], Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.error: str | None = None
 
     def record(self, name: Any, work: Callable[[], Any]) -> None:
         """Record work that launches the same kernels on the same memory each time, and keep its result for `replay`."""
-        if self.error is None:
-            try:
-                self._recordings[name] = capture(work, self._pool)
-            except RuntimeError as error:           # torch.OutOfMemoryError is one
-                self._recordings.clear()
-                self.error = str(error)
+        if self.error is not None:
+            return
+        started = time.perf_counter()
+        try:
+            self._recordings[name] = capture(work, self._pool)
+        except RuntimeError as error:               # torch.OutOfMemoryError is one
+            self._recordings.clear()
+            self.error = str(error)
+        self.seconds += time.perf_counter() - started
 
     def __contains__(self, name: Any) -> bool:
         return name in self._recordings
