@@ -25,6 +25,8 @@ from training import replay
 # parameters in a CUDA graph; that of a replay is a guess: a launch, an answer, and Python between two answers.
 ASSUMED = {"bandwidth": {"H100": 0.9 * 3.35e12, "H200": 0.9 * 4.8e12}, "kernel_seconds": 2e-6,
            "replay_seconds": 60e-6}
+_TILES = {"qkv_heads": 0, "attend": 2, "combine": 0, "linear": 0, "gated": 0}       # in which place of a kernel's grid
+_MOST_PASSES = 4                # of one catch-up; as `_CATCH_UP_ROWS` of the backend says
 _NO_KERNEL = ("empty", "new_empty")             # PyTorch operations that only allocate
 
 
@@ -44,11 +46,13 @@ class Count:
     replays: int = 0
 
     def launched(self, name: str, grid, args: Sequence, options) -> None:
-        """Count one launch of a Triton kernel."""
-        self.kernels += 1
-        self.bytes += self.context_bytes * (name == "attend")
-        self.bytes += sum(arg.nbytes for arg in {id(arg): arg for arg in args if isinstance(arg, torch.Tensor)}.values()
-                          if storage(arg) in self.weights)
+        """Count one launch of a Triton kernel, or several: catch-up of a few tiles of rows is a pass for each tile."""
+        tiles = grid[_TILES[name]] if name in _TILES else 1
+        passes = tiles if tiles <= _MOST_PASSES else 1
+        weights = {id(arg): arg for arg in args if isinstance(arg, torch.Tensor) and storage(arg) in self.weights}
+        self.kernels += passes
+        self.bytes += passes * (self.context_bytes * (name == "attend")
+                                + sum(weight.nbytes for weight in weights.values()))
 
 
 def storage(tensor: torch.Tensor) -> int:

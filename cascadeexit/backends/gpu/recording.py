@@ -120,14 +120,19 @@ def tensor_of(rows: Hidden) -> Tensor:
 
 
 def joined(parts: Sequence[Hidden]) -> Hidden:
-    """Concatenate rows (1, n, D) to (1, N, D). This does not run the pass of postponed rows."""
+    """Concatenate rows (1, n, D) to (1, N, D). This does not run the pass of postponed rows.
+
+    The last rows of the whole are those of the last part, so an exit after them can still be part of its recording.
+    """
     parts = [part if isinstance(part, Late) and part.waits else tensor_of(part) for part in parts]
-    late = next((part for part in parts if isinstance(part, Late)), None)
+    late = next((part for part in reversed(parts) if isinstance(part, Late)), None)
 
     def join() -> Tensor:
         return torch.cat([tensor_of(part) for part in parts], dim=1)
 
-    return join() if late is None else Late((1, sum(part.shape[1] for part in parts), late.shape[2]), join, late.source)
+    return join() if late is None else Late(
+        (1, sum(part.shape[1] for part in parts), late.shape[2]), join, late.source,
+        late.ends if late is parts[-1] else None)
 
 
 class Pass:
