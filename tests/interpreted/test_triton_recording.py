@@ -137,32 +137,25 @@ def test_the_full_model_is_one_launch_for_each_token(pair, replays):
 
 @torch.inference_mode()
 def test_catch_up_of_many_rows_is_recorded_passes_of_16_rows(pair, replays):
-    """The last of them includes the head. More rows than `_CATCH_UP_ROWS` run kernel by kernel."""
+    """The last of them includes the head, unless more rows are asked for than it has."""
     text, seen = list(range(2, 42)), []
     for engine in pair:
         stack, head = engine.model.layers, engine.exits.full_head
-        cache = stack.new_cache(64)
-        waiting = stack.join([stack.run(range(2), stack.embed(text[a:a + 16]), cache)[0] for a in (0, 16, 32)])
+        cache, choices = stack.new_cache(64), []
+        waiting = stack.join([stack.run(range(2), stack.embed(text[a:a + 16]), cache)[-1] for a in (0, 16, 32)])
         stack.tensor(waiting)
-        replays.clear()
-        top, = stack.run(range(2, 3), waiting, cache)
-        choice, = head.choices(stack.norm(top[:, -1:]))
-        seen.append((choice.token, stack.tensor(top), cache.keys, cache.values))
-    assert replays.total() == 3 and len(replays) == 2
-    assert seen[0][0] == seen[1][0] and all(map(torch.equal, seen[0][1:], seen[1][1:]))
-
-
-@torch.inference_mode()
-def test_all_rows_after_a_catch_up_can_be_asked_for(pair):
-    """More rows than its last pass has: they are normed and projected on their own."""
-    answers = []
-    for engine in pair:
-        stack, cache = engine.model.layers, engine.model.layers.new_cache(64)
-        rows, = stack.run(range(2), stack.embed(list(range(2, 18))), cache)
-        more, = stack.run(range(2), stack.embed([18, 19]), cache)
-        top, = stack.run(range(2, 3), stack.join([rows, more]), cache)
-        answers.append(engine.exits.full_head.argmax(stack.norm(top[:, -6:])))
-    assert answers[0] == answers[1]
+        for asked in (1, 12):
+            replays.clear()
+            top, = stack.run(range(2, 3), waiting, cache)
+            choices += head.argmax(stack.norm(top[:, -asked:]))
+            count = replays.copy()
+            cache.lengths[-1] = 0
+            seen.append((choices[:], stack.tensor(top), cache.keys.clone(), cache.values.clone(), count))
+    plain, recorded = seen[:2], seen[2:]
+    for expected, found in zip(plain, recorded):
+        assert found[0] == expected[0] and all(map(torch.equal, found[1:4], expected[1:4]))
+        assert found[4].total() == 3 and not expected[4]
+    assert [len(found[4]) for found in recorded] == [2, 1], "the recording with the head, and the one without"
 
 
 def test_every_recording_is_made_at_load(pair, replays):
