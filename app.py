@@ -60,8 +60,8 @@ EXAMPLES = {
 }
 MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
-SCRIPTS = ("dom", "exits", "wire", "run", "panels", "player", "strip", "dock", "card",
-           "charts", "timeline", "moments", "align", "map", "files", "tour", "main")
+SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip", "dock", "card", "charts", "timeline",
+           "blocks", "layers", "marks", "tree", "moments", "align", "map", "files", "tour", "main")
 CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
 TOGGLE_SETTINGS = """() => {
     const open = document.body.classList.toggle('ce-settings-open');
