@@ -41,7 +41,7 @@ from training.command import run_command
 from training.contenders import COMPARED, GENERATE, LLAMA_CPP, Contender, make_contenders
 from training.growth import growth
 from training.json_files import save_json
-from training.options import add_dtype, add_model_and_exits, command_parser
+from training.options import add_dtype, add_model_and_exits, command_parser, thresholds
 from training.plots import growth_plot
 from training.provenance import provenance
 
@@ -219,16 +219,6 @@ def compare(args: argparse.Namespace) -> dict:
         if args.out:
             growth_plot(result["growth"], args.out.with_suffix(".html"))
     return result
-
-
-def thresholds(text: str) -> float | tuple[float | None, ...]:
-    """Read '0.6' as a number, 'no,0.3,0.4' as one threshold for each exit, None = disabled.
-
-    Raises ValueError for other text.
-    """
-    if "," not in text:
-        return float(text)
-    return tuple(None if part == "no" else float(part) for part in text.split(","))
 
 
 def parse_args() -> argparse.Namespace:
