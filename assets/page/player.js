@@ -2,6 +2,7 @@
 // recorded runs, and any live run once it has finished.
 
 const RATES = [0.25, 0.5, 1, 2, 4];
+const LONGEST_FRAME = 150;                   // milliseconds
 const player = { value: null, shown: 0, clock: 0, rate: 1, frame: 0, last: 0, times: [], atEnd: true, hidden: null };
 
 const replaying = () => player.value !== null;                  // a recorded run, not one that this page computed
@@ -48,7 +49,8 @@ function play(from) {
   const step = now => {
     if (!playable()) return pause();                            // a new run is on its way
     player.frame = requestAnimationFrame(step);
-    player.clock += player.last ? player.rate * (now - player.last) / 1000 : 0;
+    // A page that is loading or out of sight draws no frames: what nobody could see is not played.
+    player.clock += player.last ? player.rate * Math.min(now - player.last, LONGEST_FRAME) / 1000 : 0;
     player.last = now;
     if (player.clock < length) return showUntil(player.clock);
     seekToEnd();

@@ -45,7 +45,7 @@ def handmade_run(sides: dict[str, str], tokens: int = 60, spans: bool = True, fo
         records.append(_token(fork, 1, 0.0, text=" blue") | dict(side="fork1"))
         records += [record | dict(side="fork1", i=fork + 1 + record["i"]) for _, record in _cascade(tokens - fork - 1, chance)]
         records.append(dict(type="end", side="fork1", agreement=0.9, positional=0.5, differs=[]))
-    return "".join(json.dumps(record) + "\n" for record in [dict(type="replay"), *records])
+    return "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in [dict(type="replay"), *records])
 
 
 def _token(i: int, exit: int, t: float, status: str = "emitted", text: str | None = None, ran=(), **more) -> dict:

@@ -386,6 +386,8 @@ def test_the_recorded_run_plays_until_the_first_run(open_page, tiny, monkeypatch
         seek(page, 0.5)
         assert status(page) == "Paused" and page.locator("#ce-run").is_visible(), "a live run is looked through"
         assert 0 < page.locator(".ce-text[data-side=full] .t").count() < 200
+        page.locator(".ce-player select").select_option("0.25")
+        seek(page, 0)
         page.locator(".ce-text[data-side=full]").focus()
         page.keyboard.press("Space")
         expect(page.locator(".ce-status").first).to_have_text("Playing this run again")
