@@ -61,6 +61,7 @@ MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text,
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
 SCRIPTS = ("dom", "exits", "wire", "run", "panels", "player", "strip", "dock", "card", "lens",
            "fork", "charts", "timeline", "moments", "align", "map", "files", "tour", "main")
+FORK_OVER = "() => { document.dispatchEvent(new Event('ce-fork-over')); }"      # assets/page/fork.js listens
 TOGGLE_SETTINGS = "() => { document.body.classList.toggle('ce-settings-open'); }"
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
 LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
@@ -363,6 +364,11 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
         with closing(page.respond(Settings.from_controls(dict(zip(one.controls, values))))) as frames:
             yield from map(shown, frames)
 
+    def fork(event: gr.EventData) -> Iterator[dict]:
+        chosen = event._data if isinstance(event._data, dict) else {}      # from the browser: any JSON
+        with closing(page.fork(*(chosen.get(name) for name in ("run", "side", "at", "id")))) as frames:
+            yield from map(shown, frames)
+
     def open_charts(run: str) -> list:
         try:
             return [gr.Plot(figure, visible=True) for figure in page.figures(run)]
@@ -374,8 +380,10 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
     running = gr.on([one.run.click, prompt.submit], respond, inputs, outputs, **_turns(one.queue))
     again = one.retry.click(lambda value: int(value or 0) + 1, seed, seed, queue=False, **QUIET).then(
         respond, inputs, outputs, **_turns(one.queue))
-    ends = dict(cancels=[running, again], queue=False, **QUIET)
-    one.stop.click(None, cancels=[running, again]).then(stream.stopped, one.view, one.view, queue=False, **QUIET)
+    forking = one.view.fork(fork, None, outputs, **_turns(one.queue))
+    forking.then(None, js=FORK_OVER, queue=False, **QUIET)
+    ends = dict(cancels=[running, again, forking], queue=False, **QUIET)
+    one.stop.click(None, cancels=[running, again, forking]).then(stream.stopped, one.view, one.view, queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
     one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, **ends)

@@ -300,7 +300,7 @@ function readAnswer(answer, table, chart, actions) {
   answer.readings.forEach((reading, s) => {
     const [, chance, top] = table.tBodies[0].rows[s].cells;
     if (!isLast(s) && chance.textContent === 'not asked') put(chance, percent(reading.confidence) + ', not asked');
-    top.replaceChildren(...reading.top.map(c => candidate(c, c.id === id, offer)));
+    top.replaceChildren(...reading.top.slice(0, isLast(s) ? 5 : 3).map(c => candidate(c, c.id === id, offer)));
   });
   chart.replaceChildren(lensChart(answer, id, full));
   actions.replaceChildren(...offer ? [offer.node] : []);

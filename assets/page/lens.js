@@ -1,7 +1,7 @@
 // The lens chart: how likely a token was after each exit, and which rank it had there. The dashed line is the full
 // model's own choice, where it is another token.
 
-const LENS = { width: 272, height: 150, left: 36, right: 262, top: 20, bottom: 112 };
+const LENS = { width: 272, height: 134, left: 36, right: 262, top: 20, bottom: 112 };
 
 function lensChart(answer, id, full) {
   const n = answer.readings.length, other = full.id !== id;

@@ -11,7 +11,7 @@ function buildMoments() {
 function worst(name) {                       // the list of a side; old recorded runs have positions only
   const side = sides[name], end = side.end;
   if (!end) return [];
-  const found = end.moments && end.moments.length ? end.moments : end.moments ? [] : (end.differs || []).map(i => ({ i }));
+  const found = end.moments && end.moments.length ? end.moments : (end.differs || []).map(i => ({ i }));
   return found.filter(m => side.records[m.i] && m.i >= side.start).map(m => ({ ...m, side: name }));
 }
 

@@ -84,13 +84,21 @@ async function copyText(text, node) {
 // -- paragraphs ----------------------------------------------------------------------------------------------------------
 
 function newParagraph(side, text) {
-  const fence = side.paragraph && side.paragraph.textContent.trimStart().startsWith('```');
-  if (fence) {
-    side.paragraph.classList.add('code');
+  if (side.paragraph && lastLine(side).trimStart().startsWith('```')) {     // a fence begins or ends a block of code
+    if (side.code || !side.paragraph.textContent.trimEnd().includes('\n')) side.paragraph.classList.add('code');
     side.code = !side.code;
   }
   side.paragraph = make('div', 'ce-par' + (side.code ? ' code' : ''));
   text.append(side.paragraph);
+}
+
+function lastLine(side) {                    // of the final tokens, without the newline that has just ended it
+  let line = '';
+  for (let i = side.nodes.length - 1; i >= 0 && !line.includes('\n'); i--) {
+    const token = side.nodes[i] ? side.nodes[i].textContent : '';
+    line = (i === side.nodes.length - 1 ? token.replace(/\n+$/, '') : token) + line;
+  }
+  return line.slice(line.lastIndexOf('\n') + 1);
 }
 
 const append = (side, text, node) => side.paragraph.append(node);
