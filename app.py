@@ -32,7 +32,6 @@ from cascadeexit.endpoints import BadRequest, Endpoints  # noqa: E402
 from cascadeexit.library import Library, Offer  # noqa: E402
 from cascadeexit.page import (  # noqa: E402
     ASSETS,
-    COLUMNS,
     Frame,
     Notice,
     Page,
@@ -41,8 +40,10 @@ from cascadeexit.page import (  # noqa: E402
     percent_at,
     replay_upload,
     replayed,
+    retried,
     threshold_for,
 )
+from cascadeexit.report import COLUMNS  # noqa: E402
 from cascadeexit.runner import Compute, RunFailed, Runner  # noqa: E402
 from cascadeexit.settings import PRESETS, THRESHOLDS, Settings, thresholds_at  # noqa: E402
 from cascadeexit.shape import Shape, exit_name  # noqa: E402
@@ -91,6 +92,7 @@ class OnePrompt:
     view: gr.HTML
     charts: gr.Accordion
     charted: gr.State                   # id of the run whose charts can be opened
+    current: gr.State                   # id of the run that began last
     figures: list[gr.Plot]
     link: gr.Button
     upload: gr.UploadButton
@@ -111,6 +113,7 @@ class ManyPrompts:
     table: gr.Dataframe
     chart: gr.Plot
     files: dict[str, gr.DownloadButton]         # by kind of file
+    report: gr.State                    # id of the evaluation that runs
 
 
 def build_demo(library: Library) -> gr.Blocks:
@@ -174,8 +177,8 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
                       elem_id="ce-figures") as charts, gr.Row():
         figures = [gr.Plot(visible=False, show_label=False, container=False, min_width=300)
                    for _ in range(NUM_FIGURES)]
-    return OnePrompt(controls, preset, quality, run, stop, retry, clear, queue, view, charts, charted, figures, link,
-                     upload)
+    return OnePrompt(controls, preset, quality, run, stop, retry, clear, queue, view, charts, charted, gr.State(""),
+                     figures, link, upload)
 
 
 def _has_recorded_run(library: Library) -> bool:
@@ -295,7 +298,7 @@ def _many_prompts() -> ManyPrompts:
     table = gr.Dataframe(headers=list(COLUMNS), interactive=False, wrap=True, elem_id="ce-results", buttons=[],
                          label="Results", column_widths=[f"{width}px" for width in RESULT_WIDTHS])
     source = dict(kinds=kinds, each=each, pasted=pasted, file=file)
-    return ManyPrompts(source, start, cancel, status, table, chart, files)
+    return ManyPrompts(source, start, cancel, status, table, chart, files, gr.State(""))
 
 
 # -- handlers' plain values as updates of components ---------------------------------------------------------
@@ -308,6 +311,8 @@ def _shown(one: OnePrompt, frame: Frame) -> dict:
     changes = {}
     if frame.stream is not None:
         changes[one.view] = frame.stream
+    if frame.run is not None:
+        changes[one.current] = frame.run
     if frame.charts is not None:
         changes[one.charts] = gr.Accordion(visible=True) if frame.charts else gr.Accordion(visible=False, open=False)
         changes[one.charted] = frame.charts
@@ -323,6 +328,8 @@ def _shown_progress(many: ManyPrompts, progress: Progress) -> dict:
         changes[many.table] = progress.rows
     if progress.figure is not None:
         changes[many.chart] = gr.Plot(progress.figure, visible=True)
+    if progress.report is not None:
+        changes[many.report] = progress.report
     for kind, path in (progress.files or {}).items():
         changes[many.files[kind]] = gr.DownloadButton(value=str(path), interactive=True)
     return changes or gr.skip()
@@ -334,13 +341,6 @@ def _warn(notice: Notice) -> None:
 
 def _status_html(text: str, kind: str) -> str:
     return f"<p class='ce-status {kind}' role='status'>{html.escape(text)}</p>"
-
-
-def _cancelled(status: str | None) -> str | None:
-    """The status of an evaluation after Cancel; unchanged when none was running."""
-    if "ce-status busy" not in (status or ""):
-        return status
-    return status.replace("ce-status busy", "ce-status stopped").replace("</p>", " · stopped</p>")
 
 
 # -- events -------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def _turns(place: Component) -> dict:
 
 def _connect_runs(page: Page, one: OnePrompt) -> None:
     """Connect the controls of the first tab: run, stop, retry, clear, model menu, replay and charts."""
-    outputs = [one.view, one.charts, one.charted]
+    outputs = [one.view, one.charts, one.charted, one.current]
     prompt, model, seed = (one.controls[name] for name in ("prompt", "model", "seed"))
     shown = partial(_shown, one)
 
@@ -369,6 +369,16 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
         with closing(page.fork(*(chosen.get(name) for name in ("run", "side", "at", "id")))) as frames:
             yield from map(shown, frames)
 
+    def next_seed(seed, temperature) -> int:
+        seed, notice = retried(seed, temperature)
+        if notice:
+            _warn(notice)
+        return seed
+
+    def analyse(run: str) -> Iterator[dict]:
+        with closing(page.analyse(run)) as frames:
+            yield from map(shown, frames)
+
     def open_charts(run: str) -> list:
         try:
             return [gr.Plot(figure, visible=True) for figure in page.figures(run)]
@@ -378,12 +388,14 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
 
     inputs = list(one.controls.values())
     running = gr.on([one.run.click, prompt.submit], respond, inputs, outputs, **_turns(one.queue))
-    again = one.retry.click(lambda value: int(value or 0) + 1, seed, seed, queue=False, **QUIET).then(
+    again = one.retry.click(next_seed, [seed, one.controls["temperature"]], seed, queue=False, **QUIET).then(
         respond, inputs, outputs, **_turns(one.queue))
     forking = one.view.fork(fork, None, outputs, **_turns(one.queue))
     forking.then(None, js=FORK_OVER, queue=False, **QUIET)
-    ends = dict(cancels=[running, again, forking], queue=False, **QUIET)
-    one.stop.click(None, cancels=[running, again, forking]).then(stream.stopped, one.view, one.view, queue=False, **QUIET)
+    check = one.stop.click(None, cancels=[running, again, forking]).then(
+        stream.stopped, one.view, one.view, queue=False, **QUIET).then(
+        analyse, one.current, outputs, **_turns(one.queue))
+    ends = dict(cancels=[running, again, forking, check], queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
     one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, **ends)
@@ -446,10 +458,10 @@ def _connect_many(page: Page, one: OnePrompt, many: ManyPrompts) -> None:
             yield from map(partial(_shown_progress, many), moments)
 
     inputs = many.source | one.controls
-    running = many.start.click(evaluate_many, list(inputs.values()),
-                               [many.status, many.table, many.chart, *many.files.values()], **_turns(many.status))
+    outputs = [many.status, many.table, many.chart, *many.files.values(), many.report]
+    running = many.start.click(evaluate_many, list(inputs.values()), outputs, **_turns(many.status))
     many.cancel.click(lambda: None, cancels=[running], queue=False, **QUIET).then(
-        _cancelled, many.status, many.status, queue=False, **QUIET)
+        lambda report: _shown_progress(many, page.cancelled(report)), many.report, outputs, queue=False, **QUIET)
 
 
 # -- a link that restores the settings ------------------------------------------------------------------------
