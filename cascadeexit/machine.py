@@ -9,7 +9,7 @@ from cascadeexit.backends import memory
 
 
 def now(device: torch.device) -> float:
-    """Return the time in seconds, after the device has finished its work."""
+    """Wait until the device has finished its work, then return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -24,7 +24,7 @@ def describe(device: torch.device) -> str:
 
 
 def read_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
-    """Measure how many bytes a second a sum over a large tensor reads: the best of five runs."""
+    """Measure the read bandwidth in bytes per second, by a sum over a large tensor: the best of five runs."""
     data, times = memory.zeros((megabytes * 2**18,), torch.float32, device).fill_(1), []
     for _ in range(6):
         start = now(device)
@@ -34,6 +34,6 @@ def read_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
 
 
 def resident_bytes() -> int | None:
-    """Return how much main memory this process holds, in bytes; None where the system does not tell."""
+    """Return how much main memory this process holds, in bytes; None if the system does not tell."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * 4096 if statm.exists() else None

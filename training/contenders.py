@@ -20,7 +20,7 @@ Decode = Callable[[list[int]], Output]              # decodes a prompt
 
 @dataclass
 class Contender:
-    """One way to decode, and its results so far, an entry for each prompt."""
+    """One way to decode, and its results so far: lists with an entry for each prompt."""
 
     name: str
     decode: Decode
@@ -29,7 +29,7 @@ class Contender:
 
 
 def with_transformers(reference, tokens: int, **options) -> Decode:
-    """Decode with transformers' greedy generate and these options of it."""
+    """Make a decoder that calls transformers' greedy `generate` with these options."""
     def decode(ids: list[int]) -> Output:
         inputs = torch.tensor([ids], device=reference.device)
         out = reference.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=tokens,
@@ -39,7 +39,7 @@ def with_transformers(reference, tokens: int, **options) -> Decode:
 
 
 def with_engine(engine: Engine, tokens: int, mode: Mode, **options) -> Decode:
-    """Decode with our engine."""
+    """Make a decoder that runs our engine in this mode, with these options of `DecodeConfig`."""
     config = DecodeConfig(mode=mode, max_new_tokens=tokens, **options)
 
     def decode(ids: list[int]) -> Output:
@@ -49,7 +49,7 @@ def with_engine(engine: Engine, tokens: int, mode: Mode, **options) -> Decode:
 
 
 def with_llama_cpp(gguf: Path, tokens: int, eos: frozenset[int]) -> Decode:
-    """Decode greedily with llama.cpp and the 4-bit file of the same model."""
+    """Make a greedy decoder that runs llama.cpp on a 4-bit file of the same model."""
     from llama_cpp import Llama
 
     model = Llama(str(gguf), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
