@@ -403,7 +403,7 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
     # In the queue, because only there gradio can show a warning; the drawer closes, so that nothing covers the run.
-    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=[running, again],
+    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=[running, again, forking],
                       concurrency_limit=None, **QUIET).then(None, js=CLOSE_SETTINGS, queue=False, **QUIET)
     one.charts.expand(open_charts, one.charted, one.figures, concurrency_limit=None, **QUIET)
 

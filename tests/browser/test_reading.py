@@ -1,33 +1,25 @@
 """Reading a run closely, in headless Chromium: the token card, differences, worst moments and forks."""
 
-import json
 import random
 import re
 
 import pytest
 
 import app
-from cascadeexit import record
-from cascadeexit.config import CASCADE_THRESHOLD, DecodeConfig
-from cascadeexit.library import Library
-from cascadeexit.page import Page
+from cascadeexit.config import DecodeConfig
 from cascadeexit.prompts import visitor_token_ids
-from cascadeexit.runner import Runner
-from cascadeexit.settings import Settings, thresholds_at
-from cascadeexit.shape import Shape
+from tests.browser.driving import open_tab, run_to_end
 from tests.browser.reading import FINAL, SKY, shown_ids
+from tests.browser.stage import Stage, finished_run, handlers_of
 from tests.browser.test_access import violations
 
 pytestmark = pytest.mark.browser
+THRESHOLDS = (0.6, 0.72, 0.83, 0.92, 0.96, 0.98)
 PHONE = dict(width=360, height=740)
 DESKTOP = dict(width=1280, height=800)
 SIDES = ("cascade", "full")
+RUN = dict(prompt=SKY, max_new_tokens=60, thresholds=THRESHOLDS)
 BOX = "node => { const r = node.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; }"
-
-
-def run_to_end(page) -> None:
-    page.click("#ce-run")
-    page.wait_for_selector(".ce-status.done")
 
 
 def token(page, i: int, side: str = "cascade"):
@@ -42,52 +34,68 @@ def overlap(a: list[float], b: list[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def recorded(tiny, tmp_path, **settings):
-    """Path of a saved run with these settings."""
-    library = Library.of(*tiny)
-    shape = Shape.of(tiny[0])
-    chosen = Settings(model=library.labels[0], prompt=SKY, max_new_tokens=60,
-                      thresholds=tuple(thresholds_at(CASCADE_THRESHOLD, shape)), **settings)
-    *_, text = (frame.stream for frame in Page(Runner(library)).respond(chosen) if frame.stream)
-    path = tmp_path / "run.json"
-    path.write_text(record.dump(text), encoding="utf-8")
-    return path
+@pytest.fixture(scope="module")
+def handlers(tiny):
+    return handlers_of(*tiny)
 
 
-def edited(tiny, tmp_path):
-    """Path of a saved run whose text with exits is the full model's with edits.
+@pytest.fixture(scope="module")
+def fast(handlers) -> str:
+    """The stream of a run of the cascade."""
+    return finished_run(handlers, RUN)
+
+
+@pytest.fixture
+def stage(chromium, handlers):
+    """Function that opens a stage: a page of the token view without gradio. Errors fail the test at its end."""
+    contexts, errors = [], []
+
+    def open_(stream="", size=DESKTOP, theme="light", **options) -> Stage:
+        context = chromium.new_context(viewport=size, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        opened = Stage(page, handlers, theme)
+        if stream:
+            opened.show(stream)
+        return opened
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+@pytest.fixture
+def done(stage, fast):
+    """A page at the end of a run of the cascade."""
+    return stage(fast).page
+
+
+@pytest.fixture(scope="module")
+def checked(handlers) -> str:
+    """The stream of a run in exact mode."""
+    return finished_run(handlers, RUN | dict(mode="verified"))
+
+
+@pytest.fixture
+def edits(stage, fast):
+    """A page with a run whose text with exits is the full model's with edits.
 
     Tokens 10 and 11 are others, tokens 25 to 27 are missing, and two more stand before token 40.
     """
-    path = recorded(tiny, tmp_path)
-    file = json.loads(path.read_text(encoding="utf-8"))
-    whole = [r for r in file["records"] if r["type"] == "token" and r["side"] == "full"]
+    opened = stage(fast)
+    records = opened.records()
+    whole = [r for r in records if r["type"] == "token" and r["side"] == "full"]
     assert len(whole) == 60
-    texts = [whole[0], *whole[1:10], whole[50], whole[51], *whole[12:25], *whole[28:40], whole[3], whole[4], *whole[40:]]
+    texts = [*whole[:10], whole[50], whole[51], *whole[12:25], *whole[28:40], whole[3], whole[4], *whole[40:]]
     ours = [dict(r, side="cascade", i=i, exit=i % 4, conf=[0.5] * 3) for i, r in enumerate(texts)]
-    stats = [next(r for r in reversed(file["records"]) if r["type"] == "stats" and r["side"] == side) for side in SIDES]
-    end = dict(next(r for r in file["records"] if r["type"] == "end"), differs=[10, 11], moments=[
-        dict(i=11, said="b", full=" quite", p_said=0.05, p_full=0.32, id=5), dict(i=10, said="a", full="c", p_said=0.1, p_full=0.2, id=6)])
-    file["records"] = [*file["records"][:2], *ours, *whole, *stats, end]
-    path.write_text(json.dumps(file), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def edits(open_page, tiny_url, tiny, tmp_path):
-    """A page that shows `edited`."""
-    page = open_page(tiny_url, reduced_motion="reduce")
-    page.set_input_files("input[type=file]", edited(tiny, tmp_path))
-    page.wait_for_selector(".ce-recorded:visible")
-    page.wait_for_selector(f".ce-text[data-side=full] .t >> nth=59")
-    return page
-
-
-@pytest.fixture
-def done(page):
-    """A page at the end of a run of the cascade."""
-    run_to_end(page)
-    return page
+    stats = [next(r for r in reversed(records) if r["type"] == "stats" and r["side"] == side) for side in SIDES]
+    end = dict(next(r for r in records if r["type"] == "end"), differs=[10, 11], moments=[
+        dict(i=11, said="b", full=" quite", p_said=0.05, p_full=0.32, id=5),
+        dict(i=10, said="a", full="c", p_said=0.1, p_full=0.2, id=6)])
+    opened.show_records([records[0], dict(records[1], run="edited"), *ours, *whole, *[dict(r, done=True) for r in stats], end])
+    return opened.page
 
 
 # -- the card -----------------------------------------------------------------------------------------------
@@ -115,11 +123,10 @@ def test_the_card_opens_when_the_pointer_rests_and_a_click_pins_it(done):
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_the_card_covers_no_token_and_stays_on_the_screen(open_page, tiny_url, size):
-    page = open_page(tiny_url, **size)
-    run_to_end(page)
+def test_the_card_covers_no_token_and_stays_on_the_screen(stage, fast, size):
+    page = stage(fast, size).page
     card = page.locator(".ce-card")
-    for i in (0, 5, 17, 60, 120, len(shown_ids(page, "cascade")) - 1):
+    for i in (0, 5, 17, 40, len(shown_ids(page, "cascade")) - 1):
         node = token(page, i)
         node.scroll_into_view_if_needed()
         node.click(position={"x": 1, "y": 5})
@@ -160,10 +167,8 @@ def test_the_keyboard_opens_the_card_and_reaches_its_buttons(done):
     assert done.evaluate("document.activeElement.dataset.side") == "cascade"
 
 
-def test_cards_of_exact_mode_do_not_contradict_themselves(page):
-    page.locator("#ce-mode input[value=verified]").check()
-    run_to_end(page)
-    seen = set()
+def test_cards_of_exact_mode_do_not_contradict_themselves(stage, checked):
+    page, seen = stage(checked).page, set()
     for i in range(len(shown_ids(page, "cascade"))):
         page.evaluate("""i => document.querySelector(`.ce-text[data-side=cascade] .t[data-i='${i}']:not(.rejected)`).click()""", i)
         words = page.locator(".ce-story").inner_text()
@@ -185,9 +190,8 @@ def test_cards_of_exact_mode_do_not_contradict_themselves(page):
     assert {"correction", "accepted"} <= seen
 
 
-def test_the_card_of_a_recorded_run_says_what_is_known(open_page, tiny_url, tiny, tmp_path):
-    page = open_page(tiny_url, reduced_motion="reduce")
-    page.set_input_files("input[type=file]", recorded(tiny, tmp_path))
+def test_the_card_of_a_recorded_run_says_what_is_known(stage, fast):
+    page = stage('{"type":"replay"}\n' + fast, reduced_motion="reduce").page
     page.wait_for_selector(".ce-recorded:visible")
     token(page, 7).click()
     assert re.match(r"(Exit \d wrote it|No exit was confident)", page.locator(".ce-story").inner_text())
@@ -295,7 +299,7 @@ def test_texts_scroll_together_by_their_alignment(edits):
 
 
 def test_worst_moments_are_stepped_through_with_keys_and_clicks(done):
-    done.get_by_role("tab", name="Worst moments").click()
+    open_tab(done, "Worst moments")
     rows = done.locator(".ce-moment")
     assert rows.count() > 2
     done.locator(".ce-text[data-side=cascade]").focus()
@@ -316,7 +320,7 @@ def test_worst_moments_are_stepped_through_with_keys_and_clicks(done):
 
 
 def test_moments_say_what_was_said_and_what_the_full_model_would_choose(edits):
-    edits.get_by_role("tab", name="Worst moments").click()
+    open_tab(edits, "Worst moments")
     assert edits.locator(".ce-moment").count() == 2
     first = edits.locator(".ce-moment").first.inner_text()
     assert "said b 5%" in first and "full model: quite 32%" in first and "token 12" in first and "exit 4" not in first
@@ -324,18 +328,19 @@ def test_moments_say_what_was_said_and_what_the_full_model_would_choose(edits):
     assert "The full model would choose “quite” (32%) and gives this one 5%." in edits.locator(".ce-story").inner_text()
 
 
-def test_an_exact_run_has_no_worst_moments(page):
-    page.locator("#ce-mode input[value=verified]").check()
-    run_to_end(page)
-    page.get_by_role("tab", name="Worst moments").click()
+def test_an_exact_run_has_no_worst_moments(stage, checked):
+    page = stage(checked).page
+    open_tab(page, "Worst moments")
     assert page.locator(".ce-moments-words").inner_text().startswith("None: the full model checked every token")
 
 
 # -- forks ----------------------------------------------------------------------------------------------------
 
 
-def test_a_fork_continues_from_the_chosen_token_beside_the_first_text(done, tiny):
-    engine, tokenizer = tiny
+def test_a_fork_continues_from_the_chosen_token_beside_the_first_text(stage, tiny):
+    opened, (engine, tokenizer) = stage(), tiny
+    opened.run(**RUN)
+    done = opened.page
     before = shown_ids(done, "cascade")
     token(done, 20).click()
     done.locator("button.ce-candidate").first.click()
@@ -344,8 +349,7 @@ def test_a_fork_continues_from_the_chosen_token_beside_the_first_text(done, tiny
     done.wait_for_selector(".ce-status.done")
     ids = shown_ids(done, "fork1")
     assert ids[:20] == before[:20] and ids[20] != before[20]
-    config = DecodeConfig(mode="cascade", max_new_tokens=200 - 21,
-                          thresholds=thresholds_at(CASCADE_THRESHOLD, Shape.of(engine))[:engine.num_exits])
+    config = DecodeConfig(mode="cascade", max_new_tokens=60 - 21, thresholds=THRESHOLDS[:engine.num_exits])
     prompt = visitor_token_ids(tokenizer, SKY, chat=True)
     assert ids[21:] == engine.run([*prompt, *ids[:21]], config).token_ids
     assert shown_ids(done, "cascade") == before
@@ -359,7 +363,10 @@ def test_a_fork_continues_from_the_chosen_token_beside_the_first_text(done, tiny
     assert shown_ids(done, "cascade") == before
 
 
-def test_at_most_three_forks_are_shown(done):
+def test_at_most_three_forks_are_shown(stage):
+    opened = stage()
+    opened.run(**RUN)
+    done = opened.page
     for number in (1, 2, 3):
         token(done, 10 * number).click()
         done.locator(".ce-fork").click()
@@ -375,9 +382,10 @@ def test_at_most_three_forks_are_shown(done):
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_three_texts_fit_beside_each_other_and_have_routing_bars(open_page, tiny_url, tiny, tmp_path, size):
-    page = open_page(tiny_url, reduced_motion="reduce", **size)
-    page.set_input_files("input[type=file]", recorded(tiny, tmp_path, beside="Careful"))
+def test_three_texts_fit_beside_each_other_and_have_routing_bars(stage, size):
+    opened = stage(size=size)
+    opened.run(**RUN, beside="Careful")
+    page = opened.page
     page.wait_for_selector(".ce-text[data-side=second] .t")
     panels = [box(panel) for panel in page.locator(".ce-panel").all()]
     assert len(panels) == 3 and all(p[0] >= 0 and p[2] <= size["width"] for p in panels)
@@ -389,18 +397,50 @@ def test_three_texts_fit_beside_each_other_and_have_routing_bars(open_page, tiny
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
 
 
+def test_code_is_written_in_a_font_of_fixed_width(stage, fast):
+    opened = stage(fast)
+    records = opened.records()
+    lines = ["Like", " so", ":", "\n", "\n", "```", "python", "\n", "def", " f", "(", "):", "\n   ", " return", " 1", "\n", "```", "\n", "Done", "."]
+    text = [dict(type="token", side="cascade", i=i, id=i, status="emitted", text=t, exit=3, t=i / 100, conf=[None] * 3)
+            for i, t in enumerate(lines)]
+    opened.show_records([records[0], dict(records[1], run="code"), *text])
+    fonts = [token(opened.page, i).evaluate("t => getComputedStyle(t).fontFamily") for i in range(len(text))]
+    assert [i for i, font in enumerate(fonts) if "monospace" in font] == list(range(5, 18))
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_in_cards_differences_moments_and_forks(open_page, tiny_url, theme):
-    page = open_page(f"{tiny_url}?__theme={theme}")
-    run_to_end(page)
+def test_axe_finds_nothing_in_cards_differences_moments_and_forks(stage, theme):
+    opened = stage(theme=theme)
+    opened.run(**RUN)
+    page = opened.page
     token(page, 20).click()
     page.wait_for_selector(".ce-fork")
-    assert violations(page, ("#ce-view",)) == [], "card"
+    assert violations(page, ["#view"]) == [], "card"
     page.locator(".ce-fork").click()
     page.wait_for_selector(".ce-text[data-side=fork1] .forked")
     page.wait_for_selector(".ce-status.done")
-    page.get_by_role("tab", name="Worst moments").click()
-    assert violations(page, ("#ce-view",)) == [], "fork and worst moments"
+    open_tab(page, "Worst moments")
+    assert violations(page, ["#view"]) == [], "fork and worst moments"
     page.get_by_role("button", name="Differences", exact=True).click()
     page.get_by_label("Only differences").check()
-    assert violations(page, ("#ce-view",)) == [], "differences"
+    assert violations(page, ["#view"]) == [], "differences"
+
+
+# -- in the app ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_a_visitor_forks_a_text_in_the_app(open_page, tiny_url, size):
+    page = open_page(tiny_url, **size)
+    run_to_end(page)
+    token(page, 20).click()
+    page.wait_for_selector(".ce-candidate")
+    left, top, right, bottom = here = box(page.locator(".ce-card"))
+    assert left >= 0 and top >= 0 and right <= size["width"] and bottom <= size["height"]
+    assert not overlap(here, box(token(page, 20)))
+    before = shown_ids(page, "cascade")
+    page.locator(".ce-fork").click()
+    page.wait_for_selector(".ce-text[data-side=fork1] .forked")
+    page.wait_for_selector(".ce-status.done")
+    ids = shown_ids(page, "fork1")
+    assert ids[:20] == before[:20] and ids[20] != before[20] and shown_ids(page, "cascade") == before
