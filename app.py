@@ -103,7 +103,7 @@ class OnePrompt:
 
     @property
     def exit_controls(self) -> list[Component]:
-        return [self.controls[name] for name in ("exit_choice", *THRESHOLDS)]
+        return [self.controls[name] for name in ("exit_choice", "beside", *THRESHOLDS)]
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,10 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
         model = gr.Dropdown(library.labels, value=label, label="Model", elem_id="ce-model-menu",
                             visible=len(library.labels) > 1)
         quality = _quality_slider(calibration)
-        controls = (dict(model=model, prompt=prompt, mode=mode) | _advanced_controls() | _exit_controls(shape))
+        beside = gr.Dropdown(label="Third panel", elem_id="ce-beside", info="A second setting, beside the full model",
+                             **_beside_menu(shape))
+        controls = (dict(model=model, prompt=prompt, mode=mode, beside=beside) | _advanced_controls()
+                    | _exit_controls(shape))
         with gr.Row(elem_id="ce-links"):
             retry = gr.Button("Run again, next seed", size="sm", scale=0, elem_id="ce-retry")
             clear = gr.Button("Clear", size="sm", scale=0, elem_id="ce-clear")
@@ -241,6 +244,12 @@ def _exit_controls(shape: Shape) -> dict[str, Component]:
         sliders = {name: _slider(name, value=value, min_width=200, **_exit_slider(s, shape))
                    for s, (name, value) in enumerate(zip(THRESHOLDS, thresholds_at(CASCADE_THRESHOLD, shape)))}
     return dict(exit_choice=menu) | sliders
+
+
+def _beside_menu(shape: Shape) -> dict:
+    """Choices and value of the menu of the third panel."""
+    choices = [(choice or "None", choice) for choice in settings.beside_choices(shape)]
+    return dict(value=Settings.beside, choices=choices)
 
 
 def _exit_menu(shape: Shape) -> dict:
@@ -436,8 +445,9 @@ def _fitted_exit_controls(one: OnePrompt, shape: Shape, chosen: dict | None = No
     """Updates that make the exit controls those of a model, with default or chosen values (by name)."""
     values = dict(zip(THRESHOLDS, thresholds_at(CASCADE_THRESHOLD, shape))) | (chosen or {})
     menu = gr.update(**_exit_menu(shape) | {"value": values.get("exit_choice", settings.FIRST_CONFIDENT)})
+    beside = gr.update(**_beside_menu(shape) | {"value": values.get("beside", Settings.beside)})
     sliders = {name: gr.update(value=values[name], **_exit_slider(s, shape)) for s, name in enumerate(THRESHOLDS)}
-    return {one.controls[name]: update for name, update in (dict(exit_choice=menu) | sliders).items()}
+    return {one.controls[name]: update for name, update in (dict(exit_choice=menu, beside=beside) | sliders).items()}
 
 
 def _fitted_quality_controls(one: OnePrompt, threshold: float | None, calibration: Calibration | None) -> dict:
@@ -575,8 +585,10 @@ def offers(models: list[str], exits: str | None) -> list[Offer]:
     if models or exits or os.environ.get("CASCADEEXIT_MODEL"):
         return [Offer(hub.short_name(model or hub.DEFAULT_MODEL), model, exits)
                 for model in models or [os.environ.get("CASCADEEXIT_MODEL")]]
-    return [Offer(hub.DEFAULT_MODEL, None), *(
-        Offer(folder.name, None, folder) for folder in sorted((ASSETS / "exits").glob(f"{hub.DEFAULT_MODEL}-*")))]
+    others = sorted((ASSETS / "exits").glob(f"{hub.DEFAULT_MODEL}-*"))
+    kinds = [folder.name.removeprefix(f"{hub.DEFAULT_MODEL}-") for folder in others]
+    return [Offer(hub.DEFAULT_MODEL, None),
+            *(Offer(f"{hub.DEFAULT_MODEL}, {kind} exits", None, folder) for kind, folder in zip(kinds, others))]
 
 
 def main() -> None:

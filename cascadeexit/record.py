@@ -28,7 +28,7 @@ _FIELDS = {
     "text": {"side": str, "i": int, "text": str},
     "stats": {"side": str, "tokens": int, "seconds": _NUMBER, "routing_share": list},
     "versus": {"n": int, "positional": _NUMBER, "rolling": _NUMBER},
-    "end": {"positional": _NUMBER},
+    "end": {},
     "fork": {"side": str, "of": str, "at": int, "id": int, "text": str, "title": str},
     "stopped": {}, "error": {"message": str},
 }
@@ -41,8 +41,8 @@ _OPTIONAL = {
     "stats": dict.fromkeys(("copied_share", "cost", "tokens_per_second", "first_token_seconds", "token_seconds_p50",
                             "token_seconds_p90", "token_seconds_p99"), _NUMBER),
     "versus": {"side": str, "speedup": _NUMBER, "first_divergence": int},
-    "end": {"side": str, "agreement": _NUMBER, "first_divergence": int, "sequence": bool, "identical": bool,
-            "differs": list, "moments": list, "loops": dict},
+    "end": {"side": str, "agreement": _NUMBER, "positional": _NUMBER, "first_divergence": int, "sequence": bool,
+            "identical": bool, "differs": list, "moments": list, "loops": dict},
 }
 # Fields of the objects in lists, and of objects.
 _SIDE = {"name": str, "mode": str, "thresholds": list, "tolerance": _NUMBER, "title": str}

@@ -38,7 +38,7 @@ def _setting(default, query: str, record: str | None, limits: Limits | None = No
 class Settings:
     """How one run of the page is decoded. A control that a visitor emptied is None; `decode_configs` refuses it."""
 
-    model: str = _setting("", "model", None)
+    model: str = _setting("", "model", "model")
     prompt: str = _setting("", "p", "prompt")
     mode: str = _setting(Mode.CASCADE, "mode", "mode")
     chat: bool = _setting(True, "chat", "chat")

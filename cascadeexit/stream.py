@@ -20,10 +20,11 @@ Each line is one record, in order of time; `cascadeexit.wire` says how a record 
     text     side, i, text: how an incomplete character at the end of the text is shown
     stats    side, seconds, done and the fields of metrics.RunStats, so far
     versus   side, n, speedup, positional, rolling, first_divergence: this text and the full model's, so far
-    end      side, agreement (null with sampling), positional, first_divergence, sequence (null where a text is not
-             complete), identical, differs [positions where the full model would choose another token after the same
-             text], moments [{i, said, full, p_said, p_full, id}] where that mattered most, and loops {start, period,
-             share} when the text repeats itself, else null
+    end      side, agreement (null with sampling), positional (null where there is nothing to compare),
+             first_divergence, sequence (null where a text is not complete), identical (null where nothing promises it),
+             differs [positions where the full model would choose another token after the same text], moments [{i, said,
+             full, p_said, p_full, id}] where that mattered most (both [] with sampling), and loops {start, period,
+             share} when the text ends in a loop, else null
     fork     side, of, at, id, text, title: a new side. Its tokens have positions from `at` on, the first has this id;
              the text before is that of the side `of`
     stopped  the visitor stopped the run; what was written may still be checked afterwards
@@ -52,6 +53,7 @@ from cascadeexit.wire import expand, write_line
 
 FORMAT = 1                                  # of the stream; a reader refuses what it does not know
 FRAME_SECONDS, STATS_SECONDS = 0.07, 0.5    # shorter intervals look the same and cost time and bytes
+MOMENTS = 20                                # worst ones of a text
 ROLLING = 32                                # positions in the moving match rate
 
 # One ramp from light to dark, after ColorBrewer's YlGnBu, so that colour reads as depth, also for colour-blind readers.
@@ -193,23 +195,29 @@ class TokenStream:
         loop = find_loop(side.ids)
         agreement = metrics.agreement([token for _, token, _ in pairs], [choice for _, _, choice in pairs])
         self._write("end", side=name, agreement=rounded(agreement) if greedy else None,
-                    positional=rounded(match.positional), first_divergence=match.first_divergence,
+                    positional=None if n == 0 else rounded(match.positional), first_divergence=match.first_divergence,
                     sequence=match.sequence if whole else None,
                     identical=match.sequence if whole and lossless and not side.start else None,
                     differs=[i for i, token, choice in pairs if token != choice] if greedy else [],
-                    moments=[], loops=rounded(loop._asdict()) if loop else None)
+                    moments=self._moments(side, inspection) if greedy else [],
+                    loops=rounded(loop._asdict()) if loop else None)
 
-    def fork(self, side: Side, of: str, chosen: TokenEvent) -> SideText:
+    def _moments(self, side: SideText, inspection: Inspection) -> list[dict]:
+        """Worst moments of the decoded text of a side, at absolute positions."""
+        found = inspection.moments(self._tokenizer, side.final, MOMENTS + 1)
+        found = [moment | {"i": moment["i"] + len(side.before)} for moment in found]
+        return [moment for moment in found if moment["i"] >= side.start][:MOMENTS]
+
+    def fork(self, side: Side, of: str, chosen: TokenEvent) -> None:
         """Add a side that goes on from the text of another one, with another token from there on.
 
         chosen: the event of that token, at its position in the text.
         """
         before = self.sides[of].ids[:chosen.index]
-        text = self.sides[side.name] = SideText(self._tokenizer, side, self.prompt_ids, of, before, chosen)
+        self.sides[side.name] = SideText(self._tokenizer, side, self.prompt_ids, of, before, chosen)
         self._write("fork", side=side.name, of=of, at=chosen.index, id=chosen.token_id,
                     text=self._tokenizer.decode([chosen.token_id]), title=side.title)
-        self._write_token(text, chosen)
-        return text
+        self._write_token(self.sides[side.name], chosen)
 
     def status(self, message: str) -> None:
         """Append what the server does now."""
@@ -245,10 +253,13 @@ def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> It
 
 # -- single lines -------------------------------------------------------------------------------------------
 
-def model_line(shape: Shape) -> str:
-    """Return the first line of a stream, which describes the model. Before any run, it is the page's whole stream."""
+def model_line(shape: Shape, label: str = "") -> str:
+    """Return the first line of a stream, which describes the model. Before any run, it is the page's whole stream.
+
+    label: the model's name on the menu, where it is another one.
+    """
     exits = [dict(layer=layer, depth=round(layer / shape.num_layers, 4)) for layer in shape.exit_layers]
-    return write_line("model", format=FORMAT, model=shape.name, layers=shape.num_layers, exits=exits,
+    return write_line("model", format=FORMAT, model=label or shape.name, layers=shape.num_layers, exits=exits,
                       trained=shape.trained, colours=colours(len(exits)))
 
 
