@@ -22,7 +22,7 @@ function listen(text, name) {
     if (!event.target.matches('.t') || card && card.pinned && card.node === event.target) closeCard();
     else openCard(event.target, name, true);
   });
-  text.addEventListener('scroll', () => { clearTimeout(resting); followToken(); });
+  text.addEventListener('scroll', () => { clearTimeout(resting); cardFollows(); });
   text.addEventListener('focusout', event => {
     if (card && event.relatedTarget && !text.contains(event.relatedTarget) && !parts.card.contains(event.relatedTarget)) closeCard();
   });
@@ -45,11 +45,11 @@ function lookAt(name, i, block = 'center') {
   const side = sides[name], node = side && side.nodes[i];
   if (!node) return;
   unfold(name, i);
-  if (block === 'center') reveal(name, i); else keepInView(node, parts[name].text);
+  if (block === 'center') reveal(name, i); else keepTokenInView(node, parts[name].text);
   openCard(node, name, true);
 }
 
-function keepInView(node, box) {             // moves the text only, never the page
+function keepTokenInView(node, box) {             // moves the text only, never the page
   const at = node.getBoundingClientRect(), frame = box.getBoundingClientRect();
   if (at.top < frame.top) box.scrollTop -= frame.top - at.top + 8;
   else if (at.bottom > frame.bottom) box.scrollTop += at.bottom - frame.bottom + 8;
@@ -73,8 +73,8 @@ function cardBox() {
 document.addEventListener('pointerdown', event => {
   if (card && !event.target.closest('.ce-card, .ce-text .t')) closeCard();
 });
-addEventListener('scroll', followToken, { passive: true, capture: false });
-addEventListener('resize', followToken);
+addEventListener('scroll', cardFollows, { passive: true, capture: false });
+addEventListener('resize', cardFollows);
 
 function openCard(node, name, pinned) {
   if (card && card.node === node && card.pinned === pinned) return;
@@ -146,7 +146,7 @@ function placeSheet(opening) {
 }
 
 let following = 0;
-function followToken() {
+function cardFollows() {
   if (!card || following) return;
   if (!card.pinned) return closeCard();
   following = requestAnimationFrame(() => {
@@ -207,7 +207,7 @@ function verifiedStory(side, record, draft) {
   const verdict = side.tolerance ? 'accepted it' : 'agreed';
   if (record.status === 'accepted') return (record.exit === COPIED ? 'Copied from earlier in the text as a draft.' : exitName(record.exit) + ' drafted it.')
     + ' The full model checked it and ' + verdict + '.';
-  if (draft) return (draft.exit === COPIED ? 'The draft here was ' + quoted(draft.text) + ', copied from earlier in the text.' : exitName(draft.exit) + ' had drafted ' + quoted(draft.text) + ' here.')
+  if (draft) return (draft.exit === COPIED ? 'The draft here was ' + inQuotes(draft.text) + ', copied from earlier in the text.' : exitName(draft.exit) + ' had drafted ' + inQuotes(draft.text) + ' here.')
     + ' The full model rejected it and wrote this token instead.';
   return 'The full model wrote it. There was no draft for this place.';
 }
@@ -215,7 +215,7 @@ function verifiedStory(side, record, draft) {
 function choiceStory(side, record, i) {
   if (run.greedy === false) return '';
   const choice = side.choices[i], moment = side.end && (side.end.moments || []).find(m => m.i === i);
-  if (moment) return 'The full model would choose ' + quoted(moment.full) + ' (' + percent(moment.p_full) + ') and gives this one ' + percent(moment.p_said) + '.';
+  if (moment) return 'The full model would choose ' + inQuotes(moment.full) + ' (' + percent(moment.p_full) + ') and gives this one ' + percent(moment.p_said) + '.';
   if (!missing(choice)) return choice !== record.id ? 'The full model would choose ' + (wordOf(choice) || 'another token') + ' here.'
     : side.mode === 'verified' || isLast(record.exit) ? '' : 'The full model would choose it too.';
   return side.nodes[i].classList.contains('differs') ? 'The full model would choose another token here.' : '';
@@ -235,7 +235,7 @@ const rejectedDraft = (side, i) => {         // the draft that the full model di
 function wordOf(id) {                         // the text of a token, where it stands somewhere on the page
   for (const name of order) {
     const found = sides[name].events.find(e => e.id === id && e.text);
-    if (found) return quoted(found.text);
+    if (found) return inQuotes(found.text);
   }
   return '';
 }
@@ -259,7 +259,7 @@ function bytesOf(record, text) {              // a part of a character brings it
 
 // A token inside a sentence: without the space that most tokens begin with.
 const plain = text => visible(text.trim() || text) || 'part of a character';
-const quoted = text => '“' + plain(text) + '”';
+const inQuotes = text => '“' + plain(text) + '”';
 
 // -- what each exit would have written -------------------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ function readings(side, record, i) {
   for (let s = 0; s <= model.exits.length; s++) {
     const known = !missing(used[s]), needed = thresholds && thresholds[s];
     const words = isLast(s) ? '' : known ? percent(used[s]) + (missing(needed) ? '' : ', needs ' + percent(needed)) : 'not asked';
-    const part = draft && draft.exit === s ? 'drafted ' + quoted(draft.text) : s !== record.exit ? ''
+    const part = draft && draft.exit === s ? 'drafted ' + inQuotes(draft.text) : s !== record.exit ? ''
       : side.mode === 'verified' && !isLast(s) ? 'drafted it' : 'wrote it';
     const who = make('th', null, null, swatch(s));
     who.setAttribute('scope', 'row');
@@ -308,6 +308,6 @@ function readAnswer(answer, table, chart, actions) {
 
 function candidate(choice, same, offer) {
   const word = offer && !same && offer.open ? button('ce-candidate', visible(choice.text), () => offer.choose(choice)) : make('span', 'ce-candidate' + (same ? ' same' : ''), visible(choice.text));
-  if (word.type === 'button') word.title = 'Choose ' + quoted(choice.text) + ' to continue with';
+  if (word.type === 'button') word.title = 'Choose ' + inQuotes(choice.text) + ' to continue with';
   return make('span', 'ce-choice', null, word, ' ' + percent(choice.p));
 }

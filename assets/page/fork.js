@@ -19,7 +19,7 @@ function forkOffer(side, i, choice) {
   const reason = whyNoFork(), words = make('b'), go = button('ce-small ce-fork', null, () => askFork(side.name, i, go.choice));
   go.append('Continue with ', words, ' instead');
   go.disabled = Boolean(reason);
-  const choose = to => { go.choice = to; put(words, quoted(to.text)); };
+  const choose = to => { go.choice = to; put(words, inQuotes(to.text)); };
   choose(choice);
   const hint = make('span', 'ce-card-hint', reason || 'Or choose another token above.');
   return { node: make('div', 'ce-fork-row', null, go, hint), choose(to) { choose(to); go.focus(); }, open: !reason };
@@ -30,7 +30,7 @@ function askFork(name, i, choice) {
   closeCard();
   asked = { run: run.run, forks: forks().length };
   waiting(true);
-  status('Continuing with ' + quoted(choice.text) + '…', 'busy');
+  status('Continuing with ' + inQuotes(choice.text) + '…', 'busy');
   trigger('fork', { run: run.run, side: name, at: i, id: choice.id });
 }
 
@@ -54,7 +54,7 @@ function markFork(record) {
   part.close = button('ce-toggle ce-close-fork', 'Close', () => closeFork(record.side));
   part.close.setAttribute('aria-label', 'Close ' + side.title);
   part.box.querySelector('header').append(part.close);
-  put(part.aside, quoted(record.text) + ' instead of ' + quoted(side.instead) + ' at token ' + (record.at + 1) + ' of ' + before.title + '.');
+  put(part.aside, inQuotes(record.text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (record.at + 1) + ' of ' + before.title + '.');
   part.aside.hidden = false;
   reveal(record.side, record.at - 1);
   if (narrow()) part.box.scrollIntoView({ block: 'nearest' });
@@ -84,7 +84,7 @@ function judgeFork(name) {
   const ours = side.records.slice(side.start + 1).map(r => r.id), theirs = before.records.slice(side.start + 1).map(r => r.id);
   const blocks = alignIds(ours, theirs), same = blocks.filter(b => b.same).reduce((n, b) => n + b.a1 - b.a0, 0);
   const share = same / Math.max(1, ours.length, theirs.length), first = blocks.find(b => b.same);
-  const start = quoted(side.records[side.start].text) + ' instead of ' + quoted(side.instead) + ' at token ' + (side.start + 1) + ': ';
+  const start = inQuotes(side.records[side.start].text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (side.start + 1) + ': ';
   put(part.aside, start + (share >= 0.9 ? 'it hardly mattered. ' : share >= 0.5 ? 'part of the text changed. ' : 'it changed the text. ')
     + percent(share) + ' of what follows is as in ' + before.title + '.');
   part.aside.title = first && same ? 'The texts are alike again from token ' + (side.start + 2 + first.a0) + ' on, for ' + (first.a1 - first.a0) + ' tokens.' : '';

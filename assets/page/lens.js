@@ -27,11 +27,11 @@ function lensChart(answer, id, full) {
     const crossed = theirs[s] && theirs[s].p > point.p && y(point.p) - y(theirs[s].p) < 26;
     svg.append(label(point.rank ? '#' + point.rank : 'none', x(s), crossed ? Math.min(LENS.bottom - 1, y(point.p) + 15) : y(point.p) - 7, 'middle', 'ce-lens-rank'));
   });
-  const said = quoted(card.node.textContent);
+  const said = inQuotes(card.node.textContent);
   svg.setAttribute('aria-label', 'Probability of ' + said + ' after each exit: '
     + ours.map((point, s) => swatchText(s) + ' ' + (point ? percent(point.p) + (point.rank ? ', rank ' + point.rank : '') : 'not among its likeliest')).join('; '));
   const key = make('figcaption', null, null, make('span', 'ce-lens-ours', said));
-  if (other) key.append(make('span', 'ce-lens-theirs', quoted(full.text) + ', the full model’s choice'));
+  if (other) key.append(make('span', 'ce-lens-theirs', inQuotes(full.text) + ', the full model’s choice'));
   return make('figure', 'ce-lens-box', null, make('p', 'ce-lens-title', 'Probability by exit; # is the rank'), svg, key);
 }
 

@@ -39,7 +39,7 @@ function momentRow(moment, k) {
   go.append(context, make('span', 'ce-moment-place', 'token ' + (moment.i + 1) + (exitSides().length > 1 ? ', ' + side.title : '')));
   const row = make('li', null, null, go);
   if (moment.full !== undefined && !missing(moment.id)) {
-    const reason = whyNoFork(), test = button('ce-small', 'Try ' + quoted(moment.full), () => askFork(moment.side, moment.i, { id: moment.id, text: moment.full }));
+    const reason = whyNoFork(), test = button('ce-small', 'Try ' + inQuotes(moment.full), () => askFork(moment.side, moment.i, { id: moment.id, text: moment.full }));
     test.title = reason || 'Continue from here with the full model’s choice, to see whether it mattered';
     test.disabled = Boolean(reason);
     row.append(test);
