@@ -52,8 +52,9 @@ from cascadeexit.shape import Shape, exit_name  # noqa: E402
 TRACE = ASSETS / "traces" / "sky.json"          # a recorded run: what a visitor sees while the model loads
 MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
-SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip", "dock", "card", "charts", "timeline",
-           "blocks", "layers", "marks", "tree", "moments", "align", "map", "files", "tour", "main")
+SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip", "dock", "card", "lens", "fork", "charts",
+           "timeline", "blocks", "layers", "marks", "tree", "moments", "align", "map", "files", "tour", "main")
+FORK_OVER = "() => { document.dispatchEvent(new Event('ce-fork-over')); }"      # assets/page/fork.js listens
 CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
 TOGGLE_SETTINGS = """() => {
     const open = document.body.classList.toggle('ce-settings-open');
@@ -368,6 +369,11 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
         with closing(page.respond(Settings.from_controls(dict(zip(one.controls, values))))) as frames:
             yield from map(shown, frames)
 
+    def fork(event: gr.EventData) -> Iterator[dict]:
+        chosen = event._data if isinstance(event._data, dict) else {}      # from the browser: any JSON
+        with closing(page.fork(*(chosen.get(name) for name in ("run", "side", "at", "id")))) as frames:
+            yield from map(shown, frames)
+
     def next_seed(seed, temperature) -> int:
         seed, notice = retried(seed, temperature)
         if notice:
@@ -389,14 +395,16 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
     running = gr.on([one.run.click, prompt.submit], respond, inputs, outputs, **_turns(one.queue))
     again = one.retry.click(next_seed, [seed, one.controls["temperature"]], seed, queue=False, **QUIET).then(
         respond, inputs, outputs, **_turns(one.queue))
-    check = one.stop.click(None, cancels=[running, again]).then(
+    forking = one.view.fork(fork, None, outputs, **_turns(one.queue))
+    forking.then(None, js=FORK_OVER, queue=False, **QUIET)
+    check = one.stop.click(None, cancels=[running, again, forking]).then(
         stream.stopped, one.view, one.view, queue=False, **QUIET).then(
         analyse, one.current, outputs, **_turns(one.queue))
-    ends = dict(cancels=[running, again, check], queue=False, **QUIET)
+    ends = dict(cancels=[running, again, forking, check], queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
     # In the queue, because only there gradio can show a warning; the drawer closes, so that nothing covers the run.
-    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=[running, again],
+    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=[running, again, forking],
                       concurrency_limit=None, **QUIET).then(None, js=CLOSE_SETTINGS, queue=False, **QUIET)
     one.charts.expand(open_charts, one.charted, one.figures, concurrency_limit=None, **QUIET)
 
