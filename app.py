@@ -27,8 +27,9 @@ from gradio.components import Component  # noqa: E402
 
 from cascadeexit import accelerator, hub, prompts, settings, stream  # noqa: E402
 from cascadeexit.calibration import Calibration  # noqa: E402
-from cascadeexit.config import CASCADE_THRESHOLD, Mode  # noqa: E402
+from cascadeexit.config import Mode  # noqa: E402
 from cascadeexit.endpoints import BadRequest, Endpoints  # noqa: E402
+from cascadeexit.examples import EXAMPLES  # noqa: E402
 from cascadeexit.library import Library, Offer  # noqa: E402
 from cascadeexit.page import (  # noqa: E402
     ASSETS,
@@ -45,23 +46,15 @@ from cascadeexit.page import (  # noqa: E402
 )
 from cascadeexit.report import COLUMNS  # noqa: E402
 from cascadeexit.runner import Compute, RunFailed, Runner  # noqa: E402
-from cascadeexit.settings import PRESETS, THRESHOLDS, Settings, thresholds_at  # noqa: E402
+from cascadeexit.settings import DEFAULT_THRESHOLD, PRESETS, THRESHOLDS, Settings, thresholds_at  # noqa: E402
 from cascadeexit.shape import Shape, exit_name  # noqa: E402
 
 TRACE = ASSETS / "traces" / "sky.json"          # a recorded run: what a visitor sees while the model loads
-EXAMPLES = {
-    "Why is the sky blue?": "Explain why the sky is blue.",
-    "Reverse a string": "Write a Python function that reverses a string.",
-    "Australia's capital": "What is the capital of Australia, and what is it known for?",
-    "Five fruits": "List five fruits and their colours.",
-    "A lighthouse story": "Tell a short story about a lighthouse.",
-    "Un chat (français)": "Raconte une courte histoire sur un chat.",
-    "Pizza 🍕": "Tell me about pizza, with emoji 🍕🔥😀",
-}
 MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
-SCRIPTS = ("dom", "exits", "wire", "run", "panels", "player", "strip", "dock", "card",
-           "charts", "timeline", "moments", "align", "map", "files", "tour", "main")
+SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip", "dock", "card", "lens", "fork", "charts",
+           "timeline", "blocks", "layers", "marks", "tree", "moments", "align", "map", "files", "tour", "main")
+FORK_OVER = "() => { document.dispatchEvent(new Event('ce-fork-over')); }"      # assets/page/fork.js listens
 CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
 TOGGLE_SETTINGS = """() => {
     const open = document.body.classList.toggle('ce-settings-open');
@@ -155,7 +148,7 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
         gr.Examples([[text] for text in EXAMPLES.values()], prompt, label="Examples",
                     elem_id="ce-examples", example_labels=list(EXAMPLES))
         queue = gr.HTML("<span></span>", elem_id="ce-queue", apply_default_css=False)
-        preset = gr.Radio(list(PRESETS.items()), value=CASCADE_THRESHOLD, label="How confident must an exit be?",
+        preset = gr.Radio(list(PRESETS.items()), value=DEFAULT_THRESHOLD, label="How confident must an exit be?",
                           container=False, elem_id="ce-preset", scale=0, min_width=250)
         settings_button = gr.Button("Settings", size="sm", scale=0, min_width=90, elem_id="ce-open")
     with gr.Column(elem_id="ce-settings"):
@@ -221,7 +214,7 @@ def _of_length(arguments, n: int) -> list:
 
 def _quality_slider(calibration: Calibration | None) -> gr.Slider:
     """Make the slider of the wanted agreement, which sets all thresholds; shown for calibrated exits."""
-    percent = _percent(CASCADE_THRESHOLD, calibration) if calibration else LOWEST_PERCENT
+    percent = _percent(DEFAULT_THRESHOLD, calibration) if calibration else LOWEST_PERCENT
     return gr.Slider(LOWEST_PERCENT, 99, percent, step=1, label="Wanted agreement, %",
                      info=_certainty(calibration) if calibration else None, buttons=[], elem_id="ce-quality",
                      visible=bool(calibration))
@@ -241,7 +234,7 @@ def _exit_controls(shape: Shape) -> dict[str, Component]:
                 elem_id="ce-hint", apply_default_css=False, min_width=220)
     with gr.Row():
         sliders = {name: _slider(name, value=value, min_width=200, **_exit_slider(s, shape))
-                   for s, (name, value) in enumerate(zip(THRESHOLDS, thresholds_at(CASCADE_THRESHOLD, shape)))}
+                   for s, (name, value) in enumerate(zip(THRESHOLDS, thresholds_at(DEFAULT_THRESHOLD, shape)))}
     return dict(exit_choice=menu) | sliders
 
 
@@ -376,6 +369,11 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
         with closing(page.respond(Settings.from_controls(dict(zip(one.controls, values))))) as frames:
             yield from map(shown, frames)
 
+    def fork(event: gr.EventData) -> Iterator[dict]:
+        chosen = event._data if isinstance(event._data, dict) else {}      # from the browser: any JSON
+        with closing(page.fork(*(chosen.get(name) for name in ("run", "side", "at", "id")))) as frames:
+            yield from map(shown, frames)
+
     def next_seed(seed, temperature) -> int:
         seed, notice = retried(seed, temperature)
         if notice:
@@ -397,14 +395,16 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
     running = gr.on([one.run.click, prompt.submit], respond, inputs, outputs, **_turns(one.queue))
     again = one.retry.click(next_seed, [seed, one.controls["temperature"]], seed, queue=False, **QUIET).then(
         respond, inputs, outputs, **_turns(one.queue))
-    check = one.stop.click(None, cancels=[running, again]).then(
+    forking = one.view.fork(fork, None, outputs, **_turns(one.queue))
+    forking.then(None, js=FORK_OVER, queue=False, **QUIET)
+    check = one.stop.click(None, cancels=[running, again, forking]).then(
         stream.stopped, one.view, one.view, queue=False, **QUIET).then(
         analyse, one.current, outputs, **_turns(one.queue))
-    ends = dict(cancels=[running, again, check], queue=False, **QUIET)
+    ends = dict(cancels=[running, again, forking, check], queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
     # In the queue, because only there gradio can show a warning; the drawer closes, so that nothing covers the run.
-    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=[running, again],
+    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=[running, again, forking],
                       concurrency_limit=None, **QUIET).then(None, js=CLOSE_SETTINGS, queue=False, **QUIET)
     one.charts.expand(open_charts, one.charted, one.figures, concurrency_limit=None, **QUIET)
 
@@ -415,7 +415,7 @@ def _connect_settings(library: Library, calibrations: dict[str, Calibration | No
 
     def fit(label: str) -> dict:
         return (_fitted_exit_controls(one, library.shapes[label])
-                | _fitted_quality_controls(one, CASCADE_THRESHOLD, calibrations[label]))
+                | _fitted_quality_controls(one, DEFAULT_THRESHOLD, calibrations[label]))
 
     def set_preset(threshold: float, label: str) -> dict:
         quality = _fitted_quality_controls(one, threshold, calibrations[label])[one.quality]
@@ -435,7 +435,7 @@ def _connect_settings(library: Library, calibrations: dict[str, Calibration | No
 
 def _fitted_exit_controls(one: OnePrompt, shape: Shape, chosen: dict | None = None) -> dict:
     """Updates that make the exit controls those of a model, with default or chosen values (by name)."""
-    values = dict(zip(THRESHOLDS, thresholds_at(CASCADE_THRESHOLD, shape))) | (chosen or {})
+    values = dict(zip(THRESHOLDS, thresholds_at(DEFAULT_THRESHOLD, shape))) | (chosen or {})
     menu = gr.update(**_exit_menu(shape) | {"value": values.get("exit_choice", settings.FIRST_CONFIDENT)})
     beside = gr.update(**_beside_menu(shape) | {"value": values.get("beside", Settings.beside)})
     sliders = {name: gr.update(value=values[name], **_exit_slider(s, shape)) for s, name in enumerate(THRESHOLDS)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascadeexit import backends
 from cascadeexit.backends.base import Backend
-from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weights
+from cascadeexit.backends.weights import DecoderShape, is_spread, layer_weights, outer_weights
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -63,7 +63,7 @@ class SegmentedModel:
             raise ValueError(f"exit layers must ascend within 0..{num_layers - 1}, got {tuple(exit_layers)}")
         weights = outer_weights(base)
         self.device, self.dtype, self.vocab_size = weights.device, weights.dtype, weights.head.shape[0]
-        if self.device.type == "meta":
+        if self.device.type == "meta" and is_spread(base):
             raise ValueError("the vocabulary projection is not in memory: the device_map must put lm_head on a device")
         self.name = name or base.config.model_type
         self.config, self.bounds = base.config, bounds

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cascadeexit.config import DecodeConfig
-from cascadeexit.events import Status, TokenEvent
+from cascadeexit.events import Span, Status, TokenEvent
 from cascadeexit.text import TextDecoder
 
 MAX_FORKS = 20              # of one run
@@ -37,6 +37,7 @@ class SideText:
     Attributes:
         events: all events, those of `chosen` and of drafts that are not shown included.
         final: the final ones.
+        unwritten: spans of events that the page does not get; they go with the next one that it gets.
         closed: True when nothing more will be added.
     """
 
@@ -49,6 +50,7 @@ class SideText:
             self.decoder.push(token_id)
         self.events: list[TokenEvent] = []
         self.final: list[TokenEvent] = []
+        self.unwritten: tuple[Span, ...] = ()
         self.closed = False
         self._draft_decoder: TextDecoder | None = None  # a copy of `decoder` that has also decoded the drafts
         self._shown: dict[int, int] = {}                # position -> token, of the draft tree's path that is shown

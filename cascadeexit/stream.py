@@ -111,6 +111,7 @@ class TokenStream:
             self._write_token(side, event)
         else:
             side.events.append(event)
+            side.unwritten += event.spans
         if event.checked:
             self._write("checked", side=name, i=event.index - len(event.checked), ids=list(event.checked))
         if tree:
@@ -122,10 +123,12 @@ class TokenStream:
 
     def _write_token(self, side: SideText, event: TokenEvent) -> None:
         record = dict(side=side.side.name, i=event.index, id=event.token_id, status=event.status, text=side.add(event))
+        spans, side.unwritten = side.unwritten + event.spans, ()
         if event.status is Status.REJECTED:
             del record["text"]
+            side.unwritten = spans          # of a pass without accepted drafts: its last event brings them
         else:
-            record |= dict(exit=event.exit, t=event.seconds, conf=event.confidences, ran=event.spans,
+            record |= dict(exit=event.exit, t=event.seconds, conf=event.confidences, ran=spans,
                            read=event.weight_bytes / self._costs.full_token_bytes)
         if event.final and event.index > side.start:
             record["ms"] = 1000 * metrics.token_seconds(side.final[-2:])[0]

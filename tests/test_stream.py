@@ -153,6 +153,16 @@ def test_work_late_checks_and_the_reading_of_a_prompt_are_recorded(tokenizer):
     assert stream.sides[CASCADE].ids == [9, 8, 7]
 
 
+def test_work_of_events_that_are_not_shown_goes_with_the_next_one(tokenizer):
+    stream = TokenStream(tiny_engine(), tokenizer, SIDES, [5])
+    stream.add(CASCADE, event(0, 9, Status.DRAFT, exit=0, spans=(Span(0, 1, 1),)))
+    stream.add(CASCADE, event(0, 8, Status.DRAFT, exit=0, spans=(Span(0, 1, 2),)))         # another branch
+    stream.add(CASCADE, event(0, 9, Status.REJECTED, spans=(Span(0, 4, 3),)))
+    stream.add(CASCADE, event(0, 8, Status.REJECTED))
+    stream.add(CASCADE, event(0, 7, Status.EMITTED))
+    assert [r.get("ran") for r in records(stream, "token")] == [[[0, 1, 1]], None, [[0, 1, 2], [0, 4, 3]]]
+
+
 def test_a_tree_is_recorded_when_its_pass_is_judged(tokenizer):
     stream = TokenStream(tiny_engine(), tokenizer, SIDES, [5])
     tree = [(0, 10, -1, 0.61234567), (1, 11, 0, 0.5), (1, 12, 0, 0.25), (2, 11, 2, None), (0, 12, -1, 0.125)]

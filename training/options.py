@@ -80,3 +80,13 @@ def add_prompts(p: argparse.ArgumentParser, *, prompts: int, tokens: int) -> Non
     """Add --prompts and --tokens: how many of the project's prompts to decode, and how many new tokens for each."""
     p.add_argument("--prompts", type=int, default=prompts, help="number of the project's prompts to decode")
     p.add_argument("--tokens", type=int, default=tokens, help="new tokens per prompt")
+
+
+def thresholds(text: str) -> float | tuple[float | None, ...]:
+    """Read '0.6' as a number, 'no,0.3,0.4' as one threshold for each exit, None = disabled.
+
+    Raises ValueError for other text.
+    """
+    if "," not in text:
+        return float(text)
+    return tuple(None if part == "no" else float(part) for part in text.split(","))

@@ -98,7 +98,7 @@ function readRun(record) {
   buildPanels();
   each('begin');
   dirty = true;
-  if (!replaying()) waiting(true);
+  if (player.atEnd && !replaying()) waiting(true);
   status('Reading the prompt…', 'busy');
 }
 
@@ -112,7 +112,7 @@ function readFork(record) {
   buildPanel(record.side, before.nodes.slice(0, record.at));
   finished = false;
   dirty = true;
-  if (!replaying()) waiting(true);
+  if (player.atEnd && !replaying()) waiting(true);
 }
 
 function readToken(record) {
@@ -141,8 +141,10 @@ function readEnd(record) {
   const wrong = new Set(record.differs || []);
   side.nodes.forEach((node, i) => node && node.classList.toggle('differs', wrong.has(i)));
   dirty = true;
-  if (exitSides().every(name => sides[name].end)) over(replaying() ? 'This recorded run is over.' : 'Done.', 'done');
+  if (exitSides().every(name => sides[name].end)) over(overWords(), 'done');
 }
+
+const overWords = () => replaying() ? 'This recorded run is over.' : 'Done.';
 
 function over(message, kind) {
   finished = exitSides().every(name => sides[name].end);

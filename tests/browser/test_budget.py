@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from cascadeexit.config import CASCADE_THRESHOLD, DecodeConfig
+from cascadeexit.config import DecodeConfig
 from cascadeexit.prompts import visitor_token_ids
-from cascadeexit.settings import thresholds_at
+from cascadeexit.settings import DEFAULT_THRESHOLD, thresholds_at
 from cascadeexit.shape import Shape
 from tests.browser.driving import choose_exact, close_settings, open_settings, set_number
 from tests.browser.reading import FINAL, SKY, shown_ids
@@ -57,7 +57,7 @@ def tokens(page, n: int) -> None:
 
 def ids_of(tiny, n: int, mode: str) -> list[int]:
     engine, tokenizer = tiny
-    thresholds = thresholds_at(CASCADE_THRESHOLD, Shape.of(engine))[:engine.num_exits]
+    thresholds = thresholds_at(DEFAULT_THRESHOLD, Shape.of(engine))[:engine.num_exits]
     return engine.run(visitor_token_ids(tokenizer, SKY, chat=True),
                       DecodeConfig(mode=mode, max_new_tokens=n, thresholds=thresholds)).token_ids
 

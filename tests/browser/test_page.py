@@ -13,14 +13,14 @@ from playwright.sync_api import expect
 import app
 from cascadeexit import hub
 from cascadeexit.calibration import Calibration, Point
-from cascadeexit.config import CASCADE_THRESHOLD, DecodeConfig
+from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.library import Library
 from cascadeexit.model import SegmentedModel
 from cascadeexit.prompts import visitor_token_ids
 from cascadeexit.race import race
-from cascadeexit.settings import DISABLED, PRESETS, thresholds_at
+from cascadeexit.settings import DEFAULT_THRESHOLD, DISABLED, PRESETS, thresholds_at
 from cascadeexit.shape import Shape
 from cascadeexit.sides import Side
 from cascadeexit.stream import FORMAT, TokenStream, frames, model_line, stopped
@@ -59,7 +59,7 @@ def sliders(engine, threshold: float) -> list[float]:
 
 def expected(tiny, mode: str, prompt: str = SKY) -> list[int]:
     engine, tokenizer = tiny
-    config = DecodeConfig(mode=mode, max_new_tokens=200, thresholds=sliders(engine, CASCADE_THRESHOLD))
+    config = DecodeConfig(mode=mode, max_new_tokens=200, thresholds=sliders(engine, DEFAULT_THRESHOLD))
     return engine.run(visitor_token_ids(tokenizer, prompt, chat=True), config).token_ids
 
 
@@ -362,15 +362,15 @@ def test_a_disabled_exit_writes_nothing(page):
 
 def test_a_preset_sets_every_threshold_even_when_settings_are_closed(page, tiny):
     with page.expect_response("**/run/predict*"):       # the thresholds have arrived
-        page.get_by_label("Careful").check()
+        page.get_by_label("Fast", exact=True).check()
     page.wait_for_timeout(500)                          # until the page has put them into its closed sliders
     run_to_end(page)
     engine, tokenizer = tiny
-    careful = sliders(engine, PRESETS["Careful"])
-    config = DecodeConfig(max_new_tokens=200, thresholds=careful)
+    fast = sliders(engine, PRESETS["Fast"])
+    config = DecodeConfig(max_new_tokens=200, thresholds=fast)
     assert shown_ids(page, "cascade") == engine.run(visitor_token_ids(tokenizer, SKY, chat=True), config).token_ids
     open_settings(page)
-    assert thresholds_shown(page) == [f"{t:g}" for t in careful]
+    assert thresholds_shown(page) == [f"{t:g}" for t in fast]
     slider = page.get_by_label("number input for Exit 2")
     slider.fill("0.4")
     slider.press("Tab")
@@ -427,7 +427,7 @@ def test_the_quality_slider_sets_certified_thresholds(open_page):
         page = open_page(url)
         slider = page.locator("#ce-quality")
         assert "prompts like the 40 that were tested" in slider.inner_text()
-        assert slider.locator("input[type=number]").input_value() == "80", "certified at the balanced threshold"
+        assert slider.locator("input[type=number]").input_value() == "80", "certified at the default threshold"
         open_settings(page)
         for wanted, threshold in ((95, 0.9), (81, 0.9), (70, 0.5), (99, DISABLED)):
             set_number(page, "number input for Wanted agreement, %", wanted)
@@ -470,7 +470,7 @@ def test_a_link_restores_every_setting(page, open_page):
     page.wait_for_timeout(300)
     link = link_of(page)
     assert link == dict(p="a & b = c? <b>é😀", mode="verified", chat="false", n="77", drafts="3", tol="0.3", temp="0.5",
-                        top_p="0.9", seed="12", exit="-4", t="0.55,0.65,0.9,0.6,0.6,0.6", model="llama-untied")
+                        top_p="0.9", seed="12", exit="-4", t="0.55,0.65,0.95,0.8,0.8,0.8", model="llama-untied")
     other = open_page(page.url)
     other.wait_for_function("document.querySelector('#ce-prompt textarea').value.startsWith('a & b')")
     other.evaluate("history.replaceState(null, '', '/')")

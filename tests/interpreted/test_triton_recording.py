@@ -154,6 +154,29 @@ def test_late_checks_need_no_launch_of_their_own(pair, replays, monkeypatch):
     assert [event.weight_bytes for event in late.events] == [event.weight_bytes for event in plain.events]
 
 
+@torch.inference_mode()
+def test_catch_up_of_many_rows_is_recorded_passes_of_16_rows(pair, replays):
+    """The last of them includes the head, unless more rows are asked for than it has."""
+    text, seen = list(range(2, 42)), []
+    for engine in pair:
+        stack, head = engine.model.layers, engine.exits.full_head
+        cache, choices = stack.new_cache(64), []
+        waiting = stack.join([stack.run(range(2), stack.embed(text[a:a + 16]), cache)[-1] for a in (0, 16, 32)])
+        stack.tensor(waiting)
+        for asked in (1, 12):
+            replays.clear()
+            top, = stack.run(range(2, 3), waiting, cache)
+            choices += head.argmax(stack.norm(top[:, -asked:]))
+            count = replays.copy()
+            cache.lengths[-1] = 0
+            seen.append((choices[:], stack.tensor(top), cache.keys.clone(), cache.values.clone(), count))
+    plain, recorded = seen[:2], seen[2:]
+    for expected, found in zip(plain, recorded):
+        assert found[0] == expected[0] and all(map(torch.equal, found[1:4], expected[1:4]))
+        assert found[4].total() == 3 and not expected[4]
+    assert [len(found[4]) for found in recorded] == [2, 1], "the recording with the head, and the one without"
+
+
 def test_every_recording_is_made_at_load(pair, replays):
     _, replayed = pair
     names = set(replayed.model.layers.passes.recorder._recordings)

@@ -44,6 +44,7 @@ from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weig
 
 _CAPACITY_STEP = 128
 _PROMPT_ROWS = 128              # rows of a pass of a prompt: more need more memory for the splits of attention
+_CATCH_UP_ROWS = 4 * ROWS       # in recorded passes: each reads the weights, so more rows are cheaper in one pass
 _RECORDED_POSITIONS = 8192      # longest context of a recording: longer ones run kernel by kernel
 _ROW_COST = 0.02                # a tile of 16 rows costs about what one of them does
 
@@ -156,7 +157,8 @@ class GpuLayers:
 
     def norm(self, rows: Hidden) -> Hidden:
         ends = rows.ends if isinstance(rows, Late) else None
-        if ends is not None and ends.waits and ends.span[1] == len(self._bounds) - 1 and len(rows.shape) == 3:
+        if (ends is not None and ends.waits and ends.span[1] == len(self._bounds) - 1 and len(rows.shape) == 3
+                and rows.shape[1] <= ends.shape[1]):
             return AskedTop(rows, self._normed)
         return self._normed(tensor_of(rows))
 
@@ -186,15 +188,26 @@ class GpuLayers:
     def run(self, segments: range, rows: Hidden, cache: KVCache, parents: Sequence[int] | None = None) -> list[Hidden]:
         bounds, n = self._bounds[segments.start:segments.stop + 1], rows.shape[1]
         start = self._claim(cache, bounds, n, n if parents is None else 1)
-        if (self.passes and self.passes.usable and n <= ROWS and start + n <= self._recorded_positions
+        most = ROWS if parents is not None else _CATCH_UP_ROWS
+        if (self.passes and self.passes.usable and n <= most and start + n <= self._recorded_positions
                 and (segments.start or isinstance(rows, Embedded))):
-            at = places.chain(start, n, ROWS) if parents is None else places.tree(start, parents, ROWS)
-            return self.passes.put_off((segments.start, segments.stop), rows, at.of(cache), cache)
+            return self._put_off((segments.start, segments.stop), rows, cache, start, parents)
         if parents is not None:
             return self._run(bounds, rows, cache, places.tree(start, parents))
         rows = tensor_of(rows)
         parts = [self._run(bounds, rows[:, a:a + _PROMPT_ROWS], cache,
                            places.chain(start + a, min(n - a, _PROMPT_ROWS))) for a in range(0, n, _PROMPT_ROWS)]
+        return parts[0] if len(parts) == 1 else [self.join(after) for after in zip(*parts)]
+
+    def _put_off(self, span: tuple[int, int], rows: Hidden, cache: KVCache, start: int,
+                 parents: Sequence[int] | None) -> list[Hidden]:
+        """Postpone a recorded pass. More than 16 rows, as in catch-up, run as several; only the last of them waits."""
+        n, parts = rows.shape[1], []
+        for a in range(0, n, ROWS):
+            some = rows if n <= ROWS else rows[:, a:a + ROWS]
+            at = (places.chain(start + a, some.shape[1], ROWS) if parents is None
+                  else places.tree(start, parents, ROWS))
+            parts.append(self.passes.put_off(span, some, at.of(cache), cache))
         return parts[0] if len(parts) == 1 else [self.join(after) for after in zip(*parts)]
 
     def run_batch(self, segment: int, rows: Hidden, begins: Sequence[int], cache: KVCache) -> Tensor:

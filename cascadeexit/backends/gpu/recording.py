@@ -8,6 +8,7 @@ Letters: N rows, D hidden size.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,21 +28,26 @@ class Recorder:
 
     Attributes:
         error: why a recording failed; None if none has failed.
+        seconds: how long all recordings took, compilation of their kernels included.
     """
 
     def __init__(self, device: torch.device):
+        self.seconds = 0.0
         self._recordings: dict[Any, tuple[Callable[[], None], Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.error: str | None = None
 
     def record(self, name: Any, work: Callable[[], Any]) -> None:
         """Record work that launches the same kernels on the same memory each time, and keep its result for `replay`."""
-        if self.error is None:
-            try:
-                self._recordings[name] = capture(work, self._pool)
-            except RuntimeError as error:           # torch.OutOfMemoryError is one
-                self._recordings.clear()
-                self.error = str(error)
+        if self.error is not None:
+            return
+        started = time.perf_counter()
+        try:
+            self._recordings[name] = capture(work, self._pool)
+        except RuntimeError as error:               # torch.OutOfMemoryError is one
+            self._recordings.clear()
+            self.error = str(error)
+        self.seconds += time.perf_counter() - started
 
     def __contains__(self, name: Any) -> bool:
         return name in self._recordings
@@ -114,14 +120,19 @@ def tensor_of(rows: Hidden) -> Tensor:
 
 
 def joined(parts: Sequence[Hidden]) -> Hidden:
-    """Concatenate rows (1, n, D) to (1, N, D). This does not run the pass of postponed rows."""
+    """Concatenate rows (1, n, D) to (1, N, D). This does not run the pass of postponed rows.
+
+    The last rows of the whole are those of the last part, so an exit after them can still be part of its recording.
+    """
     parts = [part if isinstance(part, Late) and part.waits else tensor_of(part) for part in parts]
-    late = next((part for part in parts if isinstance(part, Late)), None)
+    late = next((part for part in reversed(parts) if isinstance(part, Late)), None)
 
     def join() -> Tensor:
         return torch.cat([tensor_of(part) for part in parts], dim=1)
 
-    return join() if late is None else Late((1, sum(part.shape[1] for part in parts), late.shape[2]), join, late.source)
+    return join() if late is None else Late(
+        (1, sum(part.shape[1] for part in parts), late.shape[2]), join, late.source,
+        late.ends if late is parts[-1] else None)
 
 
 class Pass:

@@ -8,6 +8,7 @@ Letters: B texts, N rows in the pass, D hidden size, C cache capacity.
 """
 
 import copy
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascadeexit.backends import graphs
+from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.torch import attention
 from cascadeexit.backends.torch.cache import SpreadCache, TorchCache
 from cascadeexit.backends.torch.linear import frozen_linear
@@ -72,7 +74,10 @@ class TorchLayers:
     # -- caches ---------------------------------------------------------------------------------------------------
 
     def new_cache(self, capacity: int, batch: int = 1) -> TorchCache:
-        """Make an empty cache, or reuse one that was released; see `LayerStack.new_cache`."""
+        """Make an empty cache, or reuse one that was released; see `LayerStack.new_cache`.
+
+        If memory is short, unused caches of other sizes are freed first.
+        """
         step = _RECORDED_CAPACITY if self.recorded_rows and batch == 1 else 16
         capacity = -(-capacity // step) * step
         with self._caches_turn:
@@ -80,6 +85,19 @@ class TorchLayers:
                 if cache.capacity == capacity and cache.keys.shape[1] == batch:
                     self._idle_caches.remove(cache)
                     return cache
+        try:
+            return self._made(capacity, batch)
+        except torch.OutOfMemoryError:
+            with self._caches_turn:
+                if not self._idle_caches:
+                    raise
+                self._idle_caches.clear()
+        gc.collect()                                # recordings and their caches refer to each other
+        give_back()
+        return self._made(capacity, batch)
+
+    def _made(self, capacity: int, batch: int) -> TorchCache:
+        """Allocate a cache."""
         if set(self._layer_devices) != {self._device}:
             return SpreadCache(self._layer_devices, self._shape.kv_heads, self._shape.head_dim, capacity, batch=batch,
                                dtype=self._dtype, home=self._device)

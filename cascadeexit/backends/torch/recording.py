@@ -21,7 +21,8 @@ class Recorded:
     """Calls a function. It uses a recording if the inputs (..., N, D) have at most `rows` rows.
 
     The function must do the same work for every input of a shape: no Python decision may depend on a tensor's values.
-    It runs a few times when it is recorded. A function that cannot be recorded is called as it is from then on.
+    It runs a few times when it is recorded. A function that cannot be recorded is called as it is from then on. Where
+    only the memory for a recording is missing, the next call tries again.
     """
 
     def __init__(self, function: Callable[..., Tensor], rows: int):
@@ -38,6 +39,8 @@ class Recorded:
                 places = [t.clone() for t in inputs]
                 try:
                     self._recordings[key] = (places, *record(self._function, places))
+                except torch.OutOfMemoryError:
+                    return self._function(*inputs)
                 except RuntimeError as error:
                     log.warning("A CUDA graph could not be recorded, so its kernels start one by one: %s", error)
                     self._rows = -1
