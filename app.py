@@ -27,8 +27,9 @@ from gradio.components import Component  # noqa: E402
 
 from cascadeexit import accelerator, hub, prompts, settings, stream  # noqa: E402
 from cascadeexit.calibration import Calibration  # noqa: E402
-from cascadeexit.config import CASCADE_THRESHOLD, Mode  # noqa: E402
+from cascadeexit.config import Mode  # noqa: E402
 from cascadeexit.endpoints import BadRequest, Endpoints  # noqa: E402
+from cascadeexit.examples import EXAMPLES  # noqa: E402
 from cascadeexit.library import Library, Offer  # noqa: E402
 from cascadeexit.page import (  # noqa: E402
     ASSETS,
@@ -45,24 +46,20 @@ from cascadeexit.page import (  # noqa: E402
 )
 from cascadeexit.report import COLUMNS  # noqa: E402
 from cascadeexit.runner import Compute, RunFailed, Runner  # noqa: E402
-from cascadeexit.settings import PRESETS, THRESHOLDS, Settings, thresholds_at  # noqa: E402
+from cascadeexit.settings import DEFAULT_THRESHOLD, PRESETS, THRESHOLDS, Settings, thresholds_at  # noqa: E402
 from cascadeexit.shape import Shape, exit_name  # noqa: E402
 
 TRACE = ASSETS / "traces" / "sky.json"          # a recorded run: what a visitor sees while the model loads
-EXAMPLES = {
-    "Why is the sky blue?": "Explain why the sky is blue.",
-    "Reverse a string": "Write a Python function that reverses a string.",
-    "Australia's capital": "What is the capital of Australia, and what is it known for?",
-    "Five fruits": "List five fruits and their colours.",
-    "A lighthouse story": "Tell a short story about a lighthouse.",
-    "Un chat (français)": "Raconte une courte histoire sur un chat.",
-    "Pizza 🍕": "Tell me about pizza, with emoji 🍕🔥😀",
-}
 MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
-SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip", "dock", "card",
-           "charts", "timeline", "blocks", "layers", "marks", "tree", "moments", "align", "map", "files", "tour", "main")
-TOGGLE_SETTINGS = "() => { document.body.classList.toggle('ce-settings-open'); }"
+SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip", "dock", "card", "lens", "fork", "charts",
+           "timeline", "blocks", "layers", "marks", "tree", "moments", "align", "map", "files", "tour", "main")
+FORK_OVER = "() => { document.dispatchEvent(new Event('ce-fork-over')); }"      # assets/page/fork.js listens
+CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
+TOGGLE_SETTINGS = """() => {
+    const open = document.body.classList.toggle('ce-settings-open');
+    setTimeout(() => document.getElementById(open ? 'ce-close' : 'ce-open').focus(), 60);
+}"""
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
 LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
 NUM_FIGURES = 3
@@ -98,7 +95,7 @@ class OnePrompt:
 
     @property
     def exit_controls(self) -> list[Component]:
-        return [self.controls[name] for name in ("exit_choice", *THRESHOLDS)]
+        return [self.controls[name] for name in ("exit_choice", "beside", *THRESHOLDS)]
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
         gr.Examples([[text] for text in EXAMPLES.values()], prompt, label="Examples",
                     elem_id="ce-examples", example_labels=list(EXAMPLES))
         queue = gr.HTML("<span></span>", elem_id="ce-queue", apply_default_css=False)
-        preset = gr.Radio(list(PRESETS.items()), value=CASCADE_THRESHOLD, label="How confident must an exit be?",
+        preset = gr.Radio(list(PRESETS.items()), value=DEFAULT_THRESHOLD, label="How confident must an exit be?",
                           container=False, elem_id="ce-preset", scale=0, min_width=250)
         settings_button = gr.Button("Settings", size="sm", scale=0, min_width=90, elem_id="ce-open")
     with gr.Column(elem_id="ce-settings"):
@@ -161,7 +158,10 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
         model = gr.Dropdown(library.labels, value=label, label="Model", elem_id="ce-model-menu",
                             visible=len(library.labels) > 1)
         quality = _quality_slider(calibration)
-        controls = (dict(model=model, prompt=prompt, mode=mode) | _advanced_controls() | _exit_controls(shape))
+        beside = gr.Dropdown(label="Third panel", elem_id="ce-beside", info="A second setting, beside the full model",
+                             **_beside_menu(shape))
+        controls = (dict(model=model, prompt=prompt, mode=mode, beside=beside) | _advanced_controls()
+                    | _exit_controls(shape))
         with gr.Row(elem_id="ce-links"):
             retry = gr.Button("Run again, next seed", size="sm", scale=0, elem_id="ce-retry")
             clear = gr.Button("Clear", size="sm", scale=0, elem_id="ce-clear")
@@ -214,7 +214,7 @@ def _of_length(arguments, n: int) -> list:
 
 def _quality_slider(calibration: Calibration | None) -> gr.Slider:
     """Make the slider of the wanted agreement, which sets all thresholds; shown for calibrated exits."""
-    percent = _percent(CASCADE_THRESHOLD, calibration) if calibration else LOWEST_PERCENT
+    percent = _percent(DEFAULT_THRESHOLD, calibration) if calibration else LOWEST_PERCENT
     return gr.Slider(LOWEST_PERCENT, 99, percent, step=1, label="Wanted agreement, %",
                      info=_certainty(calibration) if calibration else None, buttons=[], elem_id="ce-quality",
                      visible=bool(calibration))
@@ -234,8 +234,14 @@ def _exit_controls(shape: Shape) -> dict[str, Component]:
                 elem_id="ce-hint", apply_default_css=False, min_width=220)
     with gr.Row():
         sliders = {name: _slider(name, value=value, min_width=200, **_exit_slider(s, shape))
-                   for s, (name, value) in enumerate(zip(THRESHOLDS, thresholds_at(CASCADE_THRESHOLD, shape)))}
+                   for s, (name, value) in enumerate(zip(THRESHOLDS, thresholds_at(DEFAULT_THRESHOLD, shape)))}
     return dict(exit_choice=menu) | sliders
+
+
+def _beside_menu(shape: Shape) -> dict:
+    """Choices and value of the menu of the third panel."""
+    choices = [(choice or "None", choice) for choice in settings.beside_choices(shape)]
+    return dict(value=Settings.beside, choices=choices)
 
 
 def _exit_menu(shape: Shape) -> dict:
@@ -363,6 +369,11 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
         with closing(page.respond(Settings.from_controls(dict(zip(one.controls, values))))) as frames:
             yield from map(shown, frames)
 
+    def fork(event: gr.EventData) -> Iterator[dict]:
+        chosen = event._data if isinstance(event._data, dict) else {}      # from the browser: any JSON
+        with closing(page.fork(*(chosen.get(name) for name in ("run", "side", "at", "id")))) as frames:
+            yield from map(shown, frames)
+
     def next_seed(seed, temperature) -> int:
         seed, notice = retried(seed, temperature)
         if notice:
@@ -384,14 +395,18 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
     running = gr.on([one.run.click, prompt.submit], respond, inputs, outputs, **_turns(one.queue))
     again = one.retry.click(next_seed, [seed, one.controls["temperature"]], seed, queue=False, **QUIET).then(
         respond, inputs, outputs, **_turns(one.queue))
-    check = one.stop.click(None, cancels=[running, again]).then(
+    forking = one.view.fork(fork, None, outputs, **_turns(one.queue))
+    forking.then(None, js=FORK_OVER, queue=False, **QUIET)
+    check = one.stop.click(None, cancels=[running, again, forking]).then(
         stream.stopped, one.view, one.view, queue=False, **QUIET).then(
         analyse, one.current, outputs, **_turns(one.queue))
-    ends = dict(cancels=[running, again, check], queue=False, **QUIET)
+    ends = dict(cancels=[running, again, forking, check], queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
-    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, **ends)
-    one.charts.expand(open_charts, one.charted, one.figures, queue=False, **QUIET)
+    # In the queue, because only there gradio can show a warning; the drawer closes, so that nothing covers the run.
+    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=[running, again, forking],
+                      concurrency_limit=None, **QUIET).then(None, js=CLOSE_SETTINGS, queue=False, **QUIET)
+    one.charts.expand(open_charts, one.charted, one.figures, concurrency_limit=None, **QUIET)
 
 
 def _connect_settings(library: Library, calibrations: dict[str, Calibration | None], one: OnePrompt) -> None:
@@ -400,7 +415,7 @@ def _connect_settings(library: Library, calibrations: dict[str, Calibration | No
 
     def fit(label: str) -> dict:
         return (_fitted_exit_controls(one, library.shapes[label])
-                | _fitted_quality_controls(one, CASCADE_THRESHOLD, calibrations[label]))
+                | _fitted_quality_controls(one, DEFAULT_THRESHOLD, calibrations[label]))
 
     def set_preset(threshold: float, label: str) -> dict:
         quality = _fitted_quality_controls(one, threshold, calibrations[label])[one.quality]
@@ -420,10 +435,11 @@ def _connect_settings(library: Library, calibrations: dict[str, Calibration | No
 
 def _fitted_exit_controls(one: OnePrompt, shape: Shape, chosen: dict | None = None) -> dict:
     """Updates that make the exit controls those of a model, with default or chosen values (by name)."""
-    values = dict(zip(THRESHOLDS, thresholds_at(CASCADE_THRESHOLD, shape))) | (chosen or {})
+    values = dict(zip(THRESHOLDS, thresholds_at(DEFAULT_THRESHOLD, shape))) | (chosen or {})
     menu = gr.update(**_exit_menu(shape) | {"value": values.get("exit_choice", settings.FIRST_CONFIDENT)})
+    beside = gr.update(**_beside_menu(shape) | {"value": values.get("beside", Settings.beside)})
     sliders = {name: gr.update(value=values[name], **_exit_slider(s, shape)) for s, name in enumerate(THRESHOLDS)}
-    return {one.controls[name]: update for name, update in (dict(exit_choice=menu) | sliders).items()}
+    return {one.controls[name]: update for name, update in (dict(exit_choice=menu, beside=beside) | sliders).items()}
 
 
 def _fitted_quality_controls(one: OnePrompt, threshold: float | None, calibration: Calibration | None) -> dict:
@@ -469,7 +485,11 @@ COPY_LINK = """(...values) => {
     if (theme) query.set('__theme', theme);
     const link = location.origin + location.pathname + '?' + query;
     history.replaceState(null, '', link);
-    if (navigator.clipboard) navigator.clipboard.writeText(link).catch(() => 0);
+    const button = document.getElementById('ce-link'), words = button.textContent;
+    const say = text => { button.textContent = text; setTimeout(() => { button.textContent = words; }, 2500); };
+    const inAddress = () => say('Link is in the address bar');
+    if (navigator.clipboard) navigator.clipboard.writeText(link).then(() => say('Link copied ✓'), inAddress);
+    else inAddress();
 }"""
 
 
@@ -477,8 +497,7 @@ def _connect_address(demo: gr.Blocks, library: Library, calibrations: dict[str, 
                      one: OnePrompt) -> None:
     """Write the settings into the page's address, and restore them from it."""
     names = json.dumps([settings.query_name(name) for name in one.controls])
-    one.link.click(None, list(one.controls.values()), js=COPY_LINK.replace("NAMES", names)).then(
-        lambda: gr.Info("The page's address now holds these settings and was copied."), queue=False, **QUIET)
+    one.link.click(None, list(one.controls.values()), js=COPY_LINK.replace("NAMES", names), queue=False, **QUIET)
     first = library.labels[0]
 
     def restore(request: gr.Request) -> dict:
@@ -558,8 +577,10 @@ def offers(models: list[str], exits: str | None) -> list[Offer]:
     if models or exits or os.environ.get("CASCADEEXIT_MODEL"):
         return [Offer(hub.short_name(model or hub.DEFAULT_MODEL), model, exits)
                 for model in models or [os.environ.get("CASCADEEXIT_MODEL")]]
-    return [Offer(hub.DEFAULT_MODEL, None), *(
-        Offer(folder.name, None, folder) for folder in sorted((ASSETS / "exits").glob(f"{hub.DEFAULT_MODEL}-*")))]
+    others = sorted((ASSETS / "exits").glob(f"{hub.DEFAULT_MODEL}-*"))
+    kinds = [folder.name.removeprefix(f"{hub.DEFAULT_MODEL}-") for folder in others]
+    return [Offer(hub.DEFAULT_MODEL, None),
+            *(Offer(f"{hub.DEFAULT_MODEL}, {kind} exits", None, folder) for kind, folder in zip(kinds, others))]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""CascadeExit: adaptive early-exit decoding of language models with exact caches, lossless when asked."""
+"""CascadeExit: adaptive early-exit decoding of language models, with exact KV caches and a lossless mode."""
 
 from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine, Generation

@@ -1,4 +1,4 @@
-"""Accelerator: does torch see the NVIDIA device of this machine or Space, and if not, why and what helps?"""
+"""Accelerator: says why torch cannot use the NVIDIA GPU of a machine or a Space, and what to do."""
 
 import os
 import re
@@ -11,7 +11,7 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def nvidia_driver() -> str | None:
-    """Return the version of the NVIDIA driver, such as '550.54.15'; None where there is none."""
+    """Return the version of the NVIDIA driver, such as '550.54.15', or 'unknown'; None without a driver."""
     try:
         found = re.search(r"(?:Kernel Module|x86_64|aarch64)\s+(\d[\d.]+)", _DRIVER_FILE.read_text())
     except OSError:
@@ -22,7 +22,7 @@ def nvidia_driver() -> str | None:
 def cuda_problem(environ: Mapping[str, str] = os.environ) -> str | None:
     """Say why torch cannot use this machine's NVIDIA device, and what to do.
 
-    Returns None where torch sees a device, and on machines without an NVIDIA driver.
+    Returns None if torch sees a device, and on machines without an NVIDIA driver.
     """
     driver = nvidia_driver()
     if torch.cuda.is_available() or driver is None:
@@ -41,9 +41,10 @@ def cuda_problem(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def space_problem(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Say why a Space with a GPU cannot use it; None on CPU Spaces, on ZeroGPU, and outside of Spaces.
+    """Say why torch cannot use the GPU of this Space, and what to do.
 
-    A Space's hardware is in the variable ACCELERATOR. On ZeroGPU the `spaces` package gives the GPU to single calls.
+    Returns None if torch can use it, on CPU Spaces, on ZeroGPU, and outside of Spaces. The variable ACCELERATOR names
+    a Space's hardware. On ZeroGPU the `spaces` package provides a GPU only during single calls.
     """
     hardware = (environ.get("ACCELERATOR") or environ.get("SPACE_HARDWARE") or "none").strip().lower()
     local, no_gpu = "SPACE_ID" not in environ, hardware == "none" or hardware.startswith("cpu")

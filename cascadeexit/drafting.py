@@ -1,8 +1,8 @@
-"""Drafting: where tokens come from before the full model looks at them.
+"""Drafting: sources that propose tokens without the full model.
 
-A draft source proposes tokens that follow a text. `ExitDrafts` runs one exit after another for each token; its tokens
-are drafts in verified mode and final in cascade mode. `DraftTree` (tree.py) proposes a tree at once. The decoding loop
-sees both through `DraftSource` alone.
+A draft source proposes the next tokens of a text. `ExitDrafts` runs one exit after another for each token; its tokens
+are drafts in verified mode and final in cascade mode. `DraftTree` (tree.py) proposes a whole tree at once. The decoding
+loop uses both only through the interface `DraftSource`.
 
 Letters: N rows in a pass, D hidden size.
 """
@@ -16,7 +16,7 @@ from cascadeexit.carry import Carry
 from cascadeexit.costs import Meter
 from cascadeexit.staircase import Staircase
 
-_MAX_GAIN = 0.3             # an exit's confidence is seldom higher than the last one's by more than this: measured
+_MAX_GAIN = 0.3             # measured: an exit's confidence is seldom more than this above that of the exit before
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +28,21 @@ class Draft:
     confidences: tuple[float | None, ...]           # of each exit, as in a TokenEvent
     parent: int                                     # number of the draft it follows; -1: the newest token
     depth: int = 0                                  # drafts before it on its path
-    probability: float = 0.0                           # probability, by the exit's softmax, of following the parent
+    probability: float = 0.0                        # probability, by the exit's softmax, of following the parent
     matched: int = 0                                # COPIED: length of the n-gram match
+    chance: float | None = None                     # estimated probability of being accepted if its parent is
 
 
 class DraftSource(Protocol):
-    """Proposes what follows a text, round after round."""
+    """Interface of a draft source, which proposes the next tokens of a text in each round."""
 
     confidences: tuple[float | None, ...]
-    """Confidence of each exit about the token after the last proposal; None where the exit did not run."""
+    """Confidence of each exit in the token after the last proposal; None for an exit that did not run."""
 
     def draft(self, stairs: Staircase, carry: Carry, meter: Meter) -> Iterator[list[Draft]]:
-        """Propose tokens after the newest one, parents first; those of one moment come together.
+        """Propose tokens after the newest one. Yields lists of drafts: those in one list were made together.
 
-        Each is appended to `stairs.tokens` before it is yielded.
+        Parents come before their children. Tokens are appended to `stairs.tokens` before their drafts are yielded.
         """
 
     def judged(self, drafts: Sequence[Draft], path: Sequence[int], confirmed: Sequence[int],
@@ -60,10 +61,10 @@ class ExitDrafts:
 
     Args:
         exits: the runtime of the model's exits.
-        thresholds: confidence from which each exit is taken; None where it is disabled.
-        choose: the token of exit s for an adapted row (1, D).
-        ended: True for a text of this length and newest token that is complete.
-        limit: the most drafts of a round; None where the exits' tokens are final.
+        thresholds: for each exit, the confidence from which it is taken; None if it is disabled.
+        choose: returns the token of exit s for an adapted row (1, D).
+        ended: returns True if a text of this length, with this newest token, is complete.
+        limit: largest number of drafts in a round; None if the exits' tokens are final.
     """
 
     def __init__(self, exits: ExitRuntime, thresholds: Sequence[float | None], choose: Callable[[int, Rows], int],
@@ -83,7 +84,7 @@ class ExitDrafts:
             token = self._choose(s, carry.state)
             meter.add(self._exits.head_bytes(s))
             stairs.tokens.append(token)
-            yield [Draft(token, s, self.confidences, count - 1, count)]
+            yield [Draft(token, s, self.confidences, count - 1, count, chance=self.confidences[s])]
             count += 1
         self.confidences = self._unasked
 
@@ -92,9 +93,9 @@ class ExitDrafts:
         """Do nothing: thresholds do not change during a run."""
 
     def _climb(self, stairs: Staircase, carry: Carry, confirmed: int, meter: Meter) -> int | None:
-        """Take the newest token deeper until an exit is confident enough, and carry that exit's state on.
+        """Run the newest token through exits until one is confident enough. Its state becomes the carried state.
 
-        Returns the exit's number, or None where no exit is confident enough.
+        Returns that exit's number, or None if no exit is confident enough.
 
         confirmed: how many tokens of the text are final.
         """
@@ -116,9 +117,9 @@ class ExitDrafts:
 
 
 def worth_running(s: int, thresholds: Sequence[float | None], last: float | None) -> bool:
-    """True where exit s should run, given the confidence of the last exit that ran (None: no exit has run).
+    """Return True if exit s should run after an exit with the confidence `last`; None means that no exit has run.
 
-    An exit is skipped if that confidence is far below its threshold. The deepest exit is never skipped.
+    An exit is skipped if `last` is far below its threshold. Only the deepest exit always runs, unless it is disabled.
     """
     if s == len(thresholds) or thresholds[s] is None:
         return False
@@ -126,5 +127,5 @@ def worth_running(s: int, thresholds: Sequence[float | None], last: float | None
 
 
 def next_exit(s: int, thresholds: Sequence[float | None], last: float | None) -> int:
-    """Return the first exit from s on that should run; the number of exits where there is none."""
+    """Return the number of the first exit, from s on, that should run; the number of exits if there is none."""
     return next((t for t in range(s, len(thresholds)) if worth_running(t, thresholds, last)), len(thresholds))

@@ -1,4 +1,4 @@
-"""Endpoints: functions of a running page that programs and agents can call. Plain JSON in and out.
+"""Endpoints: functions of a running page that programs and agents can call. Arguments and results are plain JSON.
 
 Each public method of `Endpoints` becomes an endpoint and, with `app.py --mcp`, a tool: its signature and docstring are
 the documentation that callers get.
@@ -41,7 +41,7 @@ class Endpoints:
         """Generate text with early exits.
 
         Args:
-            prompt: what to answer, or with chat=False what to continue.
+            prompt: the text to answer or, with chat=False, to continue.
             mode: 'cascade' (fast, each token comes from the first confident exit), 'verified' (exactly the full model's
                 text) or 'full'.
             threshold: cascade mode: lowest confidence, 0 to 1, at which the first exit is taken. Deeper exits need a
@@ -53,13 +53,13 @@ class Endpoints:
             temperature: 0 always takes the most likely token.
             top_p: below 1, choose among the most likely tokens only.
             seed: the same seed writes the same text.
-            chat: put the prompt through the model's chat template.
-            model: a name from models; empty: the first.
+            chat: format the prompt with the model's chat template.
+            model: a name that `models` lists; empty for the first one.
             target_disagreement: cascade mode, temperature 0. Above 0, it replaces the threshold: the largest share of
                 tokens, 0 to 1, that may differ from the full model's choice. It needs calibrated exits.
 
-        Returns text, token_ids, exits (0 = the first exit, the highest number = the full model, -1 = copied from
-        earlier in the text) and stats (times in seconds, rates 0 to 1).
+        Returns text, token_ids, exits (for each token: 0 = the first exit, the highest number = the full model, -1 =
+        copied from earlier in the text) and stats (times in seconds, rates 0 to 1).
         """
         settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed, chat=chat)
@@ -77,8 +77,8 @@ class Endpoints:
                 model: str = "", target_disagreement: float = 0.0) -> dict:
         """Generate text with early exits and with the full model. The arguments are those of `generate`.
 
-        Returns exits and full (text, token_ids, stats each), speedup, agreement (share of tokens that the full model
-        would choose too, given the same text before them), positional_match, first_divergence and identical.
+        Returns exits and full (each with text, token_ids, stats), speedup, agreement (share of tokens that the full
+        model would choose too, given the same text before them), positional_match, first_divergence and identical.
         """
         settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance, chat=chat)
@@ -103,12 +103,12 @@ class Endpoints:
     def evaluate(self, texts: list[str], mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                  max_new_tokens: int = 64, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
                  model: str = "", target_disagreement: float = 0.0) -> dict:
-        """Do what `compare` does for many prompts. The other arguments are those of `generate`.
+        """Compare early exits with the full model on many prompts. The other arguments are those of `generate`.
 
         Args:
             texts: the prompts.
 
-        Returns summary and results, one for each prompt: agreement, speedup, routing_share, texts, or the error.
+        Returns summary, and results with an entry for each prompt: agreement, speedup, routing_share, texts, or error.
         """
         if not isinstance(texts, list) or not 1 <= len(texts) <= prompts.MAX_PROMPTS:
             raise BadRequest(f"texts should be a list of 1 to {prompts.MAX_PROMPTS} prompts")
@@ -124,9 +124,10 @@ class Endpoints:
 
     def _prepare(self, settings: Settings, threshold: float, target: float, with_prompt: bool = True
                  ) -> tuple[str, DecodeConfig, DecodeConfig, list[int]]:
-        """Model's label, config with exits, config of the full model, and the prompt's ids ([] without a prompt).
+        """Check a request and load its model.
 
-        The model is ready then.
+        Returns the model's label, the config with exits, that of the full model, and the prompt's token ids ([] without
+        a prompt).
 
         Raises BadRequest for every error that the caller can correct.
         """
@@ -146,7 +147,10 @@ class Endpoints:
 
 
 def _thresholds(engine: Engine, settings: Settings, first: float, target: float) -> tuple[float, ...]:
-    """Return the threshold of each exit, from the first exit's or, with a target disagreement, from the calibration."""
+    """Return the threshold of each exit.
+
+    For a target above 0 they come from the calibration. Otherwise they follow from the threshold of the first exit.
+    """
     if not target:
         return graded_thresholds(first, engine.exit_depths)
     calibrated = engine.thresholds(DecodeConfig(mode=settings.mode, temperature=settings.temperature,

@@ -18,8 +18,8 @@ from cascadeexit.prompts import Prompt
 from cascadeexit.runner import Check, RunFailed, Runner, Task
 from cascadeexit.sides import CASCADE, FULL
 
-FORMAT = 1                          # of the JSON file; a reader refuses what it does not know
-LABEL_CHARACTERS = 60               # of a prompt's start beside a point
+FORMAT = 1                          # of the JSON file: a reader refuses other formats
+LABEL_CHARACTERS = 60               # length of a chart point's label
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def evaluate(runner: Runner, label: str, encode: Callable[[str], list[int]], pro
         pauses: also yield None after every batch of events, so that a caller can close the generator in the middle of
             a prompt.
 
-    Raises ValueError at once, before the first Result, for a config that fits no prompt of this engine.
+    Raises ValueError at once, before the first Result, for a config that does not suit this engine.
     """
     engine, _ = runner.library.get(label)
     engine.check([0], replace(config, max_new_tokens=1))    # token 0 stands for any prompt: only the config can fail
@@ -93,7 +93,8 @@ def evaluate(runner: Runner, label: str, encode: Callable[[str], list[int]], pro
 def _evaluate(runner: Runner, label: str, encode, prompts, config: DecodeConfig, decode, pauses: bool
               ) -> Iterator[Result | None]:
     engine, _ = runner.library.get(label)
-    full = replace(config, mode=Mode.FULL, tolerance=0.0, target_disagreement=None)     # which `full` has not
+    # `full` has none of the other modes' settings.
+    full = replace(config, mode=Mode.FULL, tolerance=0.0, target_disagreement=None, check_late=False)
     for index, prompt in enumerate(prompts):
         identity = dict(index=index, kind=prompt.kind, prompt=prompt.text)
         try:
@@ -163,7 +164,7 @@ def _over(results: Sequence[Result]) -> Summary:
 
 
 def _by_tokens(pairs: Sequence[tuple[float | None, int]]) -> float | None:
-    """Mean of (value, tokens) pairs, weighted by tokens; None without values."""
+    """Compute the mean of (value, tokens) pairs, weighted by tokens; None without values."""
     pairs = [(value, tokens) for value, tokens in pairs if value is not None]
     total = sum(tokens for _, tokens in pairs)
     return sum(value * tokens for value, tokens in pairs) / total if total else None
@@ -185,14 +186,14 @@ def quality_speed_points(results: Sequence[Result]) -> list[dict]:
 
 
 def results_json(results: Sequence[Result], config: DecodeConfig, model: str) -> str:
-    """All results as ASCII JSON: {format, model, config, summary, results}."""
+    """Return all results as ASCII JSON: {format, model, config, summary, results}."""
     return json.dumps({"format": FORMAT, "model": model, "config": asdict(config),
                        "summary": asdict(summarize_results(results)), "results": [asdict(r) for r in results]},
                       indent=1)
 
 
 def results_csv(results: Sequence[Result]) -> str:
-    """One row per prompt, with a column for the routing share of each segment."""
+    """Return all results as CSV: one row per prompt, with a column for each segment's routing share."""
     names = [f.name for f in fields(Result) if f.name != "routing_share"]
     segments = max((len(r.routing_share) for r in results), default=0)
     out = io.StringIO(newline="")
@@ -210,5 +211,5 @@ def _cell(value):
         return ""
     if not isinstance(value, str):
         return value
-    text = value.encode("utf-8", "backslashreplace").decode("utf-8")       # files cannot hold half characters
+    text = value.encode("utf-8", "backslashreplace").decode("utf-8")       # a file cannot hold lone surrogates
     return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text

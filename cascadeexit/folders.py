@@ -1,11 +1,11 @@
-"""Folders that outlive a process."""
+"""Folders that stay after a process has ended."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return $CASCADEEXIT_CACHE, else cascadeexit in the user's cache folder."""
+    """Return the cache folder: $CASCADEEXIT_CACHE, else `cascadeexit` in the user's cache folder."""
     if folder := os.environ.get("CASCADEEXIT_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cascadeexit"

@@ -44,15 +44,16 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         model: the bundled name, a Hub id or a local folder; default $CASCADEEXIT_MODEL, else the bundled model.
         exits: a folder of trained exits; default the ones shipped for this model, else untrained ones.
         device: cpu, cuda or cuda:N; default a GPU when there is one.
-        dtype: a torch dtype or its name; default bfloat16, or float16 on a GPU that only emulates that.
+        dtype: a torch dtype or its name; default bfloat16, or float16 on a GPU that only emulates bfloat16.
         backend: 'cpu', 'gpu' or 'torch'; default the fastest that fits.
-        progress: called with short lines about slow steps; default the log.
+        progress: function that gets short messages about slow steps; by default they are logged.
         device_map: as for `load_model`: 'auto' is for a model that is too large for one device.
-        self_check: compare the backend with the `torch` backend. Where they differ, the engine runs on `torch` instead,
-            `Engine.notice` says why, and so does `progress`. `Engine.self_check` has the result.
-        compute: False for a process that other processes will be forked from: it loads, but runs no layer.
+        self_check: compare the backend with the `torch` backend. If they differ, the engine runs on `torch` instead,
+            and `Engine.notice` and `progress` get the reason. `Engine.self_check` has the result.
+        compute: False for a process that will be forked: it loads the model but runs no layer.
 
-    Raises ModelUnavailable, ValueError (unsupported model, exits of another model), FileNotFoundError (no exits there).
+    Raises ModelUnavailable; ValueError for an unsupported model, or for exits of another model; FileNotFoundError for a
+    folder without exits.
     """
     base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress, device_map=device_map)
     folder = find_exits(name, exits)
@@ -76,7 +77,7 @@ def _engine(base, layers: Sequence[int], bank: ExitBank | None, name: str, backe
 
 
 def _checked(make: Callable[[str], Engine], base, backend: str | None, progress: Progress | None) -> Engine:
-    """Make an engine and check it. Where the check fails, make one on the `torch` backend instead, with a notice."""
+    """Make an engine and check it. If the check fails, make one on the `torch` backend instead, with a notice."""
     engine = make(backend)
     is_reference = engine.model.backend.name == REFERENCE
     result = selfcheck.check(engine, None if is_reference else reference(base, engine.model.bounds))
@@ -98,18 +99,18 @@ def _checked(make: Callable[[str], Engine], base, backend: str | None, progress:
 def load_model(model: str | None = None, *, device: str | None = None, dtype: torch.dtype | str | None = None,
                progress: Progress | None = None, token: str | None = None,
                device_map: str | dict | None = None) -> tuple[object, object, str]:
-    """Load a frozen transformers model, its tokenizer and its short name, without exits.
+    """Load a frozen transformers model without exits. Returns the model, its tokenizer and its short name.
 
     Args:
-        model, device, dtype, progress: as for `load`, whose errors are raised, too.
-        token: opens gated and private Hub models; default $HF_TOKEN.
-        device_map: as transformers takes it; 'auto' spreads a model over several devices, main memory and disk. It
-            decides about devices instead of `device`.
+        model, device, dtype, progress: as for `load`. The errors are also those of `load`.
+        token: access token for gated and private Hub models; default $HF_TOKEN.
+        device_map: as in transformers, instead of `device`. 'auto' spreads a model over several devices, main memory
+            and disk.
     """
     model, place = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, find_device(device)
     dtype = _torch_dtype(dtype, place)
     source = resolve(model, progress)
-    hub = dict(token=token, trust_remote_code=False)    # unset, transformers would ask on the console to run code
+    hub = dict(token=token, trust_remote_code=False)    # if unset, transformers asks on the console
     read_model_config(model, source, hub)
     try:
         base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa",
@@ -134,9 +135,9 @@ def load_tokenizer(model: str, *, progress: Progress | None = None, token: str |
 
 
 def describe(model: str | None = None, exits: str | Path | None = None) -> Shape:
-    """Describe what `load` would load, from config files alone: no weights are read.
+    """Return the shape of the model and exits that `load` would load. It reads config files, and no weights.
 
-    Raises what `load` raises, as far as config files tell.
+    Raises an error of `load` if the config files already show it.
     """
     model = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL
     name = short_name(model)
@@ -157,22 +158,22 @@ def short_name(source: str) -> str:
 
 
 def find_device(wanted: str | None) -> torch.device:
-    """Return the wanted device, else a GPU when there is one. Raises ValueError when there is no such device."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0    # the count ignores a driver too old
+    """Return the wanted device, by default a GPU if there is one, else the CPU. Raises ValueError if it is missing."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0    # the count ignores old drivers
     try:
         device = torch.device(wanted or ("cuda" if gpus else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device '{wanted}' is unknown: give cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
-        raise ValueError(f"device '{wanted}' is not here: this torch ({torch.__version__}) sees {gpus} CUDA devices. "
-                         "Use cpu, or cuda or cuda:N where there are some.")
+        raise ValueError(f"device '{wanted}' is not available: this torch ({torch.__version__}) sees {gpus} CUDA "
+                         "devices. Use cpu, or cuda or cuda:N if there are any.")
     return device
 
 
 def resolve(model: str, progress: Progress | None = None) -> str:
-    """Turn a model's name into what transformers can load: a folder's path, or the Hub id itself.
+    """Convert a model's name to what transformers can load: the path of a folder, or the Hub id itself.
 
-    Raises ModelUnavailable when a local folder has no config.json or the bundled model cannot be had.
+    Raises ModelUnavailable when a local folder or its config.json is missing, or the bundled model is not available.
     """
     if model == DEFAULT_MODEL:
         return str(bundled_model(progress=progress))
@@ -201,9 +202,9 @@ def find_exits(name: str, exits: str | Path | None = None) -> Path | None:
 
 
 def default_exit_layers(num_layers: int) -> tuple[int, ...]:
-    """Place exits after 30, 57 and 80% of the layers, as published; fewer in models too shallow for three.
+    """Return layers for exits at 30, 57 and 80% of the depth, as published. A shallow model may get fewer than three.
 
-    Raises ValueError for a model of one layer, which an exit could not skip.
+    Raises ValueError for a model of one layer, because an exit needs a layer below it and one above it.
     """
     if num_layers < 2:
         raise ValueError(f"a model of {num_layers} layer has no place for an exit: at least 2 are needed")
@@ -212,9 +213,11 @@ def default_exit_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
-    """Read exit layers from text: '8,16,22' are layers, '0.3,0.57,0.8' shares of the depth. Raises ValueError.
+    """Read exit layers from text such as '8,16,22' (layers) or '0.3,0.57,0.8' (shares of the depth).
 
-    None means the default depths and an exit before the first layer, whose drafts cost next to nothing once trained.
+    None means the default layers and 0, the exit before the first layer, which drafts in nearly no time.
+
+    Raises ValueError for text that does not hold numbers.
     """
     if text is None:
         return 0, *default_exit_layers(num_layers)
@@ -243,7 +246,12 @@ def _torch_dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.
 
 
 def read_model_config(model: str, source: str, hub: dict):
-    """Load a transformers config, and refuse a model that cannot run before any weight is fetched."""
+    """Load a transformers config and check it, so that no weights of an unsupported model are downloaded.
+
+    hub: options for the Hub, such as `token`.
+
+    Raises ValueError for an unsupported model, and ModelUnavailable when the config cannot be loaded.
+    """
     try:
         config = AutoConfig.from_pretrained(source, **hub)
     except ValueError as error:     # no model type, one that transformers does not know, or one with code of its own

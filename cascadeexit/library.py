@@ -1,4 +1,4 @@
-"""Library: the models that a page offers. One of them is in memory at a time, or all of them (`load_all`)."""
+"""Library: the models that a page offers. One model is in memory at a time, or all after `load_all`."""
 
 import gc
 import itertools
@@ -37,13 +37,13 @@ def _warm_up(engine: Engine) -> None:
     for _ in itertools.zip_longest(*runs):                          # interleaved, as in a race
         pass
     for s in range(engine.num_exits):
-        thresholds = {s - 1: 1.0, s: 0.0}                           # 1: asked and hardly ever taken; 0: always taken
+        thresholds = {s - 1: 1.0, s: 0.0}                           # 1: runs, but is hardly ever taken; 0: always taken
         engine.run(prompt, DecodeConfig(thresholds=[thresholds.get(k) for k in range(engine.num_exits)],
                                         max_new_tokens=4))
 
 
 class Library:
-    """Loads models on demand. A request for another model than the one in memory waits until it is loaded.
+    """Loads models on demand. A request for a model that is not in memory waits until that model is loaded.
 
     Args:
         offers: at least one, with different labels.
@@ -63,7 +63,7 @@ class Library:
 
     @classmethod
     def of(cls, engine: Engine, tokenizer) -> Self:
-        """Library of one model that is already loaded."""
+        """Make a library of one model that is already loaded."""
         library, shape = cls(()), Shape.of(engine)
         library.shapes[shape.name], library._held[shape.name] = shape, (engine, tokenizer)
         return library
@@ -73,14 +73,17 @@ class Library:
         return list(self.shapes)
 
     def fingerprint(self, label: str) -> str:
-        """Fingerprint of this offer's exits, without loading the model; "" for untrained exits not in memory."""
+        """Return the fingerprint of this offer's exits, without loading the model.
+
+        It is "" for untrained exits of a model that is not in memory.
+        """
         if label in self._fingerprints:
             return self._fingerprints[label]
         bank = self._bank(label)
         return bank.fingerprint() if bank else ""
 
     def calibration(self, label: str) -> Calibration | None:
-        """Calibration of this offer's exits, without loading the model; None where there is none."""
+        """Return the calibration of this offer's exits, without loading the model; None if there is none."""
         bank = self._bank(label)
         return bank.calibration if bank else None
 
@@ -95,7 +98,7 @@ class Library:
         return label in self._held
 
     def get(self, label: str, progress: hub.Progress | None = None) -> tuple[Engine, object]:
-        """Engine and tokenizer of this offer, loaded when they are not in memory.
+        """Return engine and tokenizer of this offer. If they are not in memory, load them first.
 
         Raises KeyError for a label that is not offered, and what `hub.load` raises.
         """
@@ -113,10 +116,10 @@ class Library:
             return self._held[label]
 
     def load_all(self, progress: hub.Progress | None = None) -> None:
-        """Load all offers and keep them, for a process whose runs happen in processes forked from it.
+        """Load all offers and keep them in memory. The process can then be forked, and forks run the models.
 
-        No layer runs: neither a CUDA context nor a team of OpenMP threads would survive a fork. Weights may be
-        unreadable later (ZeroGPU moves them to disk at launch), so fingerprints are taken now.
+        No layer runs here, because neither a CUDA context nor OpenMP threads survive a fork. Fingerprints are computed
+        now, because weights may not be readable later (ZeroGPU moves them to disk at launch).
 
         Raises what `hub.load` raises.
         """
@@ -126,7 +129,7 @@ class Library:
             self._held[label] = engine, tokenizer
 
     def load(self, label: str) -> Iterator[str]:
-        """Load this offer; yields progress lines to show meanwhile. Raises what `get` raises."""
+        """Load this offer, and yield progress lines meanwhile. Raises what `get` raises."""
         lines: queue.Queue = queue.Queue()
 
         def work() -> None:

@@ -1,7 +1,8 @@
-"""Lookup: n-gram copies from earlier in the text, drafts for free and a second opinion on an exit's choice.
+"""Lookup: copies tokens from earlier in the text by n-grams, as drafts and as inputs of confidence estimators.
 
 If the newest tokens occur earlier in the text (prompt included), the token that followed them there is copied as a
-draft (prompt lookup: Saxena 2023). Its probability is the share of such copies that were accepted so far in this text.
+draft (prompt lookup: Saxena 2023). Its probability is the share of copies after n-grams of this length that were
+accepted so far in this text.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ _LENGTHS = (5, 3, 2, 1)                 # lengths of n-grams that are looked up,
 _PRIOR = {5: 0.8, 3: 0.6, 2: 0.4, 1: 0.15}      # probability of being right before anything was seen
 _PRIOR_WEIGHT = 4                       # weight of `_PRIOR`, as a number of copies
 LONGEST_MATCH = _LENGTHS[0]
-MAX_MATCH = 32                           # tokens at which counting a match ends
+MAX_MATCH = 32                           # longest match that is counted, in tokens
 NOTHING_COPIED = -1, 0
 
 
@@ -45,7 +46,7 @@ class Lookup:
             self._text.append(token)
 
     def find(self, text: Sequence[int]) -> Copy | None:
-        """The copy that may follow this text, by its longest n-gram; None when no n-gram is known."""
+        """Find a copy that may follow this text, by the longest known n-gram at its end; None if none is known."""
         for n in _LENGTHS:
             at = self._after.get(tuple(text[-n:])) if len(text) >= n else None
             if at is not None:
@@ -53,9 +54,10 @@ class Lookup:
         return None
 
     def copied(self, text: Sequence[int]) -> tuple[int, int]:
-        """Return the token after the last earlier place with the same newest tokens, and the length of the match.
+        """Find the last earlier place with the same newest tokens.
 
-        Returns `NOTHING_COPIED` without such a place. Only the newest `MAX_MATCH` tokens of `text` matter.
+        Returns the token that follows there, and the length of the match: the number of equal tokens before it.
+        Returns `NOTHING_COPIED` if there is no such place. Only the newest `MAX_MATCH` tokens of `text` are compared.
         """
         copy = self.find(text)
         if copy is None:
@@ -67,6 +69,6 @@ class Lookup:
         return copy.token, length
 
     def judged(self, matched: int, right: bool) -> None:
-        """Count whether a copy after a match of this length was accepted."""
+        """Record whether a copy after an n-gram of length `matched` was accepted."""
         self._tried[matched] += 1
         self._right[matched] += right

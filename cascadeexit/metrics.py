@@ -1,4 +1,4 @@
-"""Metrics: pure functions over TokenEvents, each defined once for page, benchmark and evaluation.
+"""Metrics: pure functions over TokenEvents, each defined once and used by page, benchmark and evaluation.
 
 Only final events (emitted or accepted) count as tokens. Drafts and rejections count in `drafted`, in `acceptance` and,
 by the bytes they read, in `cost`.
@@ -41,7 +41,7 @@ class Match:
 
 
 def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
-    """Numbers of one run, from all its events."""
+    """Compute the numbers of one run from all its events."""
     final = [e for e in events if e.final]
     accepted = sum(e.status is Status.ACCEPTED for e in events)
     rejected = sum(e.status is Status.REJECTED for e in events)
@@ -66,19 +66,19 @@ def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
 
 
 def routing_share(events: Sequence[TokenEvent], num_segments: int) -> tuple[float, ...]:
-    """Share of the final tokens that each of S segments produced; zeros without tokens."""
+    """Compute the share of the final tokens that each segment produced; zeros without tokens."""
     final = [e for e in events if e.final]
     return tuple(sum(e.exit == s for e in final) / max(1, len(final)) for s in range(num_segments))
 
 
 def copied_share(events: Sequence[TokenEvent]) -> float:
-    """Share of the final tokens that were copied by n-gram lookup; 0 without tokens."""
+    """Compute the share of the final tokens that were copied by n-gram lookup; 0 without tokens."""
     final = [e for e in events if e.final]
     return sum(e.exit == COPIED for e in final) / max(1, len(final))
 
 
 def verifications(events: Sequence[TokenEvent]) -> int:
-    """Number of verification passes in a verified run.
+    """Count the verification passes of a verified run.
 
     Each pass emits one token of the full model, except a last pass whose drafts end the text.
     """
@@ -87,17 +87,17 @@ def verifications(events: Sequence[TokenEvent]) -> int:
 
 
 def token_seconds(final: Sequence[TokenEvent]) -> list[float]:
-    """Seconds from each final token to the next; about 0 between drafts accepted in one pass."""
+    """Compute the seconds from each final token to the next; about 0 between drafts accepted in one pass."""
     return [b.seconds - a.seconds for a, b in zip(final, final[1:])]
 
 
 def agreement(token_ids: Sequence[int], full_choices: Sequence[int]) -> float | None:
-    """Teacher-forced agreement: share of the tokens that equal the full model's choice after the same text."""
+    """Compute the share of tokens that equal the full model's choice after the same text (teacher-forced agreement)."""
     return _mean([a == b for a, b in zip(token_ids, full_choices, strict=True)])
 
 
 def match(token_ids: Sequence[int], full_ids: Sequence[int]) -> Match:
-    """Compare a text with the full model's free-running output."""
+    """Compare a text with the full model's own output for the same prompt."""
     same = [a == b for a, b in zip(token_ids, full_ids)]
     longest = max(len(token_ids), len(full_ids))
     first = next((i for i, equal in enumerate(same) if not equal), len(same) if len(same) < longest else None)
@@ -105,7 +105,7 @@ def match(token_ids: Sequence[int], full_ids: Sequence[int]) -> Match:
 
 
 def percentile(values: Sequence[float], p: int) -> float | None:
-    """The p-th percentile, interpolated linearly between order statistics; None without values."""
+    """Compute the p-th percentile, interpolated linearly between order statistics; None without values."""
     if len(values) < 2:
         return values[0] if values else None
     return quantiles(values, n=100, method="inclusive")[p - 1]

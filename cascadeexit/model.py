@@ -1,7 +1,8 @@
-"""SegmentedModel: geometry and checks of a frozen transformers decoder that is cut into segments at its exits.
+"""SegmentedModel: a frozen transformers decoder that is cut into segments at its exits.
 
-Exits after layers 9, 17, 24 of 30 give the bounds (0, 9, 17, 24, 30) and four segments. How numbers are computed is a
-backend's matter: `model.layers` takes hidden rows through segments, `model.head` projects them onto the vocabulary.
+Exits after layers 9, 17, 24 of 30 give the bounds (0, 9, 17, 24, 30) and four segments. This module has sizes and
+checks; a backend computes. `model.layers` runs hidden rows through segments, and `model.head` projects them onto the
+vocabulary.
 
 Letters: D hidden size, V vocabulary.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from cascadeexit import backends
 from cascadeexit.backends.base import Backend
-from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weights
+from cascadeexit.backends.weights import DecoderShape, is_spread, layer_weights, outer_weights
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -40,8 +41,8 @@ def check_supported(config) -> None:
 class SegmentedModel:
     """A causal language model whose layers run in segments between exits.
 
-    The transformers model stays as it is and may be dropped afterwards: a backend keeps what it needs, the CPU backend
-    in packed copies. Only a model that accelerate has spread over several devices is used in place.
+    The caller may delete the transformers model afterwards, because the backend keeps the weights (`cpu` in packed
+    copies). A model that accelerate has spread over several devices is used in place.
 
     Args:
         base: a transformers *ForCausalLM of a supported type; it is put in eval mode and frozen.
@@ -62,7 +63,7 @@ class SegmentedModel:
             raise ValueError(f"exit layers must ascend within 0..{num_layers - 1}, got {tuple(exit_layers)}")
         weights = outer_weights(base)
         self.device, self.dtype, self.vocab_size = weights.device, weights.dtype, weights.head.shape[0]
-        if self.device.type == "meta":
+        if self.device.type == "meta" and is_spread(base):
             raise ValueError("the vocabulary projection is not in memory: the device_map must put lm_head on a device")
         self.name = name or base.config.model_type
         self.config, self.bounds = base.config, bounds
@@ -103,17 +104,17 @@ class SegmentedModel:
 
     @property
     def pass_bytes(self) -> int:
-        """Bytes of weights that one pass through all layers reads; fewer than they have where they are packed."""
+        """Bytes of weights that one pass through all layers reads. Packing makes this less than their original size."""
         return sum(self.layers.segment_bytes)
 
     @property
     def head_weight(self) -> Tensor:
-        """The vocabulary projection that every exit shares (V, D); a backend may make it anew for each call."""
+        """Weight of the vocabulary projection that all exits share (V, D). Some backends compute it on each access."""
         return self.head.weight
 
     @cached_property
     def head_fingerprint(self) -> str:
-        """SHA-256 of the head in bf16: tells which weights exits were trained on, whatever dtype is loaded."""
+        """SHA-256 of the head in bf16. It tells which weights exits were trained on, for any loaded dtype."""
         weight = self.head_weight.detach().to("cpu", torch.bfloat16).contiguous()
         return hashlib.sha256(weight.view(torch.uint8).numpy()).hexdigest()
 
@@ -124,14 +125,14 @@ class SegmentedModel:
         self.check_ids(ids)
 
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Raise ValueError for token ids outside the vocabulary: kernels would read outside of the embedding."""
+        """Raise ValueError for token ids outside the vocabulary, for which kernels would read invalid memory."""
         bad = [i for i in ids if not 0 <= i < self.vocab_size]
         if bad:
             raise ValueError(f"token ids must be in 0..{self.vocab_size - 1}, got {bad[:5]}")
 
 
 def _eos_ids(base) -> frozenset[int]:
-    """Tokens that end a text."""
+    """Return the tokens that end a text."""
     ids = base.generation_config.eos_token_id
     if ids is None:
         ids = base.config.eos_token_id

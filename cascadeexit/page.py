@@ -88,7 +88,7 @@ class Page:
             if not (settings.prompt or "").strip():
                 raise ValueError("Please write a prompt first.")
             for line in self._load(settings.model):
-                yield Frame(model_line(self.library.shapes[settings.model]) + status_line(line))
+                yield Frame(model_line(self.library.shapes[settings.model], settings.model) + status_line(line))
             engine, tokenizer = self.library.get(settings.model)
             sides = settings.sides(self.library.shapes[settings.model])
             ids = prompts.visitor_token_ids(tokenizer, settings.prompt, settings.chat)
@@ -186,7 +186,7 @@ class Page:
 
     def idle(self, label: str) -> Frame:
         """Return the page as it is before a run of this model."""
-        return Frame(model_line(self.library.shapes[label]), charts="")
+        return Frame(model_line(self.library.shapes[label], label), charts="")
 
     def figures(self, run: str) -> list:
         """Plotly figures of a finished run. Raises LookupError when the run is no longer kept."""

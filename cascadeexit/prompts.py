@@ -1,6 +1,6 @@
-"""Prompts: sets that are bundled, pasted or uploaded, and their token ids.
+"""Prompts: reads sets of prompts that are bundled, pasted or uploaded, and converts prompts to token ids.
 
-Pasted text and files are not trusted: they are read within limits, and refused with a reason.
+Pasted text and files are not trusted: they are read within limits, and an error says why one is refused.
 """
 
 import csv
@@ -28,6 +28,8 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 
 @dataclass(frozen=True)
 class Prompt:
+    """A prompt and its kind, such as a topic, by which results are grouped."""
+
     kind: str
     text: str
 
@@ -36,10 +38,10 @@ def read_prompts(source: str | Path, limit: int = MAX_PROMPTS) -> list[Prompt]:
     """Read prompts from pasted text (a str, never taken for a path) or from a UTF-8 file (a Path).
 
     Args:
-        source: pasted text holds one prompt per line, or JSONL if every line is a JSON object. A file is read by its
-            ending: .txt, one prompt per line; .jsonl, objects with "prompt", "text" or "instruction", and optional
-            "kind" or "set"; .csv, a header with `prompt`, and optional `kind` or `set`.
-        limit: the most prompts.
+        source: pasted text holds one prompt per line, or JSONL if every line is a JSON object. The ending of a file
+            decides how it is read. .txt: one prompt per line. .jsonl: objects with "prompt", "text" or "instruction",
+            and optional "kind" or "set". .csv: a header with `prompt`, and optional `kind` or `set`.
+        limit: largest number of prompts.
 
     Raises ValueError that names the line, what was expected, what was found, and what to do. The message may quote the
     source: escape it where markup is read.
@@ -63,9 +65,9 @@ def read_prompts(source: str | Path, limit: int = MAX_PROMPTS) -> list[Prompt]:
 
 
 def token_ids(tokenizer, text: str, *, chat: bool = True) -> list[int]:
-    """Token ids of a prompt: one user turn in the model's chat template, ready for the reply.
+    """Convert a prompt to token ids: one user turn in the model's chat template, up to the start of the reply.
 
-    Plain text when `chat` is False or the model has no template.
+    Without a template or with chat=False, these are the tokens of the plain text.
     """
     if not (chat and tokenizer.chat_template):
         return tokenizer(text)["input_ids"]
@@ -74,10 +76,10 @@ def token_ids(tokenizer, text: str, *, chat: bool = True) -> list[int]:
 
 
 def visitor_token_ids(tokenizer, prompt: str | None, chat: bool) -> list[int]:
-    """Token ids of a prompt that a visitor wrote. Raises ValueError with a message for the visitor."""
+    """Convert a prompt that a visitor wrote to token ids. Raises ValueError with a message for the visitor."""
     if not isinstance(prompt or "", str):
         raise ValueError("The prompt should be text.")
-    prompt = (prompt or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # no half characters
+    prompt = (prompt or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # no lone surrogates
     if not prompt.strip():
         raise ValueError("Please write a prompt first.")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
@@ -86,16 +88,16 @@ def visitor_token_ids(tokenizer, prompt: str | None, chat: bool) -> list[int]:
 
 
 def opening_ids(tokenizer) -> list[int]:
-    """Token ids that the chat template puts before the user's words; [] without a template."""
+    """Return the token ids that the chat template puts before the user's words; [] without a template."""
     return os.path.commonprefix([token_ids(tokenizer, text) for text in ("a", "1")]) if tokenizer.chat_template else []
 
 
 def bundled_prompts(kinds: Sequence[str] | None = None, each: int | None = None) -> list[Prompt]:
-    """The bundled prompts, one of each kind in turn, so that the first n are balanced.
+    """Return the bundled prompts, one of each kind in turn, so that the first n are balanced.
 
     Args:
-        kinds: kinds to return; None: all, in the file's order.
-        each: the most prompts of one kind; None: all.
+        kinds: kinds to return; None for all, in the file's order.
+        each: largest number of prompts of one kind; None for all.
 
     Raises ValueError for a kind that does not exist.
     """
@@ -161,7 +163,7 @@ def _from_csv(content: str) -> Iterator[tuple[int, Prompt]]:
 
 
 def _from_row(row: dict, names: Sequence[str], line: int) -> Prompt:
-    """Prompt of a JSON object or a table's row, from the first field of `names` that is present."""
+    """Make a prompt from a JSON object or a table row. Its text is the first field of `names` that is present."""
     text, kind = (next((row[name] for name in known if row.get(name) is not None), None)
                   for known in (names, _KIND_FIELDS))
     if not isinstance(text, str) or not text.strip():
@@ -216,17 +218,17 @@ def _check_prompt(prompt: Prompt, line: int) -> None:
 
 
 def _lines(content: str) -> Iterator[tuple[int, str]]:
-    """Non-blank lines with their numbers, from 1."""
+    """Return the lines that are not blank, with their numbers from 1."""
     return ((number, line) for number, line in enumerate(_LINE_END.split(content), 1) if line.strip())
 
 
 def _line_at(content: str, position: int) -> int:
-    """Number of the line that holds this position."""
+    """Return the number of the line that holds this position."""
     return 1 + len(_LINE_END.findall(content[:position]))
 
 
 def _quoted(value) -> str:
-    """A value for an error message: shortened, control and direction characters escaped."""
+    """Format a value for an error message: shortened, with control and direction characters escaped."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     return repr(value[:60]) + "..." * (len(value) > 60) if isinstance(value, str) else json.dumps(value)

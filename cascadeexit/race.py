@@ -1,4 +1,4 @@
-"""A fair race on one device: the sides never run at once, and the side that has used less engine time goes next."""
+"""A fair race on one device: the sides never run at once, and the side with the least engine time so far runs next."""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,10 +6,10 @@ from cascadeexit.events import TokenEvent
 
 
 def race(sides: Mapping[str, Iterator[TokenEvent]]) -> Iterator[tuple[str, TokenEvent]]:
-    """Interleave streams of events by their engine time; yields (side, event).
+    """Interleave streams of events by their engine time. Yields (side, event).
 
-    The `seconds` of a stream count only its own work, so events come in the order in which they would have happened on
-    two equal machines. Closing the race closes the streams.
+    The `seconds` of a stream count only its own work, so events come in the order that they would have if each side
+    had an equal machine of its own. Closing the race closes the streams.
     """
     clocks = dict.fromkeys(sides, 0.0)
     try:

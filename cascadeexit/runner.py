@@ -6,12 +6,17 @@ can be pickled: tasks in; batches of events and an `Inspection` of each text out
 generator runs in the page's own process.
 """
 
+import gc
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+import torch
+
+from cascadeexit.backends.memory import give_back
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.events import TokenEvent
@@ -20,6 +25,7 @@ from cascadeexit.library import Library
 from cascadeexit.race import race
 from cascadeexit.sides import FULL
 
+log = logging.getLogger(__name__)
 BATCH_SECONDS = 0.02            # least time between two batches: a third of a frame, and the longest wait after Stop
 PROGRESS_SECONDS = 0.25         # least time between two reports of progress
 START_SECONDS = 10              # until a new worker has the weights on the GPU
@@ -110,16 +116,28 @@ class Runner:
         return math.ceil(START_SECONDS + MARGIN * tokens * self._token_seconds.get(label, TOKEN_SECONDS))
 
     def _measured(self, label: str, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches unchanged. After the race, store the time that a token took, for `seconds`."""
-        clocks, tokens = {}, 0
+        """Yield the batches unchanged. After the race, store the time that a token took, for `seconds`.
+
+        Raises RunFailed where a device has too little memory. What the run held is free by then.
+        """
+        clocks, tokens, out_of_memory = {}, 0, False
         try:
             for batch in batches:
                 for side, event in batch.events:
                     clocks[side] = event.seconds
                     tokens += event.final
                 yield batch
+        except torch.OutOfMemoryError as error:
+            log.warning("a run needed more memory than there is: %s", str(error))
+            out_of_memory = True
         finally:
             batches.close()
+        if out_of_memory:               # out here, since the error and its traceback hold what the run allocated
+            del batches
+            gc.collect()
+            give_back()
+            raise RunFailed("Out of memory", "The device has too little free memory for this run. Ask for a shorter "
+                            "text, or try again when other runs have ended.")
         if tokens:
             self._token_seconds[label] = sum(clocks.values()) / tokens
 

@@ -1,4 +1,4 @@
-"""Sampler: how a token is chosen from logits, and how a draft is judged so that the outcome stays the full model's."""
+"""Sampler: chooses tokens from logits, and judges drafts in such a way that the text stays that of the full model."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from cascadeexit.backends.base import Choice
 
 
 class Sampler:
-    """Greedy at temperature 0; else temperature and nucleus (top-p) sampling from one seeded generator.
+    """Chooses greedily at temperature 0, else by temperature and nucleus (top-p) sampling with one seeded generator.
 
     Args:
-        tolerance: greedy only; a draft is also accepted where the full model gives it at least 1 - tolerance times the
+        tolerance: greedy only; a draft is also accepted if the full model gives it at least 1 - tolerance times the
             probability of its own choice.
     """
 
@@ -37,9 +37,9 @@ class Sampler:
         return int(torch.multinomial(self.distribution(logits, ids), 1, generator=self.generator))
 
     def judge(self, drafts: Sequence[int], row: Tensor | Choice) -> int:
-        """Return the verified token at a place with these drafts: one of them, or the full model's own choice.
+        """Return the verified token at a position with these drafts: one of them, or the full model's own choice.
 
-        The full model chooses as if there were no drafts, so the text is its own, also when sampled with a seed. With a
+        The full model chooses as if there were no drafts, so the text is its own, even if it is sampled. With a
         tolerance (greedy only), the likeliest draft is accepted if it is likely enough.
 
         Args:
@@ -54,7 +54,7 @@ class Sampler:
         return row.token
 
     def distribution(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Probabilities (V,) after temperature and top-p: fp32 logits (V,), or (K,) over the first K of `ids`."""
+        """Compute probabilities (V,) after temperature and top-p. The arguments are those of `choose`."""
         probs = (logits.float() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ranked, order = probs.sort(descending=True)

@@ -1,10 +1,10 @@
-"""Self-check: does a backend compute what the `torch` backend computes, and does `verified` equal `full`?
+"""Self-check: tests whether a backend computes what the `torch` backend does, and whether `verified` equals `full`.
 
 It runs when a model is loaded, in about a second for the bundled model. Kernels that were compiled or tuned for other
-machines can be wrong on this one without an error. Random tokens go through the backend in two passes, as a prompt and
-as a verification pass after it. Then each part runs in the `torch` backend on the rows that the backend itself computed
-before this part, so errors do not add up: embedding, each segment, final norm and head. Rows and logits must be within
-`TOLERANCES`. Last, a short text of `verified` must be the text of `full`.
+machines can be wrong on this one without an error. The tested backend runs random tokens in two passes: a prompt, and a
+verification pass after it. Then the `torch` backend computes each part: embedding, each segment, final norm and head.
+The input of a part is what the tested backend computed before it, so errors do not add up. Rows and logits must be
+within `TOLERANCES`. Last, a short text of `verified` must equal that of `full`.
 
 A large model would take long. So after `SECONDS` no further segment is compared, and texts end early. The first
 segment, the head and a text of at least `LEAST_TOKENS` tokens are always compared.
@@ -42,9 +42,9 @@ class SelfCheck:
     """Result of a self-check."""
 
     backend: str
-    problem: str                    # what is wrong, as part of a sentence; "" where all is well
+    problem: str                    # what is wrong, as part of a sentence; "" if all is well
     seconds: float
-    error: float | None = None      # largest of the parts, as a multiple of what is allowed; None: nothing compared
+    error: float | None = None      # largest error, as a multiple of the allowed one; None: nothing compared
     layers: int = 0                 # layers that were compared with the `torch` backend
     tokens: int = 0                 # length of the text of `full` that `verified` repeated
 
@@ -64,13 +64,13 @@ def prompt_ids(vocab_size: int) -> list[int]:
 
 @torch.inference_mode()
 def check(engine: Engine, reference: Backend | None) -> SelfCheck:
-    """Check an engine.
+    """Check the backend of an engine. This takes about a second for the bundled model.
 
     Args:
-        reference: from `backends.reference` for the same model and segments. None where the engine itself runs on the
+        reference: from `backends.reference` for the same model and segments. None if the engine itself runs on the
             `torch` backend: then only the two texts are compared.
 
-    Any exception of the backend is a problem, too, and is not raised.
+    An exception of the backend is reported as a problem and not raised.
     """
     started, name, seen = time.perf_counter(), engine.model.backend.name, _Comparison(engine)
     problem = ""
@@ -87,7 +87,7 @@ def check(engine: Engine, reference: Backend | None) -> SelfCheck:
 
 
 class _Comparison:
-    """A self-check while it runs. It has the attributes of `SelfCheck`."""
+    """A self-check in progress. `error`, `layers` and `tokens` are those of `SelfCheck`."""
 
     def __init__(self, engine: Engine):
         self._engine, self._model = engine, engine.model
@@ -185,6 +185,6 @@ def _first_last_others(bounds: Sequence[int]) -> Iterator[int]:
 
 
 def instead_words(check: SelfCheck) -> str:
-    """Say in a sentence for visitors and the log why a model runs on the `torch` backend after a failed check."""
+    """Return a sentence that tells visitors why a model runs on the `torch` backend after a failed check."""
     return (f"The model runs on the slower torch backend because the {check.backend} backend failed its self-check: "
             f"{check.problem}.")

@@ -38,7 +38,7 @@ def _setting(default, query: str, record: str | None, limits: Limits | None = No
 class Settings:
     """How one run of the page is decoded. A control that a visitor emptied is None; `decode_configs` refuses it."""
 
-    model: str = _setting("", "model", None)
+    model: str = _setting("", "model", "model")
     prompt: str = _setting("", "p", "prompt")
     mode: str = _setting(Mode.CASCADE, "mode", "mode")
     chat: bool = _setting(True, "chat", "chat")
@@ -231,4 +231,8 @@ def first_threshold(thresholds: Sequence[float], shape: Shape) -> float | None:
 
 
 PRESETS = {"Fast": 0.4, "Balanced": CASCADE_THRESHOLD, "Careful": 0.8}     # threshold of the first exit
+# The page opens with the preset at which every example prompt agrees well with the full model and none begins to loop
+# (`training.defaults`). The library's own default stays CASCADE_THRESHOLD: a program chooses its speed and quality.
+DEFAULT_PRESET = "Careful"
+DEFAULT_THRESHOLD = PRESETS[DEFAULT_PRESET]
 EXACT = "Exact"             # the third panel in verified mode

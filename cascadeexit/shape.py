@@ -17,7 +17,7 @@ class Shape:
 
     @classmethod
     def of(cls, engine: Engine) -> Self:
-        """Shape of a loaded model."""
+        """Return the shape of a loaded model."""
         return cls(engine.model.name, engine.model.num_layers, engine.model.exit_layers, engine.bank.config.trained)
 
     @property
@@ -31,7 +31,7 @@ class Shape:
 
 
 def exit_name(s: int, shape: Shape) -> str:
-    """Name of segment s in plain words, such as "Exit 2 (after layer 9 of 30)"; the last segment is "Full model"."""
+    """Name segment s for visitors, such as "Exit 2 (after layer 9 of 30)"; the last segment is "Full model"."""
     if s == shape.num_exits:
         return "Full model"
     if shape.exit_layers[s] == 0:

@@ -1,27 +1,30 @@
-"""Staircase: one sequence on its way through the segments.
+"""Staircase: one sequence, and how far each segment has computed it.
 
-Positions enter each segment in order, so the computed part has the shape of a staircase: filled[0] >= filled[1] >= ...
-Hidden states wait on each step. `run` takes everything that waits at some segments through their layers in one
-pass. Prefill, a decode step, catch-up of skipped layers and verification are all that one call.
+Tokens that leave at an early exit skip deep segments, so the computed part looks like a staircase:
+filled(0) >= filled(1) >= ... The hidden states of skipped positions wait at the next segment. `run` takes everything
+that waits at a range of segments through their layers. Prefill, a decode step, catch-up of skipped layers and
+verification all use this one method.
 
 Letters: N rows in a pass, D hidden size, S segments (the last one ends in the full model).
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cascadeexit.backends.base import Rows
 from cascadeexit.costs import Meter
+from cascadeexit.events import Span
 from cascadeexit.model import SegmentedModel
 
-_MAX_ROWS = 256             # rows of one prefill or catch-up pass: bounds the memory of masks and activations
+_MAX_ROWS = 256             # rows of a chunk of the prompt or of a catch-up pass: bounds the memory of masks and
+                            # activations
 
 
 class Staircase:
     """One sequence: its tokens, its cache, and the hidden states that wait at each segment.
 
     Args:
-        capacity: positions that the cache has room for.
+        capacity: number of positions that the cache has room for.
     """
 
     def __init__(self, model: SegmentedModel, capacity: int):
@@ -32,27 +35,27 @@ class Staircase:
         self.waiting: list[Rows | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
 
     def filled(self, s: int) -> int:
-        """Number of positions that segment s has computed."""
-        if self.model.bounds[s] == self.model.bounds[s + 1]:        # no layers: all that went on is what was computed
+        """Return the number of positions that segment s has computed."""
+        if self.model.bounds[s] == self.model.bounds[s + 1]:        # no layers: it has computed all that it passed on
             waiting = self.waiting[s + 1]
             return self.filled(s + 1) + (0 if waiting is None else waiting.shape[1])
         return self.cache.length(self.model.bounds[s])
 
     def lowest(self) -> int:
-        """The first segment at which something waits."""
+        """Return the number of the first segment at which tokens or rows wait."""
         if self.filled(0) < len(self.tokens):
             return 0
         return next(s for s, rows in enumerate(self.waiting) if rows is not None)
 
     def run(self, segments: range, parents: Sequence[int] | None = None, meter: Meter | None = None) -> list[Rows]:
-        """Take everything that waits at these segments through them, up to the last.
+        """Run everything that waits at these segments through all of them.
 
-        Returns the rows after each segment, (1, N, D); the newest row is the last. Segments in a row where no
-        other rows wait are computed in one pass.
+        Returns the rows after each segment, (1, N, D) each; the newest row is the last. Neighbouring segments run in
+        one pass if no rows wait between them.
 
         Args:
-            parents: the rows are a tree, as for `LayerStack.run`.
-            meter: counts the bytes of weights that are read.
+            parents: makes the rows a tree, as in `LayerStack.run`.
+            meter: counts the bytes of weights that are read, and lists the segments that run.
         """
         out = []
         while segments:
@@ -69,26 +72,39 @@ class Staircase:
         return out
 
     def _through(self, span: range, rows: Rows, parents: Sequence[int] | None, meter: Meter | None) -> list[Rows]:
-        """Rows through a span of segments, in parts where they are many."""
+        """Run rows through a span of segments, in several passes if there are many rows."""
         layers, n = self.model.layers, rows.shape[1]
         parts = [rows[:, a:a + _MAX_ROWS] for a in range(0, n, _MAX_ROWS)] if n > _MAX_ROWS else [rows]
         passed = [layers.run(span, part, self.cache, parents) for part in parts]
         if meter:
             meter.add(len(parts) * sum(layers.segment_bytes[span.start:span.stop]))
-        return passed[0] if len(parts) == 1 else [layers.join(after) for after in zip(*passed)]
+            meter.ran(Span(span.start, span.stop, n))
+        return self._joined(passed)
+
+    def _joined(self, parts: Sequence[list[Rows]]) -> list[Rows]:
+        """Join the rows of several parts after each segment: (1, N, D) each, or [] without parts."""
+        return parts[0] if len(parts) == 1 else [self.model.layers.join(after) for after in zip(*parts)]
+
+    def read(self, tokens: Sequence[int]) -> Iterator[list[Rows]]:
+        """Add tokens and take them through all segments, chunk by chunk: yields the rows after each, (1, n, D)."""
+        for a in range(0, len(tokens), _MAX_ROWS):
+            self.tokens.extend(tokens[a:a + _MAX_ROWS])
+            yield self.run(range(self.model.num_segments))
 
     def prefill(self, tokens: Sequence[int]) -> list[Rows]:
-        """Add tokens and take them through all segments: the rows after each (1, N, D), or [] without tokens."""
-        self.tokens.extend(tokens)
-        return self.run(range(self.model.num_segments)) if len(tokens) else []
+        """Add tokens and run them through all segments. Returns rows after each (1, N, D), or [] without tokens."""
+        return self._joined(list(self.read(tokens)))
 
     def adopt(self, other: "Staircase") -> None:
-        """Begin with the tokens and the cache of another staircase, at which nothing waits."""
+        """Copy the tokens and the cache of another staircase, at which no rows wait."""
         self.tokens = list(other.tokens)
         self.cache.copy_from(other.cache)
 
     def keep(self, drafts: int, path: Sequence[int]) -> None:
-        """Keep only a path of the newest `drafts` tokens. Only after a pass through all segments."""
+        """Drop those of the newest `drafts` tokens that are not on a path. No rows may wait at any segment.
+
+        path: numbers of the drafts to keep, ascending, from 0.
+        """
         assert all(w is None for w in self.waiting), "rows are waiting: keep a path only after the last segment ran"
         if len(path) == drafts:                         # all of them, in their order
             return

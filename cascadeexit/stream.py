@@ -53,6 +53,7 @@ from cascadeexit.wire import expand, write_line
 
 FORMAT = 1                                  # of the stream; a reader refuses what it does not know
 FRAME_SECONDS, STATS_SECONDS = 0.07, 0.5    # shorter intervals look the same and cost time and bytes
+MOMENTS = 20                                # worst ones of a text
 ROLLING = 32                                # positions in the moving match rate
 
 # One ramp from light to dark, after ColorBrewer's YlGnBu, so that colour reads as depth, also for colour-blind readers.
@@ -201,7 +202,14 @@ class TokenStream:
                     sequence=match.sequence if whole else None,
                     identical=match.sequence if whole and lossless and not side.start else None,
                     differs=[i for i, token, choice in pairs if token != choice] if greedy else [],
-                    moments=[], loops=rounded(loop._asdict()) if loop else None)
+                    moments=self._moments(side, inspection) if greedy else [],
+                    loops=rounded(loop._asdict()) if loop else None)
+
+    def _moments(self, side: SideText, inspection: Inspection) -> list[dict]:
+        """Worst moments of the decoded text of a side, at absolute positions."""
+        found = inspection.moments(self._tokenizer, side.final, MOMENTS + 1)
+        found = [moment | {"i": moment["i"] + len(side.before)} for moment in found]
+        return [moment for moment in found if moment["i"] >= side.start][:MOMENTS]
 
     def fork(self, side: Side, of: str, chosen: TokenEvent) -> None:
         """Add a side that goes on from the text of another one, with another token from there on.
@@ -248,10 +256,13 @@ def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> It
 
 # -- single lines -------------------------------------------------------------------------------------------
 
-def model_line(shape: Shape) -> str:
-    """Return the first line of a stream, which describes the model. Before any run, it is the page's whole stream."""
+def model_line(shape: Shape, label: str = "") -> str:
+    """Return the first line of a stream, which describes the model. Before any run, it is the page's whole stream.
+
+    label: the model's name on the menu, where it is another one.
+    """
     exits = [dict(layer=layer, depth=round(layer / shape.num_layers, 4)) for layer in shape.exit_layers]
-    return write_line("model", format=FORMAT, model=shape.name, layers=shape.num_layers, exits=exits,
+    return write_line("model", format=FORMAT, model=label or shape.name, layers=shape.num_layers, exits=exits,
                       trained=shape.trained, colours=colours(len(exits)))
 
 

@@ -1,10 +1,10 @@
 """DraftTree: a tree of drafts that one pass of the full model verifies.
 
-Drafts come from two sources that cost next to nothing. One is the drafter, or else the exit before the first layer,
-which reads a token's embedding and the carried state. The other is n-gram lookup. Often several tokens are likely, so a
-place in the text may have several drafts: the pass reads its weights once for all of them (SpecInfer: Miao et al.
-2023). A draft is added if the tokens expected from it are worth the cost of one more row. Draft probabilities are
-rescaled by the acceptance rate seen so far in this text.
+Drafts come from two cheap sources. One is the drafter or, without it, the exit before the first layer; both read a
+token's embedding and the carried state. The other is n-gram lookup. Often several tokens are likely, so a position may
+have several drafts. The verification pass reads its weights once for all of them (SpecInfer: Miao et al. 2023). A draft
+is added if the tokens expected from it are worth the cost of one more row. Draft probabilities are rescaled by the
+acceptance rate seen so far in this text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,16 +42,16 @@ class _Node:
 
 
 class DraftTree:
-    """Grows a tree for each pass of one run, and learns from what the full model accepts.
+    """Draft source that proposes a tree for each verification pass of a run, and learns from what is accepted.
 
     Args:
         model, exits: the model and the runtime of its exits.
         prompt: the run's prompt, for n-gram copies.
-        temperature: temperature of the run, and of the drafter's softmax; 1 for that when greedy.
-        passed: rows of the prefill after each segment (1, N, D), for the drafter's context; [] without any.
+        temperature: temperature of the run and of the drafter's softmax. In a greedy run the softmax has 1.
+        passed: rows of the prefill after each segment (1, N, D), for the drafter's context; [] if there were none.
         eos_ids: nothing is drafted after these tokens.
-        limit: the most drafts in a tree.
-        end: length of the text, prompt included, past which nothing is drafted.
+        limit: largest number of drafts in a tree.
+        end: length of the text, prompt included, past which nothing is drafted; None for no such limit.
     """
 
     def __init__(self, model: SegmentedModel, exits: ExitRuntime, prompt: Sequence[int], temperature: float, *,
@@ -64,8 +64,8 @@ class DraftTree:
         self._ask_cost = exits.draft_bytes / (model.pass_bytes + exits.full_head.nbytes) if self._can_ask else 0.0
         # States after all exits but the first, and the row that produced the newest token.
         self._deep = (passed[1:-1], passed[0].shape[1] - 1) if passed else None
-        self._accepted: list[float] = []                # accepted drafts at each depth; below, how many were expected
-        self._expected: list[float] = []
+        self._accepted: list[float] = []                # accepted drafts at each depth
+        self._expected: list[float] = []                # how many of them were expected
         self.confidences = (None,) * len(model.exit_layers)
 
     def draft(self, stairs: Staircase, carry: Carry, meter: Meter) -> Iterator[list[Draft]]:
@@ -77,16 +77,16 @@ class DraftTree:
 
     def grow(self, text: Sequence[int], carried: Rows, limit: int, longest: int,
              meter: Meter | None = None) -> list[Draft]:
-        """Draft what follows this text: parents first, the likeliest path before its siblings.
+        """Draft tokens that follow this text. Returns a tree: parents before children, likelier branches first.
 
         Args:
             carried: the state that produced the newest token (1, D).
-            limit: the most drafts.
-            longest: the most drafts on one path.
-            meter: counts what the drafter reads.
+            limit: largest number of drafts.
+            longest: largest number of drafts on one path.
+            meter: counts the bytes of weights that the drafter reads.
         """
         meter = meter or Meter()
-        spent = expected = 1.0                      # passes, and the tokens that they bring: speed is their ratio
+        spent = expected = 1.0                      # cost in passes, and expected tokens: speed is their ratio
         context: Any = None
         level, kept = [_Node(1.0, text[-1], None, carried, -1, COPIED)], []
         for depth in range(longest):
@@ -152,7 +152,7 @@ class DraftTree:
                                   self._temperature, context)
 
     def _children(self, node: _Node, trust: float, copy: Copy | None, opinion, needed: float) -> list[_Node]:
-        """Drafts that may follow a node with more than the needed survival; a copy and an equal draft are one."""
+        """Return drafts that may follow a node. If the copy and a draft are the same token, they become one draft."""
         carried, depth, children = node.carried, node.depth + 1, {}
         if opinion:
             carried, probs, ids = opinion
@@ -168,7 +168,7 @@ class DraftTree:
         return list(children.values())
 
     def _trust(self, depth: int) -> float:
-        """Factor for the drafter's probabilities at this depth: accepted drafts over the number they predicted."""
+        """Return the factor for the drafter's probabilities at this depth: accepted / expected drafts."""
         trust = _DECAY ** depth
         if depth < len(self._accepted):
             trust = (self._accepted[depth] + trust * _PRIOR_WEIGHT) / (self._expected[depth] + _PRIOR_WEIGHT)
@@ -185,7 +185,8 @@ class DraftTree:
             confidences = self.confidences
             if node.probability:
                 confidences = min(1.0, node.probability * self._trust(node.depth)), *confidences[1:]
-            drafts.append(Draft(node.token, node.exit, confidences, parent, node.depth, node.probability, node.matched))
+            drafts.append(Draft(node.token, node.exit, confidences, parent, node.depth, node.probability, node.matched,
+                                node.survival / node.parent.survival))
             number = len(drafts) - 1
             for child in children.get(id(node), []):
                 put(child, number)
@@ -196,7 +197,7 @@ class DraftTree:
 
 
 def _end(text: Sequence[int], node: _Node) -> list[int]:
-    """The last tokens of the text followed by this node's path."""
+    """Return the last tokens of the text when it is continued along this node's path."""
     path = []
     while node.parent is not None:
         path.append(node.token)

@@ -16,15 +16,15 @@ _KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # P
 
 
 def figures(stream: TokenStream, full_choices: Sequence[int]) -> list[go.Figure]:
-    """All figures of a run, in the page's order.
+    """Make all figures of a run, in the page's order.
 
-    full_choices: the full model's choice at each position, given the text with exits before it.
+    full_choices: the full model's choice at each position of the text that was written with exits.
     """
     return [routing_figure(stream), latency_figure(stream), confidence_figure(stream, full_choices)]
 
 
 def routing_figure(stream: TokenStream) -> go.Figure:
-    """Share of the tokens that each exit wrote."""
+    """Plot the share of the tokens that each exit wrote."""
     exits, final = len(stream.shape.exit_layers), stream.sides[CASCADE].final
     share, copied = metrics.routing_share(final, exits + 1), metrics.copied_share(final)
     names = [exit_name(s, stream.shape).partition(" (")[0] for s in range(len(share))]
@@ -42,7 +42,7 @@ def routing_figure(stream: TokenStream) -> go.Figure:
 
 
 def latency_figure(stream: TokenStream) -> go.Figure:
-    """Milliseconds from each token to the next, for both sides."""
+    """Plot the milliseconds from each token to the next, with exits and with the full model."""
     figure = go.Figure()
     for side, name, line in ((FULL, "Full model", dict(color=_OUTLINE, width=1.5, dash="dot")),
                              (CASCADE, "With exits", dict(color="#3F8FC7", width=1.5))):
@@ -55,7 +55,10 @@ def latency_figure(stream: TokenStream) -> go.Figure:
 
 
 def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Figure:
-    """Confidence of the exit that wrote each token; crosses where the full model would choose another token."""
+    """Plot the confidence of the exit that wrote each token.
+
+    Crosses mark tokens that the full model would not choose.
+    """
     exits, final, figure = len(stream.shape.exit_layers), stream.sides[CASCADE].final, go.Figure()
     palette = colours(exits)
     for s in range(exits):
@@ -78,7 +81,7 @@ def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Fi
 
 
 def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) -> go.Figure:
-    """Agreement against the measured speed-up, and below it against the weights read.
+    """Plot agreement against the measured speed-up, and below it against the weights read.
 
     A point for each prompt, and one for all prompts together. Both charts show the same points.
 

@@ -73,7 +73,7 @@ def test_its_context_is_counted_once_a_pass():
 
 @pytest.mark.parametrize("layers", [(2, 4), (0,)])
 def test_it_needs_an_exit_before_the_first_layer_and_a_deeper_one(layers):
-    with pytest.raises(ValueError, match="a drafter needs an exit before the first layer and one deeper"):
+    with pytest.raises(ValueError, match="a drafter needs an exit before the first layer and a deeper one"):
         ExitBank.untrained(SegmentedModel(tiny_base(), layers), drafter_width=8)
 
 

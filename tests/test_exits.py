@@ -108,7 +108,7 @@ def test_each_exit_reads_the_first_words_of_the_head_that_are_its_own(dtype):
 
 @pytest.mark.parametrize("sizes", [(32, 64), (32, 40, 90), (32, 64, 64), (0, 64, 90)])
 def test_head_sizes_that_do_not_fit_are_refused(sizes):
-    with pytest.raises(ValueError, match="head_sizes are one for each of 3 exits"):
+    with pytest.raises(ValueError, match="head_sizes must have a number for each of 3 exits"):
         ExitBank.untrained(segmented(), head_size=90, head_sizes=sizes)
 
 

@@ -186,7 +186,7 @@ def test_a_fork_continues_as_the_engine_does(page, engine, at, mode):
     end = of(found, "end", "fork1")[0]
     choices = inspect(engine, [*IDS, *before, token], wanted.events).full_choices
     assert end["differs"] == [at + 1 + i for i, (a, b) in enumerate(zip(wanted.token_ids, choices)) if a != b]
-    assert end["identical"] is None
+    assert end["identical"] is None and {m["i"] for m in end["moments"]} <= {*end["differs"]}
     stats = of(found, "stats", "fork1")[-1]
     assert stats["tokens"] == len(wanted.token_ids) and stats["done"]
     here, there = (page.token_card(run, side, at)["readings"][-1]["top"] for side in ("fork1", "cascade"))

@@ -67,8 +67,8 @@ def test_controls_become_settings_by_name():
 
 def test_a_record_keeps_the_keys_of_recorded_runs():
     """Runs that were saved with these keys exist."""
-    assert list(Settings().record()) == ["prompt", "mode", "chat", "tokens", "drafts", "tolerance", "temperature",
-                                         "top_p", "seed", "force", "thresholds", "beside"]
+    assert list(Settings().record()) == ["model", "prompt", "mode", "chat", "tokens", "drafts", "tolerance",
+                                         "temperature", "top_p", "seed", "force", "thresholds", "beside"]
 
 
 def test_every_setting_is_read_from_the_address():

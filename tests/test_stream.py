@@ -15,6 +15,7 @@ from cascadeexit.race import race
 from cascadeexit.shape import Shape
 from cascadeexit.sides import CASCADE, FULL, Side
 from cascadeexit.stream import (
+    MOMENTS,
     TokenStream,
     error_line,
     frames,
@@ -235,6 +236,9 @@ def test_numbers_are_those_of_metrics(tokenizer):
     match = metrics.match(ours.ids, theirs.ids)
     assert end["first_divergence"] == match.first_divergence and end["sequence"] == match.sequence
     choices = engine.full_choices([5, 6, 7], ours.ids)
+    assert end["moments"] == inspect(engine, [5, 6, 7], ours.events).moments(tokenizer, ours.final, MOMENTS)
+    gaps = [m["p_full"] - m["p_said"] for m in end["moments"]]
+    assert end["moments"] and gaps == pytest.approx(sorted(gaps, reverse=True), abs=1e-3)
     assert end["agreement"] == pytest.approx(metrics.agreement(ours.ids, choices), abs=1e-5)
 
 

@@ -478,8 +478,8 @@ def test_provenance_shortens_private_paths(argument, shown, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["distill", "drafter", "data policy", "data text", "confidence", "calibrate",
-                                     "join", "evaluate exits", "evaluate decode", "evaluate lossless", "baselines",
-                                     "benchmark"])
+                                     "defaults", "join", "evaluate exits", "evaluate decode", "evaluate lossless",
+                                     "baselines", "benchmark", "gpu", "visitors"])
 def test_every_option_is_explained(command, monkeypatch, capsys):
     declared, add = {}, argparse.ArgumentParser.add_argument
 
@@ -502,6 +502,7 @@ def test_every_option_is_explained(command, monkeypatch, capsys):
     ("benchmark --dtype float16", "float16 is for GPUs"),
     ("evaluate decode --exits {empty}", "give --out FILE"),
     ("baselines --model {empty}", "give --out FILE"),
+    ("defaults --exits {empty}", "give --out FILE"),
     ("evaluate decode --model {empty} --out {empty}/d.json", "config.json"),
     ("evaluate exits --data {empty}", "no shard-*.safetensors"),
     ("data policy --model {empty} --out {empty}", "config.json"),

@@ -1,11 +1,11 @@
-"""Baselines: the published setting, rebuilt without a cache and measured beside ours.
+"""Baselines: the published setting, which has no cache, rebuilt and measured beside our engine.
 
     python -m training.baselines
 
-The published figures (cascade 1.76x, self-speculation 0.43x to 0.84x) compare with a loop that reads the whole text
-again for every token and projects every position onto the vocabulary. The three small loops here do the same with the
-same model and exits. The tests use them as oracles. The table compares each with the uncached loop, and the cached
-engine's modes with its own `full`.
+The published figures (cascade 1.76x, self-speculation 0.43x to 0.84x) are relative to a loop that reads the whole text
+again for every token and projects every position onto the vocabulary. The three small loops here do the same, with our
+model and exits. The tests use them as a reference. The table compares each method with the uncached standard loop, and
+with the standard method of its own setting: uncached, or our engine with its cache.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Decode = Callable[[list[int]], list[int]]
 
 
 class Uncached:
-    """Passes over a whole text without a cache, from the first layer to as deep as the caller needs."""
+    """Runs passes over a whole text without a cache, from the first layer to any depth."""
 
     def __init__(self, engine: Engine):
         self.model, self.layers, self.exits = engine.model, engine.model.layers, engine.exits
@@ -64,20 +64,20 @@ class Uncached:
 
         Args:
             copied: the n-gram lookup's token and match length, from `Lookup.copied`.
-            before: the adapted hidden state of the previous exit, where it ran.
+            before: the adapted hidden state of the previous exit; None if it did not run.
         """
         hidden = self.exits.hidden(s, h[0, -1:], carried)
         confidence, = self.exits.confidence(s, hidden, [copied], before)
         return self.exits.choice(s, hidden), confidence, hidden
 
     def carried(self, prompt: list[int]) -> Tensor:
-        """Return the carried state at the prompt's last token, as `Engine.generate` has it (1, D)."""
+        """Return the carried state at the prompt's last token (1, D), equal to that of `Engine.generate`."""
         return carried_states(self.top(prompt)[1])[-1:]
 
 
 @torch.inference_mode()
 def standard(engine: Engine, prompt: list[int], tokens: int) -> list[int]:
-    """Decode greedily with the full model."""
+    """Decode greedily with the full model. Returns at most `tokens` token ids."""
     run, text = Uncached(engine), list(prompt)
     while len(text) < len(prompt) + tokens and not _ended(engine, prompt, text):
         text.append(int(run.top(text)[0][-1]))
@@ -87,9 +87,9 @@ def standard(engine: Engine, prompt: list[int], tokens: int) -> list[int]:
 @torch.inference_mode()
 def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[float, ...],
             ask_all: bool = False) -> list[int]:
-    """Decode with the cascade: each token leaves at the first exit whose confidence reaches its threshold.
+    """Decode with the cascade: each token comes from the first exit whose confidence reaches its threshold.
 
-    ask_all: run every exit on the way, as published; else skip those that are not worth asking.
+    ask_all: run every exit below that one, as published; else skip those that are not `worth_running`.
     """
     run, text = Uncached(engine), list(prompt)
     carried, lookup = run.carried(prompt), Lookup(prompt)
@@ -115,7 +115,7 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
 
 @torch.inference_mode()
 def self_speculation(engine: Engine, prompt: list[int], tokens: int, exit: int, max_draft: int) -> list[int]:
-    """Decode with self-speculation: one exit drafts max_draft tokens, one pass over the whole text verifies them."""
+    """Decode with self-speculation: exit `exit` drafts max_draft tokens, and a pass of the full model verifies them."""
     run, text = Uncached(engine), list(prompt)
     carried, end = run.carried(prompt), len(prompt) + tokens
     while len(text) < end and not _ended(engine, prompt, text):
@@ -143,7 +143,7 @@ def _ended(engine: Engine, prompt: list[int], text: list[int]) -> bool:
 
 
 def make_jobs(engine: Engine, args: argparse.Namespace) -> dict[Job, Decode]:
-    """List what is measured: every method, uncached and cached."""
+    """List the methods to measure, uncached and cached: {job: a function that decodes a prompt}."""
     thresholds, n = (args.threshold,) * engine.num_exits, args.tokens
 
     def cached(mode: Mode, **settings) -> Decode:
@@ -165,7 +165,10 @@ def make_jobs(engine: Engine, args: argparse.Namespace) -> dict[Job, Decode]:
 
 
 def time_jobs(jobs: dict[Job, Decode], prompts: list[list[int]]) -> tuple[dict[Job, list[float]], dict[Job, list]]:
-    """Run every job on every prompt in turn. Returns tokens per second and token ids, an entry for each prompt."""
+    """Run every job on every prompt in turn.
+
+    Returns {job: tokens per second} and {job: token ids}, as lists with an entry for each prompt.
+    """
     for job, decode in jobs.items():
         if job[0] == "cached":                              # warm-up; the uncached loops gain little by one
             decode(prompts[0])

@@ -7,11 +7,13 @@ import torch
 
 def batches(rows: dict[int, int], batch: int, epochs: float, seed: int,
             repeats: dict[int, int] | None = None) -> list[list[int]]:
-    """List the documents of each step. Every epoch has its own order; a step ends when it has `batch` rows.
+    """List the document numbers of each step.
+
+    Every epoch has its own order. A step ends when it has at least `batch` rows.
 
     Args:
         rows: training rows of each document, by its number.
-        repeats: how often one epoch reads a document; once where it is not listed.
+        repeats: how often one epoch reads a document; documents that are not listed are read once.
     """
     order, numbers = [], [i for i in sorted(rows) for _ in range((repeats or {}).get(i, 1))]
     for epoch in range(math.ceil(epochs)):

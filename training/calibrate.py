@@ -1,9 +1,9 @@
-"""Calibrate a cascade: measure at each threshold how often it disagrees with the full model, with a certified bound.
+"""Calibrate a cascade: measure how often it disagrees with the full model at each threshold, and certify a bound.
 
     python -m training.calibrate --exits runs/smollm2 --data data/policy data/policy2
 
 `DecodeConfig.target_disagreement` and the page's quality slider use the result. The prompts are those of the test
-documents, which neither adapters nor estimators have seen: all that precedes the last reply. For each prompt and
+documents (all before the last reply), which neither adapters nor estimators were trained on. For each prompt and
 threshold the engine decodes a text (greedily, closed loop), and the full model reads it. The loss of a prompt is the
 share of tokens that the full model would not have chosen. `calibration.json` in the exits folder then holds, for each
 threshold, the mean loss and an upper bound of its expectation on such prompts (Learn then Test with Hoeffding-Bentkus

@@ -15,7 +15,7 @@ class RunFolder:
     Args:
         key: the settings that decide the result. A checkpoint with another key is refused.
         resume: continue from the checkpoint if there is one; else start from step 0.
-        main: whether this is the main process.
+        main: True in the main process.
 
     Raises SystemExit when the checkpoint was made with other settings.
     """
@@ -40,7 +40,7 @@ class RunFolder:
                              "ones, another --out, or --no-resume to start again from the first step.")
 
     def records(self) -> list[dict]:
-        """Read the log."""
+        """Read all records of the log."""
         return read_lines(self.log_file)
 
     def log(self, **record) -> None:
@@ -50,7 +50,7 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
 
     def restore(self, parts: dict[str, Any]) -> int:
-        """Load the checkpoint into these parts. Returns the number of steps it has had, 0 without a checkpoint."""
+        """Load the checkpoint into these parts. Returns the number of steps done before it, 0 without a checkpoint."""
         if not self._state:
             return 0
         for name, part in parts.items():
@@ -58,7 +58,7 @@ class RunFolder:
         return self._state["step"]
 
     def save(self, step: int, parts: dict[str, Any]) -> None:
-        """Replace the checkpoint by the states of these parts."""
+        """Replace the checkpoint by this step and the states of these parts."""
         if self.main:
             state = {"step": step, "key": self.key} | {name: part.state_dict() for name, part in parts.items()}
             torch.save(state, self.checkpoint.with_suffix(".tmp"))

@@ -2,9 +2,10 @@
 
     python -m training.confidence --exits runs/smollm2 --data data/policy data/text
 
-There are two kinds. `sketch`, the default, is a small MLP on facts of the exit's softmax over its most frequent words,
-on what the n-gram lookup proposes, and, where the previous exit ran, on the facts of that exit (`SketchConfidence`). It
-reads a small part of the head. It is fitted on the calibration documents, which no adapter has seen.
+There are two kinds. `sketch`, the default, is a small MLP (`SketchConfidence`). It reads facts of the exit's softmax
+over the most frequent words and the copy of the n-gram lookup. If the previous exit ran, it also reads the facts of
+that exit. It needs only a small part of the head. It is fitted on the calibration documents, which no adapter has
+seen.
 
 `mlp`, the published kind, is an MLP on the adapted hidden state alone, trained in three steps:
 1. On the training documents it learns the largest softmax probability of its exit's head, by binary cross-entropy
@@ -13,8 +14,8 @@ reads a small part of the head. It is fitted on the calibration documents, which
    the other half is kept.
 3. That other half sets a scale and a shift of the logit (Platt 1999), which become part of the weights.
 
-The test documents measure the estimators by ECE and AUROC, beside three baselines that need all of the exit's logits:
-largest probability, entropy and margin, calibrated by Platt scaling. The estimators are saved in the exits folder.
+ECE and AUROC are measured on the test documents, also for three baselines that need all logits of the exit: largest
+probability, entropy and margin, calibrated by Platt scaling. The estimators are saved in the exits folder.
 """
 
 import argparse
@@ -53,7 +54,7 @@ _FACT_ROWS = 4096           # rows whose facts are computed at a time
 
 @dataclasses.dataclass
 class ExitRows:
-    """One exit over the n wanted rows of some documents."""
+    """Results of one exit at the n wanted rows of some documents."""
 
     hidden: Tensor      # (n, D) adapted hidden state
     copied: Tensor      # (n, 2) what the n-gram lookup proposes, from `read_copies`
@@ -65,7 +66,7 @@ class ExitRows:
 
 @functools.cache                            # the same for every exit
 def copied_along(ids: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return `Lookup.copied` at each position of a text, from the tokens up to there."""
+    """Return, for each position of a text, the result of `Lookup.copied` for the tokens up to it."""
     lookup, copied = Lookup(()), []
     for i, token in enumerate(ids):
         lookup.extend([token])
@@ -98,7 +99,13 @@ def exit_rows(engine: Engine, s: int, store: FeatureStore, documents: list[int],
 
 def fit(head: nn.Module, inputs: Tensor, target: Tensor, *, epochs: int, lr: float, weight_decay: float,
         batch: int, seed: int, check: tuple[Tensor, Tensor] | None = None) -> None:
-    """Train with binary cross-entropy against probabilities or labels (n,). With `check`, keep the best epoch on it."""
+    """Train a network in place with binary cross-entropy.
+
+    Args:
+        inputs: rows (n, ...).
+        target: probabilities or labels (n,).
+        check: held-out inputs and labels; keep the weights of the epoch with the lowest loss on them.
+    """
     steps = max(1, len(inputs) // batch)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
@@ -122,7 +129,7 @@ def fit(head: nn.Module, inputs: Tensor, target: Tensor, *, epochs: int, lr: flo
 
 
 class MlpEstimators:
-    """Fits the published estimators, in the three steps that the module describes."""
+    """Fits estimators of the kind `mlp`, in the three steps that the module describes."""
 
     def __init__(self, engine: Engine, store: FeatureStore, calibration: list[int], width: int,
                  args: argparse.Namespace):
@@ -135,7 +142,7 @@ class MlpEstimators:
         return [rows.hidden]
 
     def fit(self, s: int, rows: ExitRows, before: ExitRows | None) -> ConfidenceHead:
-        """Fit the estimator of exit s."""
+        """Fit the estimator of exit s, and return it."""
         args, head = self.args, ConfidenceHead(self.engine.model.hidden_size, self.width)
         seen = exit_rows(self.engine, s, self.store, self.training, "training")
         fitted, checked = (exit_rows(self.engine, s, self.store, half, "calibration")
@@ -151,7 +158,7 @@ class MlpEstimators:
 
 
 class SketchEstimators:
-    """Fits estimators that read a sketch: the softmax over the most frequent words, which the bank has been given."""
+    """Fits estimators that read a sketch: the softmax over the most frequent words, the bank's `sketch_ids`."""
 
     def __init__(self, engine: Engine, width: int, args: argparse.Namespace):
         self.width, self.seed, self._device = width, args.seed, engine.model.device
@@ -173,7 +180,7 @@ class SketchEstimators:
         return self._head.softmax_facts(*(part.to(self._device) for part in rows)).cpu()
 
     def fit(self, s: int, rows: ExitRows, before: ExitRows | None) -> SketchConfidence:
-        """Fit the estimator of exit s to its calibration rows and those of the exit before."""
+        """Fit the estimator of exit s to its calibration rows and those of the previous exit, and return it."""
         head = SketchConfidence(self.width)
         for net, x in zip((head.alone, head.after), self.inputs(rows, before)):
             mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
@@ -185,7 +192,7 @@ class SketchEstimators:
 
 
 def sketch_words(bank: ExitBank, store: FeatureStore, model: SegmentedModel, words: int) -> Tensor:
-    """Choose the words that a sketch reads: the most frequent ones, from the trimmed head where there is one.
+    """Choose the words that a sketch reads: the most frequent ones, from the trimmed head if there is one.
 
     The sketch is then the beginning of the exits' head and shares its memory.
     """
@@ -196,7 +203,7 @@ def sketch_words(bank: ExitBank, store: FeatureStore, model: SegmentedModel, wor
 
 
 def first_rows(store: FeatureStore, limit: int) -> list[int]:
-    """Take training documents until they have `limit` rows."""
+    """Return the first training documents that have at least `limit` rows together."""
     documents, taken = [], 0
     for i in store.of(Split.TRAIN):
         if taken < limit:
@@ -209,7 +216,7 @@ def first_rows(store: FeatureStore, limit: int) -> list[int]:
 
 
 def baselines(calibration: ExitRows, test: ExitRows) -> dict:
-    """Measure confidences from all of the exit's logits: AUROC, and ECE without and with Platt scaling of the logit."""
+    """Measure confidences made from all of an exit's logits: AUROC, and ECE without and with Platt scaling."""
     report = {}
     scores = {"softmax": lambda r: r.softmax, "margin": lambda r: r.margin,
               "entropy": lambda r: torch.exp(-r.entropy)}

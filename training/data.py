@@ -5,10 +5,10 @@
     python -m training.data text --dataset Salesforce/wikitext --dataset-config wikitext-103-raw-v1 --max-length 512 \\
         --tokens 10240000 --out data/wikitext                       # as published: 20,000 samples of 512 tokens
 
-`policy` lets the frozen model write, so that exits are trained on the distribution they will decode. With its chat
-template the model answers user turns from --prompts, JSONL rows {"prompt": ...}. It also invents whole conversations,
-the user's turn included, and it continues passages from --texts after their first words. `text` only tokenizes: plain
-files (documents separated by blank lines) or JSONL rows {"text": ...} or {"prompt": ...}.
+`policy` lets the frozen model write, so that exits are trained on the kind of text that they will decode. With its chat
+template, the model answers user turns from --prompts (JSONL rows {"prompt": ...}). It also invents whole conversations,
+the user's turn included, and continues passages from --texts after their first words. `text` only tokenizes existing
+text: plain files (documents separated by blank lines), or JSONL rows {"text": ...} or {"prompt": ...}.
 
 The same command continues an interrupted run: shards that exist are kept. With --features, `policy` also saves the
 hidden states that training needs, so that training does not have to run the model over the same text again.
@@ -43,7 +43,7 @@ _SETTINGS = ("seed", "temperature", "batch", "steps", "own_share", "plain_share"
 
 
 def check_settings(folder: Path, settings: dict) -> None:
-    """Raise ValueError when the folder holds shards of other settings: they would count as shards of this run."""
+    """Raise ValueError when the folder holds shards made with other settings, which this run would keep."""
     old = (read_json(folder / "provenance.json") or {}).get("settings", {})
     changed = {k: (old[k], settings.get(k)) for k in old if old[k] != settings.get(k)}
     if changed and any(folder.glob("shard-*.safetensors")):
@@ -52,7 +52,7 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 
 class PolicyText:
-    """Writes the shards of `policy`, one a round."""
+    """Writes the shards of the command `policy`, one per round."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -65,7 +65,7 @@ class PolicyText:
         self._known: set[tuple[int, ...]] = set()       # documents of the rounds before
 
     def settings(self) -> dict:
-        """Collect what decides the text, as plain JSON."""
+        """Return all settings on which the text depends, as plain JSON."""
         return {"head": self.model.head_fingerprint} | {k: getattr(self.args, k) for k in _SETTINGS} | {
             "sources": key_of(json.dumps([self.prompts, self.texts]))}
 
@@ -88,7 +88,7 @@ class PolicyText:
         save_shard(path, documents)
 
     def _is_new(self, document: Document) -> bool:
-        """Tell whether no earlier document had the same tokens, and remember these."""
+        """Return True if no earlier document had the same tokens. Later calls know this document, too."""
         ids = tuple(document.ids)
         if ids in self._known:
             return False
@@ -123,7 +123,7 @@ def read_texts(file: Path) -> Iterator[str]:
 
 
 def read_dataset(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the documents of a Hub dataset with a `text` column. The rows of WikiText are lines; they become articles.
+    """Yield the documents of a Hub dataset with a `text` column. The lines of WikiText are joined to articles.
 
     Raises SystemExit when there is no such column.
     """
@@ -194,11 +194,12 @@ def parser() -> argparse.ArgumentParser:
     policy.add_argument("--plain-share", type=float, default=0.2, help="share of the documents that continue --texts")
     policy.add_argument("--max-prompt-chars", type=int, default=400, help="leave out longer prompts")
     policy.add_argument("--batch", type=int, default=128, help="documents written at once")
-    policy.add_argument("--steps", type=int, default=384, help="cache slots a round; no conversation is longer")
+    policy.add_argument("--steps", type=int, default=384, help="cache slots per round, and so the largest length of a "
+                        "conversation")
     policy.add_argument("--temperature", type=float, default=0.8, help="temperature of sampled replies; half of the "
                         "replies are greedy")
-    policy.add_argument("--features", type=Path, help="also save the hidden states that training needs in this folder, "
-                        "which is --features of training.distill, too")
+    policy.add_argument("--features", type=Path, help="folder in which to save also the hidden states that training "
+                        "needs: give it to training.distill --features")
     policy.add_argument("--exits", help="with --features: the exit layers, as for training.distill")
     policy.set_defaults(run=write_policy)
     text = commands.add_parser("text", help="tokenize local text")
@@ -206,7 +207,8 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--dataset", help="a Hub dataset with a text column, such as Salesforce/wikitext")
     text.add_argument("--dataset-config", help="such as wikitext-103-raw-v1")
     text.add_argument("--dataset-split", default="train", help="which part of the dataset")
-    text.add_argument("--max-length", type=int, default=256, help="cut longer documents into pieces of N tokens")
+    text.add_argument("--max-length", type=int, default=256, help="cut longer documents into pieces of this "
+                      "many tokens")
     text.set_defaults(run=write_text)
     for command in (policy, text):
         add_model(command)

@@ -1,4 +1,4 @@
-"""Train the exits' adapters: each learns to predict, from its own layer, what the frozen model predicts at the top.
+"""Train the exits' adapters: each learns to predict, from the state at its layer, what the full model predicts.
 
     python -m training.distill --preset smollm2-135m-instruct --data data/policy data/text --out runs/smollm2
     python -m training.distill --model ./my-llama --exits 0.3,0.57,0.8 --data data/my-llama --out runs/my-llama
@@ -54,11 +54,11 @@ _SETTINGS = ("loss", "temperature", "hard", "labels", "epochs", "batch", "lr", "
 
 
 class AdapterLearner:
-    """The adapters, for the training loop (`training.loop.Learner`).
+    """Connects the adapters to the training loop, as a `training.loop.Learner`.
 
     Args:
         head: the vocabulary head that the exits will have.
-        words: the words that they are trained on.
+        words: the words that the exits are trained on.
     """
 
     name = "adapters"
@@ -71,13 +71,13 @@ class AdapterLearner:
         self.weights = [w for s in self.exits for w in bank.adapters[s].parameters()]
 
     def plan(self) -> list[list[int]]:
-        """List the documents of each step."""
+        """List the document numbers of each step."""
         training, own = self.store.of(Split.TRAIN), set(self.store.of(Split.TRAIN, policy_only=True))
         return batches({i: self.store.rows(i) for i in training}, self.args.batch, self.args.epochs, self.args.seed,
                        {i: self.args.text_repeats for i in training if i not in own})
 
     def gradients(self, step: int, parts: list[list[int]], rows: int) -> Tensor:
-        """Add the gradients of a step. Returns sums over rows for each exit: KL, cross-entropy, agreement (E, 3)."""
+        """Add the gradients of a step. Returns sums over rows (E, 3): KL, cross-entropy, agreement."""
         args, sums = self.args, torch.zeros(len(self.exits), 3, device=self.accelerator.device)
         seed = args.seed * 1009 + step
         generator = torch.Generator().manual_seed(seed * 64 + self.accelerator.process_index)
@@ -117,7 +117,7 @@ def labels_of(features: Features, kind: str) -> Tensor:
 class StartingExits:
     """The exits of --continue-from. Training starts from them, and must not make them worse.
 
-    The calibration documents decide: an exit that agrees less on them after training goes back to its start.
+    The calibration documents decide: an exit that agrees less on them after training gets its old weights back.
     """
 
     def __init__(self, exits: ExitBank, learner: AdapterLearner):
@@ -164,7 +164,7 @@ class StartingExits:
 
 
 def load_models(args: argparse.Namespace, device: str) -> tuple[SegmentedModel, ExitBank | None]:
-    """Load the frozen model, and the exits of --continue-from. Raises SystemExit when --only does not fit them."""
+    """Load the frozen model, and the exits of --continue-from. Raises SystemExit when they lack layers for --only."""
     base, _, name = load_model(args.model, device=device, device_map=args.device_map)
     layers = exit_layers(args.exits, base.config.num_hidden_layers)
     exits = ExitBank.load(args.continue_from) if args.continue_from else None
@@ -200,21 +200,21 @@ def choose_words(bank: ExitBank, model: SegmentedModel, store: FeatureStore,
 
 
 def head_coverage(bank: ExitBank, store: FeatureStore, head: SampledHead) -> list[float]:
-    """Measure which share of the full model's held-out choices is in each exit's head."""
+    """Measure for each exit which share of the full model's held-out choices is in its head."""
     at = head.local[store.choices(store.measured(Split.TEST)).to(head.local.device)]
     return [((at >= 0) & (at < bank.config.words(s))).float().mean().item() for s in range(len(bank.config.layers))]
 
 
 def fitted_inputs(bank: ExitBank, model: SegmentedModel, store: FeatureStore, accelerator: Accelerator,
                   documents: int) -> AdapterInputs:
-    """Fit the maps of the adapters' inputs to this many training documents, divided among the processes."""
+    """Fit the normalisation of the adapters' inputs to this many training documents, divided among the processes."""
     share = store.of(Split.TRAIN)[:documents][accelerator.process_index::accelerator.num_processes]
     final_norm = model.norm_weight.to(model.device).float()         # a model in parts may have it elsewhere
     return AdapterInputs(bank, store, share, final_norm, accelerator.reduce)
 
 
 def settings_of(bank: ExitBank, store: FeatureStore, start: ExitBank | None, args: argparse.Namespace) -> dict:
-    """Collect what decides the result: a checkpoint with other settings is not continued."""
+    """Collect the settings that affect the result. A checkpoint with other settings is not continued."""
     return {"config": {k: v for k, v in asdict(bank.config).items() if k != "layers"},
             "layers": list(bank.config.layers), "documents": store.fingerprint(),
             "start": start.fingerprint() if start else None} | {k: getattr(args, k) for k in _SETTINGS}
@@ -243,10 +243,10 @@ def parser() -> argparse.ArgumentParser:
                    "from an exit instead of the full model")
     p.add_argument("--head-size", type=lambda text: [int(part) for part in text.split(",")], default=[16384],
                    help="words in the exits' head: one number, 0 = all, or one for each exit (8192,8192,49152)")
-    p.add_argument("--draft-size", type=int, default=4096, help="how many of these words, the most frequent ones, "
-                   "drafts are made from; 0 = all words of the first exit")
-    p.add_argument("--train-words", type=int, default=6144, help="most frequent words, which the loss of every step "
-                   "includes; 0 = all words")
+    p.add_argument("--draft-size", type=int, default=4096, help="number of these words, the most frequent ones, that "
+                   "may be drafted; 0 = all words of the first exit")
+    p.add_argument("--train-words", type=int, default=6144, help="number of the most frequent words, which the loss "
+                   "of every step includes; 0 = all words")
     p.add_argument("--tail", type=int, default=4096, help="how many of the other words are sampled at each step")
     p.add_argument("--loss", choices=("kl", "tv", "hybrid"), default="kl", help="distance to the full model: KL "
                    "divergence, total variation, or a mix of both")

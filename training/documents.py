@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 
 class Split(IntEnum):
-    """Use of a document."""
+    """Purpose of a document: training, calibration of estimators, or tests."""
 
     TRAIN = 0
     CALIBRATION = 1
@@ -33,7 +33,7 @@ class Document:
 
     @property
     def split(self) -> "Split":
-        """1 in 25 documents is for tests, 2 are for calibration, the rest for training.
+        """Split of this document: 1 in 25 is for tests, 2 in 25 are for calibration, the rest are for training.
 
         The key decides, so documents from the same prompt are always in the same split.
         """
@@ -61,7 +61,7 @@ def save_shard(path: Path, documents: list[Document]) -> None:
 
 
 def load_shard(path: Path, number: int = 0) -> list[Document]:
-    """Read the documents of a file; `number` becomes their shard."""
+    """Read the documents of a shard. `number` is kept as `Document.shard`."""
     t = load_file(path)
     ids, chosen, offsets = t["ids"].tolist(), t["chosen"].tolist(), t["offsets"].tolist()
     return [Document(ids[a:b], chosen[a:b], key, number) for a, b, key in zip(offsets, offsets[1:], t["keys"].tolist())]

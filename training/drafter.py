@@ -43,7 +43,7 @@ _REPORTED = 4                   # places of a chain in reports
 
 
 class DraftRows:
-    """Positions of a few documents, one document after another (N rows)."""
+    """Hidden states at all positions of a few documents, one document after another (N rows)."""
 
     def __init__(self, features: list[Features]):
         exits, self.top, wanted, choices = (torch.cat([getattr(f, name) for f in features])
@@ -84,7 +84,10 @@ class WhitenedDrafter:
         self._transform(self.shallow, self.deep)
 
     def chain(self, rows: DraftRows, length: int) -> list[Tensor]:
-        """Run a chain of drafts up to each position. Returns the drafter's states (N, D) after 0, 1, ... own tokens."""
+        """Run chains of drafts that end at each position.
+
+        Returns a list of `length` tensors (N, D): the drafter's states after 0, 1, ... tokens of its own.
+        """
         context = F.linear(rows.deep, self.drafter.context.weight @ self.deep.T)
         out, carried = [], rows.back(rows.top, 1)
         for own in range(length):
@@ -99,7 +102,7 @@ class DrafterLearner:
 
     Args:
         head: the words that are drafted.
-        words: the words that it is trained on.
+        words: the words that the drafter is trained on.
     """
 
     name = "drafter"
@@ -111,12 +114,12 @@ class DrafterLearner:
         self.module, self.weights = inputs.drafter, list(inputs.drafter.parameters())
 
     def plan(self) -> list[list[int]]:
-        """List the documents of each step."""
+        """List the document numbers of each step."""
         args = self.args
         return batches({i: self.store.rows(i) for i in self.training}, args.batch, args.epochs, args.seed)
 
     def gradients(self, step: int, parts: list[list[int]], rows: int) -> Tensor:
-        """Add the gradients of a step. Returns the sums of the loss and of rows that agree at the first place (2,)."""
+        """Add the gradients of a step. Returns sums (2,): the loss, and rows whose first draft agrees."""
         sums, seed = torch.zeros(2, device=self.accelerator.device), step * 64 + self.accelerator.process_index
         for part in parts:
             sums += self._backward(DraftRows([self.store[i] for i in part]), rows, seed)
@@ -155,7 +158,7 @@ class DrafterLearner:
     def agreement(self, documents: list[int]) -> list[float]:
         """Measure top-1 agreement with the full model after 0, 1, ... drafts in a row, among words that may be drafted.
 
-        Each process reads its part of the documents, so all processes have to call.
+        Each process reads its part of the documents, so all processes must call this.
         """
         hits = torch.zeros(_REPORTED + 1, dtype=torch.float64, device=self.accelerator.device)
         for i in documents[self.accelerator.process_index::self.accelerator.num_processes]:
@@ -195,7 +198,7 @@ def first_drafter(bank: ExitBank, go_on: bool) -> Drafter:
 
 
 def drafted_words(bank: ExitBank, model: SegmentedModel, tail: int) -> tuple[SampledHead, SampledHead]:
-    """Return two heads: of the words that may be drafted, and of these plus `tail` other words sampled at each step."""
+    """Return a head of the words that may be drafted, and one that also samples `tail` other words at each step."""
     config, weight = bank.config, model.head_weight.detach()
     ids = torch.arange(config.vocab_size) if bank.head_ids is None else bank.head_ids
     ids = ids[:config.draft_size or config.words(0)].to(model.device)
@@ -236,7 +239,7 @@ def save_with_drafter(bank: ExitBank, drafter: Drafter, dtype: torch.dtype, args
 def parser() -> argparse.ArgumentParser:
     p = command_parser(__doc__)
     add_exits_and_data(p, exits="exits folder; one of its exits is before the first layer")
-    p.add_argument("--out", type=Path, help="folder for the exits with the drafter; default: EXITS, which gets it")
+    p.add_argument("--out", type=Path, help="folder for the exits with the drafter; default: EXITS itself")
     p.add_argument("--go-on", action="store_true", help="train the drafter of EXITS further, instead of starting from "
                    "the exit before the first layer")
     p.add_argument("--tail", type=int, default=1024, help="how many of the words that are not drafted are sampled at "

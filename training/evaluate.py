@@ -6,17 +6,17 @@
 
 `exits` reads whole texts in one pass (teacher-forced): plain text in windows, and the test documents of data folders.
 An exit that reads the carried state is measured twice: after a token of the full model, and after a token of the exit
-itself. Top-1 and top-5 count the full model's first choice, through the exit's own trimmed head; perplexity is that of
-the text's next token, through the whole head.
+itself. Top-1 and top-5 are the shares of positions where the full model's choice is the likeliest word, or one of the
+five likeliest words, of the exit's trimmed head. Perplexity is that of the text's next token, with the whole head.
 
 `decode` runs the engine on the project's prompts (closed loop): the cascade at several thresholds, and self-speculation
 as published, where one exit alone drafts K tokens at a time at threshold 0.
 
 `lossless` decodes the project's prompts with `full`, and with `verified` at every combination of threshold and draft
-length. It counts the tokens that differ: none may. The first --reference prompts are also compared with transformers'
-greedy `generate`, which uses other tensor shapes and another cache. In fp32 both texts must be equal. In bf16 the first
-difference is reported, with the full model's margin between its two best tokens there. The same command continues an
-interrupted run.
+length. It counts the tokens that differ; there must be none. The first --reference prompts are also compared with
+transformers' greedy `generate`, which uses other tensor shapes and another cache. In fp32 both texts must be equal. In
+bf16 the first difference is reported, with the full model's margin between its two best tokens there. The same command
+continues an interrupted run.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from training.provenance import provenance, results_file
 
 
 def check_lossless(args: argparse.Namespace) -> None:
-    """Run the command `lossless`. Raises SystemExit when tokens differ that must not."""
+    """Run the command `lossless`. Raises SystemExit when tokens differ that must be equal."""
     dtype = getattr(torch, args.dtype)
     engine, tokenizer = load(args.model, args.exits, dtype=dtype)
     reference = load_model(args.model, dtype=dtype)[0] if args.reference else None
@@ -71,7 +71,10 @@ def check_lossless(args: argparse.Namespace) -> None:
 
 
 def compare_prompt(engine: Engine, ids: list[int], args: argparse.Namespace, reference) -> dict:
-    """Decode one prompt in all ways: tokens of `full`, and how many differ in each verified run and the reference."""
+    """Decode one prompt in all ways.
+
+    Returns the number of tokens of `full`, and how many tokens differ in each `verified` run and in the reference.
+    """
     full = engine.run(ids, DecodeConfig(mode=Mode.FULL, max_new_tokens=args.tokens))
     row = {"tokens": full.stats.tokens, "verified": {}}
     for threshold, max_draft in itertools.product(args.thresholds, args.max_draft):
@@ -107,7 +110,7 @@ def _margin(reference, ids: list[int]) -> float:
 
 
 def summarize_lossless(rows: list[dict]) -> dict:
-    """Add up the prompts. `acceptance` holds a rate for each 'threshold/draft length'."""
+    """Add up the rows of all prompts. `acceptance` holds a rate for each 'threshold/draft length'."""
     runs = list(rows[0]["verified"])
     compared = [row["reference"] for row in rows if "reference" in row]
     return {
@@ -127,7 +130,10 @@ def summarize_lossless(rows: list[dict]) -> dict:
 
 
 class Tally:
-    """Hits and log-likelihood of the exits and, last, of the full model, over rows."""
+    """Sums over rows: hits and negative log-likelihood of each exit and, last, of the full model.
+
+    readers: number of exits plus 1.
+    """
 
     def __init__(self, readers: int):
         self.rows, self.top1, self.top5, self.nll = 0, [0] * readers, [0] * readers, [0.0] * readers
@@ -143,7 +149,7 @@ class Tally:
 
 @torch.inference_mode()
 def read_document(engine: Engine, f: Features, tallies: dict[str, Tally]) -> None:
-    """Add one document to the tallies: 'full' after tokens of the full model, 'exit' after tokens of the same exit."""
+    """Add one document to the tallies. In 'full', carried states come from the full model, in 'exit' from that exit."""
     exits, words, project = engine.exits, engine.bank.head_ids, engine.model.head.logits
     wanted = f.wanted.clone()
     wanted[-1] = False                                       # nothing follows the last token
@@ -248,7 +254,7 @@ def decode_cascade(engine: Engine, prompts: list[list[int]], fulls: list[list[in
     total = sum(r.stats.tokens for r in runs)
 
     def mean(values) -> float:
-        """Average one value a run over all tokens."""
+        """Average one value per run, weighted by the tokens of the runs."""
         return sum(v * r.stats.tokens for v, r in zip(values, runs)) / total
 
     share = [mean(r.stats.routing_share[s] for r in runs) for s in range(engine.model.num_segments)]
@@ -262,7 +268,7 @@ def decode_cascade(engine: Engine, prompts: list[list[int]], fulls: list[list[in
 
 
 def decode_drafts(engine: Engine, prompts: list[list[int]], fulls: list[list[int]], config: DecodeConfig) -> dict:
-    """Decode these prompts with `verified`. Returns the acceptance rate over all drafts."""
+    """Decode these prompts with `verified`. Returns acceptance rate, tokens per pass, and share of identical texts."""
     runs = [engine.run(ids, config) for ids in prompts]
     drafted, tokens = sum(r.stats.drafted for r in runs), sum(r.stats.tokens for r in runs)
     passes = sum(r.stats.tokens / r.stats.tokens_per_verification for r in runs if r.stats.tokens_per_verification)
@@ -294,10 +300,10 @@ def parser() -> argparse.ArgumentParser:
     lossless = commands.add_parser("lossless", help="verified = full = transformers' generate, token for token")
     add_dtype(lossless)
     add_prompts(lossless, prompts=50, tokens=128)
-    lossless.add_argument("--reference", type=int, default=20, help="how many prompts transformers' generate decodes, "
-                          "too")
+    lossless.add_argument("--reference", type=int, default=20, help="number of prompts that transformers' generate "
+                          "also decodes")
     lossless.add_argument("--thresholds", type=lambda text: None if text == "own" else float(text), nargs="+",
-                          default=[0, 0.3, 0.6, 0.9, None], help="thresholds, or own: a draft tree, the default")
+                          default=[0, 0.3, 0.6, 0.9, None], help="thresholds; own means the default, a draft tree")
     lossless.add_argument("--max-draft", type=int, nargs="+", default=[1, 3, 7], help="draft lengths")
     lossless.set_defaults(run=check_lossless)
     for command in (exits, decode, lossless):

@@ -1,6 +1,6 @@
 """Features: the frozen model's hidden states at its exits, kept on disk within a budget or computed again.
 
-An exit reads the hidden state at its layer and the carried state, and its estimator reads the text before it. So all
+An exit reads the hidden state at its layer and the carried state, and its estimator reads all the text before. So all
 positions of a document are kept. Documents beyond the disk budget are run through the model each time they are needed.
 """
 
@@ -35,7 +35,7 @@ class Features:
 
 
 class FeatureStore:
-    """Features by document number. Call `prepare` and `open` before reading, or use `prepared_store`.
+    """Gives the features of each document. Call `prepare` and `open` before reading, or use `prepared_store`.
 
     Args:
         folder: where features are kept.
@@ -75,7 +75,7 @@ class FeatureStore:
         return self._chunks[-1].stop if self._chunks else 0
 
     def prepare(self, rank: int = 0, world: int = 1) -> None:
-        """Write the chunks that are missing. With several processes each writes its part."""
+        """Write the chunks that are missing. With several processes (`world`), each writes its part."""
         missing = [c for c in self._chunks[rank::world] if not self._path(c).exists()]
         total = sum(len(self.documents[i].ids) for c in missing for i in c)
         with tqdm(total=total, unit="token", unit_scale=True, desc="features", disable=not missing) as bar:
@@ -87,7 +87,7 @@ class FeatureStore:
                 self._write(chunk, features)
 
     def put(self, features: Sequence[Features]) -> None:
-        """Write the chunks of all documents, whose features have been computed elsewhere."""
+        """Write the chunks of all documents. `features` holds the features of each document, in order."""
         for chunk in self._chunks:
             self._write(chunk, features[chunk.start:chunk.stop])
 
@@ -117,7 +117,7 @@ class FeatureStore:
         return self._rows[i]
 
     def choices(self, numbers: Sequence[int], limit: int = 2_000_000) -> Tensor:
-        """Return the full model's choices at the wanted rows of these documents (n,), about `limit` of them at most."""
+        """Return the full model's choices at the wanted rows of these documents (n,), up to about `limit`."""
         parts, total = [], 0
         for i in numbers:
             f = self._loaded.get(i) or self[i]          # of a memory-mapped file only the choices are read
@@ -139,7 +139,7 @@ class FeatureStore:
         return [i for i, d in enumerate(self.documents) if d.split == split and (any(d.chosen) or not policy_only)]
 
     def measured(self, split: Split) -> list[int]:
-        """Return the documents of a split on which exits are measured: what the model wrote, else all of the split."""
+        """Return the documents of a split to measure exits on: those written by the model, or all if there are none."""
         return self.of(split, policy_only=True) or self.of(split)
 
     def _path(self, chunk: range) -> Path:
@@ -172,7 +172,7 @@ def prepared_store(model: SegmentedModel, data: Sequence[Path], folder: Path, bu
 
 
 def wanted(document: Document) -> Tensor:
-    """Mark the positions where an exit learns (T,): the model chose the next token.
+    """Mark the positions where an exit learns (T,): those whose next token was chosen by the model.
 
     In a text that the model did not write, these are all positions but the last.
     """

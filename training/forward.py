@@ -35,9 +35,8 @@ def adapted_states(bank: ExitBank, inputs: Inputs, features: list[Features], own
 
     Args:
         inputs: maps what the adapters read.
-        own_share: share of the rows whose carried state is the adapted state of an exit, instead of the full model's.
-            The exit is drawn at random. For the exit before the first layer it is that exit itself, because it drafts
-            whole chains.
+        own_share: share of the rows that get the carried state of an exit instead of the full model's. The exit is
+            drawn at random. The exit before the first layer always gets its own states, because it drafts whole chains.
         max_chain: largest number of consecutive tokens that come from an exit.
         exits: numbers of the exits to run; None = all.
     """
@@ -94,7 +93,7 @@ def agreement(bank: ExitBank, inputs: Inputs, store: FeatureStore, documents: li
               accelerator: Accelerator, own_share: float = 0.0, exits: list[int] | None = None) -> list[float]:
     """Measure each exit's top-1 agreement with the full model over documents, in [0, 1].
 
-    Each process reads its part of the documents, so all processes have to call. The arguments are those of
+    Each process reads its part of the documents, so all processes must call this. The arguments are those of
     `adapted_states`, with chains of one token.
     """
     exits = list(range(len(bank.adapters))) if exits is None else exits

@@ -1,4 +1,4 @@
-"""Growth: the time of a token against the length of the context and of the output."""
+"""Growth: measures how the time per token grows with the length of the context and of the output."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,18 +19,19 @@ CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024)
 def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5) -> dict:
     """Measure milliseconds per token at several lengths of context (decoding 32 tokens) and of output.
 
-    The end-of-sequence token does not end a text here. All figures are medians over `rounds`, in which the lengths
-    take turns. The context is a text that the model wrote at temperature 1: in a text that repeats itself, drafts would
-    be copied.
+    The end-of-sequence token does not end a text here. All figures are medians over `rounds`; each round measures every
+    length once. The context is a text that the model wrote at temperature 1, because in a text that repeats itself many
+    drafts would be copied.
 
     Args:
         reference: transformers' model for `generate`; None = measure our engine only.
 
-    Returns {"context": [...], "output": [...]}, an entry a length, each with the figures of every mode. An entry of
-    "context" also holds ratios to the shortest context: `allowed` by the bytes a token reads (weights, keys and
-    values); `allowed_16_bits`, if keys and values were stored in 16 bits, where our CPU kernels use 12; `times`, the
-    measured ratio of `full`, from two runs in direct succession, because the memory of a shared machine is not always
-    equally fast.
+    Returns {"context": [...], "output": [...]}. Each list has an entry for each length, with the milliseconds of every
+    mode. An entry of "context" also has three ratios to the shortest context:
+    - `allowed`: of the bytes that a token reads (weights, keys and values)
+    - `allowed_16_bits`: the same if keys and values had 16 bits; our CPU kernels use 12
+    - `times`: of the measured time of `full`, from two runs in direct succession, because the memory speed of a shared
+      machine varies
     """
     model = engine.model
     longest = min(max(CONTEXTS), model.max_positions - 64)
@@ -57,8 +58,8 @@ def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5
 def _write(engine: Engine, prompt: list[int], tokens: int) -> list[int]:
     """Let the model write a text at temperature 1."""
     config = DecodeConfig(mode=Mode.FULL, max_new_tokens=tokens, temperature=1.0, ignore_eos=True)
-    return [event.token_id for event in tqdm(engine.generate(prompt, config), desc="context to read", total=tokens,
-                                             unit="token")]
+    events = tqdm(engine.generate(prompt, config), desc="context to read", total=tokens, unit="token")
+    return [event.token_id for event in events if event.final]
 
 
 def _allowed(engine: Engine, length: int) -> dict[str, float]:
@@ -71,7 +72,7 @@ def _allowed(engine: Engine, length: int) -> dict[str, float]:
 
 
 def _in_turn(measure: Callable[[int], dict[str, float]], lengths: list[int], rounds: int, desc: str) -> list[dict]:
-    """Measure every length once a round. Returns the medians for each length."""
+    """Measure every length once per round. Returns the medians for each length."""
     seen = defaultdict(list)
     for length in tqdm(lengths * rounds, desc=desc, unit="length"):
         seen[length].append(measure(length))
@@ -79,7 +80,7 @@ def _in_turn(measure: Callable[[int], dict[str, float]], lengths: list[int], rou
 
 
 def _generate_ms(reference, ids: list[int], tokens: int = 32) -> float:
-    """Measure milliseconds a token of transformers' generate after the first one: a long run minus a short one."""
+    """Measure milliseconds per token of transformers' generate, without the first: a long run minus a short one."""
     inputs, spent = torch.tensor([ids], device=reference.device), []
     for n in (1, tokens + 1):
         start = now(reference.device)

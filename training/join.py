@@ -2,8 +2,8 @@
 
     python -m training.join runs/deep runs/shallow --out runs/all
 
-Each layer's exit comes from the first folder that has one, the trimmed head from the first folder. All exits must be
-made for the same model and have adapters of one shape. The estimators and the drafter are not copied: fit estimators
+Each layer's exit comes from the first folder that has one. The trimmed head comes from the first folder. All exits must
+be made for the same model and have adapters of one shape. The estimators and the drafter are not copied: fit estimators
 for the joined exits with training.confidence, and train a drafter for their layers with training.drafter.
 """
 
@@ -60,8 +60,8 @@ def joined_report(banks: list[ExitBank], layers: tuple[int, ...], folders: list[
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("exits", type=Path, nargs="+", help="folders written by training.distill; the first decides "
-                        "where they differ")
+    parser.add_argument("exits", type=Path, nargs="+", help="folders written by training.distill; where they differ, "
+                        "the first counts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the joined exits")
     args = parser.parse_args()
     banks = [ExitBank.load(folder) for folder in args.exits]

@@ -14,7 +14,7 @@ def save_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """Read a JSON file; None where there is none."""
+    """Read a JSON file; None if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

@@ -62,7 +62,7 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
         save_every: steps between checkpoints.
         minutes: stop after this long, with a checkpoint.
 
-    Returns the number of steps that the weights have had in all.
+    Returns the total number of steps done, including those before an interruption.
     """
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     lengths = {i: len(d.ids) for i, d in enumerate(store.documents)}
@@ -109,7 +109,7 @@ def _is_late(started: float, minutes: float, accelerator: Accelerator) -> bool:
 
 
 def optimizer_for(weights: list[Tensor], rate: float, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Make AdamW with a learning rate that rises during the first twentieth of the steps and falls as a cosine."""
+    """Make AdamW and its schedule: a linear rise over the first twentieth of the steps, then a cosine fall to 0."""
     optimizer, warm_up = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01), max(1, steps // 20)
     return optimizer, LambdaLR(optimizer, lambda step: min(
         (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))
@@ -117,7 +117,7 @@ def optimizer_for(weights: list[Tensor], rate: float, steps: int) -> tuple[torch
 
 def update(weights: list[Tensor], optimizer: torch.optim.Optimizer, schedule: LambdaLR,
            accelerator: Accelerator) -> None:
-    """Make one optimizer step with the gradients of all processes added up."""
+    """Add up the gradients of all processes, and make one optimizer step."""
     if accelerator.num_processes > 1:
         for weight in weights:
             weight.grad = accelerator.reduce(torch.zeros_like(weight) if weight.grad is None else weight.grad)

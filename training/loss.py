@@ -56,7 +56,7 @@ def exit_loss(logits: Tensor, full_probs: Tensor, labels: Tensor, *, hard: float
     Args:
         logits: the exit's logits (N, K).
         full_probs: the full model's softmax at this temperature over the same words (N, K).
-        labels: index of the correct word (N,). It is -1 where that word is not among the K; such a row has no
+        labels: index of the correct word (N,). It is -1 if that word is not among the K; such a row has no
             cross-entropy.
         hard: weight of the cross-entropy; the distance to the full model has 1 - hard.
         loss: the distance. 'kl'; 'tv', total variation, which is 1 - the acceptance rate of a draft (Leviathan et al.

@@ -71,12 +71,22 @@ def add_loop(p: argparse.ArgumentParser, *, epochs: float, lr: float, fit_docume
 
 
 def add_dtype(p: argparse.ArgumentParser) -> None:
-    """Add --dtype of the model's weights."""
+    """Add --dtype, the data type of the model's weights."""
     p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
                    help="data type of the model's weights")
 
 
 def add_prompts(p: argparse.ArgumentParser, *, prompts: int, tokens: int) -> None:
-    """Add --prompts and --tokens: how many of the project's own prompts are decoded, and how far."""
+    """Add --prompts and --tokens: how many of the project's prompts to decode, and how many new tokens for each."""
     p.add_argument("--prompts", type=int, default=prompts, help="number of the project's prompts to decode")
     p.add_argument("--tokens", type=int, default=tokens, help="new tokens per prompt")
+
+
+def thresholds(text: str) -> float | tuple[float | None, ...]:
+    """Read '0.6' as a number, 'no,0.3,0.4' as one threshold for each exit, None = disabled.
+
+    Raises ValueError for other text.
+    """
+    if "," not in text:
+        return float(text)
+    return tuple(None if part == "no" else float(part) for part in text.split(","))

@@ -43,7 +43,7 @@ def reliability_plot(exits: Sequence[dict], path: Path) -> None:
 
 
 def growth_plot(growth: dict, path: Path) -> None:
-    """Plot milliseconds a token against the length of context and of output, from a benchmark's `growth`."""
+    """Plot milliseconds per token against the length of context and of output, from a benchmark's `growth`."""
     figure = make_subplots(rows=1, cols=2, subplot_titles=("Against the context", "Against the output"))
     for col, kind in enumerate(("context", "output"), 1):
         entries = growth[kind]

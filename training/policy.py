@@ -17,7 +17,7 @@ from training.documents import Document, key_of
 from training.features import Features, wanted
 
 MIN_TOKENS = 16             # a document is dropped when the model chose fewer tokens of it
-MAX_CONTINUATION = 160      # tokens after a passage of plain text, which rarely ends by itself
+MAX_CONTINUATION = 160      # tokens after a passage of plain text, because the model rarely ends it
 TOP_K = 50                  # replies are sampled from so many of the likeliest tokens
 
 
@@ -85,7 +85,7 @@ class Opening:
     """The first tokens of a document, and how the model continues them."""
 
     forced: list[int]               # these tokens are given, not chosen by the model
-    key: int                        # decides the split; 0: from the finished document
+    key: int                        # decides the split; 0: computed from the finished document
     invents_user: bool = False      # the model writes the user's turn, then the reply
     greedy: bool = False            # else tokens are sampled
     limit: int = 1 << 30            # tokens of the whole document, at most
@@ -108,8 +108,8 @@ class Lane:
         """Return the token for this slot, and add it to the document.
 
         Args:
-            sampled: the token that the model draws after the slot before.
-            best: the model's first choice there.
+            sampled: the token that the model has sampled for this slot.
+            best: the model's first choice for this slot.
         """
         forced, document = bool(self.forced), self.document
         token = self.forced.pop(0) if forced else best if self.opening.greedy else sampled

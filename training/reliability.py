@@ -8,21 +8,27 @@ BINS = 15
 
 
 def equal_mass_bins(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[tuple[float, float, int]]:
-    """Divide rows (n,) by confidence into bins of equal size: (mean confidence, share that is right, rows) of each."""
+    """Divide rows (n,), sorted by confidence, into bins of equal size.
+
+    Returns for each bin its mean confidence, the share of its rows that are right, and the number of its rows.
+    """
     order = confidence.argsort()
     parts = zip(confidence[order].tensor_split(bins), right[order].float().tensor_split(bins))
     return [(c.mean().item(), r.mean().item(), len(c)) for c, r in parts if len(c)]
 
 
 def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
-    """Mean |confidence - accuracy| over bins of equal size, weighted by rows (Naeini et al. 2015, equal-mass bins)."""
+    """Compute the mean |confidence - accuracy| over bins of equal size, weighted by rows.
+
+    Source: Naeini et al. 2015, with equal-mass bins.
+    """
     return sum(abs(c - r) * n for c, r, n in equal_mass_bins(confidence, right, bins)) / len(confidence)
 
 
 def auroc(score: Tensor, right: Tensor) -> float:
-    """Probability that a right row scores higher than a wrong one; ties count half (Mann-Whitney U).
+    """Compute the probability that a right row scores higher than a wrong one; ties count half (Mann-Whitney U).
 
-    NaN when no row is right or no row is wrong.
+    Returns NaN when no row is right or no row is wrong.
     """
     values, inverse, counts = score.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()         # mean rank of equal scores, from 1
@@ -33,7 +39,7 @@ def auroc(score: Tensor, right: Tensor) -> float:
 
 
 def platt(score: Tensor, right: Tensor) -> tuple[float, float]:
-    """Fit (a, b) of sigmoid(a score + b) to `right` (Platt 1999)."""
+    """Fit sigmoid(a score + b) to `right` (Platt 1999). Returns (a, b)."""
     a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.LBFGS([a, b], max_iter=50)
 

@@ -24,18 +24,18 @@ SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", r
 
 
 def read(path: Path) -> dict | None:
-    """Content of a JSON file; None where there is no such file."""
+    """Read a JSON file; None if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def exits_folders(root: Path) -> list[Path]:
-    """Folders of the shipped exits: the default first, then the alternatives."""
+    """List the folders of the shipped exits: the default first, then the alternatives."""
     shipped = root / "assets" / "exits"
     return [shipped / DEFAULT_MODEL, *sorted(shipped.glob(f"{DEFAULT_MODEL}-*"))]
 
 
 def read_artifact(folder: Path) -> dict:
-    """The reports that lie beside a shipped artifact, and its training runs, newest first."""
+    """Read the reports in the folder of shipped exits, and list their training runs, newest first."""
     artifact = {name: read(folder / f"{name}.json") for name in
                 ("config", "distill", "drafter", "confidence", "calibration")}
     return artifact | {"folder": folder.name, "runs": training_runs(artifact["distill"]),
@@ -43,7 +43,7 @@ def read_artifact(folder: Path) -> dict:
 
 
 def training_runs(report: dict) -> list[dict]:
-    """Every adapter training run behind a report, newest first, each with the `layers` that it trained.
+    """List every adapter training run behind a report, newest first, each with the `layers` that it trained.
 
     A run that continued another one holds that run's report in `went_on_from`. An artifact of `training.join` holds
     one report for each layer; layers of the same run are put together again.
@@ -63,7 +63,7 @@ def training_runs(report: dict) -> list[dict]:
 
 
 def drafter_runs(report: dict | None) -> list[dict]:
-    """Every training run of a drafter, newest first; none where there is no drafter."""
+    """List every training run of a drafter, newest first; none without a drafter."""
     return [report, *drafter_runs(report.get("went_on_from"))] if report else []
 
 
@@ -71,28 +71,28 @@ def drafter_runs(report: dict | None) -> list[dict]:
 
 
 def fixed(value: float | None, digits: int = 2) -> str:
-    """12.3456 as 12.35; '-' for a value that was not measured."""
+    """Format 12.3456 as 12.35, and a value that was not measured as '-'."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """0.1234 as 12.3%; '-' for a value that was not measured."""
+    """Format 0.1234 as 12.3%, and a value that was not measured as '-'."""
     return "-" if share is None else f"{share:.{digits}%}"
 
 
 def percents(shares: float | list[float]) -> str:
-    """One share for all exits, or one for each; equal ones are written once."""
+    """Format one share, or one for each exit: 0.5, 0.75 as 50.0% / 75.0%. Equal ones are written once."""
     each = shares if isinstance(shares, list) else [shares]
     return " / ".join(dict.fromkeys(map(percent, each)))
 
 
 def thousands(count: int) -> str:
-    """1234567 as 1,234,567."""
+    """Format 1234567 as 1,234,567."""
     return f"{count:,}"
 
 
 def command(result: dict) -> str:
-    """The command that made a result. A `--data-note` is left out: the model card prints the note itself."""
+    """Return the command that made a result, without `--data-note`: the model card prints the note itself."""
     return re.sub(r" --data-note .*", "", result["provenance"]["command"])
 
 
@@ -109,15 +109,16 @@ FILTERS = (fixed, percent, percents, thousands, command, source)
 
 
 def pages(root: Path = ROOT) -> dict[Path, str]:
-    """Path and wanted content of every page, from the JSON files below `root`."""
+    """Render every page from the JSON files below `root`: {path: wanted content}."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
     environment.filters |= {function.__name__: function for function in FILTERS}
     results = {path.stem.replace("-", "_"): read(path) for path in sorted((root / "assets" / "results").glob("*.json"))}
     artifacts = [read_artifact(folder) for folder in exits_folders(root)]
+    gpus = [result for name, result in results.items() if name.startswith("gpu_")]      # of training.gpu
 
     def render(template: str, **values) -> str:
-        text = environment.get_template(f"{template}.md").render(results, artifacts=artifacts, **values)
+        text = environment.get_template(f"{template}.md").render(results, artifacts=artifacts, gpus=gpus, **values)
         return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
     readme = (root / "README.md").read_text(encoding="utf-8")
@@ -129,7 +130,7 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
 
 
 def outdated(root: Path = ROOT) -> list[Path]:
-    """Pages that differ from what the JSON files give, relative to `root`."""
+    """List the pages that differ from what the JSON files give: their paths relative to `root`."""
     return [path.relative_to(root) for path, wanted in pages(root).items()
             if not path.exists() or path.read_text(encoding="utf-8") != wanted]
 

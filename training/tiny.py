@@ -29,7 +29,7 @@ def make_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(vocab_size: int, layers: int, hidden: int) -> LlamaForCausalLM:
-    """Make a random model whose choices depend on the text: its weights are larger than the default."""
+    """Make a random model. Its weights are larger than the default, so that its choices depend on the text."""
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,

@@ -29,7 +29,7 @@ class SampledHead:
 
     Attributes:
         own: rows of the own words (K, D).
-        local: position of each token id among the own words (V,), -1 where it is not one of them.
+        local: position of each token id among the own words (V,), -1 if it is not one of them.
     """
 
     def __init__(self, weight: Tensor, ids: Tensor | None, tail: int):
@@ -44,10 +44,10 @@ class SampledHead:
             self._tail = min(tail, len(self._rest))
 
     def sample(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Return rows (K + tail, D) and what to add to their logits (K + tail,).
+        """Return rows (K + tail, D) and the numbers to add to their logits (K + tail,).
 
-        Zero is added to the own words, log(1 / probability of being sampled) to the sampled ones: then the sum of
-        exponentials has the expected value of the sum over the whole vocabulary.
+        Own words get 0, sampled words get log(1 / probability of being sampled). So the expected sum of exponentials
+        equals the sum over the whole vocabulary.
         """
         added = self.own.new_zeros(len(self.own) + self._tail, dtype=torch.float32)
         if not self._tail:

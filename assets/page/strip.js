@@ -20,10 +20,11 @@ function buildStrip() {
   });
   parts.caption = make('span', 'ce-caption', null, 'Colour: which ', term('exit'), ' wrote each ', term('token'));
   parts.recorded = make('span', 'ce-flag ce-recorded', 'recorded run');
+  parts.model = make('span', 'ce-model', model.model);
   const untrained = make('span', 'ce-flag', 'untrained exits');
   untrained.title = 'These exits were not trained for this model. They are rarely confident and often wrong. Exact mode stays exact.';
   untrained.hidden = model.trained;
-  const head = make('div', 'ce-strip-head', null, parts.caption, bar, parts.recorded, untrained, make('span', 'ce-model', model.model));
+  const head = make('div', 'ce-strip-head', null, parts.caption, bar, parts.recorded, untrained, parts.model);
   parts.legend = make('section', 'ce-strip ce-legend', null, head, keys, numbers());
   parts.legend.setAttribute('aria-label', 'Results');
   return parts.legend;
@@ -96,7 +97,7 @@ function drawStrip() {
     parts.counts[n].title = stats ? Math.round(share * stats.tokens) + ' tokens' : '';
     if (exit === COPIED) parts.buttons[n].parentNode.hidden = share < 1e-9;
   });
-  if (run) put(parts.caption.firstChild, run.mode === 'verified' ? 'Colour: which ' : 'Colour: which ');
+  put(parts.model, run && run.settings.model || model.model);
   if (run) put(parts.caption.childNodes[2], run.mode === 'verified' ? ' drafted each ' : ' wrote each ');
   drawNumbers(side, stats);
 }

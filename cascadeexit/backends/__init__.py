@@ -1,7 +1,7 @@
 """Backends: all code that decides how numbers are computed.
 
-`torch` is the reference and runs on every device. `cpu` is our C++ kernels, for bf16 models on a CPU. `gpu` is our
-Triton kernels, for bf16 and fp16 models on CUDA. A new backend is a class with the attributes of `base.Backend`: pass
+`torch` is the reference and runs on every device. `cpu` has our C++ kernels for bf16 models on a CPU. `gpu` has our
+Triton kernels for bf16 and fp16 models on CUDA. A new backend is a class with the attributes of `base.Backend`: pass
 it to `SegmentedModel`, or list it in `BACKENDS`.
 """
 
@@ -16,13 +16,13 @@ from cascadeexit.backends.weights import outer_weights
 
 log = logging.getLogger(__name__)
 
-# The first that fits is taken.
+# `make` takes the first one that fits the model.
 BACKENDS: dict[str, type[Backend]] = {"cpu": CpuBackend, "gpu": GpuBackend, "torch": TorchBackend}
 REFERENCE = TorchBackend.name
 
 
 def build() -> None:
-    """Build what backends need on this machine, such as compiled kernels, before a model is loaded."""
+    """Do the one-time work of all backends on this machine, such as compiling kernels. No model is needed for it."""
     for kind in BACKENDS.values():
         kind.build()
 
@@ -30,7 +30,7 @@ def build() -> None:
 def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None) -> Backend:
     """Make the backend for a transformers model that is cut into segments at `bounds`.
 
-    wanted: its name, a class of your own, or None for the fastest that fits.
+    wanted: name of the backend, a class of your own, or None for the fastest backend that fits.
 
     Raises ValueError for an unknown name, and for a backend that cannot run this model here.
     """
@@ -56,16 +56,16 @@ def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None)
 
 
 def why_not(base) -> dict[str, str]:
-    """Say for each backend that cannot run this model here why, and what to do."""
+    """Find the backends that cannot run this model here. Returns {backend name: the reason, and what to do}."""
     return {name: getattr(kind, "why_not", lambda _: "it does not fit this model or machine")(base)
             for name, kind in BACKENDS.items() if not kind.fits(base)}
 
 
 def facts(name: str) -> dict[str, str]:
-    """Describe what a backend has on this machine, such as compiled kernels; {} where it has nothing to tell."""
+    """Describe what a backend has on this machine, such as compiled kernels: {fact: value}, which may be empty."""
     return getattr(BACKENDS.get(name), "facts", dict)()
 
 
 def reference(base, bounds: Sequence[int]) -> Backend:
-    """Make the `torch` backend for a few passes, to compare another backend with; it copies no weights."""
+    """Make a `torch` backend for a few passes that check another backend. It copies no weights."""
     return TorchReference(base, tuple(bounds))

@@ -1,15 +1,15 @@
-"""Interface of backends to engine, drafting, inspection and training.
+"""Interface between the backends and the modules that use them: engine, drafting, inspection and training.
 
-A `Backend` computes with one frozen model on its device. Three protocols are all of it that other modules
-use: the layer stack, vocabulary heads, and the runtime of trained exits. No code outside `backends` decides by which
-kernels run. `cache.py` and `exits.py` beside this file have what all backends share.
+A `Backend` runs one frozen model on its device. Other modules use only three parts of it: the layer stack, the
+vocabulary heads, and the runtime of trained exits. No code outside `backends` depends on which kernels run. `cache.py`
+and `exits.py` beside this file hold what all backends share.
 
-A backend guarantees this: a row's result depends neither on the rows beside it, nor on its place among them, nor on
-the cache's capacity, nor on the mode. Then `verified` equals `full` bitwise by construction. Where `row_multiple` is 1
-that holds for passes of any size. Elsewhere it holds for the layers, the final norm and the full head in passes of at
-most `max_rows` rows, which they pad to a multiple of `row_multiple`.
+Every backend guarantees that a row's result does not depend on the other rows of its pass, its place among them, the
+cache's capacity, or the mode. Therefore `verified` equals `full` bitwise. If `row_multiple` is 1, this holds for passes
+of any size. Otherwise it holds for the layers, the final norm and the full head, in passes of at most `max_rows` rows.
+Such passes are padded to a multiple of `row_multiple` rows.
 
-Letters: N rows in a pass, D hidden size, K words of a head, B texts of a batch, E exits but the first.
+Letters: N rows in a pass, D hidden size, K words of a head, B texts of a batch, E exits, not counting the first.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,16 +21,17 @@ from cascadeexit.backends.cache import KVCache
 
 
 class Unusable(RuntimeError):
-    """A backend that fits a model turned out not to work on this machine; the next one that fits is taken."""
+    """A backend fits a model but does not work on this machine. `backends.make` then tries the next backend."""
 
 
 class Rows(Protocol):
-    """Hidden states in the form that a backend keeps them: (1, N, D), or (1, D) for one row.
+    """Hidden states in a backend's own format: (1, N, D), or (1, D) for one row.
 
-    rows[:, i] is one row (1, D), rows[:, a:b] a part (1, n, D); neither copies. `LayerStack.tensor` gives a tensor.
+    `rows[:, i]` is one row (1, D), and `rows[:, a:b]` is a part (1, n, D). Neither copies. `LayerStack.tensor` converts
+    rows to a tensor.
 
-    Every method that takes rows also takes a tensor in the model's dtype on its device: training, and the carried state
-    after a prompt of one token, use tensors.
+    Every method that takes rows also takes a tensor in the model's dtype on its device. Training uses tensors, and so
+    does the carried state after a prompt of one token.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +40,7 @@ class Rows(Protocol):
 
 
 class Choice:
-    """The likeliest token of one row of logits, and on demand the logit of any token: choice[token]."""
+    """The likeliest token of one row of logits. `choice[token]` computes the logit of any other token."""
 
     __slots__ = "token", "_logit"
 
@@ -54,155 +55,168 @@ class LayerStack(Protocol):
     """Embedding, decoder layers in segments, and the final norm."""
 
     row_multiple: int
-    """Passes are padded to a multiple of so many rows; 1 means that rows are independent as they come."""
+    """Passes are padded to a multiple of this number of rows. 1 means no padding, because rows are independent."""
     max_rows: int
-    """The most rows that one verification pass may have."""
+    """Largest number of rows in one verification pass."""
     supports_trees: bool
-    """True where the rows of a pass may be a tree of drafts, each path bitwise as if it were the text."""
+    """True if the rows of a pass may be a tree of drafts. Each path then gives bitwise the results of plain text."""
     segment_bytes: tuple[int, ...]
-    """Bytes of weights that one pass through each segment reads."""
+    """For each segment, the bytes of weights that one pass through it reads."""
 
     def embed(self, ids: Sequence[int] | Tensor) -> Rows:
-        """Embed token ids (N,): rows (1, N, D)."""
+        """Embed token ids (N,) as rows (1, N, D)."""
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """Make an empty cache for at least `capacity` positions of `batch` texts, padding included."""
+        """Make an empty cache for `batch` texts of at least `capacity` positions each, padding included."""
 
     def release(self, cache: KVCache) -> None:
-        """Take back a cache that is no longer used; the next run may get it."""
+        """Take back a cache that is no longer used. `new_cache` may return it to a later run."""
 
     def run(self, segments: range, rows: Rows, cache: KVCache, parents: Sequence[int] | None = None) -> list[Rows]:
-        """Run the next N rows (1, N, D) of the first of these segments through all of them.
+        """Run the next N positions of a text, as rows (1, N, D), through these segments.
 
-        Returns the rows after each segment, (1, N, D) each. Keys and values go to the cache.
+        Keys and values are written to the cache. Returns the rows after each segment, (1, N, D) each.
 
         Args:
-            parents: only where `supports_trees`. The rows are a tree: row r follows row parents[r] < r, and row 0, with
-                parent -1, follows what the cache holds. `keep` makes one of its paths the text.
+            parents: makes the rows a tree; only if `supports_trees`. Row r follows row parents[r] < r. Row 0 has
+                parent -1 and follows the last position in the cache. Afterwards, `keep` keeps one path of the tree.
 
         Raises ValueError when the cache or the model has too few positions.
         """
 
     def run_batch(self, segment: int, rows: Rows, begins: Sequence[int], cache: KVCache) -> Rows:
-        """Run the next position of B texts at once through a segment: rows (1, B, D) -> (1, B, D).
+        """Run the next position of B texts together through one segment: rows (1, B, D) -> (1, B, D).
 
-        begins: the slot at which each text begins in its part of the cache; earlier slots are not read.
+        begins: for each text, the slot at which it begins in its part of the cache. Earlier slots are not read.
         """
 
     def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
-        """Keep one path of a tree that was written after `start` positions, row numbers ascending; drop the rest."""
+        """Keep one path of the tree that the last pass wrote to the cache, and drop its other rows.
+
+        Args:
+            start: number of positions in the cache before the tree.
+            path: numbers of the path's rows, ascending.
+        """
 
     def norm(self, rows: Rows) -> Rows:
-        """Apply the final norm that every full head reads: (..., D) -> (..., D)."""
+        """Apply the final norm, whose output the full model's head reads: (..., D) -> (..., D)."""
 
     def join(self, parts: Sequence[Rows]) -> Rows:
-        """Concatenate rows (1, n, D): (1, N, D)."""
+        """Concatenate parts (1, n, D) to rows (1, N, D)."""
 
     def tensor(self, rows: Rows) -> Tensor:
         """View rows as a tensor of the same shape, without a copy."""
 
     def row_cost(self, rows: int) -> float:
-        """Cost of adding a row to a pass of `rows` rows. Unit: the time of a pass of one row."""
+        """Return the cost of adding one row to a pass of `rows` rows, in units of the time of a one-row pass."""
 
 
 class VocabHead(Protocol):
-    """A projection of normed or adapted rows onto K words."""
+    """A vocabulary head: projects normed or adapted rows onto K words."""
 
     words: int
     nbytes: int
     """Bytes of weights that one call of `argmax` reads."""
     owned_bytes: int
-    """Bytes of memory that this head holds and shares with no other."""
+    """Bytes of memory that this head does not share with another head."""
 
     @property
     def weight(self) -> Tensor:
-        """The projection's weight (K, D); it may be made anew for each call."""
+        """The projection's weight (K, D). Some backends compute it on each access."""
 
     def logits(self, rows: Rows) -> Tensor:
-        """Logits of rows: (..., D) -> (..., K)."""
+        """Compute the logits of rows: (..., D) -> (..., K)."""
 
     def argmax(self, rows: Rows) -> list[int]:
-        """The likeliest word of each row (..., D), the first of equal ones."""
+        """Find the number of the likeliest word of each row (..., D). Of equally likely words, the first counts."""
 
     def choices(self, rows: Rows) -> list[Choice]:
-        """The likeliest word of each row (..., N, D), with the logits of other words on demand: N choices."""
+        """Find the likeliest word of each row (..., N, D). The N choices also compute logits of other words."""
 
     def likeliest(self, rows: Rows, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """The k likeliest words of each row, best first: probabilities and word numbers, (..., min(k, K)) each."""
+        """Find the k likeliest words of each row (..., D), best first, in the softmax at this temperature.
+
+        Returns probabilities and word numbers, (..., min(k, K)) each.
+        """
 
     def softmax_facts(self, rows: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
-        """Inputs of a sketch estimator, (..., 5) or (..., 12); see `cascadeexit.exits.confidence.softmax_facts`."""
+        """Compute the inputs of a sketch estimator, (..., 5) or (..., 12); see `cascadeexit.exits.confidence`."""
 
     def first(self, words: int) -> "VocabHead":
-        """A head of the first words only: a multiple of `exits.config.WORD_BLOCK`, or all of them."""
+        """Make a head of the first `words` words, a multiple of `exits.config.WORD_BLOCK` or all K."""
 
 
 class ExitRuntime(Protocol):
     """The trained exits of one model, ready to run."""
 
     full_head: VocabHead
-    """The full model's head. The exits' copy of its words may make its `argmax` faster, with the same result."""
+    """The full model's head. Its `argmax` may use the exits' rounded head to be faster, with the same result."""
     draft_bytes: int
     """Bytes of weights that one call of `drafts` reads."""
     context_bytes: int
     """Bytes of weights that one call of `context` reads."""
     memory_bytes: int
-    """Bytes that the exits hold beside the model."""
+    """Bytes of memory that the exits need in addition to the model."""
 
     def hidden(self, s: int, rows: Rows, carried: Rows) -> Rows:
-        """Adapt rows after segment s, each with its carried state: (..., D), (..., D) -> (..., D)."""
+        """Run the adapter of exit s on rows and their carried states: (..., D), (..., D) -> (..., D)."""
 
     def logits(self, s: int, hidden: Rows) -> Tensor:
-        """Logits of exit s for adapted rows: (..., D) -> (..., K) over the first K of the bank's `head_ids`."""
+        """Compute the logits of exit s for adapted rows: (..., D) -> (..., K).
+
+        Column k belongs to token `head_ids[k]` of the bank, or to token k if the bank has no `head_ids`.
+        """
 
     def choice(self, s: int, hidden: Rows) -> int:
-        """The likeliest token of exit s for one adapted row (1, D)."""
+        """Return the likeliest token id of exit s for one adapted row (1, D)."""
 
     def confidence(self, s: int, hidden: Rows, copied: Sequence[tuple[int, int]],
                    before: Rows | None = None) -> list[float]:
-        """Probability that exit s chooses what the full model would: adapted rows (N, D) -> N numbers in [0, 1].
+        """Estimate the probability that exit s chooses the full model's token: adapted rows (N, D) -> N numbers.
 
         Args:
-            copied: n-gram copy for each row, as `Lookup.copied` gives it.
+            copied: for each row, the copied token and the match length that `Lookup.copied` returns.
             before: adapted rows of the previous exit for the same tokens (N, D); None if that exit did not run.
         """
 
     def context(self, states: Sequence[Rows], row: int) -> Any:
-        """Compute the drafter's context from one row of the states at all exits but the first, E times (1, N, D).
+        """Compute the drafter's context from row number `row` of the states at all exits except the first.
 
-        Returns None without a trained drafter.
+        states: one entry for each of these E exits, (1, N, D).
+
+        Returns a value for `drafts`; None without a trained drafter.
         """
 
     def drafts(self, tokens: Sequence[int], carried: Sequence[Rows], k: int, temperature: float,
                context: Any = None) -> list[tuple[Rows, list[float], list[int]]]:
-        """Draft what follows each of these tokens, by the drafter or else by the exit before the first layer.
+        """Draft k next tokens for each of these tokens. Without a drafter, the exit before the first layer drafts.
 
         Args:
-            carried: the state that produced each token, (1, D) each.
-            context: from `context`, where there is a drafter.
+            carried: for each token, the hidden state that produced it (1, D).
+            context: result of `context`; None without a drafter.
 
-        Returns for each token: its own hidden state (1, D), and the k likeliest next tokens, best first, as
-        probabilities at this temperature among the words that drafts are chosen from, and as token ids.
+        Returns for each token its hidden state (1, D), and probabilities and token ids of the k likeliest next tokens,
+        best first. The probabilities are those at this temperature among the words that may be drafted.
         """
 
     def try_bytes(self, s: int) -> int:
-        """Bytes of weights read to adapt one row for exit s and to compute its confidence."""
+        """Return the bytes of weights that are read to adapt one row for exit s and compute its confidence."""
 
     def head_bytes(self, s: int) -> int:
-        """Bytes of weights that the vocabulary projection of exit s reads."""
+        """Return the bytes of weights that the vocabulary projection of exit s reads."""
 
 
 class Backend(Protocol):
-    """One way of computing with one frozen model."""
+    """Runs one frozen model: its layers, its vocabulary head and its exits."""
 
     name: str
     layers: LayerStack
     head: VocabHead
 
     def __init__(self, base, bounds: tuple[int, ...]):
-        """Take what is needed from a transformers *ForCausalLM that fits; the model may be dropped afterwards.
+        """Take the weights of a transformers *ForCausalLM that fits. The caller may delete that model afterwards.
 
-        bounds: numbers of layers at which segments begin and end: 0, the exit layers, the number of layers.
+        bounds: layer numbers at which segments begin and end: 0, the exit layers, the number of layers.
         """
 
     @classmethod
@@ -211,23 +225,23 @@ class Backend(Protocol):
 
     @classmethod
     def fits(cls, base) -> bool:
-        """True where this backend can run the transformers model `base` on this machine."""
+        """Return True if this backend can run the transformers model `base` on this machine."""
 
     # Two more class methods are optional; `python -m cascadeexit.doctor` prints what they return.
     #   why_not(base) -> str        why `fits` is False, and what to do
     #   facts() -> dict[str, str]   what is there on this machine, such as compiled kernels, by name
 
     def vocab_head(self, weight: Tensor, *, rounded: bool = False) -> VocabHead:
-        """A head with another weight (K, D).
+        """Make a head with another weight (K, D).
 
-        rounded: its weights may be rounded to 8 bits, for results that need not be exactly those of the weight.
+        rounded: allow rounding the weight to 8 bits, for results that need not be exact.
         """
 
     def exits(self, bank) -> ExitRuntime:
         """Make the runtime of an `ExitBank` that is prepared for this model (`ExitBank.prepare`)."""
 
     def without_gradients(self, function: Callable) -> Callable:
-        """Wrap a function or generator function so that it runs as cheaply as possible without gradients."""
+        """Wrap a function or generator function so that it records no gradients, with little overhead."""
 
     def synchronize(self) -> None:
-        """Wait until the device has finished all work in its queue, so that a clock can be read."""
+        """Wait until the device has finished all work in its queue. Call this before reading a clock."""

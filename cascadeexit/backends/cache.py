@@ -1,6 +1,6 @@
-"""KVCache: preallocated keys and values with one length for each layer.
+"""KVCache: preallocated keys and values, with a length for each layer.
 
-It knows positions; it does not know what a layer computes. Rollback is subtraction: lengths move, tensors stay.
+It manages positions and does not depend on what a layer computes. A rollback lowers the lengths and leaves the tensors.
 
 Letters: L layers, B texts, H key-value heads, C capacity in positions, W numbers (or bytes) of a key or a value.
 """
@@ -30,7 +30,7 @@ class KVCache:
         return self.keys.nbytes + self.values.nbytes
 
     def length(self, layer_idx: int) -> int:
-        """Positions of this layer that hold real tokens."""
+        """Return the number of positions of this layer that hold real tokens."""
         return self.lengths[layer_idx]
 
     def room(self, layer_idx: int, n: int) -> int:
@@ -42,7 +42,7 @@ class KVCache:
         return start
 
     def claim(self, layers: range, n: int) -> int:
-        """Make n more positions real in these layers and return the slot where they begin.
+        """Reserve the next n positions in these layers. Returns the slot at which they begin.
 
         Raises ValueError when they do not fit.
         """
@@ -51,16 +51,16 @@ class KVCache:
         return start
 
     def advance(self, layers: range, n: int) -> None:
-        """Make the first n rows that were written last in these layers real."""
+        """Increase the length of these layers by n, which makes the next n rows in their buffers real positions."""
         for layer_idx in layers:
             self.lengths[layer_idx] += n
 
     def copy_from(self, other: "KVCache") -> None:
-        """Take over the contents of a cache that has no more slots than this one."""
+        """Copy the contents of another cache, whose capacity may not be larger than this one's."""
         self.keys[:, :, :, :other.capacity] = other.keys
         self.values[:, :, :, :other.capacity] = other.values
         self.lengths = list(other.lengths)
 
     def truncate(self, length: int) -> None:
-        """Forget every position from `length` on, in every layer."""
+        """Remove every position from `length` on, in every layer."""
         self.lengths = [min(held, length) for held in self.lengths]

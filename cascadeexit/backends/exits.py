@@ -1,4 +1,4 @@
-"""Exits: base class of the exit runtimes: their words and bytes. Each backend adds how rows are computed."""
+"""Exits: base class of the exit runtimes. It has their heads and byte counts; each backend adds the computation."""
 
 import torch
 from torch import Tensor, nn
@@ -9,23 +9,23 @@ from cascadeexit.exits.config import WORD_BLOCK
 
 
 class Exits:
-    """The heads of a bank's exits on one backend, and the bytes of weights that each evaluation reads.
+    """Vocabulary heads of a bank's exits on one backend, and the bytes of weights that each evaluation reads.
 
-    The heads of all exits, of the drafter and of the sketch are parts of one trimmed head wherever they can be.
+    If possible, the heads of all exits, of the drafter and of the sketch are parts of one trimmed head.
 
     Args:
         backend: a `base.Backend`; its vocabulary heads project the exits' rows.
     """
 
-    drafter_bits = None         # bits of a drafter's weight as it is read; None: those of its dtype
+    drafter_bits = None         # bits that are read for each weight of a drafter; None: those of its dtype
 
     def __init__(self, bank: ExitBank, backend):
         c = bank.config
-        weight = backend.head.weight          # a backend may make it for each call
+        weight = backend.head.weight          # read once: some backends compute it on each access
         self._bank, self._device = bank, weight.device
         self._ids = None if bank.head_ids is None else bank.head_ids.tolist()
         self._whole = backend.head
-        if bank.head_ids is not None:       # as good rounded as in bf16, and half as much to read
+        if bank.head_ids is not None:       # rounded weights are as good here, and halve the bytes to read
             self._whole = backend.vocab_head(weight[bank.head_ids], rounded=True)
         parts = {n: self._whole.first(n) for n in dict.fromkeys((*map(c.words, range(len(c.layers))), c.draft_words))}
         self._heads: list[VocabHead] = [parts[c.words(s)] for s in range(len(c.layers))]
@@ -40,7 +40,7 @@ class Exits:
         self._count()
 
     def _sketch_head(self, backend, weight: Tensor) -> VocabHead | None:
-        """The head that sketch estimators read: the trimmed head's first words where they are the same."""
+        """Return the head that sketch estimators read. If possible, it is the first part of the trimmed head."""
         ids, words = self._bank.sketch_ids, self._bank.head_ids
         if ids is None:
             return None
@@ -49,11 +49,11 @@ class Exits:
         return backend.vocab_head(weight[ids], rounded=True)
 
     def logits(self, s: int, hidden: Rows) -> Tensor:
-        """Logits of exit s for adapted rows; see `ExitRuntime.logits`."""
+        """Compute the logits of exit s for adapted rows; see `ExitRuntime.logits`."""
         return self._heads[s].logits(hidden)
 
     def choice(self, s: int, hidden: Rows) -> int:
-        """The likeliest token of exit s for one adapted row (1, D)."""
+        """Return the likeliest token id of exit s for one adapted row (1, D)."""
         best, = self._heads[s].argmax(hidden)
         return best if self._ids is None else self._ids[best]
 
@@ -66,7 +66,10 @@ class Exits:
         return self._try_bytes[s]
 
     def _count(self) -> None:
-        """Count once the bytes that each evaluation reads: walking a module takes as long as a small kernel."""
+        """Count the bytes that each evaluation reads.
+
+        This runs once, because walking a module takes as long as a small kernel.
+        """
         bank, drafter, estimators = self._bank, self._bank.drafter, self._bank.confidence_heads
         adapters = [_bytes(adapter) for adapter in bank.adapters]
         sketch = self._sketch.nbytes if self._sketch else 0

@@ -1,4 +1,4 @@
-"""CUDA graphs: work that is recorded once and replayed by one call. The backends `torch` and `gpu` record with it."""
+"""CUDA graphs: record work once, then replay it with one call. The backends `torch` and `gpu` use this."""
 
 import contextlib
 import functools
@@ -14,16 +14,18 @@ _RECORDING = threading.Lock()           # CUDA records one graph at a time
 
 
 def wanted(device: torch.device) -> bool:
-    """True where recordings pay: on CUDA, unless the environment sets CASCADEEXIT_GRAPHS=0."""
+    """Return True if work should be recorded: on CUDA, unless the environment sets CASCADEEXIT_GRAPHS=0."""
     return device.type == "cuda" and os.environ.get("CASCADEEXIT_GRAPHS") != "0"
 
 
 def capture(work: Callable[[], Any], pool: Any = None, warm_ups: int = 1) -> tuple[Callable[[], None], Any]:
-    """Record the launches of `work` on the current device. Returns a function that replays them, and its result.
+    """Record the kernel launches of `work` on the current device.
+
+    Returns a function that replays them, and the result of `work`, which every replay overwrites.
 
     Args:
-        pool: memory pool of the graph; None for one of its own.
-        warm_ups: calls before the recording, which allocate workspaces and pick or compile kernels.
+        pool: memory pool of the graph; None for a new one.
+        warm_ups: number of calls before the recording, which allocate workspaces and choose or compile kernels.
     """
     with _RECORDING:
         now, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
@@ -41,13 +43,19 @@ def capture(work: Callable[[], Any], pool: Any = None, warm_ups: int = 1) -> tup
 
 @functools.cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """The stream on which a device's graphs are recorded: one, since libraries keep a workspace for each."""
+    """Return the stream on which all graphs of a device are recorded.
+
+    One stream is enough, and libraries keep a workspace for each stream.
+    """
     return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Disable garbage collection for a while: clearing a cache that it frees would be recorded with the graph."""
+    """Disable garbage collection inside the `with` block.
+
+    Otherwise it might release a KV cache, and the kernels that clear this cache would become part of the graph.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,7 @@
-"""Memory: huge pages for data that each token reads once (a CPU reads them a twelfth faster), and freed memory."""
+"""Memory: allocates huge pages, and gives freed memory back to the system.
+
+Every token reads all weights, keys and values once. A CPU reads them 8% faster from huge pages.
+"""
 
 import ctypes
 import logging
@@ -12,23 +15,23 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
-# Private: shared memory, mmap's default, has huge pages only where the system gives them to files in memory, too.
+# Private memory, because shared memory, mmap's default, has huge pages only if the system has them for files, too.
 _PRIVATE = dict(flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 def allocate(size: int) -> mmap.mmap:
-    """Allocate bytes of zeros, in huge pages where the system has them. Freed with the last reference."""
+    """Allocate `size` zero bytes, in huge pages if the system has them. They are freed with the last reference."""
     space = mmap.mmap(-1, max(size, 1), **_PRIVATE)
     if _HUGE_PAGES is not None:
         try:
             space.madvise(_HUGE_PAGES)
-        except OSError:                                 # a kernel without them
+        except OSError:                                 # a system kernel without huge pages
             log.debug("no huge pages here")
     return space
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Make a tensor of zeros, in huge pages where the device is the CPU."""
+    """Make a tensor of zeros. On a CPU it is in huge pages."""
     count = math.prod(shape)
     if torch.device(device).type != "cpu" or not count:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -36,7 +39,7 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) 
 
 
 def give_back() -> None:
-    """Return freed memory: to the system, where the C library has a function for it (glibc), and to the CUDA device."""
+    """Return freed memory to the system, if the C library has `malloc_trim` (glibc), and to the CUDA device."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

@@ -1,8 +1,8 @@
 """Weights: where a transformers decoder of a supported type keeps its weights.
 
-No other module uses their names in transformers, except the `torch` backend, which runs transformers' own modules. All
-supported types share one layout: RMSNorm, attention with grouped queries and rotary embedding (with biases in Qwen2,
-with norms of queries and keys in Qwen3), RMSNorm, SwiGLU.
+Only this module depends on the names of these weights in transformers. (The `torch` backend does, too, because it runs
+transformers' own modules.) All supported types share one layout: RMSNorm, attention with grouped queries and rotary
+embedding (with biases in Qwen2, with norms of queries and keys in Qwen3), RMSNorm, SwiGLU.
 
 Letters: D hidden size, H query heads, K key-value heads, d head size, F inner size of the MLP, P positions.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class OuterWeights:
-    """Weights around the decoder layers. V words."""
+    """Weights outside the decoder layers. V: number of words."""
 
     embedding: Tensor           # (V, D)
     final_norm: Tensor          # (D,)
@@ -25,7 +25,7 @@ class OuterWeights:
 
     @property
     def tied(self) -> bool:
-        """True where the embeddings are the head's rows."""
+        """True if embedding and head are the same tensor."""
         return self.head is self.embedding
 
     @property
@@ -38,23 +38,23 @@ class OuterWeights:
 
 
 def outer_weights(base) -> OuterWeights:
-    """Read the weights around the layers of a transformers *ForCausalLM; nothing is copied."""
+    """Return the weights outside the layers of a transformers *ForCausalLM, without a copy."""
     return OuterWeights(base.model.embed_tokens.weight, base.model.norm.weight, base.lm_head.weight, base.lm_head.bias)
 
 
 def is_spread(base) -> bool:
-    """True for a model whose weights accelerate has spread over several devices, main memory or disk."""
+    """Return True if accelerate has spread a model's weights over several devices, main memory or disk."""
     places = {str(place) for place in getattr(base, "hf_device_map", {}).values()}
     return len(places) > 1 or "disk" in places
 
 
 def layer_devices(base) -> list[torch.device]:
-    """Return the device on which each decoder layer runs; weights kept on disk are loaded to it for each call."""
+    """Return the device of each decoder layer. Weights on disk are loaded to this device for each call."""
     return [_execution_device(layer) for layer in base.model.layers]
 
 
 def _execution_device(layer: nn.Module) -> torch.device:
-    """Read the device from the hooks of accelerate, which may be several in one; without hooks, from the weights."""
+    """Return a layer's device: that in its accelerate hook (which may contain several), else that of its weights."""
     hook = getattr(layer, "_hf_hook", None)
     for part in getattr(hook, "hooks", (hook,)):
         if getattr(part, "execution_device", None) is not None:
@@ -63,9 +63,9 @@ def _execution_device(layer: nn.Module) -> torch.device:
 
 
 def bring_outer_weights(base) -> None:
-    """Load embedding, final norm and head into memory where accelerate left them on the disk.
+    """Load the embedding, the final norm and the head into memory if accelerate left them on disk.
 
-    Every pass needs them, and they are small beside the layers. These modules lose their hooks.
+    Every pass needs them, and they are small compared with the layers. Their accelerate hooks are removed.
     """
     for module in (base.model.embed_tokens, base.model.norm, base.lm_head):
         hook = getattr(module, "_hf_hook", None)
@@ -82,7 +82,7 @@ def bring_outer_weights(base) -> None:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Weights of one decoder layer; those that a type does not have are None."""
+    """Weights of one decoder layer. A weight that the model type does not have is None."""
 
     attention_norm: Tensor      # (D,)
     q: Tensor                   # (H d, D)
@@ -99,8 +99,8 @@ class LayerWeights:
     o_bias: Tensor | None
     q_norm: Tensor | None       # (d,)
     k_norm: Tensor | None       # (d,)
-    scaling: float              # of attention scores
-    plain_mlp: bool             # SiLU and no biases
+    scaling: float              # factor of attention scores
+    plain_mlp: bool             # True if the MLP has SiLU and no biases
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +109,7 @@ class LayerWeights:
 
 
 def layer_weights(base) -> list[LayerWeights]:
-    """Read the weights of every decoder layer of a transformers *ForCausalLM; nothing is copied."""
+    """Return the weights of every decoder layer of a transformers *ForCausalLM, without a copy."""
     return [_layer(layer) for layer in base.model.layers]
 
 
@@ -130,7 +130,7 @@ def _norm(module: nn.Module, name: str) -> Tensor | None:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder, as its config has them."""
+    """Sizes of a decoder, from its config."""
 
     hidden: int
     heads: int
@@ -142,7 +142,7 @@ class DecoderShape:
 
     @classmethod
     def of(cls, config) -> "DecoderShape":
-        """Read a transformers config."""
+        """Make the shape that a transformers config describes."""
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(config.hidden_size, heads, config.num_key_value_heads, head_dim, config.intermediate_size,
@@ -150,7 +150,7 @@ class DecoderShape:
 
 
 def rotary_angles(base, shape: DecoderShape) -> Sequence[Tensor]:
-    """Cosines and sines of the rotary embedding at every position, (P, d / 2) in fp32 each."""
+    """Compute cosines and sines of the rotary embedding at every position: two fp32 tensors (P, d / 2)."""
     angles = base.model.rotary_emb(torch.zeros((), dtype=torch.float32),
                                    position_ids=torch.arange(shape.positions)[None])
     return [t[0, :, :shape.head_dim // 2] for t in angles]

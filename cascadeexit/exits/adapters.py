@@ -1,8 +1,8 @@
 """Adapters: small networks that turn a hidden state of some layer into one that the frozen head can read.
 
-An adapter never sees the vocabulary. `swiglu`, the published kind, reads the hidden state at its layer. `carry` also
-reads the carried state: the hidden state that produced the newest token, from the full model or from the exit that the
-token left by. Every decoder has that state at hand, and it holds what deep layers understood one token ago.
+An adapter does not depend on the vocabulary. `swiglu`, the published kind, reads the hidden state at its layer. `carry`
+also reads the carried state: the hidden state of the full model or exit that produced the newest token. Decoding has
+computed that state anyway, and it holds what deep layers found one token before.
 
 Letters: D hidden size.
 """
@@ -14,24 +14,27 @@ from torch import Tensor, nn
 
 
 class Adapter(Protocol):
-    """Interface that a kind of adapter implements, an nn.Module made from (hidden_size, width, norm_eps)."""
+    """Interface of a kind of adapter: an nn.Module that is made from (hidden_size, width, norm_eps)."""
 
     reads_carried: bool
-    """True where the carried state is read; then training whitens its inputs and fits `linear` by ridge regression."""
+    """True if the adapter reads the carried state. Training then whitens inputs and fits `linear` by regression."""
     linear: nn.Linear | None
-    """The linear part, (2 D) -> (D); None where that is the identity on the hidden state."""
+    """The linear part, (2 D) -> (D); None if it is the identity on the hidden state."""
     norm: nn.RMSNorm
-    """The norm of the output, which makes it ready for the head."""
+    """The norm of the output. The head reads the normed output."""
 
     def __call__(self, h: Tensor, carried: Tensor) -> Tensor:
         """Adapt hidden rows h, each with its carried state: (..., D), (..., D) -> (..., D)."""
 
     def rescale(self, h: float) -> None:
-        """Change the weights so that rows multiplied by `h` give today's output; only without `reads_carried`."""
+        """Scale the weights to suit rows that were multiplied by `h`: the output stays the same.
+
+        Only for adapters without `reads_carried`.
+        """
 
 
 class ExitAdapter(nn.Module):
-    """The published adapter: h + up(silu(gate h) * down h), then a norm of its own. (..., D) -> (..., D)."""
+    """The published adapter: norm(h + up(silu(gate h) * down h)), (..., D) -> (..., D)."""
 
     reads_carried = False
     linear = None
@@ -51,16 +54,20 @@ class ExitAdapter(nn.Module):
 
     @torch.no_grad()
     def rescale(self, h: float) -> None:
-        """Change the weights so that rows multiplied by `h` give today's output; the norm cancels the sum's scale."""
+        """Scale the weights to suit rows that were multiplied by `h`: the output stays the same.
+
+        The norm cancels the scale that remains.
+        """
         for weight, factor in ((self.gate, 1 / h), (self.down, 1 / h), (self.up, h)):
             weight.weight.mul_(factor)
 
 
 class CarryAdapter(nn.Module):
-    """An adapter that reads x = [h, carried]: linear x + up(silu(gate x) * down x), then a norm.
+    """An adapter that reads x = [h, carried]: norm(linear x + up(silu(gate x) * down x)).
 
-    (..., D), (..., D) -> (..., D). The carried state is ready for the head, as this adapter's own output is. Handing
-    the last deep state on is the idea of EAGLE (Li et al. 2024); here it meets the newest token's own layers.
+    Shapes: h (..., D), carried (..., D) -> (..., D). The carried state has the same form as the output: the head can
+    read it. EAGLE (Li et al. 2024) passes on the last deep state, too; here it is combined with h, the newest token's
+    state at the exit's layer.
     """
 
     reads_carried = True
@@ -87,9 +94,9 @@ ADAPTERS: dict[str, type[Adapter]] = {"swiglu": ExitAdapter, "carry": CarryAdapt
 class Drafter(nn.Module):
     """The network that drafts chains of tokens: a `carry` adapter before the first layer that also reads a context.
 
-    The context is what the layers at the other exits made of the newest confirmed token, E exits side by side
-    (..., E D); one context serves all drafts of a pass. That several depths tell more about later tokens than the last
-    depth alone is a finding of EAGLE-3 (Li et al. 2025).
+    The context comes from the states of the newest confirmed token at the E other exits, side by side (..., E D). All
+    drafts of a pass use the same context. EAGLE-3 (Li et al. 2025) found that several depths tell more about later
+    tokens than the last depth alone.
 
     Args:
         states: E, the number of exits whose states form the context.
@@ -102,5 +109,5 @@ class Drafter(nn.Module):
         nn.init.zeros_(self.context.weight)
 
     def forward(self, h: Tensor, carried: Tensor, context: Tensor) -> Tensor:
-        """Embeddings h, carried states, and the output of `self.context`: (..., D) each -> (..., D)."""
+        """Adapt embeddings h with carried states and the output of `self.context`: (..., D) each -> (..., D)."""
         return self.adapter(h, carried + context)

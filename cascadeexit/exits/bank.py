@@ -1,7 +1,7 @@
 """ExitBank: all exits of one model as a plain trainable module, and the artifact it is saved to.
 
-Artifact: config.json + exits.safetensors, and calibration.json where the exits were calibrated. The bank computes
-nothing at run time: `backend.exits(bank)` gives what runs on a device.
+Artifact: config.json + exits.safetensors, and calibration.json if the exits were calibrated. Decoding does
+not call the bank itself: `backend.exits(bank)` makes the runtime for a device.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ class ExitBank(nn.Module):
 
     Attributes:
         adapters: one for each exit, from the shallowest.
-        confidence_heads: one for each exit; None where the largest softmax probability is the confidence.
-        drafter: None where the exit before the first layer drafts.
+        confidence_heads: one for each exit; None if the largest softmax probability is the confidence.
+        drafter: the network that drafts; None if the exit before the first layer drafts.
         head_ids: token ids of the trimmed head, the most frequent first; None for the whole vocabulary.
         sketch_ids: token ids that a sketch estimator reads; None for other estimators.
-        calibration: measured thresholds of these very exits; None where they were not calibrated.
+        calibration: measured thresholds of these exits; None if they were not calibrated.
     """
 
     def __init__(self, config: ExitConfig):
@@ -56,7 +56,7 @@ class ExitBank(nn.Module):
 
     @classmethod
     def untrained(cls, model, *, confidence: str = "softmax", **shape) -> Self:
-        """Exits that start as the logit lens of a model: identity adapters with the model's final norm.
+        """Make exits that start as the logit lens of a model: identity adapters with the model's final norm.
 
         Args:
             model: a `SegmentedModel`; its exit layers are the bank's.
@@ -72,9 +72,10 @@ class ExitBank(nn.Module):
         return bank
 
     def prepare(self, model) -> Self:
-        """Freeze the exits and move them to a `SegmentedModel`'s device; adapters take its dtype, estimators fp32.
+        """Freeze the exits, move them to a `SegmentedModel`'s device, and return them.
 
-        Raises ValueError when the exits belong to another architecture; warns when only the weights differ.
+        Adapters and drafter take the model's dtype; estimators keep theirs, fp32. Logs a warning when the exits were
+        trained on other weights. Raises ValueError when they belong to another architecture.
         """
         c = self.config
         theirs = (c.hidden_size, c.num_layers, c.vocab_size, c.layers)
@@ -93,11 +94,11 @@ class ExitBank(nn.Module):
 
     @property
     def sketch_places(self) -> dict[int, int]:
-        """Place in the sketch of each of its tokens; empty without a sketch."""
+        """Place of each token in the sketch, {token id: place}; {} without a sketch."""
         return {} if self.sketch_ids is None else {word: i for i, word in enumerate(self.sketch_ids.tolist())}
 
     def fingerprint(self) -> str:
-        """SHA-256 over the exits' weights, in fp32, and their parts of the head: tells which exits made a result.
+        """Return a hash that tells which exits made a result: SHA-256 over their weights in fp32 and their head sizes.
 
         The drafter does not count: an exit's choices and confidences are the same with any drafter.
         """
@@ -105,7 +106,7 @@ class ExitBank(nn.Module):
         return _digest(state, repr(self.config.head_sizes) if self.config.head_sizes else "")
 
     def drafter_fingerprint(self) -> str | None:
-        """SHA-256 over the drafter's weights, on which the speed of `verified` depends; None without a drafter."""
+        """Return SHA-256 over the drafter's weights, which affect the speed of `verified`; None without a drafter."""
         return _digest(self.drafter.state_dict()) if self.drafter else None
 
     # -- artifact -------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ class ExitBank(nn.Module):
         return bank
 
     def _check_words(self) -> None:
-        """Raise ValueError where a word of the trimmed head or the sketch is outside the vocabulary."""
+        """Raise ValueError if a word of the trimmed head or the sketch is outside the vocabulary."""
         for name in ("head_ids", "sketch_ids"):
             ids = getattr(self, name)
             bad = [] if ids is None else ids[(ids < 0) | (ids >= self.config.vocab_size)].tolist()
@@ -151,7 +152,7 @@ class ExitBank(nn.Module):
 
 
 def _digest(state: dict[str, Tensor], begin: str = "") -> str:
-    """SHA-256 over named tensors in fp32, its first 16 digits."""
+    """Return the first 16 hex digits of SHA-256 over named tensors in fp32."""
     digest = hashlib.sha256(begin.encode())
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())

@@ -1,8 +1,8 @@
-"""Confidence estimators: how likely an exit's choice equals the full model's, without its whole vocabulary projection.
+"""Confidence estimators: compute the probability that an exit's choice equals the full model's.
 
-Two kinds. `ConfidenceHead`, the published one, reads the adapted hidden state. `SketchConfidence` reads facts of the
-exit's softmax over a few frequent words and the n-gram copy. So only the exit that is taken pays a vocabulary
-projection.
+There are two kinds. `ConfidenceHead`, the published one, reads the adapted hidden state. `SketchConfidence` reads facts
+of the exit's softmax over a few frequent words, and the n-gram copy. Neither needs the exit's whole vocabulary
+projection, so only the exit that is taken computes it.
 
 Letters: N rows, D hidden size, K words of the head that a sketch reads.
 """
@@ -29,12 +29,12 @@ class ConfidenceHead(nn.Module):
         return self.outer(inner).squeeze(-1).float()
 
     def chance(self, hidden: Tensor) -> Tensor:
-        """Probability that this exit's choice equals the full model's: (..., D) -> (...,)."""
+        """Compute the probability that this exit's choice equals the full model's: (..., D) -> (...,)."""
         return self(hidden).sigmoid()
 
 
 class SketchConfidence(nn.Module):
-    """An estimator that reads `softmax_facts`: (..., 5), or (..., 12) with the exit before it -> logits (...,).
+    """An estimator that reads `softmax_facts`: (..., 5), or (..., 12) with the previous exit -> logits (...,).
 
     If the previous exit ran for the same token, its numbers are inputs, too: exits that agree are right more often.
     """
@@ -53,7 +53,7 @@ def read_copies(copied: Sequence[tuple[int, int]], places: Mapping[int, int]) ->
 
     Args:
         copied: tokens and lengths, as from `Lookup.copied`.
-        places: place in the sketch of each of its tokens; other tokens get -1.
+        places: {token id: place in the sketch}; other tokens get -1.
     """
     return [(places.get(token, -1), math.log1p(length)) for token, length in copied]
 
@@ -62,10 +62,13 @@ def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: T
                   before: Tensor | None = None) -> Tensor:
     """Compute the inputs of `SketchConfidence` from an exit's softmax: (..., 5), or (..., 12) with the previous exit.
 
-    Columns: log p of the likeliest word, log p of the second, entropy in nats. With the previous exit, seven more: the
-    three numbers of that exit; 1 where both have the same likeliest word, else 0; log p by that exit of this exit's
-    word, and the reverse, at least -15; the cosine of the two rows. The last two: log(1 + length) of the copy where the
-    likeliest word is the copied one, else 0; log(1 + length) where it is another word, else 0.
+    Columns:
+    - log p of the likeliest word, log p of the second, entropy in nats
+    - only with the previous exit, seven more: these three numbers of that exit; 1 if both exits have the same likeliest
+      word, else 0; log p of this exit's word in that exit, and of that exit's word in this exit, at least -15; the
+      cosine of the two rows
+    - the match length of the copy, as log(1 + length), if the likeliest word is the copied one, else 0; the same number
+      if it is another word, else 0
 
     Args:
         project: the head of the sketch, rows (..., D) -> logits (..., K).
@@ -86,7 +89,7 @@ def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: T
 
 
 def _of_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log probabilities (..., K); and log p of the two likeliest words and the entropy in nats (..., 3)."""
+    """Return log probabilities (..., K); and log p of the two likeliest words and the entropy in nats (..., 3)."""
     log_p = logits.float().log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
     return log_p, torch.cat([log_p.topk(2, dim=-1).values, entropy], dim=-1)

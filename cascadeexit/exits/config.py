@@ -7,13 +7,13 @@ from pathlib import Path
 from cascadeexit.exits.adapters import ADAPTERS
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "exits.safetensors"
-WORD_BLOCK = 32         # parts of a head begin at multiples of it, the largest weight block of any backend
+WORD_BLOCK = 32         # part sizes of a head are multiples of it: the largest weight block of any backend
 _FORMAT = 3
 
 
 @dataclass(frozen=True)
 class ExitConfig:
-    """Shape of the exits and the model they belong to. Raises ValueError for a contradiction."""
+    """Shape of the exits and the model they belong to. Raises ValueError if fields contradict each other."""
 
     base_model: str
     """Short name of the base model."""
@@ -59,20 +59,20 @@ class ExitConfig:
         if self.confidence not in ("mlp", "sketch", "softmax"):
             raise ValueError(f"confidence must be 'mlp', 'sketch' or 'softmax', got '{self.confidence}'")
         if (self.confidence == "sketch") != (self.sketch_size > 0):
-            raise ValueError(f"sketch_size goes with confidence 'sketch', got {self.sketch_size} with "
-                             f"'{self.confidence}'")
+            raise ValueError(f"sketch_size must be above 0 for confidence 'sketch' and 0 for the others, got "
+                             f"{self.sketch_size} for '{self.confidence}'")
         if self.head_size > self.vocab_size:
-            raise ValueError(f"head_size is at most the vocabulary, {self.vocab_size}; got {self.head_size}")
+            raise ValueError(f"head_size must be at most {self.vocab_size}, the vocabulary; got {self.head_size}")
         if self.head_sizes and (len(self.head_sizes) != len(self.layers) or max(self.head_sizes) != self.head_size
                                 or any(n < 1 or n % WORD_BLOCK and n != self.head_size for n in self.head_sizes)):
-            raise ValueError(f"head_sizes are one for each of {len(self.layers)} exits, multiples of {WORD_BLOCK} up "
-                             f"to head_size, {self.head_size}; got {self.head_sizes}")
+            raise ValueError(f"head_sizes must have a number for each of {len(self.layers)} exits, multiples of "
+                             f"{WORD_BLOCK} up to head_size, {self.head_size}; got {self.head_sizes}")
         most = self.words(0) if self.head_size else 0
         if not 0 <= self.draft_size <= most or self.draft_size % WORD_BLOCK:
-            raise ValueError(f"draft_size is a multiple of {WORD_BLOCK} within a trimmed head and the first exit's "
-                             f"part of it, {most}; got {self.draft_size}")
+            raise ValueError(f"draft_size must be a multiple of {WORD_BLOCK} and at most {most}, the first exit's "
+                             f"trimmed words; got {self.draft_size}")
         if self.drafter_width and (self.layers[:1] != (0,) or len(self.layers) < 2):
-            raise ValueError(f"a drafter needs an exit before the first layer and one deeper, got {self.layers}")
+            raise ValueError(f"a drafter needs an exit before the first layer and a deeper one, got {self.layers}")
         if not all(a < b for a, b in zip((-1, *self.layers), (*self.layers, self.num_layers), strict=True)):
             raise ValueError(f"exit layers must ascend within 0..{self.num_layers - 1}, got {self.layers}")
         if self.format != _FORMAT:
@@ -80,7 +80,7 @@ class ExitConfig:
                              "anew with training/run.sh, or use the version that made them")
 
     def words(self, s: int) -> int:
-        """Number of words that exit s chooses from."""
+        """Return the number of words that exit s chooses from."""
         return self.head_sizes[s] if self.head_sizes else self.head_size or self.vocab_size
 
     @property

@@ -1,8 +1,9 @@
 """The `cpu` backend: our C++ kernels for bf16 models on a CPU.
 
-PyTorch's matrix kernels read weights at a quarter of the memory bandwidth when a pass has few rows, and dispatch costs
-as much again. These kernels take rows through whole segments in one call and use most of the memory bandwidth. The
-machine's own C++ compiler builds them once, in seconds. Without one, or in fp32, models run on the `torch` backend.
+If a pass has few rows, PyTorch's matrix kernels reach a quarter of the memory bandwidth, and dispatching them takes as
+long again. These kernels run rows through whole segments in one call and use most of the memory bandwidth. The
+machine's own C++ compiler builds them once, in seconds. Models in fp32, and all models on a machine without a compiler,
+run on the `torch` backend.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from cascadeexit.exits.bank import ExitBank
 
 
 class CpuBackend:
-    """C++ kernels that compute each row by itself, in a fixed order. Methods as in `base.Backend`."""
+    """Runs C++ kernels, which compute each row by itself in a fixed order. `base.Backend` describes the methods."""
 
     name = "cpu"
     families = ("llama", "mistral", "qwen2", "qwen3")       # model types that tests/test_kernels.py compares
@@ -31,7 +32,7 @@ class CpuBackend:
 
     @classmethod
     def build(cls) -> None:
-        """Compile the kernels where that was not done yet: seconds, once on a machine."""
+        """Compile the kernels unless this machine has compiled them before. This takes seconds."""
         build.library()
 
     @classmethod
@@ -40,10 +41,11 @@ class CpuBackend:
 
     @classmethod
     def why_not(cls, base) -> str:
-        """Say why this backend does not fit a model, and what to do; "" where it fits.
+        """Say why this backend does not fit a model, and what to do; "" if it fits.
 
-        It fits bf16 on a CPU, a known model type, heads of a multiple of 16, a plain SwiGLU and an even inner size. A
-        model that accelerate has spread over devices does not fit: its weights come and go with each call.
+        It fits bf16 models on a CPU that have a known type, a head size that is a multiple of 16, a plain SwiGLU, and
+        even hidden and inner sizes. A model that accelerate has spread over devices does not fit, because its weights
+        are moved for each call.
         """
         weights = outer_weights(base)
         if weights.device.type != "cpu":
@@ -51,7 +53,7 @@ class CpuBackend:
         if weights.dtype != torch.bfloat16:
             return f"the model is in {str(weights.dtype).removeprefix('torch.')}, and these kernels need bfloat16"
         if not cls._knows(base):
-            return "the model's type, its sizes or its device map are not among those of the kernels"
+            return "the kernels do not support the model's type, its sizes or its device map"
         return build.why_not() if build.library() is None else ""
 
     @classmethod
@@ -64,7 +66,7 @@ class CpuBackend:
 
     @classmethod
     def facts(cls) -> dict[str, str]:
-        """Describe the kernels on this machine."""
+        """Describe the kernels on this machine: {fact: value}, as in `build.facts`."""
         return build.facts()
 
     def vocab_head(self, weight: Tensor, *, rounded: bool = False) -> CpuHead:
@@ -74,7 +76,7 @@ class CpuBackend:
         return CpuExits(bank, self)
 
     def without_gradients(self, function: Callable) -> Callable:
-        return function         # kernels need no mode, and switching one costs 50 us a token
+        return function         # kernels record no gradients, and inference mode costs 50 us a token
 
     def synchronize(self) -> None:
-        """Do nothing: calls return when they are done."""
+        """Do nothing, because every call returns only when its work is done."""

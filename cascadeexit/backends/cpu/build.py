@@ -1,6 +1,6 @@
-"""Build: the C++ kernels, compiled once by the machine's own compiler for this very processor.
+"""Build: compiles the C++ kernels once, with the machine's own compiler and for its processor.
 
-The shared library lies in the cache folder under a name that hashes sources, flags, compiler and processor.
+The shared library is kept in the cache folder. Its name contains a hash of sources, flags, compiler and processor.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ _VECTORS = ("AVX512BF16", "AVX512VNNI", "AVX512BW", "AVX512F", "AVX2")      # co
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels; None, with a line in the log, where they cannot be had.
+    """Return the compiled kernels, and build them first if needed. If this fails, log the reason and return None.
 
-    CASCADEEXIT_KERNELS=0 in the environment disables them.
+    CASCADEEXIT_KERNELS=0 in the environment disables the kernels: the result is None, and nothing is logged.
     """
     if os.environ.get("CASCADEEXIT_KERNELS") == "0":
         return None
@@ -70,7 +70,7 @@ def facts() -> dict[str, str]:
 
 
 def why_not() -> str:
-    """Say why there are no kernels, and what to do; "" where there are."""
+    """Say why the kernels are not available, and what to do; "" if they are."""
     if os.environ.get("CASCADEEXIT_KERNELS") == "0":
         return "CASCADEEXIT_KERNELS=0 disables the kernels: unset this variable"
     if library() is not None:
@@ -81,7 +81,7 @@ def why_not() -> str:
 
 
 def _target(compiler: str) -> str:
-    """Return what names the processor that `-march=native` stands for."""
+    """Return compiler output that identifies the processor behind `-march=native`."""
     return subprocess.run([compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull], capture_output=True,
                           text=True, timeout=60).stderr
 
@@ -94,7 +94,7 @@ def kernels_file(compiler: str) -> Path:
 
 
 def _build(compiler: str) -> Path:
-    """Return the path of the shared library; compile it where it is missing."""
+    """Return the path of the shared library; compile it if it is missing."""
     path = kernels_file(compiler)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def _build(compiler: str) -> Path:
 
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the exported functions' types."""
+    """Declare argument and result types of the exported functions. Returns `lib`."""
     lib.ce_row_cost.restype = c_float
     lib.ce_row_cost.argtypes = [c_int32]
     lib.ce_key_bytes.argtypes = lib.ce_value_bytes.argtypes = [c_int32]

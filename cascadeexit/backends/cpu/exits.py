@@ -1,6 +1,6 @@
 """CpuExits: adapters, estimators and drafter in C++.
 
-Letters: N rows, D hidden size, I inputs, O outputs, E exits but the first.
+Letters: N rows, D hidden size, I inputs, O outputs, E exits, not counting the first.
 """
 
 import ctypes
@@ -67,7 +67,10 @@ class CpuExits(Exits):
 
     def drafts_by_parts(self, tokens: Sequence[int], carried: Sequence[Hidden], k: int, temperature: float,
                         context: ctypes.Array | None = None) -> list[tuple[States, list[float], list[int]]]:
-        """Draft by embedding, adapter and head in turn, for models whose embeddings are not the head's rows."""
+        """Draft with separate calls of embedding, adapter and head; arguments and result are those of `drafts`.
+
+        This is for models that `CpuDrafter` does not support, such as those whose embeddings are not the head's rows.
+        """
         states = torch.cat([tensor_of(state) for state in carried])
         if context is not None:
             states = (states + torch.frombuffer(context, dtype=torch.float32)).to(states.dtype)
@@ -126,10 +129,11 @@ class CpuAdapter:
 
 
 def _rounded_adapter(gate: Tensor, down: Tensor, up: Tensor, linear: Tensor | None):
-    """Round an adapter's weights to 8 bits: a store, its matrices as in `Adapter`, and the scale of its inputs (I,).
+    """Round an adapter's weights to 8 bits. Returns a store, the matrices of `Adapter`, and the input scale (I,).
 
-    Weights of strong inputs are small, and rounding would lose them. So each column is first divided by a power of
-    2 near its size, and its input is multiplied by it. For the columns of `up`, the outputs of `down` are multiplied.
+    Inputs with large values have small weights, which rounding would lose. So each column is first divided by a power
+    of 2 near its magnitude, and its input is later multiplied by the same number. For the columns of `up`, the rows of
+    `down` are multiplied instead.
     """
     gate, down, up = gate.detach().float(), down.detach().float(), up.detach().float()
     whole = [] if linear is None else [linear.detach().float()]
@@ -147,12 +151,12 @@ def _rounded_adapter(gate: Tensor, down: Tensor, up: Tensor, linear: Tensor | No
 
 
 class CpuDrafter:
-    """The drafter, or the exit before the first layer: one C++ call from tokens to the drafts after them.
+    """Drafts in one C++ call, with the adapter of the drafter or of the exit before the first layer.
 
     Args:
         embedding: embeddings of all tokens (V, D).
         head: projection onto the words that may be drafted.
-        ids: token ids of these words; None where a word's number is its token id.
+        ids: token ids of these words; None if a word's number is its token id.
     """
 
     def __init__(self, embedding: CpuHead, adapter: CpuAdapter, head: CpuHead, ids: Sequence[int] | None):
@@ -172,7 +176,7 @@ class CpuDrafter:
 
 
 class CpuContext:
-    """A drafter's context layer in 8 bits: weight (D, E D). Its input is one row, given as E parts of D numbers."""
+    """A drafter's context layer with its weight (D, E D) rounded to 8 bits. An input row is given as E parts (D,)."""
 
     def __init__(self, weight: Tensor):
         weight = weight.detach().float()
@@ -197,7 +201,8 @@ class CpuConfidence:
 
     Args:
         head: projection onto the words of the sketch.
-        alone, after: its two networks (linear, SiLU, linear): for an exit alone, and with the previous exit's inputs.
+        alone, after: the estimator's two networks (linear, SiLU, linear). `alone` reads facts of one exit, `after`
+            those of this and the previous exit.
     """
 
     def __init__(self, head: CpuHead, alone: nn.Sequential, after: nn.Sequential):
@@ -211,11 +216,11 @@ class CpuConfidence:
         return Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
 
     def __call__(self, rows: Hidden, copied: Sequence[tuple[int, float]], before: Hidden | None = None) -> list[float]:
-        """Compute the confidences of rows (N, D).
+        """Compute the confidences of adapted rows (N, D): N numbers in [0, 1].
 
         Args:
-            copied: result of `read_copies`.
-            before: rows of the previous exit; None if it did not run.
+            copied: result of `read_copies`, one pair for each row.
+            before: adapted rows of the previous exit (N, D); None if that exit did not run.
         """
         rows, before, n = in_bf16(rows), None if before is None else in_bf16(before), len(copied)
         chances = (c_float * n)()

@@ -1,4 +1,6 @@
-"""CpuHead: a vocabulary projection in C++, in bf16 or rounded to 8 bits, with a screen that halves what argmax reads.
+"""CpuHead: a vocabulary projection in C++, in bf16 or rounded to 8 bits.
+
+A screen (`HeadScreen`) halves the bytes that argmax reads.
 
 Letters: N rows, I inputs (the hidden size), K words.
 """
@@ -21,7 +23,7 @@ from cascadeexit.exits.confidence import FACTS_AFTER, FACTS_ALONE
 
 
 class CpuHead:
-    """Projection of bf16 rows (..., I) onto K words, in fp32.
+    """Projects bf16 rows (..., I) onto K words, with fp32 results. `base.VocabHead` describes the methods.
 
     Args:
         weight: (K, I) in bf16.
@@ -47,7 +49,10 @@ class CpuHead:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of weights that one `argmax` call reads. With a screen, the few bf16 rows do not count."""
+        """Return the bytes of weights that one `argmax` call reads.
+
+        With a screen these are the screen's bytes: the few bf16 rows that are also read do not count.
+        """
         if self._screen:
             return self._screen.rough.nbytes
         return self.shape[0] * (self.shape[1] + 4 if self.eight_bits else 2 * self.shape[1])
@@ -84,7 +89,7 @@ class CpuHead:
         """Compute the logit of one word for one of the rows (1, N, I). It is bitwise equal to the value in `logits`."""
         rows, size, of = in_bf16(rows), build.library().ce_block(), self.matrix
         first = number // size * size
-        # Its block alone, as a matrix of its own.
+        # A matrix that consists of only the block with this output.
         block = Matrix(of.weight + build.library().ce_packed_bytes(first, of.inputs), None,
                        of.bias and of.bias + 4 * first, of.inputs, min(size, of.outputs - first))
         out = (c_float * size)()
@@ -107,7 +112,10 @@ class CpuHead:
         return facts
 
     def first(self, words: int) -> "CpuHead":
-        """Make a head of the first `words` words, a multiple of `WORD_BLOCK` or all. It shares this head's memory."""
+        """Make a head of the first `words` words, which shares this head's memory.
+
+        words: a multiple of `WORD_BLOCK`, or K.
+        """
         if words == self.words:
             return self
         part = copy.copy(self)
@@ -118,7 +126,7 @@ class CpuHead:
     def rows(self, ids: Sequence[int]) -> States:
         """Read rows of the weight as embeddings: n token ids -> (1, n, I).
 
-        Raises ValueError where the weight was rounded to 8 bits.
+        Raises ValueError if the weight was rounded to 8 bits.
         """
         if self.eight_bits:
             raise ValueError("this head was rounded to 8 bits: read the rows of the bf16 head that it was made from")
@@ -128,22 +136,22 @@ class CpuHead:
         return out
 
     def screened(self, rough: "CpuHead", exact: Tensor, ids: Tensor | None = None) -> "CpuHead":
-        """Copy this head with a faster argmax: a `HeadScreen` made from these arguments excludes most words first."""
+        """Return a copy of this head with a faster argmax. It uses a `HeadScreen` made from these arguments."""
         head = copy.copy(self)
         head._screen, head._shared = HeadScreen(rough, exact, ids), True
         return head
 
 
 class HeadScreen:
-    """A head rounded to 8 bits that finds the exact head's largest output: same result, half of the bytes.
+    """Excludes most words from an argmax with a head rounded to 8 bits. The result is the same, for half of the bytes.
 
-    The exact sum w . x of an output is within |w - v| |x| of that with the rounded v (Cauchy-Schwarz inequality), so
-    few outputs can be the largest, and only these are read in bf16.
+    For an output with weights w and rounded weights v, w . x differs from v . x by at most |w - v| |x| (Cauchy-Schwarz
+    inequality). So only a few outputs can be the largest, and only these are computed with the bf16 weights.
 
     Args:
         rough: the head rounded to 8 bits.
         exact: the bf16 weight (K, I) that `rough` was made from.
-        ids: for each output of `rough` its number in the exact head; None where they are the same.
+        ids: for each output of `rough`, its number in the exact head; None if both numbers are equal.
     """
 
     def __init__(self, rough: CpuHead, exact: Tensor, ids: Tensor | None = None):

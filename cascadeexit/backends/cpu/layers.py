@@ -1,8 +1,8 @@
 """CpuLayers: the decoder layers of a Llama-like model in C++.
 
-Weights are bf16, packed to 12 bits without loss where the processor reads that; keys and values are kept in 12 bits. A
-row's result does not depend on the other rows of its pass, so passes need no padding, and rows may as well be branches
-of a draft tree, or texts of a batch.
+Weights are bf16. They are packed to 12 bits without loss if the kernels for this processor read that. Keys and values
+are kept in 12 bits. A row's result does not depend on the other rows of its pass. So passes need no padding, and rows
+may also be branches of a draft tree or texts of a batch.
 
 Letters: N rows, D hidden size, B texts of a batch, d head size.
 """
@@ -41,7 +41,7 @@ class CpuLayers:
 
     Args:
         base: a transformers *ForCausalLM that `CpuBackend.fits`; its weights are copied.
-        head: its packed vocabulary projection, which gives the embeddings where the model ties them.
+        head: the model's packed vocabulary projection. It also gives the embeddings if the model ties the two.
     """
 
     row_multiple, max_rows, supports_trees = 1, 32, True
@@ -50,7 +50,7 @@ class CpuLayers:
         shape, layers, outer = DecoderShape.of(base.config), layer_weights(base), outer_weights(base)
         self._shape, self._bounds = shape, bounds
         self._head = head if outer.tied else None
-        self._embedding = None if outer.tied else outer.embedding.detach().clone()      # lets go of its file
+        self._embedding = None if outer.tied else outer.embedding.detach().clone()      # frees its file
         self._norm = outer.final_norm.detach().float().contiguous()
         qkv = [_by_group(shape.kv_heads, w.q, w.k, w.v) for w in layers]
         self._store = Store(chain.from_iterable((first, w.o, w.gate, w.up, w.down) for first, w in zip(qkv, layers)),
@@ -132,7 +132,7 @@ class CpuLayers:
 
         Args:
             parents: the rows are a tree after `start` positions.
-            begins: row r is position `start` of text r of B = N, which sees its own positions from begins[r] on.
+            begins: there are B = N texts. Row r is position `start` of text r, which reads positions from begins[r] on.
         """
         end = start + (rows.shape[1] if parents is None and begins is None else 1)
         if end > self._shape.positions:
@@ -148,7 +148,7 @@ class CpuLayers:
         return [rows] * (len(bounds) - 1 - count) + [out.part(i * n, (1, n, d)) for i in range(count)]
 
 
-@functools.cache                # between passes, which sweep the caches, even a small call takes long
+@functools.cache                # after a pass has swept the processor's caches, even a small call takes long
 def _row_cost(rows: int) -> float:
     return build.library().ce_row_cost(rows)
 
@@ -164,9 +164,10 @@ def _stops(bounds: tuple[int, ...]) -> ctypes.Array:
 
 
 def _by_group(groups: int, *parts: Tensor | None) -> Tensor | None:
-    """Join queries, keys and values (O, ...) so that a key-value head lies beside its queries.
+    """Join the weights of queries, keys and values (O, ...) so that each key-value head lies beside its query heads.
 
-    A thread then computes attention from queries, keys and values that it has projected itself.
+    Then a thread computes attention from queries, keys and values that it has projected itself. Returns None if the
+    parts are None.
     """
     if parts[0] is None:
         return None

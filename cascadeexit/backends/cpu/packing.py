@@ -1,6 +1,6 @@
 """Packing: weights in the layouts that the C++ kernels read, in huge pages.
 
-bf16 weights stay in 16 bits or are packed to 12 without loss. Weights of exits may be rounded to 8-bit integers.
+bf16 weights stay in 16 bits or are packed to 12 bits without loss. Weights of exits may be rounded to 8-bit integers.
 
 Letters: O outputs, I inputs, B outputs of a block.
 """
@@ -16,18 +16,18 @@ from cascadeexit.backends.cpu import build
 from cascadeexit.backends.cpu.structures import Matrix
 from cascadeexit.backends.memory import allocate
 
-_MOST_OUTLIERS = 1 / 64         # a weight with a larger share of numbers outside the code book stays in 16 bits
+_MOST_OUTLIERS = 1 / 64         # a weight with a larger share of outliers stays in 16 bits
 
 
 class Store:
-    """Packs weights into one piece of memory, and keeps alive what C++ holds pointers to.
+    """Packs weights into one piece of memory, and keeps alive all memory that C++ points to.
 
     Args:
         weights: all weights that the store will hold: bf16 (O, I), or 8-bit integers from `rounded`.
-        in_12_bits: pack bf16 weights to 12 bits where that is possible.
+        in_12_bits: pack bf16 weights to 12 bits if possible.
 
     Attributes:
-        bytes: size of the bf16 weights as they are kept.
+        bytes: size of the bf16 weights after packing.
     """
 
     def __init__(self, weights: Iterable[Tensor], *, in_12_bits: bool = False):
@@ -68,7 +68,7 @@ class Store:
         return Matrix(at, None, self.floats(bias), inputs, rows)
 
     def _coded(self, parts: Sequence[Tensor]) -> tuple[int, ctypes.Array] | None:
-        """Pack weights to 12 bits. Returns their address and their outliers; None where there are too many outliers."""
+        """Pack weights to 12 bits. Returns their address and their outliers; None if there are too many outliers."""
         outputs, inputs = parts[0].shape
         size, most, found = self._coded_bytes(outputs, inputs), int(parts[0].numel() * len(parts) * _MOST_OUTLIERS), 0
         at, outliers = self._take(len(parts) * size), (c_int64 * most)()
@@ -82,7 +82,10 @@ class Store:
         return at, outliers
 
     def matrix_in_8_bits(self, weight: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None) -> Matrix:
-        """Store one weight of 8-bit integers, in the layout that `rounded` returns."""
+        """Store one weight of 8-bit integers and its scale, as returned by `rounded`.
+
+        outputs: number of outputs, without those that fill up the last block.
+        """
         at = self._take(weight.nbytes)
         ctypes.memmove(at, weight.data_ptr(), weight.nbytes)
         return Matrix(at, self.floats(scale), self.floats(bias), 2 * weight.shape[1], outputs)
@@ -101,14 +104,14 @@ def _whole_lines(size: int) -> int:
 
 
 def scale_of(weight: Tensor) -> Tensor:
-    """Return the scale (O,) of a weight (O, I): for each output, the factor of its 8-bit integers."""
+    """Return the scale (O,) of a weight (O, I): for each output, the factor that turns 8-bit integers into weights."""
     return weight.abs().amax(1).clamp(min=1e-30) / 127
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight (O, I), I even, to 8-bit integers, in blocks of B outputs and pairs of inputs.
+    """Round a weight (O, I) to 8-bit integers, in blocks of B outputs and pairs of inputs. I must be even.
 
-    Returns the integers (O / B, I / 2, 2 B) and the factor of each output, for whole blocks.
+    The last block is filled up with zeros. Returns the integers (blocks, I / 2, 2 B) and the factors (blocks * B,).
     """
     parts, scales, size = [], [], build.library().ce_block()
     for block in weight.detach().split(size):

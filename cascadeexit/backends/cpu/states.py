@@ -1,7 +1,7 @@
-"""States: hidden rows in bf16 between C++ kernels, without a tensor.
+"""States: bf16 hidden rows that go from one C++ kernel to the next without a torch tensor.
 
-A pass sweeps the processor's caches, and the first tensor operations after it take 50 to 200 us each: 0.4 ms of a pass
-of 14 ms. So the rows that the engine hands from kernel to kernel are these.
+A pass sweeps the processor's caches. The first tensor operations after it take 50 to 200 us each, which adds 0.4 ms to
+a pass of 14 ms. So the engine passes rows between kernels as `States`.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class States:
-    """Hidden rows (..., D) in bf16 that C++ reads and writes; a part of them shares their memory."""
+    """Hidden rows (..., D) in bf16, which C++ reads and writes. A part or an index shares their memory."""
 
     __slots__ = "shape", "_memory", "_offset"
 
@@ -23,15 +23,15 @@ class States:
         self._memory = (ctypes.c_char * (2 * prod(shape)))() if memory is None else memory
 
     def data_ptr(self) -> int:
-        """Address of the first number."""
+        """Return the address of the first number."""
         return ctypes.addressof(self._memory) + self._offset
 
     def part(self, first: int, shape: tuple[int, ...]) -> "States":
-        """Rows of this shape from row `first` on, in the same memory."""
+        """Return rows of this shape from row `first` on, in the same memory."""
         return States(shape, self._memory, self._offset + 2 * first * self.shape[-1])
 
     def __getitem__(self, at: tuple[slice, int | slice]) -> "States":
-        """Select rows: `states[:, i]` gives (1, D), `states[:, a:b]` gives (1, n, D). No copy, no steps."""
+        """Select rows: `states[:, i]` gives (1, D), `states[:, a:b]` gives (1, n, D). No copy and no steps."""
         _, n, d = self.shape
         chosen = range(n)[at[1]]
         return self.part(chosen, (1, d)) if isinstance(chosen, int) else self.part(chosen.start, (1, len(chosen), d))
@@ -53,19 +53,19 @@ def tensor_of(rows: Hidden) -> Tensor:
 
 
 def like(rows: Hidden) -> Hidden:
-    """Make room for as many rows of the same kind."""
+    """Allocate rows of the same shape and kind, with any values."""
     return States(rows.shape) if isinstance(rows, States) else torch.empty_like(rows)
 
 
 def in_bf16(rows: Hidden) -> Hidden:
-    """Make rows bf16 and contiguous, as C++ reads them. They are copied only if they are not yet."""
+    """Make rows bf16 and contiguous, as C++ needs them. Rows that already are so are returned as they are."""
     if isinstance(rows, States) or (rows.dtype == torch.bfloat16 and rows.is_contiguous()):
         return rows
     return rows.to(torch.bfloat16).contiguous()
 
 
 def joined(parts: Sequence[States]) -> States:
-    """Concatenate rows (1, n, D): (1, N, D)."""
+    """Concatenate parts (1, n, D) to rows (1, N, D)."""
     out, at = States((1, sum(part.shape[1] for part in parts), parts[0].shape[2])), 0
     for part in parts:
         ctypes.memmove(out.data_ptr() + at, part.data_ptr(), 2 * prod(part.shape))

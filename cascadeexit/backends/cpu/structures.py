@@ -1,11 +1,11 @@
-"""Structures that Python and C++ share, field by field as in src/structs.h. They hold pointers and own nothing."""
+"""Structures that Python and C++ share, field by field as in src/structs.h. They own no memory."""
 
 import ctypes
 from ctypes import POINTER, c_float, c_int32, c_void_p
 
 
 class Matrix(ctypes.Structure):
-    """A packed weight: bf16, bf16 in 12 bits where `outliers` is set, or 8-bit integers where `scale` is set."""
+    """A packed weight: bf16, bf16 in 12 bits if `outliers` is set, or 8-bit integers if `scale` is set."""
 
     _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("inputs", c_int32),
                 ("outputs", c_int32), ("outliers", c_void_p)]
@@ -33,7 +33,7 @@ class Stack(ctypes.Structure):
 
 
 class Adapter(ctypes.Structure):
-    """An exit's adapter; `linear` is empty where its linear part is the identity."""
+    """An exit's adapter. `linear` is empty if the linear part is the identity."""
 
     _fields_ = [("linear", Matrix), ("gate_down", Matrix), ("up", Matrix), ("norm", c_void_p), ("eps", c_float),
                 ("column_scale", c_void_p)]

@@ -1,7 +1,7 @@
 """The `gpu` backend: our Triton kernels for bf16 and fp16 models on CUDA.
 
-Triton comes with PyTorch's CUDA builds. It is imported when a model is made, not before, so that machines without it
-work. Where this backend does not fit, models run on the `torch` backend.
+Triton comes with PyTorch's CUDA builds. It is imported only when a model is made, so machines without it work, too.
+Models that do not fit this backend run on the `torch` backend.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ _WIDEST_HEAD = 128
 
 
 class GpuBackend:
-    """Triton kernels that multiply rows in fixed tiles. Methods as in `base.Backend`."""
+    """Runs Triton kernels, which multiply rows in fixed tiles. `base.Backend` describes the methods."""
 
     name = "gpu"
 
@@ -41,24 +41,24 @@ class GpuBackend:
 
     @classmethod
     def why_not(cls, base) -> str:
-        """Say why this backend does not fit a model, and what to do; "" where it fits.
+        """Say why this backend does not fit a model, and what to do; "" if it fits.
 
-        It fits bf16 or fp16 on the current NVIDIA GPU, of capability 8.0 or newer, with Triton and a known shape. A
-        model that accelerate has spread over devices does not fit: its weights come and go with each call. Nor does
-        ZeroGPU, where the process that loads the model has no GPU to record passes on.
+        It fits bf16 and fp16 models of a supported shape on the current NVIDIA GPU, with Triton installed and a compute
+        capability of at least 8.0. A model that accelerate has spread over devices does not fit, because its weights
+        are moved for each call. On ZeroGPU no model fits, because the process that loads it has no GPU to record on.
         """
         device = outer_weights(base).device
         if os.environ.get("SPACES_ZERO_GPU"):
             return "on ZeroGPU, the process that loads the model has no GPU to record passes on"
         if device.type != "cuda" or torch.version.cuda is None:
             return f"the model is on {device}, and these kernels are for NVIDIA GPUs"
-        if device.index not in (None, torch.cuda.current_device()):         # Triton launches on that one
+        if device.index not in (None, torch.cuda.current_device()):         # Triton launches on the current device
             return f"the model is on {device}, and the current device is {torch.cuda.current_device()}"
         if torch.cuda.get_device_capability(device) < _OLDEST:
             return "the GPU's compute capability is below 8.0"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install triton"
-        return "" if fits_shape(base) else "the model's dtype, its sizes or its device map are not among the kernels'"
+        return "" if fits_shape(base) else "the kernels do not support the model's dtype, its sizes or its device map"
 
     def vocab_head(self, weight: Tensor, *, rounded: bool = False):
         from cascadeexit.backends.gpu.heads import GpuHead
@@ -78,7 +78,7 @@ class GpuBackend:
 
 
 def fits_shape(base) -> bool:
-    """True where the kernels know a transformers model's dtype and shape, whatever its device."""
+    """Return True if the kernels support a transformers model's dtype and shape. It may be on any single device."""
     if is_spread(base):
         return False
     dtype, shape, layers = outer_weights(base).dtype, DecoderShape.of(base.config), layer_weights(base)

@@ -1,6 +1,6 @@
-"""GpuExits: adapters, estimators and drafter over our Triton kernels.
+"""GpuExits: adapters, estimators and drafter that use our Triton kernels.
 
-Letters: N rows, D hidden size, F inner size of an adapter, E exits but the first.
+Letters: N rows, D hidden size, F inner size of an adapter, E exits, not counting the first.
 """
 
 import logging
@@ -24,7 +24,7 @@ _DRAFTS = "drafts"              # name of the recording of a level of drafts
 class GpuExits(Exits):
     """Exit runtime in Triton; the methods are those of `base.ExitRuntime`.
 
-    Where passes are recorded, an exit is part of the recording of the segments below it, with its choice.
+    If passes are recorded as CUDA graphs, the recording of the segments below an exit includes the exit and its choice.
     """
 
     def __init__(self, bank: ExitBank, backend):
@@ -85,7 +85,7 @@ class GpuExits(Exits):
         if not asked.waits:
             return None
         name, carried = (asked.source.span[0], s, after), tensor_of(asked.carried)
-        before = tensor_of(before) if after else None               # read first: they may be of the pass that waits
+        before = tensor_of(before) if after else None               # first: may run the postponed pass
 
         def fill() -> None:
             self._carried.copy_(carried)
@@ -195,13 +195,13 @@ class AskedExit(Late):
 
 
 class ModuleAdapter:
-    """An adapter of a kind that the kernels do not know, run by PyTorch: rows, carried states (..., D) -> (..., D)."""
+    """Runs an adapter in PyTorch if the kernels do not support it: rows, carried states (..., D) -> (..., D)."""
 
     def __init__(self, adapter: nn.Module):
         self._adapter = adapter
 
     def __call__(self, rows: Tensor, carried: Tensor, count: Tensor | None = None) -> Tensor:
-        """Apply the adapter to all rows; those from `count` on do no harm."""
+        """Apply the adapter to all rows. `count` is ignored: later rows are computed, too, but not used."""
         return self._adapter(rows, carried)
 
 

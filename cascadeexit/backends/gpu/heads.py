@@ -16,7 +16,7 @@ _WORDS, _BLOCKS = 64, 1024      # words of one program, and blocks of words in o
 
 
 class GpuHead:
-    """Projection of rows (..., D) onto K words; the methods are those of `base.VocabHead`.
+    """Projects rows (..., D) onto K words. `base.VocabHead` describes the methods.
 
     Args:
         weight: (K, D).
@@ -27,7 +27,7 @@ class GpuHead:
         self._weight, self._bias, self._counts = weight.detach(), bias, counts
         self.words, self.nbytes = len(weight), weight.nbytes
         self.owned_bytes = self.nbytes if owned else 0
-        self.in_top = False                 # True for the head that recordings up to the top end in
+        self.in_top = False                 # True if recordings that end with the last segment include this head
 
     @property
     def weight(self) -> Tensor:
@@ -66,9 +66,9 @@ class GpuHead:
         return GpuHead(self._weight[:words], bias, counts=self._counts, owned=False)
 
     def launch(self, rows: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Launch projection and argmax on contiguous rows (N, D): logits (N, K) in fp32, and tokens (N,).
+        """Launch projection and argmax on contiguous rows (N, D). Returns fp32 logits (N, K) and likeliest words (N,).
 
-        count: how many of the rows are computed, in device memory; None for all.
+        count: number of rows to compute, as a tensor (1,) in device memory; None for all.
         """
         n, d = rows.shape
         blocks, count = -(-self.words // _WORDS), self._counts(n) if count is None else count

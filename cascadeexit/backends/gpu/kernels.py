@@ -1,4 +1,4 @@
-"""Triton kernels of a Llama-like decoder: six for each layer, and those of norms and vocabulary heads.
+"""Triton kernels of a Llama-like decoder: six for each layer, and others for norms and vocabulary heads.
 
 One layer is: `qkv_heads`, `attend`, `combine`, `linear` (output projection + residual), `gated`, `linear` (down +
 residual). Two rules make a row's result independent of its place, of its neighbours, of the cache's capacity and of how
@@ -9,7 +9,8 @@ a text is cut into passes:
    holds new rows is computed once for each row, with the keys of that row's own path and zeros after it. So the same
    numbers meet in the same tile, whether the row is decoded alone or verified in a tree.
 
-No kernel adds by atomics. Counts and positions are read from device memory: a recorded launch serves every context.
+No kernel uses atomic additions. Counts and positions are read from device memory, so a recorded launch works for every
+context.
 
 Letters: N rows, T tiles of rows, D hidden size, I inputs, O outputs, H query heads, K key-value heads, G = H / K, d
 head size, C cache capacity, S splits, F inner size of the MLP, V words.
@@ -18,14 +19,15 @@ head size, C cache capacity, S splits, F inner size of the MLP, V words.
 import triton
 import triton.language as tl
 
-ROWS = tl.constexpr(16)         # of every tile, and the longest path of a tree
+ROWS = tl.constexpr(16)         # rows of a tile, and the longest path of a tree
 
 
 @triton.jit
 def cache_of(cache, part: tl.constexpr, layer, dtype: tl.constexpr):
     """Return a pointer to a layer's keys (part 0) or values (part 1), and the capacity C.
 
-    `cache` holds addresses, capacity and numbers of a layer (int64), so a recorded launch serves every cache.
+    `cache` (4,) in int64 holds the addresses of keys and values, the capacity, and how many numbers the keys of a layer
+    have. So a recorded launch works for every cache.
     """
     address, capacity = tl.load(cache + part), tl.load(cache + 2).to(tl.int32)
     pointer = address.to(tl.pointer_type(dtype)) + layer * tl.load(cache + 3)
@@ -34,7 +36,10 @@ def cache_of(cache, part: tl.constexpr, layer, dtype: tl.constexpr):
 
 @triton.jit
 def rms_norm(x, gain, y, count, eps, D, BLOCK: tl.constexpr):
-    """Apply RMSNorm to rows (N, D): one program for each row."""
+    """Apply RMSNorm to rows x (N, D) -> y (N, D).
+
+    Grid: (N,).
+    """
     row = tl.program_id(0)
     if row >= tl.load(count):
         return
@@ -55,11 +60,12 @@ def rms_norm(x, gain, y, count, eps, D, BLOCK: tl.constexpr):
 def qkv_heads(x, gain, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_norm, k_norm, cosines, sines, queries,
               cache, layer, count, positions, slots, lanes, eps, D, H, K, d, SHRINK: tl.constexpr,
               BIAS: tl.constexpr, HEAD_NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """Norm a tile of rows, and compute one query, key or value head of it: norm and rotary embedding included.
+    """Normalize a tile of rows, and compute one query, key or value head of it.
 
-    Queries go to (N, H, d), keys and values to the row's slot of the cache (lanes, K, C, d). The two halves of a head
-    are multiplied side by side, since the rotary embedding turns one into the other. Rows are normed after the product;
-    SHRINK, a power of two, keeps unnormed fp16 rows in range.
+    Queries and keys also get their head norm and the rotary embedding. Queries are written to (N, H, d), keys and
+    values to the row's slot of the cache (lanes, K, C, d). The two halves of a head are computed together, because the
+    rotary embedding mixes them. Rows are normalized after the product. Before it, SHRINK, a power of two, keeps fp16
+    rows in range.
 
     Grid: (T, H + 2 K).
     """
@@ -116,10 +122,10 @@ def attend(queries, cache, layer, partial, sums, count, positions, lanes, paths,
     """Attend from 16 query rows of one key-value head to one split of the positions.
 
     The G query heads of a row are rows of the tile, so a tile of TILE rows has G * TILE query rows. `paths[r, j]` is
-    the slot of the position firsts[tile] + j on the path of row r; positions before firsts[tile] are slots themselves.
-    Blocks before the new rows are computed once for all rows, other blocks once for each row, in the same loop: the
-    step's keys are those that row `one` sees, and only the rows `mine` keep what comes out. Writes unnormalised sums of
-    values (T, K, parts, S, 16, d), and the largest score and the sum of weights (T, K, parts, S, 16, 2).
+    the slot of position firsts[tile] + j on the path of row r. A position before firsts[tile] is in the slot of the
+    same number. Blocks before the new rows are computed once for all rows, other blocks once for each row, in the same
+    loop: a step reads the keys that row `one` sees, and only the rows `mine` keep its result. Writes unnormalised sums
+    of values (T, K, parts, S, 16, d), and the largest score and the sum of weights (T, K, parts, S, 16, 2).
 
     Grid: (K * parts, S, T), with as many parts as G * TILE query rows fill.
     """
@@ -204,7 +210,7 @@ def combine(partial, sums, out, count, positions, H, K, S, parts, d, TILE: tl.co
 @triton.jit
 def linear(x, weight, bias, residual, y, count, inputs, outputs, BIAS: tl.constexpr,
            RESIDUAL: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiply rows (N, I) by a weight (O, I), and add a bias and a residual (N, O). `residual` may be `y` itself.
+    """Multiply rows x (N, I) by a weight (O, I), and add bias and residual (N, O): y (N, O). `residual` may be `y`.
 
     Grid: (T, blocks of outputs).
     """
@@ -228,7 +234,7 @@ def linear(x, weight, bias, residual, y, count, inputs, outputs, BIAS: tl.conste
 @triton.jit
 def gated(x, gain, gate, up, y, count, eps, D, F, NORM: tl.constexpr, SHRINK: tl.constexpr, BLOCK_F: tl.constexpr,
           BLOCK: tl.constexpr):
-    """Compute silu(gate x) * up x of rows (N, D), normed first where NORM: (N, F). Norm and SHRINK as in `qkv_heads`.
+    """Compute silu(gate x) * up x of rows (N, D): (N, F). With NORM, rows are normalized as in `qkv_heads`.
 
     Grid: (T, blocks of outputs).
     """
@@ -259,14 +265,14 @@ def gated(x, gain, gate, up, y, count, eps, D, F, NORM: tl.constexpr, SHRINK: tl
 @triton.jit
 def head_logits(x, weight, bias, logits, best, count, D, V, BIAS: tl.constexpr, BLOCK_V: tl.constexpr,
                 BLOCK: tl.constexpr):
-    """Compute logits (N, V) in fp32 of ready rows (N, D), and the first of the likeliest words of each block of words.
+    """Compute fp32 logits (N, V) of normed or adapted rows (N, D), and the likeliest word of each block of words.
 
-    `best` (N, blocks) holds these words' numbers.
+    The numbers of these words are written to `best` (N, blocks). Of equally likely words, the first counts.
 
     Grid: (T, blocks of words).
     """
     row, word = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    real, start_of = row < tl.load(count), word.to(tl.int64)[:, None] * D       # a weight may pass 2^31 numbers
+    real, start_of = row < tl.load(count), word.to(tl.int64)[:, None] * D       # weights may have over 2^31 numbers
     total = tl.zeros((ROWS, BLOCK_V), tl.float32)
     for start in range(0, D, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -283,7 +289,7 @@ def head_logits(x, weight, bias, logits, best, count, D, V, BIAS: tl.constexpr, 
 
 @triton.jit
 def argmax(logits, best, tokens, count, V, blocks, BLOCK: tl.constexpr):
-    """Find the first of the likeliest words of each row, among the best of each block (N, blocks): (N,).
+    """Find the likeliest word of each row (N,) among the best of each block (N, blocks); the first of equal ones.
 
     Grid: (N,).
     """

@@ -1,6 +1,6 @@
 """Launches: how kernels are started and sized. Every kernel of this backend starts through `launch`.
 
-So a test can list the launches of a pass, and count from them kernels and bytes without a GPU.
+So a test can list the launches of a pass, and count kernels and bytes without a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS = 16                       # of every tile of rows, as in `kernels`
+ROWS = 16                       # rows of a tile, as in `kernels`
 SPLIT, KEYS = 256, 64           # positions of a split of attention, and of a block in it
 _FEW_PROGRAMS = 256             # up to so many programs of 16 outputs each; larger weights get larger blocks
 _listeners: list[Callable[[str, tuple[int, ...], Sequence[Any], dict[str, Any]], None]] = []
@@ -24,7 +24,7 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """
     for listener in _listeners:
         listener(kernel.__name__, grid, args, options)
-    if not any(arg.is_meta for arg in args if isinstance(arg, Tensor)):     # shapes alone: only listeners hear of it
+    if not any(arg.is_meta for arg in args if isinstance(arg, Tensor)):     # meta: only inform listeners
         kernel[grid](*args, enable_fp_fusion=True, **options)               # the default differs between versions
 
 
@@ -34,7 +34,7 @@ def tiles(rows: int) -> int:
 
 
 def power_of_2(size: int) -> int:
-    """Return the smallest power of 2 that is at least `size` and 16, the minimum tile size of `tl.dot`."""
+    """Return the smallest power of 2 that is at least `size` and at least 16, the minimum tile size of `tl.dot`."""
     return max(16, 1 << (size - 1).bit_length())
 
 

@@ -1,7 +1,7 @@
 """GpuLayers: the decoder layers of a Llama-like model in Triton.
 
-A row's result does not depend on the other rows of its pass, so passes need no padding, and rows may as well be
-branches of a draft tree, or texts of a batch. Weights stay where transformers has them; nothing is copied.
+A row's result does not depend on the other rows of its pass. So passes need no padding, and rows may also be branches
+of a draft tree or texts of a batch. Weights are those of the transformers model, without a copy.
 
 Letters: N rows, T tiles of rows, D hidden size, B texts of a batch, d head size, S splits of attention.
 """
@@ -44,13 +44,14 @@ from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weig
 
 _CAPACITY_STEP = 128
 _PROMPT_ROWS = 128              # rows of a pass of a prompt: more need more memory for the splits of attention
-_RECORDED_POSITIONS = 8192      # of a recording's context: longer ones run kernel by kernel
+_CATCH_UP_ROWS = 4 * ROWS       # in recorded passes: each reads the weights, so more rows are cheaper in one pass
+_RECORDED_POSITIONS = 8192      # longest context of a recording: longer ones run kernel by kernel
 _ROW_COST = 0.02                # a tile of 16 rows costs about what one of them does
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """Buffers through which the kernels of a layer pass results on, for N rows and up to S splits of attention."""
+    """Buffers for results between the kernels of a layer, for N rows and up to S splits of attention."""
 
     queries: Tensor     # (N, H d)
     attended: Tensor    # (N, H d)
@@ -156,7 +157,8 @@ class GpuLayers:
 
     def norm(self, rows: Hidden) -> Hidden:
         ends = rows.ends if isinstance(rows, Late) else None
-        if ends is not None and ends.waits and ends.span[1] == len(self._bounds) - 1 and len(rows.shape) == 3:
+        if (ends is not None and ends.waits and ends.span[1] == len(self._bounds) - 1 and len(rows.shape) == 3
+                and rows.shape[1] <= ends.shape[1]):
             return AskedTop(rows, self._normed)
         return self._normed(tensor_of(rows))
 
@@ -166,9 +168,9 @@ class GpuLayers:
         return rms_norm(flat, self._norm_weight, self._shape.norm_eps, count).view(rows.shape)
 
     def record_top(self, head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:
-        """Record the final norm and the model's head after every span up to the top; True where passes are recorded.
+        """Record the final norm and the model's head after every span that ends with the last segment.
 
-        Raises Unusable where the device cannot record.
+        Returns True if passes are recorded. Raises Unusable if the device cannot record.
 
         head: launches the head on normed rows (16, D) and their count (1,). Returns logits (16, V) and tokens (16,).
         """
@@ -186,15 +188,26 @@ class GpuLayers:
     def run(self, segments: range, rows: Hidden, cache: KVCache, parents: Sequence[int] | None = None) -> list[Hidden]:
         bounds, n = self._bounds[segments.start:segments.stop + 1], rows.shape[1]
         start = self._claim(cache, bounds, n, n if parents is None else 1)
-        if (self.passes and self.passes.usable and n <= ROWS and start + n <= self._recorded_positions
+        most = ROWS if parents is not None else _CATCH_UP_ROWS
+        if (self.passes and self.passes.usable and n <= most and start + n <= self._recorded_positions
                 and (segments.start or isinstance(rows, Embedded))):
-            at = places.chain(start, n, ROWS) if parents is None else places.tree(start, parents, ROWS)
-            return self.passes.put_off((segments.start, segments.stop), rows, at.of(cache), cache)
+            return self._put_off((segments.start, segments.stop), rows, cache, start, parents)
         if parents is not None:
             return self._run(bounds, rows, cache, places.tree(start, parents))
         rows = tensor_of(rows)
         parts = [self._run(bounds, rows[:, a:a + _PROMPT_ROWS], cache,
                            places.chain(start + a, min(n - a, _PROMPT_ROWS))) for a in range(0, n, _PROMPT_ROWS)]
+        return parts[0] if len(parts) == 1 else [self.join(after) for after in zip(*parts)]
+
+    def _put_off(self, span: tuple[int, int], rows: Hidden, cache: KVCache, start: int,
+                 parents: Sequence[int] | None) -> list[Hidden]:
+        """Postpone a recorded pass. More than 16 rows, as in catch-up, run as several; only the last of them waits."""
+        n, parts = rows.shape[1], []
+        for a in range(0, n, ROWS):
+            some = rows if n <= ROWS else rows[:, a:a + ROWS]
+            at = (places.chain(start + a, some.shape[1], ROWS) if parents is None
+                  else places.tree(start, parents, ROWS))
+            parts.append(self.passes.put_off(span, some, at.of(cache), cache))
         return parts[0] if len(parts) == 1 else [self.join(after) for after in zip(*parts)]
 
     def run_batch(self, segment: int, rows: Hidden, begins: Sequence[int], cache: KVCache) -> Tensor:
@@ -281,7 +294,7 @@ class GpuLayers:
 
 
 def rms_norm(rows: Tensor, gain: Tensor, eps: float, count: Tensor) -> Tensor:
-    """Apply RMSNorm to rows (N, D), the first `count` (1,) of them."""
+    """Apply RMSNorm to the first `count` rows (N, D). `count` is a tensor (1,) in device memory."""
     rows = rows.to(gain.dtype).contiguous()
     out = torch.empty_like(rows)
     launch(kernels.rms_norm, (len(rows),), rows, gain, out, count, eps, rows.shape[1],
@@ -291,7 +304,10 @@ def rms_norm(rows: Tensor, gain: Tensor, eps: float, count: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, count: Tensor, out: Tensor, *, bias: Tensor | None = None,
            residual: Tensor | None = None) -> Tensor:
-    """Multiply rows x (N, I) by a weight (O, I) into out (N, O), with a bias and a residual; returns `out`."""
+    """Multiply the first `count` rows x (N, I) by a weight (O, I), and add bias and residual if they are given.
+
+    Writes to `out` (N, O), and returns it. `count` is a tensor (1,) in device memory.
+    """
     outputs, inputs = weight.shape
     block = output_block(outputs)
     launch(kernels.linear, (tiles(len(x)), -(-outputs // block)), x, weight, bias, residual, out, count, inputs,
@@ -302,7 +318,10 @@ def linear(x: Tensor, weight: Tensor, count: Tensor, out: Tensor, *, bias: Tenso
 
 def gated(x: Tensor, gate: Tensor, up: Tensor, count: Tensor, out: Tensor, *, gain: Tensor | None = None,
           eps: float = 0.0) -> Tensor:
-    """Compute silu(gate x) * up x for rows x (N, I), normed first where there is a gain; returns `out` (N, F)."""
+    """Compute silu(gate x) * up x for the first `count` rows x (N, I), after RMSNorm if a gain is given.
+
+    Writes to `out` (N, F), and returns it. `count` is a tensor (1,) in device memory.
+    """
     width, inputs = gate.shape
     block = output_block(width)
     launch(kernels.gated, (tiles(len(x)), -(-width // block)), x, gain, gate, up, out, count, eps, inputs, width,

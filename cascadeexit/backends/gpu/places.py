@@ -1,4 +1,4 @@
-"""Places: where the rows of a pass stand in the text and in the cache, as kernels read it from device memory.
+"""Places: positions of the rows of a pass in the text and in the cache, which kernels read from device memory.
 
 Letters: N rows, T tiles.
 """
@@ -20,19 +20,19 @@ _CHAINS: dict[int, Tensor] = {}         # buffers of `_from_zero`: making one ta
 class Places:
     """Positions, slots and paths of N rows, and the addresses of their cache.
 
-    All are views of one buffer, so one copy moves them together. Attention works on tiles of `tile` rows. A tile is 16
-    rows of one text, in sequence or as a tree, or a single row where each row belongs to another text.
+    All tensors are views of one buffer, so one copy transfers them together. Attention works on tiles of `tile` rows. A
+    tile is 16 rows of one text, in sequence or as a tree. If each row belongs to a different text, a tile is one row.
     """
 
     buffer: Tensor      # int64; all but `cache` is viewed as int32
-    cache: Tensor       # (4,) addresses of keys and values, capacity, and numbers of a layer's keys
+    cache: Tensor       # (4,) addresses of keys and values, capacity, how many numbers a layer's keys have
     count: Tensor       # (1,) number of rows
     positions: Tensor   # (N,) in the text
     slots: Tensor       # (N,) in the cache
-    lanes: Tensor       # (N,) text of a batch
+    lanes: Tensor       # (N,) number of the text in a batch
     tokens: Tensor      # (N,) token ids, for recordings that begin with embeddings
     paths: Tensor       # (N, 16) slots of the positions from firsts[tile] on, on the path that ends in this row
-    firsts: Tensor      # (T,) the tile's first position; what is before it all its rows see
+    firsts: Tensor      # (T,) first position of the tile; all its rows see the positions before it
     begins: Tensor      # (T,) the first position that is read
     tile: int
 
@@ -56,13 +56,13 @@ class Places:
         return self
 
     def to(self, device: torch.device) -> "Places":
-        """Copy the places to a device, without waiting until the copy is done."""
+        """Return a copy of the places on a device, without waiting for the transfer. On a CPU, return this object."""
         if device.type == "cpu":
             return self
         return Places.over(self.staged(device).to(device, non_blocking=True), len(self.positions), self.tile)
 
     def staged(self, device: torch.device) -> Tensor:
-        """Return the buffer in memory from which a device can copy while the caller goes on (pinned on CUDA)."""
+        """Return the buffer in memory that a device can copy in the background: for CUDA, pinned memory."""
         return self.buffer.pin_memory() if device.type == "cuda" else self.buffer
 
 

@@ -1,13 +1,14 @@
-"""Recordings: passes of at most 16 rows as CUDA graphs, made once, that serve every cache and every context.
+"""Recordings: CUDA graphs of passes of at most 16 rows. They are made once and work for every cache and context.
 
-All that changes from pass to pass lies in a few tensors that never move: rows, places, and what an exit reads. A pass
-is put off until somebody reads its rows. If the exit after it is asked next, as in decoding, the exit is part of the
-same recording: one launch, and one synchronisation for its answer.
+All inputs that change from pass to pass are in a few tensors with fixed addresses: rows, places, and inputs of an exit.
+A pass is postponed until its rows are read. In decoding, the exit after the pass is usually computed next. Then pass
+and exit are one recording, with one launch and one synchronisation for the exit's result.
 
 Letters: N rows, D hidden size.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,25 +24,30 @@ from cascadeexit.backends.graphs import capture
 class Recorder:
     """Records pieces of work by name, in one memory pool, and replays them.
 
-    After a recording has failed nothing is recorded or replayed any more.
+    After a recording has failed, nothing is recorded or replayed any more.
 
     Attributes:
-        error: why a recording failed; None before.
+        error: why a recording failed; None if none has failed.
+        seconds: how long all recordings took, compilation of their kernels included.
     """
 
     def __init__(self, device: torch.device):
+        self.seconds = 0.0
         self._recordings: dict[Any, tuple[Callable[[], None], Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.error: str | None = None
 
     def record(self, name: Any, work: Callable[[], Any]) -> None:
         """Record work that launches the same kernels on the same memory each time, and keep its result for `replay`."""
-        if self.error is None:
-            try:
-                self._recordings[name] = capture(work, self._pool)
-            except RuntimeError as error:           # torch.OutOfMemoryError is one
-                self._recordings.clear()
-                self.error = str(error)
+        if self.error is not None:
+            return
+        started = time.perf_counter()
+        try:
+            self._recordings[name] = capture(work, self._pool)
+        except RuntimeError as error:               # torch.OutOfMemoryError is one
+            self._recordings.clear()
+            self.error = str(error)
+        self.seconds += time.perf_counter() - started
 
     def __contains__(self, name: Any) -> bool:
         return name in self._recordings
@@ -61,7 +67,7 @@ class Late:
     Args:
         find: computes the rows.
         source: the pass that they come from; None for embeddings.
-        ends: the same pass if the last of these rows is its last row after its last segment; else None.
+        ends: `source`, if these rows end with the last row of that pass after its last segment; else None.
     """
 
     __slots__ = "shape", "source", "ends", "found", "_find"
@@ -92,7 +98,7 @@ class Late:
 
 
 class Embedded(Late):
-    """Embeddings of tokens (1, N, D), which a recording looks up itself.
+    """Embeddings of tokens (1, N, D). A recording looks up the embeddings itself, from `tokens`.
 
     Args:
         look_up: computes the embeddings (1, N, D) of tokens.
@@ -114,22 +120,27 @@ def tensor_of(rows: Hidden) -> Tensor:
 
 
 def joined(parts: Sequence[Hidden]) -> Hidden:
-    """Concatenate rows (1, n, D) to (1, N, D). This does not run the pass of postponed rows."""
+    """Concatenate rows (1, n, D) to (1, N, D). This does not run the pass of postponed rows.
+
+    The last rows of the whole are those of the last part, so an exit after them can still be part of its recording.
+    """
     parts = [part if isinstance(part, Late) and part.waits else tensor_of(part) for part in parts]
-    late = next((part for part in parts if isinstance(part, Late)), None)
+    late = next((part for part in reversed(parts) if isinstance(part, Late)), None)
 
     def join() -> Tensor:
         return torch.cat([tensor_of(part) for part in parts], dim=1)
 
-    return join() if late is None else Late((1, sum(part.shape[1] for part in parts), late.shape[2]), join, late.source)
+    return join() if late is None else Late(
+        (1, sum(part.shape[1] for part in parts), late.shape[2]), join, late.source,
+        late.ends if late is parts[-1] else None)
 
 
 class Pass:
     """One pass of at most 16 rows through a span of segments, postponed until its rows are read.
 
     Args:
-        passes: what runs it.
-        span: first segment, and the one after the last.
+        passes: the recorded passes, which run this one.
+        span: number of the first segment, and of the last one plus 1.
         cache: the cache that `places` refers to. This reference keeps it alive until the pass runs.
     """
 
@@ -159,14 +170,14 @@ class Pass:
     def take(self, rows: Sequence[Tensor]) -> None:
         """Copy the rows (16, D) of each segment out of the recording, before the next replay overwrites them."""
         self._rows = [after[None, :self.shape[1]].clone() for after in rows]
-        self.input = self._cache = None             # lets go of what it came from
+        self.input = self._cache = None             # no longer needed
 
 
 class Passes:
-    """Recorded passes of one model: tensors that never move, and the one pass that may wait.
+    """Recorded passes of one model, their input tensors with fixed addresses, and at most one postponed pass.
 
     Args:
-        hidden: D.
+        hidden: hidden size D.
         spare: places in a cache that no text uses. Recording runs each kernel once, which writes keys and values there.
         launch: launches a span of segments on rows (16, D) at places, and returns the rows after each. A span that
             begins with the first segment reads the places' tokens instead.
@@ -203,11 +214,11 @@ class Passes:
 
         with self.turn:
             self.settle()
-            self.places.buffer.copy_(self._spare.buffer)        # else those of a run, whose cache may be gone
+            self.places.buffer.copy_(self._spare.buffer)        # instead of those of a run, whose cache may be freed
             self.recorder.record(name or span, work)
 
     def last_row(self, rows: Tensor) -> Tensor:
-        """Select the last row (1, D) of a pass. `rows` (16, D) of the recording may be more than the pass has."""
+        """Select the last row (1, D) of a pass among the rows (16, D) of a recording. The pass may have fewer rows."""
         return rows.index_select(0, self.places.count - 1)
 
     def record_top(self, segments: int, after: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -230,7 +241,7 @@ class Passes:
 
     @torch.inference_mode()
     def run(self, waiting: Pass, name: Any, fill: Callable[[], None] = lambda: None) -> Any:
-        """Run a pass by replaying the recording `name`. `fill` first writes the other inputs of the recording."""
+        """Run a pass by replaying the recording `name`, and return its result. `fill` first writes its other inputs."""
         self._waiting = None
         if waiting.span[0] == 0:
             waiting.places.tokens[:waiting.shape[1]] = torch.tensor(waiting.input.tokens)
@@ -242,7 +253,7 @@ class Passes:
 
 
 class AskedTop(Late):
-    """Normed rows of the full model (1, N, D), whose head may run in the recording of the pass below it.
+    """Normed rows of the full model (1, N, D). If their pass is still postponed, `ask` runs pass and head together.
 
     Args:
         rows: the last rows of the pass, after the last layer.
@@ -258,7 +269,7 @@ class AskedTop(Late):
     def ask(self) -> tuple[Tensor, list[int]] | None:
         """Run pass and head from one recording. Returns logits (N, V) and the likeliest tokens.
 
-        Returns None if the pass has run already, or has no such recording.
+        Returns None if the pass has already run, or if there is no recording of it with the head.
         """
         if not self.waits:
             return None

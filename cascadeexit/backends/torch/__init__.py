@@ -13,7 +13,7 @@ from cascadeexit.exits.bank import ExitBank
 
 
 class TorchBackend:
-    """PyTorch's kernels, recorded as CUDA graphs where the device is a GPU. Methods as in `base.Backend`."""
+    """Runs PyTorch's kernels, on a GPU recorded as CUDA graphs. `base.Backend` describes the methods."""
 
     name = "torch"
     layers_type = TorchLayers
@@ -49,6 +49,6 @@ class TorchBackend:
 
 
 class TorchReference(TorchBackend):
-    """The `torch` backend for a few passes, to compare others with: it is ready at once and copies no weights."""
+    """The `torch` backend for a few passes, as a reference for others. It is ready at once and copies no weights."""
 
     layers_type = UnpreparedLayers

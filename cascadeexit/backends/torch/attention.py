@@ -2,6 +2,8 @@
 
 transformers finds attention functions by name in a table of its own, so ours has to be registered there. It is
 registered when the first model is made, not on import, under a name that nothing else uses.
+
+Letters: B texts, H query heads, K key-value heads, G = H / K, N rows in a pass, C positions, d head size.
 """
 
 import functools
@@ -25,14 +27,14 @@ def register() -> str:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None) -> Tensor:
-    """Attention in which the query heads of a group share their keys as rows of one head: (B, H, N, d).
+    """Compute attention, with the query heads of a group as rows of one head that share its keys: (B, H, N, d).
 
-    Nothing is repeated in memory: of 9 query heads on 3 key-value heads, each key-value head sees 3 N query rows.
+    Keys are not repeated in memory: with 9 query heads on 3 key-value heads, each key-value head has 3 N query rows.
 
     Args:
         query: (B, H, N, d).
         key, value: (B, K, >= C, d) with K dividing H; slots from C on are not read.
-        mask: added to the scores, (B, 1, H / K * N, C), the heads of a group one after another (`additive_mask`).
+        mask: numbers to add to the scores (B, 1, G N, C), one head of a group after another; from `additive_mask`.
         scaling: factor of the scores; None for 1 / sqrt(d).
     """
     (b, _, n, d), slots = query.shape, mask.shape[3]
@@ -43,15 +45,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: flo
 
 
 def additive_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """Turn a mask (B, 1, N, C), True where a row may look, into 0 and -inf for each head of a group: (B, 1, G N, C)."""
+    """Convert a boolean mask (B, 1, N, C) for `attend`: True becomes 0, False becomes -inf.
+
+    Returns (B, 1, G N, C): the mask is repeated for each of the `groups` (G) query heads of a key-value head.
+    """
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf).repeat(1, 1, groups, 1)
 
 
 def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                       scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
-    """Call `attend` for a transformers layer that was given an `additive_mask`.
+    """Compute attention in a transformers layer: by `attend` if the mask comes from `additive_mask`.
 
-    Any other mask comes from the model called as a whole, and transformers' own SDPA attention answers.
+    Any other mask means that the model was called as a whole. Then transformers' own SDPA attention computes it.
     """
     groups = query.shape[1] // key.shape[1]
     if attention_mask is None or attention_mask.shape[2] != groups * query.shape[2]:

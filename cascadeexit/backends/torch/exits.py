@@ -1,6 +1,6 @@
-"""TorchExits: a bank's own modules as the exit runtime, each recorded on CUDA.
+"""TorchExits: the exit runtime that calls a bank's own modules, on CUDA from recordings.
 
-Letters: N rows, D hidden size, E exits but the first.
+Letters: N rows, D hidden size, E exits, not counting the first.
 """
 
 from collections.abc import Callable, Sequence

@@ -16,21 +16,21 @@ from cascadeexit.exits.confidence import softmax_facts
 
 
 class TorchHead:
-    """Projection of rows (..., D) onto K words.
+    """Projects rows (..., D) onto K words. `base.VocabHead` describes the methods.
 
     Args:
         weight: (K, D).
         row_multiple: pad the number of rows to a multiple of this, so that a row's logits do not depend on other rows.
         recorded_rows: on CUDA, passes of up to this many rows run from a recording; 0 records nothing.
-        owned: True where the weight is not shared with another head.
-        packed: pack the weight where that is faster.
+        owned: True if the weight is not shared with another head.
+        packed: pack the weight if that is faster.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, row_multiple: int = 1, recorded_rows: int = 0,
                  owned: bool = True, packed: bool = True):
         self._device, self._bias = weight.device, bias
         self._shape = dict(row_multiple=row_multiple, recorded_rows=recorded_rows, packed=packed)
-        # A packed weight is not kept beside it.
+        # The only reference to the weight: a packed one is not in memory twice.
         self._linear = frozen_linear(weight.detach(), bias, packed=packed)
         self._project: Callable[[Tensor], Tensor] = (
             Recorded(self._linear, recorded_rows) if recorded_rows else self._linear)
@@ -77,6 +77,6 @@ class TorchHead:
 
 def argmax(logits: Tensor) -> list[int]:
     """Find the index of the largest logit in each row (N, K); of equal ones, the first."""
-    # numpy looks through a vocabulary ten times as fast as PyTorch on a CPU.
+    # On a CPU, numpy's argmax over a vocabulary is ten times as fast as PyTorch's.
     on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32
     return (logits.numpy() if on_cpu else logits).argmax(-1).tolist()

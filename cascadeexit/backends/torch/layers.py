@@ -1,13 +1,14 @@
 """TorchLayers: transformers' own decoder layers, run in segments on any device.
 
-Row results of PyTorch's kernels depend on how many rows a pass has. Passes padded to the same row bucket over one
-masked buffer agree bitwise, so decoding and verification always use those buckets. On CUDA the layers of a segment are
-recorded once as a CUDA graph for each cache.
+With PyTorch's kernels, a row's result depends on the number of rows in its pass. Results agree bitwise if passes are
+padded to a multiple of a fixed number of rows (the row bucket) and attend over the same masked buffer. Decoding and
+verification always do both. On CUDA the layers of a segment are recorded once as a CUDA graph for each cache.
 
 Letters: B texts, N rows in the pass, D hidden size, C cache capacity.
 """
 
 import copy
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascadeexit.backends import graphs
+from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.torch import attention
 from cascadeexit.backends.torch.cache import SpreadCache, TorchCache
 from cascadeexit.backends.torch.linear import frozen_linear
@@ -26,24 +28,24 @@ from cascadeexit.backends.weights import DecoderShape, is_spread, layer_devices,
 
 _RECORDED_CAPACITY = 1024       # a recording is for one cache, so few sizes are best; unused slots cost little to read
 _IDLE_CACHES = 4
-_ROW_COST = 0.02                # measured on a CPU; on a GPU a bucket of rows costs what one of them does
+_ROW_COST = 0.02                # measured on a CPU; on a GPU a bucket of rows costs as much as one row
 _FEW_ROWS = 8
-_LATE_ROW_COST = 0.1            # of a row beside so many or more
+_LATE_ROW_COST = 0.1            # of a row beside _FEW_ROWS or more
 _CUDA_ROWS = 16                 # CUDA's kernels vary more with the shape: one bucket for all passes
 _CPU_ROWS, _CPU_MAX_ROWS = 4, 32        # every multiple of 4 rows up to 40 agrees bitwise
 
 
 class TorchLayers:
-    """The layers of a transformers model between `bounds`.
+    """The layers of a transformers model, in segments between `bounds`. `base.LayerStack` describes the methods.
 
-    The model's modules are copied, their weights are shared, and the caller's model stays as it is. A model that
-    accelerate has spread over several devices is used in place: its hooks, which bring weights from main memory or the
-    disk, belong to its modules. Its layers run where they lie, with their part of the cache beside them, and rows come
-    back to the head's device after each segment.
+    The model's modules are copied and their weights are shared, so the caller's model does not change. A model that
+    accelerate has spread over several devices is used in place, because the hooks that load its weights from main
+    memory or disk belong to its modules. Each of its layers runs on its own device, where its part of the cache is.
+    After each segment, rows are copied to the head's device.
     """
 
     supports_trees = False
-    prepared = True             # weights are packed and kernels recorded where that is faster
+    prepared = True             # weights are packed and kernels recorded if that is faster
 
     def __init__(self, base, bounds: tuple[int, ...]):
         spread = is_spread(base)
@@ -67,12 +69,15 @@ class TorchLayers:
         self.recorded_rows = self.row_multiple if recorded else 0
         self._norm = Recorded(self._decoder.norm, self.row_multiple) if self.recorded_rows else self._decoder.norm
         self._idle_caches: list[TorchCache] = []
-        self._caches_turn = threading.RLock()       # a run may end, and give its cache back, whenever memory is tidied
+        self._caches_turn = threading.RLock()       # garbage collection may release a cache at any time
 
     # -- caches ---------------------------------------------------------------------------------------------------
 
     def new_cache(self, capacity: int, batch: int = 1) -> TorchCache:
-        """Make an empty cache, or take over one that a run gave back; see `LayerStack.new_cache`."""
+        """Make an empty cache, or reuse one that was released; see `LayerStack.new_cache`.
+
+        If memory is short, unused caches of other sizes are freed first.
+        """
         step = _RECORDED_CAPACITY if self.recorded_rows and batch == 1 else 16
         capacity = -(-capacity // step) * step
         with self._caches_turn:
@@ -80,6 +85,19 @@ class TorchLayers:
                 if cache.capacity == capacity and cache.keys.shape[1] == batch:
                     self._idle_caches.remove(cache)
                     return cache
+        try:
+            return self._made(capacity, batch)
+        except torch.OutOfMemoryError:
+            with self._caches_turn:
+                if not self._idle_caches:
+                    raise
+                self._idle_caches.clear()
+        gc.collect()                                # recordings and their caches refer to each other
+        give_back()
+        return self._made(capacity, batch)
+
+    def _made(self, capacity: int, batch: int) -> TorchCache:
+        """Allocate a cache."""
         if set(self._layer_devices) != {self._device}:
             return SpreadCache(self._layer_devices, self._shape.kv_heads, self._shape.head_dim, capacity, batch=batch,
                                dtype=self._dtype, home=self._device)
@@ -87,34 +105,34 @@ class TorchLayers:
                           dtype=self._dtype, device=self._device)
 
     def release(self, cache: TorchCache) -> None:
-        """Keep a cache with its recordings for the next run of its size; without recordings it is simply freed."""
+        """Keep a cache and its recordings for a later run of the same size. Without recordings, the cache is freed."""
         if self.recorded_rows:
-            with torch.inference_mode():        # as it was written
+            with torch.inference_mode():        # the mode in which it was written
                 cache.clear()
             with self._caches_turn:
                 self._idle_caches.insert(0, cache)
                 del self._idle_caches[_IDLE_CACHES:]
 
     def keep(self, cache: TorchCache, start: int, path: Sequence[int]) -> None:
-        """Keep a chain's first rows; see `LayerStack.keep`. Rows here are never a tree, so a path is a beginning."""
+        """Keep the first rows of a pass; see `LayerStack.keep`. `path` must be 0, 1, 2, ...: no trees here."""
         assert list(path) == list(range(len(path))), "a tree needs a backend with supports_trees"
         cache.truncate(start + len(path))
 
     # -- computing ------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
-        """Embed token ids (N,): (1, N, D)."""
+        """Embed token ids (N,) as rows (1, N, D)."""
         return self._decoder.embed_tokens(torch.as_tensor(ids, device=self._device).reshape(1, -1)).to(self._device)
 
     def norm(self, rows: Tensor) -> Tensor:
-        """Apply the final norm: (..., N, D) -> (..., N, D), padded to the row bucket on the way."""
+        """Apply the final norm: (..., N, D) -> (..., N, D). Rows are padded to the row bucket for it."""
         return self._norm(self._padded(rows))[..., :rows.shape[-2], :].to(self._device)
 
     def run(self, segments: range, rows: Tensor, cache: TorchCache,
             parents: Sequence[int] | None = None) -> list[Tensor]:
         """Run the next rows (1, N, D) through segments; see `LayerStack.run`.
 
-        Padding is written past the real rows, masked, and overwritten later.
+        Padding rows are written to the cache after the real rows. They are masked, and overwritten later.
         """
         assert parents is None, "a tree needs a backend with supports_trees"
         n, out, first = rows.shape[1], [], self._bounds[segments[0]]
@@ -195,6 +213,6 @@ class UnpreparedLayers(TorchLayers):
 
 
 def _sharing_weights(decoder: nn.Module) -> nn.Module:
-    """Copy a decoder's modules and config over the same weights, so that changes leave the original as it is."""
+    """Copy a decoder's modules and config, but share its weights. Changes to the copy do not change the original."""
     memo = {id(tensor): tensor for tensor in chain(decoder.parameters(), decoder.buffers())}
     return copy.deepcopy(decoder, memo)

@@ -1,8 +1,8 @@
-"""Frozen linear layers for PyTorch, in the weight layout that reads fastest.
+"""Frozen linear layers for PyTorch, in the weight layout that is fastest to read.
 
-On a CPU PyTorch hands oneDNN plain row-major weights and reads them at a fraction of the memory bandwidth when a pass
-has few rows. Reordered once, the same oneDNN kernels read the same weights 2 to 3 times as fast, with bitwise the same
-results for every row bucket.
+On a CPU, PyTorch gives row-major weights to oneDNN, which reads them at a fraction of the memory bandwidth if a pass
+has few rows. After reordering them once, the same oneDNN kernels read them 2 to 3 times as fast. Results are bitwise
+the same for every number of padded rows (see `layers.py`).
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def can_pack(weight: Tensor) -> bool:
-    """True where oneDNN has packed kernels for this weight: on a CPU, fp32, or bf16 with hardware support."""
+    """Return True if oneDNN has packed kernels for this weight: on a CPU, fp32, or bf16 with hardware support."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or (
@@ -18,7 +18,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def frozen_linear(weight: Tensor, bias: Tensor | None = None, *, packed: bool = True) -> nn.Module:
-    """Make a frozen linear layer with this weight (O, I), packed where that is possible and wanted."""
+    """Make a frozen linear layer with this weight (O, I), packed if that is possible and wanted."""
     if packed and can_pack(weight):
         return PackedLinear(weight, bias)
     linear = nn.Linear(*weight.T.shape, bias=bias is not None, device="meta")
@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight (O, I) in plain layout, made anew for each call."""
+        """The weight (O, I) in row-major layout, computed on each access."""
         return self._weight.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:

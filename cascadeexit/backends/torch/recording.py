@@ -1,8 +1,8 @@
-"""Recorded: a function of tensors that a CUDA device runs from a recording, a CUDA graph.
+"""Recorded: runs a function of tensors on a CUDA device from a recording, which is a CUDA graph.
 
-A token takes hundreds of small kernels, and Python starts them more slowly than a GPU finishes them. Recorded once for
-each shape of its inputs, a function is started by one call. Recorded kernels read and write the same memory each time,
-so inputs are copied to their places first and the result is copied away.
+A token needs hundreds of small kernels, and Python starts them more slowly than a GPU finishes them. One call starts a
+whole recording. Recorded kernels always use the same memory, so each input is first copied to a fixed place, and the
+result is copied out. There is one recording for each shape of the inputs.
 """
 
 import logging
@@ -18,10 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class Recorded:
-    """Calls a function, from a recording where the inputs (..., N, D) have at most `rows` rows.
+    """Calls a function. It uses a recording if the inputs (..., N, D) have at most `rows` rows.
 
     The function must do the same work for every input of a shape: no Python decision may depend on a tensor's values.
-    It runs a few times when it is recorded. A function that cannot be recorded is called as it is from then on.
+    It runs a few times when it is recorded. A function that cannot be recorded is called as it is from then on. Where
+    only the memory for a recording is missing, the next call tries again.
     """
 
     def __init__(self, function: Callable[..., Tensor], rows: int):
@@ -32,12 +33,14 @@ class Recorded:
     def __call__(self, *inputs: Tensor) -> Tensor:
         if inputs[0].shape[-2] > self._rows:
             return self._function(*inputs)
-        with self._turn, torch.inference_mode():         # its places may be written from outside of it
+        with self._turn, torch.inference_mode():         # places are inference tensors
             key = tuple((t.shape, t.dtype) for t in inputs)
             if key not in self._recordings:
                 places = [t.clone() for t in inputs]
                 try:
                     self._recordings[key] = (places, *record(self._function, places))
+                except torch.OutOfMemoryError:
+                    return self._function(*inputs)
                 except RuntimeError as error:
                     log.warning("A CUDA graph could not be recorded, so its kernels start one by one: %s", error)
                     self._rows = -1
@@ -50,6 +53,6 @@ class Recorded:
 
 
 def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record a CUDA graph of function(*places). Returns what replays it, and where its result then is."""
+    """Record a CUDA graph of function(*places). Returns a function that replays it, and the tensor of its result."""
     with torch.cuda.device(places[0].device):
         return capture(lambda: function(*places), warm_ups=3)

@@ -1,0 +1,14 @@
+"""Examples: the prompts that the page offers, by the label of their button; the first is there when it opens.
+
+The full model answers each of them without falling into a loop. `python -m training.defaults` measures them.
+"""
+
+EXAMPLES = {
+    "Why is the sky blue?": "Explain why the sky is blue.",
+    "Reverse a string": "Write a Python function that reverses a string.",
+    "Photosynthesis": "What is photosynthesis?",
+    "Three language tips": "Give me three tips for learning a new language.",
+    "A lighthouse story": "Tell me a story about a lighthouse keeper and a lost bird.",
+    "Déjà vu (français)": "Explain the French phrase déjà vu.",
+    "Good morning 😀": "Good morning! 😀 How can I start the day well?",
+}
