@@ -298,7 +298,12 @@ function buildCompareBar() {
   parts.compareSteps = make('span', 'ce-compare-steps', null, back, forth);
   parts.compareBar = make('div', 'ce-compare', null, parts.compareWith, parts.compareWords, parts.compareSteps,
     make('span', 'ce-compare-key', null, make('span', 'ce-mark swapped', 'replaced'), make('span', 'ce-mark alone', 'only in this text')),
-    toggleBox('Only differences', compare.folded, on => { compare.folded = on; compare.opened.clear(); compareNow(); }),
+    toggleBox('Only differences', compare.folded, on => {
+      compare.folded = on;
+      compare.opened.clear();
+      compareNow();
+      for (const name of order) parts[name].text.scrollTop = 0;
+    }),
     toggleBox('Scroll together', compare.together, on => { compare.together = on; }));
   parts.compareBar.setAttribute('role', 'group');
   parts.compareBar.setAttribute('aria-label', 'Differences');
@@ -315,7 +320,12 @@ function compareNow() {
 // The buttons in the header of the full model's text. They stay the same nodes when the panels are built anew.
 function differenceButtons() {
   if (!parts.differences) {
-    parts.differences = button('ce-toggle ce-differences', 'Differences', () => { compare.on = !compare.on; compare.at = -1; compareNow(); });
+    parts.differences = button('ce-toggle ce-differences', 'Differences', () => {
+      compare.on = !compare.on;
+      compare.at = -1;
+      compareNow();
+      if (compare.on && run && settled()) showFirstDifference();
+    });
     parts.differences.title = 'Align the texts by their tokens and mark what differs';
     parts.differences.setAttribute('aria-pressed', String(compare.on));
     parts.firstDifference = button('ce-toggle', 'First difference', showFirstDifference);

@@ -215,7 +215,7 @@ function verifiedStory(side, record, draft) {
 function choiceStory(side, record, i) {
   if (run.greedy === false) return '';
   const choice = side.choices[i], moment = side.end && (side.end.moments || []).find(m => m.i === i);
-  if (moment) return 'The full model would choose ' + inQuotes(moment.full) + ' (' + percent(moment.p_full) + ') and gives this one ' + percent(moment.p_said) + '.';
+  if (moment) return 'The full model would choose ' + inQuotes(moment.full) + ' (' + likely(moment.p_full) + ') and gives this one ' + likely(moment.p_said) + '.';
   if (!missing(choice)) return choice !== record.id ? 'The full model would choose ' + (wordOf(choice) || 'another token') + ' here.'
     : side.mode === 'verified' || isLast(record.exit) ? '' : 'The full model would choose it too.';
   return side.nodes[i].classList.contains('differs') ? 'The full model would choose another token here.' : '';
@@ -256,6 +256,9 @@ function bytesOf(record, text) {              // a part of a character brings it
   if (record && record.bytes) return record.bytes.match(/../g);
   return [...new TextEncoder().encode(text)].map(b => b.toString(16).padStart(2, '0'));
 }
+
+// A probability that is neither nought nor certain does not look like either.
+const likely = p => p > 0 && p < 0.005 ? 'under 1%' : p < 1 && p >= 0.995 ? 'over 99%' : percent(p);
 
 // A token inside a sentence: without the space that most tokens begin with.
 const plain = text => visible(text.trim() || text) || 'part of a character';

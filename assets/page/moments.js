@@ -48,7 +48,7 @@ function momentRow(moment, k) {
 }
 
 const momentWord = text => make('b', 'ce-word', plain(text));
-const momentShare = p => missing(p) ? '' : ' ' + percent(p);
+const momentShare = p => missing(p) ? '' : ' ' + likely(p);
 const momentContext = (side, from, to) => side.nodes.slice(Math.max(0, from), to).map(node => node.textContent).join('').replace(/\s+/g, ' ');
 
 function goToMoment(k) {

@@ -103,12 +103,16 @@ def edits(stage, fast):
 
 def test_the_card_opens_when_the_pointer_rests_and_a_click_pins_it(done):
     card = done.locator(".ce-card")
-    first, second = box(token(done, 3)), box(token(done, 4))
-    done.mouse.move(first[0] + 2, first[1] + 8)
-    assert card.is_hidden(), "opened without a rest"
-    card.wait_for()
+    rested = token(done, 3).evaluate("""node => new Promise(opened => {
+        const card = document.querySelector('.ce-card'), start = performance.now();
+        new MutationObserver(() => card.hidden || opened(performance.now() - start)).observe(card, { attributes: true });
+        node.dispatchEvent(new PointerEvent('pointerover', { bubbles: true, pointerType: 'mouse' }));
+    })""")
+    assert rested >= 140
     assert not card.evaluate("node => node.classList.contains('pinned')")
-    done.mouse.move(second[0] + 2, second[3] + 200)
+    second = box(token(done, 4))
+    done.mouse.move(second[0] + 2, second[1] + 8)
+    done.mouse.move(4, 4)
     card.wait_for(state="hidden")
     token(done, 3).click()
     card.wait_for()
@@ -277,6 +281,8 @@ def test_texts_scroll_together_by_their_alignment(edits):
         edge = box.getBoundingClientRect().top; return +[...box.querySelectorAll('.t')].find(t => t.getBoundingClientRect().bottom > edge + 4).dataset.i; })"""
     page.evaluate("document.querySelectorAll('.ce-text').forEach(x => { x.style.height = '60px'; x.style.width = '150px'; })")
     page.get_by_role("button", name="Differences", exact=True).click()
+    page.evaluate("document.querySelectorAll('.ce-text').forEach(x => { x.scrollTop = 0; })")
+    page.wait_for_timeout(100)
     left, right = (page.locator(f".ce-text[data-side={side}]") for side in SIDES)
     left.hover()
     page.mouse.wheel(0, 200)
