@@ -60,7 +60,7 @@ EXAMPLES = {
 MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
 SCRIPTS = ("dom", "exits", "wire", "run", "panels", "player", "strip", "dock", "card",
-           "charts", "timeline", "moments", "align", "map", "files", "tour", "main")
+           "charts", "timeline", "moments", "align", "map", "picture", "files", "tour", "alive", "main")
 TOGGLE_SETTINGS = "() => { document.body.classList.toggle('ce-settings-open'); }"
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
 LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
