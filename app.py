@@ -193,10 +193,10 @@ def token_view(page: Page, value: str) -> gr.HTML:
     The template is constant on purpose: gradio runs template values as code, and model text is not trusted.
     """
     def token_card(arguments):          # a function, since gradio cannot mark a method; it passes one argument
-        return page.token_card(*_of_length(arguments, 2))
+        return page.token_card(*_of_length(arguments, 3))
 
     def layer_map(arguments):
-        return page.layer_map(*_of_length(arguments, 3))
+        return page.layer_map(*_of_length(arguments, 4))
 
     return gr.HTML(value, html_template="<div class='ce'></div>", apply_default_css=False, elem_id="ce-view",
                    js_on_load=page_script(),

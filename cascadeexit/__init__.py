@@ -2,7 +2,7 @@
 
 from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine, Generation
-from cascadeexit.events import Status, TokenEvent
+from cascadeexit.events import Span, Status, TokenEvent
 from cascadeexit.exits import ExitBank, ExitConfig
 from cascadeexit.hub import load
 from cascadeexit.metrics import RunStats, summarize
@@ -10,4 +10,4 @@ from cascadeexit.model import SegmentedModel
 from cascadeexit.race import race
 
 __all__ = ["DecodeConfig", "Engine", "ExitBank", "ExitConfig", "Generation", "Mode", "RunStats", "SegmentedModel",
-           "Status", "TokenEvent", "load", "race", "summarize"]
+           "Span", "Status", "TokenEvent", "load", "race", "summarize"]

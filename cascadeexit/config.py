@@ -41,6 +41,10 @@ class DecodeConfig:
     seed: int = 0
     ignore_eos: bool = False
     """Go on after an end-of-sequence token, up to max_new_tokens: for benchmarks of a fixed length."""
+    check_late: bool = False
+    """cascade: when skipped layers are computed later, also find what the full model would have chosen at those
+    positions (`TokenEvent.checked`). The text does not change, but the full model's head reads more rows.
+    `python -m training.benchmark --check-late` measures the cost."""
 
     def __post_init__(self):
         try:
@@ -58,6 +62,9 @@ class DecodeConfig:
             raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}")
         if self.tolerance and (self.mode is not Mode.VERIFIED or self.temperature):
             raise ValueError("tolerance goes with mode verified and temperature 0: other modes do not use it")
+        if self.check_late and self.mode is not Mode.CASCADE:
+            raise ValueError("check_late goes with mode cascade: in other modes the full model reads every position "
+                             "anyway")
         if self.target_disagreement is not None:
             if not 0 < self.target_disagreement < 1:
                 raise ValueError(f"target_disagreement must be in (0, 1), got {self.target_disagreement}")

@@ -12,9 +12,9 @@ from cascadeexit.config import CASCADE_THRESHOLD, DecodeConfig, graded_threshold
 from cascadeexit.engine import Engine
 from cascadeexit.events import TokenEvent
 from cascadeexit.hub import ModelUnavailable
-from cascadeexit.runner import Runner
+from cascadeexit.runner import Check, Runner, Task
 from cascadeexit.settings import DISABLED, Settings
-from cascadeexit.stream import CASCADE, FULL
+from cascadeexit.sides import CASCADE, FULL
 
 MAX_DRAFT = DecodeConfig.max_draft
 
@@ -65,7 +65,8 @@ class Endpoints:
                             tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed, chat=chat)
         label, config, _, ids = self._prepare(settings, threshold, target_disagreement)
         engine, tokenizer = self._library.get(label)
-        events = [event for batch in self._runner.race(label, ids, config) for _, event in batch.events]
+        batches = self._runner.race(label, {CASCADE: Task(ids, config)})
+        events = [event for batch in batches for _, event in batch.events]
         final = [e for e in events if e.final]
         token_ids, stats = [e.token_id for e in final], metrics.summarize(events, engine.costs_for(config))
         return dict(text=tokenizer.decode(token_ids, skip_special_tokens=True), token_ids=token_ids,
@@ -84,8 +85,8 @@ class Endpoints:
         label, config, full, ids = self._prepare(settings, threshold, target_disagreement)
         engine, tokenizer = self._library.get(label)
         events: dict[str, list[TokenEvent]] = {CASCADE: [], FULL: []}
-        for batch in self._runner.race(label, ids, config, full):
-            choices = batch.choices
+        for batch in self._runner.race(label, {CASCADE: Task(ids, config), FULL: Task(ids, full)}, Check.CHOICES):
+            choices = batch.choices.get(CASCADE)
             for side, event in batch.events:
                 events[side].append(event)
         token_ids = {side: [e.token_id for e in events[side] if e.final] for side in events}

@@ -15,8 +15,8 @@ from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine
 from cascadeexit.events import TokenEvent
 from cascadeexit.prompts import Prompt
-from cascadeexit.runner import RunFailed, Runner
-from cascadeexit.stream import CASCADE, FULL
+from cascadeexit.runner import Check, RunFailed, Runner, Task
+from cascadeexit.sides import CASCADE, FULL
 
 FORMAT = 1                          # of the JSON file; a reader refuses what it does not know
 LABEL_CHARACTERS = 60               # of a prompt's start beside a point
@@ -98,14 +98,15 @@ def _evaluate(runner: Runner, label: str, encode, prompts, config: DecodeConfig,
         identity = dict(index=index, kind=prompt.kind, prompt=prompt.text)
         try:
             ids = encode(prompt.text)
-            contest = runner.race(label, ids, config, full)
+            contest = runner.race(label, {CASCADE: Task(ids, config), FULL: Task(ids, full)},
+                                  Check.NOTHING if config.temperature else Check.CHOICES)
         except ValueError as error:
             yield Result(**identity, error=str(error))
             continue
         events, choices = {CASCADE: [], FULL: []}, None
         try:
             for batch in contest:
-                choices = batch.choices
+                choices = batch.choices.get(CASCADE)
                 for side, event in batch.events:
                     events[side].append(event)
                 if pauses:

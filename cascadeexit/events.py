@@ -2,25 +2,37 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 COPIED = -1     # exit of a token that was copied from earlier in the text and accepted
 
 
 class Status(StrEnum):
+    READING = "reading"      # a chunk of a long prompt was read; this says nothing about the generated text
     EMITTED = "emitted"      # final at once: tokens of full and cascade, corrections and bonus tokens of verified
     DRAFT = "draft"          # drafted in verified mode, not final yet
     ACCEPTED = "accepted"    # a draft that the full model accepted: final
     REJECTED = "rejected"    # a draft that the full model rejected; another token will be emitted at its position
 
 
+class Span(NamedTuple):
+    """Neighbouring segments, first..end-1, that one call computed for `rows` positions."""
+
+    first: int
+    end: int
+    rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One token and its status at one moment.
 
-    A position is final with its EMITTED or ACCEPTED event, and final positions come in order.
+    A position is final with its EMITTED or ACCEPTED event, and final positions come in order. A prompt of several
+    chunks gives a READING event after each chunk but the last, so that a run can be interrupted between chunks.
     """
 
-    index: int                                  # position in the generated text, from 0
+    index: int                                  # position in the generated text, from 0; READING: the number of
+                                                # positions read minus the length of the prompt, so it is negative
     token_id: int
     exit: int                                   # segment that produced the token: 0 is the first exit, the last segment
                                                 # the full model; COPIED for an n-gram lookup
@@ -28,6 +40,14 @@ class TokenEvent:
     status: Status
     seconds: float                              # engine time since the run began: prefill included, waiting excluded
     weight_bytes: int                           # weight bytes read since the previous event, prefill excluded
+    spans: tuple[Span, ...] = ()                # passes since the previous event, in order, prefill excluded. More than
+                                                # one row: cascade computes layers that exits skipped, verified drafts
+    parent: int = -1                            # DRAFT: number of the draft that it follows, counted in the order of
+                                                # this pass's DRAFT events; -1: the newest token of the text
+    probability: float | None = None            # DRAFT: estimated probability that it follows its parent, in [0, 1]
+    checked: tuple[int, ...] = ()               # the full model's choices, oldest first, at the positions before this
+                                                # one that exits wrote since the last check; they end at index - 1.
+                                                # Only with `DecodeConfig.check_late`
 
     @property
     def final(self) -> bool:

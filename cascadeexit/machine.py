@@ -15,6 +15,14 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def describe(device: torch.device) -> str:
+    """Name the machine on which a model runs, in one line for a visitor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def read_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
     """Measure how many bytes a second a sum over a large tensor reads: the best of five runs."""
     data, times = memory.zeros((megabytes * 2**18,), torch.float32, device).fill_(1), []

@@ -5,7 +5,6 @@ import logging
 import math
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +13,10 @@ from pathlib import Path
 from cascadeexit import evaluation, prompts, record, views
 from cascadeexit.calibration import Calibration
 from cascadeexit.hub import ModelUnavailable
-from cascadeexit.inspection import Inspection
-from cascadeexit.runner import RunFailed, Runner, events_of
+from cascadeexit.kept import KeptRun, KeptRuns
+from cascadeexit.runner import Batch, Check, RunFailed, Runner, Task, events_of
 from cascadeexit.settings import DISABLED, Settings
+from cascadeexit.sides import CASCADE
 from cascadeexit.stream import (
     TokenStream,
     error_line,
@@ -28,8 +28,10 @@ from cascadeexit.stream import (
 
 log = logging.getLogger("cascadeexit.page")
 ASSETS = Path(__file__).parents[1] / "assets"
-KEPT_RUNS = 50              # latest finished runs whose candidates and charts can be asked for
-MAP_COLUMNS = 64            # most positions of the layer map in one answer
+STOP_SECONDS = 60.0         # longest wait until a stopped run has ended: one chunk of its prompt
+CHECKING = "Checking quality…"
+GONE = "The server no longer keeps this run. Run it again."
+UNAVAILABLE = (ValueError, ModelUnavailable, FileNotFoundError)     # errors whose message is for the visitor
 FIGURE_SECONDS = 3.0        # least time between two figures of a running evaluation
 YIELD_SECONDS = 0.2         # least time between two moments at which a running evaluation can be cancelled
 COLUMNS = ("prompt", "kind", "agreement", "match", "first difference", "speed-up", "layers used", "weights read",
@@ -49,6 +51,7 @@ class Frame:
     """Changes of the page at one moment of a run; None leaves a part as it is."""
 
     stream: str | None = None       # value of the token view (`cascadeexit.stream`)
+    run: str | None = None          # id of the run that begins, which `analyse` and `fork` ask for
     charts: str | None = None       # id of the run whose charts can be opened; "" hides them
     notice: Notice | None = None
 
@@ -84,61 +87,75 @@ class PromptSource:
         return prompts.bundled_prompts(self.kinds, int(self.each or 1))
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """A run that the token card, the layer map and the charts can ask about."""
-
-    stream: TokenStream
-    inspection: Inspection
-    tokenizer: object
-
-
 class Page:
-    """Handlers of one page. They share the models and the latest finished runs."""
+    """Handlers of one page. They share the models and the latest runs."""
 
     def __init__(self, runner: Runner):
-        self.library, self._runner = runner.library, runner
-        self._runs: OrderedDict[str, FinishedRun] = OrderedDict()
+        self.library, self._runner, self._runs = runner.library, runner, KeptRuns()
 
     def respond(self, settings: Settings) -> Iterator[Frame]:
-        """Race the run with exits against the full model, and keep the finished run."""
+        """Race the sides of these settings, check the texts with exits, and keep the run."""
         try:
             if not (settings.prompt or "").strip():
                 raise ValueError("Please write a prompt first.")
             for line in self._load(settings.model):
                 yield Frame(model_line(self.library.shapes[settings.model]) + status_line(line))
             engine, tokenizer = self.library.get(settings.model)
-            config, full = settings.decode_configs(engine.num_exits)
+            sides = settings.sides(self.library.shapes[settings.model])
             ids = prompts.visitor_token_ids(tokenizer, settings.prompt, settings.chat)
-            contest = self._runner.race(settings.model, ids, config, full, inspected=True)
-        except (ValueError, ModelUnavailable, FileNotFoundError) as error:
+            contest = self._runner.race(settings.model, {side.name: Task(ids, side.config) for side in sides},
+                                        Check.INSPECTION)
+        except UNAVAILABLE as error:
             yield Frame(error_line(str(error)), notice=Notice("Not started", str(error)))
             return
-
-        stream = TokenStream(engine, tokenizer, config, ids, settings.record())
-        try:
+        kept = self._runs.add(KeptRun(settings.model, tokenizer, TokenStream(engine, tokenizer, sides, ids,
+                                                                            settings.record())))
+        with kept.growing():
             if engine.notice:
-                yield Frame(stream.text + status_line(engine.notice), charts="",
-                            notice=Notice("Slower than usual", engine.notice))
-            yield Frame(stream.text, charts="")
-            for text in frames(stream, events_of(contest)):
-                yield Frame(text)
-            stream.close_text()
-            yield Frame(stream.text)
-            inspection = next(contest).inspection
-            self._keep(FinishedRun(stream, inspection, tokenizer))
-            stream.end(inspection)
-            yield Frame(stream.text + (status_line(engine.notice) if engine.notice else ""), charts=stream.run)
-        except RunFailed as error:
-            log.warning("a run broke off: %s", error)
-            stream.fail(str(error))
-            yield Frame(stream.text, notice=Notice(error.title, str(error)))
-        except Exception:
-            log.exception("a run failed")
-            stream.fail("Something went wrong while the model was running. The server's log has the details.")
-            yield Frame(stream.text)
-        finally:
-            contest.close()                                         # also when the visitor stops or leaves
+                kept.stream.status(engine.notice)
+            yield Frame(kept.stream.text, kept.stream.run, charts="",
+                        notice=Notice("Slower than usual", engine.notice) if engine.notice else None)
+            yield from _grown(kept, contest, engine.notice)
+
+    def analyse(self, run) -> Iterator[Frame]:
+        """Check the texts of a run that was stopped, as `respond` does at the end, and keep it with its cards and maps.
+
+        Nothing happens for a run that is not kept, has no text, or was stopped while its texts were checked. The
+        argument may be any JSON.
+        """
+        kept = self._runs.get(run)
+        yield Frame()
+        if kept is None:
+            return
+        try:
+            with kept.growing(wait=STOP_SECONDS):
+                kept.stream.stop()
+                tasks = kept.unchecked()
+                if tasks:
+                    yield from self._loading(kept)
+                    yield from _grown(kept, self._runner.race(kept.label, tasks, Check.INSPECTION))
+        except UNAVAILABLE as error:
+            yield Frame(notice=Notice("Not checked", str(error)))
+
+    def fork(self, run, side, at, token_id) -> Iterator[Frame]:
+        """Continue a side of a finished run with another token at one position, as a new side of that run.
+
+        Only the new side is decoded, with the settings of the other; then its text is checked. The arguments may be any
+        JSON.
+        """
+        kept = self._runs.get(run)
+        try:
+            if kept is None:
+                raise ValueError(GONE)
+            with kept.growing():
+                fork, task = kept.fork(side, at, token_id)
+                yield from self._loading(kept)
+                contest = self._runner.race(kept.label, {fork.name: task}, Check.INSPECTION)
+                kept.stream.fork(fork, side, task.events[0])
+                yield Frame(kept.stream.text)
+                yield from _grown(kept, contest)
+        except UNAVAILABLE as error:
+            yield Frame(notice=Notice("Not continued", str(error)))
 
     def evaluate(self, source: PromptSource, settings: Settings) -> Iterator[Progress]:
         """Race each of many prompts. After each prompt, the results so far are written to the files."""
@@ -180,36 +197,68 @@ class Page:
 
     def figures(self, run: str) -> list:
         """Plotly figures of a finished run. Raises LookupError when the run is no longer kept."""
-        if run not in self._runs:
-            raise LookupError("The server no longer keeps this run. Run it again.")
-        finished = self._runs[run]
-        return views.figures(finished.stream, finished.inspection.full_choices)
+        kept = self._runs.get(run)
+        if kept is None or CASCADE not in kept.inspections:
+            raise LookupError(GONE)
+        return views.figures(kept.stream, kept.inspections[CASCADE].full_choices)
 
     # The browser calls the next two, so their arguments may be any JSON.
 
-    def token_card(self, run, i) -> dict | None:
-        """Candidates of the token at position i, for its card; None for a run that is not kept."""
-        finished = self._runs.get(run) if isinstance(run, str) else None
-        if finished is None or not isinstance(i, int) or not 0 <= i < len(finished.inspection.token_ids):
-            return None
-        return finished.inspection.card(finished.tokenizer, i)
+    def token_card(self, run, side, i) -> dict | None:
+        """Candidates of the token at position i of a side, for its card; None for a text that was not checked."""
+        kept = self._runs.get(run)
+        return kept.card(side, i) if kept else None
 
-    def layer_map(self, run, start, count) -> dict | None:
-        """Choices of every exit at `count` positions from `start`; None for a run that is not kept."""
-        finished = self._runs.get(run) if isinstance(run, str) else None
-        if finished is None or not (isinstance(start, int) and isinstance(count, int)):
-            return None
-        return finished.inspection.map(finished.tokenizer, max(0, start), min(max(1, count), MAP_COLUMNS))
+    def layer_map(self, run, side, start, count) -> dict | None:
+        """Choices of every exit at `count` positions of a side from `start`; None for a text that was not checked."""
+        kept = self._runs.get(run)
+        return kept.map(side, start, count) if kept else None
 
     def _load(self, label: str) -> Iterator[str]:
         """Make the model ready; yields progress to show."""
         if not self.library.ready(label):
             yield from self.library.load(label)
 
-    def _keep(self, finished: FinishedRun) -> None:
-        self._runs[finished.stream.run] = finished
-        while len(self._runs) > KEPT_RUNS:
-            self._runs.popitem(last=False)
+    def _loading(self, kept: KeptRun) -> Iterator[Frame]:
+        """Make the model of a kept run ready; yields progress."""
+        for line in self._load(kept.label):
+            kept.stream.status(line)
+            yield Frame(kept.stream.text)
+
+
+def _grown(kept: KeptRun, contest: Iterator[Batch], notice: str = "") -> Iterator[Frame]:
+    """Write the events of a race and then what the check of the texts finds; yields the run as it grows.
+
+    notice: status at the end.
+    """
+    stream = kept.stream
+    try:
+        for text in frames(stream, events_of(contest)):
+            yield Frame(text)
+        stream.close_text()
+        kept.checking = True
+        stream.status(CHECKING)
+        yield Frame(stream.text)
+        for batch in contest:
+            if batch.progress is not None:
+                stream.status(f"{CHECKING} {batch.progress:.0%}")
+                yield Frame(stream.text)
+            for name, inspection in batch.inspections.items():
+                kept.inspected(name, inspection)
+        kept.checking = False
+        if notice:
+            stream.status(notice)
+        yield Frame(stream.text, charts=stream.run if CASCADE in kept.inspections else None)
+    except RunFailed as error:
+        log.warning("a run broke off: %s", error)
+        stream.fail(str(error))
+        yield Frame(stream.text, notice=Notice(error.title, str(error)))
+    except Exception:
+        log.exception("a run failed")
+        stream.fail("Something went wrong while the model was running. The server's log has the details.")
+        yield Frame(stream.text)
+    finally:
+        contest.close()                                             # also when the visitor stops or leaves
 
 
 def replayed(path: str | Path) -> str:

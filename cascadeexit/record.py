@@ -1,44 +1,58 @@
-"""Records: save races to files that the page can replay. Files are not trusted: `load` checks every value.
+"""Records: save runs to files that the page can replay. Files are not trusted: `load` checks every value.
 
-A file is one JSON object {"format": 1, "records": [...]}; the records are the lines of `TokenStream`, described there.
+A file is one JSON object {"format": 1, "records": [...]}; the records are those of `TokenStream`, described there.
+Files that were saved before there were `sides` hold the sides `cascade` and `full`.
 """
 
 import json
-import math
 import re
 
 from cascadeexit.events import COPIED
-from cascadeexit.stream import CASCADE, FORMAT, FULL, write_line
+from cascadeexit.sides import CASCADE, FORKS, FULL, NAMES, SECOND
+from cascadeexit.stream import FORMAT
+from cascadeexit.wire import STATUSES, expand, write_line
 
 MAX_BYTES, MAX_RECORDS = 8_000_000, 60_000
+_PASSING = ("status", "replay")             # types of records that are not saved
 _NUMBER = (int, float)
+_LARGEST = 1e9              # larger numbers mean nothing here, and might not fit where they are shown
 _TOKEN = {"side": str, "i": int, "id": int, "status": str}
 # Fields that the page needs of each type of record; other fields may be missing.
 _FIELDS = {
     "model": {"model": str, "layers": int, "exits": list, "trained": bool, "colours": list},
     "run": {"run": str, "mode": str, "thresholds": list, "max_new_tokens": int},
+    "reading": {"side": str, "read": int, "total": int},
     "token": _TOKEN,
+    "checked": {"side": str, "i": int, "ids": list},
+    "tree": {"side": str, "i": int, "drafts": list},
     "text": {"side": str, "i": int, "text": str},
     "stats": {"side": str, "tokens": int, "seconds": _NUMBER, "routing_share": list},
     "versus": {"n": int, "positional": _NUMBER, "rolling": _NUMBER},
-    "end": {"positional": _NUMBER, "sequence": bool},
+    "end": {"positional": _NUMBER},
+    "fork": {"side": str, "of": str, "at": int, "id": int, "text": str, "title": str},
     "stopped": {}, "error": {"message": str},
 }
 _TOKEN_TEXT = {"text": str, "exit": int, "t": _NUMBER, "conf": list}
 # Fields that may be missing or null; any other value must have this type.
 _OPTIONAL = {
-    "token": {"ms": _NUMBER, "read": _NUMBER, "bytes": str, "special": bool, "part": bool},
+    "run": {"sides": list, "machine": str, "date": str, "prompt_tokens": int, "greedy": bool, "tolerance": _NUMBER,
+            "settings": dict},
+    "token": {"ms": _NUMBER, "read": _NUMBER, "bytes": str, "special": bool, "part": bool, "ran": list},
     "stats": dict.fromkeys(("copied_share", "cost", "tokens_per_second", "first_token_seconds", "token_seconds_p50",
                             "token_seconds_p90", "token_seconds_p99"), _NUMBER),
-    "versus": {"speedup": _NUMBER, "first_divergence": int},
-    "end": {"agreement": _NUMBER, "first_divergence": int, "identical": bool, "differs": list},
+    "versus": {"side": str, "speedup": _NUMBER, "first_divergence": int},
+    "end": {"side": str, "agreement": _NUMBER, "first_divergence": int, "sequence": bool, "identical": bool,
+            "differs": list, "moments": list, "loops": dict},
 }
-_STATUS = ("emitted", "draft", "accepted", "rejected")
+# Fields of the objects in lists, and of objects.
+_SIDE = {"name": str, "mode": str, "thresholds": list, "tolerance": _NUMBER, "title": str}
+_MOMENT = {"i": int, "id": int, "said": str, "full": str, "p_said": _NUMBER, "p_full": _NUMBER}
+_LOOP = {"start": int, "period": int, "share": _NUMBER}
 
 
 def dump(stream: str) -> str:
     """Convert a finished stream to the content of the file that saves it; `load` reads it back."""
-    records = [json.loads(line) for line in stream.splitlines()]
+    records = [record for record in map(expand, stream.splitlines()) if record["type"] not in _PASSING]
     return json.dumps({"format": FORMAT, "records": records}, separators=(",", ":"))
 
 
@@ -78,23 +92,76 @@ def _check_whole(records: list[dict]) -> None:
     if len(model["colours"]) != exits + 1 or not all(
             isinstance(c, str) and re.fullmatch("#[0-9A-Fa-f]{6}", c) for c in model["colours"]):
         raise ValueError(f"entry 0 (model): colours should be {exits + 1} values written as #RRGGBB")
-    written = {CASCADE: 0, FULL: 0}
+    written = {name: 0 for name in _side_names(records[1], exits)}
     for number, record in enumerate(records):
-        if not COPIED <= record.get("exit", 0) <= exits:
+        _check_place(number, record, exits, written)
+
+
+def _side_names(run: dict, exits: int) -> list[str]:
+    """Names of the sides with which a run begins. Raises ValueError for sides that do not fit together."""
+    sides = run.get("sides")
+    if sides is None:
+        return [CASCADE, FULL]
+    for side in sides:
+        _check_fields("entry 1 (run): a side's", side, _SIDE)
+        _check_numbers("entry 1 (run): a side's thresholds", side["thresholds"], exits)
+    names = [side["name"] for side in sides]
+    if names not in ([CASCADE, FULL], [CASCADE, SECOND, FULL]):
+        raise ValueError(f"entry 1 (run): sides should be {CASCADE}, perhaps {SECOND}, and {FULL}, got {names}"[:300])
+    return names
+
+
+def _check_place(number: int, record: dict, exits: int, written: dict[str, int]) -> None:
+    """Check that an entry fits to those before it.
+
+    written: length of each side's text so far; it is updated.
+    """
+    kind, place = record["type"], f"entry {number} ({record['type']})"
+    if kind == "token" and record["status"] != "rejected":
+        if not COPIED <= record["exit"] <= exits:
             raise ValueError(f"entry {number}: exit should be 0 to {exits}, or {COPIED} for a copied token, got "
                              f"{record['exit']}")
-        for name, length in (("conf", exits), ("thresholds", exits), ("routing_share", exits + 1)):
-            values = record.get(name, [None] * length)
-            if len(values) != length or not all(v is None or _fits(v, _NUMBER) for v in values):
-                raise ValueError(f"entry {number}: {name} should be {length} numbers, got {values!r}"[:300])
-        if record["type"] not in ("token", "text"):
-            continue
-        side, i = record["side"], record["i"]
-        final = record.get("status") in ("emitted", "accepted")
-        if i < 0 or (final and i != written[side]) or (record["type"] == "text" and i >= written[side]):
-            raise ValueError(f"entry {number} ({record['type']}): {written[side]} tokens of this side come before it, "
-                             f"so its position cannot be {i}")
-        written[side] += final
+        _check_numbers(f"entry {number}: conf", record["conf"], exits)
+        if not all(c is None or 0 <= c <= 1 for c in record["conf"]):
+            raise ValueError(f"{place}: conf should hold numbers from 0 to 1, got {record['conf']!r}"[:300])
+    if kind == "run":
+        _check_numbers(f"entry {number}: thresholds", record["thresholds"], exits)
+    if kind == "stats":
+        _check_numbers(f"entry {number}: routing_share", record["routing_share"], exits + 1)
+    if kind == "fork":
+        if record["side"] not in FORKS or record["side"] in written or record["of"] in (FULL, *{*NAMES} - {*written}):
+            raise ValueError(f"{place}: a new fork should continue a side with exits, got {record['side']!r} of "
+                             f"{record['of']!r}"[:300])
+        if not 0 <= record["at"] < written[record["of"]]:
+            raise ValueError(f"{place}: {written[record['of']]} tokens come before it, so it cannot begin at "
+                             f"{record['at']}")
+        written[record["side"]] = record["at"]
+    if "side" in {**_FIELDS[kind], **_OPTIONAL.get(kind, {})} and record.get("side", CASCADE) not in written:
+        raise ValueError(f"entry {number}: side should be one of {', '.join(written)}, got {record['side']!r}"[:300])
+    if kind == "tree":
+        _check_drafts(place, record["drafts"], exits)
+    if kind not in ("token", "text", "checked", "tree"):
+        return
+    side, i = record["side"], record["i"]
+    final = record.get("status") in ("emitted", "accepted")
+    beyond = i + len(record["ids"]) > written[side] if kind == "checked" else kind == "text" and i >= written[side]
+    if i < 0 or (final and i != written[side]) or beyond:
+        raise ValueError(f"{place}: {written[side]} tokens of this side come before it, so its position cannot be {i}")
+    written[side] += final
+
+
+def _check_drafts(place: str, drafts: list, exits: int) -> None:
+    """Check the drafts of a tree: each [id, text, parent, p, exit, accepted], parents first."""
+    for n, draft in enumerate(drafts):
+        fits = isinstance(draft, list) and len(draft) == 6 and all(
+            map(_fits, draft, (int, str, int, (*_NUMBER, type(None)), int, bool)))
+        if not fits or not -1 <= draft[2] < n or not COPIED <= draft[4] <= exits:
+            raise ValueError(f"{place}: a draft should be [id, text, parent, p, exit, accepted], got {draft!r}"[:300])
+
+
+def _check_numbers(place: str, values: list, length: int) -> None:
+    if len(values) != length or not all(v is None or _fits(v, _NUMBER) for v in values):
+        raise ValueError(f"{place} should be {length} numbers, got {values!r}"[:300])
 
 
 def _check(number: int, record) -> None:
@@ -102,30 +169,55 @@ def _check(number: int, record) -> None:
     kind = record.get("type") if isinstance(record, dict) else None
     if kind not in _FIELDS:
         raise ValueError(f"entry {number}: expected one of the types {', '.join(_FIELDS)}, got {kind!r}")
-    fields = dict(_FIELDS[kind])
+    place, fields = f"entry {number} ({kind}):", dict(_FIELDS[kind])
     if kind == "token" and record.get("status") != "rejected":
         fields |= _TOKEN_TEXT
     optional = {name: wanted for name, wanted in _OPTIONAL.get(kind, {}).items() if record.get(name) is not None}
-    for name, wanted in (fields | optional).items():
-        value = record.get(name)
-        if not _fits(value, wanted):
-            raise ValueError(f"entry {number} ({kind}): {name} should be {_name(wanted)}, got {value!r}"[:300])
-    if not all(_fits(i, int) for i in record.get("differs") or []):
-        raise ValueError(f"entry {number} ({kind}): differs should hold whole numbers")
-    if not re.fullmatch("([0-9a-f]{2})+", record.get("bytes") or "00"):
-        raise ValueError(f"entry {number} ({kind}): bytes should be hexadecimal digits, got {record['bytes']!r}"[:300])
-    if record.get("side", CASCADE) not in (CASCADE, FULL):
-        raise ValueError(f"entry {number}: side should be {CASCADE} or {FULL}, got {record['side']!r}"[:300])
-    if kind == "token" and record["status"] not in _STATUS:
-        raise ValueError(f"entry {number}: status should be one of {', '.join(_STATUS)}, got "
+    _check_fields(place, record, fields | optional)
+    if kind == "token":
+        _check_token(number, record)
+    elif kind == "checked":
+        _check_whole_numbers(place, "ids", record)
+    elif kind == "end":
+        _check_whole_numbers(place, "differs", record)
+        for moment in record.get("moments") or []:
+            _check_fields(f"{place} a moment's", moment, _MOMENT)
+        if record.get("loops") is not None:
+            _check_fields(f"{place} loops:", record["loops"], _LOOP)
+
+
+def _check_token(number: int, record: dict) -> None:
+    """Check the values of a token that need more than a type."""
+    place = f"entry {number} (token):"
+    if record["status"] not in STATUSES:
+        raise ValueError(f"entry {number}: status should be one of {', '.join(STATUSES)}, got "
                          f"{record['status']!r}"[:300])
+    for span in record.get("ran") or []:
+        if not (isinstance(span, list) and len(span) == 3 and all(_fits(n, int) for n in span)):
+            raise ValueError(f"{place} ran should hold [first, end, rows], got {span!r}"[:300])
+    if not re.fullmatch("([0-9a-f]{2})+", record.get("bytes") or "00"):
+        raise ValueError(f"{place} bytes should be hexadecimal digits, got {record['bytes']!r}"[:300])
+
+
+def _check_whole_numbers(place: str, name: str, record: dict) -> None:
+    if not all(_fits(i, int) for i in record.get(name) or []):
+        raise ValueError(f"{place} {name} should hold whole numbers")
+
+
+def _check_fields(place: str, value, fields: dict) -> None:
+    """Check that an object has these fields, with values of these types."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} fields should be an object, got {value!r}"[:300])
+    for name, wanted in fields.items():
+        if not _fits(value.get(name), wanted):
+            raise ValueError(f"{place} {name} should be {_name(wanted)}, got {value.get(name)!r}"[:300])
 
 
 def _fits(value, wanted) -> bool:
-    """Return True if a value has the wanted type; a number must also be finite."""
+    """Return True if a value has the wanted type; a number must also be finite and of a sensible size."""
     if isinstance(value, bool):             # Python counts True as a whole number
         return wanted is bool
-    return isinstance(value, wanted) and not (isinstance(value, float) and not math.isfinite(value))
+    return isinstance(value, wanted) and not (isinstance(value, _NUMBER) and not abs(value) <= _LARGEST)
 
 
 def _refuse(constant: str):
@@ -133,4 +225,5 @@ def _refuse(constant: str):
 
 
 def _name(wanted) -> str:
-    return {str: "text", int: "a whole number", list: "a list", bool: "true or false"}.get(wanted, "a number")
+    return {str: "text", int: "a whole number", list: "a list", dict: "an object", bool: "true or false"}.get(
+        wanted, "a number")

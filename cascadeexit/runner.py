@@ -2,14 +2,15 @@
 
 On ZeroGPU a Space has a GPU only while a decorated function runs, and that function runs in a forked process. So one
 generator function computes everything (`Runner._compute`); the page's process never does. What goes in and comes out
-can be pickled: token ids and configs in, batches of events and an `Inspection` out. On every other machine the same
+can be pickled: tasks in; batches of events and an `Inspection` of each text out. On every other machine the same
 generator runs in the page's own process.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
@@ -17,7 +18,7 @@ from cascadeexit.events import TokenEvent
 from cascadeexit.inspection import Inspection, inspect
 from cascadeexit.library import Library
 from cascadeexit.race import race
-from cascadeexit.stream import CASCADE, FULL
+from cascadeexit.sides import FULL
 
 BATCH_SECONDS = 0.02            # least time between two batches: a third of a frame, and the longest wait after Stop
 START_SECONDS = 10              # until a new worker has the weights on the GPU
@@ -38,14 +39,37 @@ class RunFailed(RuntimeError):
         self.title = title
 
 
+class Check(StrEnum):
+    """What is read after a race, of each text with exits."""
+
+    NOTHING = "nothing"
+    CHOICES = "choices"             # what the full model would have chosen at each position
+    INSPECTION = "inspection"       # that, and the candidates of every exit
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work for one side: what to decode, and what is there to be checked."""
+
+    ids: Sequence[int]                          # of the prompt
+    config: DecodeConfig | None = None          # None: nothing is decoded
+    events: Sequence[TokenEvent] = ()           # written before: decoding goes on after their tokens
+
+    @property
+    def read_ids(self) -> list[int]:
+        """Tokens that are read before the first one is decoded."""
+        return [*self.ids, *(e.token_id for e in self.events if e.final)]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive events of a race, as (side, event). A last batch without events has the results of `_read_again`."""
+    """Consecutive events of a race, as (side, event); or, after the last of them, what was found by reading again."""
 
     events: Sequence[tuple[str, TokenEvent]] = ()
     over: bool = False                          # with the last events
-    choices: Sequence[int] | None = None        # the full model's at each position of the text with exits
-    inspection: Inspection | None = None        # of the text with exits
+    progress: float | None = None               # share of the texts that was read again
+    choices: Mapping[str, Sequence[int]] = field(default_factory=dict)          # of the full model, by side
+    inspections: Mapping[str, Inspection] = field(default_factory=dict)         # by side
 
 
 class Runner:
@@ -61,28 +85,27 @@ class Runner:
         self._call = on_gpu(self._compute, self.seconds) if on_gpu else self._compute
         self._token_seconds: dict[str, float] = {}      # of the latest run of each model
 
-    def race(self, label: str, ids: Sequence[int], config: DecodeConfig, full: DecodeConfig | None = None,
-             inspected: bool = False) -> Iterator[Batch]:
-        """Race a run with exits, side `CASCADE`, against the full model's, side `FULL`; yields batches of events.
+    def race(self, label: str, tasks: Mapping[str, Task], check: Check = Check.NOTHING) -> Iterator[Batch]:
+        """Race sides against each other and check their texts; yields batches of events, then progress and results.
 
-        Closing the iterator ends both runs. The model must be ready (`Library.ready`).
+        Closing the iterator ends all runs. The model must be ready (`Library.ready`).
 
         Args:
-            full: config of the full model's run; None runs only the side with exits.
-            inspected: end with an `Inspection`. Else a race of greedy runs ends with the full model's choices alone.
+            tasks: by side. Those without a config are only checked.
+            check: what to read of the texts with exits: of all sides but `FULL`.
 
         Raises ValueError for runs that cannot work, before the first batch, and RunFailed from the iterator.
         """
         engine, _ = self.library.get(label)
-        ids = list(map(int, ids))
-        for wanted in filter(None, (config, full)):
-            engine.check(ids, wanted)
-        return self._measured(label, self._call(label, ids, config, full, inspected))
+        tasks = {side: replace(task, ids=list(map(int, task.ids))) for side, task in tasks.items()}
+        for task in tasks.values():
+            if task.config:
+                engine.check(task.read_ids, task.config)
+        return self._measured(label, self._call(label, tasks, check))
 
-    def seconds(self, label: str, ids: Sequence[int], config: DecodeConfig, full: DecodeConfig | None = None,
-                inspected: bool = False) -> int:
+    def seconds(self, label: str, tasks: Mapping[str, Task], check: Check = Check.NOTHING) -> int:
         """Estimate the GPU time in seconds for a race with these arguments, from its length and the latest speed."""
-        tokens = config.max_new_tokens + (full.max_new_tokens if full else 0)
+        tokens = sum(task.config.max_new_tokens if task.config else len(task.events) for task in tasks.values())
         return math.ceil(START_SECONDS + MARGIN * tokens * self._token_seconds.get(label, TOKEN_SECONDS))
 
     def _measured(self, label: str, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -99,19 +122,19 @@ class Runner:
         if tokens:
             self._token_seconds[label] = sum(clocks.values()) / tokens
 
-    def _compute(self, label: str, ids: list[int], config: DecodeConfig, full: DecodeConfig | None,
-                 inspected: bool) -> Iterator[Batch]:
+    def _compute(self, label: str, tasks: dict[str, Task], check: Check) -> Iterator[Batch]:
         """Decode, and yield the batches of a race. All computation happens here; it may run in a forked process."""
         engine, _ = self.library.get(label)
-        contest = race({CASCADE: engine.generate(ids, config)} | ({FULL: engine.generate(ids, full)} if full else {}))
-        written: list[TokenEvent] = []
+        contest = race({side: engine.generate(task.read_ids, task.config)
+                        for side, task in tasks.items() if task.config})
+        texts: dict[str, list[TokenEvent]] = {side: [*task.events] for side, task in tasks.items() if side != FULL}
         waiting: list[tuple[str, TokenEvent]] = []
         next_batch = 0.0
         try:
             for side, event in contest:
                 waiting.append((side, event))
-                if side == CASCADE:
-                    written.append(event)
+                if side in texts:
+                    texts[side].append(event)
                 if time.monotonic() >= next_batch:
                     next_batch = time.monotonic() + BATCH_SECONDS
                     yield Batch(waiting)
@@ -119,20 +142,25 @@ class Runner:
         finally:
             contest.close()
         yield Batch(waiting, over=True)
-        yield _read_again(engine, ids, written, inspected, choices=full is not None and config.temperature == 0)
+        if check is Check.INSPECTION:
+            yield from _inspected(engine, tasks, texts)
+        elif check is Check.CHOICES:
+            yield Batch(choices={side: engine.full_choices(tasks[side].ids, [e.token_id for e in events if e.final])
+                                 for side, events in texts.items()})
 
 
 def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
-    """Yield the events of a race. When they end, `next(batches)` returns the last batch, which `_read_again` made."""
+    """Yield the events of a race. When they end, `batches` goes on with what the check finds."""
     for batch in batches:
         yield from batch.events
         if batch.over:
             return
 
 
-def _read_again(engine: Engine, ids: list[int], written: list[TokenEvent], inspected: bool, choices: bool) -> Batch:
-    """Pass the text of the run with exits through the full model again. Returns the last batch of a race."""
-    if inspected:
-        inspection = inspect(engine, ids, written)
-        return Batch(choices=inspection.full_choices, inspection=inspection)
-    return Batch(choices=engine.full_choices(ids, [e.token_id for e in written if e.final]) if choices else None)
+def _inspected(engine: Engine, tasks: dict[str, Task], texts: dict[str, list[TokenEvent]]) -> Iterator[Batch]:
+    """Inspect texts with exits, by side; yields progress, and last the inspections."""
+    inspections = {}
+    for side, events in texts.items():
+        inspections[side] = inspect(engine, tasks[side].ids, events)
+        yield Batch(progress=len(inspections) / len(texts))
+    yield Batch(inspections=inspections, choices={side: found.full_choices for side, found in inspections.items()})

@@ -7,12 +7,13 @@ one parameter of the address.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple, Self
 
 from cascadeexit.config import CASCADE_THRESHOLD, DecodeConfig, Mode, graded_thresholds
 from cascadeexit.prompts import MAX_PROMPT_CHARACTERS
 from cascadeexit.shape import Shape
+from cascadeexit.sides import CASCADE, FULL, SECOND, Side
 
 DISABLED = 1.0              # threshold at the end of a slider: the exit is never taken
 MAX_EXITS = 6               # threshold sliders on the page
@@ -51,6 +52,8 @@ class Settings:
     """`FIRST_CONFIDENT`, an exit that writes every token, or an exit that is disabled (`disabling`)."""
     thresholds: tuple[float, ...] = _setting((), "t", "thresholds", Limits(0, DISABLED, 0.01))
     """One for each exit. Values beyond the model's number of exits are ignored."""
+    beside: str = _setting("", "beside", "beside")
+    """What a third panel shows: one of `beside_choices`; "" for no third panel."""
 
     @classmethod
     def from_controls(cls, values: Mapping[str, object]) -> Self:
@@ -73,6 +76,41 @@ class Settings:
             raise ValueError("A setting is empty: give it a value.") from None
         except OverflowError:
             raise ValueError("A setting is too large: give it a smaller value.") from None
+
+    def sides(self, shape: Shape) -> list[Side]:
+        """Sides of a run, in the order of the panels: these settings, what is beside them, and the full model.
+
+        Raises ValueError with a message for the visitor.
+        """
+        config, full = self.decode_configs(shape.num_exits)
+        sides = [Side(CASCADE, self._title(shape), _checked_late(config))]
+        if self.beside:
+            other = self._beside(shape)
+            sides.append(Side(SECOND, other._title(shape), _checked_late(other.decode_configs(shape.num_exits)[0])))
+        return [*sides, Side(FULL, "Full model", full)]
+
+    def _beside(self, shape: Shape) -> Self:
+        """These settings, changed to what the third panel shows."""
+        choices = beside_choices(shape)
+        if self.beside not in choices:
+            raise ValueError(f"'{self.beside}' cannot be shown beside the full model; choose one of "
+                             f"{', '.join(choices[1:])}.")
+        if self.beside == EXACT:
+            return replace(self, mode=Mode.VERIFIED, exit_choice=FIRST_CONFIDENT, tolerance=0.0)
+        if self.beside in PRESETS:
+            return replace(self, mode=Mode.CASCADE, exit_choice=FIRST_CONFIDENT,
+                           thresholds=tuple(thresholds_at(PRESETS[self.beside], shape)))
+        return replace(self, mode=Mode.CASCADE, exit_choice=exit_choices(shape)[self.beside])
+
+    def _title(self, shape: Shape) -> str:
+        """Title of the panel that is decoded with these settings."""
+        choice = next((words for words, value in exit_choices(shape).items() if value == self.exit_choice >= 0), None)
+        if self.mode == Mode.VERIFIED:
+            return "Exact: same text, checked" if not self.tolerance else f"Checked, tolerance {self.tolerance:g}"
+        if choice:
+            return choice
+        first = first_threshold(self.thresholds, shape) if self.exit_choice == FIRST_CONFIDENT else None
+        return next((name for name, threshold in PRESETS.items() if threshold == first), "Own thresholds")
 
     def _thresholds(self, num_exits: int) -> list[float | None] | None:
         """Return one threshold for each exit, None where it is disabled. None for all of them: the mode's default."""
@@ -105,7 +143,8 @@ def from_query(query: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[st
         shapes: of each model on the menu; the first is the default.
     """
     label = query.get("model") if query.get("model") in shapes else next(iter(shapes))
-    menus = dict(model=shapes, mode=(Mode.CASCADE, Mode.VERIFIED), exit_choice=exit_choices(shapes[label]).values())
+    menus = dict(model=shapes, mode=(Mode.CASCADE, Mode.VERIFIED), exit_choice=exit_choices(shapes[label]).values(),
+                 beside=beside_choices(shapes[label]))
     menus = {name: {str(value): value for value in values} for name, values in menus.items()}
     found = {}
     for name, text in _query_texts(query).items():
@@ -164,6 +203,16 @@ def exit_choices(shape: Shape) -> dict[str, int]:
             **{f"Disable exit {s + 1}": disabling(s) for s in exits}}
 
 
+def beside_choices(shape: Shape) -> list[str]:
+    """What a third panel can show: nothing, a preset, exact text, or the tokens of one exit."""
+    return ["", *PRESETS, EXACT, *(words for words, value in exit_choices(shape).items() if value >= 0)]
+
+
+def _checked_late(config: DecodeConfig) -> DecodeConfig:
+    """Let a cascade run report the full model's choices while the text grows: the page shows them."""
+    return replace(config, check_late=True) if config.mode is Mode.CASCADE else config
+
+
 def thresholds_at(first: float, shape: Shape) -> list[float]:
     """Value of each threshold slider, from the threshold of the first exit (`graded_thresholds`).
 
@@ -182,3 +231,4 @@ def first_threshold(thresholds: Sequence[float], shape: Shape) -> float | None:
 
 
 PRESETS = {"Fast": 0.4, "Balanced": CASCADE_THRESHOLD, "Careful": 0.8}     # threshold of the first exit
+EXACT = "Exact"             # the third panel in verified mode

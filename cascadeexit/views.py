@@ -7,7 +7,8 @@ import plotly.graph_objects as go
 from cascadeexit import metrics
 from cascadeexit.evaluation import Result, quality_speed_points, summarize_results
 from cascadeexit.shape import exit_name
-from cascadeexit.stream import CASCADE, COPIED_COLOUR, FULL, TokenStream, colours
+from cascadeexit.sides import CASCADE, FULL
+from cascadeexit.stream import COPIED_COLOUR, TokenStream, colours
 
 _OUTLINE = "#7D838C"                        # visible on a light and on a dark page
 _KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # Paul Tol's "bright" scheme

@@ -8,7 +8,8 @@ from cascadeexit.config import DecodeConfig, Mode
 from cascadeexit.engine import Engine
 from cascadeexit.inspection import inspect
 from cascadeexit.race import race
-from cascadeexit.stream import CASCADE, FULL, TokenStream, frames
+from cascadeexit.sides import CASCADE, FULL, Side
+from cascadeexit.stream import TokenStream, frames
 from training.documents import Document
 from training.features import FeatureStore
 
@@ -40,10 +41,11 @@ def run_stream(engine, tokenizer, mode: str, **options) -> TokenStream:
     """Race a mode against `full` on a tiny model; the stream of the whole race, with its verdict."""
     config = DecodeConfig(mode=mode, thresholds=options.pop("thresholds", 0.6), max_new_tokens=60, **options)
     prompt = [5, 6, 7]
-    stream = TokenStream(engine, tokenizer, config, prompt)
     full = DecodeConfig(mode=Mode.FULL, max_new_tokens=60, temperature=config.temperature)
+    sides = [Side(CASCADE, "With exits", config), Side(FULL, "Full model", full)]
+    stream = TokenStream(engine, tokenizer, sides, prompt)
     for _ in frames(stream, race({CASCADE: engine.generate(prompt, config), FULL: engine.generate(prompt, full)})):
         pass
     stream.close_text()
-    stream.end(inspect(engine, prompt, stream.sides[CASCADE].events))
+    stream.end(CASCADE, inspect(engine, prompt, stream.sides[CASCADE].events))
     return stream

@@ -92,10 +92,10 @@ def test_a_tolerance_is_for_the_run_with_exits_alone(engine):
 
 def test_a_run_that_broke_off_keeps_its_place_and_the_rest_goes_on(engine):
     def worker(compute, seconds):
-        def call(label, ids, *rest):
-            if len(ids) == len(encode("hi there")):
+        def call(label, tasks, check):
+            if len(tasks["cascade"].ids) == len(encode("hi there")):
                 raise RunFailed("Worker", "it died")
-            yield from compute(label, ids, *rest)
+            yield from compute(label, tasks, check)
         return call
     library = Library.of(engine, TOKENIZER)
     first, last = evaluate(Runner(library, worker), engine.model.name, encode, [PROMPTS[0], PROMPTS[5]], CONFIG,

@@ -10,8 +10,8 @@ from cascadeexit.config import DecodeConfig
 from cascadeexit.inspection import inspect
 from cascadeexit.library import Library
 from cascadeexit.race import race
-from cascadeexit.runner import Batch, Runner, events_of
-from cascadeexit.stream import CASCADE, FULL
+from cascadeexit.runner import Batch, Check, Runner, Task, events_of
+from cascadeexit.sides import CASCADE, FULL, SECOND
 from tests.tiny_models import tiny_engine
 from tests.tiny_text import tiny_tokenizer
 
@@ -29,8 +29,12 @@ def runner(engine):
     return Runner(Library.of(engine, tiny_tokenizer()))
 
 
-def raced(runner, *args, **options) -> list[Batch]:
-    return list(runner.race("llama-untied", IDS, *args, **options))
+def tasks_of(ours: DecodeConfig, theirs: DecodeConfig | None = None, ids=IDS) -> dict[str, Task]:
+    return {CASCADE: Task(ids, ours)} | ({FULL: Task(ids, theirs)} if theirs else {})
+
+
+def raced(runner, ours: DecodeConfig, theirs: DecodeConfig | None = None, check=Check.NOTHING) -> list[Batch]:
+    return list(runner.race("llama-untied", tasks_of(ours, theirs), check))
 
 
 def tokens(batches: list[Batch], side: str) -> list[int]:
@@ -45,20 +49,43 @@ def test_both_sides_write_what_they_write_alone(runner, engine):
 
 def test_the_last_batch_has_what_was_read_after_the_race(runner, engine):
     run = engine.run(IDS, OURS)
-    choices = engine.full_choices(IDS, run.token_ids)
-    *events, last = raced(runner, OURS, THEIRS)
-    assert last == Batch(choices=choices) and all(batch.choices is None for batch in events)
-    assert raced(runner, OURS, THEIRS, inspected=True)[-1] == Batch(choices=choices,
-                                                                    inspection=inspect(engine, IDS, run.events))
-    sampled = [DecodeConfig(mode=c.mode, max_new_tokens=9, temperature=0.8) for c in (OURS, THEIRS)]
-    assert raced(runner, *sampled)[-1] == raced(runner, OURS)[-1] == Batch(), "nothing to compare with"
+    choices = {CASCADE: engine.full_choices(IDS, run.token_ids)}
+    *events, last = raced(runner, OURS, THEIRS, Check.CHOICES)
+    assert last == Batch(choices=choices) and not any(batch.choices for batch in events)
+    last = raced(runner, OURS, THEIRS, Check.INSPECTION)[-1]
+    assert last == Batch(choices=choices, inspections={CASCADE: inspect(engine, IDS, run.events)})
+    assert raced(runner, OURS, THEIRS)[-1].over, "nothing is read that was not asked for"
+
+
+def test_three_sides_race_and_each_text_with_exits_is_checked(runner, engine):
+    exact = DecodeConfig(mode="verified", max_new_tokens=40)
+    tasks = tasks_of(OURS, THEIRS) | {SECOND: Task(IDS, exact)}
+    batches = list(runner.race("llama-untied", tasks, Check.INSPECTION))
+    for side, config in ((CASCADE, OURS), (SECOND, exact), (FULL, THEIRS)):
+        assert tokens(batches, side) == engine.run(IDS, config).token_ids
+    assert {*batches[-1].inspections} == {CASCADE, SECOND}
+    assert batches[-1].inspections[SECOND].full_choices == tokens(batches, FULL)
+
+
+def test_what_was_written_before_is_continued_or_only_checked(runner, engine):
+    run = engine.run(IDS, OURS)
+    begun = [e for e in run.events if e.final][:5]
+    ids = [e.token_id for e in begun]
+    task = Task(IDS, DecodeConfig(thresholds=0.5, max_new_tokens=7), begun)
+    batches = list(runner.race("llama-untied", {CASCADE: task}, Check.INSPECTION))
+    assert tokens(batches, CASCADE) == engine.run([*IDS, *ids], task.config).token_ids
+    assert len(batches[-1].inspections[CASCADE].token_ids) == 5 + 7
+    *others, last = runner.race("llama-untied", {CASCADE: Task(IDS, events=begun)}, Check.INSPECTION)
+    assert last.inspections == {CASCADE: inspect(engine, IDS, begun)} and not any(batch.events for batch in others)
 
 
 def test_one_batch_says_that_the_race_is_over(runner):
-    batches = runner.race("llama-untied", IDS, OURS, THEIRS, inspected=True)
+    batches = runner.race("llama-untied", tasks_of(OURS, THEIRS), Check.INSPECTION)
     events = list(events_of(batches))
     assert sum(event.final for _, event in events) == 80
-    assert next(batches).inspection is not None and next(batches, None) is None
+    *progress, last = batches
+    shares = [batch.progress for batch in progress]
+    assert shares == sorted(shares) and shares[-1] == 1 and last.inspections
 
 
 def test_all_that_passes_between_processes_is_plain(runner):
@@ -67,20 +94,21 @@ def test_all_that_passes_between_processes_is_plain(runner):
             return all(map(plain, value))
         return value is None or isinstance(value, (bool, int, float, str))
 
-    assert pickle.loads(pickle.dumps((OURS, THEIRS))) == (OURS, THEIRS)
-    batches = raced(runner, DecodeConfig(mode="verified", max_new_tokens=20), THEIRS, inspected=True)
+    tasks = tasks_of(OURS, THEIRS)
+    assert pickle.loads(pickle.dumps((tasks, Check.CHOICES))) == (tasks, Check.CHOICES)
+    batches = raced(runner, DecodeConfig(mode="verified", max_new_tokens=20), THEIRS, Check.INSPECTION)
     assert pickle.loads(pickle.dumps(batches)) == batches
     for batch in batches:
         for side, event in batch.events:
             assert plain((side, [getattr(event, name) for name in event.__slots__]))
-    assert plain(list(vars(batches[-1].inspection).values())) and plain(batches[-1].choices)
+    assert plain(list(vars(batches[-1].inspections[CASCADE]).values())) and plain(batches[-1].choices[CASCADE])
 
 
 def test_a_run_that_cannot_work_is_refused_before_any_worker_starts(engine):
     runner = Runner(Library.of(engine, tiny_tokenizer()), lambda compute, seconds: pytest.fail)
     for ids, config in (([], OURS), ([5], DecodeConfig(max_new_tokens=100_000)), ([97], OURS)):
         with pytest.raises(ValueError):
-            runner.race("llama-untied", ids, config, THEIRS)
+            runner.race("llama-untied", tasks_of(config, THEIRS, ids))
 
 
 def test_closing_a_race_closes_both_runs(runner, engine, monkeypatch):
@@ -96,15 +124,15 @@ def test_closing_a_race_closes_both_runs(runner, engine, monkeypatch):
     monkeypatch.setattr(module, "BATCH_SECONDS", 0.0)
     kept = []                   # kept alive, so that garbage collection cannot close what was forgotten
     monkeypatch.setattr(module, "race", lambda sides: kept.append(race(sides)) or kept[-1])
-    batches = runner.race("llama-untied", IDS, OURS, THEIRS)
+    batches = runner.race("llama-untied", tasks_of(OURS, THEIRS))
     next(batches), next(batches), next(batches)
     batches.close()
     assert sorted(closed) == ["cascade", "full"]
 
 
 def test_the_time_to_ask_for_follows_the_length_and_the_measured_speed(runner):
-    def seconds(tokens: int, *rest) -> int:
-        return runner.seconds("llama-untied", IDS, DecodeConfig(max_new_tokens=tokens), *rest)
+    def seconds(tokens: int, theirs=None) -> int:
+        return runner.seconds("llama-untied", tasks_of(DecodeConfig(max_new_tokens=tokens), theirs))
 
     assert module.START_SECONDS < seconds(10) < seconds(1000) < seconds(1000, THEIRS)
     batches = raced(runner, OURS, THEIRS)

@@ -68,21 +68,22 @@ def test_controls_become_settings_by_name():
 def test_a_record_keeps_the_keys_of_recorded_runs():
     """Runs that were saved with these keys exist."""
     assert list(Settings().record()) == ["prompt", "mode", "chat", "tokens", "drafts", "tolerance", "temperature",
-                                         "top_p", "seed", "force", "thresholds"]
+                                         "top_p", "seed", "force", "thresholds", "beside"]
 
 
 def test_every_setting_is_read_from_the_address():
     query = dict(model="b", p="a & b", mode="verified", chat="false", n="77", drafts="3", tol="0.3", temp="0.5",
-                 top_p="0.9", seed="12", exit="-4", t="0.55,0.65,0.9,0.6,0.6,0.6")
+                 top_p="0.9", seed="12", exit="-4", t="0.55,0.65,0.9,0.6,0.6,0.6", beside="Careful")
     found = from_query(query, {"a": Shape("a", 6, (3,), True), "b": SHAPE})
     assert Settings.from_controls(found) == Settings(
-        "b", "a & b", Mode.VERIFIED, False, 77, 3, 0.3, 0.5, 0.9, 12, -4, (0.55, 0.65, 0.9, 0.6, 0.6, 0.6))
+        "b", "a & b", Mode.VERIFIED, False, 77, 3, 0.3, 0.5, 0.9, 12, -4, (0.55, 0.65, 0.9, 0.6, 0.6, 0.6), "Careful")
     assert {query_name(name) for name in found} == set(query), "a link is written with the names that are read"
 
 
 @pytest.mark.parametrize("query", [
     {"model": "other"}, {"mode": "warp"}, {"mode": "full"}, {"n": "many"}, {"temp": "1e999"}, {"temp": "nan"},
-    {"t": "a,b"}, {"t": ""}, {"exit": "77"}, {"exit": "-5"}, {"seed": "nan"}, {"seed": "inf"}, {"unknown": "1"}])
+    {"t": "a,b"}, {"t": ""}, {"exit": "77"}, {"exit": "-5"}, {"seed": "nan"}, {"seed": "inf"}, {"unknown": "1"},
+    {"beside": "me"}])
 def test_what_does_not_fit_in_an_address_is_left_out(query):
     assert from_query(query, {"a": SHAPE}) == {}
 

@@ -12,20 +12,21 @@ from cascadeexit.events import Status, TokenEvent
 from cascadeexit.folders import cache_folder
 from cascadeexit.race import race
 from cascadeexit.shape import Shape
+from cascadeexit.sides import CASCADE, FULL, Side
 from cascadeexit.stream import (
-    CASCADE,
-    FULL,
-    TextDecoder,
     TokenStream,
     error_line,
     frames,
     model_line,
     stopped,
-    token_bytes,
 )
+from cascadeexit.text import TextDecoder, token_bytes
+from cascadeexit.wire import expand
 from tests.helpers import run_stream
 from tests.tiny_models import tiny_engine
 from tests.tiny_text import HOSTILE, tiny_tokenizer
+
+SIDES = [Side(CASCADE, "With exits", DecodeConfig()), Side(FULL, "Full model", DecodeConfig(mode="full"))]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def ids_of(tokenizer, words: str) -> list[int]:
 
 
 def records(stream: TokenStream, type: str | None = None) -> list[dict]:
-    every = [json.loads(line) for line in stream.text.splitlines()]
+    every = [expand(line) for line in stream.text.splitlines()]
     return [r for r in every if type in (None, r["type"])]
 
 
@@ -89,7 +90,7 @@ def test_the_stream_holds_the_text_of_both_sides(tokenizer, mode):
 
 
 def test_an_incomplete_character_at_the_end_is_not_lost(tokenizer):
-    stream = TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
+    stream = TokenStream(tiny_engine(), tokenizer, SIDES, [1])
     for i, token in enumerate(ids_of(tokenizer, "a ð Ł")):
         stream.add(CASCADE, TokenEvent(i, token, 3, (None,) * 3, Status.EMITTED, i + 1.0, 0))
     stream.close_text()
@@ -98,7 +99,7 @@ def test_an_incomplete_character_at_the_end_is_not_lost(tokenizer):
 
 
 def test_a_part_of_a_character_has_its_bytes(tokenizer):
-    stream = TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
+    stream = TokenStream(tiny_engine(), tokenizer, SIDES, [1])
     for i, token in enumerate(ids_of(tokenizer, "a ð Ł ĺ Ģ b â Ĥ ¬")):
         stream.add(FULL, TokenEvent(i, token, 3, (None,) * 3, Status.EMITTED, i + 1.0, 0))
     assert [r.get("bytes") for r in records(stream, "token")] == [None, "f0", "9f", "98", "80", None, "e2", "82", "ac"]
@@ -107,7 +108,7 @@ def test_a_part_of_a_character_has_its_bytes(tokenizer):
 
 
 def test_special_tokens_are_marked(tokenizer):
-    stream = TokenStream(tiny_engine(), tokenizer, DecodeConfig(), [1])
+    stream = TokenStream(tiny_engine(), tokenizer, SIDES, [1])
     stream.add(FULL, TokenEvent(0, tokenizer.eos_token_id, 3, (None,) * 3, Status.EMITTED, 1.0, 0))
     assert records(stream, "token")[0] | {"special": True, "text": "</s>"} == records(stream, "token")[0]
 
@@ -117,7 +118,7 @@ def test_special_tokens_are_marked(tokenizer):
 def test_the_stream_is_plain_json_and_only_grows(tokenizer):
     engine = tiny_engine()
     config = DecodeConfig(max_new_tokens=9, thresholds=0.5)
-    stream = TokenStream(engine, tokenizer, config, [5, 6])
+    stream = TokenStream(engine, tokenizer, SIDES, [5, 6])
     before = stream.text
     for text in frames(stream, race({CASCADE: engine.generate([5, 6], config),
                                            FULL: engine.generate([7, 8], config)})):

@@ -6,7 +6,8 @@ import torch
 from cascadeexit.config import DecodeConfig
 from cascadeexit.events import Status
 from cascadeexit.metrics import summarize
-from cascadeexit.stream import CASCADE, TokenStream
+from cascadeexit.sides import CASCADE, Side
+from cascadeexit.stream import TokenStream
 from cascadeexit.tree import DraftTree
 from tests.tiny_models import tiny_engine
 from tests.tiny_text import tiny_tokenizer
@@ -97,7 +98,7 @@ def test_every_draft_is_judged_and_the_page_sees_one_path():
     kinds = [e.status for e in run.events]
     assert kinds.count(Status.DRAFT) == kinds.count(Status.ACCEPTED) + kinds.count(Status.REJECTED) > 0
     assert summarize(run.events, engine.costs).drafted == kinds.count(Status.DRAFT)
-    stream, written, pending = TokenStream(engine, tiny_tokenizer(), config, prompt), [], {}
+    stream, written, pending = TokenStream(engine, tiny_tokenizer(), [Side(CASCADE, "", config)], prompt), [], {}
     for event in run.events:
         before = len(stream.text)
         stream.add(CASCADE, event)

@@ -3,7 +3,8 @@
 import pytest
 
 from cascadeexit import views
-from cascadeexit.stream import CASCADE, FULL, colours
+from cascadeexit.sides import CASCADE, FULL
+from cascadeexit.stream import colours
 from tests.helpers import run_stream
 from tests.tiny_models import tiny_engine
 from tests.tiny_text import tiny_tokenizer

@@ -1,7 +1,18 @@
 // The texts, one panel for each side. A text is made of paragraphs, so that a new token moves only the last of them and
 // paragraphs out of sight cost nothing.
 
-const atBottom = box => box.scrollHeight - box.scrollTop - box.clientHeight < 24;
+// A text follows its newest token until the reader scrolls up, and again from when the reader is back at its end.
+function follow(part) {
+  let last = 0;
+  part.follows = true;
+  part.text.addEventListener('scroll', () => {
+    const { scrollTop, scrollHeight, clientHeight } = part.text;
+    if (scrollTop < last - 2) part.follows = false;
+    if (scrollHeight - scrollTop - clientHeight < 24) part.follows = true;
+    last = scrollTop;
+  });
+}
+
 const tokenNodes = name => sides[name].nodes;
 
 function buildPanels() {
@@ -42,6 +53,7 @@ function buildPanel(name, kept = []) {
     side.nodes.push(copyOf);
     endParagraph(side, text, copyOf);
   }
+  follow(parts[name]);
   listen(text, name);
 }
 

@@ -59,7 +59,6 @@ function update() {
 }
 
 function show(some) {
-  const atEnd = model ? order.filter(name => atBottom(parts[name].text)) : [];
   for (const record of some) {
     const reader = readers[record.type];
     if (!reader) continue;                                      // newer versions may write unknown types: skip them
@@ -68,7 +67,7 @@ function show(some) {
   }
   if (!model) return;
   if (dirty) draw();
-  for (const name of atEnd) if (parts[name]) parts[name].text.scrollTop = parts[name].text.scrollHeight;
+  for (const name of order) if (parts[name].follows) parts[name].text.scrollTop = parts[name].text.scrollHeight;
 }
 
 const readers = {

@@ -22,6 +22,7 @@ from cascadeexit.prompts import visitor_token_ids
 from cascadeexit.race import race
 from cascadeexit.settings import DISABLED, PRESETS, thresholds_at
 from cascadeexit.shape import Shape
+from cascadeexit.sides import Side
 from cascadeexit.stream import FORMAT, TokenStream, frames, model_line, stopped
 from tests.browser.conftest import SEED
 from tests.browser.reading import FINAL, SKY, shown_ids
@@ -534,7 +535,7 @@ def recorded(tiny) -> list[str]:
     engine, tokenizer = tiny
     config = DecodeConfig(mode="verified", max_new_tokens=40, thresholds=0.5)
     ids = visitor_token_ids(tokenizer, "sky", chat=True)
-    stream = TokenStream(engine, tokenizer, config, ids)
+    stream = TokenStream(engine, tokenizer, [Side("cascade", "", config), Side("full", "", config)], ids)
     values = [stream.text, *frames(stream, race({
         "cascade": engine.generate(ids, config),
         "full": engine.generate(ids, DecodeConfig(mode="full", max_new_tokens=40))}))]

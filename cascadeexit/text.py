@@ -1,0 +1,59 @@
+"""TextDecoder: turns token ids into text, one token at a time."""
+
+import re
+
+BROKEN = "\ufffd"           # how decoders show an incomplete or invalid UTF-8 sequence
+
+
+class TextDecoder:
+    """Decodes one token at a time. The joined pieces equal the text that the tokenizer decodes from all tokens at once.
+
+    A token that ends inside a character gives ''; the token that completes the character gives its text.
+    (Tokenizers with byte fallback rewrite a character when invalid bytes follow it; earlier pieces are not corrected.)
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._context: list[int] = []   # last complete tokens: decoders treat the first token of a text differently
+        self._held: list[int] = []      # tokens of an incomplete character
+
+    @property
+    def holding(self) -> bool:
+        """True while a character is incomplete."""
+        return bool(self._held)
+
+    def push(self, token_id: int) -> str:
+        """Decode the next token. Returns the text that it adds."""
+        # Lists are replaced, never changed in place: a shallow copy of a decoder can decode drafts.
+        self._held = [*self._held, token_id]
+        piece = self._pending()
+        if piece.endswith(BROKEN):
+            return ""
+        self._context, self._held = self._held, []
+        return piece
+
+    def flush(self) -> str:
+        """Return the text of an incomplete character at the end, or '' if there is none."""
+        piece, self._held = self._pending() if self._held else "", []
+        return piece
+
+    def _pending(self) -> str:
+        return self._decode(self._context + self._held)[len(self._decode(self._context)):]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+# Byte-level tokenizers write a byte as one character: printable Latin-1 as itself, others from U+0100 on.
+_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - {*_PLAIN}))}
+
+
+def token_bytes(tokenizer, token_id: int) -> bytes:
+    """Return the bytes of a token, also if the token is only a part of a character."""
+    word = tokenizer.convert_ids_to_tokens(token_id)
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", word):                # byte fallback
+        return bytes.fromhex(word[3:5])
+    if BROKEN in tokenizer.decode([token_id]) and set(word) <= set(_BYTES):
+        return bytes(_BYTES[c] for c in word)
+    return tokenizer.decode([token_id]).encode("utf-8", "replace")

@@ -1,0 +1,66 @@
+"""Wire: a record of a stream as one line of text.
+
+Most lines are tokens, so a token is a short array; every other record is an object. An array has these values, and ends
+with the last one that it needs:
+
+    [side, i, id, status, text, exit, t, conf, read, ms, ran, special, bytes, part]
+
+    side    its place in `SIDES`                    t       microseconds
+    status  its place in `STATUSES`                 read    in 1/100,000
+    conf    each in 1/100,000, -1 for null;         ms      in 1/1,000 (microseconds)
+            one number n stands for n times null    ran     [first, end, rows, first, end, rows, ...]
+    special, part  1 or null
+
+`assets/page/wire.js` expands the lines in the browser. Saved files hold objects only (`cascadeexit.record`).
+"""
+
+import json
+
+from cascadeexit.sides import NAMES as SIDES
+
+STATUSES = ("emitted", "draft", "accepted", "rejected")
+_MICRO, _SHARE = 1_000_000, 100_000
+
+
+def write_line(type: str, **record) -> str:
+    """Write one record as a line. Lines are ASCII without '<', so that no transport changes them."""
+    # ASCII escapes carry lone surrogates safely; '<' is escaped so that no value can look like markup.
+    value = _compact(record) if type == "token" else {"type": type, **record}
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return text.replace("<", "\\u003c") + "\n"
+
+
+def expand(line: str) -> dict:
+    """Read the record of a line, with all its names. Raises ValueError for a line that is not JSON."""
+    values = json.loads(line)
+    if not isinstance(values, list):
+        return values
+    values += [None] * (14 - len(values))
+    side, i, token, status, text, exit, t, conf, read, ms, ran, special, data, part = values
+    record = dict(type="token", side=SIDES[side], i=i, id=token, status=STATUSES[status])
+    if text is not None:
+        conf = [None] * conf if isinstance(conf, int) else [None if c < 0 else c / _SHARE for c in conf]
+        record |= dict(text=text, exit=exit, t=t / _MICRO, conf=conf)
+    optional = dict(read=None if read is None else read / _SHARE, ms=None if ms is None else ms / 1000,
+                    ran=ran and [ran[k:k + 3] for k in range(0, len(ran), 3)],
+                    special=special and True, bytes=data, part=part and True)
+    return record | {name: value for name, value in optional.items() if value is not None}
+
+
+def _compact(record: dict) -> list:
+    """The array of a token record."""
+    values = [SIDES.index(record["side"]), record["i"], record["id"], STATUSES.index(record["status"])]
+    if record["status"] != "rejected":
+        conf = record["conf"]
+        ran = [number for span in record.get("ran") or () for number in span]
+        values += [record["text"], record["exit"], round(_MICRO * record["t"]),
+                   [-1 if c is None else round(_SHARE * c) for c in conf] if {*conf} - {None} else len(conf),
+                   _scaled(record.get("read"), _SHARE), _scaled(record.get("ms"), 1000), ran or None,
+                   1 if record.get("special") else None, record.get("bytes"), 1 if record.get("part") else None]
+    while values[-1] is None:
+        values.pop()
+    return values
+
+
+def _scaled(value: float | None, factor: int) -> int | None:
+    return None if value is None else round(factor * value)
