@@ -62,9 +62,9 @@ MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text,
 SCRIPTS = ("dom", "exits", "wire", "run", "panels", "player", "strip", "dock", "card",
            "charts", "timeline", "moments", "align", "map", "picture", "files", "tour", "alive", "main")
 TOGGLE_SETTINGS = "() => { document.body.classList.toggle('ce-settings-open'); }"
+SHOWN_RUN = "() => document.querySelector('#ce-view .ce').dataset.run || ''"
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
 LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
-NUM_FIGURES = 3
 RESULT_WIDTHS = (240, 100, 120, 100, 130, 100, 110, 110, 210)       # pixels of `COLUMNS`
 ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")     # as `spaces` reads it
 WORKER_DIED = "ZeroGPU worker error"                    # title that `spaces` gives to this error
@@ -88,9 +88,8 @@ class OnePrompt:
     clear: gr.Button
     queue: gr.HTML                      # where gradio shows the place in the queue
     view: gr.HTML
-    charts: gr.Accordion
-    charted: gr.State                   # id of the run whose charts can be opened
-    figures: list[gr.Plot]
+    measure: gr.Button
+    measured: gr.Textbox                # id of the run whose speed is measured again
     link: gr.Button
     upload: gr.UploadButton
 
@@ -168,13 +167,10 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
     for switch in (settings_button, close_button):
         switch.click(None, js=TOGGLE_SETTINGS, queue=False, **QUIET)
     view = token_view(page, replayed(TRACE) if _has_recorded_run(library) else stream.model_line(shape))
-    charted = gr.State("")
-    with gr.Accordion("Interactive charts of this run", open=False, visible=False,
-                      elem_id="ce-figures") as charts, gr.Row():
-        figures = [gr.Plot(visible=False, show_label=False, container=False, min_width=300)
-                   for _ in range(NUM_FIGURES)]
-    return OnePrompt(controls, preset, quality, run, stop, retry, clear, queue, view, charts, charted, figures, link,
-                     upload)
+    # Clicked by the token view's own button, which gives the id of its run.
+    measure = gr.Button("Measure again", elem_id="ce-measure")
+    measured = gr.Textbox(visible=False)
+    return OnePrompt(controls, preset, quality, run, stop, retry, clear, queue, view, measure, measured, link, upload)
 
 
 def _has_recorded_run(library: Library) -> bool:
@@ -307,9 +303,6 @@ def _shown(one: OnePrompt, frame: Frame) -> dict:
     changes = {}
     if frame.stream is not None:
         changes[one.view] = frame.stream
-    if frame.charts is not None:
-        changes[one.charts] = gr.Accordion(visible=True) if frame.charts else gr.Accordion(visible=False, open=False)
-        changes[one.charted] = frame.charts
     return changes or gr.skip()
 
 
@@ -354,8 +347,8 @@ def _turns(place: Component) -> dict:
 
 
 def _connect_runs(page: Page, one: OnePrompt) -> None:
-    """Connect the controls of the first tab: run, stop, retry, clear, model menu, replay and charts."""
-    outputs = [one.view, one.charts, one.charted]
+    """Connect the controls of the first tab: run, stop, retry, clear, model menu, replay and measure."""
+    outputs = [one.view]
     prompt, model, seed = (one.controls[name] for name in ("prompt", "model", "seed"))
     shown = partial(_shown, one)
 
@@ -363,23 +356,21 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
         with closing(page.respond(Settings.from_controls(dict(zip(one.controls, values))))) as frames:
             yield from map(shown, frames)
 
-    def open_charts(run: str) -> list:
-        try:
-            return [gr.Plot(figure, visible=True) for figure in page.figures(run)]
-        except LookupError as error:
-            _warn(Notice("No charts", str(error)))
-            return [gr.skip()] * NUM_FIGURES
+    def measure(run: str) -> Iterator[dict]:
+        with closing(page.measure(run)) as frames:
+            yield from map(shown, frames)
 
     inputs = list(one.controls.values())
     running = gr.on([one.run.click, prompt.submit], respond, inputs, outputs, **_turns(one.queue))
     again = one.retry.click(lambda value: int(value or 0) + 1, seed, seed, queue=False, **QUIET).then(
         respond, inputs, outputs, **_turns(one.queue))
-    ends = dict(cancels=[running, again], queue=False, **QUIET)
-    one.stop.click(None, cancels=[running, again]).then(stream.stopped, one.view, one.view, queue=False, **QUIET)
+    repeated = one.measure.click(measure, one.measured, one.view, js=SHOWN_RUN, **_turns(one.queue))
+    all_runs = [running, again, repeated]
+    ends = dict(cancels=all_runs, queue=False, **QUIET)
+    one.stop.click(None, cancels=all_runs).then(stream.stopped, one.view, one.view, queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
     one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, **ends)
-    one.charts.expand(open_charts, one.charted, one.figures, queue=False, **QUIET)
 
 
 def _connect_settings(library: Library, calibrations: dict[str, Calibration | None], one: OnePrompt) -> None:

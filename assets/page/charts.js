@@ -203,25 +203,42 @@ function agrees(side, i) {
   return isLast(record.exit) || isExact(side) ? true : undefined;
 }
 
+// The verdicts that are known, from the first position up to the first token that nobody has checked yet. Later tokens of
+// the full model do not count before that: they always agree, so a share with them would be too high.
+function verdicts(side) {
+  const list = [];
+  let told = Boolean(side.end) || isExact(side);
+  for (let i = side.start; i < side.records.length; i++) {
+    const verdict = agrees(side, i);
+    if (verdict === undefined) break;
+    told = told || !isLast(side.records[i].exit);
+    list.push(verdict);
+  }
+  return told ? list : [];
+}
+
+function agreementSoFar(side) {               // null before anything is known
+  const list = verdicts(side), same = list.filter(Boolean).length;
+  return list.length ? { share: same / list.length, judged: list.length } : null;
+}
+
+const shortTitle = name => sides[name].title.split(':')[0];
 const sideColour = name => name === FULL ? 'ce-of-full' : 'ce-of-' + exitSides().indexOf(name) % 3;
 
 function measureAgreement() {                 // once for each drawing: moving share, judged positions and mismatches of each side
   judging = {};
   for (const name of exitSides()) {
-    const side = sides[name], points = [], wrong = [], recent = [];
-    let same = 0, all = 0, least = 1, recentSame = 0;
-    for (let i = side.start; i < side.records.length; i++) {
-      const verdict = agrees(side, i);
-      if (verdict === undefined) continue;
-      all++; same += verdict;
-      recent.push(verdict); recentSame += verdict;
-      if (recent.length > RECENT) recentSame -= recent[recent.length - 1 - RECENT];
-      if (!verdict) wrong.push(i);
-      const share = recentSame / Math.min(RECENT, recent.length);
-      if (recent.length >= 8) least = Math.min(least, share);
-      points.push([i, share]);
-    }
-    judging[name] = { points, wrong, share: all ? same / all : null, all, least };
+    const list = verdicts(sides[name]), start = sides[name].start, points = [], wrong = [];
+    let same = 0, recent = 0, least = 1;
+    list.forEach((verdict, n) => {
+      same += verdict;
+      recent += verdict - (n >= RECENT ? list[n - RECENT] : 0);
+      const share = recent / Math.min(RECENT, n + 1);
+      if (n >= 7) least = Math.min(least, share);
+      if (!verdict) wrong.push(start + n);
+      points.push([start + n, share]);
+    });
+    judging[name] = { points, wrong, share: list.length ? same / list.length : null, all: list.length, least };
   }
 }
 
@@ -241,11 +258,11 @@ function paintAgreement(p) {
 }
 
 function tellAgreement(i) {
-  return Object.entries(judging).flatMap(([name, { points }]) => {
-    const verdict = agrees(sides[name], i), point = points.find(point => point[0] >= i);
-    const words = verdict === undefined ? 'not checked yet' : verdict ? 'the full model would choose the same' : 'the full model would choose another token';
-    return [[sideColour(name), exitSides().length > 1 ? sides[name].title + ': ' + words : words],
-      ...(point && verdict !== undefined ? [['', 'last ' + RECENT + ' checked: ' + percent(point[1])]] : [])];
+  return Object.entries(judging).map(([name, { points }]) => {
+    const verdict = agrees(sides[name], i), point = points[i - sides[name].start];
+    const words = verdict === undefined ? 'not checked yet' : verdict ? 'the full model agrees' : 'the full model would choose another token';
+    return [verdict === false ? 'ce-of-wrong' : sideColour(name), (exitSides().length > 1 ? shortTitle(name) + ': ' : '') + words
+      + (point ? ', last ' + RECENT + ': ' + percent(point[1]) : '')];
   });
 }
 
@@ -396,13 +413,19 @@ function drawCharts() {
   put(routing.heading, shownSide().mode === 'verified' ? 'Who drafted the tokens' : 'Who wrote the tokens');
   put(routing.now, 'of the last ' + RECENT);
   drawPicker(names);
-  put(agreement.now, sampled ? 'not defined for sampled text' : names.map(name => judging[name]).map(({ share, all }) =>
-    all ? percent(share, share > 0.99 && share < 1 ? 1 : 0) + ' of ' + all + (all < sides[names[0]].tokens || !sides[names[0]].end ? ' checked so far' : ' tokens') : 'nothing checked yet').join(' · '));
+  put(agreement.now, sampled ? 'not defined for sampled text' : agreementWords(names));
   put(confidence.now, 'crosses: full model differs');
   if (times.keyOf !== order.join()) {
     times.keyOf = order.join();
-    times.key.replaceChildren(...order.map(name => make('span', 'ce-key-side ' + sideColour(name), sides[name].title)));
+    times.key.replaceChildren(...order.map(name => make('span', 'ce-key-side ' + sideColour(name), shortTitle(name))));
   }
+}
+
+function agreementWords(names) {              // the shares of all sides, and how many tokens they are of
+  const known = names.map(name => judging[name]).filter(({ all }) => all);
+  if (!known.length) return 'known at the end';
+  const most = Math.max(...known.map(({ all }) => all)), over = names.every(name => sides[name].end);
+  return known.map(({ share }) => percent(share, share > 0.99 && share < 1 ? 1 : 0)).join(', ') + ' of ' + most + (over ? ' tokens' : ' checked so far');
 }
 
 function drawPicker(names) {

@@ -17,31 +17,39 @@ function widthOf(text, font) {
   return pen.measureText(text).width;
 }
 
-// Breaks the tokens of a side into pieces that lie on lines of this width: {x, row, width, text, token}.
+// The tokens of a side as pieces on lines of this width: {x, row, width, text, token}. Lines break between words, which
+// may be several tokens; a word that is longer than a line is cut between letters.
 function laidOut(side, width) {
-  const font = PAPER.size + 'px ' + FACE, pieces = [];
-  let x = 0, row = 0;
+  const font = PAPER.size + 'px ' + FACE, wide = text => widthOf(text, font), pieces = [];
+  let x = 0, row = 0, word = 0;                // word: the first piece of the word that is being written
+  const newLine = () => { x = 0; row++; word = pieces.length; };
+  const put = (text, token) => { pieces.push({ x, row, width: wide(text), text, token }); x += wide(text); };
+  const add = (text, token) => {
+    if (/^\s/.test(text)) word = pieces.length;
+    if (x + wide(text) > width && x > 0) {
+      const begun = pieces.slice(word), long = begun.reduce((sum, piece) => sum + piece.width, 0);
+      if (begun.length && begun[0].x > 0 && long + wide(text) <= width) {          // take the whole word along
+        row++; x = 0;
+        begun[0].text = begun[0].text.trimStart();
+        begun[0].width = wide(begun[0].text);
+        for (const piece of begun) Object.assign(piece, { x, row }), x += piece.width;
+      } else if (!begun.length || wide(text) > width) { newLine(); text = text.trimStart(); }
+    }
+    let fits = '';
+    for (const letter of wide(text) + x > width ? graphemes(text) : [text]) {
+      if (fits && x + wide(fits + letter) > width) { put(fits, token); newLine(); fits = ''; }
+      else if (x > 0 && x + wide(letter) > width) newLine();
+      fits += letter;
+    }
+    if (fits) put(fits, token);
+    if (/\s$/.test(text)) word = pieces.length;
+  };
   side.nodes.forEach((node, i) => {
     if (!node) return;
     const token = { exit: side.records[i].exit, differs: node.classList.contains('differs'), special: node.classList.contains('special') };
-    const place = text => {
-      const wide = widthOf(text, font);
-      if (x + wide <= width || !text) { if (text) pieces.push({ x, row, width: wide, text, token }); x += wide; return; }
-      if (x > 0 && widthOf(text.trimStart(), font) <= width) { x = 0; row++; return place(text.trimStart()); }
-      let fits = '';                          // longer than a line: cut between letters
-      for (const letter of graphemes(text)) {
-        if (x + widthOf(fits + letter, font) > width && (fits || x > 0)) {
-          if (fits) pieces.push({ x, row, width: widthOf(fits, font), text: fits, token });
-          x = 0; row++; fits = '';
-        }
-        fits += letter;
-      }
-      if (fits) { const rest = fits; pieces.push({ x, row, width: widthOf(rest, font), text: rest, token }); x += widthOf(rest, font); }
-    };
-    const lines = printable(node.textContent).replace(/\t/g, '    ').replace(/\r\n?/g, '\n').split('\n');
-    lines.forEach((text, n) => {
-      if (n) { x = 0; row++; }
-      place(text);
+    printable(node.textContent).replace(/\t/g, '    ').replace(/\r\n?/g, '\n').split('\n').forEach((line, n) => {
+      if (n) newLine();
+      for (const part of line.match(/\s*\S+|\s+$/g) || []) add(part, token);
     });
   });
   return { pieces, rows: row + 1 };
@@ -60,7 +68,7 @@ function pictureText(x, y, text, { size = 13, fill = PAPER.ink, bold = false, wi
 
 function settingWords() {                          // the run's own settings, in words
   const side = sides[exitSides()[0]];
-  const list = side.mode === 'verified' ? ['Exact mode' + (side.tolerance ? ' with tolerance ' + side.tolerance : '')] : ['early exits'];
+  const list = side.mode === 'verified' ? ['Exact mode' + (side.tolerance ? ' with tolerance ' + side.tolerance : '')] : ['Early exits'];
   if (side.mode !== 'verified' && side.thresholds) list.push('exits need a confidence of ' + side.thresholds.map(t => missing(t) || t >= 1 ? 'off' : percent(t)).join(', '));
   list.push(run.greedy === false ? 'sampled' : 'greedy', 'up to ' + run.max_new_tokens + ' tokens');
   return list.join(' · ');
@@ -68,7 +76,7 @@ function settingWords() {                          // the run's own settings, in
 
 function pictureHeadline() {
   const side = sides[exitSides()[0]], { stats, versus, end } = side, list = [];
-  if (end && end.loops) list.push('the text repeats itself, so speed and agreement mean little');
+  if (end && end.loops) list.push('The text repeats itself, so speed and agreement mean little');
   if (versus && !missing(versus.speedup)) list.push(versus.speedup.toFixed(1) + '× the full model’s speed');
   const so = agreementSoFar(side);
   if (run.greedy !== false && (end ? !missing(end.agreement) : so)) list.push(percent(end ? end.agreement : so.share) + ' agreement');

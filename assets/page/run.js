@@ -99,7 +99,8 @@ function readRun(record) {
   buildPanels();
   each('begin');
   dirty = true;
-  if (!replaying()) waiting(true);
+  root.dataset.run = run.run;
+  if (!replaying() && player.atEnd) waiting(true);                // the player shows a run that is over
   status('Reading the prompt…', 'busy');
 }
 
@@ -152,9 +153,3 @@ function over(message, kind) {
   status(message, kind);
   each('finish');
 }
-
-const agreementSoFar = side => {             // of the positions whose choice by the full model is known; null before the first
-  let same = 0, all = 0;
-  side.records.forEach((_, i) => { const verdict = agrees(side, i); if (verdict !== undefined) { all++; same += verdict; } });
-  return all ? { share: same / all, judged: all } : null;
-};

@@ -78,6 +78,13 @@ function status(text, kind = '') {
   parts.status.className = 'ce-status ' + kind;
 }
 
+// A click on Stop while the speed is measured: the run itself is over.
+document.addEventListener('click', event => {
+  if (!event.target.closest('#ce-stop') || !finished || replaying()) return;
+  waiting(false);
+  status('Stopped.', 'stopped');
+});
+
 // While a run is on its way, Run becomes Stop.
 function waiting(on) { document.body.classList.toggle('ce-running', on); }
 

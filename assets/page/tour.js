@@ -5,7 +5,7 @@ const TOUR_KEY = 'cascadeexit.tour';
 const STEPS = [
   { at: () => parts && parts.panels, title: 'One prompt, answered twice',
     text: () => 'The same model writes both texts. On the left it may stop early, at an exit after some of its layers. On the right it always uses all ' + model.layers + ' layers.' },
-  { at: () => parts && parts.keys, title: 'Colour: how early a token was ready',
+  { at: () => parts && parts.keys, under: () => parts.legend, title: 'Colour: how early a token was ready',
     text: () => 'Light colours are early exits, darker ones are later. No colour: all layers were needed. An orange line under a token: the full model would choose another one.' },
   { at: () => control('ce-mode', ''), title: 'Do you need the exact text?',
     text: () => '“Exact” gives the full model’s own text: the exits only draft, and the full model checks every token.', action: ['Try Exact', runExact] },
@@ -64,12 +64,12 @@ function placeTour() {
   const anchor = STEPS[tour.step].at();
   ring(anchor);
   if (!anchor) return;
-  const at = anchor.getBoundingClientRect(), own = tour.box.getBoundingClientRect(), run = control('ce-run', '') || control('ce-stop', '');
+  const step = STEPS[tour.step], at = (step.under ? step.under() : anchor).getBoundingClientRect(), own = tour.box.getBoundingClientRect(), run = control('ce-run', '') || control('ce-stop', '');
   const style = tour.box.style;
   if (narrow()) { style.left = style.top = ''; return; }
   let top = at.bottom + 10;
   if (top + own.height > innerHeight) top = Math.max(at.top + 10, Math.min(at.bottom, innerHeight) - own.height - 14);
-  const left = Math.max(12, Math.min(at.left + (tour.step ? 0 : at.width / 2 - own.width / 2), innerWidth - own.width - 12));
+  const left = Math.max(12, Math.min(at.left + (step.action ? 0 : at.width / 2 - own.width / 2), innerWidth - own.width - 12));
   const taken = run && run.getBoundingClientRect();
   if (taken && taken.width && left < taken.right && left + own.width > taken.left && top < taken.bottom && top + own.height > taken.top) top = taken.bottom + 10;
   style.left = left + scrollX + 'px';

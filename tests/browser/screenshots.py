@@ -11,6 +11,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from cascadeexit import hub
+from tests.browser.conftest import TOUR_SEEN
 from tests.browser.server import CHROMIUM_ARGS, find_chromium, serve
 
 TRACE = Path("assets/traces/sky.json")
@@ -42,9 +43,8 @@ def open_map(page: Page) -> str:
 
 
 def open_charts(page: Page) -> str:
-    page.get_by_role("button", name="Interactive charts").click()
-    page.wait_for_function("document.querySelectorAll('#ce-figures .main-svg').length >= 3")
-    return "#ce-figures"
+    page.get_by_role("tab", name="Charts").click()
+    return ".ce-dock"
 
 
 def evaluate(page: Page) -> None:
@@ -62,6 +62,7 @@ SHOTS = (Shot("light"), Shot("dark", theme="dark"), Shot("verified", mode="verif
 def take(browser: Browser, url: str, shot: Shot, folder: Path) -> Path:
     page = browser.new_page(viewport={"width": shot.width, "height": shot.height}, device_scale_factor=1.5)
     page.set_default_timeout(600_000)
+    page.add_init_script(TOUR_SEEN)
     page.goto(f"{url}?__theme={shot.theme}")
     page.get_by_label(f"({shot.mode})").check()
     page.fill("#ce-prompt textarea", shot.prompt)
@@ -80,6 +81,7 @@ def take(browser: Browser, url: str, shot: Shot, folder: Path) -> Path:
 
 def keep_trace(page: Page) -> None:
     """Save the run that plays while the model loads."""
+    page.get_by_role("tab", name="Save").click()
     with page.expect_download() as download:
         page.get_by_role("button", name="Save run").click()
     download.value.save_as(TRACE)
