@@ -61,7 +61,11 @@ MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text,
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
 SCRIPTS = ("dom", "exits", "wire", "run", "panels", "player", "strip", "dock", "card",
            "charts", "timeline", "moments", "align", "map", "picture", "files", "tour", "alive", "main")
-TOGGLE_SETTINGS = "() => { document.body.classList.toggle('ce-settings-open'); }"
+CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
+TOGGLE_SETTINGS = """() => {
+    const open = document.body.classList.toggle('ce-settings-open');
+    setTimeout(() => document.getElementById(open ? 'ce-close' : 'ce-open').focus(), 60);
+}"""
 SHOWN_RUN = "() => document.querySelector('#ce-view .ce').dataset.run || ''"
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
 LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
@@ -370,7 +374,9 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
     one.stop.click(None, cancels=all_runs).then(stream.stopped, one.view, one.view, queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
-    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, **ends)
+    # In the queue, because only there gradio can show a warning; the drawer closes, so that nothing covers the run.
+    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=all_runs,
+                      concurrency_limit=None, **QUIET).then(None, js=CLOSE_SETTINGS, queue=False, **QUIET)
 
 
 def _connect_settings(library: Library, calibrations: dict[str, Calibration | None], one: OnePrompt) -> None:
@@ -448,7 +454,11 @@ COPY_LINK = """(...values) => {
     if (theme) query.set('__theme', theme);
     const link = location.origin + location.pathname + '?' + query;
     history.replaceState(null, '', link);
-    if (navigator.clipboard) navigator.clipboard.writeText(link).catch(() => 0);
+    const button = document.getElementById('ce-link'), words = button.textContent;
+    const say = text => { button.textContent = text; setTimeout(() => { button.textContent = words; }, 2500); };
+    const inAddress = () => say('Link is in the address bar');
+    if (navigator.clipboard) navigator.clipboard.writeText(link).then(() => say('Link copied ✓'), inAddress);
+    else inAddress();
 }"""
 
 
@@ -456,8 +466,7 @@ def _connect_address(demo: gr.Blocks, library: Library, calibrations: dict[str, 
                      one: OnePrompt) -> None:
     """Write the settings into the page's address, and restore them from it."""
     names = json.dumps([settings.query_name(name) for name in one.controls])
-    one.link.click(None, list(one.controls.values()), js=COPY_LINK.replace("NAMES", names)).then(
-        lambda: gr.Info("The page's address now holds these settings and was copied."), queue=False, **QUIET)
+    one.link.click(None, list(one.controls.values()), js=COPY_LINK.replace("NAMES", names), queue=False, **QUIET)
     first = library.labels[0]
 
     def restore(request: gr.Request) -> dict:

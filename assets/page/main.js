@@ -27,6 +27,10 @@ document.addEventListener('keydown', event => {
   if (event.key === 'Enter' && !event.shiftKey && event.target.closest('#ce-prompt')) began();
 });
 
+document.addEventListener('keydown', event => {
+  if (event.key === 'Escape' && document.body.classList.contains('ce-settings-open')) control('ce-close', '').click();
+});
+
 function began() {
   waiting(true);
   status('Starting…', 'busy');

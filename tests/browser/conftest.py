@@ -58,7 +58,7 @@ def open_page(chromium):
         page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.goto(url)
         page.wait_for_selector(".ce-legend")
-        page.wait_for_selector("#ce-settings", state="attached")
+        page.wait_for_selector("#ce-open")
         return page
 
     yield open_

@@ -1,20 +1,24 @@
-"""Take the screenshots of the README with the bundled model, and record the run that plays while a model loads.
+"""Take the README's pictures with the bundled model, and record the run that plays until a visitor's first own run.
 
     python -m tests.browser.screenshots --out assets/screenshots
 """
 
 import argparse
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from cascadeexit import hub
 from tests.browser.conftest import TOUR_SEEN
+from tests.browser.driving import choose_exact, open_tab, run_to_end
 from tests.browser.server import CHROMIUM_ARGS, find_chromium, serve
 
 TRACE = Path("assets/traces/sky.json")
+FRAMES, FRAME_MILLISECONDS, LAST_MILLISECONDS = 60, 100, 2500       # of the animated picture
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,11 @@ class Shot:
     name: str
     theme: str = "light"
     width: int = 1280
-    height: int = 1330
-    mode: str = "cascade"
+    height: int = 800
+    exact: bool = False
     prompt: str = "Explain why the sky is blue."
-    then: Callable[[Page], str | None] = lambda page: None
-    """Called when the run is over; returns the selector of the part to show, None for the whole view."""
+    then: Callable[[Page], None] = lambda page: None
+    """Called when the run is over."""
 
 
 def open_card(page: Page) -> None:
@@ -36,15 +40,9 @@ def open_card(page: Page) -> None:
     page.wait_for_selector(".ce-candidate")
 
 
-def open_map(page: Page) -> str:
-    page.click(".ce-map summary")
-    page.wait_for_selector(".ce-map-table td")
-    return ".ce-map"
-
-
-def open_charts(page: Page) -> str:
-    page.get_by_role("tab", name="Charts").click()
-    return ".ce-dock"
+def tab(name: str) -> Callable[[Page], None]:
+    """Function that opens a tab of the dock."""
+    return lambda page: open_tab(page, name)
 
 
 def evaluate(page: Page) -> None:
@@ -54,37 +52,52 @@ def evaluate(page: Page) -> None:
     page.wait_for_selector("#ce-chart .main-svg")
 
 
-SHOTS = (Shot("light"), Shot("dark", theme="dark"), Shot("verified", mode="verified"),
-         Shot("phone", width=390, height=1500), Shot("figures", then=open_charts),
-         Shot("card", then=open_card), Shot("map", then=open_map), Shot("many", then=evaluate))
+SHOTS = (Shot("light"), Shot("dark", theme="dark"), Shot("exact", exact=True, then=tab("Timeline")),
+         Shot("phone", width=390, height=844), Shot("card", then=open_card), Shot("layers", then=tab("Layers")),
+         Shot("moments", then=tab("Worst moments")), Shot("many", height=1330, then=evaluate))
 
 
-def take(browser: Browser, url: str, shot: Shot, folder: Path) -> Path:
+def take(browser: Browser, url: str, shot: Shot, folder: Path) -> None:
+    """Make the run of a shot and write its picture; the first shot also writes the trace and the animated picture."""
     page = browser.new_page(viewport={"width": shot.width, "height": shot.height}, device_scale_factor=1.5)
     page.set_default_timeout(600_000)
     page.add_init_script(TOUR_SEEN)
     page.goto(f"{url}?__theme={shot.theme}")
-    page.get_by_label(f"({shot.mode})").check()
+    page.add_style_tag(content="* { caret-color: transparent !important; }")
+    if shot.exact:
+        choose_exact(page)
     page.fill("#ce-prompt textarea", shot.prompt)
-    page.click("#ce-run")
-    page.wait_for_selector(".ce-status.done")
-    if shot.name == "light":
+    run_to_end(page)
+    if shot is SHOTS[0]:
         keep_trace(page)
+        animate(page, folder / "run.webp")
     page.eval_on_selector_all(".ce-text", "all => { scrollTo(0, 0); all.forEach(box => box.scrollTop = 0); }")
-    part = shot.then(page)
+    shot.then(page)
     page.wait_for_timeout(1000)                                 # animations end
-    path = folder / f"{shot.name}.png"
-    (page.locator(part) if part else page).screenshot(path=path)
+    page.screenshot(path=folder / f"{shot.name}.png")
     page.close()
-    return path
 
 
 def keep_trace(page: Page) -> None:
-    """Save the run that plays while the model loads."""
-    page.get_by_role("tab", name="Save").click()
+    """Save the run that plays on the page until a visitor's first own run."""
+    open_tab(page, "Save")
     with page.expect_download() as download:
         page.get_by_role("button", name="Save run").click()
     download.value.save_as(TRACE)
+
+
+def animate(page: Page, path: Path) -> None:
+    """Move the scrubber from the begin of the run to its end, and save what the page shows as an animated picture."""
+    open_tab(page, "Timeline")
+    frames = []
+    for n in range(FRAMES + 1):
+        page.eval_on_selector(".ce-player input", """(input, value) => { input.value = value;
+            input.dispatchEvent(new Event('input', {bubbles: true})); }""", 1000 * n / FRAMES)
+        page.wait_for_timeout(60)
+        with Image.open(io.BytesIO(page.screenshot())) as picture:
+            frames.append(picture.convert("RGB").resize((1280, 800), Image.Resampling.LANCZOS))
+    times = [FRAME_MILLISECONDS] * FRAMES + [LAST_MILLISECONDS]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, quality=60, method=4)
 
 
 def main() -> None:
@@ -98,7 +111,8 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_ARGS)
         for shot in SHOTS:
             if not args.only or shot.name in args.only:
-                print(take(browser, url, shot, args.out))
+                take(browser, url, shot, args.out)
+                print(args.out / f"{shot.name}.png")
         browser.close()
 
 

@@ -2,12 +2,14 @@
 
 import pytest
 
+from tests.browser.driving import close_settings, open_settings, open_tab
+
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 pytestmark = pytest.mark.browser
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa"]}
 
 
-ONE = ("#ce-view", "#ce-title", "#ce-actions", "#ce-controls", "#ce-settings", "#ce-links")
+ONE = ("#ce-view", "#ce-title", "#ce-bar", "#ce-choices")
 MANY = ("#ce-title", "#ce-many")
 
 
@@ -25,10 +27,9 @@ def test_axe_finds_nothing_in_any_state(open_page, tiny_url, theme):
     page = open_page(f"{tiny_url}?__theme={theme}")
     page.wait_for_timeout(500)
     assert violations(page) == [], "idle"
-    page.click("#ce-settings button")
-    page.wait_for_selector("#ce-force")
-    page.wait_for_timeout(500)
-    assert violations(page) == [], "settings open"
+    open_settings(page)
+    assert violations(page, (*ONE, "#ce-settings")) == [], "settings open"
+    close_settings(page)
     page.click("#ce-run")
     page.wait_for_selector(".ce-text .t")
     assert violations(page) == [], "streaming"
@@ -37,7 +38,7 @@ def test_axe_finds_nothing_in_any_state(open_page, tiny_url, theme):
     page.wait_for_selector(".ce-candidate")
     assert violations(page) == [], "card open"
     page.keyboard.press("Escape")
-    page.click(".ce-map summary")
+    open_tab(page, "Layers")
     page.wait_for_selector(".ce-map-table td")
     page.locator(".ce-key").nth(1).click()
     assert violations(page) == [], "layer map, one exit alone"
@@ -102,6 +103,7 @@ def test_reduced_motion_replays_at_once(open_page, tiny_url, tiny, tmp_path):
     with page.expect_download() as download:
         page.get_by_role("button", name="Save run").click()
     download.value.save_as(tmp_path / "run.json")
+    open_settings(page)
     page.click("#ce-clear")
     page.set_input_files("input[type=file]", tmp_path / "run.json")
     page.wait_for_selector(".ce-recorded:visible")

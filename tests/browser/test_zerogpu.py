@@ -7,6 +7,7 @@ import signal
 import pytest
 from playwright.sync_api import expect
 
+from tests.browser.driving import close_settings, open_settings, open_tab, run_to_end
 from tests.browser.reading import shown_ids
 from tests.zerogpu import LONG
 
@@ -18,8 +19,9 @@ def begin(open_page, zerogpu):
     """Function that opens a page, starts a run of at most so many tokens and waits for the first one."""
     def begin(tokens: int):
         page = open_page(f"{zerogpu.url}?n={tokens}")
-        page.get_by_text("Advanced settings").click()
+        open_settings(page)
         expect(length_of(page)).to_have_value(str(tokens))
+        close_settings(page)
         page.click("#ce-run")
         page.wait_for_selector(".ce-text[data-side=cascade] .t")
         return page
@@ -32,11 +34,12 @@ def length_of(page):
 
 def run_again(page) -> None:
     """Make a short run on the same page, to its end."""
+    open_settings(page)
     length_of(page).fill("24")
     length_of(page).press("Tab")
     page.wait_for_timeout(500)
-    page.click("#ce-run")
-    page.wait_for_selector(".ce-status.done")
+    close_settings(page)
+    run_to_end(page)
 
 
 def workers(zerogpu) -> list[int]:
@@ -55,7 +58,7 @@ def test_both_sides_stream_and_the_finished_run_is_kept(begin):
     page.wait_for_selector(".ce-status.done")
     page.locator(".ce-text[data-side=cascade] .t").nth(4).click()
     page.wait_for_selector(".ce-candidate")
-    page.click(".ce-map summary")
+    open_tab(page, "Layers")
     page.wait_for_selector(".ce-map-table td")
 
 
