@@ -2,10 +2,11 @@
 // position of a token, and one cursor: pointing at a plot lights the token in the texts, pointing at a token moves the cursor.
 
 const RECENT = 32;                           // tokens in a moving share
+const REDRAW = 50;                           // milliseconds between two drawings, at least
 const SMOOTH = 8;                            // tokens in the moving mean of the time
 const EDGE = { left: 40, right: 10, top: 7, bottom: 30 };      // pixels around the area of a plot
 
-let plots = [], chartCursor = null, litNodes = [], chartFrame = 0, chartSizes, routed, judging;
+let plots = [], chartCursor = null, litNodes = [], chartFrame = 0, chartsDrawn = 0, chartSizes, routed, judging;
 
 // -- one plot: axes, marks, cursor -------------------------------------------------------------------------------------
 
@@ -123,7 +124,7 @@ function ticksOf(p, least, most, form, label, inner) {
 // About n round numbers in [least, most].
 function roundValues(least, most, n) {
   const rough = (most - least) / n || 1, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].filter(k => k !== 2.5 || power < 1).map(k => k * power).find(size => size >= rough * 0.999), values = [];
+  const step = [1, 2, 2.5, 5, 10].filter(k => k !== 2.5 || power < 1).map(k => k * power).find(size => size >= rough * 0.85), values = [];
   for (let k = Math.ceil(least / step - 1e-9); k * step <= most + step * 1e-9; k++) values.push(+(k * step).toPrecision(12));
   return values;
 }
@@ -386,8 +387,13 @@ function buildCharts() {
   return box;
 }
 
-function scheduleCharts() {                   // at most once a frame
-  if (!chartFrame) chartFrame = requestAnimationFrame(() => { chartFrame = 0; drawCharts(); });
+function scheduleCharts() {                   // not in every frame, which nobody could see
+  if (!chartFrame) chartFrame = requestAnimationFrame(function soon(now) {
+    if (now - chartsDrawn < REDRAW) { chartFrame = requestAnimationFrame(soon); return; }
+    chartFrame = 0;
+    chartsDrawn = now;
+    drawCharts();
+  });
 }
 
 // Tokens on the x axis: those of the whole run where it is known, else a length that grows in steps.

@@ -61,7 +61,7 @@ function passesOf(side) {
   let open = null, before = 0;
   for (const r of side.events) {
     if (missing(r.t) && !open) continue;
-    const closes = open && open.tokens.length && !missing(r.t) && r.t > open.end;
+    const closes = open && open.tokens.length && (r.status === 'draft' || r.t > open.end);
     if (!open || closes) {
       if (open) before = open.end;
       passes.push(open = { begin: before, end: before, tokens: [], drafts: [], rejected: 0, ran: [], drafted: null });

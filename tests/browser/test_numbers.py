@@ -13,6 +13,8 @@ import app
 from cascadeexit import record
 from cascadeexit.wire import write_line
 from tests.browser.conftest import SEED, TOUR_SEEN
+from tests.browser.driving import choose_exact, open_tab
+from tests.browser.driving import run_to_end as to_end
 from tests.browser.reading import FINAL, shown_ids
 from tests.browser.server import serve
 from tests.browser.test_access import violations
@@ -24,15 +26,14 @@ SIZES = [("light", 1280, 800), ("dark", 1280, 800), ("light", 360, 740)]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+FRAMES = "new Promise(done => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(done)), 120))"
 SEEK = """value => { const range = document.querySelector('.ce-player input'); range.value = value;
     range.dispatchEvent(new Event('input', {bubbles: true})); }"""
 
 
 def run_to_end(page) -> None:
-    page.click("#ce-run")
-    page.wait_for_selector(".ce-status.done")
-    page.evaluate(FRAMES)
+    to_end(page)
+    page.evaluate(FRAMES)               # until the plots are drawn
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def finished(shared):
 def done(finished):
     """A page at 1280 x 800 whose first run is over: its charts, at the end of the run, nothing pointed at."""
     finished.bring_to_front()
-    finished.get_by_role("tab", name="Charts").click()
+    open_tab(finished, "Charts")
     finished.evaluate(f"({SEEK})(1000)")
     finished.mouse.move(5, 5)
     finished.evaluate(FRAMES)
@@ -216,7 +217,7 @@ def test_every_state_is_accessible_and_fits(open_page, tiny_url, theme, width, h
     if width < 768:
         tops = [page.locator(".ce-plot:visible").nth(n).bounding_box() for n in range(3)]
         assert tops[0]["y"] + tops[0]["height"] <= tops[1]["y"] and tops[1]["y"] + tops[1]["height"] <= tops[2]["y"]
-    page.get_by_role("tab", name="Save").click()
+    open_tab(page, "Save")
     assert violations(page, ("#ce-view",)) == [], "files"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -311,7 +312,8 @@ def test_a_text_that_repeats_itself_takes_the_headline_back(draw):
 
 
 def test_sampled_text_has_no_agreement(draw):
-    page = draw(begun(greedy=False) + written([0] * 30) + written([2] * 30, "full") + numbers() + ended(agreement=None))
+    page = draw(begun(greedy=False) + written([0] * 30) + written([2] * 30, "full") + numbers()
+                + ended(agreement=None, differs=[]))
     assert "–" in tile(page, "Agreement") and "not defined for sampled text" in tile(page, "Agreement")
     assert page.locator(".ce-plot-agreement .ce-now").inner_text() == "not defined for sampled text"
     assert page.locator(".differs").count() == 0
@@ -352,6 +354,12 @@ def test_a_thousand_tokens_stay_cheap_to_draw(draw):
     nodes, letters = page.evaluate("""() => { const all = [...document.querySelectorAll('.ce-plots svg *')];
         return [all.length, Math.max(...all.map(node => (node.getAttribute('d') || '').length))]; }""")
     assert nodes < 150 and letters < 60_000
+
+
+def test_a_text_has_few_nodes(done):
+    nodes = done.evaluate("""document.evaluate('count(//*[contains(@class, "ce-text")]//node())', document, null,
+        XPathResult.NUMBER_TYPE).numberValue""")
+    assert nodes <= 4 * sum(len(shown_ids(done, side)) for side in ("cascade", "full"))
 
 
 # -- what a visitor asks for ------------------------------------------------------------------------------------
@@ -397,7 +405,7 @@ def test_a_server_that_is_gone_is_named(chromium):
 
 
 def saved(page, button: str, folder):
-    page.get_by_role("tab", name="Save").click()
+    open_tab(page, "Save")
     with page.expect_download() as download:
         page.get_by_role("button", name=button).click()
     path = folder / download.value.suggested_filename
@@ -419,7 +427,8 @@ def test_run_and_tokens_are_files(done, tmp_path):
 @pytest.mark.parametrize("mode", ["cascade", "verified"])
 def test_the_trace_holds_every_pass(open_page, tiny_url, tmp_path, mode):
     page = open_page(tiny_url, height=800)
-    page.locator(f"#ce-mode input[value={mode}]").check()
+    if mode == "verified":
+        choose_exact(page)
     run_to_end(page)
     trace = json.loads(saved(page, "Save trace", tmp_path).read_text())
     events = trace["traceEvents"]
