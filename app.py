@@ -32,7 +32,6 @@ from cascadeexit.endpoints import BadRequest, Endpoints  # noqa: E402
 from cascadeexit.library import Library, Offer  # noqa: E402
 from cascadeexit.page import (  # noqa: E402
     ASSETS,
-    COLUMNS,
     Frame,
     Notice,
     Page,
@@ -41,8 +40,10 @@ from cascadeexit.page import (  # noqa: E402
     percent_at,
     replay_upload,
     replayed,
+    retried,
     threshold_for,
 )
+from cascadeexit.report import COLUMNS  # noqa: E402
 from cascadeexit.runner import Compute, RunFailed, Runner  # noqa: E402
 from cascadeexit.settings import PRESETS, THRESHOLDS, Settings, thresholds_at  # noqa: E402
 from cascadeexit.shape import Shape, exit_name  # noqa: E402
@@ -66,7 +67,6 @@ TOGGLE_SETTINGS = """() => {
     const open = document.body.classList.toggle('ce-settings-open');
     setTimeout(() => document.getElementById(open ? 'ce-close' : 'ce-open').focus(), 60);
 }"""
-SHOWN_RUN = "() => document.querySelector('#ce-view .ce').dataset.run || ''"
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
 LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
 RESULT_WIDTHS = (240, 100, 120, 100, 130, 100, 110, 110, 210)       # pixels of `COLUMNS`
@@ -93,7 +93,7 @@ class OnePrompt:
     queue: gr.HTML                      # where gradio shows the place in the queue
     view: gr.HTML
     measure: gr.Button
-    measured: gr.Textbox                # id of the run whose speed is measured again
+    current: gr.State                   # id of the run that began last
     link: gr.Button
     upload: gr.UploadButton
 
@@ -113,6 +113,7 @@ class ManyPrompts:
     table: gr.Dataframe
     chart: gr.Plot
     files: dict[str, gr.DownloadButton]         # by kind of file
+    report: gr.State                    # id of the evaluation that runs
 
 
 def build_demo(library: Library) -> gr.Blocks:
@@ -171,10 +172,9 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
     for switch in (settings_button, close_button):
         switch.click(None, js=TOGGLE_SETTINGS, queue=False, **QUIET)
     view = token_view(page, replayed(TRACE) if _has_recorded_run(library) else stream.model_line(shape))
-    # Clicked by the token view's own button, which gives the id of its run.
-    measure = gr.Button("Measure again", elem_id="ce-measure")
-    measured = gr.Textbox(visible=False)
-    return OnePrompt(controls, preset, quality, run, stop, retry, clear, queue, view, measure, measured, link, upload)
+    measure = gr.Button("Measure again", elem_id="ce-measure")      # clicked by the token view's own button
+    return OnePrompt(controls, preset, quality, run, stop, retry, clear, queue, view, measure, gr.State(""), link,
+                     upload)
 
 
 def _has_recorded_run(library: Library) -> bool:
@@ -294,7 +294,7 @@ def _many_prompts() -> ManyPrompts:
     table = gr.Dataframe(headers=list(COLUMNS), interactive=False, wrap=True, elem_id="ce-results", buttons=[],
                          label="Results", column_widths=[f"{width}px" for width in RESULT_WIDTHS])
     source = dict(kinds=kinds, each=each, pasted=pasted, file=file)
-    return ManyPrompts(source, start, cancel, status, table, chart, files)
+    return ManyPrompts(source, start, cancel, status, table, chart, files, gr.State(""))
 
 
 # -- handlers' plain values as updates of components ---------------------------------------------------------
@@ -307,6 +307,8 @@ def _shown(one: OnePrompt, frame: Frame) -> dict:
     changes = {}
     if frame.stream is not None:
         changes[one.view] = frame.stream
+    if frame.run is not None:
+        changes[one.current] = frame.run
     return changes or gr.skip()
 
 
@@ -319,6 +321,8 @@ def _shown_progress(many: ManyPrompts, progress: Progress) -> dict:
         changes[many.table] = progress.rows
     if progress.figure is not None:
         changes[many.chart] = gr.Plot(progress.figure, visible=True)
+    if progress.report is not None:
+        changes[many.report] = progress.report
     for kind, path in (progress.files or {}).items():
         changes[many.files[kind]] = gr.DownloadButton(value=str(path), interactive=True)
     return changes or gr.skip()
@@ -330,13 +334,6 @@ def _warn(notice: Notice) -> None:
 
 def _status_html(text: str, kind: str) -> str:
     return f"<p class='ce-status {kind}' role='status'>{html.escape(text)}</p>"
-
-
-def _cancelled(status: str | None) -> str | None:
-    """The status of an evaluation after Cancel; unchanged when none was running."""
-    if "ce-status busy" not in (status or ""):
-        return status
-    return status.replace("ce-status busy", "ce-status stopped").replace("</p>", " · stopped</p>")
 
 
 # -- events -------------------------------------------------------------------------------------------------
@@ -352,12 +349,22 @@ def _turns(place: Component) -> dict:
 
 def _connect_runs(page: Page, one: OnePrompt) -> None:
     """Connect the controls of the first tab: run, stop, retry, clear, model menu, replay and measure."""
-    outputs = [one.view]
+    outputs = [one.view, one.current]
     prompt, model, seed = (one.controls[name] for name in ("prompt", "model", "seed"))
     shown = partial(_shown, one)
 
     def respond(*values) -> Iterator[dict]:
         with closing(page.respond(Settings.from_controls(dict(zip(one.controls, values))))) as frames:
+            yield from map(shown, frames)
+
+    def next_seed(seed, temperature) -> int:
+        seed, notice = retried(seed, temperature)
+        if notice:
+            _warn(notice)
+        return seed
+
+    def analyse(run: str) -> Iterator[dict]:
+        with closing(page.analyse(run)) as frames:
             yield from map(shown, frames)
 
     def measure(run: str) -> Iterator[dict]:
@@ -366,12 +373,14 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
 
     inputs = list(one.controls.values())
     running = gr.on([one.run.click, prompt.submit], respond, inputs, outputs, **_turns(one.queue))
-    again = one.retry.click(lambda value: int(value or 0) + 1, seed, seed, queue=False, **QUIET).then(
+    again = one.retry.click(next_seed, [seed, one.controls["temperature"]], seed, queue=False, **QUIET).then(
         respond, inputs, outputs, **_turns(one.queue))
-    repeated = one.measure.click(measure, one.measured, one.view, js=SHOWN_RUN, **_turns(one.queue))
-    all_runs = [running, again, repeated]
+    repeated = one.measure.click(measure, one.current, outputs, **_turns(one.queue))
+    check = one.stop.click(None, cancels=[running, again, repeated]).then(
+        stream.stopped, one.view, one.view, queue=False, **QUIET).then(
+        analyse, one.current, outputs, **_turns(one.queue))
+    all_runs = [running, again, repeated, check]
     ends = dict(cancels=all_runs, queue=False, **QUIET)
-    one.stop.click(None, cancels=all_runs).then(stream.stopped, one.view, one.view, queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
     # In the queue, because only there gradio can show a warning; the drawer closes, so that nothing covers the run.
@@ -435,10 +444,10 @@ def _connect_many(page: Page, one: OnePrompt, many: ManyPrompts) -> None:
             yield from map(partial(_shown_progress, many), moments)
 
     inputs = many.source | one.controls
-    running = many.start.click(evaluate_many, list(inputs.values()),
-                               [many.status, many.table, many.chart, *many.files.values()], **_turns(many.status))
+    outputs = [many.status, many.table, many.chart, *many.files.values(), many.report]
+    running = many.start.click(evaluate_many, list(inputs.values()), outputs, **_turns(many.status))
     many.cancel.click(lambda: None, cancels=[running], queue=False, **QUIET).then(
-        _cancelled, many.status, many.status, queue=False, **QUIET)
+        lambda report: _shown_progress(many, page.cancelled(report)), many.report, outputs, queue=False, **QUIET)
 
 
 # -- a link that restores the settings ------------------------------------------------------------------------

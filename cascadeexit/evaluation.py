@@ -170,13 +170,14 @@ def _by_tokens(pairs: Sequence[tuple[float | None, int]]) -> float | None:
 
 
 def quality_speed_points(results: Sequence[Result]) -> list[dict]:
-    """Make a chart point for each prompt with a speed-up and an agreement: {x: speed-up, y: agreement, label, kind}.
+    """Make a chart point for each prompt with a speed-up and an agreement: {x: speed-up, y: agreement, ...}.
 
-    The label is the start of the prompt.
+    The others are cost (weights read, as a share of what the full model reads), kind, and label: the prompt's start.
 
     Label and kind are untrusted text: escape them where markup is read.
     """
-    return [dict(x=r.speedup, y=r.agreement, label=" ".join(r.prompt.split())[:LABEL_CHARACTERS], kind=r.kind)
+    return [dict(x=r.speedup, y=r.agreement, cost=r.cost, kind=r.kind,
+                 label=" ".join(r.prompt.split())[:LABEL_CHARACTERS])
             for r in results if r.speedup is not None and r.agreement is not None]
 
 

@@ -6,7 +6,7 @@ position gets the carried state that it had in the run.
 Letters: N positions, n of them in a pass, D hidden size, S segments, K candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,9 +56,18 @@ class Inspection:
         return round([*self.confidences[i], self.probabilities[i][-1][0]][s], 4)
 
 
-@torch.inference_mode()
 def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEvent], top: int = 5) -> Inspection:
+    """Read the final tokens of a run again, through all segments and with all exits; see `inspecting`."""
+    *_, inspection = inspecting(engine, prompt_ids, events, top)
+    return inspection
+
+
+@torch.inference_mode()
+def inspecting(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEvent],
+               top: int = 5) -> Iterator[float | Inspection]:
     """Read the final tokens of a run again, through all segments and with all exits.
+
+    Yields the share that was read after each pass, and last the inspection.
 
     Args:
         events: those of one run of this engine for this prompt; drafts and rejections are left out.
@@ -88,9 +97,11 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
             carry.follow(event.exit, hidden[-1], normed[:, i])
         columns = [torch.cat([layers.tensor(row) for row in column]) for column in zip(*hidden)]
         parts.append(_read(engine, columns, copied[part], normed, top))
+        yield min(1.0, (a + layers.max_rows) / len(text))
     if not parts:
-        return Inspection([], [], [])
-    return Inspection(*(torch.cat(column).tolist() for column in zip(*parts)))
+        yield Inspection([], [], [])
+        return
+    yield Inspection(*(torch.cat(column).tolist() for column in zip(*parts)))
 
 
 def _read(engine: Engine, hidden: list[Tensor], copied: list[tuple[int, int]], normed: Rows,

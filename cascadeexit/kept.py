@@ -1,10 +1,11 @@
-"""KeptRuns: the latest runs of a page. One can ask for their cards, maps and charts, and continue them."""
+"""KeptRun: a run that the page keeps, so that it can ask for its cards, maps and charts, and continue it."""
 
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from typing import Generic, TypeVar
 
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.inspection import Inspection
@@ -12,8 +13,8 @@ from cascadeexit.runner import Task
 from cascadeexit.sides import FORKS, FULL, Side
 from cascadeexit.stream import TokenStream
 
-KEPT_RUNS = 50
 MAP_COLUMNS = 64            # most positions of the layer map in one answer
+T = TypeVar("T")
 
 
 @dataclass
@@ -32,6 +33,10 @@ class KeptRun:
     inspections: dict[str, Inspection] = field(default_factory=dict)
     checking: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def id(self) -> str:
+        return self.stream.run
 
     @contextmanager
     def growing(self, wait: float = 0.0) -> Iterator[None]:
@@ -92,22 +97,23 @@ class KeptRun:
         return found.map(self.tokenizer, max(0, start), min(max(1, count), MAP_COLUMNS))
 
 
-class KeptRuns:
-    """The latest runs, by id."""
+class Latest(Generic[T]):
+    """The latest things of a kind, by id; the oldest ones go."""
 
-    def __init__(self):
-        self._runs: OrderedDict[str, KeptRun] = OrderedDict()
+    def __init__(self, most: int):
+        self._most = most
+        self._kept: OrderedDict[str, T] = OrderedDict()
 
-    def add(self, run: KeptRun) -> KeptRun:
-        """Keep a run, and return it; the oldest ones go."""
-        self._runs[run.stream.run] = run
-        while len(self._runs) > KEPT_RUNS:
-            self._runs.popitem(last=False)
-        return run
+    def add(self, thing: T) -> T:
+        """Keep a thing, by its attribute `id`, and return it."""
+        self._kept[thing.id] = thing
+        while len(self._kept) > self._most:
+            self._kept.popitem(last=False)
+        return thing
 
-    def get(self, run) -> KeptRun | None:
-        """The run with this id; None where it is not kept. The id may be any JSON."""
-        return self._runs.get(run) if isinstance(run, str) else None
+    def get(self, id) -> T | None:
+        """The thing with this id; None where it is not kept. The id may be any JSON."""
+        return self._kept.get(id) if isinstance(id, str) else None
 
 
 def _whole(value) -> bool:

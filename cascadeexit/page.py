@@ -1,19 +1,18 @@
 """Page: what the controls of the page do. Plain values in and out; app.py turns them into updates of components."""
 
-import json
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cascadeexit import evaluation, prompts, record, views
+from cascadeexit import evaluation, prompts, record
 from cascadeexit.calibration import Calibration
 from cascadeexit.hub import ModelUnavailable
-from cascadeexit.kept import KeptRun, KeptRuns
+from cascadeexit.kept import KeptRun, Latest
+from cascadeexit.report import Progress, Report, measured_curve
 from cascadeexit.runner import Batch, Check, RunFailed, Runner, Task, events_of
 from cascadeexit.settings import DISABLED, Settings
 from cascadeexit.sides import CASCADE, FULL
@@ -29,14 +28,13 @@ from cascadeexit.stream import (
 
 log = logging.getLogger("cascadeexit.page")
 ASSETS = Path(__file__).parents[1] / "assets"
+KEPT_RUNS, KEPT_REPORTS = 50, 20
 STOP_SECONDS = 60.0         # longest wait until a stopped run has ended: one chunk of its prompt
 CHECKING = "Checking quality…"
 GONE = "The server no longer keeps this run. Run it again."
 UNAVAILABLE = (ValueError, ModelUnavailable, FileNotFoundError)     # errors whose message is for the visitor
 FIGURE_SECONDS = 3.0        # least time between two figures of a running evaluation
 YIELD_SECONDS = 0.2         # least time between two moments at which a running evaluation can be cancelled
-COLUMNS = ("prompt", "kind", "agreement", "match", "first difference", "speed-up", "layers used", "weights read",
-           "problem")
 
 
 @dataclass(frozen=True)
@@ -54,17 +52,6 @@ class Frame:
     stream: str | None = None       # value of the token view (`cascadeexit.stream`)
     run: str | None = None          # id of the run that begins, which `analyse` and `fork` ask for
     notice: Notice | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Changes of the second tab at one moment of an evaluation; None leaves a part as it is."""
-
-    status: str | None = None
-    kind: str = "busy"              # of the status: busy, done or error
-    rows: list[list] | None = None  # of the table of results, in the order of `COLUMNS`
-    figure: object = None           # a Plotly figure
-    files: dict[str, Path] | None = None    # results so far, by kind of file: json, csv
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,9 @@ class Page:
     """Handlers of one page. They share the models and the latest runs."""
 
     def __init__(self, runner: Runner):
-        self.library, self._runner, self._runs = runner.library, runner, KeptRuns()
+        self.library, self._runner = runner.library, runner
+        self._runs: Latest[KeptRun] = Latest(KEPT_RUNS)
+        self._reports: Latest[Report] = Latest(KEPT_REPORTS)
 
     def respond(self, settings: Settings) -> Iterator[Frame]:
         """Race the sides of these settings, check the texts with exits, and keep the run."""
@@ -108,8 +97,8 @@ class Page:
         except UNAVAILABLE as error:
             yield Frame(error_line(str(error)), notice=Notice("Not started", str(error)))
             return
-        kept = self._runs.add(KeptRun(settings.model, tokenizer, TokenStream(engine, tokenizer, sides, ids,
-                                                                            settings.record())))
+        kept = self._runs.add(KeptRun(settings.model, tokenizer,
+                                      TokenStream(engine, tokenizer, sides, ids, settings.record())))
         with kept.growing():
             if engine.notice:
                 kept.stream.status(engine.notice)
@@ -184,38 +173,42 @@ class Page:
             yield Frame(error_line(str(error)), notice=Notice("Not measured", str(error)))
 
     def evaluate(self, source: PromptSource, settings: Settings) -> Iterator[Progress]:
-        """Race each of many prompts. After each prompt, the results so far are written to the files."""
+        """Race each of many prompts; yields a report that grows. `cancelled` ends it."""
         try:
             chosen = source.read()
+            config, _ = settings.decode_configs(self.library.shapes[settings.model].num_exits)
+            report = self._reports.add(Report(settings.model, config, len(chosen),
+                                              measured_curve(self.library.fingerprint(settings.model))))
+            yield Progress(report=report.id)
             for line in self._load(settings.model):
                 yield Progress(line)
-            engine, tokenizer = self.library.get(settings.model)
-            config, _ = settings.decode_configs(engine.num_exits)
+            _, tokenizer = self.library.get(settings.model)
             running = evaluation.evaluate(
                 self._runner, settings.model, partial(prompts.visitor_token_ids, tokenizer, chat=settings.chat), chosen,
                 config, partial(tokenizer.decode, skip_special_tokens=True), pauses=True)
         except (ValueError, OSError, ModelUnavailable) as error:
-            yield Progress(str(error), "error")
+            yield Progress(str(error), "error", report="")
             return
-        folder, results, began = Path(tempfile.mkdtemp(prefix="cascadeexit-")), [], time.monotonic()
-        curve, next_figure, next_yield = measured_curve(self.library.fingerprint(settings.model)), began, began
-        yield Progress(f"0 of {len(chosen)} prompts", rows=[])
+        began = next_figure = next_yield = time.monotonic()
+        yield report.begun()
         for result in running:
+            now = time.monotonic()
             if result is None:              # in the middle of a prompt: a run can only be cancelled where it yields
-                if time.monotonic() >= next_yield:
-                    next_yield = time.monotonic() + YIELD_SECONDS
+                if now >= next_yield:
+                    next_yield = now + YIELD_SECONDS
                     yield Progress()
                 continue
-            results.append(result)
-            files = _written(folder, results, config, settings.model)
-            left = (time.monotonic() - began) / len(results) * (len(chosen) - len(results))
-            done = len(results) == len(chosen)
-            figure = None
-            if done or time.monotonic() >= next_figure:
-                next_figure = time.monotonic() + FIGURE_SECONDS
-                figure = views.quality_speed_figure(results, curve)
-            yield Progress(_summary_line(results, len(chosen), left), "done" if done else "busy", _rows(results),
-                           figure, files)
+            report.results.append(result)
+            left = (now - began) / len(report.results) * (report.total - len(report.results))
+            drawn = report.done or now >= next_figure
+            if drawn:
+                next_figure = now + FIGURE_SECONDS
+            yield report.progress(left, drawn)
+
+    def cancelled(self, report: str) -> Progress:
+        """Show what a cancelled evaluation had finished. No change where none was running."""
+        found = self._reports.get(report)
+        return found.cancelled() if found and not found.done else Progress()
 
     def idle(self, label: str) -> Frame:
         """Return the page as it is before a run of this model."""
@@ -293,6 +286,14 @@ def replay_upload(path: str) -> Frame:
         return Frame(error_line(f"This file cannot be replayed: {error}"), notice=Notice("Not a saved run", str(error)))
 
 
+def retried(seed, temperature) -> tuple[int, Notice | None]:
+    """Seed of a run that is made again, and a notice where the text cannot become another one."""
+    if temperature:
+        return int(seed or 0) + 1, None
+    return int(seed or 0), Notice("The same text again", "At temperature 0 the model always takes the likeliest token. "
+                                  "Set a temperature above 0, such as 0.7, for another text.")
+
+
 # -- the quality slider ---------------------------------------------------------------------------------------------
 
 
@@ -305,53 +306,14 @@ def threshold_for(percent: float, calibration: Calibration) -> float:
 def percent_at(threshold: float, calibration: Calibration) -> int:
     """Agreement in percent that is certified at this threshold, by the next looser measured one; 0 without one."""
     at_most = [point.at_most for point in calibration.points if point.threshold <= threshold]
-    return math.floor(100 * (1 - at_most[0])) if at_most else 0
+    return math.floor(round(100 * (1 - at_most[0]), 9)) if at_most else 0
 
 
-# -- many prompts ---------------------------------------------------------------------------------------------------
+def quality_stops(calibration: Calibration) -> list[int]:
+    """Positions of the quality slider, in percent and ascending, at which it changes the thresholds.
 
-
-def measured_curve(fingerprint: str) -> list[dict]:
-    """Thresholds that `training.evaluate decode` measured for the exits with this fingerprint; [] for other exits."""
-    path = ASSETS / "results" / "decode.json"
-    if not path.exists():
-        return []
-    measured = json.loads(path.read_text(encoding="utf-8"))
-    return measured["cascade"] if measured.get("exits") == fingerprint else []
-
-
-def _written(folder: Path, results: list[evaluation.Result], config, label: str) -> dict[str, Path]:
-    """Write the results so far; returns the files by kind."""
-    contents = dict(json=evaluation.results_json(results, config, label), csv=evaluation.results_csv(results))
-    files = {kind: folder / f"evaluation.{kind}" for kind in contents}
-    for kind, path in files.items():
-        path.write_text(contents[kind], encoding="utf-8")
-    return files
-
-
-def _rows(results: list[evaluation.Result]) -> list[list]:
-    """The table of results, in the order of `COLUMNS`."""
-    def shown(value, form):
-        return "" if value is None else format(value, form)
-    return [[r.prompt[:80], r.kind, shown(r.agreement, ".1%"), shown(r.positional, ".0%"),
-             "" if r.error else "none" if r.first_divergence is None else r.first_divergence + 1,
-             shown(r.speedup, ".2f") + ("×" if r.speedup else ""), shown(r.average_depth, ".0%"), shown(r.cost, ".0%"),
-             r.error or ""]
-            for r in results]
-
-
-def _summary_line(results: list[evaluation.Result], total: int, left: float) -> str:
-    """One line about the results so far, with the `left` seconds that the other prompts will take."""
-    s = evaluation.summarize_results(results)
-    words = [f"{len(results)} of {total} prompts"]
-    if s.failed:
-        words.append(f"{s.failed} could not run")
-    if s.agreement is not None:
-        words.append(f"agreement {s.agreement:.1%}")
-    if s.speedup is not None:
-        words.append(f"{s.speedup:.2f}x the full model's speed")
-    if s.sequence is not None:
-        words.append(f"{s.sequence:.0%} identical texts")
-    if left > 1:
-        words.append(f"about {left:.0f} s left")
-    return " · ".join(words)
+    The first and the last are the range of the slider. Below the first, the loosest measured threshold stays in force.
+    Above the last, no threshold is certified: only the mode verified keeps such an agreement. A position between two
+    stops has the threshold of the upper one, so `percent_at(threshold_for(percent))` moves a slider to its stop.
+    """
+    return sorted({percent_at(point.threshold, calibration) for point in calibration.points})

@@ -15,12 +15,13 @@ from enum import StrEnum
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.events import TokenEvent
-from cascadeexit.inspection import Inspection, inspect
+from cascadeexit.inspection import Inspection, inspecting
 from cascadeexit.library import Library
 from cascadeexit.race import race
 from cascadeexit.sides import FULL
 
 BATCH_SECONDS = 0.02            # least time between two batches: a third of a frame, and the longest wait after Stop
+PROGRESS_SECONDS = 0.25         # least time between two reports of progress
 START_SECONDS = 10              # until a new worker has the weights on the GPU
 TOKEN_SECONDS = 0.02            # a token, until a run of the model was measured
 MARGIN = 2                      # a worker is ended after its duration, so ask for more than the last run took
@@ -159,8 +160,12 @@ def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
 
 def _inspected(engine: Engine, tasks: dict[str, Task], texts: dict[str, list[TokenEvent]]) -> Iterator[Batch]:
     """Inspect texts with exits, by side; yields progress, and last the inspections."""
-    inspections = {}
+    inspections, next_progress = {}, time.monotonic() + PROGRESS_SECONDS
     for side, events in texts.items():
-        inspections[side] = inspect(engine, tasks[side].ids, events)
-        yield Batch(progress=len(inspections) / len(texts))
+        for found in inspecting(engine, tasks[side].ids, events):
+            if isinstance(found, Inspection):
+                inspections[side] = found
+            elif time.monotonic() >= next_progress:
+                next_progress = time.monotonic() + PROGRESS_SECONDS
+                yield Batch(progress=(len(inspections) + found) / len(texts))
     yield Batch(inspections=inspections, choices={side: found.full_choices for side, found in inspections.items()})

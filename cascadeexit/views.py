@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from cascadeexit.evaluation import Result, quality_speed_points, summarize_results
 
@@ -11,35 +12,44 @@ _KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # P
 
 
 def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) -> go.Figure:
-    """Agreement against speed-up: a point for each prompt and one for all prompts together.
+    """Agreement against the measured speed-up, and below it against the weights read.
 
-    curve: {threshold, agreement, cost} of thresholds measured before. Their speed-up is estimated from the weights
-        read: 1 / cost.
+    A point for each prompt, and one for all prompts together. Both charts show the same points.
+
+    curve: {threshold, agreement, cost} of thresholds measured before. Their speed was not measured on this machine, so
+        they appear in the lower chart only.
     """
-    figure = go.Figure()
+    figure = make_subplots(rows=2, cols=1, vertical_spacing=0.22)
     if curve:
         figure.add_scatter(
-            x=[1 / point["cost"] for point in curve], y=[point["agreement"] for point in curve], mode="lines+markers",
-            name="earlier measurement of other thresholds (speed estimated from weights read)",
-            line=dict(color=_OUTLINE, width=1.5, dash="dot"),
-            text=[f"first exit's threshold {point['threshold']:g}" for point in curve],
-            hovertemplate="%{text}: %{y:.1%} agreement, %{x:.2f}x estimated from weights read<extra></extra>")
+            x=[point["cost"] for point in curve], y=[point["agreement"] for point in curve], mode="lines+markers",
+            name="earlier measurement of other thresholds", line=dict(color=_OUTLINE, width=1.5, dash="dot"),
+            text=[f"first exit's threshold {point['threshold']:g}" for point in curve], row=2, col=1,
+            hovertemplate="%{text}: %{y:.1%} agreement, %{x:.0%} of the weights read<extra></extra>")
     points = quality_speed_points(results)
     for kind, colour in zip(dict.fromkeys(p["kind"] for p in points), (*_KIND_COLOURS, *[_OUTLINE] * len(points))):
         mine = [p for p in points if p["kind"] == kind]
         # Plotly reads markup in labels, and anybody can write a prompt: replace angle brackets.
         labels = [p["label"].replace("<", "‹").replace(">", "›") for p in mine]
-        figure.add_scatter(x=[p["x"] for p in mine], y=[p["y"] for p in mine], mode="markers",
-                           name=kind.replace("<", "‹"), text=labels, marker=dict(size=9, color=colour),
-                           hovertemplate="%{text}<br>%{y:.1%} agreement, %{x:.2f}x<extra></extra>")
+        _add_to_both(figure, [p["x"] for p in mine], [p["cost"] for p in mine], [p["y"] for p in mine],
+                     kind.replace("<", "‹"), "%{text}<br>", text=labels, marker=dict(size=9, color=colour))
     if points:
         total = summarize_results(results)
-        figure.add_scatter(x=[total.speedup], y=[total.agreement], mode="markers", name="all prompts",
-                           marker=dict(symbol="star", size=17, color="#D55E00", line=dict(width=1, color=_OUTLINE)),
-                           hovertemplate="all: %{y:.1%} agreement, %{x:.2f}x<extra></extra>")
-    figure.update_xaxes(title="speed-up (1 = as fast as the full model)")
+        _add_to_both(figure, [total.speedup], [total.cost], [total.agreement], "all prompts", "all: ",
+                     marker=dict(symbol="star", size=17, color="#D55E00", line=dict(width=1, color=_OUTLINE)))
+    figure.update_xaxes(title="speed-up, measured (1 = as fast as the full model)", row=1, col=1)
+    figure.update_xaxes(title="weights read (share of what the full model reads)", tickformat=".0%", row=2, col=1)
     figure.update_yaxes(title="agreement", tickformat=".0%")
-    return _styled(figure, "Quality against speed")
+    return _styled(figure, "Quality against speed").update_layout(height=560)
+
+
+def _add_to_both(figure: go.Figure, speedups: list, costs: list, agreements: list, name: str, words: str,
+                 **options) -> None:
+    """Add points to the chart of speed-ups and to the one of weights read, with one entry in the legend."""
+    for row, x, form in ((1, speedups, "%{x:.2f}x"), (2, costs, "%{x:.0%} of the weights read")):
+        figure.add_scatter(x=x, y=agreements, mode="markers", name=name, legendgroup=name, showlegend=row == 1,
+                           hovertemplate=f"{words}%{{y:.1%}} agreement, {form}<extra></extra>", row=row, col=1,
+                           **options)
 
 
 def _styled(figure: go.Figure, title: str) -> go.Figure:

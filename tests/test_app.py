@@ -12,7 +12,8 @@ import app
 from cascadeexit import hub
 from cascadeexit.calibration import Calibration, Point
 from cascadeexit.library import Library, Offer
-from cascadeexit.page import measured_curve, percent_at, threshold_for
+from cascadeexit.page import percent_at, quality_stops, threshold_for
+from cascadeexit.report import measured_curve
 from cascadeexit.settings import DISABLED
 
 CALIBRATION = Calibration("exits", 300, 64, 0.1, tuple(
@@ -28,6 +29,29 @@ def test_a_wanted_agreement_becomes_the_loosest_threshold_certified_to_keep_it(w
 @pytest.mark.parametrize("threshold, percent", [(0.5, 80), (0.6, 80), (0.7, 94), (0.95, 98), (0.4, 0)])
 def test_a_threshold_shows_the_agreement_that_is_certified_there(threshold, percent):
     assert percent_at(threshold, CALIBRATION) == percent
+
+
+def test_every_stop_of_the_quality_slider_changes_the_thresholds_and_no_other_position_does():
+    stops = quality_stops(CALIBRATION)
+    assert stops == [80, 94, 98]
+    for percent in range(50, 100):
+        threshold = threshold_for(percent, CALIBRATION)
+        stop = next((stop for stop in stops if stop >= percent), None)
+        assert threshold == (DISABLED if stop is None else threshold_for(stop, CALIBRATION))
+        assert stop is None or percent_at(threshold, CALIBRATION) == stop, "the slider can move to its stop"
+    assert len({threshold_for(stop, CALIBRATION) for stop in stops}) == len(stops)
+
+
+def test_thresholds_that_are_certified_for_the_same_percentage_share_a_stop():
+    points = tuple(Point(t, bound / 2, bound, 1.0) for t, bound in ((0.9, 0.062), (0.8, 0.069), (0.7, 0.07)))
+    equal = Calibration("exits", 300, 64, 0.1, points)
+    assert quality_stops(equal) == [93] and threshold_for(93, equal) == 0.7
+
+
+def test_the_shipped_quality_slider_has_stops():
+    folder = Path(__file__).parents[1] / "assets" / "exits" / hub.DEFAULT_MODEL
+    stops = quality_stops(Calibration.load(folder))
+    assert len(stops) >= 5 and 50 <= stops[0] < stops[-1] < 99
 
 
 def test_the_measured_curve_is_that_of_the_shipped_exits():

@@ -233,7 +233,8 @@ def test_a_summary_of_runs_holds_their_numbers(results):
 def test_points_hold_quality_and_speed(results):
     points = quality_speed_points([*results, replace(MADE[0], prompt="two\n words " * 20)])
     assert [p["kind"] for p in points] == ["chat", "code", "chat", "a"]
-    assert points[0] == dict(x=results[0].speedup, y=results[0].agreement, label="hi there", kind="chat")
+    assert points[0] == dict(x=results[0].speedup, y=results[0].agreement, cost=results[0].cost, label="hi there",
+                             kind="chat")
     assert points[-1]["label"].startswith("two words two") and len(points[-1]["label"]) == evaluation.LABEL_CHARACTERS
 
 

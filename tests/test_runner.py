@@ -83,9 +83,17 @@ def test_one_batch_says_that_the_race_is_over(runner):
     batches = runner.race("llama-untied", tasks_of(OURS, THEIRS), Check.INSPECTION)
     events = list(events_of(batches))
     assert sum(event.final for _, event in events) == 80
+    assert next(batches).inspections and next(batches, None) is None
+
+
+def test_the_check_of_long_texts_reports_progress(runner, monkeypatch):
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.0)
+    long = DecodeConfig(thresholds=0.5, max_new_tokens=200)
+    batches = runner.race("llama-untied", {CASCADE: Task(IDS, long), SECOND: Task(IDS, long)}, Check.INSPECTION)
+    list(events_of(batches))
     *progress, last = batches
     shares = [batch.progress for batch in progress]
-    assert shares == sorted(shares) and shares[-1] == 1 and last.inspections
+    assert len(shares) > 2 and shares == sorted(shares) and shares[-1] == 1 and {*last.inspections} == {CASCADE, SECOND}
 
 
 def test_all_that_passes_between_processes_is_plain(runner):

@@ -99,7 +99,6 @@ function readRun(record) {
   buildPanels();
   each('begin');
   dirty = true;
-  root.dataset.run = run.run;
   if (!replaying() && player.atEnd) waiting(true);                // the player shows a run that is over
   status('Reading the prompt…', 'busy');
 }

@@ -1,0 +1,113 @@
+"""Report: what the page shows of an evaluation of many prompts, while it runs and after it was cancelled."""
+
+import json
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cascadeexit import evaluation, views
+from cascadeexit.config import DecodeConfig
+from cascadeexit.evaluation import Result
+
+COLUMNS = ("prompt", "kind", "agreement", "match", "first difference", "speed-up", "layers used", "weights read",
+           "problem")
+_MEASURED = Path(__file__).parents[1] / "assets" / "results" / "decode.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Changes of the second tab at one moment of an evaluation; None leaves a part as it is."""
+
+    status: str | None = None
+    kind: str = "busy"              # of the status: busy, done, stopped or error
+    rows: list[list] | None = None  # of the table of results, in the order of `COLUMNS`
+    figure: object = None           # a Plotly figure
+    files: dict[str, Path] | None = None    # results so far, by kind of file: json, csv
+    report: str | None = None       # id of the report that can be cancelled; "" for none
+
+
+@dataclass
+class Report:
+    """Results of an evaluation so far.
+
+    Attributes:
+        total: number of prompts.
+        curve: as `measured_curve` gives it.
+    """
+
+    label: str
+    config: DecodeConfig
+    total: int
+    curve: Sequence[dict]
+    results: list[Result] = field(default_factory=list)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="cascadeexit-")))
+
+    @property
+    def done(self) -> bool:
+        return len(self.results) == self.total
+
+    def begun(self) -> Progress:
+        """The empty report: no result of an earlier evaluation stays."""
+        return Progress(self._summary(), rows=[], figure=self._figure(), report=self.id)
+
+    def progress(self, left: float, drawn: bool) -> Progress:
+        """Everything so far, with the `left` seconds that the other prompts will take.
+
+        drawn: also draw the figure.
+        """
+        words = [self._summary(), *([f"about {left:.0f} s left"] if left > 1 else [])]
+        return Progress(" · ".join(words), "done" if self.done else "busy", self._rows(),
+                        self._figure() if drawn else None, self._files(), "" if self.done else self.id)
+
+    def cancelled(self) -> Progress:
+        """Everything that was finished when a visitor cancelled the evaluation."""
+        return Progress(f"{self._summary()} · stopped", "stopped", self._rows(), self._figure(), self._files(), "")
+
+    def _figure(self):
+        return views.quality_speed_figure(self.results, self.curve)
+
+    def _files(self) -> dict[str, Path] | None:
+        """Write the results so far; returns the files by kind, None without results."""
+        if not self.results:
+            return None
+        contents = dict(json=evaluation.results_json(self.results, self.config, self.label),
+                        csv=evaluation.results_csv(self.results))
+        files = {kind: self._folder / f"evaluation.{kind}" for kind in contents}
+        for kind, path in files.items():
+            path.write_text(contents[kind], encoding="utf-8")
+        return files
+
+    def _rows(self) -> list[list]:
+        """The table of results, in the order of `COLUMNS`."""
+        def shown(value, form):
+            return "" if value is None else format(value, form)
+        return [[r.prompt[:80], r.kind, shown(r.agreement, ".1%"), shown(r.positional, ".0%"),
+                 "" if r.error else "none" if r.first_divergence is None else r.first_divergence + 1,
+                 shown(r.speedup, ".2f") + ("×" if r.speedup else ""), shown(r.average_depth, ".0%"),
+                 shown(r.cost, ".0%"), r.error or ""]
+                for r in self.results]
+
+    def _summary(self) -> str:
+        """One line about the results so far."""
+        s = evaluation.summarize_results(self.results)
+        words = [f"{len(self.results)} of {self.total} prompts"]
+        if s.failed:
+            words.append(f"{s.failed} could not run")
+        if s.agreement is not None:
+            words.append(f"agreement {s.agreement:.1%}")
+        if s.speedup is not None:
+            words.append(f"{s.speedup:.2f}x the full model's speed")
+        if s.sequence is not None:
+            words.append(f"{s.sequence:.0%} identical texts")
+        return " · ".join(words)
+
+
+def measured_curve(fingerprint: str) -> list[dict]:
+    """Thresholds that `training.evaluate decode` measured for the exits with this fingerprint; [] for other exits."""
+    if not _MEASURED.exists():
+        return []
+    measured = json.loads(_MEASURED.read_text(encoding="utf-8"))
+    return measured["cascade"] if measured.get("exits") == fingerprint else []
