@@ -23,6 +23,8 @@ from tests.tiny_text import tiny_tokenizer
 
 pytestmark = pytest.mark.browser
 SIZES = [("light", 1280, 800), ("dark", 1280, 800), ("light", 360, 740)]
+PATIENCE = 120_000          # milliseconds: a machine that does other work as well
+SHORT = "?n=100"            # tokens of a run
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -44,9 +46,9 @@ def shared(chromium, tiny_url):
 
     def open_():
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(tiny_url)
+        page.goto(tiny_url + SHORT)
         page.wait_for_selector(".ce-legend")
         page.wait_for_selector("#ce-settings", state="attached")
         return page
@@ -74,9 +76,19 @@ def done(finished):
 
 
 @pytest.fixture
-def fresh(open_page, tiny_url):
+def visit(open_page, tiny_url):
+    """Function that opens a page whose runs are short."""
+    def visit_(theme: str = "light", height: int = 800, **options):
+        page = open_page(f"{tiny_url}{SHORT}&__theme={theme}", height=height, **options)
+        page.set_default_timeout(PATIENCE)
+        return page
+    return visit_
+
+
+@pytest.fixture
+def fresh(visit):
     """A page at 1280 x 800 whose first run is over, for tests that run something else in it."""
-    page = open_page(tiny_url, height=800)
+    page = visit()
     run_to_end(page)
     return page
 
@@ -207,8 +219,8 @@ def test_confidence_takes_the_place_of_agreement(done):
 
 
 @pytest.mark.parametrize("theme, width, height", SIZES)
-def test_every_state_is_accessible_and_fits(open_page, tiny_url, theme, width, height):
-    page = open_page(f"{tiny_url}?__theme={theme}", width=width, height=height)
+def test_every_state_is_accessible_and_fits(visit, theme, width, height):
+    page = visit(theme, height, width=width)
     run_to_end(page)
     page.locator(".ce-plot-routing .ce-plot-area").focus()
     page.keyboard.press("ArrowRight")
@@ -425,8 +437,8 @@ def test_run_and_tokens_are_files(done, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["cascade", "verified"])
-def test_the_trace_holds_every_pass(open_page, tiny_url, tmp_path, mode):
-    page = open_page(tiny_url, height=800)
+def test_the_trace_holds_every_pass(visit, tmp_path, mode):
+    page = visit()
     if mode == "verified":
         choose_exact(page)
     run_to_end(page)
@@ -488,8 +500,8 @@ def test_a_picture_of_characters_that_xml_lacks(draw, tmp_path):
 
 
 @pytest.mark.parametrize("theme, width, height", SIZES)
-def test_a_first_visit_is_led_in_three_steps(open_page, tiny_url, theme, width, height):
-    page = open_page(f"{tiny_url}?__theme={theme}", width=width, height=height, tour=True)
+def test_a_first_visit_is_led_in_three_steps(visit, theme, width, height):
+    page = visit(theme, height, width=width, tour=True)
     page.wait_for_selector(".ce-tour")
     for step in ("1 of 3", "2 of 3", "3 of 3"):
         assert page.locator(".ce-tour-count").inner_text() == step
@@ -507,8 +519,8 @@ def test_a_first_visit_is_led_in_three_steps(open_page, tiny_url, theme, width, 
     assert page.locator(".ce-tour").count() == 0, "dismissed for good"
 
 
-def test_the_steps_work_by_keyboard_and_do_not_hold_it(open_page, tiny_url):
-    page = open_page(tiny_url, tour=True)
+def test_the_steps_work_by_keyboard_and_do_not_hold_it(visit):
+    page = visit(tour=True)
     page.wait_for_selector(".ce-tour")
     assert page.evaluate("document.activeElement === document.body"), "no focus is taken"
     for name in ("Skip", "Next"):
@@ -523,8 +535,8 @@ def test_the_steps_work_by_keyboard_and_do_not_hold_it(open_page, tiny_url):
     assert page.locator(".ce-tour").count() == 0
 
 
-def test_the_last_step_runs_exact(open_page, tiny_url):
-    page = open_page(tiny_url, tour=True)
+def test_the_last_step_runs_exact(visit):
+    page = visit(tour=True)
     page.wait_for_selector(".ce-tour")
     page.locator(".ce-tour-next").click()
     page.locator(".ce-tour-next").click()
@@ -533,8 +545,8 @@ def test_the_last_step_runs_exact(open_page, tiny_url):
     assert page.locator(".ce-tour").count() == 0
 
 
-def test_blocked_storage_is_no_error(open_page, tiny_url):
-    page = open_page(tiny_url, tour=True)
+def test_blocked_storage_is_no_error(visit):
+    page = visit(tour=True)
     page.context.add_init_script(
         "Object.defineProperty(window, 'localStorage', {get() { throw new Error('blocked'); }})")
     page.reload()
@@ -544,6 +556,7 @@ def test_blocked_storage_is_no_error(open_page, tiny_url):
     assert page.locator(".ce-tour").count() == 0
 
 
-def test_who_was_here_before_sees_no_steps(page):
+def test_who_was_here_before_sees_no_steps(visit):
+    page = visit()
     page.wait_for_timeout(1000)
     assert page.locator(".ce-tour").count() == 0
