@@ -52,8 +52,9 @@ from cascadeexit.shape import Shape, exit_name  # noqa: E402
 TRACE = ASSETS / "traces" / "sky.json"          # a recorded run: what a visitor sees while the model loads
 MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
-SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip", "dock", "card", "lens", "fork", "charts",
-           "timeline", "blocks", "layers", "marks", "tree", "moments", "align", "map", "files", "tour", "main")
+SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip", "dock", "card", "lens", "fork",
+           "charts", "timeline", "blocks", "layers", "marks", "tree", "moments", "align", "map", "files", "tour",
+           "main")
 FORK_OVER = "() => { document.dispatchEvent(new Event('ce-fork-over')); }"      # assets/page/fork.js listens
 CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
 TOGGLE_SETTINGS = """() => {
