@@ -1,6 +1,8 @@
-"""Costs: bytes of weights that a run reads. Functions that read weights add bytes to a meter; its owner takes them."""
+"""Costs: what a run computes and reads. Functions that do the work add to a meter; its owner takes the counts."""
 
 from dataclasses import dataclass
+
+from cascadeexit.events import Span
 
 
 @dataclass(frozen=True)
@@ -12,17 +14,25 @@ class Costs:
 
 
 class Meter:
-    """Counts the bytes of weights that are read. Only one caller, the one that makes events, may use `taken`."""
+    """Counts the bytes of weights that are read, and lists the spans of segments that run.
+
+    Only one caller, the one that makes events, may use `taken`.
+    """
 
     def __init__(self):
-        self.total = 0
-        self._taken = 0
+        self._read = 0
+        self._spans: list[Span] = []
 
     def add(self, read: int) -> None:
         """Add this number of bytes that were read."""
-        self.total += read
+        self._read += read
 
-    def taken(self) -> int:
-        """Return the number of bytes that were read since the last call of `taken`."""
-        new, self._taken = self.total - self._taken, self.total
-        return new
+    def ran(self, span: Span) -> None:
+        """Add segments that ran."""
+        self._spans.append(span)
+
+    def taken(self) -> tuple[int, tuple[Span, ...]]:
+        """Return the number of bytes that were read, and the spans that ran, since the last call of `taken`."""
+        taken = self._read, tuple(self._spans)
+        self._read, self._spans = 0, []
+        return taken

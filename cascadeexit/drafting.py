@@ -28,8 +28,9 @@ class Draft:
     confidences: tuple[float | None, ...]           # of each exit, as in a TokenEvent
     parent: int                                     # number of the draft it follows; -1: the newest token
     depth: int = 0                                  # drafts before it on its path
-    probability: float = 0.0                           # probability, by the exit's softmax, of following the parent
+    probability: float = 0.0                        # probability, by the exit's softmax, of following the parent
     matched: int = 0                                # COPIED: length of the n-gram match
+    chance: float | None = None                     # estimated probability of being accepted if its parent is
 
 
 class DraftSource(Protocol):
@@ -83,7 +84,7 @@ class ExitDrafts:
             token = self._choose(s, carry.state)
             meter.add(self._exits.head_bytes(s))
             stairs.tokens.append(token)
-            yield [Draft(token, s, self.confidences, count - 1, count)]
+            yield [Draft(token, s, self.confidences, count - 1, count, chance=self.confidences[s])]
             count += 1
         self.confidences = self._unasked
 

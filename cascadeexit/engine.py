@@ -7,6 +7,7 @@ Letters: N rows in a pass, D hidden size, V vocabulary, S segments (the last one
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -126,14 +127,21 @@ class Engine:
     def begin(self, prompt: Sequence[int], new_tokens: int) -> tuple[Staircase, list[Rows]]:
         """Read a prompt but for its newest token, and make room for more tokens.
 
-        Returns the staircase, and the rows after each segment that were read now, (1, N, D): all but those of the
-        opening; [] for a prompt of one token.
+        Returns the staircase, and the last chunk's rows after each segment, (1, N, D). The tokens of the opening were
+        read before and have no rows. A prompt of one token gives [].
         """
+        return deque(self._reading(prompt, new_tokens), maxlen=1).pop()
+
+    def _reading(self, prompt: Sequence[int], new_tokens: int) -> Iterator[tuple[Staircase, list[Rows]]]:
+        """Read a prompt as `begin` does; yields after each chunk, so that the work can be interrupted there."""
         stairs, tokens = Staircase(self.model, self.capacity(len(prompt) + new_tokens)), list(prompt[:-1])
         n = len(self.opening)
         if 0 < n < len(tokens) and tokens[:n] == self.opening:
             stairs.adopt(self._opening)
-        return stairs, stairs.prefill(tokens[len(stairs.tokens):])
+        chunks = stairs.read(tokens[len(stairs.tokens):])
+        yield stairs, next(chunks, [])
+        for passed in chunks:
+            yield stairs, passed
 
     def capacity(self, positions: int) -> int:
         """Cache slots for a run: room for the padding of the last pass, rounded up."""
@@ -148,6 +156,8 @@ class Engine:
 
     def generate(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Iterator[TokenEvent]:
         """Yield a TokenEvent for each token (and, in verified mode, for each draft) as it happens.
+
+        A long prompt also gives events: one after each chunk but the last, with `Status.READING`.
 
         Raises ValueError for bad input at the call, before the first event.
         """
@@ -170,12 +180,20 @@ class Engine:
         def ended(length: int, newest: int) -> bool:
             return length >= end or (length > len(prompt) and newest in eos_ids)
 
-        def event(position: int, draft: Draft, status: Status) -> TokenEvent:
+        def event(position: int, draft: Draft, status: Status, checked: Sequence[int] = ()) -> TokenEvent:
+            tree = (draft.parent, draft.chance) if status is Status.DRAFT else (-1, None)
             return TokenEvent(position - len(prompt), draft.token, draft.exit, draft.confidences, status, watch.read(),
-                              meter.taken())
+                              *meter.taken(), *tree, tuple(checked))
+
+        def own(token: int, confidences: tuple[float | None, ...]) -> Draft:
+            return Draft(token, self.num_exits, confidences, -1)
 
         # Prefill: all but the newest token, through every segment, in every mode with the same shapes.
-        stairs, passed = self.begin(prompt, config.max_new_tokens + config.max_draft)
+        for chunk in self._reading(prompt, config.max_new_tokens + config.max_draft):
+            stairs, passed = chunk
+            if len(stairs.tokens) < len(prompt) - 1:
+                newest = own(stairs.tokens[-1], (None,) * self.num_exits)
+                yield [event(len(stairs.tokens), newest, Status.READING)]
         carry = Carry.after_prompt(self.model, passed)
         source = self._source(config, prompt, passed, sampler, ended)
         stairs.tokens.append(prompt[-1])
@@ -195,9 +213,8 @@ class Engine:
             passed = stairs.run(range(stairs.lowest(), self.num_exits + 1), _parents(drafts), meter)
 
             # 3. Judge: a token's row after the last layer predicts the token after it.
-            rows, top = passed[-1], len(drafts) + 1
-            normed = self.model.layers.norm(rows if rows.shape[1] == top else rows[:, -top:])
-            path, token = _judge(drafts, self._verdicts(normed, sampler, meter), sampler, confirmed, ended)
+            normed, verdicts, checked = self._verdicts(passed[-1], len(drafts) + 1, config.check_late, sampler, meter)
+            path, token = _judge(drafts, verdicts, sampler, confirmed, ended)
 
             # 4. Commit: rejected drafts leave no trace. The full model adds a token of its own.
             stairs.keep(len(drafts), path)
@@ -206,8 +223,8 @@ class Engine:
             if token is not None:
                 carry.state = normed[:, (path[-1] if path else -1) + 1]
                 stairs.tokens.append(token)
-                own = Draft(token, self.num_exits, source.confidences, -1)
-                burst.append(event(len(stairs.tokens) - 1, own, Status.EMITTED))
+                full = own(token, source.confidences)
+                burst.append(event(len(stairs.tokens) - 1, full, Status.EMITTED, checked))
             source.judged(drafts, path, stairs.tokens[confirmed:], passed)
             yield burst
 
@@ -226,11 +243,33 @@ class Engine:
         choose = self.exits.choice if verified or sampler.greedy else sampled
         return ExitDrafts(self.exits, self.thresholds(config), choose, ended, config.max_draft if verified else None)
 
-    def _verdicts(self, normed: Rows, sampler: Sampler, meter: Meter) -> Sequence[Choice | torch.Tensor]:
-        """Return a choice (greedy) or logits (V,) of the full model for each normed row (1, N, D)."""
+    def _verdicts(self, rows: Rows, judged: int, check_late: bool, sampler: Sampler,
+                  meter: Meter) -> tuple[Rows, Sequence[Choice | torch.Tensor], list[int]]:
+        """Read the newest rows after the last layer, (1, N, D), with the full model's head.
+
+        Args:
+            judged: how many rows predict a token that is not final yet.
+            check_late: also read the rows before them.
+
+        Returns the judged rows after the final norm, (1, judged, D); a choice (greedy) or logits (V,) for each of them;
+        and the full model's choices at the rows before them, [] without `check_late`.
+        """
+        n, most = rows.shape[1], self.model.layers.max_rows
+        together = min(n, most) if check_late else judged           # rows do not depend on each other up to `most`
         head = self.exits.full_head if sampler.greedy else self.model.head
+        normed = self.model.layers.norm(rows if n == together else rows[:, -together:])
+        verdicts = head.choices(normed) if sampler.greedy else head.logits(normed)[0]
         meter.add(head.nbytes)
-        return head.choices(normed) if sampler.greedy else head.logits(normed)[0]
+        late = together - judged
+        if not late:
+            return normed, verdicts, []
+        checked = []
+        for a in range(0, n - together, most):
+            part = rows[:, a:min(a + most, n - together)]
+            checked += self.exits.full_head.argmax(self.model.layers.norm(part))
+            meter.add(self.exits.full_head.nbytes)
+        checked += [v.token for v in verdicts[:late]] if sampler.greedy else verdicts[:late].argmax(-1).tolist()
+        return normed[:, late:], verdicts[late:], checked
 
     def sampler(self, config: DecodeConfig) -> Sampler:
         """Make the sampler that chooses a run's tokens and judges its drafts."""

@@ -93,7 +93,8 @@ def evaluate(runner: Runner, label: str, encode: Callable[[str], list[int]], pro
 def _evaluate(runner: Runner, label: str, encode, prompts, config: DecodeConfig, decode, pauses: bool
               ) -> Iterator[Result | None]:
     engine, _ = runner.library.get(label)
-    full = replace(config, mode=Mode.FULL, tolerance=0.0, target_disagreement=None)     # not for `full`
+    # `full` has none of the other modes' settings.
+    full = replace(config, mode=Mode.FULL, tolerance=0.0, target_disagreement=None, check_late=False)
     for index, prompt in enumerate(prompts):
         identity = dict(index=index, kind=prompt.kind, prompt=prompt.text)
         try:

@@ -47,7 +47,6 @@ def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
     rejected = sum(e.status is Status.REJECTED for e in events)
     drafted = sum(e.status is Status.DRAFT for e in events)
     gaps = token_seconds(final)
-    decoding = final[-1].seconds - final[0].seconds if len(final) > 1 else 0.0
     return RunStats(
         tokens=len(final),
         routing_share=routing_share(final, len(costs.depths)),
@@ -61,7 +60,7 @@ def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
         token_seconds_p50=percentile(gaps, 50),
         token_seconds_p90=percentile(gaps, 90),
         token_seconds_p99=percentile(gaps, 99),
-        tokens_per_second=(len(final) - 1) / decoding if decoding > 0 else None,
+        tokens_per_second=tokens_per_second(final),
     )
 
 
@@ -84,6 +83,12 @@ def verifications(events: Sequence[TokenEvent]) -> int:
     """
     final = [e for e in events if e.final]
     return sum(e.status is Status.EMITTED for e in final) + (bool(final) and final[-1].status is Status.ACCEPTED)
+
+
+def tokens_per_second(final: Sequence[TokenEvent]) -> float | None:
+    """Speed of decoding, without the time until the first token; None for fewer than two tokens."""
+    decoding = final[-1].seconds - final[0].seconds if len(final) > 1 else 0.0
+    return (len(final) - 1) / decoding if decoding > 0 else None
 
 
 def token_seconds(final: Sequence[TokenEvent]) -> list[float]:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cascadeexit import evaluation, prompts, record, views
+from cascadeexit import evaluation, prompts, record
 from cascadeexit.calibration import Calibration
 from cascadeexit.hub import ModelUnavailable
 from cascadeexit.kept import KeptRun, Latest
 from cascadeexit.report import Progress, Report, measured_curve
 from cascadeexit.runner import Batch, Check, RunFailed, Runner, Task, events_of
 from cascadeexit.settings import DISABLED, Settings
-from cascadeexit.sides import CASCADE
+from cascadeexit.sides import CASCADE, FULL
+from cascadeexit.spread import REPEATS, TOKENS, speedups
 from cascadeexit.stream import (
     TokenStream,
     error_line,
@@ -50,7 +51,6 @@ class Frame:
 
     stream: str | None = None       # value of the token view (`cascadeexit.stream`)
     run: str | None = None          # id of the run that begins, which `analyse` and `fork` ask for
-    charts: str | None = None       # id of the run whose charts can be opened; "" hides them
     notice: Notice | None = None
 
 
@@ -102,7 +102,7 @@ class Page:
         with kept.growing():
             if engine.notice:
                 kept.stream.status(engine.notice)
-            yield Frame(kept.stream.text, kept.stream.run, charts="",
+            yield Frame(kept.stream.text, kept.stream.run,
                         notice=Notice("Slower than usual", engine.notice) if engine.notice else None)
             yield from _grown(kept, contest, engine.notice)
 
@@ -146,6 +146,32 @@ class Page:
         except UNAVAILABLE as error:
             yield Frame(notice=Notice("Not continued", str(error)))
 
+    def measure(self, run) -> Iterator[Frame]:
+        """Race the first side of a finished run against the full model again, briefly, and write how the speed varies.
+
+        The argument may be any JSON.
+        """
+        kept = self._runs.get(run)
+        try:
+            if kept is None:
+                raise ValueError(GONE)
+            with kept.growing():
+                yield from self._loading(kept)
+                stream, found, next_yield = kept.stream, [], 0.0
+                tasks = {name: Task(stream.prompt_ids, stream.sides[name].side.config) for name in (CASCADE, FULL)}
+                for speedup in speedups(self._runner, kept.label, tasks):
+                    if speedup is not None:
+                        found.append(speedup)
+                        stream.status(f"Measuring the speed again: {len(found)} of {REPEATS} done…")
+                        yield Frame(stream.text)
+                    elif time.monotonic() >= next_yield:
+                        next_yield = time.monotonic() + YIELD_SECONDS
+                        yield Frame()
+                stream.spread(CASCADE, found, TOKENS)
+                yield Frame(stream.text)
+        except (*UNAVAILABLE, RunFailed) as error:
+            yield Frame(error_line(str(error)), notice=Notice("Not measured", str(error)))
+
     def evaluate(self, source: PromptSource, settings: Settings) -> Iterator[Progress]:
         """Race each of many prompts; yields a report that grows. `cancelled` ends it."""
         try:
@@ -186,14 +212,7 @@ class Page:
 
     def idle(self, label: str) -> Frame:
         """Return the page as it is before a run of this model."""
-        return Frame(model_line(self.library.shapes[label], label), charts="")
-
-    def figures(self, run: str) -> list:
-        """Plotly figures of a finished run. Raises LookupError when the run is no longer kept."""
-        kept = self._runs.get(run)
-        if kept is None or CASCADE not in kept.inspections:
-            raise LookupError(GONE)
-        return views.figures(kept.stream, kept.inspections[CASCADE].full_choices)
+        return Frame(model_line(self.library.shapes[label], label))
 
     # The browser calls the next two, so their arguments may be any JSON.
 
@@ -241,7 +260,7 @@ def _grown(kept: KeptRun, contest: Iterator[Batch], notice: str = "") -> Iterato
         kept.checking = False
         if notice:
             stream.status(notice)
-        yield Frame(stream.text, charts=stream.run if CASCADE in kept.inspections else None)
+        yield Frame(stream.text)
     except RunFailed as error:
         log.warning("a run broke off: %s", error)
         stream.fail(str(error))
@@ -262,7 +281,7 @@ def replayed(path: str | Path) -> str:
 def replay_upload(path: str) -> Frame:
     """Replay an uploaded run. Any other file gives a message and no other change."""
     try:
-        return Frame(replayed(path), charts="")
+        return Frame(replayed(path))
     except ValueError as error:
         return Frame(error_line(f"This file cannot be replayed: {error}"), notice=Notice("Not a saved run", str(error)))
 

@@ -30,6 +30,7 @@ _FIELDS = {
     "versus": {"n": int, "positional": _NUMBER, "rolling": _NUMBER},
     "end": {},
     "fork": {"side": str, "of": str, "at": int, "id": int, "text": str, "title": str},
+    "spread": {"side": str, "speedups": list, "tokens": int},
     "stopped": {}, "error": {"message": str},
 }
 _TOKEN_TEXT = {"text": str, "exit": int, "t": _NUMBER, "conf": list}
@@ -178,6 +179,8 @@ def _check(number: int, record) -> None:
         _check_token(number, record)
     elif kind == "checked":
         _check_whole_numbers(place, "ids", record)
+    elif kind == "spread":
+        _check_numbers(f"{place} speedups", [x or "" for x in record["speedups"]], len(record["speedups"]))
     elif kind == "end":
         _check_whole_numbers(place, "differs", record)
         for moment in record.get("moments") or []:

@@ -9,13 +9,15 @@ Letters: N rows in a pass, D hidden size, S segments (the last one ends in the f
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cascadeexit.backends.base import Rows
 from cascadeexit.costs import Meter
+from cascadeexit.events import Span
 from cascadeexit.model import SegmentedModel
 
-_MAX_ROWS = 256             # rows of one prefill or catch-up pass: bounds the memory of masks and activations
+_MAX_ROWS = 256             # rows of a chunk of the prompt or of a catch-up pass: bounds the memory of masks and
+                            # activations
 
 
 class Staircase:
@@ -53,7 +55,7 @@ class Staircase:
 
         Args:
             parents: makes the rows a tree, as in `LayerStack.run`.
-            meter: counts the bytes of weights that are read.
+            meter: counts the bytes of weights that are read, and lists the segments that run.
         """
         out = []
         while segments:
@@ -76,12 +78,22 @@ class Staircase:
         passed = [layers.run(span, part, self.cache, parents) for part in parts]
         if meter:
             meter.add(len(parts) * sum(layers.segment_bytes[span.start:span.stop]))
-        return passed[0] if len(parts) == 1 else [layers.join(after) for after in zip(*passed)]
+            meter.ran(Span(span.start, span.stop, n))
+        return self._joined(passed)
+
+    def _joined(self, parts: Sequence[list[Rows]]) -> list[Rows]:
+        """Join the rows of several parts after each segment: (1, N, D) each, or [] without parts."""
+        return parts[0] if len(parts) == 1 else [self.model.layers.join(after) for after in zip(*parts)]
+
+    def read(self, tokens: Sequence[int]) -> Iterator[list[Rows]]:
+        """Add tokens and take them through all segments, chunk by chunk: yields the rows after each, (1, n, D)."""
+        for a in range(0, len(tokens), _MAX_ROWS):
+            self.tokens.extend(tokens[a:a + _MAX_ROWS])
+            yield self.run(range(self.model.num_segments))
 
     def prefill(self, tokens: Sequence[int]) -> list[Rows]:
         """Add tokens and run them through all segments. Returns rows after each (1, N, D), or [] without tokens."""
-        self.tokens.extend(tokens)
-        return self.run(range(self.model.num_segments)) if len(tokens) else []
+        return self._joined(list(self.read(tokens)))
 
     def adopt(self, other: "Staircase") -> None:
         """Copy the tokens and the cache of another staircase, at which no rows wait."""

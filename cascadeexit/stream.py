@@ -27,6 +27,7 @@ Each line is one record, in order of time; `cascadeexit.wire` says how a record 
              share} when the text ends in a loop, else null
     fork     side, of, at, id, text, title: a new side. Its tokens have positions from `at` on, the first has this id;
              the text before is that of the side `of`
+    spread   side, speedups [of short repeats of the run, with the full model beside it], tokens (of each, at most)
     stopped  the visitor stopped the run; what was written may still be checked afterwards
     error    message
 
@@ -222,6 +223,10 @@ class TokenStream:
                     text=self._tokenizer.decode([chosen.token_id]), title=side.title)
         self._write_token(self.sides[side.name], chosen)
 
+    def spread(self, name: str, speedups: Sequence[float], tokens: int) -> None:
+        """Append the speed-ups of a side in short repeats, of at most so many tokens each."""
+        self._write("spread", side=name, speedups=rounded(list(speedups), 3), tokens=tokens)
+
     def status(self, message: str) -> None:
         """Append what the server does now."""
         self.text += status_line(message)
@@ -289,7 +294,7 @@ def stopped(text: str) -> str:
         except (ValueError, KeyError, TypeError):
             return text
         if kind != "status":
-            return text if kind in ("model", "end", "stopped", "error") else text + write_line("stopped")
+            return text if kind in ("model", "end", "spread", "stopped", "error") else text + write_line("stopped")
     return text
 
 

@@ -185,7 +185,8 @@ class DraftTree:
             confidences = self.confidences
             if node.probability:
                 confidences = min(1.0, node.probability * self._trust(node.depth)), *confidences[1:]
-            drafts.append(Draft(node.token, node.exit, confidences, parent, node.depth, node.probability, node.matched))
+            drafts.append(Draft(node.token, node.exit, confidences, parent, node.depth, node.probability, node.matched,
+                                node.survival / node.parent.survival))
             number = len(drafts) - 1
             for child in children.get(id(node), []):
                 put(child, number)

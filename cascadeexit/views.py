@@ -1,83 +1,14 @@
-"""Views: Plotly figures of a finished run and of an evaluation. They do not depend on the page."""
+"""Views: the Plotly figure of an evaluation. It does not depend on the page."""
 
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from cascadeexit import metrics
 from cascadeexit.evaluation import Result, quality_speed_points, summarize_results
-from cascadeexit.shape import exit_name
-from cascadeexit.sides import CASCADE, FULL
-from cascadeexit.stream import COPIED_COLOUR, TokenStream, colours
 
 _OUTLINE = "#7D838C"                        # visible on a light and on a dark page
 _KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # Paul Tol's "bright" scheme
-
-
-def figures(stream: TokenStream, full_choices: Sequence[int]) -> list[go.Figure]:
-    """Make all figures of a run, in the page's order.
-
-    full_choices: the full model's choice at each position of the text that was written with exits.
-    """
-    return [routing_figure(stream), latency_figure(stream), confidence_figure(stream, full_choices)]
-
-
-def routing_figure(stream: TokenStream) -> go.Figure:
-    """Plot the share of the tokens that each exit wrote."""
-    exits, final = len(stream.shape.exit_layers), stream.sides[CASCADE].final
-    share, copied = metrics.routing_share(final, exits + 1), metrics.copied_share(final)
-    names = [exit_name(s, stream.shape).partition(" (")[0] for s in range(len(share))]
-    palette = colours(exits)
-    if copied:
-        share, names, palette = (*share, copied), [*names, "Copied"], (*palette, COPIED_COLOUR)
-    figure = go.Figure(go.Bar(
-        x=share, y=names, orientation="h", cliponaxis=False,
-        text=[f"{part:.1%}" for part in share], textposition="outside",
-        marker=dict(color=palette, line=dict(color=_OUTLINE, width=1)),
-        hovertemplate="%{y}: %{x:.1%} of the tokens<extra></extra>"))
-    figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(tickformat=".0%", range=[0, 1.08])
-    return _styled(figure, "Which exit wrote the tokens", legend=False)
-
-
-def latency_figure(stream: TokenStream) -> go.Figure:
-    """Plot the milliseconds from each token to the next, with exits and with the full model."""
-    figure = go.Figure()
-    for side, name, line in ((FULL, "Full model", dict(color=_OUTLINE, width=1.5, dash="dot")),
-                             (CASCADE, "With exits", dict(color="#3F8FC7", width=1.5))):
-        waits = [1000 * s for s in metrics.token_seconds(stream.sides[side].final)]
-        figure.add_scatter(x=list(range(1, len(waits) + 1)), y=waits, name=name, mode="lines", line=line,
-                           hovertemplate="token %{x}: %{y:.1f} ms<extra>" + name + "</extra>")
-    figure.update_xaxes(title="token")
-    figure.update_yaxes(ticksuffix=" ms", rangemode="tozero")
-    return _styled(figure, "Time per token")
-
-
-def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Figure:
-    """Plot the confidence of the exit that wrote each token.
-
-    Crosses mark tokens that the full model would not choose.
-    """
-    exits, final, figure = len(stream.shape.exit_layers), stream.sides[CASCADE].final, go.Figure()
-    palette = colours(exits)
-    for s in range(exits):
-        points = [e for e in final if e.exit == s]
-        figure.add_scatter(
-            x=[e.index for e in points], y=[e.confidences[s] for e in points],
-            mode="markers", name=f"Exit {s + 1}",
-            marker=dict(color=palette[s], size=8, line=dict(color=_OUTLINE, width=0.6)),
-            hovertemplate="token %{x}: confidence %{y:.0%}<extra>" + f"Exit {s + 1}</extra>")
-    others = [e for e, choice in zip(final, full_choices)
-              if 0 <= e.exit < exits and e.token_id != choice]
-    figure.add_scatter(
-        x=[e.index for e in others], y=[e.confidences[e.exit] for e in others], mode="markers",
-        name="full model would choose another token",
-        marker=dict(color="#D55E00", size=8, symbol="x-thin-open", line_width=2),
-        hovertemplate="token %{x}: the full model would choose another token<extra></extra>")
-    figure.update_xaxes(title="token")
-    figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
-    return _styled(figure, "Confidence of the exits", legend_rows=1 + exits // 2)
 
 
 def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) -> go.Figure:
@@ -121,7 +52,7 @@ def _add_to_both(figure: go.Figure, speedups: list, costs: list, agreements: lis
                            **options)
 
 
-def _styled(figure: go.Figure, title: str, legend: bool = True, legend_rows: int = 1) -> go.Figure:
+def _styled(figure: go.Figure, title: str) -> go.Figure:
     """Make a figure readable on light and dark pages: transparent, neutral lines, text in the page's colour."""
     axis = dict(gridcolor="rgba(128,128,128,0.22)", zerolinecolor="rgba(128,128,128,0.45)", automargin=True)
     figure.update_xaxes(**axis)
@@ -130,6 +61,6 @@ def _styled(figure: go.Figure, title: str, legend: bool = True, legend_rows: int
         title=dict(text=f"<b>{title}</b>", x=0, xref="container", y=0.97, yanchor="top", font=dict(size=14)),
         template="none", height=300, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font=dict(family="IBM Plex Sans, system-ui, sans-serif", color=_OUTLINE, size=12),
-        margin=dict(l=8, r=8, t=54 + 22 * legend_rows, b=8), showlegend=legend,
+        margin=dict(l=8, r=8, t=76, b=8), showlegend=True,
         legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0))
     return figure

@@ -99,6 +99,22 @@ def test_the_simulation_counts_what_a_token_launches_and_reads(monkeypatch, caps
         assert row["expected_ms"]["H100"] > 1e3 * row["bytes"] / result["assumed"]["bandwidth"]["H100"]
 
 
+def test_the_cost_of_late_checks_is_measured_beside_the_same_cascade(monkeypatch, capsys):
+    reference, engine = tiny_base(), tiny_engine(adapter="carry")       # in this order: they share one configuration
+    monkeypatch.setattr(benchmark, "load", lambda *_, **__: (engine, tiny_tokenizer()))
+    monkeypatch.setattr(benchmark, "load_model", lambda *_, **__: (reference, None, None))
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--check-late", "--prompts", "2", "--tokens", "8",
+                                      "--cascade-thresholds", "0.4", "--tolerances", "--skip", "generate,"])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    plain, checked = (result["rows"][f"cascade 0.4{end}"] for end in ("", ", checked late"))
+    assert result["checked_late"].keys() == {"cascade 0.4"} and "cascade 0.4, checked late: " in printed
+    for name in ("agreement", "routing_share", "cost"):
+        assert plain[name] == checked[name]
+
+
 def test_growth_measures_every_length_that_fits(monkeypatch):
     """A fake clock: a token of `full` takes 1 ms, and 1 ms more for every 100 tokens of context."""
     engine = tiny_engine(adapter="carry")

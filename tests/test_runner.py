@@ -84,7 +84,8 @@ def test_what_was_written_before_is_continued_or_only_checked(runner, engine):
     assert last.inspections == {CASCADE: inspect(engine, IDS, begun)} and not any(batch.events for batch in others)
 
 
-def test_one_batch_says_that_the_race_is_over(runner):
+def test_one_batch_says_that_the_race_is_over(runner, monkeypatch):
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 1e9)
     batches = runner.race("llama-untied", tasks_of(OURS, THEIRS), Check.INSPECTION)
     events = list(events_of(batches))
     assert sum(event.final for _, event in events) == 80

@@ -15,7 +15,8 @@ Quality stands beside speed: agreement (share of tokens that the full model woul
 sequence match (texts identical to `full` from start to end). The roofline multiple is tokens/s x weight bytes / read
 bandwidth; the bandwidth is measured before and after the race, and the higher value counts. The weight bytes are those
 that a token of `full` reads, or all weights in transformers. --growth also measures the time of a token against the
-length of context and output. The last line of the output is one JSON object.
+length of context and output. --check-late also runs every cascade with `DecodeConfig.check_late`, and reports its speed
+relative to the same cascade without it. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from cascadeexit.metrics import agreement, match
 from cascadeexit.prompts import bundled_prompts, token_ids
 from training import replay, simulation
 from training.command import run_command
-from training.contenders import COMPARED, GENERATE, LLAMA_CPP, Contender, make_contenders
+from training.contenders import CHECKED, COMPARED, GENERATE, LLAMA_CPP, Contender, make_contenders
 from training.growth import growth
 from training.json_files import save_json
 from training.options import add_dtype, add_model_and_exits, command_parser, thresholds
@@ -76,6 +77,12 @@ def ratio(ours: Contender, base: Contender, kinds: list[str]) -> float:
     for kind, a, b in zip(kinds, ours.speeds, base.speeds, strict=True):
         each[kind].append(a / b)
     return geometric_mean(map(median, each.values()))
+
+
+def checked_speeds(contenders: dict[str, Contender], kinds: list[str]) -> dict[str, float]:
+    """Compare every cascade with `check_late` with the same cascade without: its relative speed, by name."""
+    return {name: ratio(contenders[name + CHECKED], plain, kinds) for name, plain in contenders.items()
+            if name + CHECKED in contenders}
 
 
 def result_row(contender: Contender, contenders: dict[str, Contender], engine: Engine, prompts: list[list[int]],
@@ -209,6 +216,10 @@ def compare(args: argparse.Namespace) -> dict:
     print(f"\n{model.name}, {args.dtype}, {device}, {len(prompts)} prompts of {args.tokens} new tokens; "
           f"{bandwidth / 1e9:.1f} GB/s read, {read / 1e6:.0f} MB a token\n")
     print(table(rows))
+    if args.check_late:
+        result["checked_late"] = checked_speeds(contenders, kinds)
+        for name, speed in result["checked_late"].items():
+            print(f"{name}{CHECKED}: {speed:.3f}x the speed without")
     for name, error in failed.items():
         print(f"left out: {name}: {error}")
     if args.growth:
@@ -238,6 +249,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--growth", nargs="?", const="all", choices=("all", "ours"), help="also measure the time of a token "
                    "against length; ours: without generate, which needs long to read a long context on a CPU without "
                    "bf16 instructions")
+    p.add_argument("--check-late", action="store_true", help="also run each cascade with check_late, and compare "
+                   "speeds")
     p.add_argument("--replay", action="store_true", help="only measure the engine, with random weights and scripted "
                    "exits")
     p.add_argument("--simulate", action="store_true", help="--replay: run nothing; count bytes and launches of a GPU")

@@ -13,6 +13,7 @@ from cascadeexit.engine import Engine
 from cascadeexit.metrics import RunStats
 
 GENERATE, LLAMA_CPP = "transformers generate", "llama.cpp, 4-bit"
+CHECKED = ", checked late"        # ends the name of a cascade with `check_late`
 STATIC_CACHE = "generate, static cache, compiled"
 COMPARED = (GENERATE, "full")                       # all others are compared with these
 
@@ -91,6 +92,9 @@ def make_contenders(engine: Engine, reference, args: argparse.Namespace) -> list
         each = thresholds if isinstance(thresholds, tuple) else (thresholds,)
         name = ",".join("no" if t is None else f"{t:g}" for t in each)
         jobs[f"cascade {name}"] = with_engine(engine, n, Mode.CASCADE, thresholds=thresholds)
+        if args.check_late:
+            jobs[f"cascade {name}{CHECKED}"] = with_engine(engine, n, Mode.CASCADE, thresholds=thresholds,
+                                                           check_late=True)
     jobs["verified"] = with_engine(engine, n, Mode.VERIFIED, max_draft=args.max_draft)
     for tolerance in args.tolerances:
         jobs[f"verified, tolerance {tolerance:g}"] = with_engine(engine, n, Mode.VERIFIED, max_draft=args.max_draft,

@@ -4,7 +4,7 @@
 // on at `offset`, or starts again when the text is another one.
 
 const FULL = 'full';
-const TWO_SIDES = mode => [{ name: 'cascade', mode, title: mode === 'verified' ? 'Exact' : 'With early exits' },
+const TWO_SIDES = (mode, tolerance = 0) => [{ name: 'cascade', mode, tolerance, title: mode !== 'verified' ? 'With early exits' : tolerance ? 'Checked, tolerance ' + tolerance : 'Exact' },
   { name: FULL, mode: FULL, title: 'Full model' }];
 
 const cleared = new Set();                   // runs that were replaced: later frames of them are ignored
@@ -81,6 +81,7 @@ const readers = {
   checked(record) { record.ids.forEach((id, k) => judge(sides[record.side], record.i + k, id)); dirty = true; },
   fork: readFork,
   end: readEnd,
+  spread(record) { sides[record.side].spread = record; waiting(false); status('Done.', 'done'); dirty = true; },
   status(record) { status(record.message, 'busy'); },
   stopped() { if (!replaying()) halted.add(run.run); over('Stopped. The text so far is kept.', 'stopped'); },
   error(record) { over(record.message, 'error'); },
@@ -94,7 +95,7 @@ function addSide(description) {
 
 function readRun(record) {
   run = record; sides = {}; order = [];
-  (record.sides || TWO_SIDES(record.mode)).forEach(addSide);
+  (record.sides || TWO_SIDES(record.mode, record.tolerance)).forEach(addSide);
   buildPanels();
   each('begin');
   dirty = true;
@@ -153,9 +154,3 @@ function over(message, kind) {
   status(message, kind);
   each('finish');
 }
-
-const agreementSoFar = side => {             // of the positions that the full model has judged; null before the first
-  let same = 0, all = 0;
-  side.choices.forEach((id, i) => { if (side.records[i]) { all++; same += id === side.records[i].id; } });
-  return all ? { share: same / all, judged: all } : null;
-};

@@ -379,7 +379,7 @@ def test_the_recorded_run_plays_until_the_first_run(open_page, tiny, monkeypatch
         page.wait_for_selector(".ce-status.done")
         assert status(page) == DONE
         page.click("#ce-run")
-        page.wait_for_function("document.querySelector('.ce-status').textContent === 'Done.'")
+        page.wait_for_function("document.querySelector('.ce-status').textContent === 'Done.'", timeout=120_000)
         assert page.locator(".ce-recorded").is_hidden()
         page.click("#ce-tab-time")
         assert "200 passes" in page.locator(".ce-time-lane").last.inner_text()
@@ -392,5 +392,5 @@ def test_the_recorded_run_plays_until_the_first_run(open_page, tiny, monkeypatch
         page.keyboard.press("Space")
         expect(page.locator(".ce-status").first).to_have_text("Playing this run again")
         page.click("#ce-run")
-        page.wait_for_function("document.querySelector('.ce-status').textContent === 'Done.'")
+        page.wait_for_function("document.querySelector('.ce-status').textContent === 'Done.'", timeout=120_000)
         assert page.locator(".ce-text[data-side=full] .t").count() == 200, "a new run ends the playing"

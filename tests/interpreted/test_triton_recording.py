@@ -5,6 +5,7 @@ each time, and what it returned is overwritten by the next replay.
 """
 
 import gc
+import itertools
 import weakref
 from collections import Counter
 
@@ -133,6 +134,24 @@ def test_the_full_model_is_one_launch_for_each_token(pair, replays):
         assert len(replays) == 1, "always the same recording"
         assert replays.total() == 4 if mode == "full" else replays.total() <= 5 - (first.status == "emitted")
         assert (drafts > 0) == (mode == "verified")
+
+
+def test_late_checks_need_no_launch_of_their_own(pair, replays, monkeypatch):
+    """Every second token exits first; the full model's pass for the next one also checks it, with the same text."""
+    _, replayed = pair
+    runs, launches = [], []
+    for check_late in (False, True):
+        asked = itertools.count()
+        monkeypatch.setattr(replayed.exits, "confidence", lambda *_, asked=asked: [float(next(asked) % 2 == 0)])
+        replays.clear()
+        runs.append(replayed.run(PROMPT, DecodeConfig(max_new_tokens=4, ignore_eos=True, check_late=check_late,
+                                                      thresholds=(0.5, *[None] * (replayed.num_exits - 1)))))
+        launches.append(+replays)
+    plain, late = runs
+    assert late.token_ids == plain.token_ids and launches[0] == launches[1]
+    choices = replayed.full_choices(PROMPT, late.token_ids)
+    assert [list(event.checked) for event in late.events] == [[], choices[:1], [], choices[2:3]]
+    assert [event.weight_bytes for event in late.events] == [event.weight_bytes for event in plain.events]
 
 
 @torch.inference_mode()

@@ -1,0 +1,35 @@
+"""Spread: how much the speed-up of a run varies between short repeats of it, on the machine as it is now."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from cascadeexit.events import TokenEvent
+from cascadeexit.metrics import tokens_per_second
+from cascadeexit.runner import Runner, Task
+from cascadeexit.sides import CASCADE, FULL
+
+REPEATS, TOKENS = 3, 64         # tokens of each repeat, at most: a few seconds for all of them on a CPU
+
+
+def speedups(runner: Runner, label: str, tasks: Mapping[str, Task]) -> Iterator[float | None]:
+    """Race the sides `CASCADE` and `FULL` again, `REPEATS` times with at most `TOKENS` tokens.
+
+    Yields the speed-up of each repeat, and None several times before it: moments at which a caller may stop. A repeat
+    whose text ends at once yields no speed-up. Raises ValueError and RunFailed as `Runner.race` does.
+    """
+    short = {name: replace(task, config=replace(task.config, max_new_tokens=min(TOKENS, task.config.max_new_tokens)))
+             for name, task in tasks.items()}
+    for _ in range(REPEATS):
+        final: dict[str, list[TokenEvent]] = {CASCADE: [], FULL: []}
+        batches = runner.race(label, short)
+        try:
+            for batch in batches:
+                for side, event in batch.events:
+                    if event.final:
+                        final[side].append(event)
+                yield None
+        finally:
+            batches.close()
+        ours, theirs = (tokens_per_second(final[side]) for side in (CASCADE, FULL))
+        if ours and theirs:
+            yield ours / theirs
