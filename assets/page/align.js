@@ -103,7 +103,7 @@ function markSplit() {
   parts.firstDifference.hidden = (places.get(compared()) ?? -1) < 0;
 }
 
-function showFirstDifference() {
+function showFirstDifference(withCard = true) {
   const name = compared(), i = firstDifference(name);
   if (i < 0) return;
   for (const one of [name, FULL]) {
@@ -112,6 +112,7 @@ function showFirstDifference() {
     reveal(one, at);
     flash(sides[one].nodes[at]);
   }
+  if (withCard && sides[name].nodes[i]) openCard(sides[name].nodes[i], name, true);
 }
 
 function flash(node) {
@@ -324,11 +325,11 @@ function differenceButtons() {
       compare.on = !compare.on;
       compare.at = -1;
       compareNow();
-      if (compare.on && run && settled()) showFirstDifference();
+      if (compare.on && run && settled()) showFirstDifference(false);
     });
     parts.differences.title = 'Align the texts by their tokens and mark what differs';
     parts.differences.setAttribute('aria-pressed', String(compare.on));
-    parts.firstDifference = button('ce-toggle', 'First difference', showFirstDifference);
+    parts.firstDifference = button('ce-toggle', 'First difference', () => showFirstDifference());
     parts.firstDifference.setAttribute('aria-label', 'Show the first difference');
     parts.firstDifference.hidden = true;
   }

@@ -13,8 +13,8 @@ from cascadeexit.settings import Settings
 
 # What gradio's theme gives to the token view.
 _THEME = """
-:root { --body-text-color: #1e293b; --body-background-fill: #fff; --block-background-fill: #fff; --border-color-primary: #e2e8f0;
-        --background-fill-secondary: #f8fafc; }
+:root { --body-text-color: #1e293b; --body-background-fill: #fff; --block-background-fill: #fff;
+        --border-color-primary: #e2e8f0; --background-fill-secondary: #f8fafc; }
 .dark { --body-text-color: #f1f5f9; --body-background-fill: #0f172a; --block-background-fill: #1e293b;
         --border-color-primary: #334155; --background-fill-secondary: #1e293b; }
 *, ::before, ::after { box-sizing: border-box; }
@@ -24,11 +24,13 @@ button { background: none; border: 0; font: inherit; color: inherit; padding: 0;
 """
 _PAGE = """<!doctype html><html lang="en"><title>Stage</title><style>{styles}</style>
 <body class="{theme}"><div class="gradio-container"><main class="main">
-<div id="ce-bar"><label id="ce-prompt">Prompt <textarea></textarea></label></div><div id="view"><div class="ce"></div></div></main></div>"""
+<div id="ce-bar"><label id="ce-prompt">Prompt <textarea></textarea></label></div>
+<div id="view"><div class="ce"></div></div></main></div>"""
 _START = """(() => {
     const element = document.getElementById('view'), props = { value: '' };
     let changed;
-    const watch = (name, then) => { changed = then; }, trigger = (name, data) => window['on_' + name](data).then(window.feed);
+    const watch = (name, then) => { changed = then; };
+    const trigger = (name, data) => window['on_' + name](data).then(window.feed);
     const server = { token_card: list => window.token_card(list), layer_map: () => null };
     window.feed = value => { props.value = value; changed(); document.dispatchEvent(new Event('ce-fork-over')); };
     SCRIPT
