@@ -247,7 +247,7 @@ def test_a_card_shows_everything_about_a_token(page, tiny):
     card = page.locator(".ce-card")
     page.wait_for_function("document.querySelectorAll('.ce-card .ce-candidate').length >= 14")
     ids = expected(tiny, "cascade")
-    assert f"{ids[5]} · bytes" in card.inner_text() and "% of what the full model reads" in card.inner_text()
+    assert f"{ids[5]} · bytes" in card.inner_text() and "% of the weights that the full model reads" in card.inner_text()
     rows = card.locator("tbody tr")
     assert rows.count() == 4 and all("%" in rows.nth(s).inner_text() for s in range(4))
     page.keyboard.press("ArrowRight")
