@@ -54,49 +54,37 @@ function cell(value) {
 
 // -- trace: Chrome's JSON trace events, which Perfetto reads ------------------------------------------------------------
 
-// The passes of a side: what it did between two moments at which tokens became final. A pass has its begin and end in
-// seconds, its final tokens and, in Exact, its drafts and when the last of them was made.
-function passesOf(side) {
-  const passes = [];
-  let open = null, before = 0;
-  for (const r of side.events) {
-    if (missing(r.t) && !open) continue;
-    const closes = open && open.tokens.length && (r.status === 'draft' || r.t > open.end);
-    if (!open || closes) {
-      if (open) before = open.end;
-      passes.push(open = { begin: before, end: before, tokens: [], drafts: [], rejected: 0, ran: [], drafted: null });
-    }
-    if (!missing(r.t)) open.end = Math.max(open.end, r.t);
-    if (r.ran) open.ran.push(...r.ran);
-    if (r.status === 'draft') { open.drafts.push(r); open.drafted = r.t; }
-    else if (r.status === 'rejected') open.rejected++;
-    else open.tokens.push(r);
-  }
-  return passes;
-}
-
+// One process; a thread for each side, with a slice for each pass, and in it one for each of its measured steps.
 function traceEvents() {
-  const micro = seconds => Math.round(1e6 * seconds * 1000) / 1000, process = { pid: 1 };
+  const process = { pid: 1 }, micro = seconds => +(1e6 * seconds).toFixed(3), lanes = [...readPasses().values()];
   const events = [{ ph: 'M', ...process, tid: 0, name: 'process_name', args: { name: 'CascadeExit: ' + model.model } }];
-  order.forEach((name, n) => {
-    const side = sides[name], thread = { ...process, tid: n + 1 }, passes = passesOf(side);
-    events.push({ ph: 'M', ...thread, name: 'thread_name', args: { name: side.title } },
+  lanes.forEach((lane, n) => {
+    const thread = { ...process, tid: n + 1 };
+    events.push({ ph: 'M', ...thread, name: 'thread_name', args: { name: lane.title } },
       { ph: 'M', ...thread, name: 'thread_sort_index', args: { sort_index: n } });
-    passes.forEach((pass, k) => {
-      const writers = pass.tokens.map(r => exitName(r.exit)), accepted = pass.tokens.filter(r => r.status === 'accepted').length;
-      const args = { tokens: pass.tokens.map(r => side.nodes[r.i] ? side.nodes[r.i].textContent : r.text), positions: pass.tokens.map(r => r.i), exits: writers,
-        rows: pass.ran.length ? Math.max(...pass.ran.map(span => span[2])) : pass.drafts.length ? pass.drafts.length + 1 : 1, accepted };
-      if (pass.drafts.length) Object.assign(args, { drafted: pass.drafts.length, rejected: pass.rejected });
-      if (pass.ran.length) args.ran = pass.ran.map(([first, end, rows]) => ({ segments: [first, end - 1], rows }));
-      const reads = pass.tokens.reduce((sum, r) => sum + (r.read || 0), 0);
-      if (reads) args.weights_read = +reads.toFixed(4);
-      const title = k === 0 ? 'Read the prompt, first token' : pass.drafts.length ? 'Check ' + pass.drafts.length + ' drafts' : writers[writers.length - 1] || 'Pass';
-      const slice = (name, from, to, more) => events.push({ ph: 'X', ...thread, cat: side.mode || name, name, ts: micro(from), dur: Math.max(0, micro(to) - micro(from)), ...more });
-      slice(title, pass.begin, pass.end, { args });
-      if (pass.drafted !== null && pass.drafted > pass.begin) slice('Draft', pass.begin, pass.drafted, { args: { drafts: pass.drafts.map(r => r.text) } });
-    });
+    const slice = (name, start, end, args) => events.push({ ph: 'X', ...thread, cat: lane.mode, name,
+      ts: micro(lane.from + start), dur: Math.max(0, micro(lane.from + end) - micro(lane.from + start)), args });
+    for (const pass of lane.passes) {
+      slice(sliceTitle(pass), pass.start, pass.end, sliceFacts(pass));
+      if (pass.steps.length > 1) for (const step of pass.steps)
+        slice(step.draft ? 'Draft' : 'Check', step.start, step.end, { ran: sliceSpans(step.ran) });
+    }
   });
   return events;
+}
+
+const sliceTitle = pass => readsPrompt(pass) ? 'Read the prompt, first token' : draftCount(pass) ? 'Check ' + draftCount(pass) + ' drafts'
+  : pass.wrote.length ? exitName(pass.wrote[pass.wrote.length - 1].exit) : 'Stopped';
+const sliceSpans = ran => ran.map(([first, end, rows]) => ({ segments: [first, end - 1], layers: layerRange(first, end), rows }));
+
+function sliceFacts(pass) {
+  const ran = pass.steps.flatMap(step => step.ran), drafted = draftCount(pass), read = pass.wrote.reduce((sum, r) => sum + (r.read || 0), 0);
+  const facts = { tokens: pass.wrote.map(r => r.text), positions: pass.wrote.map(r => r.i), exits: pass.wrote.map(r => exitName(r.exit)),
+    rows: ran.length ? Math.max(...ran.map(span => span[2])) : drafted + 1, accepted: acceptedOf(pass).length };
+  if (drafted) Object.assign(facts, { drafted, drafts: draftsOf(pass).map(d => d.text) });
+  if (ran.length) facts.ran = sliceSpans(ran);
+  if (read) facts.weights_read = +read.toFixed(4);
+  return facts;
 }
 
 const traceFile = () => JSON.stringify({ traceEvents: traceEvents(), displayTimeUnit: 'ms',

@@ -99,7 +99,7 @@ function readRun(record) {
   buildPanels();
   each('begin');
   dirty = true;
-  if (player.atEnd && !replaying()) waiting(true);
+  if (player.atEnd && !replaying()) waiting(true);                // the player shows a run that is over
   status('Reading the prompt…', 'busy');
 }
 

@@ -132,7 +132,7 @@ function drawStrip() {
     parts.counts[n].title = stats ? Math.round(share * stats.tokens) + ' tokens' : '';
     if (exit === COPIED) parts.buttons[n].parentNode.hidden = share < 1e-9;
   });
-  put(parts.model, run && run.settings.model || model.model);
+  put(parts.model, run && run.settings && run.settings.model || model.model);
   if (run) put(parts.caption.childNodes[2], run.mode === 'verified' ? ' drafted each ' : ' wrote each ');
   put(parts.catchUp, !run ? '' : run.mode !== 'verified' ? 'Skipped layers catch up later.'
     : side.tolerance ? 'The full model checks every draft, with tolerance ' + side.tolerance + '.' : 'The full model checks every draft.');

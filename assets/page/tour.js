@@ -66,6 +66,7 @@ function placeTour() {
   if (!anchor) return;
   const step = STEPS[tour.step], at = (step.under ? step.under() : anchor).getBoundingClientRect(), own = tour.box.getBoundingClientRect(), run = control('ce-run', '') || control('ce-stop', '');
   const style = tour.box.style;
+  tour.box.classList.toggle('low', narrow());
   if (narrow()) { style.left = style.top = ''; return; }
   let top = at.bottom + 10;
   if (top + own.height > innerHeight) top = Math.max(at.top + 10, Math.min(at.bottom, innerHeight) - own.height - 14);
@@ -77,4 +78,5 @@ function placeTour() {
 }
 
 addEventListener('resize', placeTour);
+setInterval(placeTour, 300);                  // parts above may grow while the page is loading
 feature({ build() { if (tour.box) placeTour(); else requestAnimationFrame(() => setTimeout(startTour, 400)); }, finish: placeTour });
