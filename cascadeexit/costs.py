@@ -10,7 +10,7 @@ from cascadeexit.events import Span
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of mode `full`, with which a run is compared, and the depth of each segment."""
+    """Bytes of weights that mode `full` reads per token, for comparison with a run, and the depth of each segment."""
 
     full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head
     depths: tuple[float, ...]           # share of the layers below each segment's end; the last is 1.0

@@ -1,8 +1,8 @@
 """Drafting: sources that propose tokens without the full model.
 
-A draft source proposes the next tokens of a text. There are two. `ExitDrafts` runs one exit after another for each
-token. Its tokens are drafts in verified mode, and final in cascade mode. `DraftTree` (tree.py) proposes a whole tree of
-drafts at once. The decoding loop uses both only through the interface `DraftSource`.
+A draft source proposes the next tokens of a text. There are two kinds. `ExitDrafts` runs one exit after another for
+each token. Its tokens are drafts in verified mode, and final in cascade mode. `DraftTree` (tree.py) proposes a whole
+tree of drafts at once. The decoding loop uses both kinds only through the interface `DraftSource`.
 
 Letters: N rows in a pass, D hidden size.
 """
@@ -43,7 +43,8 @@ class DraftSource(Protocol):
     def draft(self, stairs: Staircase, carry: Carry, meter: Meter) -> Iterator[list[Draft]]:
         """Propose tokens that follow the newest token of the text. Yields a list of drafts for each step of drafting.
 
-        A draft comes after its parent. The tokens of a list are appended to `stairs.tokens` before the list is yielded.
+        Each draft comes after the draft that it follows, its parent. The tokens of a list are appended to
+        `stairs.tokens` before the list is yielded.
 
         Args:
             stairs: the tokens of the text, and what each segment has computed.
@@ -133,8 +134,8 @@ class ExitDrafts:
 def worth_running(s: int, thresholds: Sequence[float | None], last: float | None) -> bool:
     """Return True if exit s should run.
 
-    An exit does not run if it is disabled, or if `last` is more than 0.3 below its threshold. The deepest exit runs
-    even after a low `last`.
+    An exit does not run if it is disabled, or if `last` is more than 0.3 below the threshold of exit s. The deepest
+    exit runs even after a low `last`.
 
     last: confidence of the exit that ran before exit s for the same token; None if no exit has run.
     """

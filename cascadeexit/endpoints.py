@@ -84,10 +84,10 @@ class Endpoints:
         The arguments are those of `generate`.
 
         Returns `exits` (the run with early exits) and `full` (the run of the full model), each with text, token_ids and
-        stats; speedup (the speed with exits, divided by the full model's); agreement (share of the tokens with exits
-        that the full model would choose, too, after the same text); positional_match (share of positions at which both
-        texts have the same token); first_divergence (index of the first different token, or null); and identical (true
-        if the texts are equal).
+        stats, and five results: speedup (tokens per second of `exits` divided by those of `full`), agreement (share of
+        the tokens of `exits` that the full model would also choose after the same text), positional_match (share of
+        positions at which both texts have the same token), first_divergence (index of the first different token, or
+        null) and identical (true if the texts are equal).
         """
         settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance, chat=chat)

@@ -144,9 +144,9 @@ class Engine:
         return deque(self._reading(prompt, new_tokens), maxlen=1).pop()
 
     def _reading(self, prompt: Sequence[int], new_tokens: int) -> Iterator[tuple[Staircase, list[Rows]]]:
-        """Prefill a prompt in chunks, as `begin` does. Yields what `begin` returns after each chunk.
+        """Prefill a prompt in chunks, as `begin` does, so that the caller can interrupt the work between two chunks.
 
-        The caller can interrupt the work between two chunks.
+        After each chunk, yields the staircase and the rows of this chunk, in the form in which `begin` returns them.
         """
         stairs, tokens = Staircase(self.model, self.capacity(len(prompt) + new_tokens)), list(prompt[:-1])
         n = len(self.opening)
@@ -350,7 +350,8 @@ class _Stopwatch:
 def _parents(drafts: Sequence[Draft]) -> list[int] | None:
     """Return the parent of each row of a verification pass, as `LayerStack.run` needs it.
 
-    Row 0 is the newest token of the text, with parent -1. Draft i is row i + 1. Returns None if the rows are a chain.
+    Row 0 is the newest token of the text, with parent -1. Draft i is row i + 1. Returns None if each draft follows the
+    draft before it.
     """
     parents = [-1, *(draft.parent + 1 for draft in drafts)]
     return None if parents == list(range(-1, len(drafts))) else parents

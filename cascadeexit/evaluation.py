@@ -48,7 +48,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Summary:
-    """Summary of the results of several prompts. A number is None if it was measured for none of them."""
+    """Summary of the results of several prompts. A number that was measured for no prompt is None."""
 
     prompts: int                                    # failed ones included
     failed: int
@@ -128,8 +128,8 @@ def _numbers(engine: Engine, config: DecodeConfig, decode, exits: list[TokenEven
     """Compute the fields of a Result that are measured, as {name: value}.
 
     Args:
-        exits, full: all events of the run with exits and of the full model's run.
-        choices: the full model's choice at each position of the text with exits; None if tokens are sampled.
+        exits, full: all events of the run with exits, and all events of the full model's run.
+        choices: the full model's choice at each position of the text that exits wrote; None if tokens are sampled.
     """
     ours, theirs = ([e.token_id for e in events if e.final] for events in (exits, full))
     stats, full_stats = (metrics.summarize(events, engine.costs_for(config)) for events in (exits, full))

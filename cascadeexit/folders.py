@@ -1,4 +1,4 @@
-"""Folders: tells where files are kept after the process has ended."""
+"""Folders: tells where to keep files that stay after the process has ended."""
 
 import os
 from pathlib import Path

@@ -148,7 +148,7 @@ def load_tokenizer(model: str, *, progress: Progress | None = None, token: str |
 
 
 def describe(model: str | None = None, exits: str | Path | None = None) -> Shape:
-    """Return the name, the size and the exits of the model that `load` would load. It reads only config files.
+    """Return the name, the size and the exits of the model that `load` would load, without reading weights.
 
     Raises the errors of `load` that the config files already show.
     """

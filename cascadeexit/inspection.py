@@ -3,7 +3,7 @@
 The text is read once more, in passes as in decoding, so the full model's choices are those of decoding. Each position
 gets the carried state that it had in the run.
 
-Letters: N positions, n of them in a pass, D hidden size, S segments, K candidates, the likeliest tokens.
+Letters: N positions, n of them in a pass, D hidden size, S segments, K candidates (the likeliest tokens).
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ class Inspection:
         return [readings[-1][0] for readings in self.token_ids]
 
     def card(self, tokenizer, i: int) -> dict:
-        """Return what each exit and the full model found at position i, as plain JSON.
+        """Return the likeliest tokens of each exit and of the full model at position i, as plain JSON.
 
         The form is {readings: [{confidence, top: [{id, text, p}]}], lens: [{p, rank}]}. Both lists have an entry for
         each exit and, last, for the full model. `top` holds the K likeliest tokens. In `lens`, `p` and `rank` are the
@@ -173,13 +173,13 @@ def _read(engine: Engine, hidden: list[Tensor], copied: list[tuple[int, int]], n
 
 
 def _standing(logits: Tensor, probabilities: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the probability and the rank of one word in each of n rows: (n,) each. Rank 1 is the likeliest word.
+    """Find the probability and the rank of one token in each of n rows: (n,) each. Rank 1 is the likeliest token.
 
-    Both are 0 in a row that does not have the word.
+    Both are 0 in a row that does not have the token.
 
     Args:
-        logits, probabilities: values of the words in each row (n, K).
-        at: True in the column of the word to find (n, K).
+        logits, probabilities: values of the tokens in each row (n, K).
+        at: True in the column of the token to find (n, K).
     """
     known, place = at.any(1), at.int().argmax(1, keepdim=True)
     logit, order = logits.gather(1, place), torch.arange(logits.shape[1], device=logits.device)

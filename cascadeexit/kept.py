@@ -21,7 +21,7 @@ T = TypeVar("T")
 class KeptRun:
     """A run that the server keeps for the page: its stream of records, and what was found about its texts.
 
-    An argument without a type comes from the browser and may be any JSON.
+    A side is one of the texts of the run. An argument without a type comes from the browser and may be any JSON.
 
     Attributes:
         label: name of the run's model in the library.
@@ -55,7 +55,7 @@ class KeptRun:
             self._lock.release()
 
     def unchecked(self) -> dict[str, Task]:
-        """Return a task for each text with exits that was not inspected yet, as {name of its side: task}.
+        """Return a task for each side of the run that was decoded with exits and not inspected yet, by the side's name.
 
         Returns {} if a visitor stopped the inspection.
         """
@@ -94,8 +94,8 @@ class KeptRun:
     def inspected(self, name: str, inspection: Inspection) -> None:
         """Keep the inspection of a side, and write the side's `end` record to the stream.
 
-        inspection: of the tokens that the side itself has. For a fork, the inspection of the text before it is put in
-            front.
+        inspection: of the tokens that were decoded for this side. For a fork, the inspection of the tokens before it is
+            added in front.
         """
         text = self.stream.sides[name]
         self.stream.end(name, inspection)
@@ -104,7 +104,7 @@ class KeptRun:
         self.inspections[name] = inspection
 
     def card(self, side, i) -> dict | None:
-        """Return the candidates at position i of a side, as `Inspection.card` does.
+        """Return the likeliest tokens at position i of a side's text, as `Inspection.card` does.
 
         Returns None if the side was not inspected or has no such position.
         """
@@ -114,7 +114,7 @@ class KeptRun:
         return found.card(self.tokenizer, i)
 
     def map(self, side, start, count) -> dict | None:
-        """Return the first choices at `count` positions of a side from `start` on, as `Inspection.map` does.
+        """Return the first choices at `count` positions of a side's text, from `start` on, as `Inspection.map` does.
 
         At most MAP_COLUMNS positions are returned. Returns None if the side was not inspected.
         """

@@ -1,6 +1,6 @@
 """Library: the models that a page offers.
 
-Only one model at a time is in memory. After `load_all`, all of them are.
+Only one model at a time is in memory. After `load_all`, all of them are in memory.
 """
 
 import gc

@@ -48,7 +48,7 @@ class Lookup:
     def find(self, text: Sequence[int]) -> Copy | None:
         """Find a token that may follow this text. Returns None if no n-gram at the end of the text is in the index.
 
-        The longest n-gram that is in the index decides.
+        If the index has several of these n-grams, the token that followed the longest one is returned.
         """
         for n in _LENGTHS:
             at = self._after.get(tuple(text[-n:])) if len(text) >= n else None

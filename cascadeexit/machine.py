@@ -10,7 +10,10 @@ from cascadeexit.backends import memory
 
 
 def now(device: torch.device) -> float:
-    """Wait until the device has finished its work, then return a clock's time in seconds, for differences."""
+    """Wait until the device has finished its work, then return the time of a clock in seconds.
+
+    Only the difference between two such times has a meaning.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -25,7 +28,9 @@ def describe(device: torch.device) -> str:
 
 
 def read_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
-    """Measure how fast a device reads memory, in bytes per second. The best of five sums over a large tensor counts.
+    """Measure how fast a device reads memory, in bytes per second.
+
+    The device sums a large tensor several times, and the fastest time counts.
 
     megabytes: size of the tensor.
     """

@@ -47,7 +47,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Frame:
-    """What the page shows from one moment of a run on. A field that is None leaves its part of the page unchanged."""
+    """A change of the page during a run. A field that is None leaves its part of the page unchanged."""
 
     stream: str | None = None       # value of the token view (`cascadeexit.stream`)
     run: str | None = None          # id of the run that begins, which `analyse` and `fork` ask for
@@ -58,7 +58,7 @@ class Frame:
 class PromptSource:
     """Tells where the prompts of an evaluation come from: a file, pasted lines, or kinds of bundled prompts.
 
-    If several of them are given, the file counts first, then the pasted lines.
+    If there is a file, only the file is used. Otherwise pasted lines are used if there are any.
     """
 
     kinds: Sequence[str] = ()
@@ -86,7 +86,10 @@ class Page:
         self._reports: Latest[Report] = Latest(KEPT_REPORTS)
 
     def respond(self, settings: Settings) -> Iterator[Frame]:
-        """Decode one prompt in all panels, check the texts with exits, and keep the run. Yields the page."""
+        """Decode a visitor's prompt in all panels, check the texts that exits wrote, and keep the run.
+
+        Yields the changes of the page.
+        """
         try:
             if not (settings.prompt or "").strip():
                 raise ValueError("Please write a prompt first.")
@@ -110,9 +113,10 @@ class Page:
             yield from _grown(kept, contest, engine.notice)
 
     def analyse(self, run) -> Iterator[Frame]:
-        """Check the texts of a run that the visitor stopped, as `respond` does at the end of a run. Yields the page.
+        """Check the texts of a run that the visitor stopped, as `respond` does at the end of a run.
 
-        Nothing is checked if the run is not kept, has no text, or was stopped while its texts were checked.
+        Yields the changes of the page. Nothing is checked if the run is not kept, has no text, or was stopped while its
+        texts were checked.
 
         run: id of the run; it may be any JSON.
         """
@@ -131,7 +135,7 @@ class Page:
             yield Frame(notice=Notice("Not checked", str(error)))
 
     def fork(self, run, side, at, token_id) -> Iterator[Frame]:
-        """Continue one text of a finished run after replacing one of its tokens. Yields the page as it changes.
+        """Continue one text of a finished run after replacing one of its tokens. Yields the changes of the page.
 
         The continuation becomes a new side of the run. It is decoded with the settings of the side that it continues.
         Then its text is checked. The arguments may be any JSON.
@@ -157,7 +161,7 @@ class Page:
             yield Frame(notice=Notice("Not continued", str(error)))
 
     def measure(self, run) -> Iterator[Frame]:
-        """Measure how much the speed-up of a finished run varies. Yields the page as it changes.
+        """Measure how much the speed-up of a finished run varies. Yields the changes of the page.
 
         The first side and the full model decode the beginning of the text again, several times. The speed-ups are
         written to the run's stream.
@@ -186,7 +190,7 @@ class Page:
             yield Frame(error_line(str(error)), notice=Notice("Not measured", str(error)))
 
     def evaluate(self, source: PromptSource, settings: Settings) -> Iterator[Progress]:
-        """Decode many prompts with exits and with the full model. Yields the evaluation tab as results arrive.
+        """Decode many prompts with exits and with the full model. Yields the changes of the evaluation tab.
 
         The caller cancels the evaluation by closing this generator. `cancelled` then shows what was finished.
         """
@@ -222,9 +226,9 @@ class Page:
             yield report.progress(left, drawn)
 
     def cancelled(self, report: str) -> Progress:
-        """Return the evaluation tab with the results that an evaluation had when it was cancelled.
+        """Show the results that an evaluation had when it was cancelled. Returns the change of the evaluation tab.
 
-        Returns an unchanged tab if no such evaluation was running.
+        Nothing changes if no such evaluation was running.
 
         report: id of the evaluation's report.
         """
@@ -232,13 +236,16 @@ class Page:
         return found.cancelled() if found and not found.done else Progress()
 
     def idle(self, label: str) -> Frame:
-        """Return the page as it is before any run. `label` is the name of the chosen model."""
+        """Show the page as it is before any run. Returns the change of the page.
+
+        label: name of the chosen model.
+        """
         return Frame(model_line(self.library.shapes[label], label))
 
     # The browser calls the next two, so their arguments may be any JSON.
 
     def token_card(self, run, side, i) -> dict | None:
-        """Return the candidates at position i of a side, as `Inspection.card` does.
+        """Return the likeliest tokens at position i of a side's text, as `Inspection.card` does.
 
         Returns None if the side's text was not checked.
         """
@@ -246,9 +253,9 @@ class Page:
         return kept.card(side, i) if kept else None
 
     def layer_map(self, run, side, start, count) -> dict | None:
-        """Return the choices of every exit at `count` positions of a side from `start` on, as `Inspection.map` does.
+        """Return the choices of every exit at `count` positions of a side's text, as `Inspection.map` does.
 
-        Returns None if the side's text was not checked.
+        The positions begin at `start`. Returns None if the side's text was not checked.
         """
         kept = self._runs.get(run)
         return kept.map(side, start, count) if kept else None
@@ -259,14 +266,16 @@ class Page:
             yield from self.library.load(label)
 
     def _loading(self, kept: KeptRun) -> Iterator[Frame]:
-        """Load the model of a kept run if it is not in memory. Yields the page with lines about the progress."""
+        """Load the model of a kept run if it is not in memory. Yields changes of the page that show the progress."""
         for line in self._load(kept.label):
             kept.stream.status(line)
             yield Frame(kept.stream.text)
 
 
 def _grown(kept: KeptRun, contest: Iterator[Batch], notice: str = "") -> Iterator[Frame]:
-    """Write the events of a race to a run's stream, and then what the check of its texts finds. Yields the page.
+    """Write the events of a race to a run's stream, and then what the check of its texts finds.
+
+    Yields the changes of the page.
 
     Args:
         contest: the batches of the race, from `Runner.race`.
@@ -311,7 +320,7 @@ def replayed(path: str | Path) -> str:
 
 
 def replay_upload(path: str) -> Frame:
-    """Read an uploaded run, and return the page that plays it. For any other file, the page shows a message."""
+    """Read an uploaded run and play it. For any other file, show a message. Returns the change of the page."""
     try:
         return Frame(replayed(path))
     except ValueError as error:
@@ -347,8 +356,8 @@ def threshold_for(percent: float, calibration: Calibration) -> float:
 def percent_at(threshold: float, calibration: Calibration) -> int:
     """Return the agreement with the full model, in whole percent, that is certified at this threshold.
 
-    Only some thresholds were measured. The nearest one that is not above this threshold counts. Returns 0 if there is
-    none.
+    Only some thresholds were measured. The agreement is that of the nearest measured threshold that is not above this
+    one. Returns 0 if there is none.
     """
     at_most = [point.at_most for point in calibration.points if point.threshold <= threshold]
     return math.floor(round(100 * (1 - at_most[0]), 9)) if at_most else 0

@@ -9,12 +9,12 @@ from cascadeexit.events import TokenEvent
 
 
 def race(sides: Mapping[str, Iterator[TokenEvent]]) -> Iterator[tuple[str, TokenEvent]]:
-    """Merge the events of several runs in the order of their engine time. Yields (name of the side, event).
+    """Merge the events of several runs in the order of their engine time. Yields (name of the run, event).
 
     The field `seconds` of an event counts only the work of its own run. So the events come in the order that they would
     have if each run had a machine of its own. Closing this generator closes the runs.
 
-    sides: {name of the side: events of its run}.
+    sides: {name of a run: its events}.
     """
     clocks = dict.fromkeys(sides, 0.0)
     try:

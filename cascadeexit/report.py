@@ -18,7 +18,7 @@ _MEASURED = Path(__file__).parents[1] / "assets" / "results" / "decode.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """What the evaluation tab shows from one moment on. A field that is None leaves its part of the tab unchanged."""
+    """A change of the evaluation tab. A field that is None leaves its part of the tab unchanged."""
 
     status: str | None = None
     kind: str = "busy"              # of the status: busy, done, stopped or error
@@ -51,11 +51,11 @@ class Report:
         return len(self.results) == self.total
 
     def begun(self) -> Progress:
-        """Return the tab at the beginning: an empty report that replaces the results of an earlier evaluation."""
+        """Show the tab without results, also without those of an earlier evaluation. Returns the change of the tab."""
         return Progress(self._summary(), rows=[], figure=self._figure(), report=self.id)
 
     def progress(self, left: float, drawn: bool) -> Progress:
-        """Return the tab with all results so far.
+        """Show all results so far. Returns the change of the tab.
 
         Args:
             left: estimated seconds until the evaluation is complete.
@@ -66,7 +66,7 @@ class Report:
                         self._figure() if drawn else None, self._files(), "" if self.done else self.id)
 
     def cancelled(self) -> Progress:
-        """Return the tab with all results that were there when a visitor cancelled the evaluation."""
+        """Show all results that were there when a visitor cancelled the evaluation. Returns the change of the tab."""
         return Progress(f"{self._summary()} · stopped", "stopped", self._rows(), self._figure(), self._files(), "")
 
     def _figure(self):
@@ -114,7 +114,7 @@ class Report:
 def measured_curve(fingerprint: str) -> list[dict]:
     """Return the earlier measurements for the exits with this fingerprint; [] if there are none.
 
-    Each is {threshold, agreement, cost, ...}, written by `training.evaluate decode`.
+    Each measurement is {threshold, agreement, cost, ...}, written by `training.evaluate decode`.
     """
     if not _MEASURED.exists():
         return []

@@ -1,9 +1,9 @@
-"""Runner: all decoding for the page, its evaluation and its endpoints, in this process or in a worker with a GPU.
+"""Runner: does all decoding for the page, its evaluation and its endpoints, in this process or in a worker with a GPU.
 
 On ZeroGPU, a Space has a GPU only while a decorated function runs, and this function runs in a forked process.
-Therefore one generator function does all computing (`Runner._compute`). Its input are tasks. It yields batches of
-events, and an `Inspection` of each text. All of these can be pickled, so they can pass between processes. On every
-other machine, the same generator function runs in the page's own process.
+Therefore one generator function does all computing (`Runner._compute`). It takes tasks, and it yields batches of events
+and an `Inspection` of each text. All of these can be pickled, so they can pass between processes. On every other
+machine, the same generator function runs in the page's own process.
 """
 
 import gc
@@ -47,7 +47,7 @@ class RunFailed(RuntimeError):
 
 
 class Check(StrEnum):
-    """What is computed after a race about each text with exits."""
+    """What is computed after a race about each text that exits wrote."""
 
     NOTHING = "nothing"
     CHOICES = "choices"             # what the full model would have chosen at each position
@@ -105,7 +105,7 @@ class Runner:
         Args:
             label: name of the model in the library.
             tasks: {name of the side: its task}. A task without a config is not decoded, but its text is checked.
-            check: what to compute after the race about each text with exits. The side `FULL` is not checked.
+            check: what to compute after the race about the text of each side except `FULL`.
 
         Raises ValueError at the call if a run cannot work. The iterator raises RunFailed if a run breaks off.
         """
@@ -119,7 +119,7 @@ class Runner:
     def seconds(self, label: str, tasks: Mapping[str, Task], check: Check = Check.NOTHING) -> int:
         """Estimate the GPU time in seconds for a race with these arguments.
 
-        It follows from the largest number of new tokens and from the time per token of the latest race with this model.
+        The estimate uses the largest number of new tokens, and the time per token of the latest race with this model.
         """
         tokens = sum(task.config.max_new_tokens if task.config else len(task.events) for task in tasks.values())
         return math.ceil(START_SECONDS + MARGIN * tokens * self._token_seconds.get(label, TOKEN_SECONDS))
@@ -183,7 +183,7 @@ class Runner:
 def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
     """Yield the events of a race as (side, event), and stop after the last event.
 
-    `batches` can then be read on. It goes on with the results of the check.
+    After that, `batches` still yields the results of the check.
     """
     for batch in batches:
         yield from batch.events
@@ -192,7 +192,7 @@ def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
 
 
 def _inspected(engine: Engine, tasks: dict[str, Task], texts: dict[str, list[TokenEvent]]) -> Iterator[Batch]:
-    """Inspect each text with exits. Yields batches with the progress, and at last one batch with all inspections.
+    """Inspect each of these texts. Yields batches with the progress, and at last one batch with all inspections.
 
     texts: {name of the side: events of its text}.
     """

@@ -60,7 +60,7 @@ class _Different(Exception):
 
 
 def prompt_ids(vocab_size: int) -> list[int]:
-    """Return the token ids that the self-check runs. They are random, but the same for each vocabulary of this size."""
+    """Return the token ids that the self-check runs. They are random, but always the same for one vocabulary size."""
     return torch.randint(vocab_size, (PROMPT_ROWS + MORE_ROWS,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
@@ -160,9 +160,9 @@ class _Comparison:
                              f"{allowed:.2%} is allowed")
 
     def _expect_choices(self, chosen: Sequence[int], logits: Tensor) -> None:
-        """Check that each chosen word is the likeliest word by the logits (N, V) of the `torch` backend.
+        """Check that each chosen token is the likeliest one by the logits (N, V) of the `torch` backend.
 
-        If two words are nearly equally likely, either is correct. Raises `_Different` for any other word.
+        If two tokens are nearly equally likely, either is correct. Raises `_Different` for any other token.
         """
         allowed = self._tolerance * logits.norm(dim=-1) / logits.shape[-1] ** 0.5
         rows = torch.arange(len(chosen), device=logits.device)
@@ -199,7 +199,10 @@ def _text(engine: Engine, prompt: Sequence[int], mode: Mode, tokens: int) -> lis
 
 
 def _first_last_others(bounds: Sequence[int]) -> Iterator[int]:
-    """Yield the numbers of the segments that have layers: first the first, then the last, then all others."""
+    """Yield the numbers of the segments that have layers, in the order of the self-check.
+
+    This order is the first segment, the last one, then all others.
+    """
     segments = [s for s, (a, b) in enumerate(zip(bounds, bounds[1:])) if a < b]
     yield from dict.fromkeys((segments[0], segments[-1], *segments))
 

@@ -91,9 +91,10 @@ class Settings:
             raise ValueError("A setting is too large: give it a smaller value.") from None
 
     def sides(self, shape: Shape) -> list[Side]:
-        """Return the sides of a run in the order of the panels: with exits, third panel if there is one, full model.
+        """Return the texts of a run that the page shows, in the order of the panels.
 
-        Raises ValueError with a message for the visitor.
+        They are the text that is decoded with these settings, the text of the third panel if there is one, and the full
+        model's text. Raises ValueError with a message for the visitor.
         """
         config, full = self.decode_configs(shape.num_exits)
         sides = [Side(CASCADE, self._title(shape), _checked_late(config))]

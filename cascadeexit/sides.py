@@ -26,19 +26,19 @@ class Side:
 class SideText:
     """The text of one side while it grows: its events, and the pieces of text that they add.
 
-    Positions are counted from the beginning of the text, also in a fork. A fork continues another side from some
-    position on, with a token there that a visitor chose.
+    A fork is a side that continues the text of another side after a visitor replaced one token. Positions are counted
+    from the beginning of the text, also in a fork.
 
     Args:
         prompt_ids: token ids of the run's prompt.
         of: name of the side that a fork continues; "" if this is no fork.
-        before: token ids of the other side before the fork; [] if this is no fork.
+        before: token ids of the other side before the replaced token; [] if this is no fork.
         chosen: event of the token that the visitor chose, at position len(before); None if this is no fork.
 
     Attributes:
         events: all events. They include `chosen`, and drafts that the page does not show.
         final: the final events.
-        unwritten: spans of events that the page does not show. The next event that it shows gets them, too.
+        unwritten: spans of events that the page does not show. They are added to the next event that it shows.
         closed: True if nothing more will be added.
     """
 
@@ -91,8 +91,8 @@ class SideText:
     def shows(self, event: TokenEvent) -> bool:
         """Return True if the page shows this event. Call it once for each event, in order.
 
-        If a pass has several drafts for one position, the page shows only the first of them, and a rejection only of
-        that draft. It shows all other events.
+        If a pass has several drafts for one position, the page shows only the first of them. It shows the rejection of
+        this draft, but no other rejection. It shows all other events.
         """
         if event.status is Status.DRAFT:
             if event.index != len(self.before) + len(self.final) + len(self._shown):

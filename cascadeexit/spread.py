@@ -14,9 +14,9 @@ REPEATS, TOKENS = 3, 64         # tokens of each repeat, at most: a few seconds 
 def speedups(runner: Runner, label: str, tasks: Mapping[str, Task]) -> Iterator[float | None]:
     """Race the sides `CASCADE` and `FULL` against each other again, `REPEATS` times with at most `TOKENS` tokens.
 
-    Yields the speed-up of each repeat: its speed with exits, divided by the speed of the full model. Before each
-    speed-up it yields None several times, so that the caller can stop in the middle of a repeat. A repeat in which a
-    text has fewer than two tokens yields no speed-up.
+    Yields a number for each repeat, the speed-up: the speed of `CASCADE` divided by the speed of `FULL`. Before each
+    number it yields None several times, so that the caller can stop in the middle of a repeat. A repeat in which a text
+    has fewer than two tokens gives no number.
 
     Args:
         label: name of the model in the runner's library.

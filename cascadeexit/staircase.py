@@ -5,7 +5,8 @@ filled(0) >= filled(1) >= ... The hidden states of skipped positions wait at the
 that wait at a range of segments through the layers of these segments. Prefill, a decode step, catch-up of skipped
 layers and verification all use this one method.
 
-Letters: N rows in a pass, n rows in a chunk of it, D hidden size, S segments (the last one ends in the full model).
+Letters: N rows in a pass, n rows in a chunk of a prompt, D hidden size, S segments (the last one ends in the full
+model).
 """
 
 import weakref
@@ -48,7 +49,7 @@ class Staircase:
         return next(s for s, rows in enumerate(self.waiting) if rows is not None)
 
     def run(self, segments: range, parents: Sequence[int] | None = None, meter: Meter | None = None) -> list[Rows]:
-        """Run all positions that wait at these segments through the layers of all of them.
+        """Run all positions that wait at these segments through the layers of these segments.
 
         Returns the rows after each segment, (1, N, D) each. The newest position is the last row. Neighbouring segments
         run in one pass if no rows wait between them.
@@ -96,7 +97,7 @@ class Staircase:
     def read(self, tokens: Sequence[int]) -> Iterator[list[Rows]]:
         """Add tokens to the sequence and run them through all segments, in chunks of at most 256 tokens.
 
-        Yields after each chunk its rows after each segment, (1, n, D) each.
+        After each chunk, yields the rows of the chunk after each segment, (1, n, D) each.
         """
         for a in range(0, len(tokens), _MAX_ROWS):
             self.tokens.extend(tokens[a:a + _MAX_ROWS])

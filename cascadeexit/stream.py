@@ -109,7 +109,7 @@ class TokenStream:
     # -- while texts are written ----------------------------------------------------------------------------------
 
     def add(self, name: str, event: TokenEvent) -> None:
-        """Append an event that the engine made for the side with this name."""
+        """Append the records of an event that the engine made for the side with this name."""
         side = self.sides[name]
         if event.status is Status.READING:
             total = len(side.read_ids)

@@ -155,7 +155,7 @@ class DraftTree:
     def _ask(self, nodes: Sequence[_Node], context: Any, meter: Meter) -> list[tuple[Rows, list[float], list[int]]]:
         """Call the drafter once for these nodes.
 
-        Returns for each node its hidden state (1, D), and the probabilities and token ids of the next tokens, best
+        Returns for each node its hidden state (1, D), and the probabilities and token ids of the next tokens, likeliest
         first.
         """
         meter.add(self._exits.draft_bytes)
@@ -191,7 +191,7 @@ class DraftTree:
         """Return the factor by which the drafter's probabilities at this depth of the tree are multiplied.
 
         It is the number of accepted drafts at this depth so far in this text, divided by the number that was expected.
-        While there are few drafts, a prior below or equal to 1 dominates.
+        While only few drafts were judged, a prior of at most 1 counts more.
         """
         trust = _DECAY ** depth
         if depth < len(self._accepted):

@@ -55,7 +55,7 @@ def expand(line: str) -> dict:
 
 
 def _compact(record: dict) -> list:
-    """Convert the record of a token to a short array, as the top of this file describes."""
+    """Convert the record of a token to a short array, as the docstring of this module describes."""
     values = [SIDES.index(record["side"]), record["i"], record["id"], STATUSES.index(record["status"])]
     if record["status"] != "rejected":
         conf = record["conf"]

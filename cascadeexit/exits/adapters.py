@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Adapter(Protocol):
-    """Interface that each kind of adapter has. It is an nn.Module, made from (hidden_size, width, norm_eps)."""
+    """Interface that each kind of adapter has. An adapter is an nn.Module, made from (hidden_size, width, norm_eps)."""
 
     reads_carried: bool
     """True if the adapter reads the carried state. Training then whitens the inputs and fits `linear` by regression."""
@@ -67,7 +67,7 @@ class CarryAdapter(nn.Module):
 
     Formula: norm(linear x + up(silu(gate x) * down x)). Shapes: h (..., D), carried (..., D) -> (..., D). The head can
     read the output, and it can read the carried state, too. EAGLE (Li et al. 2024) also passes on the last deep state.
-    Here it is combined with h, the newest token's state at the layer of the exit.
+    This adapter combines that state with h, the newest token's state at the layer of the exit.
     """
 
     reads_carried = True

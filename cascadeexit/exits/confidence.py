@@ -1,11 +1,11 @@
 """Confidence estimators: compute the probability that an exit chooses the same token as the full model.
 
 There are two kinds. `ConfidenceHead`, the estimator of the original CascadeExit, reads the adapted hidden state.
-`SketchConfidence` reads a few numbers: some describe the exit's softmax over a few frequent words, others the token
-that n-gram lookup predicts. An estimator does not need the exit's projection onto the whole vocabulary. Only the exit
-that is taken computes this projection.
+`SketchConfidence` reads a few numbers. Some of them describe the exit's softmax over a few frequent tokens, which is
+called the sketch. The other numbers tell how well the copied token of n-gram lookup fits. An estimator does not need
+the exit's projection onto the whole vocabulary. Only the exit that is taken computes this projection.
 
-Letters: N rows, D hidden size, K words of the head that a sketch estimator reads.
+Letters: N rows, D hidden size, K tokens of the sketch.
 """
 
 import math
@@ -37,8 +37,8 @@ class ConfidenceHead(nn.Module):
 class SketchConfidence(nn.Module):
     """An estimator that reads the numbers of `softmax_facts` and returns logits (...,).
 
-    Its input is (..., 5), or (..., 12) if the previous exit ran for the same token. The 7 more numbers compare both
-    exits, because two exits that agree are right more often.
+    Its input is (..., 5), or (..., 12) if the previous exit ran for the same token. The 7 more numbers are about the
+    previous exit, because two exits that agree are right more often.
     """
 
     def __init__(self, width: int):
@@ -53,8 +53,8 @@ class SketchConfidence(nn.Module):
 def read_copies(copied: Sequence[tuple[int, int]], places: Mapping[int, int]) -> list[tuple[int, float]]:
     """Convert the results of n-gram lookup to inputs of a sketch estimator.
 
-    Returns two numbers for each copied token: its index in the sketch (-1 if it is not there), and log(1 + match
-    length).
+    Returns two numbers for each copied token: its index in the sketch, or -1 if the sketch does not have it, and log(1
+    + length of the match).
 
     Args:
         copied: pairs of token and match length, as from `Lookup.copied`.
@@ -67,16 +67,16 @@ def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: T
                   before: Tensor | None = None) -> Tensor:
     """Compute the inputs of `SketchConfidence` for an exit: (..., 5), or (..., 12) if the previous exit ran, too.
 
-    Columns, in this order; p is a probability in the softmax over the K words of the sketch:
-    - Three numbers of this exit: log p of the likeliest word, log p of the second, entropy in nats.
+    Columns, in this order; p is a probability in the softmax over the K tokens of the sketch:
+    - Three numbers of this exit: log p of the likeliest token, log p of the second, entropy in nats.
     - Only if the previous exit ran, seven numbers: the same three numbers of the previous exit; 1 if both exits have
-      the same likeliest word, else 0; log p of this exit's likeliest word by the previous exit; log p of the previous
-      exit's likeliest word by this exit; the cosine of both adapted rows. The two log p are raised to at least -15.
-    - Two numbers of n-gram lookup: log(1 + match length) if the copied word is this exit's likeliest word, else 0; then
-      log(1 + match length) if it is not, else 0.
+      the same likeliest token, else 0; log p of this exit's likeliest token by the previous exit; log p of the previous
+      exit's likeliest token by this exit; the cosine of both adapted rows. The two log p are raised to at least -15.
+    - Two numbers of n-gram lookup: log(1 + match length) if the copied token is this exit's likeliest token, else 0;
+      then log(1 + match length) if it is not, else 0.
 
     Args:
-        project: function that projects rows (..., D) onto the words of the sketch (..., K).
+        project: function that projects rows (..., D) onto the tokens of the sketch (..., K).
         hidden: adapted rows of this exit (..., D).
         copied: result of `read_copies` as a tensor (..., 2).
         before: adapted rows of the previous exit (..., D); None if it did not run.
@@ -96,7 +96,7 @@ def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: T
 def _of_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Compute log probabilities and three numbers that describe them, from logits (..., K).
 
-    Returns log probabilities (..., K), and log p of the two likeliest words and the entropy in nats (..., 3).
+    Returns log probabilities (..., K), and log p of the two likeliest tokens and the entropy in nats (..., 3).
     """
     log_p = logits.float().log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)

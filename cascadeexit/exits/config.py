@@ -34,17 +34,18 @@ class ExitConfig:
     """Inner width of the confidence estimators. The original CascadeExit has 256; 'sketch' usually has 48."""
     confidence: str = "mlp"
     """Kind of confidence estimator. 'mlp' is that of the original CascadeExit. 'sketch' reads the exit's probabilities
-    of frequent words, and the token that n-gram lookup predicts. 'softmax' is the largest probability of the exit, for
+    of frequent tokens, and the token that n-gram lookup predicts. 'softmax' is the largest probability of the exit, for
     untrained exits."""
     sketch_size: int = 0
-    """Number of words that a 'sketch' estimator reads. It is 0 for the other kinds."""
+    """Number of tokens of the vocabulary that a 'sketch' estimator reads. It is 0 for the other kinds."""
     head_size: int = 0
-    """Number of words in the trimmed head of the exits, the most frequent ones. 0 means the whole vocabulary."""
+    """Number of tokens in the trimmed head, from which the exits choose. They are the most frequent tokens of the
+    vocabulary, in order of frequency. 0 means that the exits choose from the whole vocabulary."""
     head_sizes: tuple[int, ...] = ()
-    """For each exit, the number of words that it chooses from: the first words of the trimmed head. () means that each
-    exit chooses from all of them. Deep exits predict rare words, and shallow exits do not."""
+    """For each exit, the number of tokens that it chooses from: the first tokens of the trimmed head. () means that
+    each exit chooses from all of them. Deep exits predict rare tokens, and shallow exits do not."""
     draft_size: int = 0
-    """Number of words that the draft tree chooses from: the first words of the trimmed head. 0 means as many as the
+    """Number of tokens that the draft tree chooses from: the first tokens of the trimmed head. 0 means as many as the
     first exit chooses from."""
     drafter_width: int = 0
     """Inner width of the `Drafter`. 0 means that there is no drafter. Then the exit before the first layer drafts."""
@@ -85,12 +86,12 @@ class ExitConfig:
                              "anew with training/run.sh, or use the version that made them")
 
     def words(self, s: int) -> int:
-        """Return the number of words that exit s chooses from."""
+        """Return how many tokens of the vocabulary exit s chooses from."""
         return self.head_sizes[s] if self.head_sizes else self.head_size or self.vocab_size
 
     @property
     def draft_words(self) -> int:
-        """Number of words that the draft tree chooses from."""
+        """Number of tokens of the vocabulary that the draft tree chooses from."""
         return self.draft_size or self.words(0)
 
 
