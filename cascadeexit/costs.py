@@ -1,4 +1,7 @@
-"""Costs: what a run computes and reads. Functions that do the work add to a meter; its owner takes the counts."""
+"""Costs: counts the bytes of weights that a run reads, and lists the segments that it runs.
+
+Code that reads weights or runs segments reports this to a `Meter`. The decoding loop takes the counts for each event.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +10,7 @@ from cascadeexit.events import Span
 
 @dataclass(frozen=True)
 class Costs:
-    """Reference for the costs of a run: bytes per token in `full`, and the depth of each segment."""
+    """Bytes of weights that mode `full` reads per token, for comparison with a run, and the depth of each segment."""
 
     full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head
     depths: tuple[float, ...]           # share of the layers below each segment's end; the last is 1.0
@@ -16,7 +19,7 @@ class Costs:
 class Meter:
     """Counts the bytes of weights that are read, and lists the spans of segments that run.
 
-    Only one caller, the one that makes events, may use `taken`.
+    Each call of `taken` starts the counts anew, so only the code that makes events may call it.
     """
 
     def __init__(self):
@@ -24,15 +27,15 @@ class Meter:
         self._spans: list[Span] = []
 
     def add(self, read: int) -> None:
-        """Add this number of bytes that were read."""
+        """Count `read` more bytes of weights."""
         self._read += read
 
     def ran(self, span: Span) -> None:
-        """Add segments that ran."""
+        """Add a span of segments to the list of spans that ran."""
         self._spans.append(span)
 
     def taken(self) -> tuple[int, tuple[Span, ...]]:
-        """Return the number of bytes that were read, and the spans that ran, since the last call of `taken`."""
+        """Return the bytes of weights that were read and the spans that ran since the last call of `taken`."""
         taken = self._read, tuple(self._spans)
         self._read, self._spans = 0, []
         return taken

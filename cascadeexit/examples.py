@@ -1,6 +1,6 @@
-"""Examples: the prompts that the page offers, by the label of their button; the first is there when it opens.
+"""Examples: the prompts that the page offers, as {text of the button: prompt}. The page opens with the first one.
 
-The full model answers each of them without falling into a loop. `python -m training.defaults` measures them.
+The full model answers each example without falling into a loop. `python -m training.defaults` measures this.
 """
 
 EXAMPLES = {

@@ -1,4 +1,4 @@
-"""Measurements of the machine itself: time, memory and read bandwidth."""
+"""Machine: measures time, memory and read bandwidth of the machine itself."""
 
 import time
 from collections.abc import Callable
@@ -10,14 +10,17 @@ from cascadeexit.backends import memory
 
 
 def now(device: torch.device) -> float:
-    """Wait until the device has finished its work, then return the time in seconds."""
+    """Wait until the device has finished its work, then return the time of a clock in seconds.
+
+    Only the difference between two such times has a meaning.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def describe(device: torch.device) -> str:
-    """Name the machine on which a model runs, in one line for a visitor."""
+    """Return one line about a device, for visitors: the name of the GPU, or 'CPU' and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -25,13 +28,21 @@ def describe(device: torch.device) -> str:
 
 
 def read_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
-    """Measure the read bandwidth in bytes per second, by a sum over a large tensor: the best of five runs."""
+    """Measure how fast a device reads memory, in bytes per second.
+
+    The device sums a large tensor several times, and the fastest time counts.
+
+    megabytes: size of the tensor.
+    """
     data = memory.zeros((megabytes * 2**18,), torch.float32, device).fill_(1)
     return data.nbytes / min([seconds_of(data.sum, device) for _ in range(6)][1:])
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Measure how long a device takes for some work: by CUDA events on a GPU, without the time to start it."""
+    """Measure how long a device takes for some work, in seconds.
+
+    On a GPU, CUDA events measure it, so the time to start the work does not count.
+    """
     if device.type != "cuda":
         start = time.perf_counter()
         work()
@@ -46,6 +57,6 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def resident_bytes() -> int | None:
-    """Return how much main memory this process holds, in bytes; None if the system does not tell."""
+    """Return the main memory that this process holds, in bytes; None if the system does not tell."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * 4096 if statm.exists() else None

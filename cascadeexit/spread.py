@@ -1,4 +1,4 @@
-"""Spread: how much the speed-up of a run varies between short repeats of it, on the machine as it is now."""
+"""Spread: measures how much the speed-up of a run varies from one short repeat of the run to the next."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,10 +12,17 @@ REPEATS, TOKENS = 3, 64         # tokens of each repeat, at most: a few seconds 
 
 
 def speedups(runner: Runner, label: str, tasks: Mapping[str, Task]) -> Iterator[float | None]:
-    """Race the sides `CASCADE` and `FULL` again, `REPEATS` times with at most `TOKENS` tokens.
+    """Race the sides `CASCADE` and `FULL` against each other again, `REPEATS` times with at most `TOKENS` tokens.
 
-    Yields the speed-up of each repeat, and None several times before it: moments at which a caller may stop. A repeat
-    whose text ends at once yields no speed-up. Raises ValueError and RunFailed as `Runner.race` does.
+    Yields a number for each repeat, the speed-up: the speed of `CASCADE` divided by the speed of `FULL`. Before each
+    number it yields None several times, so that the caller can stop in the middle of a repeat. A repeat in which a text
+    has fewer than two tokens gives no number.
+
+    Args:
+        label: name of the model in the runner's library.
+        tasks: {name of the side: its task}.
+
+    Raises ValueError and RunFailed as `Runner.race` does.
     """
     short = {name: replace(task, config=replace(task.config, max_new_tokens=min(TOKENS, task.config.max_new_tokens)))
              for name, task in tasks.items()}

@@ -12,12 +12,12 @@ _KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # P
 
 
 def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) -> go.Figure:
-    """Plot agreement against the measured speed-up, and below it against the weights read.
+    """Plot the agreement of prompts in two charts: against the measured speed-up, and against the weights read.
 
-    A point for each prompt, and one for all prompts together. Both charts show the same points.
+    Each chart has a point for each prompt, and a point for all prompts together.
 
-    curve: {threshold, agreement, cost} of thresholds measured before. Their speed was not measured on this machine, so
-        they appear in the lower chart only.
+    curve: earlier measurements of other thresholds, {threshold, agreement, cost} each. Their speed was not measured on
+        this machine, so only the lower chart shows them, as a line.
     """
     figure = make_subplots(rows=2, cols=1, vertical_spacing=0.22)
     if curve:
@@ -45,7 +45,13 @@ def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) 
 
 def _add_to_both(figure: go.Figure, speedups: list, costs: list, agreements: list, name: str, words: str,
                  **options) -> None:
-    """Add points to the chart of speed-ups and to the one of weights read, with one entry in the legend."""
+    """Add points to both charts, with one entry in the legend.
+
+    Args:
+        speedups, costs: x of the points in the upper and in the lower chart.
+        agreements: y of the points in both charts.
+        words: beginning of the text that a point shows under the mouse.
+    """
     for row, x, form in ((1, speedups, "%{x:.2f}x"), (2, costs, "%{x:.0%} of the weights read")):
         figure.add_scatter(x=x, y=agreements, mode="markers", name=name, legendgroup=name, showlegend=row == 1,
                            hovertemplate=f"{words}%{{y:.1%}} agreement, {form}<extra></extra>", row=row, col=1,
@@ -53,7 +59,7 @@ def _add_to_both(figure: go.Figure, speedups: list, costs: list, agreements: lis
 
 
 def _styled(figure: go.Figure, title: str) -> go.Figure:
-    """Make a figure readable on light and dark pages: transparent, neutral lines, text in the page's colour."""
+    """Give a figure a title, and colours that are readable on light and dark pages. Returns the figure."""
     axis = dict(gridcolor="rgba(128,128,128,0.22)", zerolinecolor="rgba(128,128,128,0.45)", automargin=True)
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
