@@ -5,8 +5,8 @@ import random
 
 from cascadeexit.stream import colours
 
-WORDS = (" the", " sky", " is", " blue", " because", " light", " from", " sun", " scatters", " in", " air", ",", " and", ".",
-         " Rayleigh", " shorter", " waves", "\n", " more", " than", " red")
+WORDS = (" the", " sky", " is", " blue", " because", " light", " from", " sun", " scatters", " in", " air", ",", " and",
+         ".", " Rayleigh", " shorter", " waves", "\n", " more", " than", " red")
 LAYERS = (0, 9, 17, 24)
 TOP = len(LAYERS)           # the last segment, and the full model's place among the exits
 TITLES = dict(cascade="Fast", verified="Exact: same text, checked", full="Full model")
@@ -41,17 +41,19 @@ def handmade_run(sides: dict[str, str], tokens: int = 60, spans: bool = True, fo
     records += [dict(type="end", side=name, agreement=0.97, positional=0.9, first_divergence=None, sequence=False,
                      identical=None, differs=[7], moments=[], loops=None) for name in sides if name != "full"]
     if fork:
-        records.append(dict(type="fork", side="fork1", of="cascade", at=fork, id=3, text=" blue", title="Fast, your token"))
+        records.append(dict(type="fork", side="fork1", of="cascade", at=fork, id=3, text=" blue",
+                            title="Fast, your token"))
         records.append(_token(fork, 1, 0.0, text=" blue") | dict(side="fork1"))
-        records += [record | dict(side="fork1", i=fork + 1 + record["i"]) for _, record in _cascade(tokens - fork - 1, chance)]
+        records += [record | dict(side="fork1", i=fork + 1 + record["i"])
+                    for _, record in _cascade(tokens - fork - 1, chance)]
         records.append(dict(type="end", side="fork1", agreement=0.9, positional=0.5, differs=[]))
     return "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in [dict(type="replay"), *records])
 
 
 def _token(i: int, exit: int, t: float, status: str = "emitted", text: str | None = None, ran=(), **more) -> dict:
     text = WORDS[i * 8 % len(WORDS)] if text is None else text
-    return dict(type="token", i=i, id=WORDS.index(text), status=status, text=text, exit=exit, t=round(t, 6), conf=[None] * 4,
-                read=0.5, ran=[*map(list, ran)], **more)
+    return dict(type="token", i=i, id=WORDS.index(text), status=status, text=text, exit=exit, t=round(t, 6),
+                conf=[None] * 4, read=0.5, ran=[*map(list, ran)], **more)
 
 
 def _full(tokens, chance):
@@ -86,7 +88,7 @@ def _verified(tokens, chance):
             drafts.append([k, WORDS[(i + k) * 5 % len(WORDS)], parent, round(chance.uniform(0.1, 0.95), 4),
                            chance.choice((-1, 0, 0)), False])
         accepted = min(chance.randint(0, 4), len(drafts), tokens - i - 1)
-        for k, (_, text, parent, p, exit, _) in enumerate(drafts):
+        for k, (_, text, parent, _, exit, _) in enumerate(drafts):
             t += 0.001
             if parent == k - 1 and k < 4:
                 yield t, _token(i + k, exit, t, "draft", text)
@@ -94,7 +96,8 @@ def _verified(tokens, chance):
         shown = min(len(drafts), 4)
         for k in range(accepted):
             drafts[k][5] = True
-            yield t, _token(i + k, drafts[k][4], t, "accepted", drafts[k][1], ran=[(0, TOP + 1, len(drafts) + 1)] if k == 0 else ())
+            ran = [(0, TOP + 1, len(drafts) + 1)] if k == 0 else ()
+            yield t, _token(i + k, drafts[k][4], t, "accepted", drafts[k][1], ran=ran)
         for k in range(accepted, shown):
             yield t, dict(type="token", i=i + k, id=WORDS.index(drafts[k][1]), status="rejected")
         if drafts:

@@ -17,9 +17,10 @@ CASCADE = ".ce-text[data-side=cascade] .t"
 
 @pytest.fixture
 def replay(open_page, tiny_url, tmp_path):
-    """Function that opens a page, replays a run on it (to its end at once, without `moving`), and opens the timeline."""
+    """Function that opens a page, replays a run on it (at once to its end without `moving`), and opens the timeline."""
     def open_(run: str, theme: str = "light", width: int = 1280, moving: bool = False):
-        page = open_page(f"{tiny_url}?__theme={theme}", width, 800, reduced_motion="no-preference" if moving else "reduce")
+        motion = "no-preference" if moving else "reduce"
+        page = open_page(f"{tiny_url}?__theme={theme}", width, 800, reduced_motion=motion)
         file = tmp_path / "run.json"
         file.write_text(json.dumps(dict(format=1, records=records(run))))
         page.set_input_files("input[type=file]", file)
@@ -60,8 +61,10 @@ def lane_y(page, lane: int) -> float:
 
 
 def pixel(page, share: float, y: float) -> tuple[int, ...]:
-    return tuple(page.locator(".ce-time-plot canvas").evaluate("""(canvas, [share, y]) => { const scale = canvas.width / canvas.clientWidth;
-        return [...canvas.getContext('2d').getImageData(share * canvas.width, y * scale, 1, 1).data]; }""", [share, y]))[:3]
+    seen = page.locator(".ce-time-plot canvas").evaluate("""(canvas, [share, y]) => {
+        const scale = canvas.width / canvas.clientWidth;
+        return [...canvas.getContext('2d').getImageData(share * canvas.width, y * scale, 1, 1).data]; }""", [share, y])
+    return tuple(seen[:3])
 
 
 def colour(page, node) -> tuple[int, ...]:
@@ -76,7 +79,8 @@ def point(page, share: float, lane: int) -> tuple[float, float]:
 
 
 def seek(page, share: float) -> None:
-    page.locator(".ce-player input").evaluate("(range, share) => { range.value = share; range.dispatchEvent(new Event('input')); }", share)
+    page.locator(".ce-player input").evaluate("(range, share) => { range.value = share;"
+                                             " range.dispatchEvent(new Event('input')); }", share)
     page.wait_for_timeout(400)
 
 
@@ -88,7 +92,7 @@ def status(page) -> str:
 def test_each_pass_is_a_block_in_the_colour_of_its_exit(replay, theme, width):
     run = handmade_run(TWO, 40)
     page = replay(run, theme, width)
-    assert page.locator(".ce-tab").all_inner_texts()[:2][-1 if page.locator("#ce-tab-charts").count() else 0] == "Timeline"
+    assert page.locator(".ce-tab").all_inner_texts()[1] == "Timeline"
     lanes = page.locator(".ce-time-lane")
     assert [lanes.nth(k).inner_text().split("\n")[0].split()[0] for k in range(2)] == ["Fast", "Full"]
     assert "40 passes" in lanes.first.inner_text() and lanes.first.is_visible()
@@ -116,7 +120,8 @@ def test_a_token_lights_its_pass_and_a_pass_its_tokens(replay):
     box = light.bounding_box()
     assert box["x"] < plot["x"] + middle(run, "cascade", 9) * plot["width"] < box["x"] + box["width"]
     page.mouse.move(*point(page, middle(run, "full", 7), 1))
-    assert page.eval_on_selector_all(".t.lit", "all => all.map(t => [t.closest('.ce-text').dataset.side, t.dataset.i])") == [["full", "7"]]
+    assert page.eval_on_selector_all(
+        ".t.lit", "all => all.map(t => [t.closest('.ce-text').dataset.side, t.dataset.i])") == [["full", "7"]]
     tip = page.locator(".ce-time-tip")
     assert tip.is_visible() and "Token 8" in tip.inner_text() and "all 30 layers" in tip.inner_text()
     page.mouse.move(5, 5)
@@ -227,7 +232,8 @@ def test_the_cursor_is_dragged_in_both_directions(replay):
         assert abs(full.count() - expected) <= 1, "while the pointer is down"
     page.mouse.up()
     page.wait_for_timeout(400)
-    assert abs(page.locator(".ce-text[data-side=full] .t").count() - expected) <= 1 and page.locator(".t.ahead").count() == 0
+    assert abs(page.locator(".ce-text[data-side=full] .t").count() - expected) <= 1
+    assert page.locator(".t.ahead").count() == 0
     assert page.locator(".ce-time-later:visible").count() == 2, "what comes later is pale"
     assert status(page) == "Paused"
 
@@ -262,11 +268,13 @@ def test_layers_in_time_show_what_ran_and_what_caught_up(replay):
         page.get_by_role("button", name="Zoom in").click()
     mark = page.locator(".ce-time-mark").bounding_box()
     canvas = page.locator(".ce-time-plot canvas")
-    seen = canvas.evaluate("""(canvas, [left, right]) => { const scale = canvas.width / canvas.clientWidth, seen = new Set();
+    seen = canvas.evaluate("""(canvas, [left, right]) => {
+        const scale = canvas.width / canvas.clientWidth, seen = new Set();
         for (let x = left; x < right; x++) for (let y = 40; y < 90; y += 2) {
             const [r, g, b, a] = canvas.getContext('2d').getImageData(x * scale, y * scale, 1, 1).data;
             if (a === 255) seen.add([r, g, b].join());
-        } return [...seen]; }""", [mark["x"] - canvas.bounding_box()["x"], mark["x"] + mark["width"] - canvas.bounding_box()["x"]])
+        } return [...seen]; }""", [mark["x"] - canvas.bounding_box()["x"],
+                                   mark["x"] + mark["width"] - canvas.bounding_box()["x"]])
     assert len(seen) >= 2, "the exit's colour, and the colour of catching up"
 
 
@@ -281,12 +289,15 @@ def test_the_draft_tree_shows_probabilities_and_the_accepted_path(replay, theme)
     assert f"{len(accepted)} of 7 drafts accepted" in pane.inner_text()
     pills = pane.locator(".ce-pill")
     assert pills.count() == 9, "the token before, seven drafts, the full model's own token"
-    assert pane.locator(".ce-pill.accepted text").all_text_contents() == [d[1].replace(" ", "␣").replace("\n", "↵") for d in accepted]
-    assert sorted(pane.locator(".ce-edge-p").all_text_contents())[:7] == sorted(f"{100 * d[3] + 1e-9:.0f}%" for d in tree["drafts"])
-    path = [pane.locator(kind).first.bounding_box() for kind in (".ce-pill.root rect", ".ce-pill.accepted rect", ".ce-pill.own rect")]
+    shown = [d[1].replace(" ", "␣").replace("\n", "↵") for d in accepted]
+    assert pane.locator(".ce-pill.accepted text").all_text_contents() == shown
+    percentages = sorted(f"{100 * d[3] + 1e-9:.0f}%" for d in tree["drafts"])
+    assert sorted(pane.locator(".ce-edge-p").all_text_contents())[:7] == percentages
+    path = [pane.locator(f".ce-pill.{kind} rect").first.bounding_box() for kind in ("root", "accepted", "own")]
     assert len({round(box["y"]) for box in path}) == 1, "the accepted path is one straight line"
     assert path[0]["x"] < path[1]["x"] < path[2]["x"]
-    widths = pane.locator(".ce-edge.accepted").evaluate_all("all => all.map(e => parseFloat(getComputedStyle(e).strokeWidth))")
+    widths = pane.locator(".ce-edge.accepted").evaluate_all(
+        "all => all.map(e => parseFloat(getComputedStyle(e).strokeWidth))")
     assert widths == pytest.approx([0.8 + 4 * d[3] for d in accepted], abs=0.02)
     lit = page.eval_on_selector_all(".t.lit", "all => all.length")
     assert lit == len(accepted) + 1
@@ -316,7 +327,8 @@ def test_a_fork_has_a_lane_with_its_own_clock(replay):
     run = handmade_run(TWO, 40, fork=10)
     page = replay(run)
     lanes = page.locator(".ce-time-lane").all_inner_texts()
-    assert [words.split("\n")[0].split(" pass")[0].rstrip("0123456789 ") for words in lanes] == ["Fast", "Fast, your token", "Full model"]
+    names = [words.split("\n")[0].split(" pass")[0].rstrip("0123456789 ") for words in lanes]
+    assert names == ["Fast", "Fast, your token", "Full model"]
     assert page.locator(".ce-text[data-side=fork1] .t").count() == 40
     page.locator(".ce-text[data-side=fork1] .t").nth(10).click()
     assert "Your choice" in page.locator(".ce-pass").inner_text()
@@ -340,13 +352,16 @@ def test_long_runs_stay_smooth(replay):
     def busy() -> float:
         return next(m["value"] for m in cdp.send("Performance.getMetrics")["metrics"] if m["name"] == "TaskDuration")
 
-    range_, wheel = "const range = document.querySelector('.ce-player input');", "document.querySelector('.ce-time-plot')"
+    range_ = "const range = document.querySelector('.ce-player input');"
+    wheel = "document.querySelector('.ce-time-plot')"
     for what, step in {
         "drag back": f"{range_} range.value = 1 - n / 100; range.dispatchEvent(new Event('input'));",
-        "zoom": f"{wheel}.dispatchEvent(new WheelEvent('wheel', {{ deltaY: n < 20 ? -80 : 80, clientX: 500, cancelable: true }}));",
+        "zoom": f"{wheel}.dispatchEvent(new WheelEvent('wheel', "
+                "{ deltaY: n < 20 ? -80 : 80, clientX: 500, cancelable: true }));",
     }.items():
         before = busy()
-        page.evaluate(f"async () => {{ for (let n = 0; n < 40; n++) {{ {step} await new Promise(requestAnimationFrame); }} }}")
+        page.evaluate(f"async () => {{ for (let n = 0; n < 40; n++) {{ {step}"
+                      " await new Promise(requestAnimationFrame); } }")
         assert (busy() - before) / 40 < 0.1, f"{what}: seconds of work in a frame; about 0.015 on an idle machine"
     page.wait_for_timeout(800)
     assert status(page) == "Paused" and 500 < page.locator(".ce-text[data-side=full] .t").count() < 800
