@@ -1,5 +1,6 @@
 """Thresholds for a wanted agreement, the measured curve, the menu of models, the front matter of a Space."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from packaging.requirements import Requirement
 import app
 from cascadeexit import hub
 from cascadeexit.calibration import Calibration, Point
+from cascadeexit.exits import ExitBank
 from cascadeexit.library import Library, Offer
 from cascadeexit.page import percent_at, quality_stops, threshold_for
 from cascadeexit.report import measured_curve
@@ -85,3 +87,11 @@ def test_the_front_matter_tells_a_space_what_the_page_needs():
     assert front["models"] and front["tags"] and front["suggested_hardware"] in {*SpaceHardware}
     assert needs["torch"].specifier.contains("2.11.0"), "the newest that ZeroGPU offered in August 2026"
     assert "g++" in (root / "packages.txt").read_text().split(), "a CPU Space compiles our kernels"
+
+
+def test_the_recorded_run_was_made_with_the_shipped_exits():
+    """Retake it after a change of the exits: python -m tests.browser.screenshots."""
+    records = json.loads(app.TRACE.read_text(encoding="utf-8"))["records"]
+    run = next(record for record in records if record["type"] == "run")
+    shipped = ExitBank.load(hub.find_exits(hub.DEFAULT_MODEL, None))
+    assert run["settings"]["exits"] == shipped.fingerprint()

@@ -96,7 +96,7 @@ def test_results_carry_their_provenance():
 def test_quality_and_speed_are_those_of_the_shipped_exits():
     folder = results.exits_folders(results.ROOT)[0]
     shipped = ExitBank.load(folder)
-    for name in ("benchmark-cpu", "benchmark-cpu-avx2", "decode", "exits"):
+    for name in ("benchmark-cpu", "benchmark-cpu-avx2", "decode", "defaults", "exits"):
         made = results.read(ASSETS / "results" / f"{name}.json")
         assert made["exits"] == shipped.fingerprint(), f"{name}.json is of other exits"
         if name.startswith("benchmark"):

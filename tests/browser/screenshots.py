@@ -5,6 +5,7 @@
 
 import argparse
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ SHOTS = (Shot("light"), Shot("dark", theme="dark"), Shot("exact", exact=True, th
          Shot("moments", then=tab("Worst moments")), Shot("many", height=1330, then=evaluate))
 
 
-def take(browser: Browser, url: str, shot: Shot, folder: Path) -> None:
+def take(browser: Browser, url: str, shot: Shot, folder: Path, fingerprint: str) -> None:
     """Make the run of a shot and write its picture; the first shot also writes the trace and the animated picture."""
     page = browser.new_page(viewport={"width": shot.width, "height": shot.height}, device_scale_factor=1.5)
     page.set_default_timeout(600_000)
@@ -69,7 +70,7 @@ def take(browser: Browser, url: str, shot: Shot, folder: Path) -> None:
     page.fill("#ce-prompt textarea", shot.prompt)
     run_to_end(page)
     if shot is SHOTS[0]:
-        keep_trace(page)
+        keep_trace(page, fingerprint)
         animate(page, folder / "run.webp")
     page.eval_on_selector_all(".ce-text", "all => { scrollTo(0, 0); all.forEach(box => box.scrollTop = 0); }")
     shot.then(page)
@@ -78,12 +79,14 @@ def take(browser: Browser, url: str, shot: Shot, folder: Path) -> None:
     page.close()
 
 
-def keep_trace(page: Page) -> None:
-    """Save the run that plays on the page until a visitor's first own run."""
+def keep_trace(page: Page, fingerprint: str) -> None:
+    """Save the run that plays on the page until a visitor's first own run, with the fingerprint of its exits."""
     open_tab(page, "Save")
     with page.expect_download() as download:
         page.get_by_role("button", name="Save run").click()
-    download.value.save_as(TRACE)
+    run = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    next(record for record in run["records"] if record["type"] == "run")["settings"]["exits"] = fingerprint
+    TRACE.write_text(json.dumps(run, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def animate(page: Page, path: Path) -> None:
@@ -111,7 +114,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_ARGS)
         for shot in SHOTS:
             if not args.only or shot.name in args.only:
-                take(browser, url, shot, args.out)
+                take(browser, url, shot, args.out, engine.bank.fingerprint())
                 print(args.out / f"{shot.name}.png")
         browser.close()
 
