@@ -39,6 +39,7 @@ from cascadeexit.page import (  # noqa: E402
     Progress,
     PromptSource,
     percent_at,
+    quality_stops,
     replay_upload,
     replayed,
     retried,
@@ -62,7 +63,6 @@ TOGGLE_SETTINGS = """() => {
     setTimeout(() => document.getElementById(open ? 'ce-close' : 'ce-open').focus(), 60);
 }"""
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
-LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
 RESULT_WIDTHS = (240, 100, 120, 100, 130, 100, 110, 110, 210)       # pixels of `COLUMNS`
 ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")     # as `spaces` reads it
 WORKER_DIED = "ZeroGPU worker error"                    # title that `spaces` gives to this error
@@ -208,15 +208,22 @@ def _of_length(arguments, n: int) -> list:
 
 def _quality_slider(calibration: Calibration | None) -> gr.Slider:
     """Make the slider of the wanted agreement, which sets all thresholds; shown for calibrated exits."""
-    percent = _percent(DEFAULT_THRESHOLD, calibration) if calibration else LOWEST_PERCENT
-    return gr.Slider(LOWEST_PERCENT, 99, percent, step=1, label="Wanted agreement, %",
-                     info=_certainty(calibration) if calibration else None, buttons=[], elem_id="ce-quality",
-                     visible=bool(calibration))
+    return gr.Slider(**_quality_range(DEFAULT_THRESHOLD, calibration), step=1, label="Wanted agreement, %", buttons=[],
+                     elem_id="ce-quality")
+
+
+def _quality_range(threshold: float | None, calibration: Calibration | None) -> dict:
+    """Return the ends, the position at a threshold and the words of the quality slider; hidden without calibration."""
+    if not calibration:
+        return dict(minimum=0, maximum=100, visible=False)
+    stops = quality_stops(calibration)
+    value = {} if threshold is None else dict(value=max(stops[0], percent_at(threshold, calibration)))
+    return dict(minimum=stops[0], maximum=stops[-1], visible=True, info=_certainty(calibration), **value)
 
 
 def _certainty(calibration: Calibration) -> str:
-    return (f"Share of tokens equal to the full model's choice. The average holds with {1 - calibration.delta:.0%} "
-            f"confidence for prompts like the {calibration.prompts} that were tested.")
+    return (f"Share of tokens equal to the full model's choice, on average over prompts like the {calibration.prompts} "
+            f"that were tested ({1 - calibration.delta:.0%} confidence). For more, choose Exact: it agrees fully.")
 
 
 def _exit_controls(shape: Shape) -> dict[str, Component]:
@@ -437,13 +444,7 @@ def _fitted_quality_controls(one: OnePrompt, threshold: float | None, calibratio
     threshold: the first exit's, when all others follow from it (`thresholds_at`); else None.
     """
     preset = threshold if threshold in PRESETS.values() else None
-    percent = dict(value=_percent(threshold, calibration)) if calibration and threshold is not None else {}
-    return {one.preset: gr.update(value=preset), one.quality: gr.update(visible=bool(calibration), **percent)}
-
-
-def _percent(threshold: float, calibration: Calibration) -> int:
-    """Position of the quality slider at a threshold."""
-    return max(LOWEST_PERCENT, percent_at(threshold, calibration))
+    return {one.preset: gr.update(value=preset), one.quality: gr.update(**_quality_range(threshold, calibration))}
 
 
 def _connect_many(page: Page, one: OnePrompt, many: ManyPrompts) -> None:

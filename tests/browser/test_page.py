@@ -402,10 +402,12 @@ def test_the_quality_slider_sets_certified_thresholds(open_page):
     with serve(engine, tiny_tokenizer()) as url:
         page = open_page(url)
         slider = page.locator("#ce-quality")
-        assert "prompts like the 40 that were tested" in slider.inner_text()
-        assert slider.locator("input[type=number]").input_value() == "80", "certified at the default threshold"
         open_settings(page)
-        for wanted, threshold in ((95, 0.9), (81, 0.9), (70, 0.5), (99, DISABLED)):
+        assert "prompts like the 40 that were tested" in slider.inner_text()
+        number = slider.locator("input[type=number]")
+        assert number.input_value() == "80", "certified at the default threshold"
+        assert [number.get_attribute(end) for end in ("min", "max")] == ["80", "95"], "what is certified"
+        for wanted, threshold in ((95, 0.9), (80, 0.5), (81, 0.9)):
             set_number(page, "number input for Wanted agreement, %", wanted)
             for s, at in enumerate(sliders(engine, threshold)):
                 box = page.get_by_label(f"number input for Exit {s + 1}").and_(page.locator("input[type=number]"))
@@ -419,7 +421,7 @@ def test_the_last_of_several_quick_slider_moves_counts(open_page):
         page = open_page(url)
         open_settings(page)
         first = page.get_by_label("number input for Exit 1").and_(page.locator("input[type=number]"))
-        for moves, at in (((70, 95, 70, 81), "0.9"), ((95, 81, 95, 70), "0.5")):
+        for moves, at in (((80, 95, 80, 81), "0.9"), ((95, 81, 95, 80), "0.5")):
             for wanted in moves:            # without waiting for the answer to the one before
                 set_number(page, "number input for Wanted agreement, %", wanted)
             expect(first).to_have_value(at)
