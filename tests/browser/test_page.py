@@ -20,7 +20,7 @@ from cascadeexit.library import Library
 from cascadeexit.model import SegmentedModel
 from cascadeexit.prompts import visitor_token_ids
 from cascadeexit.race import race
-from cascadeexit.settings import DEFAULT_THRESHOLD, DISABLED, PRESETS, thresholds_at
+from cascadeexit.settings import DEFAULT_THRESHOLD, PRESETS, thresholds_at
 from cascadeexit.shape import Shape
 from cascadeexit.sides import Side
 from cascadeexit.stream import FORMAT, TokenStream, frames, model_line, stopped
