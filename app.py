@@ -52,8 +52,10 @@ from cascadeexit.shape import Shape, exit_name  # noqa: E402
 TRACE = ASSETS / "traces" / "sky.json"          # a recorded run: what a visitor sees while the model loads
 MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
-SCRIPTS = ("dom", "exits", "wire", "run", "panels", "player", "strip", "dock", "card",
-           "charts", "timeline", "moments", "align", "map", "files", "tour", "main")
+SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip", "dock", "card", "lens", "fork",
+           "charts", "timeline", "blocks", "layers", "marks", "tree", "moments", "align", "map", "picture", "files",
+           "tour", "alive", "main")
+FORK_OVER = "() => { document.dispatchEvent(new Event('ce-fork-over')); }"      # assets/page/fork.js listens
 CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
 TOGGLE_SETTINGS = """() => {
     const open = document.body.classList.toggle('ce-settings-open');
@@ -61,7 +63,6 @@ TOGGLE_SETTINGS = """() => {
 }"""
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
 LOWEST_PERCENT = 50             # agreement at the lower end of the quality slider
-NUM_FIGURES = 3
 RESULT_WIDTHS = (240, 100, 120, 100, 130, 100, 110, 110, 210)       # pixels of `COLUMNS`
 ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")     # as `spaces` reads it
 WORKER_DIED = "ZeroGPU worker error"                    # title that `spaces` gives to this error
@@ -85,10 +86,8 @@ class OnePrompt:
     clear: gr.Button
     queue: gr.HTML                      # where gradio shows the place in the queue
     view: gr.HTML
-    charts: gr.Accordion
-    charted: gr.State                   # id of the run whose charts can be opened
+    measure: gr.Button
     current: gr.State                   # id of the run that began last
-    figures: list[gr.Plot]
     link: gr.Button
     upload: gr.UploadButton
 
@@ -170,13 +169,9 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
     for switch in (settings_button, close_button):
         switch.click(None, js=TOGGLE_SETTINGS, queue=False, **QUIET)
     view = token_view(page, replayed(TRACE) if _has_recorded_run(library) else stream.model_line(shape))
-    charted = gr.State("")
-    with gr.Accordion("Interactive charts of this run", open=False, visible=False,
-                      elem_id="ce-figures") as charts, gr.Row():
-        figures = [gr.Plot(visible=False, show_label=False, container=False, min_width=300)
-                   for _ in range(NUM_FIGURES)]
-    return OnePrompt(controls, preset, quality, run, stop, retry, clear, queue, view, charts, charted, gr.State(""),
-                     figures, link, upload)
+    measure = gr.Button("Measure again", elem_id="ce-measure")      # clicked by the token view's own button
+    return OnePrompt(controls, preset, quality, run, stop, retry, clear, queue, view, measure, gr.State(""), link,
+                     upload)
 
 
 def _has_recorded_run(library: Library) -> bool:
@@ -317,9 +312,6 @@ def _shown(one: OnePrompt, frame: Frame) -> dict:
         changes[one.view] = frame.stream
     if frame.run is not None:
         changes[one.current] = frame.run
-    if frame.charts is not None:
-        changes[one.charts] = gr.Accordion(visible=True) if frame.charts else gr.Accordion(visible=False, open=False)
-        changes[one.charted] = frame.charts
     return changes or gr.skip()
 
 
@@ -359,13 +351,18 @@ def _turns(place: Component) -> dict:
 
 
 def _connect_runs(page: Page, one: OnePrompt) -> None:
-    """Connect the controls of the first tab: run, stop, retry, clear, model menu, replay and charts."""
-    outputs = [one.view, one.charts, one.charted, one.current]
+    """Connect the controls of the first tab: run, stop, retry, clear, model menu, replay and measure."""
+    outputs = [one.view, one.current]
     prompt, model, seed = (one.controls[name] for name in ("prompt", "model", "seed"))
     shown = partial(_shown, one)
 
     def respond(*values) -> Iterator[dict]:
         with closing(page.respond(Settings.from_controls(dict(zip(one.controls, values))))) as frames:
+            yield from map(shown, frames)
+
+    def fork(event: gr.EventData) -> Iterator[dict]:
+        chosen = event._data if isinstance(event._data, dict) else {}      # from the browser: any JSON
+        with closing(page.fork(*(chosen.get(name) for name in ("run", "side", "at", "id")))) as frames:
             yield from map(shown, frames)
 
     def next_seed(seed, temperature) -> int:
@@ -378,27 +375,27 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
         with closing(page.analyse(run)) as frames:
             yield from map(shown, frames)
 
-    def open_charts(run: str) -> list:
-        try:
-            return [gr.Plot(figure, visible=True) for figure in page.figures(run)]
-        except LookupError as error:
-            _warn(Notice("No charts", str(error)))
-            return [gr.skip()] * NUM_FIGURES
+    def measure(run: str) -> Iterator[dict]:
+        with closing(page.measure(run)) as frames:
+            yield from map(shown, frames)
 
     inputs = list(one.controls.values())
     running = gr.on([one.run.click, prompt.submit], respond, inputs, outputs, **_turns(one.queue))
     again = one.retry.click(next_seed, [seed, one.controls["temperature"]], seed, queue=False, **QUIET).then(
         respond, inputs, outputs, **_turns(one.queue))
-    check = one.stop.click(None, cancels=[running, again]).then(
+    forking = one.view.fork(fork, None, outputs, **_turns(one.queue))
+    forking.then(None, js=FORK_OVER, queue=False, **QUIET)
+    repeated = one.measure.click(measure, one.current, outputs, **_turns(one.queue))
+    check = one.stop.click(None, cancels=[running, again, forking, repeated]).then(
         stream.stopped, one.view, one.view, queue=False, **QUIET).then(
         analyse, one.current, outputs, **_turns(one.queue))
-    ends = dict(cancels=[running, again, check], queue=False, **QUIET)
+    all_runs = [running, again, forking, repeated, check]
+    ends = dict(cancels=all_runs, queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
     # In the queue, because only there gradio can show a warning; the drawer closes, so that nothing covers the run.
-    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=[running, again],
+    one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=all_runs,
                       concurrency_limit=None, **QUIET).then(None, js=CLOSE_SETTINGS, queue=False, **QUIET)
-    one.charts.expand(open_charts, one.charted, one.figures, concurrency_limit=None, **QUIET)
 
 
 def _connect_settings(library: Library, calibrations: dict[str, Calibration | None], one: OnePrompt) -> None:

@@ -1,4 +1,4 @@
-"""Accelerator: says why torch cannot use the NVIDIA GPU of a machine or a Space, and what to do."""
+"""Accelerator: finds out why torch cannot use the NVIDIA GPU of this machine or of this Hugging Face Space."""
 
 import os
 import re
@@ -11,7 +11,10 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def nvidia_driver() -> str | None:
-    """Return the version of the NVIDIA driver, such as '550.54.15', or 'unknown'; None without a driver."""
+    """Return the version of the installed NVIDIA driver, such as '550.54.15'.
+
+    Returns 'unknown' if the driver does not tell its version, and None if no driver is installed.
+    """
     try:
         found = re.search(r"(?:Kernel Module|x86_64|aarch64)\s+(\d[\d.]+)", _DRIVER_FILE.read_text())
     except OSError:
@@ -20,9 +23,11 @@ def nvidia_driver() -> str | None:
 
 
 def cuda_problem(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Say why torch cannot use this machine's NVIDIA device, and what to do.
+    """Explain why torch cannot use the NVIDIA GPU of this machine, and what to do about it.
 
-    Returns None if torch sees a device, and on machines without an NVIDIA driver.
+    Returns the explanation as text. Returns None if torch can use a GPU, and on machines without an NVIDIA driver.
+
+    environ: the environment variables.
     """
     driver = nvidia_driver()
     if torch.cuda.is_available() or driver is None:
@@ -41,10 +46,13 @@ def cuda_problem(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def space_problem(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Say why torch cannot use the GPU of this Space, and what to do.
+    """Explain why torch cannot use the GPU of this Hugging Face Space, and what to do about it.
 
-    Returns None if torch can use it, on CPU Spaces, on ZeroGPU, and outside of Spaces. The variable ACCELERATOR names
-    a Space's hardware. On ZeroGPU the `spaces` package provides a GPU only during single calls.
+    Returns the explanation as text. Returns None in four cases: torch can use the GPU, the Space has only a CPU, the
+    Space runs on ZeroGPU, or this process does not run in a Space. On ZeroGPU a missing GPU is normal, because the
+    `spaces` package provides it only during single calls.
+
+    environ: the environment variables. ACCELERATOR names the hardware of a Space.
     """
     hardware = (environ.get("ACCELERATOR") or environ.get("SPACE_HARDWARE") or "none").strip().lower()
     local, no_gpu = "SPACE_ID" not in environ, hardware == "none" or hardware.startswith("cpu")

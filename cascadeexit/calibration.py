@@ -1,9 +1,10 @@
-"""Calibration: thresholds of a cascade that keep its disagreement with the full model below a target.
+"""Calibration: finds thresholds that keep the disagreement of a cascade with the full model below a target.
 
 The method is Learn then Test (Angelopoulos et al. 2021). The loss of a prompt is the share of its tokens that differ
-from the full model's choice after the same text. The mean loss over n prompts gives a certified bound: the expected
-loss on prompts of the same kind exceeds it with a probability of at most `delta`. Thresholds are tested from the
-strictest on, and the test ends at the first that fails, so the bound also holds for the threshold that is chosen.
+from the full model's choice after the same text. The mean loss over n prompts gives a certified bound: with a
+probability of at least 1 - `delta`, the expected loss on prompts of the same kind is not above this bound. Thresholds
+are tested one after another, from the highest to the lowest. Testing ends at the first threshold that fails. Therefore
+the bound also holds for the threshold that is chosen.
 """
 
 import json
@@ -18,7 +19,7 @@ CALIBRATION_FILE = "calibration.json"
 
 @dataclass(frozen=True)
 class Point:
-    """Measurements at one threshold."""
+    """Results of a calibration at one threshold of the first exit."""
 
     threshold: float            # of the first exit; thresholds of deeper exits follow from it
     disagreement: float         # mean over prompts
@@ -28,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured thresholds of one bank of exits, the strictest first."""
+    """Results of a calibration: one `Point` for each threshold that was measured, from the highest to the lowest."""
 
     exits: str                  # fingerprint of the bank
     prompts: int
@@ -37,14 +38,25 @@ class Calibration:
     points: tuple[Point, ...]
 
     def threshold(self, target_disagreement: float) -> float | None:
-        """Loosest threshold that is certified to keep this target; None when no measured threshold does."""
+        """Return the lowest measured threshold whose certified bound is at most `target_disagreement`.
+
+        The result is a threshold for the first exit. Returns None if every measured threshold has a higher bound.
+        """
         kept = [point.threshold for point in self.points if point.at_most <= target_disagreement + 1e-12]
         return kept[-1] if kept else None
 
     @classmethod
     def of(cls, losses: dict[float, Sequence[float]], costs: dict[float, float], *, exits: str, tokens: int,
            delta: float) -> Self:
-        """Calibration from the losses at each threshold, in [0, 1], over the same prompts."""
+        """Make a calibration from losses and costs that were measured on the same prompts at each threshold.
+
+        Args:
+            losses: {threshold: the loss of each prompt, in [0, 1]}.
+            costs: {threshold: the mean cost, as in `Point.cost`}.
+            exits: fingerprint of the exits.
+            tokens: largest number of tokens in the reply to one prompt.
+            delta: probability that a certified bound may be wrong.
+        """
         points, at_most = [], 0.0
         for threshold in sorted(losses, reverse=True):
             mean, n = sum(losses[threshold]) / len(losses[threshold]), len(losses[threshold])
@@ -54,7 +66,10 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
-        """Calibration in an exits folder; None without one. Raises ValueError when the file cannot be read."""
+        """Read the calibration in a folder of exits. Returns None if the folder has no calibration file.
+
+        Raises ValueError if the file does not hold a calibration.
+        """
         path = folder / CALIBRATION_FILE
         if not path.is_file():
             return None
@@ -68,9 +83,14 @@ class Calibration:
 
 
 def p_value(mean: float, n: int, risk: float) -> float:
-    """P-value of the hypothesis that the expected loss exceeds `risk`, given the mean of n losses in [0, 1].
+    """Compute the p-value of the hypothesis that the expected loss is above `risk`.
 
-    Hoeffding-Bentkus: min(exp(-n KL(min(mean, risk) || risk)), e P(Bin(n, risk) <= ceil(n mean))) (Bates et al. 2021).
+    Args:
+        mean: mean of n measured losses, each in [0, 1].
+        n: number of measured losses.
+
+    The value is that of Hoeffding and Bentkus (Bates et al. 2021), at most 1:
+    min(exp(-n KL(min(mean, risk) || risk)), e P(Bin(n, risk) <= ceil(n mean))).
     """
     if risk >= 1:
         return 0.0
@@ -83,7 +103,10 @@ def p_value(mean: float, n: int, risk: float) -> float:
 
 
 def upper_bound(mean: float, n: int, delta: float) -> float:
-    """Certified bound: the smallest risk at which `p_value` is at most delta."""
+    """Compute the certified bound of the expected loss: the smallest risk at which `p_value` is at most `delta`.
+
+    mean, n: mean and number of the measured losses.
+    """
     low, high = mean, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -92,6 +115,6 @@ def upper_bound(mean: float, n: int, delta: float) -> float:
 
 
 def _binomial(k: int, n: int, p: float) -> float:
-    """P(Bin(n, p) <= k)."""
+    """Compute P(Bin(n, p) <= k), the probability of at most k successes in n trials of probability p."""
     return math.fsum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
                               + i * math.log(p) + (n - i) * math.log1p(-p)) for i in range(min(k, n) + 1))

@@ -1,10 +1,10 @@
-"""Carry: what a run passes on from token to token, which is the carried state and an index of n-grams.
+"""Carry: holds what a run passes on from token to token: the carried state, and an index of n-grams.
 
 The carried state is the hidden state that produced the newest token, in the form that the head reads. If an exit
-produced the token, it is that exit's adapted state. Else it is the full model's state after the final norm. Decoding,
-inspection and training all follow this rule.
+produced the token, the carried state is that exit's adapted state. Otherwise it is the full model's state after the
+final norm. Decoding, inspection and training all follow this rule.
 
-Letters: T tokens, D hidden size.
+Letters: N rows in a pass, T tokens, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from cascadeexit.lookup import Lookup
 
 
 class Carry:
-    """The carried state and the confirmed text of one run.
+    """The carried state of one run, and an n-gram index of the tokens that are final.
 
     Attributes:
         state: the carried state (1, D).
@@ -29,12 +29,14 @@ class Carry:
 
     @classmethod
     def after_prompt(cls, model, passed: Sequence[Rows]) -> "Carry":
-        """Make the carry for the start of decoding, after the prefill of all prompt tokens except the newest.
+        """Make the `Carry` with which decoding begins.
+
+        At this moment the prompt has been prefilled, except its last token.
 
         Args:
             model: a `SegmentedModel`.
-            passed: rows of the prefill after each segment, (1, N, D) each. [] for a prompt of one token: the state is
-                then zero.
+            passed: rows of the prefill after each segment, (1, N, D) each. For a prompt of one token it is [], and the
+                carried state is zero.
         """
         if not passed:
             return cls(torch.zeros(1, model.hidden_size, dtype=model.dtype, device=model.device))
@@ -45,27 +47,31 @@ class Carry:
 
         Args:
             exit: number of the exit that produced the token. Any other number, such as `COPIED`, means the full model.
-            hidden: adapted states of all exits (1, D).
+            hidden: adapted state of each exit, (1, D) each.
             top: the full model's state after its final norm (1, D).
         """
         self.state = hidden[exit] if 0 <= exit < len(hidden) else top
 
     def copied(self, text: Sequence[int], confirmed: int) -> tuple[int, int]:
-        """Return the token that an n-gram copy predicts after `text`, and the length of the match.
+        """Find the token that n-gram lookup predicts after `text`. Returns the token and the length of the match.
 
-        Copies come only from confirmed text, so that an exit cannot agree with its own drafts.
+        The length is in tokens. Returns `lookup.NOTHING_COPIED` if there is no match. Only tokens that are final are
+        copied, so that an exit cannot agree with its own drafts.
 
         Args:
             text: all tokens so far, drafts included.
-            confirmed: number of tokens, from the start, that are final.
+            confirmed: number of tokens, counted from the start of `text`, that are final.
         """
         self._confirmed.extend(text[len(self._confirmed):confirmed])
         return self._confirmed.copied(text)
 
 
 def carried_states(top: Tensor) -> Tensor:
-    """Compute the carried states of a text that the full model wrote, from its states: (T, D) -> (T, D).
+    """Compute the carried state of each token of a text that the full model wrote: (T, D) -> (T, D).
 
-    Each token gets the state of the position before it. The first token gets zeros.
+    The full model's state at a position produces the token at the next position. So each token gets the state of the
+    position before it, and the first token gets zeros.
+
+    top: the full model's state at each position, after the final norm.
     """
     return torch.cat([torch.zeros_like(top[:1]), top[:-1]])

@@ -1,4 +1,4 @@
-"""DecodeConfig: how a text is decoded, and the thresholds that exits get from it."""
+"""DecodeConfig: the settings for decoding one text, and the threshold that each exit gets from them."""
 
 import math
 from collections.abc import Sequence
@@ -17,34 +17,36 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How to decode one text. Raises ValueError for a contradiction."""
+    """Settings for decoding one text. Raises ValueError for a bad value or contradicting settings."""
 
     mode: Mode = Mode.CASCADE
     max_new_tokens: int = 256
     max_draft: int = 7
-    """verified: the most tokens drafted for one verification pass."""
+    """Only in verified mode: largest number of tokens that are drafted for one verification pass."""
     thresholds: float | Sequence[float | None] | None = None
-    """Confidence in [0, 1] from which an exit is taken. One number is the first exit's threshold, from which those of
-    deeper exits follow (`graded_thresholds`). A sequence has one for each exit; `None` in it disables that exit. In
-    verified mode thresholds make the exits draft a chain, one token after another.
-    `None` for the whole field uses the mode's default: 0.6 for cascade; for verified a draft tree, from the drafter and
-    n-gram lookup, as large as is likely to save more time than it costs (`DraftTree`)."""
+    """Confidence in [0, 1] from which an exit is taken. One number is the threshold of the first exit;
+    `graded_thresholds` computes the thresholds of deeper exits from it. A sequence has one threshold for each exit;
+    `None` in the sequence disables that exit. `None` instead of numbers means the default of the mode. In cascade mode,
+    the default is 0.6 for the first exit. In verified mode, the default is a draft tree from the drafter and n-gram
+    lookup (`DraftTree`), as large as is likely to save more time than it costs. With thresholds, verified mode lets the
+    exits draft one token after another instead."""
     target_disagreement: float | None = None
-    """cascade, greedy, instead of thresholds: share of the tokens, in (0, 1), that may differ from the full model's
-    choice after the same text. The exits' calibration gives the thresholds (`cascadeexit.calibration`)."""
+    """Only in cascade mode, at temperature 0 and without `thresholds`: largest share of the tokens, in (0, 1), that may
+    differ from the full model's choice after the same text. The calibration of the exits gives thresholds for it
+    (`cascadeexit.calibration`)."""
     tolerance: float = 0.0
-    """verified, greedy: a draft is also accepted when the full model gives it at least 1 - tolerance times the
-    probability of its own choice. 0 is lossless."""
+    """Only in verified mode at temperature 0: a draft is also accepted if its probability by the full model is at least
+    (1 - tolerance) times the probability of the full model's own choice. 0 is lossless."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
     seed: int = 0
     ignore_eos: bool = False
-    """Go on after an end-of-sequence token, up to max_new_tokens: for benchmarks of a fixed length."""
+    """True: do not stop at an end-of-sequence token, but generate max_new_tokens tokens. Benchmarks use this."""
     check_late: bool = False
-    """cascade: when skipped layers are computed later, also find what the full model would have chosen at those
-    positions (`TokenEvent.checked`). The text does not change, but the full model's head reads more rows.
-    `python -m training.benchmark --check-late` measures the cost."""
+    """Only in cascade mode. True: when the layers that tokens skipped are computed later, also compute what the full
+    model would have chosen at these positions (`TokenEvent.checked`). The text does not change, but the full model's
+    head reads more rows. `python -m training.benchmark --check-late` measures the cost."""
 
     def __post_init__(self):
         try:
@@ -78,9 +80,13 @@ class DecodeConfig:
             raise ValueError(f"thresholds must be in [0, 1] or None, got {self.thresholds}")
 
     def threshold_per_exit(self, depths: Sequence[float]) -> tuple[float | None, ...]:
-        """Return one threshold for each exit at these depths, None where it is disabled or has no fixed one.
+        """Return the confidence threshold of each exit, or None for an exit that is disabled.
 
-        Raises ValueError for a wrong number of thresholds.
+        All are None if `thresholds` is None and the mode is not cascade.
+
+        depths: for each exit, the share of the layers below it, ascending, in [0, 1).
+
+        Raises ValueError if the number of thresholds is not the number of exits.
         """
         wanted = CASCADE_THRESHOLD if self.thresholds is None and self.mode is Mode.CASCADE else self.thresholds
         if wanted is None:
@@ -93,13 +99,15 @@ class DecodeConfig:
 
 
 def graded_thresholds(first: float, depths: Sequence[float]) -> tuple[float, ...]:
-    """Thresholds of all exits that trade risk for savings at one price, from the threshold of the first exit.
+    """Compute the threshold of each exit from the threshold of the first exit.
 
-    An exit saves the layers above it and risks a wrong token. It is taken where that risk, 1 - confidence, is at most a
-    price times what it saves. So a deeper exit, which saves less, needs a higher confidence.
+    Taking an exit saves the layers above it, but it risks a wrong token. An exit is taken if the risk, 1 - confidence,
+    is at most a constant times the share of the layers that it saves. The constant is the same for all exits. A deeper
+    exit saves less, so it needs a higher confidence: threshold = 1 - (1 - first) (1 - depth) / (1 - depth of the first
+    exit).
 
     Args:
         first: threshold of the first exit, in [0, 1].
-        depths: share of the layers below each exit, ascending, in [0, 1).
+        depths: for each exit, the share of the layers below it, ascending, in [0, 1).
     """
     return tuple(1 - (1 - first) * (1 - depth) / (1 - depths[0]) for depth in depths)

@@ -1,28 +1,41 @@
-"""Costs: bytes of weights that a run reads. Functions that read weights add bytes to a meter; its owner takes them."""
+"""Costs: counts the bytes of weights that a run reads, and lists the segments that it runs.
+
+Code that reads weights or runs segments reports this to a `Meter`. The decoding loop takes the counts for each event.
+"""
 
 from dataclasses import dataclass
+
+from cascadeexit.events import Span
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Reference for the costs of a run: bytes per token in `full`, and the depth of each segment."""
+    """Bytes of weights that mode `full` reads per token, for comparison with a run, and the depth of each segment."""
 
     full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head
     depths: tuple[float, ...]           # share of the layers below each segment's end; the last is 1.0
 
 
 class Meter:
-    """Counts the bytes of weights that are read. Only one caller, the one that makes events, may use `taken`."""
+    """Counts the bytes of weights that are read, and lists the spans of segments that run.
+
+    Each call of `taken` starts the counts anew, so only the code that makes events may call it.
+    """
 
     def __init__(self):
-        self.total = 0
-        self._taken = 0
+        self._read = 0
+        self._spans: list[Span] = []
 
     def add(self, read: int) -> None:
-        """Add this number of bytes that were read."""
-        self.total += read
+        """Count `read` more bytes of weights."""
+        self._read += read
 
-    def taken(self) -> int:
-        """Return the number of bytes that were read since the last call of `taken`."""
-        new, self._taken = self.total - self._taken, self.total
-        return new
+    def ran(self, span: Span) -> None:
+        """Add a span of segments to the list of spans that ran."""
+        self._spans.append(span)
+
+    def taken(self) -> tuple[int, tuple[Span, ...]]:
+        """Return the bytes of weights that were read and the spans that ran since the last call of `taken`."""
+        taken = self._read, tuple(self._spans)
+        self._read, self._spans = 0, []
+        return taken

@@ -1,10 +1,10 @@
-"""Doctor: prints how this machine runs a model, and what to do if something is missing.
+"""Doctor: prints how this machine runs a model, what is missing, and what to do about it.
 
     python -m cascadeexit.doctor                      the bundled model
-    python -m cascadeexit.doctor --model ./my-llama   another one
-    python -m cascadeexit.doctor --json               for programs
+    python -m cascadeexit.doctor --model ./my-llama   another model
+    python -m cascadeexit.doctor --json               the same as JSON, for programs
 
-The exit status is 0 when all is well, 1 when something needs attention.
+The exit status is 0 if all is well, and 1 if something needs attention.
 """
 
 import argparse
@@ -27,13 +27,13 @@ _MEGABYTES = 256            # read to measure the bandwidth
 
 @dataclass
 class Report:
-    """Findings about this machine: facts by name, and problems, each with advice on how to solve it."""
+    """What the doctor found on this machine: facts by name, and problems. Each problem comes with advice."""
 
     facts: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """Return the report as text to print, one finding per line."""
+        """Return the report as text to print, with one fact or problem per line."""
         width = max(map(len, self.facts), default=0)
         lines = [f"{name:{width}}  {value}" for name, value in self.facts.items()]
         lines += ["", "All is well." if not self.problems else "Needs attention:", *(f"- {p}" for p in self.problems)]
@@ -42,9 +42,9 @@ class Report:
 
 def examine(model: str | None = None, exits: str | None = None, *, device: str | None = None,
             dtype: str | None = None) -> Report:
-    """Examine this machine and load a model on it; the arguments are those of `hub.load`.
+    """Examine this machine, load a model on it, and return a report.
 
-    An error while loading becomes a problem of the report.
+    The arguments are those of `hub.load`. An error while loading becomes a problem in the report.
     """
     report = Report()
     _examine_machine(report)

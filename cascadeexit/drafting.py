@@ -1,8 +1,8 @@
 """Drafting: sources that propose tokens without the full model.
 
-A draft source proposes the next tokens of a text. `ExitDrafts` runs one exit after another for each token; its tokens
-are drafts in verified mode and final in cascade mode. `DraftTree` (tree.py) proposes a whole tree at once. The decoding
-loop uses both only through the interface `DraftSource`.
+A draft source proposes the next tokens of a text. There are two kinds. `ExitDrafts` runs one exit after another for
+each token. Its tokens are drafts in verified mode, and final in cascade mode. `DraftTree` (tree.py) proposes a whole
+tree of drafts at once. The decoding loop uses both kinds only through the interface `DraftSource`.
 
 Letters: N rows in a pass, D hidden size.
 """
@@ -28,42 +28,53 @@ class Draft:
     confidences: tuple[float | None, ...]           # of each exit, as in a TokenEvent
     parent: int                                     # number of the draft it follows; -1: the newest token
     depth: int = 0                                  # drafts before it on its path
-    probability: float = 0.0                           # probability, by the exit's softmax, of following the parent
+    probability: float = 0.0                        # probability, by the exit's softmax, of following the parent
     matched: int = 0                                # COPIED: length of the n-gram match
+    chance: float | None = None                     # estimated probability of being accepted if its parent is
 
 
 class DraftSource(Protocol):
-    """Interface of a draft source, which proposes the next tokens of a text in each round."""
+    """Interface of a draft source. It proposes next tokens of a text in each round of the decoding loop."""
 
     confidences: tuple[float | None, ...]
-    """Confidence of each exit in the token after the last proposal; None for an exit that did not run."""
+    """Valid after `draft`: the confidence of each exit for the token that follows the last draft. None for an exit that
+    did not run at this position."""
 
     def draft(self, stairs: Staircase, carry: Carry, meter: Meter) -> Iterator[list[Draft]]:
-        """Propose tokens after the newest one. Yields lists of drafts: those in one list were made together.
+        """Propose tokens that follow the newest token of the text. Yields a list of drafts for each step of drafting.
 
-        Parents come before their children. Tokens are appended to `stairs.tokens` before their drafts are yielded.
+        Each draft comes after the draft that it follows, its parent. The tokens of a list are appended to
+        `stairs.tokens` before the list is yielded.
+
+        Args:
+            stairs: the tokens of the text, and what each segment has computed.
+            carry: the carried state and the n-grams of the run.
+            meter: counts the bytes of weights that are read.
         """
 
     def judged(self, drafts: Sequence[Draft], path: Sequence[int], confirmed: Sequence[int],
                passed: Sequence[Rows]) -> None:
-        """Update the source with the verdict of the verification pass.
+        """Tell the source which drafts the verification pass accepted.
 
         Args:
-            path: numbers of the accepted drafts, in order.
-            confirmed: all tokens that the text gained.
-            passed: rows of the verification pass after each segment (1, N, D).
+            drafts: all drafts of this round.
+            path: indices of the accepted drafts in `drafts`, in the order of the text.
+            confirmed: all tokens that became final in this round, in order.
+            passed: rows of the verification pass after each segment, (1, N, D) each.
         """
 
 
 class ExitDrafts:
-    """Runs one exit after another for each token, from the shallowest, until one is confident enough.
+    """Draft source that runs one exit after another for each token, from the shallowest, until one is confident enough.
 
     Args:
         exits: the runtime of the model's exits.
         thresholds: for each exit, the confidence from which it is taken; None if it is disabled.
-        choose: returns the token of exit s for an adapted row (1, D).
-        ended: returns True if a text of this length, with this newest token, is complete.
-        limit: largest number of drafts in a round; None if the exits' tokens are final.
+        choose: function that returns the token of an exit. Its arguments are the number of the exit and its adapted row
+            (1, D).
+        ended: function that returns True if the text is complete. Its arguments are the length of the text and its
+            newest token.
+        limit: largest number of drafts in a round; None in cascade mode, where these tokens are final and not drafts.
     """
 
     def __init__(self, exits: ExitRuntime, thresholds: Sequence[float | None], choose: Callable[[int, Rows], int],
@@ -73,7 +84,11 @@ class ExitDrafts:
         self.confidences = self._unasked = (None,) * len(thresholds)
 
     def draft(self, stairs: Staircase, carry: Carry, meter: Meter) -> Iterator[list[Draft]]:
-        """Propose one token after another, until no exit is confident enough; see `DraftSource.draft`."""
+        """Propose one token after another; see `DraftSource.draft`.
+
+        Drafting stops if no exit is confident enough, if the number of drafts reaches its limit, or if the text is
+        complete.
+        """
         first, count = len(stairs.tokens), 0
         while count != self._limit and not self._ended(len(stairs.tokens), stairs.tokens[-1]):
             confirmed = len(stairs.tokens) if self._limit is None else first
@@ -83,7 +98,7 @@ class ExitDrafts:
             token = self._choose(s, carry.state)
             meter.add(self._exits.head_bytes(s))
             stairs.tokens.append(token)
-            yield [Draft(token, s, self.confidences, count - 1, count)]
+            yield [Draft(token, s, self.confidences, count - 1, count, chance=self.confidences[s])]
             count += 1
         self.confidences = self._unasked
 
@@ -92,11 +107,12 @@ class ExitDrafts:
         """Do nothing: thresholds do not change during a run."""
 
     def _climb(self, stairs: Staircase, carry: Carry, confirmed: int, meter: Meter) -> int | None:
-        """Run the newest token through exits until one is confident enough. Its state becomes the carried state.
+        """Run exits for the newest token, from the shallowest, until one exit is confident enough.
 
-        Returns that exit's number, or None if no exit is confident enough.
+        Returns the number of that exit. Its adapted state becomes the carried state. Returns None if no exit is
+        confident enough.
 
-        confirmed: how many tokens of the text are final.
+        confirmed: number of tokens of the text that are final.
         """
         self.confidences = self._unasked
         first, confidence, before, copied = 0, None, None, None
@@ -116,9 +132,12 @@ class ExitDrafts:
 
 
 def worth_running(s: int, thresholds: Sequence[float | None], last: float | None) -> bool:
-    """Return True if exit s should run after an exit with the confidence `last`; None means that no exit has run.
+    """Return True if exit s should run.
 
-    An exit is skipped if `last` is far below its threshold. Only the deepest exit always runs, unless it is disabled.
+    An exit does not run if it is disabled, or if `last` is more than 0.3 below the threshold of exit s. The deepest
+    exit runs even after a low `last`.
+
+    last: confidence of the exit that ran before exit s for the same token; None if no exit has run.
     """
     if s == len(thresholds) or thresholds[s] is None:
         return False
@@ -126,5 +145,8 @@ def worth_running(s: int, thresholds: Sequence[float | None], last: float | None
 
 
 def next_exit(s: int, thresholds: Sequence[float | None], last: float | None) -> int:
-    """Return the number of the first exit, from s on, that should run; the number of exits if there is none."""
+    """Return the number of the first exit, counted from exit s on, that should run (`worth_running`).
+
+    Returns the number of all exits, len(thresholds), if no further exit should run.
+    """
     return next((t for t in range(s, len(thresholds)) if worth_running(t, thresholds, last)), len(thresholds))

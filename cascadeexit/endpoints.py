@@ -1,7 +1,7 @@
 """Endpoints: functions of a running page that programs and agents can call. Arguments and results are plain JSON.
 
-Each public method of `Endpoints` becomes an endpoint and, with `app.py --mcp`, a tool: its signature and docstring are
-the documentation that callers get.
+Each public method of `Endpoints` becomes an endpoint. With `app.py --mcp` it also becomes an MCP tool. Its signature
+and its docstring are the documentation that callers see.
 """
 
 from dataclasses import asdict, replace
@@ -20,11 +20,11 @@ MAX_DRAFT = DecodeConfig.max_draft
 
 
 class BadRequest(ValueError):
-    """A request that cannot be answered; its message tells the caller why."""
+    """A request that cannot be answered. The message tells the caller why."""
 
 
 class Endpoints:
-    """The endpoints of one page."""
+    """The functions of one page that programs can call."""
 
     def __init__(self, runner: Runner):
         self._library, self._runner = runner.library, runner
@@ -43,23 +43,27 @@ class Endpoints:
         Args:
             prompt: the text to answer or, with chat=False, to continue.
             mode: 'cascade' (fast, each token comes from the first confident exit), 'verified' (exactly the full model's
-                text) or 'full'.
-            threshold: cascade mode: lowest confidence, 0 to 1, at which the first exit is taken. Deeper exits need a
-                higher confidence. 1 disables all exits.
+                text) or 'full' (the full model).
+            threshold: in cascade mode, the lowest confidence, 0 to 1, at which the first exit is taken. Deeper exits
+                need a higher confidence. 1 disables all exits.
             max_new_tokens: largest number of tokens to generate.
-            max_draft: verified mode: largest number of tokens drafted before the full model verifies them.
-            tolerance: verified mode, temperature 0: a draft is also accepted when the full model gives it at least
-                1 - tolerance times the probability of its own choice; 0 is lossless.
-            temperature: 0 always takes the most likely token.
-            top_p: below 1, choose among the most likely tokens only.
-            seed: the same seed writes the same text.
+            max_draft: in verified mode, the largest number of tokens that are drafted before the full model verifies
+                them.
+            tolerance: in verified mode at temperature 0, a draft is also accepted if its probability by the full model
+                is at least (1 - tolerance) times that of the full model's own choice. 0 is lossless.
+            temperature: 0 always takes the most likely token; higher values sample.
+            top_p: choose only among the most likely tokens, whose probabilities together just reach top_p. 1 means all
+                tokens.
+            seed: the same seed gives the same text.
             chat: format the prompt with the model's chat template.
             model: a name that `models` lists; empty for the first one.
-            target_disagreement: cascade mode, temperature 0. Above 0, it replaces the threshold: the largest share of
-                tokens, 0 to 1, that may differ from the full model's choice. It needs calibrated exits.
+            target_disagreement: in cascade mode at temperature 0, a value above 0 replaces the threshold. It is the
+                largest share of tokens, 0 to 1, that may differ from the full model's choice. It needs calibrated
+                exits.
 
-        Returns text, token_ids, exits (for each token: 0 = the first exit, the highest number = the full model, -1 =
-        copied from earlier in the text) and stats (times in seconds, rates 0 to 1).
+        Returns text, token_ids, exits and stats. `exits` has a number for each token: 0 is the first exit, the highest
+        number is the full model, -1 means copied from earlier in the text. In `stats`, times are in seconds and rates
+        from 0 to 1.
         """
         settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed, chat=chat)
@@ -75,10 +79,15 @@ class Endpoints:
     def compare(self, prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                 max_new_tokens: int = 128, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
                 model: str = "", target_disagreement: float = 0.0) -> dict:
-        """Generate text with early exits and with the full model. The arguments are those of `generate`.
+        """Generate a text with early exits and a text with the full model, and compare them.
 
-        Returns exits and full (each with text, token_ids, stats), speedup, agreement (share of tokens that the full
-        model would choose too, given the same text before them), positional_match, first_divergence and identical.
+        The arguments are those of `generate`.
+
+        Returns `exits` (the run with early exits) and `full` (the run of the full model), each with text, token_ids and
+        stats, and five results: speedup (tokens per second of `exits` divided by those of `full`), agreement (share of
+        the tokens of `exits` that the full model would also choose after the same text), positional_match (share of
+        positions at which both texts have the same token), first_divergence (index of the first different token, or
+        null) and identical (true if the texts are equal).
         """
         settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance, chat=chat)
@@ -103,12 +112,13 @@ class Endpoints:
     def evaluate(self, texts: list[str], mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                  max_new_tokens: int = 64, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
                  model: str = "", target_disagreement: float = 0.0) -> dict:
-        """Compare early exits with the full model on many prompts. The other arguments are those of `generate`.
+        """Compare early exits with the full model on many prompts.
 
         Args:
-            texts: the prompts.
+            texts: the prompts. All other arguments are those of `generate`.
 
-        Returns summary, and results with an entry for each prompt: agreement, speedup, routing_share, texts, or error.
+        Returns `summary`, with numbers over all prompts, and `results`, with an entry for each prompt. An entry has
+        agreement, speedup, routing_share, both texts and more, or an error if the prompt could not run.
         """
         if not isinstance(texts, list) or not 1 <= len(texts) <= prompts.MAX_PROMPTS:
             raise BadRequest(f"texts should be a list of 1 to {prompts.MAX_PROMPTS} prompts")
@@ -126,8 +136,13 @@ class Endpoints:
                  ) -> tuple[str, DecodeConfig, DecodeConfig, list[int]]:
         """Check a request and load its model.
 
-        Returns the model's label, the config with exits, that of the full model, and the prompt's token ids ([] without
-        a prompt).
+        Args:
+            settings: the request.
+            threshold, target: threshold and target_disagreement, as for `generate`.
+            with_prompt: False if the request has no prompt in `settings`.
+
+        Returns the name of the model, the config of the run with exits, the config of the full model's run, and the
+        token ids of the prompt ([] if `with_prompt` is False).
 
         Raises BadRequest for every error that the caller can correct.
         """
@@ -147,9 +162,10 @@ class Endpoints:
 
 
 def _thresholds(engine: Engine, settings: Settings, first: float, target: float) -> tuple[float, ...]:
-    """Return the threshold of each exit.
+    """Return the threshold of each exit, in [0, 1]; 1 disables an exit.
 
-    For a target above 0 they come from the calibration. Otherwise they follow from the threshold of the first exit.
+    If `target` is above 0, the calibration of the exits gives the thresholds. Otherwise they are computed from `first`,
+    the threshold of the first exit.
     """
     if not target:
         return graded_thresholds(first, engine.exit_depths)

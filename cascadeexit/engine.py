@@ -1,12 +1,13 @@
 """Engine: one decoding loop for `full`, `cascade` and `verified`, in four steps: draft, run, judge, commit.
 
-It knows token ids, segments and exits; it knows nothing of text, pages or files, and nothing of how numbers are
-computed. `staircase.py` explains how positions pass through the segments.
+The engine works with token ids, segments and exits. It does not handle text, pages or files. Backends compute the
+numbers. `staircase.py` explains how positions pass through the segments.
 
 Letters: N rows in a pass, D hidden size, V vocabulary, S segments (the last one ends in the full model).
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ _CAPACITY_STEP = 128        # cache sizes come in steps, so that runs of like le
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished run."""
+    """Result of a run: its new tokens, all its events, and its statistics."""
 
     token_ids: list[int]
     events: list[TokenEvent]
@@ -38,15 +39,16 @@ class Generation:
 
 
 class Engine:
-    """Decodes with one model and its exits. No run leaves anything to the next one, so runs may interleave.
+    """Generates text with one model and its exits. Runs do not influence each other and may be interleaved.
 
     Attributes:
         model: the frozen model.
         bank: the exits as a plain module, with their config and calibration.
         exits: the same exits ready to run on the model's backend (`backends.base.ExitRuntime`).
         costs: costs of greedy `full`, with which a greedy run is compared.
-        self_check: result of the self-check at load (`cascadeexit.selfcheck.SelfCheck`); None where none was made.
-        notice: what users of this engine must know, such as why it runs on another backend; "" where there is nothing.
+        self_check: result of the self-check at load (`cascadeexit.selfcheck.SelfCheck`); None if there was no
+            self-check.
+        notice: a message for users of this engine, such as why it runs on another backend; "" if there is no message.
     """
 
     self_check = None
@@ -66,17 +68,20 @@ class Engine:
 
     @property
     def exit_depths(self) -> tuple[float, ...]:
-        """Share of the layers below each exit."""
+        """Depth of each exit: the share of the layers below it, in [0, 1)."""
         return self.costs.depths[:-1]
 
     def costs_for(self, config: DecodeConfig) -> Costs:
-        """Return the costs that a run is compared with: those of `full` at the same temperature."""
+        """Return the costs with which a run of this config is compared.
+
+        They are the costs of greedy `full` for a greedy run, and the costs of sampled `full` for a sampled run.
+        """
         return self._sampled_costs if config.temperature else self.costs
 
     # -- before a run ---------------------------------------------------------------------------------------------
 
     def check(self, prompt_ids: Sequence[int], config: DecodeConfig) -> None:
-        """Raise ValueError when this run cannot work; `generate` calls it before any work."""
+        """Raise ValueError if a run with this prompt and this config cannot work. `generate` calls this first."""
         self.model.check_prompt(prompt_ids)
         needed = len(prompt_ids) + config.max_new_tokens
         if needed > self.model.max_positions:
@@ -89,9 +94,12 @@ class Engine:
         self.thresholds(config)
 
     def thresholds(self, config: DecodeConfig) -> tuple[float | None, ...]:
-        """Return one threshold for each exit, None where it is disabled or has no fixed one.
+        """Return the confidence threshold of each exit, or None for an exit that is disabled.
 
-        Raises ValueError for a wrong number of thresholds, or for a target when these exits were never calibrated.
+        All are None in mode `full`, and in mode `verified` without thresholds in the config.
+
+        Raises ValueError for a wrong number of thresholds, or for a target disagreement if these exits were never
+        calibrated.
         """
         if config.mode is Mode.FULL:
             return (None,) * self.num_exits
@@ -105,16 +113,18 @@ class Engine:
 
     @property
     def opening(self) -> list[int]:
-        """Tokens that `read_opening` keeps."""
+        """Token ids of the opening that `read_opening` computed; [] if there is none."""
         return self._opening.tokens if self._opening else []
 
     @torch.inference_mode()
     def read_opening(self, token_ids: Sequence[int]) -> None:
-        """Read the tokens that many prompts begin with, once. Later runs start after them, with the same result.
+        """Compute the opening, the tokens with which many prompts begin, once for all later runs.
 
-        Nothing is kept without tokens, or on a backend whose results depend on the number of rows in a pass.
+        A later run whose prompt begins with these tokens starts after them. Its result is the same as without an
+        opening. Nothing is kept if `token_ids` is empty, or on a backend whose results depend on the number of rows in
+        a pass.
 
-        Raises ValueError for token ids outside the vocabulary, as a tokenizer of another model gives.
+        Raises ValueError for token ids outside the vocabulary, such as those of another model's tokenizer.
         """
         self.model.check_ids(token_ids)
         self._opening = None
@@ -124,30 +134,51 @@ class Engine:
             self._opening = opening
 
     def begin(self, prompt: Sequence[int], new_tokens: int) -> tuple[Staircase, list[Rows]]:
-        """Read a prompt but for its newest token, and make room for more tokens.
+        """Prefill all tokens of a prompt except the last one, with room in the cache for more tokens.
 
-        Returns the staircase, and the rows after each segment that were read now, (1, N, D): all but those of the
-        opening; [] for a prompt of one token.
+        Returns the staircase, and the rows of the prompt's last chunk after each segment, (1, N, D) each. Tokens of the
+        opening were computed before and have no rows here. For a prompt of one token, the list of rows is [].
+
+        new_tokens: number of tokens for which the cache needs room.
+        """
+        return deque(self._reading(prompt, new_tokens), maxlen=1).pop()
+
+    def _reading(self, prompt: Sequence[int], new_tokens: int) -> Iterator[tuple[Staircase, list[Rows]]]:
+        """Prefill a prompt in chunks, as `begin` does, so that the caller can interrupt the work between two chunks.
+
+        After each chunk, yields the staircase and the rows of this chunk, in the form in which `begin` returns them.
         """
         stairs, tokens = Staircase(self.model, self.capacity(len(prompt) + new_tokens)), list(prompt[:-1])
         n = len(self.opening)
         if 0 < n < len(tokens) and tokens[:n] == self.opening:
             stairs.adopt(self._opening)
-        return stairs, stairs.prefill(tokens[len(stairs.tokens):])
+        chunks = stairs.read(tokens[len(stairs.tokens):])
+        yield stairs, next(chunks, [])
+        for passed in chunks:
+            yield stairs, passed
 
     def capacity(self, positions: int) -> int:
-        """Cache slots for a run: room for the padding of the last pass, rounded up."""
+        """Return the number of cache slots for a run of this many positions.
+
+        It includes room for the padding of the last pass, and is rounded up to a multiple of 128.
+        """
         return -(-(positions + self.model.layers.row_multiple) // _CAPACITY_STEP) * _CAPACITY_STEP
 
     # -- a run ----------------------------------------------------------------------------------------------------
 
     def run(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Generation:
-        """Generate to the end. Raises ValueError as `generate` does."""
+        """Generate a text to its end, and return it with its events and statistics.
+
+        Raises ValueError as `generate` does.
+        """
         events = list(self.generate(prompt_ids, config))
         return Generation([e.token_id for e in events if e.final], events, summarize(events, self.costs_for(config)))
 
     def generate(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Iterator[TokenEvent]:
-        """Yield a TokenEvent for each token (and, in verified mode, for each draft) as it happens.
+        """Generate a text. Yields a TokenEvent for each token, as soon as it is decoded.
+
+        In verified mode, drafts and rejections are events, too. A long prompt is read in chunks, and each chunk but the
+        last gives an event with `Status.READING`.
 
         Raises ValueError for bad input at the call, before the first event.
         """
@@ -163,19 +194,27 @@ class Engine:
             watch.resume()
 
     def _decode(self, prompt: list[int], config: DecodeConfig, watch: "_Stopwatch") -> Iterator[list[TokenEvent]]:
-        """Yield the events of a run, those of one moment together."""
+        """Run the decoding loop. Yields lists of events; the events of one list happen at the same moment."""
         end, eos_ids = len(prompt) + config.max_new_tokens, frozenset() if config.ignore_eos else self.model.eos_ids
         verified, meter, sampler = config.mode is Mode.VERIFIED, Meter(), self.sampler(config)
 
         def ended(length: int, newest: int) -> bool:
             return length >= end or (length > len(prompt) and newest in eos_ids)
 
-        def event(position: int, draft: Draft, status: Status) -> TokenEvent:
+        def event(position: int, draft: Draft, status: Status, checked: Sequence[int] = ()) -> TokenEvent:
+            tree = (draft.parent, draft.chance) if status is Status.DRAFT else (-1, None)
             return TokenEvent(position - len(prompt), draft.token, draft.exit, draft.confidences, status, watch.read(),
-                              meter.taken())
+                              *meter.taken(), *tree, tuple(checked))
+
+        def own(token: int, confidences: tuple[float | None, ...]) -> Draft:
+            return Draft(token, self.num_exits, confidences, -1)
 
         # Prefill: all but the newest token, through every segment, in every mode with the same shapes.
-        stairs, passed = self.begin(prompt, config.max_new_tokens + config.max_draft)
+        for chunk in self._reading(prompt, config.max_new_tokens + config.max_draft):
+            stairs, passed = chunk
+            if len(stairs.tokens) < len(prompt) - 1:
+                newest = own(stairs.tokens[-1], (None,) * self.num_exits)
+                yield [event(len(stairs.tokens), newest, Status.READING)]
         carry = Carry.after_prompt(self.model, passed)
         source = self._source(config, prompt, passed, sampler, ended)
         stairs.tokens.append(prompt[-1])
@@ -195,9 +234,8 @@ class Engine:
             passed = stairs.run(range(stairs.lowest(), self.num_exits + 1), _parents(drafts), meter)
 
             # 3. Judge: a token's row after the last layer predicts the token after it.
-            rows, top = passed[-1], len(drafts) + 1
-            normed = self.model.layers.norm(rows if rows.shape[1] == top else rows[:, -top:])
-            path, token = _judge(drafts, self._verdicts(normed, sampler, meter), sampler, confirmed, ended)
+            normed, verdicts, checked = self._verdicts(passed[-1], len(drafts) + 1, config.check_late, sampler, meter)
+            path, token = _judge(drafts, verdicts, sampler, confirmed, ended)
 
             # 4. Commit: rejected drafts leave no trace. The full model adds a token of its own.
             stairs.keep(len(drafts), path)
@@ -206,14 +244,20 @@ class Engine:
             if token is not None:
                 carry.state = normed[:, (path[-1] if path else -1) + 1]
                 stairs.tokens.append(token)
-                own = Draft(token, self.num_exits, source.confidences, -1)
-                burst.append(event(len(stairs.tokens) - 1, own, Status.EMITTED))
+                full = own(token, source.confidences)
+                burst.append(event(len(stairs.tokens) - 1, full, Status.EMITTED, checked))
             source.judged(drafts, path, stairs.tokens[confirmed:], passed)
             yield burst
 
     def _source(self, config: DecodeConfig, prompt: list[int], passed: list[Rows], sampler: Sampler,
                 ended: Callable[[int, int], bool]) -> DraftSource:
-        """Make the draft source of a run."""
+        """Make the draft source of a run: a `DraftTree` in verified mode without thresholds, else `ExitDrafts`.
+
+        Args:
+            passed: rows of the prefill after each segment, (1, N, D) each.
+            ended: function that returns True if the text is complete. Its arguments are the length of the text and its
+                newest token.
+        """
         if config.mode is Mode.VERIFIED and config.thresholds is None:
             return DraftTree(self.model, self.exits, prompt, config.temperature, passed=passed, limit=config.max_draft,
                              eos_ids=frozenset() if config.ignore_eos else self.model.eos_ids,
@@ -226,14 +270,37 @@ class Engine:
         choose = self.exits.choice if verified or sampler.greedy else sampled
         return ExitDrafts(self.exits, self.thresholds(config), choose, ended, config.max_draft if verified else None)
 
-    def _verdicts(self, normed: Rows, sampler: Sampler, meter: Meter) -> Sequence[Choice | torch.Tensor]:
-        """Return a choice (greedy) or logits (V,) of the full model for each normed row (1, N, D)."""
+    def _verdicts(self, rows: Rows, judged: int, check_late: bool, sampler: Sampler,
+                  meter: Meter) -> tuple[Rows, Sequence[Choice | torch.Tensor], list[int]]:
+        """Compute what the full model chooses, from the newest rows after the last layer.
+
+        Args:
+            rows: the rows of a pass after the last layer (1, N, D).
+            judged: number of rows, counted from the last, that predict a token that is not final yet.
+            check_late: also compute the full model's choices at the earlier rows.
+
+        Returns three values: the judged rows after the final norm (1, judged, D); for each judged row a choice (greedy)
+        or logits (V,) (sampled); and the full model's choices at the earlier rows, or [] without `check_late`.
+        """
+        n, most = rows.shape[1], self.model.layers.max_rows
+        together = min(n, most) if check_late else judged           # rows do not depend on each other up to `most`
         head = self.exits.full_head if sampler.greedy else self.model.head
+        normed = self.model.layers.norm(rows if n == together else rows[:, -together:])
+        verdicts = head.choices(normed) if sampler.greedy else head.logits(normed)[0]
         meter.add(head.nbytes)
-        return head.choices(normed) if sampler.greedy else head.logits(normed)[0]
+        late = together - judged
+        if not late:
+            return normed, verdicts, []
+        checked = []
+        for a in range(0, n - together, most):
+            part = rows[:, a:min(a + most, n - together)]
+            checked += self.exits.full_head.argmax(self.model.layers.norm(part))
+            meter.add(self.exits.full_head.nbytes)
+        checked += [v.token for v in verdicts[:late]] if sampler.greedy else verdicts[:late].argmax(-1).tolist()
+        return normed[:, late:], verdicts[late:], checked
 
     def sampler(self, config: DecodeConfig) -> Sampler:
-        """Make the sampler that chooses a run's tokens and judges its drafts."""
+        """Make the sampler of a run. It chooses tokens and judges drafts."""
         return Sampler(config.temperature, config.top_p, config.seed, self.model.vocab_size, self.model.device,
                        config.tolerance)
 
@@ -241,10 +308,11 @@ class Engine:
 
     @torch.inference_mode()
     def full_choices(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[int]:
-        """Return what the full model would greedily choose at each position of `token_ids`, given the tokens before.
+        """Return the full model's greedy choice at each position of `token_ids`, after all tokens before it.
 
-        One parallel pass over the finished text, for teacher-forced agreement. The rows run in the buckets of decoding,
-        so on a text that `full` wrote the choices are that text.
+        Agreement is the share of `token_ids` that equal these choices. The text is finished, so one pass computes many
+        positions. A pass has at most `max_rows` rows, and up to this number a row's result does not depend on the other
+        rows. So for a text that `full` wrote, the choices are exactly that text.
 
         Raises ValueError for an empty prompt and for token ids outside the vocabulary.
         """
@@ -262,7 +330,7 @@ class Engine:
 
 
 class _Stopwatch:
-    """Engine time: runs only while the engine works, not while a consumer holds the generator."""
+    """Measures engine time in seconds. It is paused while the caller handles the events that were yielded."""
 
     def __init__(self, synchronize: Callable[[], None]):
         self._synchronize = synchronize
@@ -280,21 +348,27 @@ class _Stopwatch:
 
 
 def _parents(drafts: Sequence[Draft]) -> list[int] | None:
-    """Parents of the rows of a pass, the newest token's row first; None where they are a chain."""
+    """Return the parent of each row of a verification pass, as `LayerStack.run` needs it.
+
+    Row 0 is the newest token of the text, with parent -1. Draft i is row i + 1. Returns None if each draft follows the
+    draft before it.
+    """
     parents = [-1, *(draft.parent + 1 for draft in drafts)]
     return None if parents == list(range(-1, len(drafts))) else parents
 
 
 def _judge(drafts: Sequence[Draft], verdicts: Sequence[Choice | torch.Tensor], sampler: Sampler, confirmed: int,
            ended: Callable[[int, int], bool]) -> tuple[list[int], int | None]:
-    """Accept drafts along one path, as long as the full model's choice is among the drafts.
+    """Accept drafts one after another, as long as the full model's choice is among the drafts at that position.
 
     Args:
-        verdicts: the full model's for the newest token's row and for each draft's row.
+        verdicts: the full model's choice or logits for the newest token of the text, and then for each draft.
         confirmed: length of the text before the drafts.
-        ended: True for a text of this length and newest token that is complete.
+        ended: function that returns True if the text is complete. Its arguments are the length of the text and its
+            newest token.
 
-    Returns the accepted path, as numbers of drafts, and the full model's own token after it; None where the text ends.
+    Returns the indices of the accepted drafts, in the order of the text, and the token that the full model adds after
+    them. This token is None if an accepted draft ends the text.
     """
     path, at = [], -1
     while not (path and ended(confirmed + len(path), drafts[at].token)):

@@ -1,6 +1,6 @@
-"""Evaluation: decode prompts with exits and with the full model, compare both, and write results as JSON or CSV.
+"""Evaluation: decodes prompts with exits and with the full model, compares both, and writes results as JSON or CSV.
 
-A prompt that cannot run keeps its place in the results, with its error.
+A prompt that cannot run has a result, too. It holds the error.
 """
 
 import csv
@@ -24,7 +24,7 @@ LABEL_CHARACTERS = 60               # length of a chart point's label
 
 @dataclass(frozen=True)
 class Result:
-    """Numbers of one prompt. Rates are in [0, 1]; None where nothing was measured, or the prompt had an error."""
+    """Result of one prompt. Rates are in [0, 1]. A number that was not measured is None."""
 
     index: int
     kind: str
@@ -48,7 +48,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Summary:
-    """Numbers over the prompts that ran; None where nothing was measured."""
+    """Summary of the results of several prompts. A number that was measured for no prompt is None."""
 
     prompts: int                                    # failed ones included
     failed: int
@@ -73,17 +73,20 @@ class Summary:
 def evaluate(runner: Runner, label: str, encode: Callable[[str], list[int]], prompts: Sequence[Prompt],
              config: DecodeConfig, decode: Callable[[list[int]], str], pauses: bool = False
              ) -> Iterator[Result | None]:
-    """Race each prompt with `config` against the full model; yields one Result per prompt, in order.
+    """Decode each prompt with `config` and with the full model, in a race. Yields one Result per prompt, in order.
 
-    A prompt that cannot run (too long, empty, refused by `encode` with a ValueError, broken off with RunFailed) yields
-    a Result with its error, and the evaluation goes on. Closing the generator closes both runs.
+    A prompt cannot run if it is empty or too long, if `encode` refuses it with a ValueError, or if its run fails with
+    RunFailed. It then yields a Result with the error, and the evaluation goes on. Closing the generator closes both
+    runs.
 
     Args:
-        label: the model of the runner's library; it must be ready.
-        pauses: also yield None after every batch of events, so that a caller can close the generator in the middle of
-            a prompt.
+        label: name of a model in the runner's library; the model must be loaded.
+        encode: function that converts a prompt to token ids.
+        decode: function that converts token ids to text.
+        pauses: also yield None after every batch of events. The caller can then close the generator in the middle of a
+            prompt.
 
-    Raises ValueError at once, before the first Result, for a config that does not suit this engine.
+    Raises ValueError at the call, before the first Result, if the config does not suit this engine.
     """
     engine, _ = runner.library.get(label)
     engine.check([0], replace(config, max_new_tokens=1))    # token 0 stands for any prompt: only the config can fail
@@ -93,7 +96,8 @@ def evaluate(runner: Runner, label: str, encode: Callable[[str], list[int]], pro
 def _evaluate(runner: Runner, label: str, encode, prompts, config: DecodeConfig, decode, pauses: bool
               ) -> Iterator[Result | None]:
     engine, _ = runner.library.get(label)
-    full = replace(config, mode=Mode.FULL, tolerance=0.0, target_disagreement=None)     # not for `full`
+    # `full` has none of the other modes' settings.
+    full = replace(config, mode=Mode.FULL, tolerance=0.0, target_disagreement=None, check_late=False)
     for index, prompt in enumerate(prompts):
         identity = dict(index=index, kind=prompt.kind, prompt=prompt.text)
         try:
@@ -121,7 +125,12 @@ def _evaluate(runner: Runner, label: str, encode, prompts, config: DecodeConfig,
 
 def _numbers(engine: Engine, config: DecodeConfig, decode, exits: list[TokenEvent], full: list[TokenEvent],
              choices: Sequence[int] | None) -> dict:
-    """Compute the fields of a Result from both runs' events and the full model's choices (None for sampled tokens)."""
+    """Compute the fields of a Result that are measured, as {name: value}.
+
+    Args:
+        exits, full: all events of the run with exits, and all events of the full model's run.
+        choices: the full model's choice at each position of the text that exits wrote; None if tokens are sampled.
+    """
     ours, theirs = ([e.token_id for e in events if e.final] for events in (exits, full))
     stats, full_stats = (metrics.summarize(events, engine.costs_for(config)) for events in (exits, full))
     match, speeds = metrics.match(ours, theirs), (stats.tokens_per_second, full_stats.tokens_per_second)
@@ -136,13 +145,13 @@ def _numbers(engine: Engine, config: DecodeConfig, decode, exits: list[TokenEven
 
 
 def summarize_results(results: Sequence[Result]) -> Summary:
-    """Summarize all results together, and the results of each kind of prompt."""
+    """Summarize all results together, and the results of each kind of prompt separately."""
     kinds = dict.fromkeys(r.kind for r in results)
     return replace(_over(results), kinds={kind: _over([r for r in results if r.kind == kind]) for kind in kinds})
 
 
 def _over(results: Sequence[Result]) -> Summary:
-    """Summarize these results as one group, without a summary for each kind of prompt."""
+    """Summarize these results as one group. `Summary.kinds` stays empty."""
     ran = [r for r in results if r.error is None]
 
     def known(name: str, over: Callable[[list], float]) -> float | None:
@@ -163,18 +172,24 @@ def _over(results: Sequence[Result]) -> Summary:
 
 
 def _by_tokens(pairs: Sequence[tuple[float | None, int]]) -> float | None:
-    """Compute the mean of (value, tokens) pairs, weighted by tokens; None without values."""
+    """Compute the mean of values, each weighted by its number of tokens.
+
+    Pairs whose value is None are left out. Returns None if no tokens are left.
+
+    pairs: (value, number of tokens).
+    """
     pairs = [(value, tokens) for value, tokens in pairs if value is not None]
     total = sum(tokens for _, tokens in pairs)
     return sum(value * tokens for value, tokens in pairs) / total if total else None
 
 
 def quality_speed_points(results: Sequence[Result]) -> list[dict]:
-    """Make a chart point for each prompt with a speed-up and an agreement: {x: speed-up, y: agreement, ...}.
+    """Make a chart point for each prompt whose speed-up and agreement were measured.
 
-    The others are cost (weights read, as a share of what the full model reads), kind, and label: the prompt's start.
+    A point is a dict: `x` is the speed-up, `y` the agreement, `cost` the weights read as a share of what the full model
+    reads, `kind` the kind of prompt, and `label` the beginning of the prompt.
 
-    Label and kind are untrusted text: escape them where markup is read.
+    Label and kind are untrusted text. Escape them before they are shown as HTML.
     """
     return [dict(x=r.speedup, y=r.agreement, cost=r.cost, kind=r.kind,
                  label=" ".join(r.prompt.split())[:LABEL_CHARACTERS])
@@ -185,14 +200,14 @@ def quality_speed_points(results: Sequence[Result]) -> list[dict]:
 
 
 def results_json(results: Sequence[Result], config: DecodeConfig, model: str) -> str:
-    """Return all results as ASCII JSON: {format, model, config, summary, results}."""
+    """Return all results as JSON in ASCII: an object with format, model, config, summary and results."""
     return json.dumps({"format": FORMAT, "model": model, "config": asdict(config),
                        "summary": asdict(summarize_results(results)), "results": [asdict(r) for r in results]},
                       indent=1)
 
 
 def results_csv(results: Sequence[Result]) -> str:
-    """Return all results as CSV: one row per prompt, with a column for each segment's routing share."""
+    """Return all results as CSV, with one row per prompt. Each segment's routing share has a column of its own."""
     names = [f.name for f in fields(Result) if f.name != "routing_share"]
     segments = max((len(r.routing_share) for r in results), default=0)
     out = io.StringIO(newline="")
@@ -205,7 +220,10 @@ def results_csv(results: Sequence[Result]) -> str:
 
 
 def _cell(value):
-    """Convert a value for a CSV cell. Text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    """Convert a value for a CSV cell. None becomes an empty cell.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
     if value is None:
         return ""
     if not isinstance(value, str):

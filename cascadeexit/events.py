@@ -1,4 +1,4 @@
-"""TokenEvent: what the engine reports about each token. Page, benchmark and tests read the same events."""
+"""TokenEvent: what the engine reports about each token. The page, the benchmark and the tests read the same events."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +16,7 @@ class Status(StrEnum):
 
 
 class Span(NamedTuple):
-    """Neighbouring segments, first..end-1, that one call computed for `rows` positions."""
+    """Neighbouring segments, from number `first` to number `end` - 1, that ran together for `rows` positions."""
 
     first: int
     end: int
@@ -27,8 +27,9 @@ class Span(NamedTuple):
 class TokenEvent:
     """One token and its status at one moment.
 
-    A position is final with its EMITTED or ACCEPTED event, and final positions come in order. A prompt of several
-    chunks gives a READING event after each chunk but the last, so that a run can be interrupted between chunks.
+    An EMITTED or ACCEPTED event makes the token at its position final. Positions become final in order. A long prompt
+    is read in chunks. Each chunk except the last gives a READING event, so that a run can be interrupted between
+    chunks.
     """
 
     index: int                                  # position in the generated text, from 0; READING: the number of

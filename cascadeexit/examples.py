@@ -1,4 +1,4 @@
-"""Examples: the prompts that the page offers, by the label of their button; the first is there when it opens.
+"""Examples: the prompts that the page offers, as {text of the button: prompt}. The page opens with the first one.
 
 They were chosen by measurement (`python -m training.defaults`): the full model answers each without falling into a
 loop, and so does the cascade at the page's default setting, with tokens from every exit. Other prompts may do worse.

@@ -1,4 +1,7 @@
-"""Hub: find and load a model, bundled, local or from the Hugging Face Hub, and the exits that belong to it."""
+"""Hub: finds and loads a model and the exits that belong to it.
+
+The model is the bundled one, one in a local folder, or one on the Hugging Face Hub.
+"""
 
 import gc
 import logging
@@ -38,22 +41,23 @@ _SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
 def load(model: str | None = None, exits: str | Path | None = None, *, device: str | None = None,
          dtype: torch.dtype | str | None = None, backend: str | None = None, progress: Progress | None = None,
          device_map: str | dict | None = None, self_check: bool = True, compute: bool = True) -> tuple[Engine, object]:
-    """Load an engine and its tokenizer, ready to decode.
+    """Load a model with its exits and its tokenizer. Returns an engine that is ready to decode, and the tokenizer.
 
     Args:
         model: the bundled name, a Hub id or a local folder; default $CASCADEEXIT_MODEL, else the bundled model.
-        exits: a folder of trained exits; default the ones shipped for this model, else untrained ones.
-        device: cpu, cuda or cuda:N; default a GPU when there is one.
+        exits: a folder of trained exits; default the exits shipped for this model, else untrained exits.
+        device: 'cpu', 'cuda' or 'cuda:N'; default a GPU if there is one, else the CPU.
         dtype: a torch dtype or its name; default bfloat16, or float16 on a GPU that only emulates bfloat16.
         backend: 'cpu', 'gpu' or 'torch'; default the fastest that fits.
         progress: function that gets short messages about slow steps; by default they are logged.
-        device_map: as for `load_model`: 'auto' is for a model that is too large for one device.
+        device_map: as for `load_model`. 'auto' is for a model that is too large for one device.
         self_check: compare the backend with the `torch` backend. If they differ, the engine runs on `torch` instead,
-            and `Engine.notice` and `progress` get the reason. `Engine.self_check` has the result.
-        compute: False for a process that will be forked: it loads the model but runs no layer.
+            and the reason goes to `Engine.notice` and to `progress`. `Engine.self_check` has the result of the
+            comparison.
+        compute: False for a process that will be forked. The model is then loaded, but no layer runs.
 
-    Raises ModelUnavailable; ValueError for an unsupported model, or for exits of another model; FileNotFoundError for a
-    folder without exits.
+    Raises ModelUnavailable if the model cannot be loaded, ValueError for an unsupported model or for exits of another
+    model, and FileNotFoundError if the folder holds no exits.
     """
     base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress, device_map=device_map)
     folder = find_exits(name, exits)
@@ -77,7 +81,14 @@ def _engine(base, layers: Sequence[int], bank: ExitBank | None, name: str, backe
 
 
 def _checked(make: Callable[[str], Engine], base, backend: str | None, progress: Progress | None) -> Engine:
-    """Make an engine and check it. If the check fails, make one on the `torch` backend instead, with a notice."""
+    """Make an engine and run its self-check. If the check fails, make an engine on the `torch` backend instead.
+
+    Returns the engine with the result in `self_check` and, after a failed check, the reason in `notice`.
+
+    Args:
+        make: function that makes an engine on the backend of this name.
+        base: the transformers model.
+    """
     engine = make(backend)
     is_reference = engine.model.backend.name == REFERENCE
     result = selfcheck.check(engine, None if is_reference else reference(base, engine.model.bounds))
@@ -102,10 +113,12 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     """Load a frozen transformers model without exits. Returns the model, its tokenizer and its short name.
 
     Args:
-        model, device, dtype, progress: as for `load`. The errors are also those of `load`.
+        model, device, dtype, progress: as for `load`.
         token: access token for gated and private Hub models; default $HF_TOKEN.
-        device_map: as in transformers, instead of `device`. 'auto' spreads a model over several devices, main memory
+        device_map: as in transformers; it replaces `device`. 'auto' spreads a model over several devices, main memory
             and disk.
+
+    Raises ModelUnavailable if the model cannot be loaded, and ValueError for an unsupported model or device.
     """
     model, place = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, find_device(device)
     dtype = _torch_dtype(dtype, place)
@@ -126,7 +139,7 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
 
 
 def load_tokenizer(model: str, *, progress: Progress | None = None, token: str | None = None):
-    """Load a model's tokenizer. Arguments and errors are those of `load_model`."""
+    """Load and return the tokenizer of a model. Arguments and errors are those of `load_model`."""
     source = resolve(model, progress)
     try:
         return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
@@ -135,9 +148,9 @@ def load_tokenizer(model: str, *, progress: Progress | None = None, token: str |
 
 
 def describe(model: str | None = None, exits: str | Path | None = None) -> Shape:
-    """Return the shape of the model and exits that `load` would load. It reads config files, and no weights.
+    """Return the name, the size and the exits of the model that `load` would load, without reading weights.
 
-    Raises an error of `load` if the config files already show it.
+    Raises the errors of `load` that the config files already show.
     """
     model = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL
     name = short_name(model)
@@ -158,7 +171,10 @@ def short_name(source: str) -> str:
 
 
 def find_device(wanted: str | None) -> torch.device:
-    """Return the wanted device, by default a GPU if there is one, else the CPU. Raises ValueError if it is missing."""
+    """Return the device with this name. None means a GPU if there is one, else the CPU.
+
+    Raises ValueError if the device does not exist here.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0    # the count ignores old drivers
     try:
         device = torch.device(wanted or ("cuda" if gpus else "cpu"))
@@ -171,9 +187,10 @@ def find_device(wanted: str | None) -> torch.device:
 
 
 def resolve(model: str, progress: Progress | None = None) -> str:
-    """Convert a model's name to what transformers can load: the path of a folder, or the Hub id itself.
+    """Convert a model's name to something that transformers can load: the path of a folder, or a Hub id.
 
-    Raises ModelUnavailable when a local folder or its config.json is missing, or the bundled model is not available.
+    The bundled model is downloaded if needed. Raises ModelUnavailable if it cannot be downloaded, or if a local folder
+    or its config.json is missing.
     """
     if model == DEFAULT_MODEL:
         return str(bundled_model(progress=progress))
@@ -189,9 +206,9 @@ def resolve(model: str, progress: Progress | None = None) -> str:
 
 
 def find_exits(name: str, exits: str | Path | None = None) -> Path | None:
-    """Return the exits folder to use: the given one, else the one shipped for this model, else None.
+    """Return the folder of exits to use: `exits` if given, else the folder shipped for the model `name`, else None.
 
-    Raises FileNotFoundError when the given folder holds no exits.
+    Raises FileNotFoundError if the given folder holds no exits.
     """
     folder = Path(exits) if exits else _SHIPPED_EXITS / name
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
@@ -202,9 +219,10 @@ def find_exits(name: str, exits: str | Path | None = None) -> Path | None:
 
 
 def default_exit_layers(num_layers: int) -> tuple[int, ...]:
-    """Return layers for exits at 30, 57 and 80% of the depth, as published. A shallow model may get fewer than three.
+    """Return layers for exits at 30, 57 and 80% of the depth, as in the original CascadeExit.
 
-    Raises ValueError for a model of one layer, because an exit needs a layer below it and one above it.
+    A shallow model may get fewer than three exits. Raises ValueError for a model of one layer, because an exit needs a
+    layer below it and a layer above it.
     """
     if num_layers < 2:
         raise ValueError(f"a model of {num_layers} layer has no place for an exit: at least 2 are needed")
@@ -213,9 +231,10 @@ def default_exit_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
-    """Read exit layers from text such as '8,16,22' (layers) or '0.3,0.57,0.8' (shares of the depth).
+    """Convert text to exit layers.
 
-    None means the default layers and 0, the exit before the first layer, which drafts in nearly no time.
+    The text holds layers, such as '8,16,22', or shares of the depth, such as '0.3,0.57,0.8'. None gives 0 and the
+    default layers. The exit at 0 is before the first layer, so it drafts in nearly no time.
 
     Raises ValueError for text that does not hold numbers.
     """
@@ -230,7 +249,16 @@ def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
 
 
 def _torch_dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype:
-    """Return the wanted dtype, else bf16; fp16 on a GPU that only emulates bf16, such as a T4."""
+    """Return the torch dtype in which to load a model.
+
+    The default is bf16, or fp16 on a GPU that only emulates bf16, such as a T4.
+
+    Args:
+        dtype: a torch dtype or its name; None for the default.
+        place: the device that the model will be on.
+
+    Raises ValueError for an unknown dtype, and for fp16 on a CPU.
+    """
     if dtype is None:
         if place.type == "cpu":
             return torch.bfloat16
@@ -246,11 +274,16 @@ def _torch_dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.
 
 
 def read_model_config(model: str, source: str, hub: dict):
-    """Load a transformers config and check it, so that no weights of an unsupported model are downloaded.
+    """Load and return the transformers config of a model, after checking that the model is supported.
 
-    hub: options for the Hub, such as `token`.
+    Thus no weights of an unsupported model are downloaded.
 
-    Raises ValueError for an unsupported model, and ModelUnavailable when the config cannot be loaded.
+    Args:
+        model: name of the model, for error messages.
+        source: folder or Hub id to load from.
+        hub: options for the Hub, such as `token`.
+
+    Raises ValueError for an unsupported model, and ModelUnavailable if the config cannot be loaded.
     """
     try:
         config = AutoConfig.from_pretrained(source, **hub)
@@ -267,7 +300,7 @@ def read_model_config(model: str, source: str, hub: dict):
 
 
 def _explained(model: str, source: str, error: Exception) -> ModelUnavailable:
-    """Turn an error of transformers into a message that names the reason and says what to do."""
+    """Convert an error of transformers to a ModelUnavailable error that names the reason and says what to do."""
     reasons = [error]
     while reasons[-1].__cause__ is not None:
         reasons.append(reasons[-1].__cause__)

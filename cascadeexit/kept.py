@@ -1,4 +1,4 @@
-"""KeptRun: a run that the page keeps, so that it can ask for its cards, maps and charts, and continue it."""
+"""KeptRun: a run that the server keeps for the page, so that the page can ask for details later or continue the run."""
 
 import threading
 from collections import OrderedDict
@@ -19,12 +19,15 @@ T = TypeVar("T")
 
 @dataclass
 class KeptRun:
-    """A run with all that the page knows about it. Methods whose arguments have no types accept any JSON.
+    """A run that the server keeps for the page: its stream of records, and what was found about its texts.
+
+    A side is one of the texts of the run. An argument without a type comes from the browser and may be any JSON.
 
     Attributes:
-        label: the model's, in the library.
-        inspections: of each side's whole text, by name; a fork's begins with the text that it continues.
-        checking: True while texts are inspected; it stays True where a visitor stopped that.
+        label: name of the run's model in the library.
+        inspections: {name of a side: inspection of its whole text}. The text of a fork includes the part that it
+            continues.
+        checking: True while the texts are inspected. It stays True if a visitor stopped the inspection.
     """
 
     label: str
@@ -40,7 +43,10 @@ class KeptRun:
 
     @contextmanager
     def growing(self, wait: float = 0.0) -> Iterator[None]:
-        """Hold the run while it grows. Raises ValueError where it still grows after so many seconds."""
+        """Lock the run while text is added to it, for a `with` block.
+
+        Raises ValueError if other code still holds the lock after `wait` seconds.
+        """
         if not self._lock.acquire(timeout=wait):
             raise ValueError("This run is still growing. Wait for its end, or press Stop.")
         try:
@@ -49,14 +55,25 @@ class KeptRun:
             self._lock.release()
 
     def unchecked(self) -> dict[str, Task]:
-        """Tasks that check the texts with exits that were not inspected; {} where a visitor stopped that."""
+        """Return a task for each side of the run that was decoded with exits and not inspected yet, by the side's name.
+
+        Returns {} if a visitor stopped the inspection.
+        """
         return {} if self.checking else {
             name: Task([*text.prompt_ids, *text.before], events=text.final)
             for name, text in self.stream.sides.items()
             if name != FULL and name not in self.inspections and text.final}
 
     def fork(self, side, at, token_id) -> tuple[Side, Task]:
-        """Plan a fork of a side at a position, with this token there. Raises ValueError with the reason against it."""
+        """Plan a fork: a new side that continues another side's text after one token was replaced.
+
+        Args:
+            side: name of the side to continue.
+            at: position of the token to replace.
+            token_id: the token to put there.
+
+        Returns the new side and its task. Raises ValueError with the reason if this fork is not possible.
+        """
         text = self.stream.sides[side] if isinstance(side, str) and side in self.inspections else None
         if text is None or not (_whole(at) and _whole(token_id)) or not 0 <= at < len(text.ids):
             raise ValueError("There is no such token in a text with exits of this run.")
@@ -75,7 +92,11 @@ class KeptRun:
                 Task([*text.prompt_ids, *text.ids[:at]], config, [chosen]))
 
     def inspected(self, name: str, inspection: Inspection) -> None:
-        """Keep the inspection of a side's own tokens, and write the side's end."""
+        """Keep the inspection of a side, and write the side's `end` record to the stream.
+
+        inspection: of the tokens that were decoded for this side. For a fork, the inspection of the tokens before it is
+            added in front.
+        """
         text = self.stream.sides[name]
         self.stream.end(name, inspection)
         if text.before:
@@ -83,14 +104,20 @@ class KeptRun:
         self.inspections[name] = inspection
 
     def card(self, side, i) -> dict | None:
-        """Candidates of the token at position i of a side; None where there is none. Arguments may be any JSON."""
+        """Return the likeliest tokens at position i of a side's text, as `Inspection.card` does.
+
+        Returns None if the side was not inspected or has no such position.
+        """
         found = self.inspections.get(side) if isinstance(side, str) else None
         if found is None or not _whole(i) or not 0 <= i < len(found.token_ids):
             return None
         return found.card(self.tokenizer, i)
 
     def map(self, side, start, count) -> dict | None:
-        """First choices at `count` positions from `start`, at most MAP_COLUMNS; None where there is none."""
+        """Return the first choices at `count` positions of a side's text, from `start` on, as `Inspection.map` does.
+
+        At most MAP_COLUMNS positions are returned. Returns None if the side was not inspected.
+        """
         found = self.inspections.get(side) if isinstance(side, str) else None
         if found is None or not (_whole(start) and _whole(count)):
             return None
@@ -98,21 +125,21 @@ class KeptRun:
 
 
 class Latest(Generic[T]):
-    """The latest things of a kind, by id; the oldest ones go."""
+    """Keeps the newest `most` objects that were added, by their attribute `id`. Older objects are dropped."""
 
     def __init__(self, most: int):
         self._most = most
         self._kept: OrderedDict[str, T] = OrderedDict()
 
     def add(self, thing: T) -> T:
-        """Keep a thing, by its attribute `id`, and return it."""
+        """Keep an object that has an attribute `id`, and return it."""
         self._kept[thing.id] = thing
         while len(self._kept) > self._most:
             self._kept.popitem(last=False)
         return thing
 
     def get(self, id) -> T | None:
-        """The thing with this id; None where it is not kept. The id may be any JSON."""
+        """Return the object with this id; None if it is not kept. The id may be any JSON."""
         return self._kept.get(id) if isinstance(id, str) else None
 
 
@@ -121,5 +148,5 @@ def _whole(value) -> bool:
 
 
 def _joined(before: Inspection, own: Inspection, n: int) -> Inspection:
-    """The first n positions of an inspection, followed by another one."""
+    """Make one inspection from the first n positions of the inspection `before` and all positions of `own`."""
     return Inspection(*(getattr(before, f.name)[:n] + getattr(own, f.name) for f in fields(Inspection)))

@@ -1,4 +1,7 @@
-"""Library: the models that a page offers. One model is in memory at a time, or all after `load_all`."""
+"""Library: the models that a page offers.
+
+Only one model at a time is in memory. After `load_all`, all of them are in memory.
+"""
 
 import gc
 import itertools
@@ -23,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Offer:
-    """One entry of the model menu."""
+    """One model that the page offers in its menu."""
 
     label: str
     model: str | None               # Hub id or local folder; None: the bundled model
@@ -31,7 +34,7 @@ class Offer:
 
 
 def _warm_up(engine: Engine) -> None:
-    """Make short runs that reach every segment, so that one-time work does not slow the first visitor's run."""
+    """Make short runs that reach every segment, so that one-time work does not slow down the first visitor's run."""
     prompt = [0] * 9
     runs = [engine.generate(prompt, DecodeConfig(mode=mode, max_new_tokens=8)) for mode in Mode]
     for _ in itertools.zip_longest(*runs):                          # interleaved, as in a race
@@ -43,13 +46,13 @@ def _warm_up(engine: Engine) -> None:
 
 
 class Library:
-    """Loads models on demand. A request for a model that is not in memory waits until that model is loaded.
+    """Loads models when they are needed. A request for a model that is not in memory waits until it is loaded.
 
     Args:
-        offers: at least one, with different labels.
+        offers: the models to offer, with different labels.
         device, dtype, device_map: as for `hub.load`.
 
-    Raises what `hub.describe` raises, for the first offer that is not available.
+    Raises the error of `hub.describe` for the first offer whose model is not available.
     """
 
     def __init__(self, offers: Sequence[Offer], *, device: str | None = None, dtype=None,
@@ -73,9 +76,9 @@ class Library:
         return list(self.shapes)
 
     def fingerprint(self, label: str) -> str:
-        """Return the fingerprint of this offer's exits, without loading the model.
+        """Return the fingerprint of the exits of the model with this label, without loading the model.
 
-        It is "" for untrained exits of a model that is not in memory.
+        Untrained exits have no file. Their fingerprint is "" unless the model is in memory.
         """
         if label in self._fingerprints:
             return self._fingerprints[label]
@@ -83,7 +86,10 @@ class Library:
         return bank.fingerprint() if bank else ""
 
     def calibration(self, label: str) -> Calibration | None:
-        """Return the calibration of this offer's exits, without loading the model; None if there is none."""
+        """Return the calibration of the exits of the model with this label, without loading the model.
+
+        Returns None if the exits were not calibrated.
+        """
         bank = self._bank(label)
         return bank.calibration if bank else None
 
@@ -94,13 +100,13 @@ class Library:
         return ExitBank.load(folder) if folder else None
 
     def ready(self, label: str) -> bool:
-        """Tell whether this offer is in memory."""
+        """Return True if the model with this label is in memory."""
         return label in self._held
 
     def get(self, label: str, progress: hub.Progress | None = None) -> tuple[Engine, object]:
-        """Return engine and tokenizer of this offer. If they are not in memory, load them first.
+        """Return the engine and the tokenizer of the model with this label. If it is not in memory, load it first.
 
-        Raises KeyError for a label that is not offered, and what `hub.load` raises.
+        Raises KeyError for an unknown label, and the errors of `hub.load`.
         """
         if held := self._held.get(label):       # without the lock: in a forked process it might never be released
             return held
@@ -116,12 +122,12 @@ class Library:
             return self._held[label]
 
     def load_all(self, progress: hub.Progress | None = None) -> None:
-        """Load all offers and keep them in memory. The process can then be forked, and forks run the models.
+        """Load all models and keep them in memory, so that this process can be forked and its forks can run the models.
 
-        No layer runs here, because neither a CUDA context nor OpenMP threads survive a fork. Fingerprints are computed
-        now, because weights may not be readable later (ZeroGPU moves them to disk at launch).
+        No layer runs here, because neither a CUDA context nor OpenMP threads survive a fork. Fingerprints of the exits
+        are computed here, because the weights may not be readable later (ZeroGPU moves them to disk at launch).
 
-        Raises what `hub.load` raises.
+        Raises the errors of `hub.load`.
         """
         for label, offer in self._offers.items():
             engine, tokenizer = hub.load(offer.model, offer.exits, progress=progress, compute=False, **self._place)
@@ -129,7 +135,10 @@ class Library:
             self._held[label] = engine, tokenizer
 
     def load(self, label: str) -> Iterator[str]:
-        """Load this offer, and yield progress lines meanwhile. Raises what `get` raises."""
+        """Load the model with this label. Yields lines of text about the progress.
+
+        Raises the errors of `get`.
+        """
         lines: queue.Queue = queue.Queue()
 
         def work() -> None:

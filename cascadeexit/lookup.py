@@ -1,8 +1,8 @@
-"""Lookup: copies tokens from earlier in the text by n-grams, as drafts and as inputs of confidence estimators.
+"""Lookup: copies tokens from earlier in the text by n-grams. Copies are drafts, and inputs of confidence estimators.
 
-If the newest tokens occur earlier in the text (prompt included), the token that followed them there is copied as a
-draft (prompt lookup: Saxena 2023). Its probability is the share of copies after n-grams of this length that were
-accepted so far in this text.
+If the newest tokens also occur earlier in the text (prompt included), the token that followed them there is copied
+(prompt lookup: Saxena 2023). The probability of a copy is the share of accepted copies so far in this text, among
+copies after n-grams of the same length.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ NOTHING_COPIED = -1, 0
 
 
 class Copy(NamedTuple):
-    """A token that followed the same n-gram earlier in the text."""
+    """A token that n-gram lookup copies from earlier in the text."""
 
     token: int
     chance: float                       # probability that it is right
@@ -25,7 +25,7 @@ class Copy(NamedTuple):
 
 
 class Lookup:
-    """Index of the n-grams of one text, as token ids."""
+    """Index of the n-grams of one text. The text is a sequence of token ids."""
 
     def __init__(self, tokens: Sequence[int]):
         self._text: list[int] = []
@@ -38,7 +38,7 @@ class Lookup:
         return len(self._text)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Add tokens that have become final."""
+        """Add tokens that have become final to the index."""
         for token in tokens:
             for n in _LENGTHS:
                 if len(self._text) >= n:
@@ -46,7 +46,10 @@ class Lookup:
             self._text.append(token)
 
     def find(self, text: Sequence[int]) -> Copy | None:
-        """Find a copy that may follow this text, by the longest known n-gram at its end; None if none is known."""
+        """Find a token that may follow this text. Returns None if no n-gram at the end of the text is in the index.
+
+        If the index has several of these n-grams, the token that followed the longest one is returned.
+        """
         for n in _LENGTHS:
             at = self._after.get(tuple(text[-n:])) if len(text) >= n else None
             if at is not None:
@@ -54,10 +57,10 @@ class Lookup:
         return None
 
     def copied(self, text: Sequence[int]) -> tuple[int, int]:
-        """Find the last earlier place with the same newest tokens.
+        """Find the last earlier place in the index at which the newest tokens of `text` also stand.
 
-        Returns the token that follows there, and the length of the match: the number of equal tokens before it.
-        Returns `NOTHING_COPIED` if there is no such place. Only the newest `MAX_MATCH` tokens of `text` are compared.
+        Returns the token that follows there, and the number of tokens before it that equal the newest tokens of `text`,
+        at most `MAX_MATCH`. Returns `NOTHING_COPIED` if there is no such place.
         """
         copy = self.find(text)
         if copy is None:
@@ -69,6 +72,6 @@ class Lookup:
         return copy.token, length
 
     def judged(self, matched: int, right: bool) -> None:
-        """Record whether a copy after an n-gram of length `matched` was accepted."""
+        """Record that a copy after an n-gram of `matched` tokens was accepted (`right`) or rejected."""
         self._tried[matched] += 1
         self._right[matched] += right

@@ -1,6 +1,7 @@
-"""Measurements of the machine itself: time, memory and read bandwidth."""
+"""Machine: measures time, memory and read bandwidth of the machine itself."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,14 +10,17 @@ from cascadeexit.backends import memory
 
 
 def now(device: torch.device) -> float:
-    """Wait until the device has finished its work, then return the time in seconds."""
+    """Wait until the device has finished its work, then return the time of a clock in seconds.
+
+    Only the difference between two such times has a meaning.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def describe(device: torch.device) -> str:
-    """Name the machine on which a model runs, in one line for a visitor."""
+    """Return one line about a device, for visitors: the name of the GPU, or 'CPU' and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -24,16 +28,35 @@ def describe(device: torch.device) -> str:
 
 
 def read_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
-    """Measure the read bandwidth in bytes per second, by a sum over a large tensor: the best of five runs."""
-    data, times = memory.zeros((megabytes * 2**18,), torch.float32, device).fill_(1), []
-    for _ in range(6):
-        start = now(device)
-        data.sum()
-        times.append(now(device) - start)
-    return data.nbytes / min(times[1:])
+    """Measure how fast a device reads memory, in bytes per second.
+
+    The device sums a large tensor several times, and the fastest time counts.
+
+    megabytes: size of the tensor.
+    """
+    data = memory.zeros((megabytes * 2**18,), torch.float32, device).fill_(1)
+    return data.nbytes / min([seconds_of(data.sum, device) for _ in range(6)][1:])
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Measure how long a device takes for some work, in seconds.
+
+    On a GPU, CUDA events measure it, so the time to start the work does not count.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def resident_bytes() -> int | None:
-    """Return how much main memory this process holds, in bytes; None if the system does not tell."""
+    """Return the main memory that this process holds, in bytes; None if the system does not tell."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * 4096 if statm.exists() else None

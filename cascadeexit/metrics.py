@@ -1,7 +1,7 @@
-"""Metrics: pure functions over TokenEvents, each defined once and used by page, benchmark and evaluation.
+"""Metrics: functions that compute numbers from TokenEvents. Page, benchmark and evaluation all use these definitions.
 
-Only final events (emitted or accepted) count as tokens. Drafts and rejections count in `drafted`, in `acceptance` and,
-by the bytes they read, in `cost`.
+Only final events (emitted or accepted) count as tokens. Drafts and rejections count in `drafted` and `acceptance`. The
+bytes that were read for them count in `cost`.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from cascadeexit.events import COPIED, Status, TokenEvent
 
 @dataclass(frozen=True)
 class RunStats:
-    """Numbers of one run. Shares and rates are in [0, 1], times in seconds; None where nothing was measured."""
+    """Statistics of one run. Shares and rates are in [0, 1], times in seconds. None means not measured."""
 
     tokens: int
     routing_share: tuple[float, ...]    # share of the tokens that each segment produced
@@ -33,7 +33,7 @@ class RunStats:
 
 @dataclass(frozen=True)
 class Match:
-    """Comparison of a text with the full model's own output for the same prompt."""
+    """Result of comparing a text with the full model's own output for the same prompt."""
 
     positional: float                   # share of the positions, over the longer text, that hold the same token
     first_divergence: int | None        # index of the first difference; None when the texts are identical
@@ -41,13 +41,15 @@ class Match:
 
 
 def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
-    """Compute the numbers of one run from all its events."""
+    """Compute the statistics of one run from all its events.
+
+    costs: costs of `full`, with which the run is compared.
+    """
     final = [e for e in events if e.final]
     accepted = sum(e.status is Status.ACCEPTED for e in events)
     rejected = sum(e.status is Status.REJECTED for e in events)
     drafted = sum(e.status is Status.DRAFT for e in events)
     gaps = token_seconds(final)
-    decoding = final[-1].seconds - final[0].seconds if len(final) > 1 else 0.0
     return RunStats(
         tokens=len(final),
         routing_share=routing_share(final, len(costs.depths)),
@@ -61,18 +63,18 @@ def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
         token_seconds_p50=percentile(gaps, 50),
         token_seconds_p90=percentile(gaps, 90),
         token_seconds_p99=percentile(gaps, 99),
-        tokens_per_second=(len(final) - 1) / decoding if decoding > 0 else None,
+        tokens_per_second=tokens_per_second(final),
     )
 
 
 def routing_share(events: Sequence[TokenEvent], num_segments: int) -> tuple[float, ...]:
-    """Compute the share of the final tokens that each segment produced; zeros without tokens."""
+    """Compute the share of the final tokens that each segment produced. All shares are 0 if there are no tokens."""
     final = [e for e in events if e.final]
     return tuple(sum(e.exit == s for e in final) / max(1, len(final)) for s in range(num_segments))
 
 
 def copied_share(events: Sequence[TokenEvent]) -> float:
-    """Compute the share of the final tokens that were copied by n-gram lookup; 0 without tokens."""
+    """Compute the share of the final tokens that were copied by n-gram lookup; 0 if there are no tokens."""
     final = [e for e in events if e.final]
     return sum(e.exit == COPIED for e in final) / max(1, len(final))
 
@@ -86,13 +88,30 @@ def verifications(events: Sequence[TokenEvent]) -> int:
     return sum(e.status is Status.EMITTED for e in final) + (bool(final) and final[-1].status is Status.ACCEPTED)
 
 
+def tokens_per_second(final: Sequence[TokenEvent]) -> float | None:
+    """Compute the speed of decoding in tokens per second, without the time until the first token.
+
+    Returns None for fewer than two tokens.
+
+    final: the final events of a run.
+    """
+    decoding = final[-1].seconds - final[0].seconds if len(final) > 1 else 0.0
+    return (len(final) - 1) / decoding if decoding > 0 else None
+
+
 def token_seconds(final: Sequence[TokenEvent]) -> list[float]:
-    """Compute the seconds from each final token to the next; about 0 between drafts accepted in one pass."""
+    """Compute the seconds between each final token and the next one: N tokens give N - 1 numbers.
+
+    Drafts that one verification pass accepted have about 0 s between them.
+    """
     return [b.seconds - a.seconds for a, b in zip(final, final[1:])]
 
 
 def agreement(token_ids: Sequence[int], full_choices: Sequence[int]) -> float | None:
-    """Compute the share of tokens that equal the full model's choice after the same text (teacher-forced agreement)."""
+    """Compute the share of tokens that equal the full model's choice after the same text; None if there are no tokens.
+
+    This is teacher-forced agreement. Both sequences have the same length.
+    """
     return _mean([a == b for a, b in zip(token_ids, full_choices, strict=True)])
 
 
@@ -105,7 +124,7 @@ def match(token_ids: Sequence[int], full_ids: Sequence[int]) -> Match:
 
 
 def percentile(values: Sequence[float], p: int) -> float | None:
-    """Compute the p-th percentile, interpolated linearly between order statistics; None without values."""
+    """Compute the p-th percentile, interpolated linearly between neighbouring values; None if there are no values."""
     if len(values) < 2:
         return values[0] if values else None
     return quantiles(values, n=100, method="inclusive")[p - 1]

@@ -1,8 +1,8 @@
-"""SegmentedModel: a frozen transformers decoder that is cut into segments at its exits.
+"""SegmentedModel: a frozen transformers decoder that is divided into segments at its exits.
 
-Exits after layers 9, 17, 24 of 30 give the bounds (0, 9, 17, 24, 30) and four segments. This module has sizes and
-checks; a backend computes. `model.layers` runs hidden rows through segments, and `model.head` projects them onto the
-vocabulary.
+For example, exits after layers 9, 17, 24 of 30 give the bounds (0, 9, 17, 24, 30) and four segments. This module knows
+sizes and checks arguments. A backend does the computing: `model.layers` runs hidden rows through segments, and
+`model.head` projects them onto the vocabulary.
 
 Letters: D hidden size, V vocabulary.
 """
@@ -16,14 +16,17 @@ from torch import Tensor
 
 from cascadeexit import backends
 from cascadeexit.backends.base import Backend
-from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weights
+from cascadeexit.backends.weights import DecoderShape, is_spread, layer_weights, outer_weights
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 def check_supported(config) -> None:
-    """Raise ValueError with the reason when a transformers config describes a model that cannot be cut."""
+    """Raise ValueError if a model with this transformers config cannot be divided into segments.
+
+    The message says why.
+    """
     kind = getattr(config, "model_type", type(config).__name__)
     if kind not in SUPPORTED:
         raise ValueError(f"model type '{kind}' is not supported: CascadeExit runs decoder layers one by one and knows "
@@ -42,14 +45,15 @@ class SegmentedModel:
     """A causal language model whose layers run in segments between exits.
 
     The caller may delete the transformers model afterwards, because the backend keeps the weights (`cpu` in packed
-    copies). A model that accelerate has spread over several devices is used in place.
+    copies). If accelerate has spread the model over several devices, its weights stay where they are.
 
     Args:
-        base: a transformers *ForCausalLM of a supported type; it is put in eval mode and frozen.
-        exit_layers: number of layers below each exit, ascending, each in 0..num_layers-1. An exit after layer 0 reads
-            the token's embedding, and the carried state if its adapter has one.
-        name: short name for messages and artifacts.
-        backend: 'cpu', 'gpu', 'torch', your own class (`backends.base.Backend`), or None for the fastest that fits.
+        base: a transformers *ForCausalLM of a supported type. It is put in eval mode and frozen.
+        exit_layers: for each exit, the number of layers below it, ascending, each in 0..num_layers-1. An exit after
+            layer 0 reads the token's embedding, and also the carried state if its adapter reads it.
+        name: short name for messages and saved files.
+        backend: 'cpu', 'gpu', 'torch', a class of your own (`backends.base.Backend`), or None for the fastest that
+            fits.
 
     Raises ValueError for an unsupported architecture, bad exit layers, or a backend that cannot run the model here.
     """
@@ -63,7 +67,7 @@ class SegmentedModel:
             raise ValueError(f"exit layers must ascend within 0..{num_layers - 1}, got {tuple(exit_layers)}")
         weights = outer_weights(base)
         self.device, self.dtype, self.vocab_size = weights.device, weights.dtype, weights.head.shape[0]
-        if self.device.type == "meta":
+        if self.device.type == "meta" and is_spread(base):
             raise ValueError("the vocabulary projection is not in memory: the device_map must put lm_head on a device")
         self.name = name or base.config.model_type
         self.config, self.bounds = base.config, bounds
@@ -104,17 +108,17 @@ class SegmentedModel:
 
     @property
     def pass_bytes(self) -> int:
-        """Bytes of weights that one pass through all layers reads. Packing makes this less than their original size."""
+        """Bytes of weights that one pass through all layers reads. If weights are packed, this is the packed size."""
         return sum(self.layers.segment_bytes)
 
     @property
     def head_weight(self) -> Tensor:
-        """Weight of the vocabulary projection that all exits share (V, D). Some backends compute it on each access."""
+        """Weight of the vocabulary projection that all exits share (V, D). Some backends compute it each time."""
         return self.head.weight
 
     @cached_property
     def head_fingerprint(self) -> str:
-        """SHA-256 of the head in bf16. It tells which weights exits were trained on, for any loaded dtype."""
+        """SHA-256 of the head's weight, rounded to bf16. It shows whether exits were trained for these weights."""
         weight = self.head_weight.detach().to("cpu", torch.bfloat16).contiguous()
         return hashlib.sha256(weight.view(torch.uint8).numpy()).hexdigest()
 
@@ -125,14 +129,14 @@ class SegmentedModel:
         self.check_ids(ids)
 
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Raise ValueError for token ids outside the vocabulary, for which kernels would read invalid memory."""
+        """Raise ValueError for token ids outside the vocabulary. With such ids, kernels would read invalid memory."""
         bad = [i for i in ids if not 0 <= i < self.vocab_size]
         if bad:
             raise ValueError(f"token ids must be in 0..{self.vocab_size - 1}, got {bad[:5]}")
 
 
 def _eos_ids(base) -> frozenset[int]:
-    """Return the tokens that end a text."""
+    """Return the ids of the tokens that end a text. The set may be empty."""
     ids = base.generation_config.eos_token_id
     if ids is None:
         ids = base.config.eos_token_id

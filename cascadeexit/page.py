@@ -1,4 +1,4 @@
-"""Page: what the controls of the page do. Plain values in and out; app.py turns them into updates of components."""
+"""Page: the functions behind the controls of the page. app.py turns their results into updates of components."""
 
 import logging
 import math
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cascadeexit import evaluation, prompts, record, views
+from cascadeexit import evaluation, prompts, record
 from cascadeexit.calibration import Calibration
 from cascadeexit.hub import ModelUnavailable
 from cascadeexit.kept import KeptRun, Latest
 from cascadeexit.report import Progress, Report, measured_curve
 from cascadeexit.runner import Batch, Check, RunFailed, Runner, Task, events_of
 from cascadeexit.settings import DISABLED, Settings
-from cascadeexit.sides import CASCADE
+from cascadeexit.sides import CASCADE, FULL
+from cascadeexit.spread import REPEATS, TOKENS, speedups
 from cascadeexit.stream import (
     TokenStream,
     error_line,
@@ -38,7 +39,7 @@ YIELD_SECONDS = 0.2         # least time between two moments at which a running 
 
 @dataclass(frozen=True)
 class Notice:
-    """A message that pops up over the page: plain text, to be escaped where markup is read."""
+    """A message that pops up over the page. It is plain text. Escape it before it is shown as HTML."""
 
     title: str
     message: str
@@ -46,17 +47,19 @@ class Notice:
 
 @dataclass(frozen=True)
 class Frame:
-    """Changes of the page at one moment of a run; None leaves a part as it is."""
+    """A change of the page during a run. A field that is None leaves its part of the page unchanged."""
 
     stream: str | None = None       # value of the token view (`cascadeexit.stream`)
     run: str | None = None          # id of the run that begins, which `analyse` and `fork` ask for
-    charts: str | None = None       # id of the run whose charts can be opened; "" hides them
     notice: Notice | None = None
 
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Source of an evaluation's prompts: an uploaded file, else pasted lines, else bundled kinds."""
+    """Tells where the prompts of an evaluation come from: a file, pasted lines, or kinds of bundled prompts.
+
+    If there is a file, only the file is used. Otherwise pasted lines are used if there are any.
+    """
 
     kinds: Sequence[str] = ()
     each: int | None = None         # bundled prompts of each kind
@@ -64,7 +67,7 @@ class PromptSource:
     file: str | None = None
 
     def read(self) -> list[prompts.Prompt]:
-        """The prompts. Raises ValueError with a message for the visitor."""
+        """Read and return the prompts. Raises ValueError with a message for the visitor."""
         if self.file:
             return prompts.read_prompts(Path(self.file))
         if (self.pasted or "").strip():
@@ -75,7 +78,7 @@ class PromptSource:
 
 
 class Page:
-    """Handlers of one page. They share the models and the latest runs."""
+    """Handlers of one page. They share the models, the newest runs and the newest evaluations."""
 
     def __init__(self, runner: Runner):
         self.library, self._runner = runner.library, runner
@@ -83,7 +86,10 @@ class Page:
         self._reports: Latest[Report] = Latest(KEPT_REPORTS)
 
     def respond(self, settings: Settings) -> Iterator[Frame]:
-        """Race the sides of these settings, check the texts with exits, and keep the run."""
+        """Decode a visitor's prompt in all panels, check the texts that exits wrote, and keep the run.
+
+        Yields the changes of the page.
+        """
         try:
             if not (settings.prompt or "").strip():
                 raise ValueError("Please write a prompt first.")
@@ -102,15 +108,17 @@ class Page:
         with kept.growing():
             if engine.notice:
                 kept.stream.status(engine.notice)
-            yield Frame(kept.stream.text, kept.stream.run, charts="",
+            yield Frame(kept.stream.text, kept.stream.run,
                         notice=Notice("Slower than usual", engine.notice) if engine.notice else None)
             yield from _grown(kept, contest, engine.notice)
 
     def analyse(self, run) -> Iterator[Frame]:
-        """Check the texts of a run that was stopped, as `respond` does at the end, and keep it with its cards and maps.
+        """Check the texts of a run that the visitor stopped, as `respond` does at the end of a run.
 
-        Nothing happens for a run that is not kept, has no text, or was stopped while its texts were checked. The
-        argument may be any JSON.
+        Yields the changes of the page. Nothing is checked if the run is not kept, has no text, or was stopped while its
+        texts were checked.
+
+        run: id of the run; it may be any JSON.
         """
         kept = self._runs.get(run)
         yield Frame()
@@ -127,10 +135,16 @@ class Page:
             yield Frame(notice=Notice("Not checked", str(error)))
 
     def fork(self, run, side, at, token_id) -> Iterator[Frame]:
-        """Continue a side of a finished run with another token at one position, as a new side of that run.
+        """Continue one text of a finished run after replacing one of its tokens. Yields the changes of the page.
 
-        Only the new side is decoded, with the settings of the other; then its text is checked. The arguments may be any
-        JSON.
+        The continuation becomes a new side of the run. It is decoded with the settings of the side that it continues.
+        Then its text is checked. The arguments may be any JSON.
+
+        Args:
+            run: id of the run.
+            side: name of the side to continue.
+            at: position of the token to replace.
+            token_id: the token to put there.
         """
         kept = self._runs.get(run)
         try:
@@ -146,8 +160,40 @@ class Page:
         except UNAVAILABLE as error:
             yield Frame(notice=Notice("Not continued", str(error)))
 
+    def measure(self, run) -> Iterator[Frame]:
+        """Measure how much the speed-up of a finished run varies. Yields the changes of the page.
+
+        The first side and the full model decode the beginning of the text again, several times. The speed-ups are
+        written to the run's stream.
+
+        run: id of the run; it may be any JSON.
+        """
+        kept = self._runs.get(run)
+        try:
+            if kept is None:
+                raise ValueError(GONE)
+            with kept.growing():
+                yield from self._loading(kept)
+                stream, found, next_yield = kept.stream, [], 0.0
+                tasks = {name: Task(stream.prompt_ids, stream.sides[name].side.config) for name in (CASCADE, FULL)}
+                for speedup in speedups(self._runner, kept.label, tasks):
+                    if speedup is not None:
+                        found.append(speedup)
+                        stream.status(f"Measuring the speed again: {len(found)} of {REPEATS} done…")
+                        yield Frame(stream.text)
+                    elif time.monotonic() >= next_yield:
+                        next_yield = time.monotonic() + YIELD_SECONDS
+                        yield Frame()
+                stream.spread(CASCADE, found, TOKENS)
+                yield Frame(stream.text)
+        except (*UNAVAILABLE, RunFailed) as error:
+            yield Frame(error_line(str(error)), notice=Notice("Not measured", str(error)))
+
     def evaluate(self, source: PromptSource, settings: Settings) -> Iterator[Progress]:
-        """Race each of many prompts; yields a report that grows. `cancelled` ends it."""
+        """Decode many prompts with exits and with the full model. Yields the changes of the evaluation tab.
+
+        The caller cancels the evaluation by closing this generator. `cancelled` then shows what was finished.
+        """
         try:
             chosen = source.read()
             config, _ = settings.decode_configs(self.library.shapes[settings.model].num_exits)
@@ -180,49 +226,60 @@ class Page:
             yield report.progress(left, drawn)
 
     def cancelled(self, report: str) -> Progress:
-        """Show what a cancelled evaluation had finished. No change where none was running."""
+        """Show the results that an evaluation had when it was cancelled. Returns the change of the evaluation tab.
+
+        Nothing changes if no such evaluation was running.
+
+        report: id of the evaluation's report.
+        """
         found = self._reports.get(report)
         return found.cancelled() if found and not found.done else Progress()
 
     def idle(self, label: str) -> Frame:
-        """Return the page as it is before a run of this model."""
-        return Frame(model_line(self.library.shapes[label], label), charts="")
+        """Show the page as it is before any run. Returns the change of the page.
 
-    def figures(self, run: str) -> list:
-        """Plotly figures of a finished run. Raises LookupError when the run is no longer kept."""
-        kept = self._runs.get(run)
-        if kept is None or CASCADE not in kept.inspections:
-            raise LookupError(GONE)
-        return views.figures(kept.stream, kept.inspections[CASCADE].full_choices)
+        label: name of the chosen model.
+        """
+        return Frame(model_line(self.library.shapes[label], label))
 
     # The browser calls the next two, so their arguments may be any JSON.
 
     def token_card(self, run, side, i) -> dict | None:
-        """Candidates of the token at position i of a side, for its card; None for a text that was not checked."""
+        """Return the likeliest tokens at position i of a side's text, as `Inspection.card` does.
+
+        Returns None if the side's text was not checked.
+        """
         kept = self._runs.get(run)
         return kept.card(side, i) if kept else None
 
     def layer_map(self, run, side, start, count) -> dict | None:
-        """Choices of every exit at `count` positions of a side from `start`; None for a text that was not checked."""
+        """Return the choices of every exit at `count` positions of a side's text, as `Inspection.map` does.
+
+        The positions begin at `start`. Returns None if the side's text was not checked.
+        """
         kept = self._runs.get(run)
         return kept.map(side, start, count) if kept else None
 
     def _load(self, label: str) -> Iterator[str]:
-        """Make the model ready; yields progress to show."""
+        """Load the model with this label if it is not in memory. Yields lines of text about the progress."""
         if not self.library.ready(label):
             yield from self.library.load(label)
 
     def _loading(self, kept: KeptRun) -> Iterator[Frame]:
-        """Make the model of a kept run ready; yields progress."""
+        """Load the model of a kept run if it is not in memory. Yields changes of the page that show the progress."""
         for line in self._load(kept.label):
             kept.stream.status(line)
             yield Frame(kept.stream.text)
 
 
 def _grown(kept: KeptRun, contest: Iterator[Batch], notice: str = "") -> Iterator[Frame]:
-    """Write the events of a race and then what the check of the texts finds; yields the run as it grows.
+    """Write the events of a race to a run's stream, and then what the check of its texts finds.
 
-    notice: status at the end.
+    Yields the changes of the page.
+
+    Args:
+        contest: the batches of the race, from `Runner.race`.
+        notice: text to show as the status at the end; "" for none.
     """
     stream = kept.stream
     try:
@@ -241,7 +298,7 @@ def _grown(kept: KeptRun, contest: Iterator[Batch], notice: str = "") -> Iterato
         kept.checking = False
         if notice:
             stream.status(notice)
-        yield Frame(stream.text, charts=stream.run if CASCADE in kept.inspections else None)
+        yield Frame(stream.text)
     except RunFailed as error:
         log.warning("a run broke off: %s", error)
         stream.fail(str(error))
@@ -255,20 +312,27 @@ def _grown(kept: KeptRun, contest: Iterator[Batch], notice: str = "") -> Iterato
 
 
 def replayed(path: str | Path) -> str:
-    """Read a recorded run as a stream that the token view plays. Raises ValueError for any other file."""
+    """Read a recorded run from a file. Returns a stream that the page plays at the speed of the recording.
+
+    Raises ValueError for any other file.
+    """
     return replay_line() + record.load(Path(path).read_bytes())
 
 
 def replay_upload(path: str) -> Frame:
-    """Replay an uploaded run. Any other file gives a message and no other change."""
+    """Read an uploaded run and play it. For any other file, show a message. Returns the change of the page."""
     try:
-        return Frame(replayed(path), charts="")
+        return Frame(replayed(path))
     except ValueError as error:
         return Frame(error_line(f"This file cannot be replayed: {error}"), notice=Notice("Not a saved run", str(error)))
 
 
 def retried(seed, temperature) -> tuple[int, Notice | None]:
-    """Seed of a run that is made again, and a notice where the text cannot become another one."""
+    """Return the seed for another run of the same prompt, and a notice or None.
+
+    Above temperature 0, the seed is one higher, so that the text can be another one. At temperature 0, the seed stays,
+    and the notice tells the visitor that the text will be the same.
+    """
     if temperature:
         return int(seed or 0) + 1, None
     return int(seed or 0), Notice("The same text again", "At temperature 0 the model always takes the likeliest token. "
@@ -279,22 +343,32 @@ def retried(seed, temperature) -> tuple[int, Notice | None]:
 
 
 def threshold_for(percent: float, calibration: Calibration) -> float:
-    """Loosest threshold that is certified to keep this agreement; `DISABLED` when no measured threshold does."""
+    """Return the lowest measured threshold that is certified to reach this agreement with the full model.
+
+    Returns `DISABLED` if no measured threshold reaches it.
+
+    percent: the agreement, 0 to 100.
+    """
     threshold = calibration.threshold(1 - percent / 100)
     return DISABLED if threshold is None else threshold
 
 
 def percent_at(threshold: float, calibration: Calibration) -> int:
-    """Agreement in percent that is certified at this threshold, by the next looser measured one; 0 without one."""
+    """Return the agreement with the full model, in whole percent, that is certified at this threshold.
+
+    Only some thresholds were measured. The agreement is that of the nearest measured threshold that is not above this
+    one. Returns 0 if there is none.
+    """
     at_most = [point.at_most for point in calibration.points if point.threshold <= threshold]
     return math.floor(round(100 * (1 - at_most[0]), 9)) if at_most else 0
 
 
 def quality_stops(calibration: Calibration) -> list[int]:
-    """Positions of the quality slider, in percent and ascending, at which it changes the thresholds.
+    """Return the positions of the quality slider at which the thresholds change, in percent, ascending.
 
-    The first and the last are the range of the slider. Below the first, the loosest measured threshold stays in force.
-    Above the last, no threshold is certified: only the mode verified keeps such an agreement. A position between two
-    stops has the threshold of the upper one, so `percent_at(threshold_for(percent))` moves a slider to its stop.
+    The first and the last position are the ends of the slider. Below the first position, the lowest measured threshold
+    would stay in force. Above the last one, no threshold is certified, and only the mode verified reaches such an
+    agreement. Between two positions, the slider has the threshold of the higher one.
+    `percent_at(threshold_for(percent))` is this higher position.
     """
     return sorted({percent_at(point.threshold, calibration) for point in calibration.points})

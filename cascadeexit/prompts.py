@@ -1,6 +1,6 @@
 """Prompts: reads sets of prompts that are bundled, pasted or uploaded, and converts prompts to token ids.
 
-Pasted text and files are not trusted: they are read within limits, and an error says why one is refused.
+Pasted text and files are not trusted. They are read within limits, and an error says why one is refused.
 """
 
 import csv
@@ -28,7 +28,7 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and its kind, such as a topic, by which results are grouped."""
+    """A prompt and its kind. A kind is a word such as a topic; results of an evaluation are grouped by it."""
 
     kind: str
     text: str
@@ -38,13 +38,14 @@ def read_prompts(source: str | Path, limit: int = MAX_PROMPTS) -> list[Prompt]:
     """Read prompts from pasted text (a str, never taken for a path) or from a UTF-8 file (a Path).
 
     Args:
-        source: pasted text holds one prompt per line, or JSONL if every line is a JSON object. The ending of a file
-            decides how it is read. .txt: one prompt per line. .jsonl: objects with "prompt", "text" or "instruction",
-            and optional "kind" or "set". .csv: a header with `prompt`, and optional `kind` or `set`.
+        source: pasted text holds one prompt per line, or one JSON object per line as in .jsonl. The ending of a file's
+            name decides how the file is read. .txt: one prompt per line. .jsonl: one object per line with "prompt",
+            "text" or "instruction", and optional "kind" or "set". .csv: a header with the column `prompt`, and optional
+            `kind` or `set`.
         limit: largest number of prompts.
 
-    Raises ValueError that names the line, what was expected, what was found, and what to do. The message may quote the
-    source: escape it where markup is read.
+    Raises ValueError. The message names the line, what was expected, what was found, and what to do. It may quote the
+    source, so escape it before it is shown as HTML.
     """
     read = _reader_of(source) if isinstance(source, Path) else _from_pasted
     content = _file_text(source) if isinstance(source, Path) else source.removeprefix("\ufeff")
@@ -65,9 +66,10 @@ def read_prompts(source: str | Path, limit: int = MAX_PROMPTS) -> list[Prompt]:
 
 
 def token_ids(tokenizer, text: str, *, chat: bool = True) -> list[int]:
-    """Convert a prompt to token ids: one user turn in the model's chat template, up to the start of the reply.
+    """Convert a prompt to token ids, as one user turn in the chat template of the model.
 
-    Without a template or with chat=False, these are the tokens of the plain text.
+    The ids end where the reply begins. If the tokenizer has no template, or with chat=False, they are those of the
+    plain text.
     """
     if not (chat and tokenizer.chat_template):
         return tokenizer(text)["input_ids"]
@@ -76,7 +78,10 @@ def token_ids(tokenizer, text: str, *, chat: bool = True) -> list[int]:
 
 
 def visitor_token_ids(tokenizer, prompt: str | None, chat: bool) -> list[int]:
-    """Convert a prompt that a visitor wrote to token ids. Raises ValueError with a message for the visitor."""
+    """Convert a visitor's prompt to token ids, as `token_ids` does.
+
+    Raises ValueError with a message for the visitor if the prompt is not text, is empty, or is too long.
+    """
     if not isinstance(prompt or "", str):
         raise ValueError("The prompt should be text.")
     prompt = (prompt or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # no lone surrogates
@@ -88,16 +93,16 @@ def visitor_token_ids(tokenizer, prompt: str | None, chat: bool) -> list[int]:
 
 
 def opening_ids(tokenizer) -> list[int]:
-    """Return the token ids that the chat template puts before the user's words; [] without a template."""
+    """Return the token ids that the chat template puts before the user's words; [] if there is no template."""
     return os.path.commonprefix([token_ids(tokenizer, text) for text in ("a", "1")]) if tokenizer.chat_template else []
 
 
 def bundled_prompts(kinds: Sequence[str] | None = None, each: int | None = None) -> list[Prompt]:
-    """Return the bundled prompts, one of each kind in turn, so that the first n are balanced.
+    """Return the bundled prompts. The kinds alternate, so that the first n prompts are balanced.
 
     Args:
-        kinds: kinds to return; None for all, in the file's order.
-        each: largest number of prompts of one kind; None for all.
+        kinds: kinds to return; None for all kinds, in the order of the file.
+        each: largest number of prompts of one kind; None for no limit.
 
     Raises ValueError for a kind that does not exist.
     """
@@ -163,7 +168,12 @@ def _from_csv(content: str) -> Iterator[tuple[int, Prompt]]:
 
 
 def _from_row(row: dict, names: Sequence[str], line: int) -> Prompt:
-    """Make a prompt from a JSON object or a table row. Its text is the first field of `names` that is present."""
+    """Make a prompt from a JSON object or from a row of a table.
+
+    The text of the prompt is the first field of `names` that is present. Raises ValueError if there is no text.
+
+    line: number of the line in the source, for error messages.
+    """
     text, kind = (next((row[name] for name in known if row.get(name) is not None), None)
                   for known in (names, _KIND_FIELDS))
     if not isinstance(text, str) or not text.strip():
@@ -218,17 +228,17 @@ def _check_prompt(prompt: Prompt, line: int) -> None:
 
 
 def _lines(content: str) -> Iterator[tuple[int, str]]:
-    """Return the lines that are not blank, with their numbers from 1."""
+    """Return (number, line) for each line that is not blank. Numbers begin at 1 and count blank lines, too."""
     return ((number, line) for number, line in enumerate(_LINE_END.split(content), 1) if line.strip())
 
 
 def _line_at(content: str, position: int) -> int:
-    """Return the number of the line that holds this position."""
+    """Return the number, from 1, of the line that holds the character at this position."""
     return 1 + len(_LINE_END.findall(content[:position]))
 
 
 def _quoted(value) -> str:
-    """Format a value for an error message: shortened, with control and direction characters escaped."""
+    """Format a value for an error message. Text is shortened, and its control characters are escaped."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     return repr(value[:60]) + "..." * (len(value) > 60) if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,7 @@
-"""A fair race on one device: the sides never run at once, and the side with the least engine time so far runs next."""
+"""Race: several runs take turns on one device, so that their speeds can be compared.
+
+Two runs never compute at the same time. The run that has used the least engine time so far goes next.
+"""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,10 +9,12 @@ from cascadeexit.events import TokenEvent
 
 
 def race(sides: Mapping[str, Iterator[TokenEvent]]) -> Iterator[tuple[str, TokenEvent]]:
-    """Interleave streams of events by their engine time. Yields (side, event).
+    """Merge the events of several runs in the order of their engine time. Yields (name of the run, event).
 
-    The `seconds` of a stream count only its own work, so events come in the order that they would have if each side
-    had an equal machine of its own. Closing the race closes the streams.
+    The field `seconds` of an event counts only the work of its own run. So the events come in the order that they would
+    have if each run had a machine of its own. Closing this generator closes the runs.
+
+    sides: {name of a run: its events}.
     """
     clocks = dict.fromkeys(sides, 0.0)
     try:

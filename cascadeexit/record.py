@@ -1,7 +1,7 @@
-"""Records: save runs to files that the page can replay. Files are not trusted: `load` checks every value.
+"""Records: saves runs to files that the page can replay. Files are not trusted: `load` checks every value.
 
-A file is one JSON object {"format": 1, "records": [...]}; the records are those of `TokenStream`, described there.
-Files that were saved before there were `sides` hold the sides `cascade` and `full`.
+A file is one JSON object {"format": 1, "records": [...]}. `cascadeexit.stream` describes the records. In older files,
+the record `run` has no field `sides`. Such a run has the sides `cascade` and `full`.
 """
 
 import json
@@ -28,8 +28,9 @@ _FIELDS = {
     "text": {"side": str, "i": int, "text": str},
     "stats": {"side": str, "tokens": int, "seconds": _NUMBER, "routing_share": list},
     "versus": {"n": int, "positional": _NUMBER, "rolling": _NUMBER},
-    "end": {"positional": _NUMBER},
+    "end": {},
     "fork": {"side": str, "of": str, "at": int, "id": int, "text": str, "title": str},
+    "spread": {"side": str, "speedups": list, "tokens": int},
     "stopped": {}, "error": {"message": str},
 }
 _TOKEN_TEXT = {"text": str, "exit": int, "t": _NUMBER, "conf": list}
@@ -41,8 +42,8 @@ _OPTIONAL = {
     "stats": dict.fromkeys(("copied_share", "cost", "tokens_per_second", "first_token_seconds", "token_seconds_p50",
                             "token_seconds_p90", "token_seconds_p99"), _NUMBER),
     "versus": {"side": str, "speedup": _NUMBER, "first_divergence": int},
-    "end": {"side": str, "agreement": _NUMBER, "first_divergence": int, "sequence": bool, "identical": bool,
-            "differs": list, "moments": list, "loops": dict},
+    "end": {"side": str, "agreement": _NUMBER, "positional": _NUMBER, "first_divergence": int, "sequence": bool,
+            "identical": bool, "differs": list, "moments": list, "loops": dict},
 }
 # Fields of the objects in lists, and of objects.
 _SIDE = {"name": str, "mode": str, "thresholds": list, "tolerance": _NUMBER, "title": str}
@@ -51,15 +52,15 @@ _LOOP = {"start": int, "period": int, "share": _NUMBER}
 
 
 def dump(stream: str) -> str:
-    """Convert a finished stream to the content of the file that saves it; `load` reads it back."""
+    """Convert the stream of a finished run to the content of a file. `load` reads this content."""
     records = [record for record in map(expand, stream.splitlines()) if record["type"] not in _PASSING]
     return json.dumps({"format": FORMAT, "records": records}, separators=(",", ":"))
 
 
 def load(content: bytes | str) -> str:
-    """Read a file that `dump` made. Returns the stream of the recorded race, which the page can draw.
+    """Read the content of a file that `dump` made. Returns the stream of the recorded run, which the page can play.
 
-    Raises ValueError that names what was expected and what the file holds instead.
+    Raises ValueError that names what was expected and what the file has instead.
     """
     if len(content) > MAX_BYTES:
         raise ValueError(f"this file has {len(content):,} bytes, the limit is {MAX_BYTES:,}")
@@ -81,7 +82,10 @@ def load(content: bytes | str) -> str:
 
 
 def _check_whole(records: list[dict]) -> None:
-    """Check that entries fit together, after `_check` accepted each one. Raises ValueError if they do not."""
+    """Check that all records of a file fit together. Raises ValueError if they do not.
+
+    `_check` must have accepted each record before.
+    """
     kinds, model = [record["type"] for record in records], records[0]
     if kinds[:2] != ["model", "run"] or {"model", "run"} & {*kinds[2:]}:
         raise ValueError("a record must begin with a model and a run, and hold no other model or run")
@@ -98,7 +102,12 @@ def _check_whole(records: list[dict]) -> None:
 
 
 def _side_names(run: dict, exits: int) -> list[str]:
-    """Names of the sides with which a run begins. Raises ValueError for sides that do not fit together."""
+    """Return the names of the sides with which a run begins. Raises ValueError if these sides do not fit together.
+
+    Args:
+        run: the record of type `run`.
+        exits: number of exits.
+    """
     sides = run.get("sides")
     if sides is None:
         return [CASCADE, FULL]
@@ -112,9 +121,12 @@ def _side_names(run: dict, exits: int) -> list[str]:
 
 
 def _check_place(number: int, record: dict, exits: int, written: dict[str, int]) -> None:
-    """Check that an entry fits to those before it.
+    """Check that a record fits the records before it. Raises ValueError if it does not.
 
-    written: length of each side's text so far; it is updated.
+    Args:
+        number: index of the record in its file.
+        exits: number of exits.
+        written: {name of a side: length of its text so far}; this function updates it.
     """
     kind, place = record["type"], f"entry {number} ({record['type']})"
     if kind == "token" and record["status"] != "rejected":
@@ -151,7 +163,10 @@ def _check_place(number: int, record: dict, exits: int, written: dict[str, int])
 
 
 def _check_drafts(place: str, drafts: list, exits: int) -> None:
-    """Check the drafts of a tree: each [id, text, parent, p, exit, accepted], parents first."""
+    """Check the drafts of a tree. Raises ValueError if one is wrong, or comes before its parent.
+
+    A draft should be [id, text, parent, p, exit, accepted]. `place` names the record in error messages.
+    """
     for n, draft in enumerate(drafts):
         fits = isinstance(draft, list) and len(draft) == 6 and all(
             map(_fits, draft, (int, str, int, (*_NUMBER, type(None)), int, bool)))
@@ -165,7 +180,10 @@ def _check_numbers(place: str, values: list, length: int) -> None:
 
 
 def _check(number: int, record) -> None:
-    """Check one entry without looking at the others. Raises ValueError if it is wrong."""
+    """Check one record alone, without the records before it. Raises ValueError if it is wrong.
+
+    number: index of the record in its file.
+    """
     kind = record.get("type") if isinstance(record, dict) else None
     if kind not in _FIELDS:
         raise ValueError(f"entry {number}: expected one of the types {', '.join(_FIELDS)}, got {kind!r}")
@@ -178,6 +196,8 @@ def _check(number: int, record) -> None:
         _check_token(number, record)
     elif kind == "checked":
         _check_whole_numbers(place, "ids", record)
+    elif kind == "spread":
+        _check_numbers(f"{place} speedups", [x or "" for x in record["speedups"]], len(record["speedups"]))
     elif kind == "end":
         _check_whole_numbers(place, "differs", record)
         for moment in record.get("moments") or []:
@@ -187,7 +207,7 @@ def _check(number: int, record) -> None:
 
 
 def _check_token(number: int, record: dict) -> None:
-    """Check the values of a token that need more than a type."""
+    """Check the values of a token's record whose type alone is not enough. Raises ValueError if one is wrong."""
     place = f"entry {number} (token):"
     if record["status"] not in STATUSES:
         raise ValueError(f"entry {number}: status should be one of {', '.join(STATUSES)}, got "
@@ -205,7 +225,12 @@ def _check_whole_numbers(place: str, name: str, record: dict) -> None:
 
 
 def _check_fields(place: str, value, fields: dict) -> None:
-    """Check that an object has these fields, with values of these types."""
+    """Check that an object has these fields, and that each value has the right type. Raises ValueError if not.
+
+    Args:
+        place: names the object in error messages.
+        fields: {name of a field: its type}.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"{place} fields should be an object, got {value!r}"[:300])
     for name, wanted in fields.items():
@@ -214,7 +239,7 @@ def _check_fields(place: str, value, fields: dict) -> None:
 
 
 def _fits(value, wanted) -> bool:
-    """Return True if a value has the wanted type; a number must also be finite and of a sensible size."""
+    """Return True if a value has the wanted type. A number must also be finite and at most `_LARGEST`."""
     if isinstance(value, bool):             # Python counts True as a whole number
         return wanted is bool
     return isinstance(value, wanted) and not (isinstance(value, _NUMBER) and not abs(value) <= _LARGEST)

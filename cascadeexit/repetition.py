@@ -1,4 +1,8 @@
-"""Repetition: does a text end in a loop? Small models fall into loops, which are easy to agree on and fast to write."""
+"""Repetition: finds out whether a text ends in a loop.
+
+Small models fall into loops. The tokens of a loop are easy to predict, so a loop makes agreement and speed look better
+than they are.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +14,7 @@ _AFTER = 2                  # tokens that may follow a loop: a closing mark and 
 
 
 class Loop(NamedTuple):
-    """End of a text in which one passage is written again and again."""
+    """A loop: the end of a text, in which one passage is written again and again."""
 
     start: int              # position of the first copy
     period: int             # tokens of one copy
@@ -18,20 +22,21 @@ class Loop(NamedTuple):
 
 
 def find_loop(token_ids: Sequence[int]) -> Loop | None:
-    """Find the loop that a text ends in; None for a text that ends without one.
+    """Find the loop in which a text ends. Returns None if the text does not end in a loop.
 
-    A text ends in a loop when its last tokens equal those one period earlier, 24 of them or more, and a third copy of
-    the passage has begun (2.25 copies). Reasons for this rule, from greedy texts of the bundled model:
+    A text ends in a loop if its end repeats one passage exactly, at least 2.25 times in a row, and at least 24 tokens
+    at the end equal the token one period earlier. The period is the length of the passage in tokens, at most 256.
+    Reasons for this rule, from greedy texts of the bundled model:
 
-    - Exact equality leaves lists with counters, code with similar lines and tables alone. The price: a loop whose
-      copies are numbered is not found.
-    - Copies must follow each other directly. The refrain of a poem does not: verses stand between.
-    - Two copies alone may be intended: a chorus sung twice, an example repeated. Three whole copies are too many to ask
-      for, since a text that is cut off at 200 tokens ends within the third copy of a long sentence.
-    - 24 tokens spare short patterns: a row of eight emoji (3 tokens each), a line drawn with dashes, "Row, row, row".
+    - Exact equality: lists with counters, code with similar lines and tables do not count as loops. A loop whose copies
+      are numbered is not found, either.
+    - In a row: the refrain of a poem does not count, because verses stand between its copies.
+    - 2.25 times: two copies may be intended, such as a chorus that is sung twice. Three whole copies would be too many,
+      because a text that is cut off at 200 tokens can end within the third copy of a long sentence.
+    - 24 tokens: short patterns do not count, such as eight emoji in a row (3 tokens each) or a line of dashes.
 
-    At most two tokens after the loop are ignored, such as a full stop and the end-of-sequence token. The shortest
-    period is returned. The time grows with the number of tokens times the longest period, 256.
+    Up to two tokens after the loop are ignored, such as a full stop and the end-of-sequence token. If several periods
+    fit, the shortest is returned. The time is proportional to the number of tokens times 256.
     """
     for end in range(len(token_ids), max(0, len(token_ids) - _AFTER - 1), -1):
         for period in range(1, min(LONGEST_PERIOD, int(end / LEAST_COPIES)) + 1):
@@ -42,7 +47,7 @@ def find_loop(token_ids: Sequence[int]) -> Loop | None:
 
 
 def _repeated(token_ids: Sequence[int], end: int, period: int) -> int:
-    """Count the tokens before `end`, without a gap, that equal the token one period earlier."""
+    """Count the tokens directly before index `end`, without a gap, that equal the token one period earlier."""
     first = end
     while first > period and token_ids[first - 1] == token_ids[first - 1 - period]:
         first -= 1

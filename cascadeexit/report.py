@@ -1,4 +1,4 @@
-"""Report: what the page shows of an evaluation of many prompts, while it runs and after it was cancelled."""
+"""Report: what the page shows of an evaluation of many prompts, while it runs and after a visitor cancelled it."""
 
 import json
 import tempfile
@@ -18,7 +18,7 @@ _MEASURED = Path(__file__).parents[1] / "assets" / "results" / "decode.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """Changes of the second tab at one moment of an evaluation; None leaves a part as it is."""
+    """A change of the evaluation tab. A field that is None leaves its part of the tab unchanged."""
 
     status: str | None = None
     kind: str = "busy"              # of the status: busy, done, stopped or error
@@ -30,11 +30,12 @@ class Progress:
 
 @dataclass
 class Report:
-    """Results of an evaluation so far.
+    """The results of an evaluation so far, and how the evaluation tab shows them.
 
     Attributes:
+        label: name of the model.
         total: number of prompts.
-        curve: as `measured_curve` gives it.
+        curve: earlier measurements of other thresholds, as `measured_curve` returns them.
     """
 
     label: str
@@ -50,27 +51,32 @@ class Report:
         return len(self.results) == self.total
 
     def begun(self) -> Progress:
-        """The empty report: no result of an earlier evaluation stays."""
+        """Show the tab without results, also without those of an earlier evaluation. Returns the change of the tab."""
         return Progress(self._summary(), rows=[], figure=self._figure(), report=self.id)
 
     def progress(self, left: float, drawn: bool) -> Progress:
-        """Everything so far, with the `left` seconds that the other prompts will take.
+        """Show all results so far. Returns the change of the tab.
 
-        drawn: also draw the figure.
+        Args:
+            left: estimated seconds until the evaluation is complete.
+            drawn: also draw the figure; False leaves the figure as it is.
         """
         words = [self._summary(), *([f"about {left:.0f} s left"] if left > 1 else [])]
         return Progress(" · ".join(words), "done" if self.done else "busy", self._rows(),
                         self._figure() if drawn else None, self._files(), "" if self.done else self.id)
 
     def cancelled(self) -> Progress:
-        """Everything that was finished when a visitor cancelled the evaluation."""
+        """Show all results that were there when a visitor cancelled the evaluation. Returns the change of the tab."""
         return Progress(f"{self._summary()} · stopped", "stopped", self._rows(), self._figure(), self._files(), "")
 
     def _figure(self):
         return views.quality_speed_figure(self.results, self.curve)
 
     def _files(self) -> dict[str, Path] | None:
-        """Write the results so far; returns the files by kind, None without results."""
+        """Write the results so far to a JSON file and a CSV file. Returns {'json': path, 'csv': path}.
+
+        Returns None if there are no results.
+        """
         if not self.results:
             return None
         contents = dict(json=evaluation.results_json(self.results, self.config, self.label),
@@ -81,7 +87,7 @@ class Report:
         return files
 
     def _rows(self) -> list[list]:
-        """The table of results, in the order of `COLUMNS`."""
+        """Return the rows of the results table. The cells of a row are in the order of `COLUMNS`."""
         def shown(value, form):
             return "" if value is None else format(value, form)
         return [[r.prompt[:80], r.kind, shown(r.agreement, ".1%"), shown(r.positional, ".0%"),
@@ -91,7 +97,7 @@ class Report:
                 for r in self.results]
 
     def _summary(self) -> str:
-        """One line about the results so far."""
+        """Return one line of text about the results so far."""
         s = evaluation.summarize_results(self.results)
         words = [f"{len(self.results)} of {self.total} prompts"]
         if s.failed:
@@ -106,7 +112,10 @@ class Report:
 
 
 def measured_curve(fingerprint: str) -> list[dict]:
-    """Thresholds that `training.evaluate decode` measured for the exits with this fingerprint; [] for other exits."""
+    """Return the earlier measurements for the exits with this fingerprint; [] if there are none.
+
+    Each measurement is {threshold, agreement, cost, ...}, written by `training.evaluate decode`.
+    """
     if not _MEASURED.exists():
         return []
     measured = json.loads(_MEASURED.read_text(encoding="utf-8"))

@@ -1,17 +1,22 @@
-"""Runner: all decoding for the page, its evaluation and its endpoints, in this process or in a worker that has the GPU.
+"""Runner: does all decoding for the page, its evaluation and its endpoints, in this process or in a worker with a GPU.
 
-On ZeroGPU a Space has a GPU only while a decorated function runs, and that function runs in a forked process. So one
-generator function computes everything (`Runner._compute`); the page's process never does. What goes in and comes out
-can be pickled: tasks in; batches of events and an `Inspection` of each text out. On every other machine the same
-generator runs in the page's own process.
+On ZeroGPU, a Space has a GPU only while a decorated function runs, and this function runs in a forked process.
+Therefore one generator function does all computing (`Runner._compute`). It takes tasks, and it yields batches of events
+and an `Inspection` of each text. All of these can be pickled, so they can pass between processes. On every other
+machine, the same generator function runs in the page's own process.
 """
 
+import gc
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+import torch
+
+from cascadeexit.backends.memory import give_back
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.events import TokenEvent
@@ -20,6 +25,7 @@ from cascadeexit.library import Library
 from cascadeexit.race import race
 from cascadeexit.sides import FULL
 
+log = logging.getLogger(__name__)
 BATCH_SECONDS = 0.02            # least time between two batches: a third of a frame, and the longest wait after Stop
 PROGRESS_SECONDS = 0.25         # least time between two reports of progress
 START_SECONDS = 10              # until a new worker has the weights on the GPU
@@ -30,9 +36,9 @@ Compute = Callable[..., Iterator["Batch"]]
 
 
 class RunFailed(RuntimeError):
-    """Error of a run that failed outside of our code, for example because a worker died or a quota is used up.
+    """A run failed outside of our code, for example because a worker died or a quota is used up.
 
-    The message is for the visitor: plain text, to be escaped where markup is read.
+    The message is for the visitor. It is plain text; escape it before it is shown as HTML.
     """
 
     def __init__(self, title: str, message: str):
@@ -41,7 +47,7 @@ class RunFailed(RuntimeError):
 
 
 class Check(StrEnum):
-    """What is read after a race, of each text with exits."""
+    """What is computed after a race about each text that exits wrote."""
 
     NOTHING = "nothing"
     CHOICES = "choices"             # what the full model would have chosen at each position
@@ -50,7 +56,7 @@ class Check(StrEnum):
 
 @dataclass(frozen=True)
 class Task:
-    """Work for one side: what to decode, and what is there to be checked."""
+    """Work for one side of a race: its prompt, how to decode it, and the tokens that were written before."""
 
     ids: Sequence[int]                          # of the prompt
     config: DecodeConfig | None = None          # None: nothing is decoded
@@ -58,13 +64,17 @@ class Task:
 
     @property
     def read_ids(self) -> list[int]:
-        """Tokens that are read before the first one is decoded."""
+        """Token ids that are read before the first new token is decoded: the prompt, and the tokens written before."""
         return [*self.ids, *(e.token_id for e in self.events if e.final)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive events of a race, as (side, event); or, after the last of them, what was found by reading again."""
+    """One message from a running race.
+
+    At first a batch holds events, in their order, as (side, event). After the last event, batches hold the progress of
+    the check of the texts, and at last its results.
+    """
 
     events: Sequence[tuple[str, TokenEvent]] = ()
     over: bool = False                          # with the last events
@@ -74,11 +84,12 @@ class Batch:
 
 
 class Runner:
-    """Runs the models of a library.
+    """Decodes with the models of a library.
 
     Args:
-        on_gpu: makes the function that runs in a worker with a GPU, from the generator function that computes and a
-            function that gives the seconds it needs, both of the same arguments. Default: it runs in this process.
+        on_gpu: function that moves decoding to a worker with a GPU. Its two arguments are a generator function that
+            decodes, and a function that estimates, from the same arguments, how many seconds this takes. It returns a
+            generator function that decodes in the worker. None: decoding runs in this process.
     """
 
     def __init__(self, library: Library, on_gpu: Callable[[Compute, Callable[..., int]], Compute] | None = None):
@@ -87,15 +98,16 @@ class Runner:
         self._token_seconds: dict[str, float] = {}      # of the latest run of each model
 
     def race(self, label: str, tasks: Mapping[str, Task], check: Check = Check.NOTHING) -> Iterator[Batch]:
-        """Race sides against each other and check their texts; yields batches of events, then progress and results.
+        """Decode all tasks in a race, then check their texts. Yields batches of events, then batches of the check.
 
-        Closing the iterator ends all runs. The model must be ready (`Library.ready`).
+        Closing the iterator ends all runs. The model must be in memory (`Library.ready`).
 
         Args:
-            tasks: by side. Those without a config are only checked.
-            check: what to read of the texts with exits: of all sides but `FULL`.
+            label: name of the model in the library.
+            tasks: {name of the side: its task}. A task without a config is not decoded, but its text is checked.
+            check: what to compute after the race about the text of each side except `FULL`.
 
-        Raises ValueError for runs that cannot work, before the first batch, and RunFailed from the iterator.
+        Raises ValueError at the call if a run cannot work. The iterator raises RunFailed if a run breaks off.
         """
         engine, _ = self.library.get(label)
         tasks = {side: replace(task, ids=list(map(int, task.ids))) for side, task in tasks.items()}
@@ -105,26 +117,44 @@ class Runner:
         return self._measured(label, self._call(label, tasks, check))
 
     def seconds(self, label: str, tasks: Mapping[str, Task], check: Check = Check.NOTHING) -> int:
-        """Estimate the GPU time in seconds for a race with these arguments, from its length and the latest speed."""
+        """Estimate the GPU time in seconds for a race with these arguments.
+
+        The estimate uses the largest number of new tokens, and the time per token of the latest race with this model.
+        """
         tokens = sum(task.config.max_new_tokens if task.config else len(task.events) for task in tasks.values())
         return math.ceil(START_SECONDS + MARGIN * tokens * self._token_seconds.get(label, TOKEN_SECONDS))
 
     def _measured(self, label: str, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches unchanged. After the race, store the time that a token took, for `seconds`."""
-        clocks, tokens = {}, 0
+        """Yield the batches of a race unchanged, and store the time per token afterwards, for `seconds`.
+
+        Raises RunFailed if the device has too little memory. The memory of the race is then free again.
+        """
+        clocks, tokens, out_of_memory = {}, 0, False
         try:
             for batch in batches:
                 for side, event in batch.events:
                     clocks[side] = event.seconds
                     tokens += event.final
                 yield batch
+        except torch.OutOfMemoryError as error:
+            log.warning("a run needed more memory than there is: %s", str(error))
+            out_of_memory = True
         finally:
             batches.close()
+        if out_of_memory:               # out here, since the error and its traceback hold what the run allocated
+            del batches
+            gc.collect()
+            give_back()
+            raise RunFailed("Out of memory", "The device has too little free memory for this run. Ask for a shorter "
+                            "text, or try again when other runs have ended.")
         if tokens:
             self._token_seconds[label] = sum(clocks.values()) / tokens
 
     def _compute(self, label: str, tasks: dict[str, Task], check: Check) -> Iterator[Batch]:
-        """Decode, and yield the batches of a race. All computation happens here; it may run in a forked process."""
+        """Decode all tasks and check their texts. Yields the batches that `race` yields.
+
+        All computing happens here. This function may run in a forked process.
+        """
         engine, _ = self.library.get(label)
         contest = race({side: engine.generate(task.read_ids, task.config)
                         for side, task in tasks.items() if task.config})
@@ -151,7 +181,10 @@ class Runner:
 
 
 def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
-    """Yield the events of a race. When they end, `batches` goes on with what the check finds."""
+    """Yield the events of a race as (side, event), and stop after the last event.
+
+    After that, `batches` still yields the results of the check.
+    """
     for batch in batches:
         yield from batch.events
         if batch.over:
@@ -159,7 +192,10 @@ def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
 
 
 def _inspected(engine: Engine, tasks: dict[str, Task], texts: dict[str, list[TokenEvent]]) -> Iterator[Batch]:
-    """Inspect texts with exits, by side; yields progress, and last the inspections."""
+    """Inspect each of these texts. Yields batches with the progress, and at last one batch with all inspections.
+
+    texts: {name of the side: events of its text}.
+    """
     inspections, next_progress = {}, time.monotonic() + PROGRESS_SECONDS
     for side, events in texts.items():
         for found in inspecting(engine, tasks[side].ids, events):

@@ -1,4 +1,4 @@
-"""Sampler: chooses tokens from logits, and judges drafts in such a way that the text stays that of the full model."""
+"""Sampler: chooses tokens from logits, and judges drafts so that the text stays the full model's own text."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,14 @@ from cascadeexit.backends.base import Choice
 
 
 class Sampler:
-    """Chooses greedily at temperature 0, else by temperature and nucleus (top-p) sampling with one seeded generator.
+    """Chooses the tokens of one run, and judges its drafts.
+
+    Temperature 0 is greedy. Above 0, tokens are sampled with this temperature and nucleus sampling (top-p), from one
+    random generator with a seed.
 
     Args:
-        tolerance: greedy only; a draft is also accepted if the full model gives it at least 1 - tolerance times the
-            probability of its own choice.
+        tolerance: only if greedy; a draft is also accepted if its probability by the full model is at least (1 -
+            tolerance) times that of the full model's own choice.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int, vocab_size: int, device: torch.device,
@@ -28,21 +31,22 @@ class Sampler:
         return self.temperature == 0
 
     def choose(self, logits: Tensor, ids: Tensor | None = None) -> int:
-        """Sample a token from one row of logits; only at a temperature above 0.
+        """Sample a token from one row of logits, and return its id. Only for a temperature above 0.
 
         Args:
-            logits: (V,), or (K,) over a trimmed head.
-            ids: the token ids of a trimmed head, at least K.
+            logits: (V,), or (K,) for the K words of a trimmed head.
+            ids: for a trimmed head, the token ids of its words, at least K.
         """
         return int(torch.multinomial(self.distribution(logits, ids), 1, generator=self.generator))
 
     def judge(self, drafts: Sequence[int], row: Tensor | Choice) -> int:
-        """Return the verified token at a position with these drafts: one of them, or the full model's own choice.
+        """Return the token that is verified at a position: one of the drafts, or else the full model's own choice.
 
         The full model chooses as if there were no drafts, so the text is its own, even if it is sampled. With a
-        tolerance (greedy only), the likeliest draft is accepted if it is likely enough.
+        tolerance (only if greedy), the likeliest draft is returned instead if it is likely enough.
 
         Args:
+            drafts: token ids of the drafts at this position; may be empty.
             row: the full model's logits (V,) if tokens are sampled, its `Choice` if greedy.
         """
         if not isinstance(row, Choice):
@@ -54,7 +58,7 @@ class Sampler:
         return row.token
 
     def distribution(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Compute probabilities (V,) after temperature and top-p. The arguments are those of `choose`."""
+        """Compute the probabilities (V,) from which `choose` samples. The arguments are those of `choose`."""
         probs = (logits.float() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ranked, order = probs.sort(descending=True)

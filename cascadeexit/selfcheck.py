@@ -1,13 +1,15 @@
-"""Self-check: tests whether a backend computes what the `torch` backend does, and whether `verified` equals `full`.
+"""Self-check: tests whether a backend computes the same as the `torch` backend, and whether `verified` equals `full`.
 
-It runs when a model is loaded, in about a second for the bundled model. Kernels that were compiled or tuned for other
-machines can be wrong on this one without an error. The tested backend runs random tokens in two passes: a prompt, and a
-verification pass after it. Then the `torch` backend computes each part: embedding, each segment, final norm and head.
-The input of a part is what the tested backend computed before it, so errors do not add up. Rows and logits must be
-within `TOLERANCES`. Last, a short text of `verified` must equal that of `full`.
+It runs when a model is loaded, and takes about a second for the bundled model. It is needed because kernels that were
+compiled or tuned for other machines can be wrong on this machine without an error.
 
-A large model would take long. So after `SECONDS` no further segment is compared, and texts end early. The first
-segment, the head and a text of at least `LEAST_TOKENS` tokens are always compared.
+First, the tested backend runs random tokens in two passes: a prompt, and a verification pass after it. Then the `torch`
+backend computes the same parts: embedding, each segment, final norm and head. The input of each part is what the tested
+backend computed before this part, so errors do not add up. Rows and logits must be within `TOLERANCES`. Last, a short
+text of `verified` must equal that of `full`.
+
+A large model would take long. So after `SECONDS` seconds no further segment is compared, and the texts end early. The
+first segment, the head and a text of at least `LEAST_TOKENS` tokens are always compared.
 
 `tests/test_selfcheck.py` checks that wrong kernels exceed the tolerances.
 
@@ -54,23 +56,23 @@ class SelfCheck:
 
 
 class _Different(Exception):
-    """A comparison failed; the message is the problem."""
+    """Raised if a comparison fails. The message says what is wrong."""
 
 
 def prompt_ids(vocab_size: int) -> list[int]:
-    """Return the tokens of the check: random, but always the same for a vocabulary of this size."""
+    """Return the token ids that the self-check runs. They are random, but always the same for one vocabulary size."""
     return torch.randint(vocab_size, (PROMPT_ROWS + MORE_ROWS,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 @torch.inference_mode()
 def check(engine: Engine, reference: Backend | None) -> SelfCheck:
-    """Check the backend of an engine. This takes about a second for the bundled model.
+    """Run the self-check of an engine and return its result.
 
     Args:
-        reference: from `backends.reference` for the same model and segments. None if the engine itself runs on the
-            `torch` backend: then only the two texts are compared.
+        reference: backend from `backends.reference` for the same model and segments. None if the engine itself runs on
+            the `torch` backend; then only the texts of `verified` and `full` are compared.
 
-    An exception of the backend is reported as a problem and not raised.
+    An exception of the tested backend becomes a problem in the result and is not raised.
     """
     started, name, seen = time.perf_counter(), engine.model.backend.name, _Comparison(engine)
     problem = ""
@@ -87,7 +89,7 @@ def check(engine: Engine, reference: Backend | None) -> SelfCheck:
 
 
 class _Comparison:
-    """A self-check in progress. `error`, `layers` and `tokens` are those of `SelfCheck`."""
+    """A self-check while it runs. `error`, `layers` and `tokens` are later copied to `SelfCheck`."""
 
     def __init__(self, engine: Engine):
         self._engine, self._model = engine, engine.model
@@ -99,7 +101,10 @@ class _Comparison:
     # -- the parts ------------------------------------------------------------------------------------------------
 
     def compare_parts(self, reference: Backend) -> None:
-        """Compare embedding, segments, final norm and head, each on the same rows. Raises `_Different`."""
+        """Compare embedding, vocabulary projection and segments of both backends. Both get the same rows as input.
+
+        Raises `_Different`.
+        """
         layers, end = self._model.layers, time.perf_counter() + SECONDS
         states = self._run()
         self._expect("the embedding", states[0], reference.layers.embed(self._ids))
@@ -117,7 +122,10 @@ class _Comparison:
             self.layers += stop - begin
 
     def _run(self) -> list[Tensor]:
-        """Run the tokens through all segments. Returns the rows before each segment and after the last: (1, N, D)."""
+        """Run the random tokens through all segments of the tested backend.
+
+        Returns the rows before the first segment and the rows after each segment, (1, N, D) each.
+        """
         layers, segments = self._model.layers, range(self._model.num_segments)
         cache, passes = layers.new_cache(len(self._ids) + layers.row_multiple), []
         for part in (self._ids[:PROMPT_ROWS], self._ids[PROMPT_ROWS:]):
@@ -129,10 +137,16 @@ class _Comparison:
         return self._model.layers.tensor(rows).to(self._model.device, self._model.dtype)
 
     def _expect(self, part: str, ours: Tensor, theirs: Tensor, before: Tensor | None = None, layers: int = 0) -> None:
-        """Compare rows (1, N, ...). The error is relative to the size of what this part added to the rows `before` it.
+        """Compare what both backends computed for one part of the model. Raises `_Different` if the error is too large.
 
-        If a part adds little to large rows, the error is relative to a tenth of the rows' size instead, because
-        rounding the sum causes an error, too.
+        The error of a row is relative to what the part added to the row. If the part added little to a large row, the
+        error is relative to a tenth of the row instead, because rounding the sum causes an error, too.
+
+        Args:
+            part: name of the part, for the message.
+            ours, theirs: rows of the tested backend and of the `torch` backend (1, N, ...).
+            before: rows before the part (1, N, D); None if the part does not add to rows.
+            layers: number of layers in the part; more layers may have a larger error.
         """
         ours, theirs = ours.float().to(self._model.device), theirs.float().to(self._model.device)
         added = theirs if before is None else theirs - before.float()
@@ -146,7 +160,10 @@ class _Comparison:
                              f"{allowed:.2%} is allowed")
 
     def _expect_choices(self, chosen: Sequence[int], logits: Tensor) -> None:
-        """Compare chosen words with logits (N, V). If two words are nearly equally likely, either choice is correct."""
+        """Check that each chosen token is the likeliest one by the logits (N, V) of the `torch` backend.
+
+        If two tokens are nearly equally likely, either is correct. Raises `_Different` for any other token.
+        """
         allowed = self._tolerance * logits.norm(dim=-1) / logits.shape[-1] ** 0.5
         rows = torch.arange(len(chosen), device=logits.device)
         missing = logits.amax(-1) - logits[rows, torch.tensor(chosen, device=logits.device)]
@@ -156,7 +173,7 @@ class _Comparison:
     # -- the texts ------------------------------------------------------------------------------------------------
 
     def compare_texts(self) -> None:
-        """Compare a short text of `verified` with that of `full`. Raises `_Different`."""
+        """Compare a short text of `verified` with a text of `full`. Raises `_Different` if they are not equal."""
         prompt = self._ids[:TEXT_PROMPT]
         full = _text(self._engine, prompt, Mode.FULL, TOKENS)
         verified = _text(self._engine, prompt, Mode.VERIFIED, len(full))
@@ -166,7 +183,10 @@ class _Comparison:
 
 
 def _text(engine: Engine, prompt: Sequence[int], mode: Mode, tokens: int) -> list[int]:
-    """Decode `tokens` tokens. Once `SECONDS` are over, stop early, but not before `LEAST_TOKENS` tokens."""
+    """Decode up to `tokens` tokens and return them.
+
+    After `SECONDS` seconds decoding stops early, but not before `LEAST_TOKENS` tokens.
+    """
     config = DecodeConfig(mode=mode, max_new_tokens=tokens, max_draft=MAX_DRAFT, ignore_eos=True)
     end = time.perf_counter() + SECONDS
     text: list[int] = []
@@ -179,12 +199,15 @@ def _text(engine: Engine, prompt: Sequence[int], mode: Mode, tokens: int) -> lis
 
 
 def _first_last_others(bounds: Sequence[int]) -> Iterator[int]:
-    """Yield the segments that have layers, in the order of the check: the first, the last, then the others."""
+    """Yield the numbers of the segments that have layers, in the order of the self-check.
+
+    This order is the first segment, the last one, then all others.
+    """
     segments = [s for s, (a, b) in enumerate(zip(bounds, bounds[1:])) if a < b]
     yield from dict.fromkeys((segments[0], segments[-1], *segments))
 
 
 def instead_words(check: SelfCheck) -> str:
-    """Return a sentence that tells visitors why a model runs on the `torch` backend after a failed check."""
+    """Return a sentence that tells visitors why a model runs on the `torch` backend after a failed self-check."""
     return (f"The model runs on the slower torch backend because the {check.backend} backend failed its self-check: "
             f"{check.problem}.")

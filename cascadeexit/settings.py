@@ -1,8 +1,8 @@
-"""Settings: what a visitor chose on the page, with defaults, limits, address parameters and decoding configs.
+"""Settings: what a visitor chose on the page, with default values and limits.
 
-A setting has three names: the field has the name of its control on the page, `query` is its parameter in the page's
-address, and `record` is its key in a recorded run. Thresholds have one control for each exit (`THRESHOLDS`) and share
-one parameter of the address.
+A setting has three names. The name of its field is also the name of its control on the page. `query` is its parameter
+in the page's address, and `record` is its key in a recorded run. Thresholds are special: they have one control for each
+exit (`THRESHOLDS`), and share one parameter in the address.
 """
 
 import math
@@ -30,13 +30,22 @@ class Limits(NamedTuple):
 
 
 def _setting(default, query: str, record: str | None, limits: Limits | None = None):
-    """Field of `Settings` with its other names and its limits."""
+    """Make a field of `Settings`.
+
+    Args:
+        query: name of the setting's parameter in the page's address.
+        record: key of the setting in a recorded run; None if it is not recorded.
+        limits: smallest and largest value, for a number with a slider.
+    """
     return field(default=default, metadata=dict(query=query, record=record, limits=limits))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one run of the page is decoded. A control that a visitor emptied is None; `decode_configs` refuses it."""
+    """What a visitor chose on the page for one run. A field is None if the visitor emptied its control.
+
+    `decode_configs` then raises ValueError, except for an empty `seed`, which counts as 0.
+    """
 
     model: str = _setting("", "model", "model")
     prompt: str = _setting("", "p", "prompt")
@@ -49,20 +58,24 @@ class Settings:
     top_p: float = _setting(1.0, "top_p", "top_p", Limits(0.05, 1, 0.05))
     seed: int = _setting(0, "seed", "seed")
     exit_choice: int = _setting(FIRST_CONFIDENT, "exit", "force")
-    """`FIRST_CONFIDENT`, an exit that writes every token, or an exit that is disabled (`disabling`)."""
+    """Which exits write tokens. `FIRST_CONFIDENT`: for each token, the first exit that is confident enough. 0 or more:
+    always the exit with this number. Less than `FIRST_CONFIDENT`: one exit is disabled (`disabling`)."""
     thresholds: tuple[float, ...] = _setting((), "t", "thresholds", Limits(0, DISABLED, 0.01))
-    """One for each exit. Values beyond the model's number of exits are ignored."""
+    """Confidence from which an exit is taken, one number for each exit. Numbers beyond the last exit are ignored."""
     beside: str = _setting("", "beside", "beside")
-    """What a third panel shows: one of `beside_choices`; "" for no third panel."""
+    """What the third panel shows, one of `beside_choices`. "" means that there is no third panel."""
 
     @classmethod
     def from_controls(cls, values: Mapping[str, object]) -> Self:
-        """Settings from the value of each control, by name."""
+        """Make settings from the values of the controls.
+
+        values: {name of the control: its value}.
+        """
         single = {name: value for name, value in values.items() if name not in THRESHOLDS}
         return cls(**single, thresholds=tuple(values[name] for name in THRESHOLDS if name in values))
 
     def decode_configs(self, num_exits: int) -> tuple[DecodeConfig, DecodeConfig]:
-        """Configs of the run with exits and of the full model's run.
+        """Return the config of the run with exits, and the config of the full model's run.
 
         Raises ValueError with a message for the visitor.
         """
@@ -78,9 +91,10 @@ class Settings:
             raise ValueError("A setting is too large: give it a smaller value.") from None
 
     def sides(self, shape: Shape) -> list[Side]:
-        """Sides of a run, in the order of the panels: these settings, what is beside them, and the full model.
+        """Return the texts of a run that the page shows, in the order of the panels.
 
-        Raises ValueError with a message for the visitor.
+        They are the text that is decoded with these settings, the text of the third panel if there is one, and the full
+        model's text. Raises ValueError with a message for the visitor.
         """
         config, full = self.decode_configs(shape.num_exits)
         sides = [Side(CASCADE, self._title(shape), _checked_late(config))]
@@ -90,7 +104,10 @@ class Settings:
         return [*sides, Side(FULL, "Full model", full)]
 
     def _beside(self, shape: Shape) -> Self:
-        """These settings, changed to what the third panel shows."""
+        """Return the settings of the third panel: a copy of these settings, changed as `beside` says.
+
+        Raises ValueError if the third panel cannot show this.
+        """
         choices = beside_choices(shape)
         if self.beside not in choices:
             raise ValueError(f"'{self.beside}' cannot be shown beside the full model; choose one of "
@@ -103,7 +120,7 @@ class Settings:
         return replace(self, mode=Mode.CASCADE, exit_choice=exit_choices(shape)[self.beside])
 
     def _title(self, shape: Shape) -> str:
-        """Title of the panel that is decoded with these settings."""
+        """Return the title of a panel that shows a text decoded with these settings."""
         choice = next((words for words, value in exit_choices(shape).items() if value == self.exit_choice >= 0), None)
         if self.mode == Mode.VERIFIED:
             return "Exact: same text, checked" if not self.tolerance else f"Checked, tolerance {self.tolerance:g}"
@@ -113,7 +130,10 @@ class Settings:
         return next((name for name, threshold in PRESETS.items() if threshold == first), "Own thresholds")
 
     def _thresholds(self, num_exits: int) -> list[float | None] | None:
-        """Return one threshold for each exit, None where it is disabled. None for all of them: the mode's default."""
+        """Return the threshold of each exit, or None for an exit that is disabled.
+
+        Returns None instead of a list if the run uses the default of its mode.
+        """
         if self.exit_choice >= 0:
             return [0.0 if s == self.exit_choice else None for s in range(num_exits)]
         if self.exit_choice == FIRST_CONFIDENT and self.mode == Mode.VERIFIED:
@@ -122,25 +142,28 @@ class Settings:
         return [None if self.exit_choice == disabling(s) else t for s, t in enumerate(wanted)]
 
     def record(self) -> dict:
-        """These settings as a recorded run keeps them."""
+        """Return these settings as a recorded run stores them, {key: value}."""
         return {f.metadata["record"]: getattr(self, f.name) for f in fields(self) if f.metadata["record"]}
 
 
 def limits(name: str) -> Limits:
-    """Limits of the setting with this name."""
+    """Return the limits of the setting with this name; None if it has no limits."""
     return _FIELDS[name].metadata["limits"]
 
 
 def query_name(control: str) -> str:
-    """Parameter of the page's address that holds the value of this control."""
+    """Return the name of the parameter in the page's address that holds the value of this control."""
     return _FIELDS["thresholds" if control in THRESHOLDS else control].metadata["query"]
 
 
 def from_query(query: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[str, object]:
-    """Values for controls, by name, from the page's address; a parameter that does not fit is left out.
+    """Read values of controls from the page's address. Returns {name of the control: value}.
+
+    A parameter whose value does not fit is left out.
 
     Args:
-        shapes: of each model on the menu; the first is the default.
+        query: the parameters of the address, {name: text}.
+        shapes: {name of a model on the menu: its shape}. The first model is the default.
     """
     label = query.get("model") if query.get("model") in shapes else next(iter(shapes))
     menus = dict(model=shapes, mode=(Mode.CASCADE, Mode.VERIFIED), exit_choice=exit_choices(shapes[label]).values(),
@@ -161,18 +184,24 @@ def from_query(query: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[st
 
 
 def _query_texts(query: Mapping[str, str]) -> dict[str, str]:
-    """Text for each control that the address names; all thresholds are one parameter, separated by commas."""
+    """Return {name of the control: its text} for all parameters in the page's address that belong to a control.
+
+    All thresholds are one parameter, separated by commas.
+    """
     texts = {f.name: query[f.metadata["query"]] for f in fields(Settings) if f.metadata["query"] in query}
     return texts | dict(zip(THRESHOLDS, texts.pop("thresholds", "").split(",")))
 
 
 def _default(control: str):
-    """Default value of a control's setting, by whose type its text is read."""
+    """Return the default value of a control. Its type says how the control's text is read."""
     return _FIELDS["thresholds" if control in THRESHOLDS else control].default
 
 
 def _number(text: str, limits: Limits | None) -> float | int | None:
-    """A number within limits, whole where the step is 1 or there are no limits; None when the text is no number."""
+    """Convert text to a number within limits. Returns None if the text is not a number.
+
+    A number beyond a limit becomes this limit. The result is whole if the step is 1 or if there are no limits.
+    """
     try:
         number = float(text)
         if not math.isfinite(number):
@@ -192,31 +221,34 @@ _FIELDS = {f.name: f for f in fields(Settings)}
 
 
 def disabling(s: int) -> int:
-    """Exit choice that disables exit s."""
+    """Return the value of `Settings.exit_choice` that disables exit s."""
     return FIRST_CONFIDENT - 1 - s
 
 
 def exit_choices(shape: Shape) -> dict[str, int]:
-    """The page's menu of exit choices: words and value of each."""
+    """Return the page's menu of exit choices: {text of the choice: value of `Settings.exit_choice`}."""
     exits = range(shape.num_exits)
     return {"First confident exit": FIRST_CONFIDENT, **{f"Always exit {s + 1}": s for s in exits},
             **{f"Disable exit {s + 1}": disabling(s) for s in exits}}
 
 
 def beside_choices(shape: Shape) -> list[str]:
-    """What a third panel can show: nothing, a preset, exact text, or the tokens of one exit."""
+    """Return what the third panel can show: "" (nothing), each preset, exact text, or the text of one exit alone."""
     return ["", *PRESETS, EXACT, *(words for words, value in exit_choices(shape).items() if value >= 0)]
 
 
 def _checked_late(config: DecodeConfig) -> DecodeConfig:
-    """Let a cascade run report the full model's choices while the text grows: the page shows them."""
+    """Return the config with `check_late` switched on if its mode is cascade. Other configs are returned unchanged.
+
+    The page then shows the full model's choices while the text grows.
+    """
     return replace(config, check_late=True) if config.mode is Mode.CASCADE else config
 
 
 def thresholds_at(first: float, shape: Shape) -> list[float]:
-    """Value of each threshold slider, from the threshold of the first exit (`graded_thresholds`).
+    """Compute the value of each threshold slider from the threshold of the first exit (`graded_thresholds`).
 
-    Returns MAX_EXITS values; `DISABLED` disables all exits.
+    Returns MAX_EXITS values, rounded up to whole hundredths. `first` = `DISABLED` disables all exits.
     """
     # Rounded up, never to the nearest: a lower threshold would not be covered by the calibration.
     each = [t if t >= DISABLED else min(math.ceil(round(100 * t, 6)) / 100, 0.99)
@@ -225,7 +257,7 @@ def thresholds_at(first: float, shape: Shape) -> list[float]:
 
 
 def first_threshold(thresholds: Sequence[float], shape: Shape) -> float | None:
-    """Return the first exit's threshold if all others follow from it as in `thresholds_at`, else None."""
+    """Return the threshold of the first exit if `thresholds_at` computes all other thresholds from it, else None."""
     wanted = list(thresholds)[:shape.num_exits]
     return wanted[0] if wanted and wanted == thresholds_at(wanted[0], shape)[:len(wanted)] else None
 

@@ -1,4 +1,4 @@
-"""Shape: how many layers a model has and where its exits are, known before its weights are loaded."""
+"""Shape: how many layers a model has and where its exits are. This is known before its weights are loaded."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -8,7 +8,7 @@ from cascadeexit.engine import Engine
 
 @dataclass(frozen=True)
 class Shape:
-    """Name, size and exits of a model, known before it is loaded."""
+    """Name, number of layers and exits of a model. All of this is known before the model is loaded."""
 
     name: str
     num_layers: int
@@ -26,12 +26,15 @@ class Shape:
 
     @property
     def depths(self) -> list[float]:
-        """Share of the layers below each exit."""
+        """Depth of each exit: the share of the layers below it, in [0, 1)."""
         return [layer / self.num_layers for layer in self.exit_layers]
 
 
 def exit_name(s: int, shape: Shape) -> str:
-    """Name segment s for visitors, such as "Exit 2 (after layer 9 of 30)"; the last segment is "Full model"."""
+    """Return a name of segment s for visitors, such as "Exit 2 (after layer 9 of 30)".
+
+    The last segment is the "Full model".
+    """
     if s == shape.num_exits:
         return "Full model"
     if shape.exit_layers[s] == 0:

@@ -1,11 +1,11 @@
-"""Sides: the texts of one run that stand beside each other, and how each of them grows."""
+"""Sides: the texts of one run, which the page shows side by side, and how each of them grows."""
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cascadeexit.config import DecodeConfig
-from cascadeexit.events import Status, TokenEvent
+from cascadeexit.events import Span, Status, TokenEvent
 from cascadeexit.text import TextDecoder
 
 MAX_FORKS = 20              # of one run
@@ -16,7 +16,7 @@ NAMES = (CASCADE, SECOND, FULL, *FORKS)     # every name; its place stands for i
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a run: how it is decoded, and its name and title on the page."""
+    """One of the texts of a run: its name, its title on the page, and the config that decodes it."""
 
     name: str
     title: str
@@ -24,20 +24,22 @@ class Side:
 
 
 class SideText:
-    """The text of one side: its events, decoded to pieces of text.
+    """The text of one side while it grows: its events, and the pieces of text that they add.
 
-    Positions are absolute. A fork begins at a position of another side's text, with a token that a visitor chose.
+    A fork is a side that continues the text of another side after a visitor replaced one token. Positions are counted
+    from the beginning of the text, also in a fork.
 
     Args:
-        prompt_ids: of the run.
-        of: for a fork, the name of the side that it continues.
-        before: for a fork, the tokens of the other side before it.
-        chosen: for a fork, the event of its first token, at position len(before).
+        prompt_ids: token ids of the run's prompt.
+        of: name of the side that a fork continues; "" if this is no fork.
+        before: token ids of the other side before the replaced token; [] if this is no fork.
+        chosen: event of the token that the visitor chose, at position len(before); None if this is no fork.
 
     Attributes:
-        events: all events, those of `chosen` and of drafts that are not shown included.
-        final: the final ones.
-        closed: True when nothing more will be added.
+        events: all events. They include `chosen`, and drafts that the page does not show.
+        final: the final events.
+        unwritten: spans of events that the page does not show. They are added to the next event that it shows.
+        closed: True if nothing more will be added.
     """
 
     def __init__(self, tokenizer, side: Side, prompt_ids: Sequence[int], of: str = "",
@@ -49,6 +51,7 @@ class SideText:
             self.decoder.push(token_id)
         self.events: list[TokenEvent] = []
         self.final: list[TokenEvent] = []
+        self.unwritten: tuple[Span, ...] = ()
         self.closed = False
         self._draft_decoder: TextDecoder | None = None  # a copy of `decoder` that has also decoded the drafts
         self._shown: dict[int, int] = {}                # position -> token, of the draft tree's path that is shown
@@ -57,30 +60,40 @@ class SideText:
 
     @property
     def ids(self) -> list[int]:
-        """All tokens of the text from position 0 on."""
+        """Token ids of the text from position 0 on."""
         return [*self.before, *(e.token_id for e in self.final)]
 
     @property
     def start(self) -> int:
-        """Position of the first token that was decoded."""
+        """Position of the first token that the engine decoded. It is 0 if this is no fork."""
         return len(self.before) + (self.chosen is not None)
 
     @property
     def read_ids(self) -> list[int]:
-        """All tokens that are read before the first one is decoded."""
+        """Token ids that the engine reads before it decodes the first token.
+
+        They are the prompt and, in a fork, the tokens up to the one that the visitor chose.
+        """
         return [*self.prompt_ids, *self.before, *([self.chosen.token_id] if self.chosen else [])]
 
     @property
     def decoded(self) -> list[TokenEvent]:
-        """All events that the engine made."""
+        """All events that the engine made. In a fork, this leaves out the event of the token that the visitor chose."""
         return self.events[1:] if self.chosen else self.events
 
     def placed(self, event: TokenEvent) -> TokenEvent:
-        """Convert an event of the engine, whose positions count from its prompt on, to absolute positions."""
+        """Convert an event of the engine to the positions of this text.
+
+        The engine counts positions from the end of the tokens that it read first.
+        """
         return replace(event, index=event.index + self.start) if self.start else event
 
     def shows(self, event: TokenEvent) -> bool:
-        """Return True if the page shows this event. Drafts and rejections are shown for the first path only."""
+        """Return True if the page shows this event. Call it once for each event, in order.
+
+        If a pass has several drafts for one position, the page shows only the first of them. It shows the rejection of
+        this draft, but no other rejection. It shows all other events.
+        """
         if event.status is Status.DRAFT:
             if event.index != len(self.before) + len(self.final) + len(self._shown):
                 return False
@@ -92,7 +105,10 @@ class SideText:
         return True
 
     def add(self, event: TokenEvent) -> str:
-        """Add an event that is shown. Returns its text. The text of a draft can still change."""
+        """Add an event that the page shows. Returns the text that its token adds, or "" for a rejected draft.
+
+        The text of a draft can still change.
+        """
         self.events.append(event)
         if event.final:
             self._draft_decoder = None
@@ -105,7 +121,10 @@ class SideText:
         return self._draft_decoder.push(event.token_id)
 
     def tree(self, event: TokenEvent) -> list[tuple[TokenEvent, bool]] | None:
-        """Follow the drafts of verification passes. Returns (draft, accepted) of all, with a pass's last verdict."""
+        """Collect the drafts and verdicts of verification passes. Call it for each event, in order.
+
+        With the last verdict of a pass, returns (draft, accepted) for each draft of the pass. Otherwise returns None.
+        """
         if event.status is Status.DRAFT:
             self._pass.append(event)
         elif event.status in (Status.ACCEPTED, Status.REJECTED):

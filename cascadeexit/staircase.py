@@ -1,25 +1,28 @@
-"""Staircase: one sequence, and how far each segment has computed it.
+"""Staircase: the state of one sequence, and how many positions each segment has computed.
 
 Tokens that leave at an early exit skip deep segments, so the computed part looks like a staircase:
-filled(0) >= filled(1) >= ... The hidden states of skipped positions wait at the next segment. `run` takes everything
-that waits at a range of segments through their layers. Prefill, a decode step, catch-up of skipped layers and
-verification all use this one method.
+filled(0) >= filled(1) >= ... The hidden states of skipped positions wait at the next segment. `run` takes all positions
+that wait at a range of segments through the layers of these segments. Prefill, a decode step, catch-up of skipped
+layers and verification all use this one method.
 
-Letters: N rows in a pass, D hidden size, S segments (the last one ends in the full model).
+Letters: N rows in a pass, n rows in a chunk of a prompt, D hidden size, S segments (the last one ends in the full
+model).
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cascadeexit.backends.base import Rows
 from cascadeexit.costs import Meter
+from cascadeexit.events import Span
 from cascadeexit.model import SegmentedModel
 
-_MAX_ROWS = 256             # rows of one prefill or catch-up pass: bounds the memory of masks and activations
+_MAX_ROWS = 256             # rows of a chunk of the prompt or of a catch-up pass: bounds the memory of masks and
+                            # activations
 
 
 class Staircase:
-    """One sequence: its tokens, its cache, and the hidden states that wait at each segment.
+    """One sequence: its tokens, its KV cache, and the hidden states that wait at each segment.
 
     Args:
         capacity: number of positions that the cache has room for.
@@ -33,27 +36,29 @@ class Staircase:
         self.waiting: list[Rows | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
 
     def filled(self, s: int) -> int:
-        """Return the number of positions that segment s has computed."""
+        """Return how many positions of the sequence segment s has computed."""
         if self.model.bounds[s] == self.model.bounds[s + 1]:        # no layers: it has computed all that it passed on
             waiting = self.waiting[s + 1]
             return self.filled(s + 1) + (0 if waiting is None else waiting.shape[1])
         return self.cache.length(self.model.bounds[s])
 
     def lowest(self) -> int:
-        """Return the number of the first segment at which tokens or rows wait."""
+        """Return the number of the first segment at which positions wait."""
         if self.filled(0) < len(self.tokens):
             return 0
         return next(s for s, rows in enumerate(self.waiting) if rows is not None)
 
     def run(self, segments: range, parents: Sequence[int] | None = None, meter: Meter | None = None) -> list[Rows]:
-        """Run everything that waits at these segments through all of them.
+        """Run all positions that wait at these segments through the layers of these segments.
 
-        Returns the rows after each segment, (1, N, D) each; the newest row is the last. Neighbouring segments run in
-        one pass if no rows wait between them.
+        Returns the rows after each segment, (1, N, D) each. The newest position is the last row. Neighbouring segments
+        run in one pass if no rows wait between them.
 
         Args:
-            parents: makes the rows a tree, as in `LayerStack.run`.
-            meter: counts the bytes of weights that are read.
+            segments: numbers of neighbouring segments.
+            parents: makes the rows a tree of drafts, as in `LayerStack.run`; None if each row follows the row before
+                it.
+            meter: counts the bytes of weights that are read, and lists the segments that run.
         """
         out = []
         while segments:
@@ -70,28 +75,52 @@ class Staircase:
         return out
 
     def _through(self, span: range, rows: Rows, parents: Sequence[int] | None, meter: Meter | None) -> list[Rows]:
-        """Run rows through a span of segments, in several passes if there are many rows."""
+        """Run rows through a span of segments, in several passes if there are more than 256 rows.
+
+        Returns the rows after each segment, (1, N, D) each. The other arguments are those of `run`.
+        """
         layers, n = self.model.layers, rows.shape[1]
         parts = [rows[:, a:a + _MAX_ROWS] for a in range(0, n, _MAX_ROWS)] if n > _MAX_ROWS else [rows]
         passed = [layers.run(span, part, self.cache, parents) for part in parts]
         if meter:
             meter.add(len(parts) * sum(layers.segment_bytes[span.start:span.stop]))
-        return passed[0] if len(parts) == 1 else [layers.join(after) for after in zip(*passed)]
+            meter.ran(Span(span.start, span.stop, n))
+        return self._joined(passed)
+
+    def _joined(self, parts: Sequence[list[Rows]]) -> list[Rows]:
+        """Join the results of several passes. Returns the rows after each segment, (1, N, D) each; [] without parts.
+
+        parts: for each pass, its rows after each segment.
+        """
+        return parts[0] if len(parts) == 1 else [self.model.layers.join(after) for after in zip(*parts)]
+
+    def read(self, tokens: Sequence[int]) -> Iterator[list[Rows]]:
+        """Add tokens to the sequence and run them through all segments, in chunks of at most 256 tokens.
+
+        After each chunk, yields the rows of the chunk after each segment, (1, n, D) each.
+        """
+        for a in range(0, len(tokens), _MAX_ROWS):
+            self.tokens.extend(tokens[a:a + _MAX_ROWS])
+            yield self.run(range(self.model.num_segments))
 
     def prefill(self, tokens: Sequence[int]) -> list[Rows]:
-        """Add tokens and run them through all segments. Returns rows after each (1, N, D), or [] without tokens."""
-        self.tokens.extend(tokens)
-        return self.run(range(self.model.num_segments)) if len(tokens) else []
+        """Add tokens to the sequence and run them through all segments.
+
+        Returns the rows after each segment, (1, N, D) each; [] without tokens.
+        """
+        return self._joined(list(self.read(tokens)))
 
     def adopt(self, other: "Staircase") -> None:
-        """Copy the tokens and the cache of another staircase, at which no rows wait."""
+        """Copy the tokens and the cache of another staircase into this one. No rows may wait at the other one."""
         self.tokens = list(other.tokens)
         self.cache.copy_from(other.cache)
 
     def keep(self, drafts: int, path: Sequence[int]) -> None:
-        """Drop those of the newest `drafts` tokens that are not on a path. No rows may wait at any segment.
+        """Remove rejected drafts from the end of the sequence and from the cache. No rows may wait at any segment.
 
-        path: numbers of the drafts to keep, ascending, from 0.
+        Args:
+            drafts: number of drafts at the end of the sequence.
+            path: indices of the accepted drafts among them, ascending.
         """
         assert all(w is None for w in self.waiting), "rows are waiting: keep a path only after the last segment ran"
         if len(path) == drafts:                         # all of them, in their order

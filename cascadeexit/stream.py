@@ -1,36 +1,44 @@
-"""TokenStream: a run as lines of text. The page draws them, a file stores them, and tests read them.
+"""TokenStream: a run as lines of text. The page shows them, a file stores them, and tests read them.
 
-Each line is one record, in order of time; `cascadeexit.wire` says how a record is written. Records by `type`:
+Each line is one record. Records come in the order of time. `cascadeexit.wire` writes a record as a line. These are the
+types of records and their fields; {...} is an object, and [...] a list:
 
-    model    format, model, layers, exits [{layer, depth}], trained, colours
+    model    format, model (name), layers (number), exits [{layer, depth}], trained, colours
     run      run (its id), sides [{name, mode, thresholds, tolerance, title}] in the order of the panels, the full model
-             last; mode, thresholds, tolerance (those of the first side); greedy, prompt_tokens, max_new_tokens,
-             settings (as chosen on the page), machine (a line about it), date (YYYY-MM-DD)
-    reading  side, read, total: tokens of a long prompt that were read so far
+             last; mode, thresholds and tolerance of the first side; greedy, prompt_tokens (number), max_new_tokens,
+             settings (as chosen on the page), machine (one line of text), date (YYYY-MM-DD)
+    reading  side, read, total: `read` of the `total` tokens before the text were read so far
     token    side, i (position), id, status (emitted, draft, accepted, rejected).
-             Unless rejected: text, exit (0 the first exit, -1 copied from earlier in the text), t (engine seconds),
-             conf (confidence of each exit, null where it was not computed), read (weights read, as a multiple of what
-             the full model reads for a token). Where they apply: ms since the token before; ran [[first, end, rows]]
-             (segments first to end - 1 ran over so many positions since the event before); special; for a piece of a
-             character its bytes (hexadecimal), and part when a later token completes the character
+             All but rejected tokens have: text; exit (0 is the first exit, -1 means copied from earlier in the text);
+             t (engine time in seconds); conf (confidence of each exit, null if it was not computed); read (weights
+             read, as a multiple of what the full model reads for one token).
+             Some tokens have: ms (milliseconds since the token before); ran [[first, end, rows]] (since the event
+             before, segments first to end - 1 ran for this number of positions); special (true for a special token);
+             bytes (hexadecimal, for a part of a character); part (true if a later token completes the character)
     checked  side, i, ids: the full model's choices at positions i, i + 1, ..., found when skipped layers caught up
-    tree     side, i, drafts [[id, text, parent, p, exit, accepted]]: the drafts of a verification pass, when it is
-             judged. i is the position of the first; parent is the number of the draft it follows, or -1; p is the
-             estimated probability of following it, null for an n-gram copy
-    text     side, i, text: how an incomplete character at the end of the text is shown
-    stats    side, seconds, done and the fields of metrics.RunStats, so far
-    versus   side, n, speedup, positional, rolling, first_divergence: this text and the full model's, so far
-    end      side, agreement (null with sampling), positional, first_divergence, sequence (null where a text is not
-             complete), identical, differs [positions where the full model would choose another token after the same
-             text], moments [{i, said, full, p_said, p_full, id}] where that mattered most, and loops {start, period,
-             share} when the text repeats itself, else null
-    fork     side, of, at, id, text, title: a new side. Its tokens have positions from `at` on, the first has this id;
-             the text before is that of the side `of`
-    stopped  the visitor stopped the run; what was written may still be checked afterwards
+    tree     side, i (position of the first draft), drafts [[id, text, parent, p, exit, accepted]]: all drafts of a
+             verification pass, after the pass. parent is the index of the draft that this draft follows, or -1; p is
+             the estimated probability that it follows its parent, or null
+    text     side, i, text: text of an incomplete character at the end, whose last token is at position i
+    stats    side, seconds, done, and the fields of `metrics.RunStats`: statistics so far
+    versus   side, n, speedup, positional, rolling, first_divergence: comparison of the first n tokens of this side with
+             those of the full model; rolling is the positional match of the newest 32 of them
+    end      side, and results about its whole text:
+             agreement (null if tokens are sampled); positional (null if there is nothing to compare with);
+             first_divergence; sequence (true if both texts are equal, null if one is not complete);
+             identical (the same, but null for a fork and for a mode that is not lossless);
+             differs [positions at which the full model would choose another token after the same text];
+             moments [{i, said, full, p_said, p_full, id}] (the worst of these positions, as in `Inspection.moments`);
+             loops {start, period, share} if the text ends in a loop, else null.
+             If tokens are sampled, differs and moments are []
+    fork     side, of, at, id, text, title: a new side that continues side `of`. The text before position `at` is that
+             of side `of`. The token at position `at` is the one that the visitor chose; it has this id and text
+    spread   side, speedups, tokens: speed-ups of short repeats of the run, of at most this number of tokens
+    stopped  the visitor stopped the run; its texts may still be checked afterwards
     error    message
 
-Two more types reach the page and are never saved: `replay` before a recorded stream, and `status`, what the server does
-(at any place). Every number comes from `metrics`, so page and benchmark use the same definitions.
+The page gets two more types of records, which are never saved. `replay` comes before a recorded stream. `status` says
+what the server does. All statistics come from `metrics`, so the page and the benchmark use the same definitions.
 """
 
 import datetime
@@ -52,6 +60,7 @@ from cascadeexit.wire import expand, write_line
 
 FORMAT = 1                                  # of the stream; a reader refuses what it does not know
 FRAME_SECONDS, STATS_SECONDS = 0.07, 0.5    # shorter intervals look the same and cost time and bytes
+MOMENTS = 20                                # worst ones of a text
 ROLLING = 32                                # positions in the moving match rate
 
 # One ramp from light to dark, after ColorBrewer's YlGnBu, so that colour reads as depth, also for colour-blind readers.
@@ -62,19 +71,22 @@ COPIED_COLOUR = "#F2C4D8"                   # as in app.css
 
 
 def colours(num_exits: int) -> tuple[str, ...]:
-    """Return a colour for each exit and for the full model. Exits beyond the palette share its last colour."""
+    """Return a colour for each exit and, last, for the full model, as '#RRGGBB'.
+
+    Exits beyond the end of the palette have its last colour.
+    """
     last = len(_DEPTH_COLOURS) - 1
     return (*(_DEPTH_COLOURS[min(s, last)] for s in range(num_exits)), _FULL_COLOUR)
 
 
 class TokenStream:
-    """A run as one growing string of lines: the input of the page, and the record of the run.
+    """A run as one growing string of lines. The page shows this string, and a file stores it.
 
-    Reading the string in pieces or whole gives the same.
+    The result is the same whether the string is read piece by piece or at once.
 
     Args:
-        sides: in the order of the panels; the side `FULL` is the one that others are compared with.
-        settings: what the visitor chose, recorded as it is; must be plain JSON.
+        sides: the sides in the order of the panels. All others are compared with the side `FULL`.
+        settings: what the visitor chose, as plain JSON. It is written to the stream unchanged.
     """
 
     def __init__(self, engine: Engine, tokenizer, sides: Sequence[Side], prompt_ids: Sequence[int],
@@ -97,7 +109,7 @@ class TokenStream:
     # -- while texts are written ----------------------------------------------------------------------------------
 
     def add(self, name: str, event: TokenEvent) -> None:
-        """Append an event that the engine made for the side with this name."""
+        """Append the records of an event that the engine made for the side with this name."""
         side = self.sides[name]
         if event.status is Status.READING:
             total = len(side.read_ids)
@@ -109,6 +121,7 @@ class TokenStream:
             self._write_token(side, event)
         else:
             side.events.append(event)
+            side.unwritten += event.spans
         if event.checked:
             self._write("checked", side=name, i=event.index - len(event.checked), ids=list(event.checked))
         if tree:
@@ -120,10 +133,12 @@ class TokenStream:
 
     def _write_token(self, side: SideText, event: TokenEvent) -> None:
         record = dict(side=side.side.name, i=event.index, id=event.token_id, status=event.status, text=side.add(event))
+        spans, side.unwritten = side.unwritten + event.spans, ()
         if event.status is Status.REJECTED:
             del record["text"]
+            side.unwritten = spans          # of a pass without accepted drafts: its last event brings them
         else:
-            record |= dict(exit=event.exit, t=event.seconds, conf=event.confidences, ran=event.spans,
+            record |= dict(exit=event.exit, t=event.seconds, conf=event.confidences, ran=spans,
                            read=event.weight_bytes / self._costs.full_token_bytes)
         if event.final and event.index > side.start:
             record["ms"] = 1000 * metrics.token_seconds(side.final[-2:])[0]
@@ -136,7 +151,10 @@ class TokenStream:
         self._write("token", **record)
 
     def add_stats(self, names: Iterable[str] | None = None) -> None:
-        """Append the numbers so far of these sides (default: all), and how well their texts match the full model's."""
+        """Append the statistics of these sides so far, and the comparison of each with the full model's text.
+
+        names: names of the sides; None for all sides.
+        """
         names = self.sides if names is None else names
         for name in names:
             side = self.sides[name]
@@ -147,7 +165,7 @@ class TokenStream:
             self._write_versus(name)
 
     def _write_versus(self, name: str) -> None:
-        """Append the comparison of a side with the full model's, as far as both have come."""
+        """Append the comparison of a side's text with the full model's text, up to the length of the shorter one."""
         if name == FULL or FULL not in self.sides:
             return
         ours, theirs = self.sides[name].ids, self.sides[FULL].ids
@@ -161,14 +179,14 @@ class TokenStream:
                         first_divergence=so_far.first_divergence)
 
     def _done(self, side: SideText) -> bool:
-        """Tell whether a side's text is complete."""
+        """Return True if a side's text is complete."""
         return len(side.ids) > side.start and (len(side.ids) - side.start == side.side.config.max_new_tokens
                                                or side.final[-1].token_id in self.eos_ids)
 
     # -- after that -----------------------------------------------------------------------------------------------
 
     def close_text(self) -> None:
-        """Append the text of incomplete characters at the end, and the last numbers, of sides that were still open."""
+        """Append the end of each side that is still open: the text of an incomplete character, and the statistics."""
         names = [name for name, side in self.sides.items() if not side.closed]
         for name in names:
             side = self.sides[name]
@@ -178,9 +196,9 @@ class TokenStream:
         self.add_stats(names)
 
     def end(self, name: str, inspection: Inspection) -> None:
-        """Append a side's agreement and match.
+        """Append the agreement of a side's text with the full model, and its match with the full model's own text.
 
-        inspection: of the side's final tokens; it has the full model's choices after each prefix of the text.
+        inspection: inspection of the side's final tokens. It has the full model's choice at each position.
         """
         side, config = self.sides[name], self.sides[name].side.config
         whole = FULL in self.sides and self._done(side) and self._done(self.sides[FULL])
@@ -193,34 +211,50 @@ class TokenStream:
         loop = find_loop(side.ids)
         agreement = metrics.agreement([token for _, token, _ in pairs], [choice for _, _, choice in pairs])
         self._write("end", side=name, agreement=rounded(agreement) if greedy else None,
-                    positional=rounded(match.positional), first_divergence=match.first_divergence,
+                    positional=None if n == 0 else rounded(match.positional), first_divergence=match.first_divergence,
                     sequence=match.sequence if whole else None,
                     identical=match.sequence if whole and lossless and not side.start else None,
                     differs=[i for i, token, choice in pairs if token != choice] if greedy else [],
-                    moments=[], loops=rounded(loop._asdict()) if loop else None)
+                    moments=self._moments(side, inspection) if greedy else [],
+                    loops=rounded(loop._asdict()) if loop else None)
 
-    def fork(self, side: Side, of: str, chosen: TokenEvent) -> SideText:
-        """Add a side that goes on from the text of another one, with another token from there on.
+    def _moments(self, side: SideText, inspection: Inspection) -> list[dict]:
+        """Return the positions at which a side's decoded text departs furthest from the full model's choice.
 
-        chosen: the event of that token, at its position in the text.
+        The form is that of `Inspection.moments`. Positions are counted from the beginning of the text.
+        """
+        found = inspection.moments(self._tokenizer, side.final, MOMENTS + 1)
+        found = [moment | {"i": moment["i"] + len(side.before)} for moment in found]
+        return [moment for moment in found if moment["i"] >= side.start][:MOMENTS]
+
+    def fork(self, side: Side, of: str, chosen: TokenEvent) -> None:
+        """Add a side that continues the text of the side `of` after one token was replaced.
+
+        chosen: event of the new token, at its position in the text.
         """
         before = self.sides[of].ids[:chosen.index]
-        text = self.sides[side.name] = SideText(self._tokenizer, side, self.prompt_ids, of, before, chosen)
+        self.sides[side.name] = SideText(self._tokenizer, side, self.prompt_ids, of, before, chosen)
         self._write("fork", side=side.name, of=of, at=chosen.index, id=chosen.token_id,
                     text=self._tokenizer.decode([chosen.token_id]), title=side.title)
-        self._write_token(text, chosen)
-        return text
+        self._write_token(self.sides[side.name], chosen)
+
+    def spread(self, name: str, speedups: Sequence[float], tokens: int) -> None:
+        """Append the speed-ups of a side in short repeats of the run.
+
+        tokens: largest number of tokens in a repeat.
+        """
+        self._write("spread", side=name, speedups=rounded(list(speedups), 3), tokens=tokens)
 
     def status(self, message: str) -> None:
-        """Append what the server does now."""
+        """Append a line that says what the server does now."""
         self.text += status_line(message)
 
     def stop(self) -> None:
-        """Append that the visitor stopped the run."""
+        """Append a line that says that the visitor stopped the run."""
         self.text = stopped(self.text)
 
     def fail(self, message: str) -> None:
-        """Append an error: the run broke off."""
+        """Append an error. It says that the run failed."""
         self.text += error_line(message)
 
     def _write(self, type: str, **record) -> None:
@@ -228,7 +262,10 @@ class TokenStream:
 
 
 def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> Iterator[str]:
-    """Add the events of a race to a stream; yields the stream's text for the first token, then at each frame."""
+    """Add the events of a race to a stream. Yields the stream's text for the page.
+
+    Yields at the first event, and then at the first event after each `FRAME_SECONDS`.
+    """
     next_frame, names = 0.0, {}
     next_stats = time.monotonic() + STATS_SECONDS
     for name, event in contest:
@@ -246,9 +283,9 @@ def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> It
 # -- single lines -------------------------------------------------------------------------------------------
 
 def model_line(shape: Shape, label: str = "") -> str:
-    """Return the first line of a stream, which describes the model. Before any run, it is the page's whole stream.
+    """Return the first line of a stream, which describes the model. Before any run, the page shows only this line.
 
-    label: the model's name on the menu, where it is another one.
+    label: name of the model on the menu; "" if it is the name in `shape`.
     """
     exits = [dict(layer=layer, depth=round(layer / shape.num_layers, 4)) for layer in shape.exit_layers]
     return write_line("model", format=FORMAT, model=label or shape.name, layers=shape.num_layers, exits=exits,
@@ -256,34 +293,40 @@ def model_line(shape: Shape, label: str = "") -> str:
 
 
 def status_line(message: str) -> str:
-    """Return a line that tells what the server does. It is never saved in a record."""
+    """Return a line that tells the visitor what the server does. This line is never saved in a file."""
     return write_line("status", message=message)
 
 
 def replay_line() -> str:
-    """Return the line to put before a recorded stream: the page then draws it at the speed of the recorded run."""
+    """Return the line to put before a recorded stream, so that the page plays it at the speed of the recorded run."""
     return write_line("replay")
 
 
 def error_line(message: str) -> str:
-    """Return a line that reports an error. Alone, it means that no run began; after others, that the run failed."""
+    """Return a line that reports an error.
+
+    As the only line it means that no run began. After other lines it means that the run failed.
+    """
     return write_line("error", message=message)
 
 
 def stopped(text: str) -> str:
-    """Mark a stream as stopped by the visitor, and return it. Nothing changes where no run is in progress."""
+    """Return the text of a stream with a line at its end that says that the visitor stopped the run.
+
+    If no run is in progress, the text is returned unchanged.
+    """
     for line in reversed(text.splitlines()):
         try:
             kind = expand(line)["type"]
         except (ValueError, KeyError, TypeError):
             return text
         if kind != "status":
-            return text if kind in ("model", "end", "stopped", "error") else text + write_line("stopped")
+            return text if kind in ("model", "end", "spread", "stopped", "error") else text + write_line("stopped")
     return text
 
 
 def rounded(value, digits: int = 5):
-    """Round floats, also inside nested lists and dicts, to the digits that the page can show."""
+    """Round floats to the number of digits that the page can show. Floats inside lists and dicts are rounded, too."""
     if isinstance(value, float):
         return round(value, digits)
     if isinstance(value, (tuple, list)):

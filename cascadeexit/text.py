@@ -6,10 +6,11 @@ BROKEN = "\ufffd"           # how decoders show an incomplete or invalid UTF-8 s
 
 
 class TextDecoder:
-    """Decodes one token at a time. The joined pieces equal the text that the tokenizer decodes from all tokens at once.
+    """Decodes token ids to text, one token at a time.
 
-    A token that ends inside a character gives ''; the token that completes the character gives its text.
-    (Tokenizers with byte fallback rewrite a character when invalid bytes follow it; earlier pieces are not corrected.)
+    The pieces together equal the text that the tokenizer decodes from all tokens at once. A token that ends inside a
+    character gives "". The token that completes the character gives the character. One exception: tokenizers with byte
+    fallback change a character if invalid bytes follow it, and a piece that was already returned is not corrected.
     """
 
     def __init__(self, tokenizer):
@@ -19,11 +20,11 @@ class TextDecoder:
 
     @property
     def holding(self) -> bool:
-        """True while a character is incomplete."""
+        """True while the tokens so far end inside a character."""
         return bool(self._held)
 
     def push(self, token_id: int) -> str:
-        """Decode the next token. Returns the text that it adds."""
+        """Decode the next token. Returns the text that it adds; "" if it ends inside a character."""
         # Lists are replaced, never changed in place: a shallow copy of a decoder can decode drafts.
         self._held = [*self._held, token_id]
         piece = self._pending()
@@ -33,7 +34,7 @@ class TextDecoder:
         return piece
 
     def flush(self) -> str:
-        """Return the text of an incomplete character at the end, or '' if there is none."""
+        """Return the text of an incomplete character at the end, as the tokenizer shows it; "" if there is none."""
         piece, self._held = self._pending() if self._held else "", []
         return piece
 
@@ -50,7 +51,7 @@ _BYTES = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(so
 
 
 def token_bytes(tokenizer, token_id: int) -> bytes:
-    """Return the bytes of a token, also if the token is only a part of a character."""
+    """Return the bytes that a token stands for. This also works for a token that is only a part of a character."""
     word = tokenizer.convert_ids_to_tokens(token_id)
     if re.fullmatch("<0x[0-9A-Fa-f]{2}>", word):                # byte fallback
         return bytes.fromhex(word[3:5])

@@ -1,10 +1,10 @@
-"""DraftTree: a tree of drafts that one pass of the full model verifies.
+"""DraftTree: a draft source that proposes a tree of drafts, which one pass of the full model verifies.
 
-Drafts come from two cheap sources. One is the drafter or, without it, the exit before the first layer; both read a
-token's embedding and the carried state. The other is n-gram lookup. Often several tokens are likely, so a position may
-have several drafts. The verification pass reads its weights once for all of them (SpecInfer: Miao et al. 2023). A draft
-is added if the tokens expected from it are worth the cost of one more row. Draft probabilities are rescaled by the
-acceptance rate seen so far in this text.
+Drafts come from two cheap sources. The first is the drafter or, without a drafter, the exit before the first layer.
+Both read a token's embedding and the carried state. The second is n-gram lookup. Often several tokens are likely, so a
+position may have several drafts. The verification pass reads its weights once for all of them (SpecInfer: Miao et al.
+2023). A draft is added if the tokens that are expected from it are worth the cost of one more row. Draft probabilities
+are rescaled by the acceptance rate so far in this text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ _PRIOR_WEIGHT = 20          # weight of `_DECAY`, as a number of expected accept
 
 @dataclass(slots=True)
 class _Node:
-    """A draft under consideration: the end of a path, and what the drafter needs to go on from it."""
+    """A draft that may be added to the tree, with what is needed to draft tokens after it."""
 
     survival: float                                 # probability that it and all drafts before it are accepted
     token: int
@@ -42,16 +42,17 @@ class _Node:
 
 
 class DraftTree:
-    """Draft source that proposes a tree for each verification pass of a run, and learns from what is accepted.
+    """Draft source that proposes a tree for each verification pass. It adapts to how many drafts were accepted so far.
 
     Args:
         model, exits: the model and the runtime of its exits.
-        prompt: the run's prompt, for n-gram copies.
-        temperature: temperature of the run and of the drafter's softmax. In a greedy run the softmax has 1.
-        passed: rows of the prefill after each segment (1, N, D), for the drafter's context; [] if there were none.
-        eos_ids: nothing is drafted after these tokens.
+        prompt: token ids of the prompt, for n-gram lookup.
+        temperature: temperature of the run. The drafter's softmax has the same temperature; in a greedy run it has 1.
+        passed: rows of the prefill after each segment, (1, N, D) each, for the drafter's context; [] if there was no
+            prefill.
+        eos_ids: token ids after which nothing is drafted.
         limit: largest number of drafts in a tree.
-        end: length of the text, prompt included, past which nothing is drafted; None for no such limit.
+        end: largest length of the text, prompt included; no draft is made beyond it. None for no such limit.
     """
 
     def __init__(self, model: SegmentedModel, exits: ExitRuntime, prompt: Sequence[int], temperature: float, *,
@@ -69,7 +70,7 @@ class DraftTree:
         self.confidences = (None,) * len(model.exit_layers)
 
     def draft(self, stairs: Staircase, carry: Carry, meter: Meter) -> Iterator[list[Draft]]:
-        """Propose a tree; see `DraftSource.draft`."""
+        """Propose a tree of drafts, in one list; see `DraftSource.draft`."""
         longest = self._limit if self._end is None else min(self._limit, self._end - len(stairs.tokens))
         drafts = self.grow(stairs.tokens, carry.state, self._limit, longest, meter)
         stairs.tokens += [draft.token for draft in drafts]
@@ -77,9 +78,12 @@ class DraftTree:
 
     def grow(self, text: Sequence[int], carried: Rows, limit: int, longest: int,
              meter: Meter | None = None) -> list[Draft]:
-        """Draft tokens that follow this text. Returns a tree: parents before children, likelier branches first.
+        """Make a tree of drafts that follow this text.
+
+        Returns the drafts: parents before children, likelier branches before others.
 
         Args:
+            text: all tokens so far.
             carried: the state that produced the newest token (1, D).
             limit: largest number of drafts.
             longest: largest number of drafts on one path.
@@ -122,7 +126,7 @@ class DraftTree:
 
     def judged(self, drafts: Sequence[Draft], path: Sequence[int], confirmed: Sequence[int],
                passed: Sequence[Rows] = ()) -> None:
-        """Update the acceptance rates after a pass; see `DraftSource.judged`."""
+        """Learn from a verification pass which drafts were accepted; see `DraftSource.judged`."""
         for depth, parent in enumerate([-1, *path]):
             right = path[depth] if depth < len(path) else None
             children = [i for i, d in enumerate(drafts) if d.parent == parent]
@@ -139,20 +143,36 @@ class DraftTree:
         self._deep = (passed[1:-1], (path[-1] if path else -1) + 1) if passed else None
 
     def _context(self, meter: Meter) -> Any:
-        """Compute the drafter's context at the newest confirmed token; None without a drafter."""
+        """Compute the context that the drafter reads in this round.
+
+        Returns None if there was no earlier pass, or if there is no drafter.
+        """
         if self._deep is None:
             return None
         meter.add(self._exits.context_bytes)
         return self._exits.context(*self._deep)
 
     def _ask(self, nodes: Sequence[_Node], context: Any, meter: Meter) -> list[tuple[Rows, list[float], list[int]]]:
-        """Call the drafter for these nodes. Returns its state (1, D), probabilities and token ids for each."""
+        """Call the drafter once for these nodes.
+
+        Returns for each node its hidden state (1, D), and the probabilities and token ids of the next tokens, likeliest
+        first.
+        """
         meter.add(self._exits.draft_bytes)
         return self._exits.drafts([node.token for node in nodes], [node.carried for node in nodes], _BRANCHES,
                                   self._temperature, context)
 
     def _children(self, node: _Node, trust: float, copy: Copy | None, opinion, needed: float) -> list[_Node]:
-        """Return drafts that may follow a node. If the copy and a draft are the same token, they become one draft."""
+        """Return nodes for the tokens that may follow a node.
+
+        If a drafted token is also the copied token, one node stands for both.
+
+        Args:
+            trust: factor for the drafter's probabilities.
+            copy: token from n-gram lookup; None if there is none.
+            opinion: what `_ask` returned for this node; None if the drafter was not called.
+            needed: a drafted token is returned only if its path is accepted with a higher probability than this.
+        """
         carried, depth, children = node.carried, node.depth + 1, {}
         if opinion:
             carried, probs, ids = opinion
@@ -168,14 +188,18 @@ class DraftTree:
         return list(children.values())
 
     def _trust(self, depth: int) -> float:
-        """Return the factor for the drafter's probabilities at this depth: accepted / expected drafts."""
+        """Return the factor by which the drafter's probabilities at this depth of the tree are multiplied.
+
+        It is the number of accepted drafts at this depth so far in this text, divided by the number that was expected.
+        While only few drafts were judged, a prior of at most 1 counts more.
+        """
         trust = _DECAY ** depth
         if depth < len(self._accepted):
             trust = (self._accepted[depth] + trust * _PRIOR_WEIGHT) / (self._expected[depth] + _PRIOR_WEIGHT)
         return trust
 
     def _in_order(self, nodes: Sequence[_Node]) -> list[Draft]:
-        """List the nodes as drafts: parents before children, branch after branch, the likeliest first."""
+        """Convert nodes to a list of drafts: parents before children, branch after branch, likelier ones first."""
         children: dict[int, list[_Node]] = {}
         for node in nodes:                                              # siblings stay by likelihood
             children.setdefault(id(node.parent) if node.depth else 0, []).append(node)
@@ -185,7 +209,8 @@ class DraftTree:
             confidences = self.confidences
             if node.probability:
                 confidences = min(1.0, node.probability * self._trust(node.depth)), *confidences[1:]
-            drafts.append(Draft(node.token, node.exit, confidences, parent, node.depth, node.probability, node.matched))
+            drafts.append(Draft(node.token, node.exit, confidences, parent, node.depth, node.probability, node.matched,
+                                node.survival / node.parent.survival))
             number = len(drafts) - 1
             for child in children.get(id(node), []):
                 put(child, number)
@@ -196,7 +221,7 @@ class DraftTree:
 
 
 def _end(text: Sequence[int], node: _Node) -> list[int]:
-    """Return the last tokens of the text when it is continued along this node's path."""
+    """Return the last `LONGEST_MATCH` tokens of the text after continuing it with the drafts up to this node."""
     path = []
     while node.parent is not None:
         path.append(node.token)

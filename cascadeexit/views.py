@@ -1,92 +1,23 @@
-"""Views: Plotly figures of a finished run and of an evaluation. They do not depend on the page."""
+"""Views: the Plotly figure of an evaluation. It does not depend on the page."""
 
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from cascadeexit import metrics
 from cascadeexit.evaluation import Result, quality_speed_points, summarize_results
-from cascadeexit.shape import exit_name
-from cascadeexit.sides import CASCADE, FULL
-from cascadeexit.stream import COPIED_COLOUR, TokenStream, colours
 
 _OUTLINE = "#7D838C"                        # visible on a light and on a dark page
 _KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # Paul Tol's "bright" scheme
 
 
-def figures(stream: TokenStream, full_choices: Sequence[int]) -> list[go.Figure]:
-    """Make all figures of a run, in the page's order.
-
-    full_choices: the full model's choice at each position of the text that was written with exits.
-    """
-    return [routing_figure(stream), latency_figure(stream), confidence_figure(stream, full_choices)]
-
-
-def routing_figure(stream: TokenStream) -> go.Figure:
-    """Plot the share of the tokens that each exit wrote."""
-    exits, final = len(stream.shape.exit_layers), stream.sides[CASCADE].final
-    share, copied = metrics.routing_share(final, exits + 1), metrics.copied_share(final)
-    names = [exit_name(s, stream.shape).partition(" (")[0] for s in range(len(share))]
-    palette = colours(exits)
-    if copied:
-        share, names, palette = (*share, copied), [*names, "Copied"], (*palette, COPIED_COLOUR)
-    figure = go.Figure(go.Bar(
-        x=share, y=names, orientation="h", cliponaxis=False,
-        text=[f"{part:.1%}" for part in share], textposition="outside",
-        marker=dict(color=palette, line=dict(color=_OUTLINE, width=1)),
-        hovertemplate="%{y}: %{x:.1%} of the tokens<extra></extra>"))
-    figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(tickformat=".0%", range=[0, 1.08])
-    return _styled(figure, "Which exit wrote the tokens", legend=False)
-
-
-def latency_figure(stream: TokenStream) -> go.Figure:
-    """Plot the milliseconds from each token to the next, with exits and with the full model."""
-    figure = go.Figure()
-    for side, name, line in ((FULL, "Full model", dict(color=_OUTLINE, width=1.5, dash="dot")),
-                             (CASCADE, "With exits", dict(color="#3F8FC7", width=1.5))):
-        waits = [1000 * s for s in metrics.token_seconds(stream.sides[side].final)]
-        figure.add_scatter(x=list(range(1, len(waits) + 1)), y=waits, name=name, mode="lines", line=line,
-                           hovertemplate="token %{x}: %{y:.1f} ms<extra>" + name + "</extra>")
-    figure.update_xaxes(title="token")
-    figure.update_yaxes(ticksuffix=" ms", rangemode="tozero")
-    return _styled(figure, "Time per token")
-
-
-def confidence_figure(stream: TokenStream, full_choices: Sequence[int]) -> go.Figure:
-    """Plot the confidence of the exit that wrote each token.
-
-    Crosses mark tokens that the full model would not choose.
-    """
-    exits, final, figure = len(stream.shape.exit_layers), stream.sides[CASCADE].final, go.Figure()
-    palette = colours(exits)
-    for s in range(exits):
-        points = [e for e in final if e.exit == s]
-        figure.add_scatter(
-            x=[e.index for e in points], y=[e.confidences[s] for e in points],
-            mode="markers", name=f"Exit {s + 1}",
-            marker=dict(color=palette[s], size=8, line=dict(color=_OUTLINE, width=0.6)),
-            hovertemplate="token %{x}: confidence %{y:.0%}<extra>" + f"Exit {s + 1}</extra>")
-    others = [e for e, choice in zip(final, full_choices)
-              if 0 <= e.exit < exits and e.token_id != choice]
-    figure.add_scatter(
-        x=[e.index for e in others], y=[e.confidences[e.exit] for e in others], mode="markers",
-        name="full model would choose another token",
-        marker=dict(color="#D55E00", size=8, symbol="x-thin-open", line_width=2),
-        hovertemplate="token %{x}: the full model would choose another token<extra></extra>")
-    figure.update_xaxes(title="token")
-    figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
-    return _styled(figure, "Confidence of the exits", legend_rows=1 + exits // 2)
-
-
 def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) -> go.Figure:
-    """Plot agreement against the measured speed-up, and below it against the weights read.
+    """Plot the agreement of prompts in two charts: against the measured speed-up, and against the weights read.
 
-    A point for each prompt, and one for all prompts together. Both charts show the same points.
+    Each chart has a point for each prompt, and a point for all prompts together.
 
-    curve: {threshold, agreement, cost} of thresholds measured before. Their speed was not measured on this machine, so
-        they appear in the lower chart only.
+    curve: earlier measurements of other thresholds, {threshold, agreement, cost} each. Their speed was not measured on
+        this machine, so only the lower chart shows them, as a line.
     """
     figure = make_subplots(rows=2, cols=1, vertical_spacing=0.22)
     if curve:
@@ -114,15 +45,21 @@ def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) 
 
 def _add_to_both(figure: go.Figure, speedups: list, costs: list, agreements: list, name: str, words: str,
                  **options) -> None:
-    """Add points to the chart of speed-ups and to the one of weights read, with one entry in the legend."""
+    """Add points to both charts, with one entry in the legend.
+
+    Args:
+        speedups, costs: x of the points in the upper and in the lower chart.
+        agreements: y of the points in both charts.
+        words: beginning of the text that a point shows under the mouse.
+    """
     for row, x, form in ((1, speedups, "%{x:.2f}x"), (2, costs, "%{x:.0%} of the weights read")):
         figure.add_scatter(x=x, y=agreements, mode="markers", name=name, legendgroup=name, showlegend=row == 1,
                            hovertemplate=f"{words}%{{y:.1%}} agreement, {form}<extra></extra>", row=row, col=1,
                            **options)
 
 
-def _styled(figure: go.Figure, title: str, legend: bool = True, legend_rows: int = 1) -> go.Figure:
-    """Make a figure readable on light and dark pages: transparent, neutral lines, text in the page's colour."""
+def _styled(figure: go.Figure, title: str) -> go.Figure:
+    """Give a figure a title, and colours that are readable on light and dark pages. Returns the figure."""
     axis = dict(gridcolor="rgba(128,128,128,0.22)", zerolinecolor="rgba(128,128,128,0.45)", automargin=True)
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
@@ -130,6 +67,6 @@ def _styled(figure: go.Figure, title: str, legend: bool = True, legend_rows: int
         title=dict(text=f"<b>{title}</b>", x=0, xref="container", y=0.97, yanchor="top", font=dict(size=14)),
         template="none", height=300, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font=dict(family="IBM Plex Sans, system-ui, sans-serif", color=_OUTLINE, size=12),
-        margin=dict(l=8, r=8, t=54 + 22 * legend_rows, b=8), showlegend=legend,
+        margin=dict(l=8, r=8, t=76, b=8), showlegend=True,
         legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0))
     return figure

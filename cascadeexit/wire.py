@@ -1,15 +1,19 @@
-"""Wire: a record of a stream as one line of text.
+"""Wire: converts each record of a stream to one line of text, and back.
 
-Most lines are tokens, so a token is a short array; every other record is an object. An array has these values, and ends
-with the last one that it needs:
+Most records are tokens. A token is written as a short array, and every other record as an object. The array has these
+values. It ends with the last value that is not null:
 
     [side, i, id, status, text, exit, t, conf, read, ms, ran, special, bytes, part]
 
-    side    its place in `SIDES`                    t       microseconds
-    status  its place in `STATUSES`                 read    in 1/100,000
-    conf    each in 1/100,000, -1 for null;         ms      in 1/1,000 (microseconds)
-            one number n stands for n times null    ran     [first, end, rows, first, end, rows, ...]
+    side           index of the side's name in `SIDES`
+    status         index in `STATUSES`
+    t              in microseconds
+    conf           each confidence in 1/100,000, -1 for null; one number n instead of a list means n times null
+    read           in 1/100,000
+    ms             in microseconds
+    ran            [first, end, rows, first, end, rows, ...]
     special, part  1 or null
+    all others     as in `cascadeexit.stream`
 
 `assets/page/wire.js` expands the lines in the browser. Saved files hold objects only (`cascadeexit.record`).
 """
@@ -23,7 +27,10 @@ _MICRO, _SHARE = 1_000_000, 100_000
 
 
 def write_line(type: str, **record) -> str:
-    """Write one record as a line. Lines are ASCII without '<', so that no transport changes them."""
+    """Write one record as a line of text.
+
+    Lines are ASCII without '<', so they reach the page unchanged and no value can look like HTML.
+    """
     # ASCII escapes carry lone surrogates safely; '<' is escaped so that no value can look like markup.
     value = _compact(record) if type == "token" else {"type": type, **record}
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
@@ -31,7 +38,7 @@ def write_line(type: str, **record) -> str:
 
 
 def expand(line: str) -> dict:
-    """Read the record of a line, with all its names. Raises ValueError for a line that is not JSON."""
+    """Read the record of a line, as an object with names. Raises ValueError for a line that is not JSON."""
     values = json.loads(line)
     if not isinstance(values, list):
         return values
@@ -48,7 +55,7 @@ def expand(line: str) -> dict:
 
 
 def _compact(record: dict) -> list:
-    """The array of a token record."""
+    """Convert the record of a token to a short array, as the docstring of this module describes."""
     values = [SIDES.index(record["side"]), record["i"], record["id"], STATUSES.index(record["status"])]
     if record["status"] != "rejected":
         conf = record["conf"]

@@ -31,14 +31,88 @@ def test_the_replay_follows_its_script(monkeypatch, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = result["rows"]
     assert rows["full"]["routing_share"][-1] == 1.0 and rows["full"]["over_full"] == 1.0
-    for share, wanted in zip(rows["cascade"]["routing_share"], replay.PUBLISHED_ROUTING):
+    for share, wanted in zip(rows["cascade"]["routing_share"], (0.0, *replay.PUBLISHED_ROUTING), strict=True):
         assert share == pytest.approx(wanted, abs=0.15)
-    drafts = [rows[f"verified, {a}% right"]["routing_share"][0] for a in (50, 70, 90)]
-    assert drafts == sorted(drafts) and drafts[-1] > drafts[0] + 0.2
+    bundled, better = (rows[name]["tokens_per_verification"] for name in ("verified", "verified, 3 tokens a pass"))
+    assert 1.2 < bundled < better <= 3.5
     assert rows["cascade"]["allowed_by_bytes"] > 1.1 and "over_published" not in rows["cascade"]
     for row in rows.values():
         assert row["of_allowed"] == pytest.approx(row["over_full"] / row["allowed_by_bytes"])
         assert row["roofline_multiple"] == pytest.approx(row["tokens_per_second"] * result["weight_bytes"] / 1e9)
+        assert row["bytes_ms"] == pytest.approx(1e3 * result["weight_bytes"] / 1e9 / row["allowed_by_bytes"])
+
+
+def test_a_script_brings_the_tokens_and_the_routing_that_it_promises():
+    script = replay.Script(0, vocab_size=50, tokens_per_pass=2.5)
+    passes = []
+    for _ in range(2000):
+        tokens = 1
+        while script.judge([7, 8]) == 7:
+            tokens += 1
+        passes.append(tokens)
+    assert sum(passes) / len(passes) == pytest.approx(2.5, rel=0.05)
+    assert all(script.judge([3, 4]) not in (4,) for _ in range(500)), "siblings are rejected"
+    exits = [script.exit() for _ in range(2000)]
+    assert exits.count(1) / 2000 == pytest.approx(replay.PUBLISHED_ROUTING[0], abs=0.05) and min(exits) == 1
+    probabilities, words = script.drafts()
+    assert sum(probabilities) <= 1 and probabilities == sorted(probabilities, reverse=True)
+    assert len(set(words)) == len(probabilities)
+
+
+def test_the_replay_takes_the_acceptance_from_the_committed_benchmark(monkeypatch, tmp_path):
+    measured = json.loads(replay.MEASURED.read_text())["rows"]["verified"]["tokens_per_verification"]
+    assert replay.bundled_tokens_per_pass() == measured
+    monkeypatch.setattr(replay, "MEASURED", tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match="training.benchmark"):
+        replay.bundled_tokens_per_pass()
+
+
+def test_a_contender_that_fails_is_left_out_unless_all_others_need_it():
+    def fail(ids):
+        raise RuntimeError("no compiler\nmore lines")
+
+    good, bad = Contender("full", lambda ids: ([1, 2], None)), Contender("compiled", fail)
+    benchmark.race_all([good, bad], [[5], [6, 7]], torch.device("cpu"))
+    assert len(good.speeds) == 2 and not bad.speeds and bad.error == "RuntimeError: no compiler"
+    with pytest.raises(RuntimeError, match="no compiler"):
+        benchmark.race_all([Contender(GENERATE, fail)], [[5]], torch.device("cpu"))
+
+
+def test_the_simulation_counts_what_a_token_launches_and_reads(monkeypatch, capsys):
+    """At the real shape, without its weights: kernels and bytes of `full` are those that the sizes say."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--replay", "--simulate", "--tokens", "12"])
+    benchmark.main()
+    out = capsys.readouterr().out
+    assert "Assumed: H100" in out and "us a kernel" in out
+    result = json.loads(out.splitlines()[-1])
+    config, _ = replay.SHAPES["llama-3.2-3b"]
+    rows, layers = result["rows"], config["num_hidden_layers"]
+    assert round(rows["full"]["kernels"]) == 6 * layers + 4, "the embedding, then norm, head and argmax"
+    assert rows["full"]["replays"] == 1 < rows["cascade"]["replays"] < len(replay.PUBLISHED_ROUTING) + 1
+    hidden, kv = config["hidden_size"], config["num_key_value_heads"] * config["head_dim"]
+    weights = layers * (2 * hidden * (hidden + kv) + 3 * hidden * config["intermediate_size"])
+    assert rows["full"]["bytes"] == pytest.approx(2 * (weights + config["vocab_size"] * hidden), rel=0.01)
+    assert rows["cascade"]["bytes"] < 0.6 * rows["full"]["bytes"]
+    for row in rows.values():
+        assert row["expected_ms"]["H200"] < row["expected_ms"]["H100"]
+        assert row["expected_ms"]["H100"] > 1e3 * row["bytes"] / result["assumed"]["bandwidth"]["H100"]
+
+
+def test_the_cost_of_late_checks_is_measured_beside_the_same_cascade(monkeypatch, capsys):
+    reference, engine = tiny_base(), tiny_engine(adapter="carry")       # in this order: they share one configuration
+    monkeypatch.setattr(benchmark, "load", lambda *_, **__: (engine, tiny_tokenizer()))
+    monkeypatch.setattr(benchmark, "load_model", lambda *_, **__: (reference, None, None))
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--check-late", "--prompts", "2", "--tokens", "8",
+                                      "--cascade-thresholds", "0.4", "--tolerances", "--skip", "generate,"])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    plain, checked = (result["rows"][f"cascade 0.4{end}"] for end in ("", ", checked late"))
+    assert result["checked_late"].keys() == {"cascade 0.4"} and "cascade 0.4, checked late: " in printed
+    for name in ("agreement", "routing_share", "cost"):
+        assert plain[name] == checked[name]
 
 
 def test_growth_measures_every_length_that_fits(monkeypatch):
@@ -87,8 +161,9 @@ def test_scripted_exits_compute_what_exits_compute(monkeypatch):
     trained = engine.exits._exits
     confidence = trained.confidence
     monkeypatch.setattr(trained, "confidence", lambda *args: computed.append(args[0]) or confidence(*args))
-    run = engine.run(list(range(2, 12)), DecodeConfig(mode="cascade", max_new_tokens=40, thresholds=(0.5,) * 3))
-    exits = [event.exit for event in run.events if event.final]
-    asked = [s for exit in exits for s in range(min(exit, 2) + 1)]
-    assert len(exits) == 40 and set(exits) >= {0, 1}
+    engine.follow(0, 1.0)
+    config = DecodeConfig(mode="cascade", max_new_tokens=40, thresholds=(None, 0.5, 0.5, 0.5))
+    exits = [event.exit for event in engine.run(list(range(2, 12)), config).events if event.final]
+    asked = [s for exit in exits for s in range(1, min(exit, 3) + 1)]
+    assert len(exits) == 40 and set(exits) >= {1, 2}
     assert computed == asked

@@ -283,6 +283,61 @@ def test_identity_exits_of_the_last_layer_but_one_read_as_the_logit_lens():
     assert run.token_ids == [expected]
 
 
+# -- late checks -----------------------------------------------------------------------------------------------------
+
+
+def timeless(events) -> list:
+    """Events without their times and late checks."""
+    return [replace(event, seconds=0, checked=()) for event in events]
+
+
+def checked_run(engine, monkeypatch, config: DecodeConfig, confidences, check_late: bool):
+    """Decode with exits whose confidences are these, again and again."""
+    script = itertools.cycle(confidences)
+    monkeypatch.setattr(engine.exits, "confidence", lambda *_: [next(script)])
+    return engine.run(PROMPTS[2], replace(config, check_late=check_late))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_late_checks_are_the_full_models_choices_and_change_nothing(family, dtype, temperature, monkeypatch):
+    """Up to the last token of the full model, each token is the full model's own or was checked."""
+    engine = tiny_engine(family, dtype=dtype, adapter="carry")
+    config = DecodeConfig(max_new_tokens=TOKENS, thresholds=(0.5,) * 3, temperature=temperature, ignore_eos=True)
+    script = (1.0, 0.4, 1.0, 0.4, 0.4, 0.4, 1.0, 0.4, 0.4, 1.0, 0.4, 0.4, 0.4)      # exits 0, 1, full, 0, 2, full
+    plain, late = (checked_run(engine, monkeypatch, config, script, wanted) for wanted in (False, True))
+    assert [event.exit for event in late.events[:6]] == [0, 1, 3, 0, 2, 3]
+    assert [replace(e, seconds=0, checked=()) for e in late.events] == [replace(e, seconds=0) for e in plain.events]
+    choices, known = engine.full_choices(PROMPTS[2], late.token_ids), 0
+    for event in late.events:
+        if event.exit == engine.num_exits:
+            assert list(event.checked) == choices[known:event.index]
+            known = event.index + 1
+        else:
+            assert not event.checked
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_late_rows_than_a_pass_takes_are_checked_in_parts(dtype, temperature, monkeypatch):
+    """Only then is the head read again."""
+    engine = tiny_engine(dtype=dtype)
+    rows = 2 * engine.model.layers.max_rows + 5
+    config = DecodeConfig(max_new_tokens=2 * rows, thresholds=(0.5, None, None), temperature=temperature,
+                          ignore_eos=True)
+    script = [1.0] * (rows - 1) + [0.0]
+    plain, late = (checked_run(engine, monkeypatch, config, script, wanted) for wanted in (False, True))
+    assert [e.exit for e in late.events].count(engine.num_exits) == 2
+    assert late.token_ids == plain.token_ids
+    choices = engine.full_choices(PROMPTS[2], late.token_ids)
+    for a, b in zip(late.events, plain.events):
+        again = 0
+        if a.exit == engine.num_exits:
+            assert list(a.checked) == choices[a.index - rows + 1:a.index]
+            again = 2 * engine.exits.full_head.nbytes
+        assert a.weight_bytes == b.weight_bytes + again
+
+
 # -- sampling --------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +383,72 @@ def test_final_positions_arrive_in_order_and_time_never_runs_back(engine):
         run = engine.run(PROMPTS[2], config)
         assert [e.index for e in run.events if e.final] == list(range(len(run.token_ids)))
         assert all(a.seconds <= b.seconds for a, b in zip(run.events, run.events[1:]))
+
+
+@pytest.mark.parametrize("mode", ["full", "cascade"])
+def test_spans_tell_which_segments_ran_over_how_many_positions(engine, mode):
+    """When a segment's end gives a token, that segment and all below it have run over every position before it."""
+    run = engine.run(PROMPTS[2], DecodeConfig(mode=mode, max_new_tokens=60, thresholds=0.5, check_late=mode != "full"))
+    ran = [0] * engine.model.num_segments
+    for event in run.events:
+        for first, end, rows in event.spans:
+            ran[first:end] = [n + rows for n in ran[first:end]]
+        assert ran[:event.exit + 1] == [event.index + 1] * (event.exit + 1)
+    spans = [span for event in run.events for span in event.spans]
+    assert any(span.rows > 1 for span in spans) == (mode == "cascade")
+    if mode == "full":
+        assert spans == [(0, engine.model.num_segments, 1)] * len(run.events)
+
+
+@pytest.mark.parametrize("thresholds", [0.3, None])
+def test_spans_of_a_verification_pass_come_with_its_first_verdict(thresholds):
+    engine = tiny_engine("qwen3", dtype=torch.bfloat16, adapter="carry", layers=(0, 3))
+    config = DecodeConfig(mode="verified", max_new_tokens=40, thresholds=thresholds, max_draft=5)
+    events, prompt, ran = [], [9, 3] * 12, []
+    for event in engine.generate(prompt, config):
+        first = not events or events[-1].status is Status.DRAFT or events[-1].status is Status.EMITTED
+        if event.status is not Status.DRAFT:
+            assert bool(event.spans) == first
+        ran += [span for span in event.spans if span.end == engine.model.num_segments]
+        events.append(event)
+    drafts = sum(event.status is Status.DRAFT for event in events)
+    assert drafts and sum(span.rows for span in ran) == drafts + len(ran)
+
+
+# -- reading a long prompt -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("opening", [0, 13])
+def test_a_long_prompt_is_read_chunk_by_chunk_to_the_same_result(mode, opening, monkeypatch):
+    engine = tiny_engine(adapter="carry", confidence="sketch", sketch_size=40, dtype=torch.bfloat16)
+    prompt, config = [(7 * i) % 60 + 20 for i in range(40)], DecodeConfig(mode=mode, max_new_tokens=TOKENS)
+    at_once = engine.run(prompt, config)
+    assert not any(event.status is Status.READING for event in at_once.events)
+    engine.read_opening(prompt[:opening])
+    known = len(engine.opening)
+    monkeypatch.setattr("cascadeexit.staircase._MAX_ROWS", 8)
+    run = engine.run(prompt, config)
+    reading, others = ([e for e in run.events if (e.status is Status.READING) == wanted] for wanted in (True, False))
+    assert run.token_ids == at_once.token_ids
+    assert [(e.index, e.token_id, e.exit, e.confidences) for e in others] == [
+        (e.index, e.token_id, e.exit, e.confidences) for e in at_once.events]
+    ends = range(known + 8, 39, 8)
+    assert run.events[:len(ends)] == reading and [e.index for e in reading] == [end - 40 for end in ends]
+    assert [e.token_id for e in reading] == [prompt[end - 1] for end in ends]
+    assert all(not e.final and e.weight_bytes == 0 and e.spans == () for e in reading)
+    assert run.stats == summarize(others, engine.costs)
+    assert engine.full_choices(prompt, run.token_ids) == inspect(engine, prompt, run.events).full_choices
+
+
+def test_a_run_can_be_interrupted_between_the_chunks_of_its_prompt(engine, monkeypatch):
+    monkeypatch.setattr("cascadeexit.staircase._MAX_ROWS", 8)
+    passes, through = [], engine.model.layers.run
+    monkeypatch.setattr(engine.model.layers, "run", lambda *args: passes.append(args[1].shape[1]) or through(*args))
+    events = engine.generate(list(range(2, 40)), DecodeConfig())
+    assert [next(events).status for _ in range(2)] == ["reading"] * 2
+    events.close()
+    assert passes == [8, 8]
 
 
 def test_waiting_for_the_consumer_is_not_engine_time(engine):
@@ -383,6 +504,7 @@ def test_token_ids_outside_the_vocabulary_are_refused_wherever_a_text_enters(dty
     {"mode": "fast"}, {"max_new_tokens": 0}, {"max_draft": 0}, {"temperature": -1}, {"temperature": float("nan")},
     {"temperature": float("inf")}, {"temperature": 1e-40}, {"top_p": 0}, {"thresholds": 1.5},
     {"tolerance": 1}, {"tolerance": 0.3}, {"mode": "verified", "tolerance": 0.3, "temperature": 1},
+    {"mode": "full", "check_late": True}, {"mode": "verified", "check_late": True},
 ])
 def test_contradictory_configs_are_refused(config):
     with pytest.raises(ValueError):

@@ -78,6 +78,13 @@ def test_numbers_are_those_of_the_runs(engine, config):
         assert result.error is None
 
 
+def test_late_checks_change_no_result(engine, results):
+    [checked] = written(engine, PROMPTS[:1], replace(CONFIG, check_late=True))
+    assert checked.error is None
+    for name in ("text", "full_text", "agreement", "routing_share", "cost"):
+        assert getattr(checked, name) == getattr(results[0], name)
+
+
 def test_verified_writes_what_full_writes(engine):
     for result in written(engine, [PROMPTS[0], PROMPTS[5]], replace(CONFIG, mode="verified")):
         assert result.agreement == 1 and result.sequence and result.first_divergence is None

@@ -8,7 +8,8 @@ from cascadeexit.engine import Engine
 from cascadeexit.exits import ExitBank
 from cascadeexit.inspection import inspect
 from cascadeexit.model import SegmentedModel
-from tests.tiny_models import EXIT_LAYERS, tiny_base
+from tests.tiny_models import EXIT_LAYERS, tiny_base, tiny_engine
+from tests.tiny_text import tiny_tokenizer
 
 PROMPT = [5, 9, 33, 2, 71, 8, 15]
 
@@ -30,6 +31,54 @@ def test_candidates_and_confidences_are_those_of_the_run(engine, mode):
         assert len({e.exit for e in final}) > 1
 
 
+def test_the_written_token_has_a_probability_and_a_rank_in_every_reading(engine):
+    """Those of the candidates where it is one of them; else it ranks after them, with less probability."""
+    run = engine.run(PROMPT, DecodeConfig(mode="cascade", max_new_tokens=48, thresholds=0.5))
+    seen, among = inspect(engine, PROMPT, run.events), 0
+    assert torch.tensor(seen.written).shape == torch.tensor(seen.ranks).shape == (len(run.token_ids), 4)
+    for i, event in enumerate(run.events):
+        assert seen.ranks[i][event.exit] == 1
+        for s, ids in enumerate(seen.token_ids[i]):
+            p, rank, listed = seen.written[i][s], seen.ranks[i][s], seen.probabilities[i][s]
+            if event.token_id in ids:
+                among += 1
+                assert rank == ids.index(event.token_id) + 1 and p == listed[rank - 1]
+            else:
+                assert rank > len(ids) and 0 < p <= listed[-1]
+    assert among > len(run.events)
+    card = seen.card(tiny_tokenizer(), 3)
+    assert [(reading["p"], reading["rank"]) for reading in card["lens"]] == [
+        (round(p, 4), rank) for p, rank in zip(seen.written[3], seen.ranks[3])]
+
+
+def test_a_word_that_an_exits_head_lacks_has_no_rank():
+    engine = tiny_engine(head_size=20)
+    engine.bank.head_ids.copy_(torch.arange(20) * 4)
+    engine = Engine(engine.model, engine.bank)
+    run = engine.run(PROMPT, DecodeConfig(mode="full", max_new_tokens=30))
+    seen = inspect(engine, PROMPT, run.events)
+    for token, written, ranks in zip(run.token_ids, seen.written, seen.ranks):
+        held = token % 4 == 0 and token < 80
+        assert [rank > 0 for rank in ranks] == [p > 0 for p in written] == [held] * 3 + [True]
+    assert 0 < sum(ranks[0] > 0 for ranks in seen.ranks) < len(run.token_ids)
+
+
+def test_the_worst_moments_are_the_largest_losses_of_probability(engine):
+    run = engine.run(PROMPT, DecodeConfig(mode="cascade", max_new_tokens=48, thresholds=0.3))
+    seen, tokenizer = inspect(engine, PROMPT, run.events), tiny_tokenizer()
+    moments = seen.moments(tokenizer, run.events)
+    differing = [i for i, (a, b) in enumerate(zip(run.token_ids, seen.full_choices)) if a != b]
+    assert len(moments) == min(20, len(differing)) > 3 and {m["i"] for m in moments} <= set(differing)
+    losses = [m["p_full"] - m["p_said"] for m in moments]
+    assert all(a >= b - 2e-4 for a, b in zip(losses, losses[1:])) and min(losses) >= 0
+    for m in moments:
+        assert m["id"] == seen.full_choices[m["i"]] and m["full"] == tokenizer.decode([m["id"]])
+        assert m["said"] == tokenizer.decode([run.token_ids[m["i"]]])
+    assert seen.moments(tokenizer, run.events, count=2) == moments[:2]
+    faithful = engine.run(PROMPT, DecodeConfig(mode="full", max_new_tokens=10))
+    assert inspect(engine, PROMPT, faithful.events).moments(tokenizer, faithful.events) == []
+
+
 def test_of_equal_logits_the_one_that_decoding_takes_leads():
     base = tiny_base("llama-untied")
     base.lm_head.weight.data[7:] = base.lm_head.weight.data[:7].repeat(13, 1)[:90]     # every word has equals
@@ -38,6 +87,7 @@ def test_of_equal_logits_the_one_that_decoding_takes_leads():
     run = engine.run(PROMPT, DecodeConfig(mode="full", max_new_tokens=20))
     seen = inspect(engine, PROMPT, run.events, top=3)
     assert seen.full_choices == run.token_ids
+    assert all(ranks[-1] == 1 for ranks in seen.ranks)
     assert all(len(set(ids)) == 3 for readings in seen.token_ids for ids in readings)
 
 

@@ -124,7 +124,7 @@ def test_a_stopped_run_is_checked_as_far_as_it_came(page, engine, monkeypatch):
     assert end["agreement"] == pytest.approx(sum(map(int.__eq__, ours, choices)) / len(ours), abs=1e-5)
     assert end["positional"] == pytest.approx(sum(map(int.__eq__, ours, theirs)) / n, abs=1e-5)
     assert end["sequence"] is end["identical"] is None, "nobody knows how the texts would have ended"
-    assert page.token_card(run, "cascade", len(ours) - 1) and len(page.figures(run)) == 3
+    assert page.token_card(run, "cascade", len(ours) - 1)
     assert record.load(record.dump(_text(page, run)))
 
 
@@ -186,7 +186,7 @@ def test_a_fork_continues_as_the_engine_does(page, engine, at, mode):
     end = of(found, "end", "fork1")[0]
     choices = inspect(engine, [*IDS, *before, token], wanted.events).full_choices
     assert end["differs"] == [at + 1 + i for i, (a, b) in enumerate(zip(wanted.token_ids, choices)) if a != b]
-    assert end["identical"] is None
+    assert end["identical"] is None and {m["i"] for m in end["moments"]} <= {*end["differs"]}
     stats = of(found, "stats", "fork1")[-1]
     assert stats["tokens"] == len(wanted.token_ids) and stats["done"]
     here, there = (page.token_card(run, side, at)["readings"][-1]["top"] for side in ("fork1", "cascade"))

@@ -96,3 +96,40 @@ def test_recordings_can_be_refused(monkeypatch):
     assert graphs.wanted(torch.device("cuda")) and not graphs.wanted(torch.device("cpu"))
     monkeypatch.setenv("CASCADEEXIT_GRAPHS", "0")
     assert not graphs.wanted(torch.device("cuda"))
+
+
+def test_a_recording_that_finds_no_memory_is_tried_again_with_the_next_call(monkeypatch):
+    tries = []
+
+    def record(function, places):
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return lambda: None, function(*places)
+
+    monkeypatch.setattr(recording, "record", record)
+    double = Recorded(lambda x: 2 * x, rows=4)
+    for _ in range(3):
+        assert torch.equal(double(torch.ones(1, 3)), torch.full((1, 3), 2.0))
+    assert len(tries) == 2
+
+
+def test_idle_caches_make_room_for_one_of_another_size(recorded, monkeypatch):
+    _, replayed = engines(monkeypatch)
+    layers = replayed.model.layers
+    layers.release(layers.new_cache(64))
+    made = type(layers)._made
+
+    def scarce(self, capacity, batch):
+        if self._idle_caches:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return made(self, capacity, batch)
+
+    monkeypatch.setattr(type(layers), "_made", scarce)
+    cache = layers.new_cache(4096)
+    assert cache.capacity >= 4096 and not layers._idle_caches
+    layers.release(cache)
+    monkeypatch.setattr(type(layers), "_made", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    layers._idle_caches.clear()
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        layers.new_cache(64)

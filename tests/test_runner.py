@@ -1,16 +1,21 @@
 """The runner: one way to run a model for page, evaluation and endpoints, here or in a worker process."""
 
+import gc
 import math
 import pickle
+import weakref
 
 import pytest
+import torch
 
 from cascadeexit import runner as module
 from cascadeexit.config import DecodeConfig
 from cascadeexit.inspection import inspect
 from cascadeexit.library import Library
+from cascadeexit.page import Page
 from cascadeexit.race import race
-from cascadeexit.runner import Batch, Check, Runner, Task, events_of
+from cascadeexit.runner import Batch, Check, RunFailed, Runner, Task, events_of
+from cascadeexit.settings import Settings
 from cascadeexit.sides import CASCADE, FULL, SECOND
 from tests.tiny_models import tiny_engine
 from tests.tiny_text import tiny_tokenizer
@@ -79,7 +84,8 @@ def test_what_was_written_before_is_continued_or_only_checked(runner, engine):
     assert last.inspections == {CASCADE: inspect(engine, IDS, begun)} and not any(batch.events for batch in others)
 
 
-def test_one_batch_says_that_the_race_is_over(runner):
+def test_one_batch_says_that_the_race_is_over(runner, monkeypatch):
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 1e9)
     batches = runner.race("llama-untied", tasks_of(OURS, THEIRS), Check.INSPECTION)
     events = list(events_of(batches))
     assert sum(event.final for _, event in events) == 80
@@ -147,3 +153,41 @@ def test_the_time_to_ask_for_follows_the_length_and_the_measured_speed(runner):
     clocks = {side: event.seconds for batch in batches for side, event in batch.events}
     measured = sum(clocks.values()) / 80                            # by the engine's clock, for each token
     assert seconds(1000) == math.ceil(module.START_SECONDS + module.MARGIN * 1000 * measured)
+
+
+# -- out of memory ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def scarce(engine, monkeypatch):
+    """A device with memory for one cache: lists weak references to caches while the others cannot be allocated."""
+    made, new_cache = [], engine.model.layers.new_cache
+
+    def allocate(capacity: int, batch: int = 1):
+        if sum(cache() is not None for cache in made):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        cache = new_cache(capacity, batch)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(engine.model.layers, "new_cache", allocate)
+    return made
+
+
+def test_a_run_without_enough_memory_ends_frees_it_and_the_next_one_works(runner, engine, scarce, caplog):
+    gc.collect()
+    with pytest.raises(RunFailed, match="too little free memory .* shorter text") as failed:
+        raced(runner, OURS, THEIRS)                                     # both sides at once need two caches
+    assert failed.value.title == "Out of memory" and "2.00 GiB" in caplog.text
+    assert len(scarce) == 1 and scarce[0]() is None, "the cache of the side that had one is free again"
+    assert tokens(raced(runner, OURS), CASCADE), "one side alone has room"
+
+
+def test_a_visitor_reads_that_memory_is_short_and_can_run_again(engine, runner, scarce):
+    page, short = Page(runner), Settings(model="llama-untied", prompt="hello", chat=False, max_new_tokens=8,
+                                           thresholds=(0.5, 0.5, 0.5))
+    frames = list(page.respond(short))
+    assert [f.notice.title for f in frames if f.notice] == ["Out of memory"]
+    assert "too little free memory" in frames[-1].stream
+    scarce.clear()
+    engine.model.layers.new_cache = type(engine.model.layers).new_cache.__get__(engine.model.layers)
+    assert not [f.notice for f in page.respond(short) if f.notice]

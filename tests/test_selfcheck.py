@@ -1,7 +1,6 @@
 """Self-check at load: correct backends pass, wrong ones are found, and `torch` takes over with the reason."""
 
 import gc
-import json
 import weakref
 
 import pytest
@@ -18,6 +17,7 @@ from cascadeexit.model import SegmentedModel
 from cascadeexit.page import Page
 from cascadeexit.runner import Runner
 from cascadeexit.settings import Settings
+from cascadeexit.wire import expand
 from tests.tiny_models import EXIT_LAYERS, tiny_base
 from tests.tiny_text import tiny_tokenizer
 
@@ -169,9 +169,9 @@ def test_the_page_tells_a_visitor_why_the_model_is_slow(folder, wrong):
     page = Page(Runner(Library([Offer("tiny", str(folder))], device="cpu", dtype=torch.float32)))
     settings = Settings(model="tiny", prompt="hi", max_new_tokens=4, chat=False, thresholds=(0.5,) * 3)
     frames = list(page.respond(settings))
-    statuses = [json.loads(line)["message"] for frame in frames for line in (frame.stream or "").splitlines()
-                if json.loads(line)["type"] == "status"]
+    records = [expand(line) for frame in frames for line in (frame.stream or "").splitlines()]
+    statuses = [record["message"] for record in records if record["type"] == "status"]
     notice = page.library.get("tiny")[0].notice
     assert statuses.count(notice) >= 2 and [f.notice.message for f in frames if f.notice] == [notice]
-    assert json.loads(frames[-1].stream.splitlines()[-1])["message"] == notice, "it stays on the status line"
+    assert expand(frames[-1].stream.splitlines()[-1])["message"] == notice, "it stays on the status line"
     assert frames[-1].charts, "the run has finished"

@@ -6,14 +6,16 @@ import weakref
 
 import pytest
 
-from cascadeexit import hub, metrics, views
+from cascadeexit import hub, metrics
 from cascadeexit.config import DecodeConfig, Mode
-from cascadeexit.events import Status, TokenEvent
+from cascadeexit.events import Span, Status, TokenEvent
 from cascadeexit.folders import cache_folder
+from cascadeexit.inspection import inspect
 from cascadeexit.race import race
 from cascadeexit.shape import Shape
 from cascadeexit.sides import CASCADE, FULL, Side
 from cascadeexit.stream import (
+    MOMENTS,
     TokenStream,
     error_line,
     frames,
@@ -135,6 +137,74 @@ def test_any_text_survives(text):
     assert json.loads(line)["message"] == text
 
 
+def event(i: int, token: int, status: Status, **fields) -> TokenEvent:
+    return TokenEvent(i, token, fields.pop("exit", 3), (None,) * 3, status, i + 1.0, 0, **fields)
+
+
+def test_work_late_checks_and_the_reading_of_a_prompt_are_recorded(tokenizer):
+    stream = TokenStream(tiny_engine(), tokenizer, SIDES, [5] * 700)
+    stream.add(CASCADE, event(256 - 700, 5, Status.READING))
+    stream.add(CASCADE, event(0, 9, Status.EMITTED, exit=0, spans=(Span(0, 1, 1),)))
+    stream.add(CASCADE, event(1, 8, Status.EMITTED, exit=1, spans=(Span(0, 1, 1), Span(1, 2, 2))))
+    stream.add(CASCADE, event(2, 7, Status.EMITTED, spans=(Span(0, 4, 3),), checked=(9, 4)))
+    assert records(stream, "reading") == [dict(type="reading", side="cascade", read=256, total=700)]
+    assert [r["ran"] for r in records(stream, "token")] == [[[0, 1, 1]], [[0, 1, 1], [1, 2, 2]], [[0, 4, 3]]]
+    assert records(stream, "checked") == [dict(type="checked", side="cascade", i=0, ids=[9, 4])]
+    assert stream.sides[CASCADE].ids == [9, 8, 7]
+
+
+def test_work_of_events_that_are_not_shown_goes_with_the_next_one(tokenizer):
+    stream = TokenStream(tiny_engine(), tokenizer, SIDES, [5])
+    stream.add(CASCADE, event(0, 9, Status.DRAFT, exit=0, spans=(Span(0, 1, 1),)))
+    stream.add(CASCADE, event(0, 8, Status.DRAFT, exit=0, spans=(Span(0, 1, 2),)))         # another branch
+    stream.add(CASCADE, event(0, 9, Status.REJECTED, spans=(Span(0, 4, 3),)))
+    stream.add(CASCADE, event(0, 8, Status.REJECTED))
+    stream.add(CASCADE, event(0, 7, Status.EMITTED))
+    assert [r.get("ran") for r in records(stream, "token")] == [[[0, 1, 1]], None, [[0, 1, 2], [0, 4, 3]]]
+
+
+def test_a_tree_is_recorded_when_its_pass_is_judged(tokenizer):
+    stream = TokenStream(tiny_engine(), tokenizer, SIDES, [5])
+    tree = [(0, 10, -1, 0.61234567), (1, 11, 0, 0.5), (1, 12, 0, 0.25), (2, 11, 2, None), (0, 12, -1, 0.125)]
+    for i, token, parent, p in tree:
+        stream.add(CASCADE, event(i, token, Status.DRAFT, exit=-1 if p is None else 0, parent=parent, probability=p))
+    for i, token in ((0, 10), (1, 12)):
+        stream.add(CASCADE, event(i, token, Status.ACCEPTED))
+    for i, token in ((1, 11), (2, 11)):
+        stream.add(CASCADE, event(i, token, Status.REJECTED))
+        assert records(stream, "tree") == []
+    stream.add(CASCADE, event(0, 12, Status.REJECTED))
+    stream.add(CASCADE, event(2, 7, Status.EMITTED))
+    found, = records(stream, "tree")
+    assert (found["side"], found["i"]) == ("cascade", 0)
+    assert [(d[0], d[2], d[3], d[4], d[5]) for d in found["drafts"]] == [
+        (10, -1, 0.6123, 0, True), (11, 0, 0.5, 0, False), (12, 0, 0.25, 0, True), (11, 2, None, -1, False),
+        (12, -1, 0.125, 0, False)]
+    assert [d[1] for d in found["drafts"]] == [tokenizer.decode([d[0]]) for d in found["drafts"]]
+
+
+@pytest.mark.parametrize("mode", ["verified", "cascade"])
+def test_trees_of_a_run_hold_every_draft_and_the_accepted_text(tokenizer, mode):
+    stream = run_stream(tiny_engine(seed=2), tokenizer, mode, max_draft=7, thresholds=0.3)
+    events, trees = stream.sides[CASCADE].events, records(stream, "tree")
+    assert sum(len(tree["drafts"]) for tree in trees) == sum(e.status is Status.DRAFT for e in events)
+    for tree in trees:
+        accepted = [d[0] for d in tree["drafts"] if d[5]]
+        assert stream.sides[CASCADE].ids[tree["i"]:tree["i"] + len(accepted)] == accepted
+    assert bool(trees) == (mode == "verified")
+
+
+def test_a_text_that_repeats_itself_is_said_to(tokenizer):
+    stream = TokenStream(tiny_engine(), tokenizer, SIDES, [5])
+    for i in range(60):
+        for name in (CASCADE, FULL):
+            stream.add(name, event(i, 10 + i % 4, Status.EMITTED))
+    stream.close_text()
+    stream.end(CASCADE, inspect(tiny_engine(), [5], stream.sides[CASCADE].final))
+    loops = records(stream, "end")[0]["loops"]
+    assert (loops["start"], loops["period"]) == (0, 4) and 0.9 < loops["share"] < 1
+
+
 @pytest.mark.parametrize("max_draft", [1, 3, 7])
 def test_drafts_and_rejections_leave_exactly_the_final_tokens(tokenizer, max_draft):
     engine = tiny_engine(seed=2)
@@ -166,6 +236,9 @@ def test_numbers_are_those_of_metrics(tokenizer):
     match = metrics.match(ours.ids, theirs.ids)
     assert end["first_divergence"] == match.first_divergence and end["sequence"] == match.sequence
     choices = engine.full_choices([5, 6, 7], ours.ids)
+    assert end["moments"] == inspect(engine, [5, 6, 7], ours.events).moments(tokenizer, ours.final, MOMENTS)
+    gaps = [m["p_full"] - m["p_said"] for m in end["moments"]]
+    assert end["moments"] and gaps == pytest.approx(sorted(gaps, reverse=True), abs=1e-3)
     assert end["agreement"] == pytest.approx(metrics.agreement(ours.ids, choices), abs=1e-5)
 
 
@@ -183,7 +256,7 @@ def test_a_stream_does_not_keep_its_model_alive(tokenizer):
     stream, model = run_stream(engine, tokenizer, Mode.CASCADE), weakref.ref(engine.model)
     del engine
     gc.collect()
-    assert model() is None and views.figures(stream, []) and stream.text
+    assert model() is None and stream.text
 
 
 def test_stopping_keeps_the_text_and_is_recorded_once(tokenizer):

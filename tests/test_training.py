@@ -479,7 +479,7 @@ def test_provenance_shortens_private_paths(argument, shown, monkeypatch):
 
 @pytest.mark.parametrize("command", ["distill", "drafter", "data policy", "data text", "confidence", "calibrate",
                                      "defaults", "join", "evaluate exits", "evaluate decode", "evaluate lossless",
-                                     "baselines", "benchmark"])
+                                     "baselines", "benchmark", "gpu", "visitors"])
 def test_every_option_is_explained(command, monkeypatch, capsys):
     declared, add = {}, argparse.ArgumentParser.add_argument
 

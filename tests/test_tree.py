@@ -9,6 +9,7 @@ from cascadeexit.metrics import summarize
 from cascadeexit.sides import CASCADE, Side
 from cascadeexit.stream import TokenStream
 from cascadeexit.tree import DraftTree
+from cascadeexit.wire import expand
 from tests.tiny_models import tiny_engine
 from tests.tiny_text import tiny_tokenizer
 
@@ -90,6 +91,23 @@ def test_an_exit_whose_drafts_are_rejected_drafts_fewer_tokens():
     assert sizes[0] > 1 and sizes[-1] < sizes[0]
 
 
+def test_events_tell_the_tree_of_drafts():
+    """Numbers of drafts count from the last verdict on; a draft stands one position after its parent."""
+    engine, tree, seen = eager_engine(), [], 0
+    run = engine.run([5, 6, 7] * 4, DecodeConfig(mode="verified", max_new_tokens=60, max_draft=12))
+    for event in run.events:
+        if event.status is Status.DRAFT:
+            assert -1 <= event.parent < len(tree) and 0 < event.probability <= 1
+            first = tree[0].index if tree else event.index
+            assert event.index == (tree[event.parent].index + 1 if event.parent >= 0 else first)
+            tree.append(event)
+            seen = max(seen, event.parent + 1)
+        else:
+            assert event.parent == -1 and event.probability is None
+            tree = []
+    assert seen > 1
+
+
 def test_every_draft_is_judged_and_the_page_sees_one_path():
     """Each draft gets one verdict; records show no place twice at a time, and end with the text."""
     engine, prompt = eager_engine(), [5, 6, 7]
@@ -102,7 +120,7 @@ def test_every_draft_is_judged_and_the_page_sees_one_path():
     for event in run.events:
         before = len(stream.text)
         stream.add(CASCADE, event)
-        if len(stream.text) == before:
+        if "token" not in [expand(line)["type"] for line in stream.text[before:].splitlines()]:
             continue
         if event.status is Status.DRAFT:
             assert event.index == len(written) + len(pending)

@@ -3,6 +3,7 @@
     python -m training.benchmark --quick
     python -m training.benchmark --growth --out assets/results/benchmark-cpu.json
     python -m training.benchmark --replay                   # the engine alone, at Llama-3.2-3B's shape on a GPU
+    python -m training.benchmark --replay --simulate        # its bytes and launches on a GPU, counted on a CPU
 
 Each contender decodes every prompt, greedily, to the same length, with its own copy of the weights. The contenders take
 turns, in an order that rotates from prompt to prompt, after a warm-up that does not count. The speed of a prompt
@@ -14,7 +15,8 @@ Quality stands beside speed: agreement (share of tokens that the full model woul
 sequence match (texts identical to `full` from start to end). The roofline multiple is tokens/s x weight bytes / read
 bandwidth; the bandwidth is measured before and after the race, and the higher value counts. The weight bytes are those
 that a token of `full` reads, or all weights in transformers. --growth also measures the time of a token against the
-length of context and output. The last line of the output is one JSON object.
+length of context and output. --check-late also runs every cascade with `DecodeConfig.check_late`, and reports its speed
+relative to the same cascade without it. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -35,9 +37,9 @@ from cascadeexit.hub import load, load_model
 from cascadeexit.machine import now, read_bandwidth, resident_bytes
 from cascadeexit.metrics import agreement, match
 from cascadeexit.prompts import bundled_prompts, token_ids
-from training import replay
+from training import replay, simulation
 from training.command import run_command
-from training.contenders import GENERATE, LLAMA_CPP, Contender, make_contenders
+from training.contenders import CHECKED, COMPARED, GENERATE, LLAMA_CPP, Contender, make_contenders
 from training.growth import growth
 from training.json_files import save_json
 from training.options import add_dtype, add_model_and_exits, command_parser, thresholds
@@ -48,17 +50,22 @@ from training.provenance import provenance
 def race_all(contenders: list[Contender], prompts: list[list[int]], device: torch.device) -> None:
     """Decode every prompt with every contender.
 
-    The longest prompt warms up and does not count: what is compiled gets its size from it.
+    The longest prompt warms up and does not count: what is compiled gets its size from it. A contender that fails there
+    is left out, and its error kept, except for those that all others are compared with.
     """
     for index, ids in enumerate(tqdm([max(prompts, key=len), *prompts], unit="prompt")):
+        if not index:
+            for contender in contenders:
+                contender.warm_up(ids, needed=contender.name in COMPARED)
+            contenders = [contender for contender in contenders if not contender.error]
+            continue
         order = contenders[index % len(contenders):] + contenders[:index % len(contenders)]
         for contender in order:
             start = now(device)
             output = contender.decode(ids)
             seconds = now(device) - start
-            if index:
-                contender.speeds.append(len(output[0]) / seconds)
-                contender.outputs.append(output)
+            contender.speeds.append(len(output[0]) / seconds)
+            contender.outputs.append(output)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
@@ -70,6 +77,12 @@ def ratio(ours: Contender, base: Contender, kinds: list[str]) -> float:
     for kind, a, b in zip(kinds, ours.speeds, base.speeds, strict=True):
         each[kind].append(a / b)
     return geometric_mean(map(median, each.values()))
+
+
+def checked_speeds(contenders: dict[str, Contender], kinds: list[str]) -> dict[str, float]:
+    """Compare every cascade with `check_late` with the same cascade without: its relative speed, by name."""
+    return {name: ratio(contenders[name + CHECKED], plain, kinds) for name, plain in contenders.items()
+            if name + CHECKED in contenders}
 
 
 def result_row(contender: Contender, contenders: dict[str, Contender], engine: Engine, prompts: list[list[int]],
@@ -142,6 +155,12 @@ def show(value: float | None, form: str) -> str:
 # -- command ----------------------------------------------------------------------------------------------------------
 
 
+def record_seconds(engine: Engine) -> float | None:
+    """Return how long the recordings of a model's passes took; None where the backend records nothing at load."""
+    passes = getattr(engine.model.layers, "passes", None)
+    return passes.recorder.seconds if passes else None
+
+
 class Loaded:
     """The loaded engine with its prompts; also the seconds and the memory that loading took."""
 
@@ -167,6 +186,7 @@ class Loaded:
         needed = model.weight_bytes + self.engine.exits.memory_bytes
         cache = model.layers.new_cache(self.engine.capacity(max(map(len, self.prompts)) + tokens)).nbytes
         return {"kernel_seconds": self.kernel_seconds, "load_seconds": self.load_seconds,
+                "record_seconds": record_seconds(self.engine),
                 "exit_bytes": needed - model.weight_bytes, "cache_bytes": cache, "grown_bytes": self.grown_bytes,
                 "memory_over_need": None if self.grown_bytes is None else self.grown_bytes / (needed + cache)}
 
@@ -181,7 +201,9 @@ def compare(args: argparse.Namespace) -> dict:
     contenders = {c.name: c for c in make_contenders(engine, reference, args)}
     race_all(list(contenders.values()), prompts, device)
     bandwidth = max(bandwidth, read_bandwidth(device))      # the memory of a shared machine may be faster by now
-    rows = {name: result_row(c, contenders, engine, prompts, kinds, bandwidth) for name, c in contenders.items()}
+    failed = {name: c.error for name, c in contenders.items() if c.error}
+    rows = {name: result_row(c, contenders, engine, prompts, kinds, bandwidth)
+            for name, c in contenders.items() if name not in failed}
     read = engine.costs.full_token_bytes
     result = {"provenance": provenance(0), "model": model.name, "dtype": args.dtype, "device": str(device),
               "native_kernels": model.backend.name == "cpu", "exits": bank.fingerprint(),
@@ -190,10 +212,16 @@ def compare(args: argparse.Namespace) -> dict:
               "sets": {kind: kinds.count(kind) for kind in sorted(set(kinds))}, "tokens": args.tokens,
               "opening_tokens": len(engine.opening), "cascade_thresholds": args.cascade_thresholds,
               "max_draft": args.max_draft, "weight_bytes": model.weight_bytes, "full_token_bytes": read,
-              "read_bandwidth": bandwidth, **loaded.report(args.tokens), "rows": rows}
+              "read_bandwidth": bandwidth, **loaded.report(args.tokens), "failed": failed, "rows": rows}
     print(f"\n{model.name}, {args.dtype}, {device}, {len(prompts)} prompts of {args.tokens} new tokens; "
           f"{bandwidth / 1e9:.1f} GB/s read, {read / 1e6:.0f} MB a token\n")
     print(table(rows))
+    if args.check_late:
+        result["checked_late"] = checked_speeds(contenders, kinds)
+        for name, speed in result["checked_late"].items():
+            print(f"{name}{CHECKED}: {speed:.3f}x the speed without")
+    for name, error in failed.items():
+        print(f"left out: {name}: {error}")
     if args.growth:
         reference = reference if args.growth == "all" else None
         result["growth"] = growth(engine, reference, loaded.tokenizer, args.max_draft)
@@ -221,14 +249,17 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--growth", nargs="?", const="all", choices=("all", "ours"), help="also measure the time of a token "
                    "against length; ours: without generate, which needs long to read a long context on a CPU without "
                    "bf16 instructions")
+    p.add_argument("--check-late", action="store_true", help="also run each cascade with check_late, and compare "
+                   "speeds")
     p.add_argument("--replay", action="store_true", help="only measure the engine, with random weights and scripted "
                    "exits")
+    p.add_argument("--simulate", action="store_true", help="--replay: run nothing; count bytes and launches of a GPU")
     p.add_argument("--shape", choices=replay.SHAPES, help="--replay: shape of the model; default by device")
     p.add_argument("--out", type=Path, help="also write the JSON to this file, and with --growth a plot beside it")
     args = p.parse_args()
     args.prompts = args.prompts or (8 if args.quick else 50)
     args.tokens = args.tokens or (64 if args.quick else 128)
-    if any(name.startswith(skipped) for skipped in args.skip for name in (GENERATE, "full")):
+    if any(name.startswith(skipped) for skipped in args.skip for name in COMPARED):
         p.error(f"--skip {' '.join(args.skip)}: '{GENERATE}' and 'full' cannot be left out, since all others are "
                 "compared with them")
     return args
@@ -236,7 +267,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.replay:
+    if args.replay and args.simulate:
+        result = {"provenance": provenance(0)} | simulation.simulate(args.shape or replay.GPU_SHAPE, args.tokens)
+        print(simulation.table(result))
+    elif args.replay:
         result = {"provenance": provenance(0)} | replay.measure(args.shape, args.tokens, read_bandwidth)
         print(replay.table(result))
     else:

@@ -13,6 +13,9 @@ from cascadeexit.engine import Engine
 from cascadeexit.metrics import RunStats
 
 GENERATE, LLAMA_CPP = "transformers generate", "llama.cpp, 4-bit"
+CHECKED = ", checked late"        # ends the name of a cascade with `check_late`
+STATIC_CACHE = "generate, static cache, compiled"
+COMPARED = (GENERATE, "full")                       # all others are compared with these
 
 Output = tuple[list[int], RunStats | None]          # token ids, and the statistics of our engine
 Decode = Callable[[list[int]], Output]              # decodes a prompt
@@ -26,6 +29,16 @@ class Contender:
     decode: Decode
     speeds: list[float] = field(default_factory=list)               # tokens/s, prefill included
     outputs: list[Output] = field(default_factory=list)
+    error: str = ""                                                 # why it cannot run here; "" where it can
+
+    def warm_up(self, ids: list[int], needed: bool) -> None:
+        """Decode a prompt that does not count. An error is kept, and raised only where the contender is needed."""
+        try:
+            self.decode(ids)
+        except Exception as error:          # compilers and libraries raise errors of many kinds
+            if needed:
+                raise
+            self.error = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 def with_transformers(reference, tokens: int, **options) -> Decode:
@@ -69,7 +82,7 @@ def make_contenders(engine: Engine, reference, args: argparse.Namespace) -> list
     n, first = args.tokens, next(layer for layer in engine.model.exit_layers if layer)
     jobs = {GENERATE: with_transformers(reference, n)}
     if engine.model.device.type == "cuda":
-        jobs["generate, static cache, compiled"] = with_transformers(reference, n, cache_implementation="static")
+        jobs[STATIC_CACHE] = with_transformers(reference, n, cache_implementation="static")
     jobs["generate, prompt lookup"] = with_transformers(reference, n, prompt_lookup_num_tokens=10)
     jobs[f"generate, early exit after {first}"] = with_transformers(reference, n, assistant_early_exit=first)
     if args.gguf and importlib.util.find_spec("llama_cpp"):
@@ -79,6 +92,9 @@ def make_contenders(engine: Engine, reference, args: argparse.Namespace) -> list
         each = thresholds if isinstance(thresholds, tuple) else (thresholds,)
         name = ",".join("no" if t is None else f"{t:g}" for t in each)
         jobs[f"cascade {name}"] = with_engine(engine, n, Mode.CASCADE, thresholds=thresholds)
+        if args.check_late:
+            jobs[f"cascade {name}{CHECKED}"] = with_engine(engine, n, Mode.CASCADE, thresholds=thresholds,
+                                                           check_late=True)
     jobs["verified"] = with_engine(engine, n, Mode.VERIFIED, max_draft=args.max_draft)
     for tolerance in args.tolerances:
         jobs[f"verified, tolerance {tolerance:g}"] = with_engine(engine, n, Mode.VERIFIED, max_draft=args.max_draft,

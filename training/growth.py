@@ -58,8 +58,8 @@ def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5
 def _write(engine: Engine, prompt: list[int], tokens: int) -> list[int]:
     """Let the model write a text at temperature 1."""
     config = DecodeConfig(mode=Mode.FULL, max_new_tokens=tokens, temperature=1.0, ignore_eos=True)
-    return [event.token_id for event in tqdm(engine.generate(prompt, config), desc="context to read", total=tokens,
-                                             unit="token")]
+    events = tqdm(engine.generate(prompt, config), desc="context to read", total=tokens, unit="token")
+    return [event.token_id for event in events if event.final]
 
 
 def _allowed(engine: Engine, length: int) -> dict[str, float]:

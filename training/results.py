@@ -115,9 +115,10 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     environment.filters |= {function.__name__: function for function in FILTERS}
     results = {path.stem.replace("-", "_"): read(path) for path in sorted((root / "assets" / "results").glob("*.json"))}
     artifacts = [read_artifact(folder) for folder in exits_folders(root)]
+    gpus = [result for name, result in results.items() if name.startswith("gpu_")]      # of training.gpu
 
     def render(template: str, **values) -> str:
-        text = environment.get_template(f"{template}.md").render(results, artifacts=artifacts, **values)
+        text = environment.get_template(f"{template}.md").render(results, artifacts=artifacts, gpus=gpus, **values)
         return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
     readme = (root / "README.md").read_text(encoding="utf-8")

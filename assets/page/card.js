@@ -1,81 +1,255 @@
-// The token card: what is known about one token, on hover, tap, or with the arrow keys.
+// The token card: what is known about one token. It opens when the pointer rests on a token, and a click, a tap or the
+// arrow keys pin it.
 
-let card;                                    // {node, name (of the side), pinned}, or undefined
+const REST = 150;                            // milliseconds until a pointer rests
+let card;                                    // {node, name (of the side), i, pinned}, or null
+let resting;                                 // timer of the pointer
 
 function listen(text, name) {
   text.addEventListener('pointerover', event => {
-    if (event.pointerType !== 'touch' && event.target.matches('.t') && !(card && card.pinned)) openCard(event.target, name, false);
+    if (event.pointerType === 'touch' || card && card.pinned) return;
+    clearTimeout(resting);
+    const token = event.target.matches('.t') ? event.target : null;
+    resting = setTimeout(() => {
+      if (card && card.pinned) return;
+      if (token && token.isConnected) openCard(token, name, false); else closeCard();
+    }, REST);
   });
-  text.addEventListener('pointerleave', () => { if (card && !card.pinned) closeCard(); });
-  text.addEventListener('click', event => { if (event.target.matches('.t')) openCard(event.target, name, true); else closeCard(); });
-  text.addEventListener('scroll', () => { if (card && !card.pinned) closeCard(); });
-  text.addEventListener('blur', closeCard);
+  text.addEventListener('pointerleave', () => { clearTimeout(resting); if (card && !card.pinned) closeCard(); });
+  text.addEventListener('click', event => {
+    clearTimeout(resting);
+    if (!getSelection().isCollapsed) return;                    // a text was selected
+    if (!event.target.matches('.t') || card && card.pinned && card.node === event.target) closeCard();
+    else openCard(event.target, name, true);
+  });
+  text.addEventListener('scroll', () => { clearTimeout(resting); cardFollows(); });
+  text.addEventListener('focusout', event => {
+    if (card && event.relatedTarget && !text.contains(event.relatedTarget) && !parts.card.contains(event.relatedTarget)) closeCard();
+  });
   text.addEventListener('keydown', event => {
-    const nodes = sides[name].nodes, now = card ? nodes.indexOf(card.node) : -1;
-    const to = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: nodes.length - 1 }[event.key];
     if (event.key === 'Escape') return closeCard();
-    if (to === undefined || !nodes.length) return;
+    if ((event.key === 'Enter' || event.key === ' ') && card && event.target === text) {
+      event.preventDefault();
+      return parts.card.querySelector('button').focus();
+    }
+    const nodes = sides[name].nodes, now = card && card.name === name ? card.i : -1;
+    const to = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: nodes.length - 1 }[event.key];
+    if (to === undefined || !nodes.length || event.target !== text) return;
     event.preventDefault();
-    const node = nodes[Math.max(0, Math.min(nodes.length - 1, to))];
-    node.scrollIntoView({ block: 'nearest' });
-    openCard(node, name, true);
+    lookAt(name, Math.max(0, Math.min(nodes.length - 1, to)), 'nearest');
   });
+}
+
+// Show a token in its text, and open its card.
+function lookAt(name, i, block = 'center') {
+  const side = sides[name], node = side && side.nodes[i];
+  if (!node) return;
+  unfold(name, i);
+  if (block === 'center') reveal(name, i); else keepTokenInView(node, parts[name].text);
+  openCard(node, name, true);
+}
+
+function keepTokenInView(node, box) {             // moves the text only, never the page
+  const at = node.getBoundingClientRect(), frame = box.getBoundingClientRect();
+  if (at.top < frame.top) box.scrollTop -= frame.top - at.top + 8;
+  else if (at.bottom > frame.bottom) box.scrollTop += at.bottom - frame.bottom + 8;
 }
 
 function cardBox() {
   parts.card = make('div', 'ce-card');
   parts.card.id = 'ce-token-card';
-  parts.card.setAttribute('role', 'status');
+  parts.card.tabIndex = -1;
+  parts.card.setAttribute('role', 'dialog');
+  parts.card.setAttribute('aria-label', 'One token');
   parts.card.hidden = true;
+  parts.card.addEventListener('keydown', event => {
+    if (event.key !== 'Escape') return;
+    event.stopPropagation();
+    leaveCard();
+  });
   return parts.card;
 }
 
+document.addEventListener('pointerdown', event => {
+  if (card && !event.target.closest('.ce-card, .ce-text .t')) closeCard();
+});
+addEventListener('scroll', cardFollows, { passive: true, capture: false });
+addEventListener('resize', cardFollows);
+
 function openCard(node, name, pinned) {
   if (card && card.node === node && card.pinned === pinned) return;
-  closeCard();
-  card = { node, name, pinned };
+  const grew = card && card.node === node;                      // a card that is pinned keeps its content
+  if (!grew) closeCard();
+  card = { node, name, i: +node.dataset.i, pinned, answer: grew ? card.answer : null };
   node.classList.add('chosen');
   fillCard();
+  parts.card.classList.toggle('pinned', pinned);
   parts.card.hidden = false;
-  placeCard();
-}
-
-function placeCard() {                        // above the token where there is room; called again when the card grows
-  if (narrow()) {                     // the card is at the bottom of the screen and must not cover its token
-    const hidden = card.node.getBoundingClientRect().bottom + 12 - parts.card.getBoundingClientRect().top;
-    if (hidden > 0) scrollBy(0, hidden);
-    return;
-  }
-  const node = card.node, box = root.getBoundingClientRect(), at = node.getClientRects()[0] || box, own = parts.card.getBoundingClientRect();
-  const left = Math.max(0, Math.min(at.left - box.left, box.width - own.width));
-  const above = at.top - own.height - 8 > 0 || at.bottom + own.height + 8 > innerHeight && at.top > innerHeight / 2;
-  parts.card.style.left = left + 'px';
-  parts.card.style.top = (above ? at.top - box.top - own.height - 6 : at.bottom - box.top + 6) + 'px';
+  placeCard(true);
 }
 
 function closeCard() {
+  clearTimeout(resting);
   if (!card) return;
   card.node.classList.remove('chosen');
   card = null;
-  if (parts) parts.card.hidden = true;
+  if (parts && parts.card) parts.card.hidden = true;
 }
 
+function leaveCard() {                       // the focus goes back to the text
+  const name = card && card.name;
+  closeCard();
+  if (name && parts[name]) parts[name].text.focus({ preventScroll: true });
+}
+
+// -- its place: beside its token, and wholly on the screen ---------------------------------------------------------------
+
+const MARGIN = 8;
+
+function placeCard(opening = false) {
+  const box = parts.card;
+  if (narrow()) return placeSheet(opening);
+  document.body.style.paddingBottom = '';
+  box.style.maxHeight = 'none';
+  const token = [...card.node.getClientRects()], size = box.getBoundingClientRect();
+  if (!token.length) return closeCard();
+  const top = Math.min(...token.map(r => r.top)), bottom = Math.max(...token.map(r => r.bottom));
+  const left = Math.min(...token.map(r => r.left)), right = Math.max(...token.map(r => r.right));
+  const above = top - 2 * MARGIN, below = innerHeight - bottom - 2 * MARGIN;
+  const wide = document.documentElement.clientWidth;
+  let x = Math.max(MARGIN, Math.min(left - 14, wide - size.width - MARGIN)), y;
+  if (size.height <= below) y = bottom + MARGIN;
+  else if (size.height <= above) y = top - size.height - MARGIN;
+  else if (right + MARGIN + size.width + MARGIN <= wide || left - 2 * MARGIN - size.width >= 0) {     // beside it
+    x = right + MARGIN + size.width + MARGIN <= wide ? right + MARGIN : left - MARGIN - size.width;
+    y = Math.max(MARGIN, Math.min(top - 40, innerHeight - size.height - MARGIN));
+    box.style.maxHeight = innerHeight - 2 * MARGIN + 'px';
+  } else {
+    const room = Math.max(above, below);
+    box.style.maxHeight = room + 'px';
+    y = below >= above ? bottom + MARGIN : MARGIN;
+  }
+  box.style.left = x + 'px';
+  box.style.top = y + 'px';
+}
+
+// On a phone the card is a sheet at the bottom of the screen. The page moves up so that the token stays in sight.
+function placeSheet(opening) {
+  const box = parts.card;
+  box.style.left = box.style.top = box.style.maxHeight = '';
+  if (!opening) return;
+  const hidden = () => card.node.getBoundingClientRect().bottom + 12 - box.getBoundingClientRect().top;
+  if (hidden() <= 0) return;
+  const room = document.documentElement.scrollHeight - innerHeight - scrollY;
+  if (room < hidden()) document.body.style.paddingBottom = hidden() - room + 'px';
+  scrollBy({ top: hidden(), behavior: 'instant' });
+}
+
+let following = 0;
+function cardFollows() {
+  if (!card || following) return;
+  if (!card.pinned) return closeCard();
+  following = requestAnimationFrame(() => {
+    following = 0;
+    if (!card) return;
+    const at = card.node.getBoundingClientRect(), frame = parts[card.name].text.getBoundingClientRect();
+    const seen = at.bottom > frame.top && at.top < frame.bottom && at.bottom > 0 && at.top < innerHeight;
+    if (!seen && !narrow()) return closeCard();
+    placeCard();
+  });
+}
+
+// -- its content -----------------------------------------------------------------------------------------------------------
+
 function fillCard() {
-  const { node, name } = card, i = sides[name].nodes.indexOf(node), record = sides[name].records[i];
-  const facts = make('dl', 'ce-card-facts');
-  const fact = (label, value) => facts.append(make('dt', null, label), make('dd', null, value));
-  const text = node.textContent, bytes = bytesOf(record, text);
-  parts.card.replaceChildren(make('p', 'ce-card-text', visible(text) || (record && record.part ? 'part of a character' : 'empty')), facts);
-  fact('token', node.dataset.id + (bytes.length ? ' · bytes ' + bytes.slice(0, 12).join(' ') + (bytes.length > 12 ? ' …' : '') : ''));
-  if (node.dataset.note) fact('draft', node.dataset.note);
+  const { node, name, i, answer } = card, side = sides[name];
+  const record = side.nodes[i] === node ? side.records[i] : null;
+  const draft = record ? null : side.events.find(e => e.i === i && e.id === +node.dataset.id && e.status === 'draft');
+  const text = node.textContent, close = button('ce-small ce-close', '×', leaveCard);
+  close.setAttribute('aria-label', 'Close this card');
+  const head = make('div', 'ce-card-head', null,
+    make('p', 'ce-card-text', visible(text) || (record && record.part ? 'part of a character' : 'empty')),
+    make('span', 'ce-card-place', 'token ' + (i + 1) + ' · ' + side.title), close);
+  const said = make('p', 'ce-story', record ? story(side, record, i) : draftStory(node, draft));
+  said.setAttribute('role', 'status');
+  parts.card.replaceChildren(head, said, make('p', 'ce-card-facts', factsOf(side, record || draft, node)));
   if (!record) return;
-  fact('written by', exitName(record.exit) + ', ' + exitPlace(record.exit));
-  if (node.classList.contains('correction')) fact('verified', 'correction: an exit drafted another token');
-  if (record.status === 'accepted') fact('verified', 'draft, accepted by the full model');
-  if (record.ms !== undefined) fact('time', number(record.ms) + ' ms after the token before');
-  if (record.read !== undefined) fact('weights read', percent(record.read) + ' of what the full model reads for a token');
-  if (node.classList.contains('differs')) fact('mismatch', 'the full model would choose another token here');
-  if (name !== FULL && run) parts.card.append(readings(name, record, i));
+  const chart = make('div', 'ce-card-lens'), actions = make('div', 'ce-card-actions');
+  if (name !== FULL && run) {
+    const table = readings(side, record, i);
+    parts.card.append(make('div', 'ce-card-body', null, table, chart));
+    if (answer) readAnswer(answer, table, chart, actions);
+    else if (mayAsk(side)) ask(table, chart, actions);
+    else table.caption.textContent = replaying() ? 'A recorded run has no more than this. Run the prompt here to see what each exit would have written.'
+      : 'What each exit would have written is known when the run is over.';
+  }
+  parts.card.append(actions);
+  if (!card.pinned) parts.card.append(make('p', 'ce-card-hint', 'Click the token to keep this card open.'));
+}
+
+const mayAsk = side => !replaying() && (side.end || sides.cascade.end);
+
+// What happened, in sentences that hold in every mode.
+function story(side, record, i) {
+  const words = [], draft = rejectedDraft(side, i), fresh = i >= side.start;
+  if (!fresh) words.push('Kept from “' + (sides[side.of] || side).title + '”.');
+  if (side.of && i === side.start) return 'You chose this token. The text goes on from here with the same settings.';
+  if (side.name === FULL || side.mode === FULL) words.push('The full model wrote it, with all ' + model.layers + ' layers.');
+  else if (side.mode === 'verified') words.push(verifiedStory(side, record, draft));
+  else if (isLast(record.exit)) words.push('No exit was confident enough, so the full model wrote it, with all ' + model.layers + ' layers.');
+  else if (record.exit === COPIED) words.push('Copied from earlier in the text.');
+  else words.push(exitName(record.exit) + ' wrote it ' + exitPlace(record.exit) + (model.exits[record.exit].layer ? ' of ' + model.layers : '') + '.');
+  if (side.name !== FULL) words.push(choiceStory(side, record, i));
+  return words.filter(Boolean).join(' ');
+}
+
+function verifiedStory(side, record, draft) {
+  const verdict = side.tolerance ? 'accepted it' : 'agreed';
+  if (record.status === 'accepted') return (record.exit === COPIED ? 'Copied from earlier in the text as a draft.' : exitName(record.exit) + ' drafted it.')
+    + ' The full model checked it and ' + verdict + '.';
+  if (draft) return (draft.exit === COPIED ? 'The draft here was ' + inQuotes(draft.text) + ', copied from earlier in the text.' : exitName(draft.exit) + ' had drafted ' + inQuotes(draft.text) + ' here.')
+    + ' The full model rejected it and wrote this token instead.';
+  return 'The full model wrote it. There was no draft for this place.';
+}
+
+function choiceStory(side, record, i) {
+  if (run.greedy === false) return '';
+  const choice = side.choices[i], moment = side.end && (side.end.moments || []).find(m => m.i === i);
+  if (moment) return 'The full model would choose ' + inQuotes(moment.full) + ' (' + likely(moment.p_full) + ') and gives this one ' + likely(moment.p_said) + '.';
+  if (!missing(choice)) return choice !== record.id ? 'The full model would choose ' + (wordOf(choice) || 'another token') + ' here.'
+    : side.mode === 'verified' || isLast(record.exit) ? '' : 'The full model would choose it too.';
+  return side.nodes[i].classList.contains('differs') ? 'The full model would choose another token here.' : '';
+}
+
+function draftStory(node, draft) {
+  const by = draft && draft.exit !== COPIED ? exitName(draft.exit) + ' drafted it.' : 'A draft, copied from earlier in the text.';
+  return node.classList.contains('rejected') ? by + ' The full model rejected it.' : by + ' The full model has not checked it yet.';
+}
+
+const rejectedDraft = (side, i) => {         // the draft that the full model did not accept at a position
+  if (side.mode !== 'verified' || side.records[i].status === 'accepted') return null;
+  const events = side.events, gone = events.findLast(e => e.i === i && e.status === 'rejected');
+  return gone ? events.findLast(e => e.i === i && e.status === 'draft' && e.id === gone.id) : null;
+};
+
+function wordOf(id) {                         // the text of a token, where it stands somewhere on the page
+  for (const name of order) {
+    const found = sides[name].events.find(e => e.id === id && e.text);
+    if (found) return inQuotes(found.text);
+  }
+  return '';
+}
+
+function factsOf(side, record, node) {
+  const words = [], bytes = bytesOf(record, node.textContent);
+  if (record && record.ms !== undefined) words.push(number(record.ms) + ' ms after the token before');
+  if (record && record.read !== undefined) words.push(record.read < 0.0005
+    ? 'no weights read for it alone: it came out of the same pass as the token before'
+    : 'read ' + percent(record.read) + ' of the weights that the full model reads for a token'
+      + (side.mode === 'verified' ? ' (for all tokens of its pass)' : ''));
+  words.push('id ' + node.dataset.id);
+  if (bytes.length) words.push('bytes ' + bytes.slice(0, 12).join(' ') + (bytes.length > 12 ? ' …' : ''));
+  return words.join(' · ');
 }
 
 function bytesOf(record, text) {              // a part of a character brings its bytes: it has no text of its own
@@ -83,31 +257,60 @@ function bytesOf(record, text) {              // a part of a character brings it
   return [...new TextEncoder().encode(text)].map(b => b.toString(16).padStart(2, '0'));
 }
 
-function readings(name, record, i) {
-  const thresholds = sides[name].thresholds || run.thresholds;
+// A probability that is neither nought nor certain does not look like either.
+const likely = p => p > 0 && p < 0.005 ? 'under 1%' : p < 1 && p >= 0.995 ? 'over 99%' : percent(p);
+
+// A token inside a sentence: without the space that most tokens begin with.
+const plain = text => visible(text.trim() || text) || 'part of a character';
+const inQuotes = text => '“' + plain(text) + '”';
+
+// -- what each exit would have written -------------------------------------------------------------------------------------
+
+function readings(side, record, i) {
+  const thresholds = side.thresholds || run.thresholds, draft = rejectedDraft(side, i), used = (draft || record).conf || [];
   const table = make('table', 'ce-readings'), body = make('tbody');
-  table.append(make('caption', null, 'Confidence of each exit (its chance of being right), and its most likely tokens'), body);
+  table.append(make('caption'), make('thead', null, null, make('tr', null, null, make('th', null, 'Who'),
+    make('th', null, 'Chance that this exit is right'), make('th', null, 'Its likeliest tokens, and the probability of each'))), body);
+  table.querySelectorAll('thead th').forEach(cell => cell.setAttribute('scope', 'col'));
   for (let s = 0; s <= model.exits.length; s++) {
-    const confidence = record.conf[s], needed = thresholds[s];
-    const words = confidence === null || confidence === undefined ? (s < record.exit ? 'not computed' : '')
-      : percent(confidence) + (needed === null || needed === undefined ? '' : ' (needs ' + percent(needed) + ')');
-    body.append(make('tr', null, null, make('th', null, null, swatch(s)),
-      make('td', null, words), make('td', 'ce-top5', '')));
+    const known = !missing(used[s]), needed = thresholds && thresholds[s];
+    const words = isLast(s) ? '' : known ? percent(used[s]) + (missing(needed) ? '' : ', needs ' + percent(needed)) : 'not asked';
+    const part = draft && draft.exit === s ? 'drafted ' + inQuotes(draft.text) : s !== record.exit ? ''
+      : side.mode === 'verified' && !isLast(s) ? 'drafted it' : 'wrote it';
+    const who = make('th', null, null, swatch(s));
+    who.setAttribute('scope', 'row');
+    if (part) who.append(make('span', 'ce-part', part));
+    body.append(make('tr', part ? 'ce-now-row' : '', null, who, make('td', 'ce-chance', words), make('td', 'ce-top5', '')));
   }
-  if (sides[name].end && !replaying()) ask(name, i, body);
-  else table.caption.textContent = 'Confidence of each exit. After a live run: also its most likely tokens.';
   return table;
 }
 
-async function ask(name, i, body) {
+async function ask(table, chart, actions) {
   const opened = card;
-  const answer = await server.token_card([run.run, name, i]);
-  if (card !== opened || !answer) return;
+  let answer = null;
+  try { answer = await server.token_card([run.run, opened.name, opened.i]); } catch { /* the server is gone */ }
+  if (!card || card.node !== opened.node) return;
+  if (!answer) { table.caption.textContent = 'The server no longer keeps this run. Run it again to see more.'; return placeCard(); }
+  card.answer = answer;
+  if (table.isConnected) readAnswer(answer, table, chart, actions);
+  else fillCard();
+  placeCard(true);
+}
+
+function readAnswer(answer, table, chart, actions) {
+  const { name, i } = card, side = sides[name], id = side.records[i].id, full = answer.readings[answer.readings.length - 1].top[0];
+  const offer = forkOffer(side, i, full.id !== id ? full : answer.readings.flatMap(r => r.top).find(c => c.id !== id));
   answer.readings.forEach((reading, s) => {
-    const [, confidence, top] = body.rows[s].cells;
-    if (!confidence.textContent && !isLast(s)) confidence.textContent = percent(reading.confidence) + ', not used';
-    top.replaceChildren(...reading.top.map(c => make('span', 'ce-choice', null,
-      make('span', 'ce-candidate' + (c.id === +opened.node.dataset.id ? ' same' : ''), visible(c.text)), ' ' + percent(c.p))));
+    const [, chance, top] = table.tBodies[0].rows[s].cells;
+    if (!isLast(s) && chance.textContent === 'not asked') put(chance, percent(reading.confidence) + ', not asked');
+    top.replaceChildren(...reading.top.slice(0, isLast(s) ? 5 : 3).map(c => candidate(c, c.id === id, offer)));
   });
-  placeCard();
+  chart.replaceChildren(lensChart(answer, id, full));
+  actions.replaceChildren(...offer ? [offer.node] : []);
+}
+
+function candidate(choice, same, offer) {
+  const word = offer && !same && offer.open ? button('ce-candidate', visible(choice.text), () => offer.choose(choice)) : make('span', 'ce-candidate' + (same ? ' same' : ''), visible(choice.text));
+  if (word.type === 'button') word.title = 'Choose ' + inQuotes(choice.text) + ' to continue with';
+  return make('span', 'ce-choice', null, word, ' ' + percent(choice.p));
 }

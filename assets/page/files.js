@@ -1,20 +1,46 @@
-// The run as a file.
+// The run as a file: to replay it, to calculate with it, to see it in a trace viewer, to show it.
+
+const FORMATS = [
+  ['Save run (JSON)', 'Everything. “Replay a saved run” in Settings plays it again.', () => save('run.json', 'application/json', runFile())],
+  ['Save tokens (CSV)', 'One row for each token: exit, confidence, time, the full model’s choice.', () => save('tokens.csv', 'text/csv', table())],
+  ['Save trace (JSON)', 'Every pass on a time axis. Open it at ui.perfetto.dev.', () => save('trace.json', 'application/json', traceFile())],
+  ['Save picture (SVG)', 'Both texts with colours and numbers, for a paper.', () => save('tokens.svg', 'image/svg+xml', pictureFile())],
+  ['Save picture (PNG)', 'The same picture as pixels, for a post.', savePixels],
+];
 
 function files() {
-  return make('div', 'ce-files', null,
-    button('ce-small', 'Save run (JSON)', () => save('cascadeexit-run.json', 'application/json',
-      JSON.stringify({ format: model.format, records: recorded() }))),
-    button('ce-small', 'Save tokens (CSV)', () => save('cascadeexit-tokens.csv', 'text/csv', table())));
+  parts.saves = FORMATS.map(([title, , action]) => button('ce-small', title, action));
+  return make('div', 'ce-files', null, ...FORMATS.map(([, words], n) =>
+    make('div', 'ce-file', null, parts.saves[n], make('p', null, words))));
+}
+
+function save(name, type, content) {
+  const link = make('a');
+  link.href = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
+  link.download = 'cascadeexit-' + name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
 const recorded = () => records.filter(record => record.type !== 'status');
+const runFile = () => JSON.stringify({ format: model.format, records: recorded() });
+
+// -- table ---------------------------------------------------------------------------------------------------------------
+
+// The full model's choice at a position, and whether the token equals it: '' where that is not known.
+function choiceAt(side, i) {
+  const same = side.name === FULL ? undefined : agrees(side, i);
+  const id = side.choices[i] ?? (same ? side.records[i].id : '');
+  return [id, same === undefined ? '' : same ? 'yes' : 'no'];
+}
 
 function table() {
-  const rows = [['side', 'position', 'token', 'text', 'exit', 'layer', 'status', 'confidence', 'milliseconds', 'weights_read', 'full_choice']];
+  const rows = [['side', 'position', 'token', 'text', 'exit', 'layer', 'status', 'confidence', 'milliseconds', 'weights_read', 'full_choice', 'agrees', 'seconds', 'same_position']];
+  const theirs = sides[FULL].records;
   for (const name of order) sides[name].records.forEach((r, i) => {
-    const node = sides[name].nodes[i];
+    const node = sides[name].nodes[i], twin = name !== FULL && theirs[i];
     rows.push([name, i, r.id, node.textContent, isLast(r.exit) ? 'full' : r.exit === COPIED ? 'copied' : r.exit + 1, isLast(r.exit) ? model.layers : r.exit === COPIED ? 0 : model.exits[r.exit].layer,
-      r.status, r.conf[r.exit] ?? '', r.ms ?? '', r.read ?? '', sides[name].choices[i] ?? '']);
+      r.status, r.conf[r.exit] ?? '', r.ms ?? '', r.read ?? '', ...choiceAt(sides[name], i), r.t ?? '', twin ? twin.id === r.id ? 'yes' : 'no' : '']);
   });
   return rows.map(row => row.map(cell).join(',')).join('\r\n') + '\r\n';
 }
@@ -26,13 +52,45 @@ function cell(value) {
   return /[",\r\n]/.test(text) ? '"' + text.replace(/"/g, '""') + '"' : text;
 }
 
-function save(name, type, content) {
-  const link = make('a');
-  link.href = URL.createObjectURL(new Blob([content], { type }));
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+// -- trace: Chrome's JSON trace events, which Perfetto reads ------------------------------------------------------------
+
+// One process; a thread for each side, with a slice for each pass, and in it one for each of its measured steps.
+function traceEvents() {
+  const process = { pid: 1 }, micro = seconds => +(1e6 * seconds).toFixed(3), lanes = [...readPasses().values()];
+  const events = [{ ph: 'M', ...process, tid: 0, name: 'process_name', args: { name: 'CascadeExit: ' + model.model } }];
+  lanes.forEach((lane, n) => {
+    const thread = { ...process, tid: n + 1 };
+    events.push({ ph: 'M', ...thread, name: 'thread_name', args: { name: lane.title } },
+      { ph: 'M', ...thread, name: 'thread_sort_index', args: { sort_index: n } });
+    const slice = (name, start, end, args) => events.push({ ph: 'X', ...thread, cat: lane.mode, name,
+      ts: micro(lane.from + start), dur: Math.max(0, micro(lane.from + end) - micro(lane.from + start)), args });
+    for (const pass of lane.passes) {
+      slice(sliceTitle(pass), pass.start, pass.end, sliceFacts(pass));
+      if (pass.steps.length > 1) for (const step of pass.steps)
+        slice(step.draft ? 'Draft' : 'Check', step.start, step.end, { ran: sliceSpans(step.ran) });
+    }
+  });
+  return events;
 }
 
+const sliceTitle = pass => readsPrompt(pass) ? 'Read the prompt, first token' : draftCount(pass) ? 'Check ' + draftCount(pass) + ' drafts'
+  : pass.wrote.length ? exitName(pass.wrote[pass.wrote.length - 1].exit) : 'Stopped';
+const sliceSpans = ran => ran.map(([first, end, rows]) => ({ segments: [first, end - 1], layers: layerRange(first, end), rows }));
 
-feature({ build() { addTab('files', 'Save', files()); } });
+function sliceFacts(pass) {
+  const ran = pass.steps.flatMap(step => step.ran), drafted = draftCount(pass), read = pass.wrote.reduce((sum, r) => sum + (r.read || 0), 0);
+  const facts = { tokens: pass.wrote.map(r => r.text), positions: pass.wrote.map(r => r.i), exits: pass.wrote.map(r => exitName(r.exit)),
+    rows: ran.length ? Math.max(...ran.map(span => span[2])) : drafted + 1, accepted: acceptedOf(pass).length };
+  if (drafted) Object.assign(facts, { drafted, drafts: draftsOf(pass).map(d => d.text) });
+  if (ran.length) facts.ran = sliceSpans(ran);
+  if (read) facts.weights_read = +read.toFixed(4);
+  return facts;
+}
+
+const traceFile = () => JSON.stringify({ traceEvents: traceEvents(), displayTimeUnit: 'ms',
+  otherData: { model: model.model, mode: run.mode, machine: run.machine || '', date: run.date || '' } });
+
+feature({
+  build() { addTab('files', 'Save', files()); },
+  draw() { for (const node of parts.saves) node.disabled = !run || !order.some(name => sides[name].tokens); },
+});

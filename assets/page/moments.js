@@ -1,1 +1,91 @@
-// Worst moments: the tokens where the exits cost most.
+// Worst moments: the tokens at which the exits cost most, by how much likelier the full model's own choice was.
+
+let moments;                                 // {list, words, shown: [{side, i, ...}], at}
+
+function buildMoments() {
+  const words = make('p', 'ce-sub ce-moments-words'), list = make('ol', 'ce-moments');
+  moments = { words, list, shown: [], at: -1, key: '' };
+  addTab('moments', 'Worst moments', make('div', null, null, words, list), drawMoments);
+}
+
+function worst(name) {                       // the list of a side; old recorded runs have positions only
+  const side = sides[name], end = side.end;
+  if (!end) return [];
+  const found = end.moments && end.moments.length ? end.moments : (end.differs || []).map(i => ({ i }));
+  return found.filter(m => side.records[m.i] && m.i >= side.start).map(m => ({ ...m, side: name }));
+}
+
+function drawMoments() {
+  const names = exitSides().filter(name => sides[name].end), key = run ? run.run + names.join() + isRunning() + player.atEnd + forks().length + replaying() : '';
+  if (moments.key === key) return;
+  moments.key = key;
+  moments.at = -1;
+  moments.shown = names.flatMap(worst).sort((a, b) => (b.p_full - b.p_said || 0) - (a.p_full - a.p_said || 0));
+  moments.list.replaceChildren(...moments.shown.map(momentRow));
+  const sampled = run && run.greedy === false, n = moments.shown.length;
+  put(moments.words, !run || !names.length ? 'The tokens that the full model would not have chosen are listed here when the run is over.'
+    : n ? 'The ' + (n === 1 ? 'token' : n + ' tokens') + ' where the exits cost most. Press n and p to step through them.'
+    : sampled ? 'With sampling there is no single right token, so nothing is listed.'
+    : names.every(name => isExact(sides[name])) ? 'None: the full model checked every token, so the text is its own.'
+    : 'None: the full model would have chosen every token that the exits wrote.');
+}
+
+function momentRow(moment, k) {
+  const side = sides[moment.side], record = side.records[moment.i];
+  const said = moment.said ?? record.text, go = button('ce-moment', null, () => goToMoment(k));
+  go.append(make('span', 'ce-moment-rank', String(k + 1)), swatch(record.exit), make('span', 'ce-moment-said', null, 'said ', momentWord(said), momentShare(moment.p_said)));
+  go.append(make('span', 'ce-moment-full', null, ...moment.full === undefined ? ['the full model would choose another token'] : ['full model: ', momentWord(moment.full), momentShare(moment.p_full)]));
+  const context = make('span', 'ce-moment-context', null, '… ' + momentContext(side, moment.i - 7, moment.i), make('b', null, side.nodes[moment.i].textContent), momentContext(side, moment.i + 1, moment.i + 5) + ' …');
+  go.append(context, make('span', 'ce-moment-place', 'token ' + (moment.i + 1) + (exitSides().length > 1 ? ', ' + side.title : '')));
+  const row = make('li', null, null, go);
+  if (moment.full !== undefined && !missing(moment.id)) {
+    const reason = whyNoFork(), test = button('ce-small', 'Try ' + inQuotes(moment.full), () => askFork(moment.side, moment.i, { id: moment.id, text: moment.full }));
+    test.title = reason || 'Continue from here with the full model’s choice, to see whether it mattered';
+    test.disabled = Boolean(reason);
+    row.append(test);
+  }
+  return row;
+}
+
+const momentWord = text => make('b', 'ce-word', plain(text));
+const momentShare = p => missing(p) ? '' : ' ' + likely(p);
+const momentContext = (side, from, to) => side.nodes.slice(Math.max(0, from), to).map(node => node.textContent).join('').replace(/\s+/g, ' ');
+
+function goToMoment(k) {
+  if (!moments.shown[k]) return;
+  moments.at = k;
+  const { side, i } = moments.shown[k];
+  moments.list.querySelectorAll('.ce-moment').forEach((row, at) => {
+    row.toggleAttribute('aria-current', at === k);
+    if (at === k) row.setAttribute('aria-current', 'true');
+  });
+  const row = moments.list.children[k], frame = dock.body.getBoundingClientRect(), at = row.getBoundingClientRect();
+  if (dock.open === 'moments' && (at.top < frame.top || at.bottom > frame.bottom)) dock.body.scrollTop += at.top - frame.top - 40;
+  parts[side].text.focus({ preventScroll: true });
+  if (narrow() || parts[side].text.getBoundingClientRect().bottom < 80) parts[side].text.scrollIntoView({ block: 'nearest' });
+  lookAt(side, i);
+  alongside(side, i);
+}
+
+// The other texts show the same place.
+function alongside(name, i) {
+  if (!run || !settled()) return;
+  realign();
+  if (name !== FULL && aligned.has(name)) {
+    const to = Math.min(across(aligned.get(name).blocks, i), sides[FULL].nodes.length - 1);
+    unfold(FULL, to);
+    reveal(FULL, to);
+  }
+}
+
+root.addEventListener('keydown', event => {
+  const move = { n: 1, p: -1 }[event.key];
+  if (!move || event.ctrlKey || event.altKey || event.metaKey || event.target.matches('input, select, textarea') || !moments) return;
+  drawMoments();
+  const n = moments.shown.length;
+  if (!n) return;
+  event.preventDefault();
+  goToMoment(moments.at < 0 ? (move > 0 ? 0 : n - 1) : (moments.at + move + n) % n);
+});
+
+feature({ build: buildMoments, begin() { moments.key = ''; }, finish() { moments.key = ''; drawMoments(); } });

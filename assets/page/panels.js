@@ -31,6 +31,8 @@ function buildPanel(name, kept = []) {
   text.dataset.hint = full ? 'The same model without exits answers here, for comparison.'
     : 'Press Run. Each token appears in the colour of the exit that wrote it.';
   const facts = make('p', 'ce-facts');
+  const mini = make('div', 'ce-mini'), aside = make('p', 'ce-aside');
+  aside.hidden = true;
   const rejected = button('ce-toggle', '', () => {
     root.classList.toggle('ce-show-rejected');
     order.forEach(drawRejected);
@@ -39,22 +41,25 @@ function buildPanel(name, kept = []) {
   const copy = button('ce-toggle', 'Copy', () => copyText(textOf(side), copy));
   const title = make('h3', null, side.title);
   title.title = panelNote(side);
-  const box = make('section', 'ce-panel' + (full ? ' full' : ''), null, make('header', null, null, title, facts, rejected, copy), text);
-  parts[name] = { box, title, text, facts, rejected, copy };
+  const box = make('section', 'ce-panel' + (full ? ' full' : ''), null, 
+    make('header', null, null, title, facts, rejected, ...full ? differenceButtons() : [], copy), mini, aside, text);
+  parts[name] = { box, title, text, facts, rejected, copy, mini, aside };
   const after = full ? null : parts.panels.querySelector('.ce-panel.full');
   parts.panels.insertBefore(box, after);
   parts.panels.dataset.count = parts.panels.children.length;
+  side.paragraph = null; side.code = false;                      // a fork began as a copy of another side
   newParagraph(side, text);
   for (const node of kept) {
     const copyOf = node.cloneNode(true);
     copyOf.classList.add('kept');
-    copyOf.classList.remove('chosen', 'lit');
+    copyOf.classList.remove('chosen', 'lit', 'split', 'forked', 'folded', 'swapped', 'alone');
     append(side, text, copyOf);
     side.nodes.push(copyOf);
     endParagraph(side, text, copyOf);
   }
   follow(parts[name]);
   listen(text, name);
+  followScroll(name);
 }
 
 const panelNote = side => side.name === FULL ? 'Every token uses all ' + model.layers + ' layers.'
@@ -79,13 +84,21 @@ async function copyText(text, node) {
 // -- paragraphs ----------------------------------------------------------------------------------------------------------
 
 function newParagraph(side, text) {
-  const fence = side.paragraph && side.paragraph.textContent.trimStart().startsWith('```');
-  if (fence) {
-    side.paragraph.classList.add('code');
+  if (side.paragraph && lastLine(side).trimStart().startsWith('```')) {     // a fence begins or ends a block of code
+    if (side.code || !side.paragraph.textContent.trimEnd().includes('\n')) side.paragraph.classList.add('code');
     side.code = !side.code;
   }
   side.paragraph = make('div', 'ce-par' + (side.code ? ' code' : ''));
   text.append(side.paragraph);
+}
+
+function lastLine(side) {                    // of the final tokens, without the newline that has just ended it
+  let line = '';
+  for (let i = side.nodes.length - 1; i >= 0 && !line.includes('\n'); i--) {
+    const token = side.nodes[i] ? side.nodes[i].textContent : '';
+    line = (i === side.nodes.length - 1 ? token.replace(/\n+$/, '') : token) + line;
+  }
+  return line.slice(line.lastIndexOf('\n') + 1);
 }
 
 const append = (side, text, node) => side.paragraph.append(node);
@@ -142,13 +155,33 @@ function drawPanel(name) {
   const side = sides[name], stats = side.stats, part = parts[name];
   drawRejected(name);
   if (!stats) return;
-  const words = [number(stats.tokens_per_second) + ' tokens/s', stats.tokens + ' tokens'];
+  drawRouting(side, part.mini);
+  const words = [...order.length > 2 ? comparison(side) : [], number(stats.tokens_per_second) + ' tokens/s', stats.tokens + ' tokens'];
   if (!missing(stats.token_seconds_p50))
     words.push('median ' + milliseconds(stats.token_seconds_p50) + ', p90 ' + milliseconds(stats.token_seconds_p90));
   if (stats.tokens_per_verification) words.push(stats.tokens_per_verification.toFixed(1) + ' tokens per check');
   put(part.facts, words.join(' · '));
   part.facts.title = 'First token after ' + milliseconds(stats.first_token_seconds) + '; all in ' + number(stats.seconds, 2) + ' s'
     + (missing(stats.acceptance) ? '' : '; ' + percent(stats.acceptance) + ' of the drafts were accepted');
+}
+
+// With more than two texts, the strip has the numbers of the first, so each header has the most important ones of its own.
+function comparison(side) {
+  const { versus, end } = side, so = agreementSoFar(side), agreement = end ? end.agreement : so && so.share;
+  return [...versus && !missing(versus.speedup) && !side.of ? [versus.speedup.toFixed(1) + '× the speed'] : [],
+    ...side.name === FULL || missing(agreement) || run.greedy === false ? [] : [percent(agreement) + ' agreement']];
+}
+
+function drawRouting(side, bar) {             // which exit wrote how much of this text
+  bar.hidden = order.length < 3 || side.name === FULL;
+  if (bar.hidden) return;
+  const shares = writers().map(exit => exit === COPIED ? side.stats.copied_share || 0 : side.stats.routing_share[exit] || 0);
+  if (!bar.children.length) bar.append(...writers().map(exit => make('span', 'ce-share-part ' + colourClass(exit))));
+  shares.forEach((share, n) => { bar.children[n].style.flexGrow = share; });
+  const words = writers().map((exit, n) => shares[n] ? swatchText(exit) + ' ' + percent(shares[n]) : '').filter(Boolean).join(', ');
+  bar.title = words;
+  bar.setAttribute('role', 'img');
+  bar.setAttribute('aria-label', 'Who wrote the tokens: ' + words);
 }
 
 function drawRejected(name) {

@@ -4,7 +4,7 @@
 // on at `offset`, or starts again when the text is another one.
 
 const FULL = 'full';
-const TWO_SIDES = mode => [{ name: 'cascade', mode, title: mode === 'verified' ? 'Exact' : 'With early exits' },
+const TWO_SIDES = (mode, tolerance = 0) => [{ name: 'cascade', mode, tolerance, title: mode !== 'verified' ? 'With early exits' : tolerance ? 'Checked, tolerance ' + tolerance : 'Exact' },
   { name: FULL, mode: FULL, title: 'Full model' }];
 
 const cleared = new Set();                   // runs that were replaced: later frames of them are ignored
@@ -81,6 +81,7 @@ const readers = {
   checked(record) { record.ids.forEach((id, k) => judge(sides[record.side], record.i + k, id)); dirty = true; },
   fork: readFork,
   end: readEnd,
+  spread(record) { sides[record.side].spread = record; waiting(false); status('Done.', 'done'); dirty = true; },
   status(record) { status(record.message, 'busy'); },
   stopped() { if (!replaying()) halted.add(run.run); over('Stopped. The text so far is kept.', 'stopped'); },
   error(record) { over(record.message, 'error'); },
@@ -94,11 +95,11 @@ function addSide(description) {
 
 function readRun(record) {
   run = record; sides = {}; order = [];
-  (record.sides || TWO_SIDES(record.mode)).forEach(addSide);
+  (record.sides || TWO_SIDES(record.mode, record.tolerance)).forEach(addSide);
   buildPanels();
   each('begin');
   dirty = true;
-  if (!replaying()) waiting(true);
+  if (player.atEnd && !replaying()) waiting(true);                // the player shows a run that is over
   status('Reading the prompt…', 'busy');
 }
 
@@ -112,7 +113,7 @@ function readFork(record) {
   buildPanel(record.side, before.nodes.slice(0, record.at));
   finished = false;
   dirty = true;
-  if (!replaying()) waiting(true);
+  if (player.atEnd && !replaying()) waiting(true);
 }
 
 function readToken(record) {
@@ -141,8 +142,10 @@ function readEnd(record) {
   const wrong = new Set(record.differs || []);
   side.nodes.forEach((node, i) => node && node.classList.toggle('differs', wrong.has(i)));
   dirty = true;
-  if (exitSides().every(name => sides[name].end)) over(replaying() ? 'This recorded run is over.' : 'Done.', 'done');
+  if (exitSides().every(name => sides[name].end)) over(overWords(), 'done');
 }
+
+const overWords = () => replaying() ? 'This recorded run is over.' : 'Done.';
 
 function over(message, kind) {
   finished = exitSides().every(name => sides[name].end);
@@ -151,9 +154,3 @@ function over(message, kind) {
   status(message, kind);
   each('finish');
 }
-
-const agreementSoFar = side => {             // of the positions that the full model has judged; null before the first
-  let same = 0, all = 0;
-  side.choices.forEach((id, i) => { if (side.records[i]) { all++; same += id === side.records[i].id; } });
-  return all ? { share: same / all, judged: all } : null;
-};

@@ -18,6 +18,7 @@ function buildStrip() {
     bar.append(segment);
     parts.share.push(segment); parts.counts.push(count); parts.buttons.push(key);
   });
+  parts.keys = keys;
   parts.caption = make('span', 'ce-caption', null, 'Colour: which ', term('exit'), ' wrote each ', term('token'));
   parts.recorded = make('span', 'ce-flag ce-recorded', 'recorded run');
   parts.model = make('span', 'ce-model', model.model);
@@ -25,6 +26,8 @@ function buildStrip() {
   untrained.title = 'These exits were not trained for this model. They are rarely confident and often wrong. Exact mode stays exact.';
   untrained.hidden = model.trained;
   const head = make('div', 'ce-strip-head', null, parts.caption, bar, parts.recorded, untrained, parts.model);
+  parts.catchUp = make('li', 'ce-catch-up');
+  keys.append(parts.catchUp);
   parts.legend = make('section', 'ce-strip ce-legend', null, head, keys, numbers());
   parts.legend.setAttribute('aria-label', 'Results');
   return parts.legend;
@@ -35,29 +38,53 @@ function numbers() {
   parts.status.setAttribute('role', 'status');
   parts.badge = make('span', 'ce-badge');
   parts.badge.hidden = true;
+  parts.loop = make('span', 'ce-flag ce-loop');
+  parts.loop.hidden = true;
   parts.offer = button('ce-small ce-offer', 'Now the same, exact', runExact);
   parts.offer.title = 'Run this prompt in Exact mode: the full model’s own text, checked';
   parts.offer.hidden = true;
-  const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'times the full model'),
+  const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'times the full model', measureButton()),
     tile('agreement', 'Agreement', 'full model would choose the same'),
     tile('cost', 'Weights read', 'of the full model’s, per token'), tile('same', 'Match', 'same token, same place'));
-  return make('div', 'ce-verdict', null, tiles, parts.badge, parts.offer, parts.status);
+  return make('div', 'ce-verdict', null, tiles, parts.loop, parts.badge, parts.offer, parts.status);
 }
 
-function tile(name, label, note) {
-  const value = make('dd', 'ce-value', '–'), words = make('dd', 'ce-note', note);
+function tile(name, label, note, more) {
+  const value = make('dd', 'ce-value', '–'), words = make('span', null, note), line = make('dd', 'ce-note', null, words, ...(more ? [' ', more] : []));
   parts[name] = value; parts[name + 'Note'] = words; words.dataset.note = note;
   const key = { Speed: 'speed', Agreement: 'agreement', 'Weights read': 'weights read', Match: 'match' }[label];
-  return make('div', 'ce-tile', null, make('dt', null, null, term(key, label)), value, words);
+  return make('div', 'ce-tile', null, make('dt', null, null, term(key, label)), value, line);
 }
 
-function note(name, text) { put(parts[name + 'Note'], text || parts[name + 'Note'].dataset.note); }
+function note(name, text, title = '') {
+  put(parts[name + 'Note'], text || parts[name + 'Note'].dataset.note);
+  parts[name + 'Note'].title = title;
+}
+
+// Speed varies from run to run: a visitor may ask for short repeats of the same prompt.
+function measureButton() {
+  parts.measure = button('ce-toggle ce-measure', 'Measure again', () => {
+    waiting(true);
+    status('Measuring the speed again…', 'busy');
+    control('ce-measure', '').click();
+  });
+  parts.measure.title = 'Runs this prompt three more times, 64 tokens each, and shows the lowest and the highest speed';
+  parts.measure.hidden = true;
+  return parts.measure;
+}
 
 function status(text, kind = '') {
   if (!parts) return;
   put(parts.status, text);
   parts.status.className = 'ce-status ' + kind;
 }
+
+// A click on Stop while the speed is measured: the run itself is over.
+document.addEventListener('click', event => {
+  if (!event.target.closest('#ce-stop') || !finished || replaying()) return;
+  waiting(false);
+  status('Stopped.', 'stopped');
+});
 
 // While a run is on its way, Run becomes Stop.
 function waiting(on) { document.body.classList.toggle('ce-running', on); }
@@ -80,8 +107,16 @@ root.addEventListener('keydown', event => {
 // Choose Exact and run the same prompt again.
 function runExact() {
   const exact = [...document.querySelectorAll('#ce-mode input')].find(input => input.value === 'verified');
-  if (exact) exact.click();
-  setTimeout(() => control('ce-run', '').click(), 150);          // once gradio has taken the mode
+  if (exact && !exact.checked) exact.click();
+  const tolerance = document.querySelector('#ce-settings input[type=number][aria-label="number input for Tolerance"]');
+  if (tolerance && +tolerance.value) {                            // above 0 it would not be exact
+    tolerance.value = 0;
+    for (const kind of ['input', 'change', 'blur']) tolerance.dispatchEvent(new Event(kind, { bubbles: true }));
+  }
+  // Gradio reads its values at the click: a moment after its radio has shown the choice.
+  const go = tries => setTimeout(() => exact && !exact.closest('label').classList.contains('selected') && tries
+    ? go(tries - 1) : setTimeout(() => control('ce-run', '').click(), 60), 30);
+  go(40);
 }
 
 // -- drawing -----------------------------------------------------------------------------------------------------------------
@@ -97,24 +132,32 @@ function drawStrip() {
     parts.counts[n].title = stats ? Math.round(share * stats.tokens) + ' tokens' : '';
     if (exit === COPIED) parts.buttons[n].parentNode.hidden = share < 1e-9;
   });
-  put(parts.model, run && run.settings.model || model.model);
+  put(parts.model, run && run.settings && run.settings.model || model.model);
   if (run) put(parts.caption.childNodes[2], run.mode === 'verified' ? ' drafted each ' : ' wrote each ');
+  put(parts.catchUp, !run ? '' : run.mode !== 'verified' ? 'Skipped layers catch up later.'
+    : side.tolerance ? 'The full model checks every draft, with tolerance ' + side.tolerance + '.' : 'The full model checks every draft.');
   drawNumbers(side, stats);
 }
 
 function drawNumbers(side, stats) {
   const { versus, end } = side, sampled = run && run.greedy === false, loops = end && end.loops;
   put(parts.speed, versus && !missing(versus.speedup) ? versus.speedup.toFixed(1) + '×' : '–');
-  parts.speed.classList.toggle('aside', Boolean(loops));
-  note('speed', loops ? 'the text repeats itself, which is easy to guess' : '');
+  const reason = loops ? ['easy to guess, see right', ''] : side.spread ? spreadWords(side.spread) : slowReason(side, stats);
+  note('speed', ...reason);
   put(parts.cost, stats ? percent(stats.cost) : '–');
   const so = agreementSoFar(side), share = end && !missing(end.agreement) ? end.agreement : so && so.share;
   put(parts.agreement, sampled || missing(share) ? '–' : percent(share, share > 0.99 && share < 1 ? 1 : 0));
   note('agreement', sampled ? 'not defined for sampled text' : end ? '' : so ? 'of ' + so.judged + ' tokens checked so far' : '');
+  for (const name of ['speed', 'agreement']) parts[name].classList.toggle('aside', Boolean(loops));
+  parts.loop.hidden = !loops;
+  if (loops) {
+    put(parts.loop, 'The text repeats itself from token ' + (loops.start + 1) + ' on');
+    parts.loop.title = 'The same ' + loops.period + ' tokens are written again and again. Such text is easy to predict: its speed and agreement say little about other texts.';
+  }
   const match = end || versus;
   put(parts.same, match ? percent(match.positional) : '–');
   note('same', !match ? '' : missing(match.first_divergence) ? end ? 'identical texts' : 'no difference so far'
-    : 'identical up to token ' + match.first_divergence);
+    : match.first_divergence === 0 ? 'differs from the first token on' : 'identical for ' + match.first_divergence + ' token' + (match.first_divergence === 1 ? '' : 's'));
   const known = end && !missing(end.identical);
   parts.badge.hidden = !known;
   if (known) {
@@ -122,5 +165,24 @@ function drawNumbers(side, stats) {
     put(parts.badge, end.identical ? '✓ Identical to the full model, all ' + sides.full.tokens + ' tokens compared'
       : '✗ Differs from the full model at token ' + (end.first_divergence + 1));
   }
-  parts.offer.hidden = !(finished && !replaying() && run && run.mode !== 'verified');
+  const live = finished && !replaying() && Boolean(end);
+  parts.offer.hidden = !(live && run.mode !== 'verified');
+  parts.measure.hidden = !(live && versus && !side.spread && !loops && control('ce-measure', ''));
+}
+
+function spreadWords({ speedups, tokens }) {
+  if (!speedups.length) return ['could not be measured again', ''];
+  const [least, most] = [Math.min(...speedups), Math.max(...speedups)].map(x => x.toFixed(1));
+  return [(least === most ? least : least + ' to ' + most) + '× in ' + speedups.length + ' repeats', 'Each repeat wrote up to ' + tokens + ' tokens: '
+    + speedups.map(x => x.toFixed(2) + '×').join(', ')];
+}
+
+// Why a run with exits is slower than the full model: words, and more words on hover.
+function slowReason(side, stats) {
+  if (!stats || !side.versus || missing(side.versus.speedup) || side.versus.n < 16 || side.versus.speedup >= 0.95) return [''];
+  const early = 1 - stats.routing_share[model.exits.length];
+  return !model.trained ? ['slower: exits are untrained', 'These exits were not trained for this model, so they are rarely confident and often wrong. Computing them costs more than they save.']
+    : side.mode === 'verified' ? ['slower: few drafts are right', 'Drafting costs time, and here the full model accepts too few drafts to win it back.']
+    : early < 0.3 ? ['slower: few tokens stop early', 'Only ' + percent(early) + ' of the tokens stopped early. That does not pay for computing the exits.']
+    : ['slower: the exits do not pay here', 'On this machine and for this model, computing the exits costs more time than the skipped layers save.'];
 }

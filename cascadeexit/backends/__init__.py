@@ -1,8 +1,8 @@
-"""Backends: all code that decides how numbers are computed.
+"""Backends: the code that computes a model's layers, vocabulary heads and exits.
 
 `torch` is the reference and runs on every device. `cpu` has our C++ kernels for bf16 models on a CPU. `gpu` has our
-Triton kernels for bf16 and fp16 models on CUDA. A new backend is a class with the attributes of `base.Backend`: pass
-it to `SegmentedModel`, or list it in `BACKENDS`.
+Triton kernels for bf16 and fp16 models on CUDA. To add a backend, write a class with the members of `base.Backend`.
+Pass this class to `SegmentedModel`, or list it in `BACKENDS`.
 """
 
 import logging
@@ -22,17 +22,22 @@ REFERENCE = TorchBackend.name
 
 
 def build() -> None:
-    """Do the one-time work of all backends on this machine, such as compiling kernels. No model is needed for it."""
+    """Prepare every backend on this machine once, for example compile its kernels. This needs no model."""
     for kind in BACKENDS.values():
         kind.build()
 
 
 def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None) -> Backend:
-    """Make the backend for a transformers model that is cut into segments at `bounds`.
+    """Make the backend for a transformers model that is cut into segments.
 
-    wanted: name of the backend, a class of your own, or None for the fastest backend that fits.
+    Args:
+        base: a transformers *ForCausalLM.
+        bounds: layer numbers at which segments begin and end; see `Backend.__init__`.
+        wanted: the name of a backend, or a backend class. None takes the first backend in `BACKENDS` that can run this
+            model on this machine.
 
-    Raises ValueError for an unknown name, and for a backend that cannot run this model here.
+    Raises ValueError if the name is unknown, or if the wanted backend cannot run this model on this machine. Raises
+    Unusable if the wanted backend fits the model but cannot be made.
     """
     if wanted is None:
         for kind in BACKENDS.values():
@@ -56,16 +61,19 @@ def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None)
 
 
 def why_not(base) -> dict[str, str]:
-    """Find the backends that cannot run this model here. Returns {backend name: the reason, and what to do}."""
+    """Return why backends cannot run this model on this machine: {name of each such backend: reason}."""
     return {name: getattr(kind, "why_not", lambda _: "it does not fit this model or machine")(base)
             for name, kind in BACKENDS.items() if not kind.fits(base)}
 
 
 def facts(name: str) -> dict[str, str]:
-    """Describe what a backend has on this machine, such as compiled kernels: {fact: value}, which may be empty."""
+    """Describe what a backend found on this machine, for example its compiled kernels.
+
+    Returns {fact: value}. Returns {} if the backend has no facts, or if the name is unknown.
+    """
     return getattr(BACKENDS.get(name), "facts", dict)()
 
 
 def reference(base, bounds: Sequence[int]) -> Backend:
-    """Make a `torch` backend for a few passes that check another backend. It copies no weights."""
+    """Make a `torch` backend that checks another backend in a few passes. It shares the weights of `base`."""
     return TorchReference(base, tuple(bounds))

@@ -1,15 +1,16 @@
-"""Interface between the backends and the modules that use them: engine, drafting, inspection and training.
+"""Interfaces of a backend, which the engine, drafting, inspection and training use.
 
-A `Backend` runs one frozen model on its device. Other modules use only three parts of it: the layer stack, the
-vocabulary heads, and the runtime of trained exits. No code outside `backends` depends on which kernels run. `cache.py`
-and `exits.py` beside this file hold what all backends share.
+A `Backend` runs one frozen model on its device. Other modules use only its layer stack (`LayerStack`), its vocabulary
+heads (`VocabHead`) and its runtime of trained exits (`ExitRuntime`). Code outside `backends` does not depend on which
+kernels run. `cache.py` and `exits.py` in this folder hold the code that all backends share.
 
-Every backend guarantees that a row's result does not depend on the other rows of its pass, its place among them, the
-cache's capacity, or the mode. Therefore `verified` equals `full` bitwise. If `row_multiple` is 1, this holds for passes
-of any size. Otherwise it holds for the layers, the final norm and the full head, in passes of at most `max_rows` rows.
-Such passes are padded to a multiple of `row_multiple` rows.
+A pass computes one or more rows together. A row is the hidden state of one token. Every backend guarantees that a row's
+result does not depend on the other rows of its pass, on its position among these rows, on the cache's capacity, or on
+the mode. Therefore `verified` equals `full` bitwise. If `row_multiple` is 1, the guarantee holds for passes of any
+size. Otherwise it holds only for the layers, the final norm and the full head, and only in passes of at most `max_rows`
+rows. Such passes are padded to a multiple of `row_multiple` rows.
 
-Letters: N rows in a pass, D hidden size, K words of a head, B texts of a batch, E exits, not counting the first.
+Letters: N rows in a pass, D hidden size, K words of a head, B texts of a batch, E exits without the first one.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,17 +22,20 @@ from cascadeexit.backends.cache import KVCache
 
 
 class Unusable(RuntimeError):
-    """A backend fits a model but does not work on this machine. `backends.make` then tries the next backend."""
+    """A backend raises this if it fits a model but does not work on this machine.
+
+    `backends.make` then tries the next backend, unless the caller asked for this backend.
+    """
 
 
 class Rows(Protocol):
-    """Hidden states in a backend's own format: (1, N, D), or (1, D) for one row.
+    """Hidden states, one row for each token: (1, N, D), or (1, D) for a single row.
 
-    `rows[:, i]` is one row (1, D), and `rows[:, a:b]` is a part (1, n, D). Neither copies. `LayerStack.tensor` converts
-    rows to a tensor.
+    Each backend has its own type of rows. All types have two kinds of index: `rows[:, i]` is a single row (1, D), and
+    `rows[:, a:b]` is a part (1, n, D). An index copies no data. `LayerStack.tensor` converts rows to a tensor.
 
-    Every method that takes rows also takes a tensor in the model's dtype on its device. Training uses tensors, and so
-    does the carried state after a prompt of one token.
+    Every method that takes rows also takes a tensor of the same shape, in the model's dtype and on its device. Training
+    passes tensors. After a prompt of one token, the carried state is a tensor, too.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +44,11 @@ class Rows(Protocol):
 
 
 class Choice:
-    """The likeliest token of one row of logits. `choice[token]` computes the logit of any other token."""
+    """The likeliest token for one row of hidden states, and the logits of all tokens.
+
+    `choice.token` is the number of the likeliest token. `choice[t]` returns the logit of token t. Some backends compute
+    this logit only when it is read.
+    """
 
     __slots__ = "token", "_logit"
 
@@ -52,176 +60,211 @@ class Choice:
 
 
 class LayerStack(Protocol):
-    """Embedding, decoder layers in segments, and the final norm."""
+    """The model without its vocabulary head: embedding, decoder layers cut into segments, and final norm."""
 
     row_multiple: int
-    """Passes are padded to a multiple of this number of rows. 1 means no padding, because rows are independent."""
+    """Each pass is padded to a multiple of this number of rows. 1 means that passes are not padded."""
     max_rows: int
     """Largest number of rows in one verification pass."""
     supports_trees: bool
-    """True if the rows of a pass may be a tree of drafts. Each path then gives bitwise the results of plain text."""
+    """True if the rows of one pass may form a draft tree. Each path then gets bitwise the results of plain text."""
     segment_bytes: tuple[int, ...]
-    """For each segment, the bytes of weights that one pass through it reads."""
+    """For each segment: how many bytes of weights one pass through it reads."""
 
     def embed(self, ids: Sequence[int] | Tensor) -> Rows:
-        """Embed token ids (N,) as rows (1, N, D)."""
+        """Look up the embeddings of token ids (N,). Returns rows (1, N, D)."""
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """Make an empty cache for `batch` texts of at least `capacity` positions each, padding included."""
+        """Make an empty KV cache for `batch` texts.
+
+        capacity: minimum number of positions for each text, including positions for padding rows.
+        """
 
     def release(self, cache: KVCache) -> None:
-        """Take back a cache that is no longer used. `new_cache` may return it to a later run."""
+        """Take back a cache that is no longer used. A later call of `new_cache` may return this cache, emptied."""
 
     def run(self, segments: range, rows: Rows, cache: KVCache, parents: Sequence[int] | None = None) -> list[Rows]:
-        """Run the next N positions of a text, as rows (1, N, D), through these segments.
+        """Run the next N positions of one text through consecutive segments: rows (1, N, D).
 
-        Keys and values are written to the cache. Returns the rows after each segment, (1, N, D) each.
+        The pass writes keys and values to the cache. Returns a list with the rows after each segment, (1, N, D) each.
 
         Args:
-            parents: makes the rows a tree; only if `supports_trees`. Row r follows row parents[r] < r. Row 0 has
-                parent -1 and follows the last position in the cache. Afterwards, `keep` keeps one path of the tree.
+            segments: numbers of the segments.
+            parents: None for consecutive tokens. Otherwise the rows form a draft tree, which needs `supports_trees`:
+                row r follows row parents[r], and parents[r] < r. Row 0 has parent -1 and follows the last position in
+                the cache. After the pass, call `keep` to keep one path of the tree.
 
-        Raises ValueError when the cache or the model has too few positions.
+        Raises ValueError if the cache or the model has too few positions.
         """
 
     def run_batch(self, segment: int, rows: Rows, begins: Sequence[int], cache: KVCache) -> Rows:
         """Run the next position of B texts together through one segment: rows (1, B, D) -> (1, B, D).
 
-        begins: for each text, the slot at which it begins in its part of the cache. Earlier slots are not read.
+        begins: for each text, the first slot of its tokens in the cache. Earlier slots of this text are not read.
         """
 
     def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
-        """Keep one path of the tree that the last pass wrote to the cache, and drop its other rows.
+        """Keep one path of the draft tree that the last pass wrote to the cache. Remove the tree's other rows.
 
         Args:
             start: number of positions in the cache before the tree.
-            path: numbers of the path's rows, ascending.
+            path: row numbers of the path within the pass, ascending.
         """
 
     def norm(self, rows: Rows) -> Rows:
-        """Apply the final norm, whose output the full model's head reads: (..., D) -> (..., D)."""
+        """Apply the model's final norm: (..., D) -> (..., D). The full model's head reads the result."""
 
     def join(self, parts: Sequence[Rows]) -> Rows:
-        """Concatenate parts (1, n, D) to rows (1, N, D)."""
+        """Concatenate several pieces of rows, (1, n, D) each. Returns (1, N, D), where N is the sum of all n."""
 
     def tensor(self, rows: Rows) -> Tensor:
-        """View rows as a tensor of the same shape, without a copy."""
+        """Return rows as a tensor of the same shape. Rows that are already computed are not copied."""
 
     def row_cost(self, rows: int) -> float:
-        """Return the cost of adding one row to a pass of `rows` rows, in units of the time of a one-row pass."""
+        """Return how much time one more row adds to a pass of `rows` rows, in units of the time of a one-row pass."""
 
 
 class VocabHead(Protocol):
-    """A vocabulary head: projects normed or adapted rows onto K words."""
+    """A vocabulary head: computes the logits of K words from rows of hidden states.
+
+    The full model's head reads the output of the final norm. An exit's head reads the output of the exit's adapter. The
+    number of a word is the index of its logit.
+    """
 
     words: int
     nbytes: int
-    """Bytes of weights that one call of `argmax` reads."""
+    """How many bytes of weights one call of `argmax` reads."""
     owned_bytes: int
-    """Bytes of memory that this head does not share with another head."""
+    """How many bytes of memory this head needs, without memory that it shares with another head."""
 
     @property
     def weight(self) -> Tensor:
-        """The projection's weight (K, D). Some backends compute it on each access."""
+        """Weight of the projection (K, D). Some backends compute it again on each access."""
 
     def logits(self, rows: Rows) -> Tensor:
-        """Compute the logits of rows: (..., D) -> (..., K)."""
+        """Compute logits: rows (..., D) -> (..., K)."""
 
     def argmax(self, rows: Rows) -> list[int]:
-        """Find the number of the likeliest word of each row (..., D). Of equally likely words, the first counts."""
+        """Find the likeliest word of each row (..., D). Returns one word number for each row.
+
+        If several words are equally likely, the one with the lowest number is returned.
+        """
 
     def choices(self, rows: Rows) -> list[Choice]:
-        """Find the likeliest word of each row (..., N, D). The N choices also compute logits of other words."""
+        """Find the likeliest word of each row (..., D). Returns one `Choice` for each row."""
 
     def likeliest(self, rows: Rows, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """Find the k likeliest words of each row (..., D), best first, in the softmax at this temperature.
+        """Find the k likeliest words of each row (..., D), best first.
 
-        Returns probabilities and word numbers, (..., min(k, K)) each.
+        Returns their probabilities and their numbers, (..., min(k, K)) each. The probabilities are those of the softmax
+        over all K words at this temperature.
         """
 
     def softmax_facts(self, rows: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
-        """Compute the inputs of a sketch estimator, (..., 5) or (..., 12); see `cascadeexit.exits.confidence`."""
+        """Compute the inputs of a `SketchConfidence` estimator from adapter outputs (..., D).
+
+        `exits.confidence.softmax_facts` describes the arguments. Returns (..., 5) without `before`, and (..., 12) with
+        it.
+        """
 
     def first(self, words: int) -> "VocabHead":
-        """Make a head of the first `words` words, a multiple of `exits.config.WORD_BLOCK` or all K."""
+        """Make a head for only the first `words` words of this head.
+
+        words: a multiple of `exits.config.WORD_BLOCK`, or K.
+        """
 
 
 class ExitRuntime(Protocol):
-    """The trained exits of one model, ready to run."""
+    """Runs the trained exits of one model. Exits are numbered s = 0, 1, 2, ... from the lowest layer."""
 
     full_head: VocabHead
-    """The full model's head. Its `argmax` may use the exits' rounded head to be faster, with the same result."""
+    """The full model's head. The exits' 8-bit head may help its `argmax` to be faster. The result does not change."""
     draft_bytes: int
-    """Bytes of weights that one call of `drafts` reads."""
+    """How many bytes of weights one call of `drafts` reads."""
     context_bytes: int
-    """Bytes of weights that one call of `context` reads."""
+    """How many bytes of weights one call of `context` reads."""
     memory_bytes: int
-    """Bytes of memory that the exits need in addition to the model."""
+    """How many bytes of memory the exits need in addition to the model."""
 
     def hidden(self, s: int, rows: Rows, carried: Rows) -> Rows:
-        """Run the adapter of exit s on rows and their carried states: (..., D), (..., D) -> (..., D)."""
+        """Run the adapter of exit s on rows (..., D) from the exit's layer. Returns (..., D).
+
+        carried: the carried state of each row (..., D).
+        """
 
     def logits(self, s: int, hidden: Rows) -> Tensor:
-        """Compute the logits of exit s for adapted rows: (..., D) -> (..., K).
+        """Compute the logits of exit s from outputs of its adapter: (..., D) -> (..., K).
 
-        Column k belongs to token `head_ids[k]` of the bank, or to token k if the bank has no `head_ids`.
+        Column k belongs to the token id `head_ids[k]` of the `ExitBank`. If the bank has no `head_ids`, column k
+        belongs to token id k.
         """
 
     def choice(self, s: int, hidden: Rows) -> int:
-        """Return the likeliest token id of exit s for one adapted row (1, D)."""
+        """Return the token id that exit s finds likeliest. `hidden` is one output of its adapter, (1, D)."""
 
     def confidence(self, s: int, hidden: Rows, copied: Sequence[tuple[int, int]],
                    before: Rows | None = None) -> list[float]:
-        """Estimate the probability that exit s chooses the full model's token: adapted rows (N, D) -> N numbers.
+        """Estimate the probability that exit s and the full model choose the same token. Returns N numbers.
 
         Args:
-            copied: for each row, the copied token and the match length that `Lookup.copied` returns.
-            before: adapted rows of the previous exit for the same tokens (N, D); None if that exit did not run.
+            hidden: outputs of the adapter of exit s (N, D).
+            copied: for each row, the token that n-gram lookup copies and the length of the match, from `Lookup.copied`.
+            before: adapter outputs of the previous exit for the same tokens (N, D); None if that exit did not run.
         """
 
     def context(self, states: Sequence[Rows], row: int) -> Any:
-        """Compute the drafter's context from row number `row` of the states at all exits except the first.
+        """Compute the drafter's context from one token's hidden states at all exits except the first.
 
-        states: one entry for each of these E exits, (1, N, D).
+        Args:
+            states: hidden states at each of these E exits, (1, N, D) each.
+            row: number of the token's row in each of these states.
 
-        Returns a value for `drafts`; None without a trained drafter.
+        Returns a value to pass to `drafts`. Returns None if there is no trained drafter.
         """
 
     def drafts(self, tokens: Sequence[int], carried: Sequence[Rows], k: int, temperature: float,
                context: Any = None) -> list[tuple[Rows, list[float], list[int]]]:
-        """Draft k next tokens for each of these tokens. Without a drafter, the exit before the first layer drafts.
+        """Draft the next token after each given token. Without a drafter, the exit before the first layer drafts.
 
         Args:
             carried: for each token, the hidden state that produced it (1, D).
+            k: number of candidates to return for each next token.
             context: result of `context`; None without a drafter.
 
-        Returns for each token its hidden state (1, D), and probabilities and token ids of the k likeliest next tokens,
-        best first. The probabilities are those at this temperature among the words that may be drafted.
+        Returns three values for each token: the adapter's output (1, D), which is the carried state of the next token;
+        the probabilities of the k likeliest next tokens, best first; and their token ids. The probabilities are those
+        of the softmax at this temperature over the words that may be drafted.
         """
 
     def try_bytes(self, s: int) -> int:
-        """Return the bytes of weights that are read to adapt one row for exit s and compute its confidence."""
+        """Return how many bytes of weights one try of exit s reads.
+
+        A try computes the adapter's output for one row and the confidence of the exit.
+        """
 
     def head_bytes(self, s: int) -> int:
-        """Return the bytes of weights that the vocabulary projection of exit s reads."""
+        """Return how many bytes of weights the vocabulary head of exit s reads in one pass."""
 
 
 class Backend(Protocol):
-    """Runs one frozen model: its layers, its vocabulary head and its exits."""
+    """Runs one frozen model: its decoder layers, its vocabulary head and its exits."""
 
     name: str
     layers: LayerStack
     head: VocabHead
 
     def __init__(self, base, bounds: tuple[int, ...]):
-        """Take the weights of a transformers *ForCausalLM that fits. The caller may delete that model afterwards.
+        """Take over the weights of a transformers *ForCausalLM for which `fits` is True.
 
-        bounds: layer numbers at which segments begin and end: 0, the exit layers, the number of layers.
+        The caller may delete that model afterwards.
+
+        bounds: layer numbers at which segments begin and end, ascending: 0, each exit's layer, and the number of
+        layers.
         """
 
     @classmethod
     def build(cls) -> None:
-        """Do the one-time work on a machine, such as compiling kernels. `fits` does this work, too, if needed."""
+        """Prepare this machine once, for example compile kernels. If this was not done before, `fits` does it."""
 
     @classmethod
     def fits(cls, base) -> bool:
@@ -232,16 +275,16 @@ class Backend(Protocol):
     #   facts() -> dict[str, str]   what is there on this machine, such as compiled kernels, by name
 
     def vocab_head(self, weight: Tensor, *, rounded: bool = False) -> VocabHead:
-        """Make a head with another weight (K, D).
+        """Make a vocabulary head from a weight (K, D).
 
-        rounded: allow rounding the weight to 8 bits, for results that need not be exact.
+        rounded: allow the backend to round the weight to 8 bits, if results need not be exact.
         """
 
     def exits(self, bank) -> ExitRuntime:
-        """Make the runtime of an `ExitBank` that is prepared for this model (`ExitBank.prepare`)."""
+        """Make the runtime for an `ExitBank`. Call `ExitBank.prepare` with this model before."""
 
     def without_gradients(self, function: Callable) -> Callable:
-        """Wrap a function or generator function so that it records no gradients, with little overhead."""
+        """Wrap a function or generator function so that it records no gradients. The wrapper costs little time."""
 
     def synchronize(self) -> None:
-        """Wait until the device has finished all work in its queue. Call this before reading a clock."""
+        """Wait until the device has finished all work that was started. Call this before reading a clock."""

@@ -1,8 +1,9 @@
-"""KVCache: preallocated keys and values, with a length for each layer.
+"""KVCache: memory for keys and values, allocated in advance, with a length for each layer.
 
-It manages positions and does not depend on what a layer computes. A rollback lowers the lengths and leaves the tensors.
+The cache only manages positions, and does not depend on what a layer computes. A rollback lowers the lengths. It does
+not change the keys and values in memory.
 
-Letters: L layers, B texts, H key-value heads, C capacity in positions, W numbers (or bytes) of a key or a value.
+Letters: L layers, B texts, H key-value heads, C capacity in positions, W elements of one key or one value.
 """
 
 import torch
@@ -11,10 +12,10 @@ from cascadeexit.backends import memory
 
 
 class KVCache:
-    """Keys and values (L, B, H, C, W) of one sequence, or of B sequences of equal length.
+    """Keys and values of one text, or of B texts of equal length: two tensors (L, B, H, C, W).
 
     Args:
-        widths: W of a key and of a value.
+        widths: W for keys, and W for values.
     """
 
     def __init__(self, num_layers: int, num_heads: int, widths: tuple[int, int], capacity: int, *, batch: int = 1,
@@ -30,11 +31,14 @@ class KVCache:
         return self.keys.nbytes + self.values.nbytes
 
     def length(self, layer_idx: int) -> int:
-        """Return the number of positions of this layer that hold real tokens."""
+        """Return how many positions of this layer hold real tokens, without padding."""
         return self.lengths[layer_idx]
 
     def room(self, layer_idx: int, n: int) -> int:
-        """Return the slot at which this layer's next n positions begin. Raises ValueError when they do not fit."""
+        """Return the slot at which this layer's next n positions begin. Nothing is reserved.
+
+        Raises ValueError if the positions do not fit into the cache.
+        """
         start = self.lengths[layer_idx]
         if start + n > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions, {start} are used and {n} more were asked "
@@ -42,25 +46,25 @@ class KVCache:
         return start
 
     def claim(self, layers: range, n: int) -> int:
-        """Reserve the next n positions in these layers. Returns the slot at which they begin.
+        """Reserve the next n positions in each of these layers. Returns the slot at which they begin.
 
-        Raises ValueError when they do not fit.
+        Raises ValueError if the positions do not fit into the cache.
         """
         start = self.room(layers[0], n)
         self.advance(layers, n)
         return start
 
     def advance(self, layers: range, n: int) -> None:
-        """Increase the length of these layers by n, which makes the next n rows in their buffers real positions."""
+        """Add n to the length of each of these layers. The next n slots then count as real tokens."""
         for layer_idx in layers:
             self.lengths[layer_idx] += n
 
     def copy_from(self, other: "KVCache") -> None:
-        """Copy the contents of another cache, whose capacity may not be larger than this one's."""
+        """Copy keys, values and lengths from another cache. Its capacity must not be larger than that of this cache."""
         self.keys[:, :, :, :other.capacity] = other.keys
         self.values[:, :, :, :other.capacity] = other.values
         self.lengths = list(other.lengths)
 
     def truncate(self, length: int) -> None:
-        """Remove every position from `length` on, in every layer."""
+        """Limit the length of every layer to `length` positions. Keys and values stay in memory."""
         self.lengths = [min(held, length) for held in self.lengths]

@@ -1,4 +1,7 @@
-"""Exits: base class of the exit runtimes. It has their heads and byte counts; each backend adds the computation."""
+"""Exits: base class of the backends' exit runtimes.
+
+`Exits` makes the vocabulary heads of the exits and counts bytes. Each backend's subclass adds the computation.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +12,15 @@ from cascadeexit.exits.config import WORD_BLOCK
 
 
 class Exits:
-    """Vocabulary heads of a bank's exits on one backend, and the bytes of weights that each evaluation reads.
+    """Makes the vocabulary heads of a bank's exits on one backend, and counts the bytes of weights that exits read.
 
-    If possible, the heads of all exits, of the drafter and of the sketch are parts of one trimmed head.
+    If the bank has a trimmed head (a head for only the most frequent tokens), each exit and the drafter read the first
+    words of that head. A `SketchConfidence` estimator does so, too, if its words are the first words of the trimmed
+    head.
 
     Args:
-        backend: a `base.Backend`; its vocabulary heads project the exits' rows.
+        bank: the trained exits of the model.
+        backend: a `base.Backend`. It makes the vocabulary heads.
     """
 
     drafter_bits = None         # bits that are read for each weight of a drafter; None: those of its dtype
@@ -40,7 +46,10 @@ class Exits:
         self._count()
 
     def _sketch_head(self, backend, weight: Tensor) -> VocabHead | None:
-        """Return the head that sketch estimators read. If possible, it is the first part of the trimmed head."""
+        """Return the vocabulary head that `SketchConfidence` estimators read; None if the bank has none of them.
+
+        If its words are the first words of the trimmed head, `first` of the trimmed head makes it.
+        """
         ids, words = self._bank.sketch_ids, self._bank.head_ids
         if ids is None:
             return None
@@ -49,11 +58,11 @@ class Exits:
         return backend.vocab_head(weight[ids], rounded=True)
 
     def logits(self, s: int, hidden: Rows) -> Tensor:
-        """Compute the logits of exit s for adapted rows; see `ExitRuntime.logits`."""
+        """Compute the logits of exit s from outputs of its adapter; see `ExitRuntime.logits`."""
         return self._heads[s].logits(hidden)
 
     def choice(self, s: int, hidden: Rows) -> int:
-        """Return the likeliest token id of exit s for one adapted row (1, D)."""
+        """Return the token id that exit s finds likeliest. `hidden` is one output of its adapter, (1, D)."""
         best, = self._heads[s].argmax(hidden)
         return best if self._ids is None else self._ids[best]
 
@@ -66,9 +75,9 @@ class Exits:
         return self._try_bytes[s]
 
     def _count(self) -> None:
-        """Count the bytes that each evaluation reads.
+        """Count the bytes of weights that one try of each exit, one draft step and one drafter context read.
 
-        This runs once, because walking a module takes as long as a small kernel.
+        The counts are stored: counting the bytes of a module takes as long as a small kernel.
         """
         bank, drafter, estimators = self._bank, self._bank.drafter, self._bank.confidence_heads
         adapters = [_bytes(adapter) for adapter in bank.adapters]

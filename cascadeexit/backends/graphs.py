@@ -1,4 +1,4 @@
-"""CUDA graphs: record work once, then replay it with one call. The backends `torch` and `gpu` use this."""
+"""CUDA graphs: record GPU work once, then replay it with one call. The backends `torch` and `gpu` use this module."""
 
 import contextlib
 import functools
@@ -14,18 +14,23 @@ _RECORDING = threading.Lock()           # CUDA records one graph at a time
 
 
 def wanted(device: torch.device) -> bool:
-    """Return True if work should be recorded: on CUDA, unless the environment sets CASCADEEXIT_GRAPHS=0."""
+    """Return True if work on this device should be recorded as CUDA graphs.
+
+    This is the case on CUDA, unless the environment variable CASCADEEXIT_GRAPHS is 0.
+    """
     return device.type == "cuda" and os.environ.get("CASCADEEXIT_GRAPHS") != "0"
 
 
 def capture(work: Callable[[], Any], pool: Any = None, warm_ups: int = 1) -> tuple[Callable[[], None], Any]:
-    """Record the kernel launches of `work` on the current device.
+    """Call `work` on the current CUDA device, and record the kernels that it launches as a CUDA graph.
 
-    Returns a function that replays them, and the result of `work`, which every replay overwrites.
+    Returns a function and a result. The function launches the recorded kernels again. The result is what `work`
+    returned while it was recorded. Each replay overwrites the tensors in it.
 
     Args:
-        pool: memory pool of the graph; None for a new one.
-        warm_ups: number of calls before the recording, which allocate workspaces and choose or compile kernels.
+        pool: memory pool of the graph; None for a new pool.
+        warm_ups: number of calls of `work` before the recording. These calls allocate workspaces, and choose or compile
+            kernels.
     """
     with _RECORDING:
         now, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
@@ -43,18 +48,19 @@ def capture(work: Callable[[], Any], pool: Any = None, warm_ups: int = 1) -> tup
 
 @functools.cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """Return the stream on which all graphs of a device are recorded.
+    """Return the CUDA stream on which all graphs of this device are recorded.
 
-    One stream is enough, and libraries keep a workspace for each stream.
+    All graphs use the same stream, because libraries keep a workspace for each stream.
     """
     return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Disable garbage collection inside the `with` block.
+    """Disable Python's garbage collection inside the `with` block.
 
-    Otherwise it might release a KV cache, and the kernels that clear this cache would become part of the graph.
+    During a recording, garbage collection could release a KV cache. The kernels that fill this cache with zeros would
+    then become part of the graph.
     """
     enabled = gc.isenabled()
     gc.disable()

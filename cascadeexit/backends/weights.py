@@ -1,8 +1,9 @@
-"""Weights: where a transformers decoder of a supported type keeps its weights.
+"""Weights: find the weights of a transformers decoder of a supported type.
 
-Only this module depends on the names of these weights in transformers. (The `torch` backend does, too, because it runs
-transformers' own modules.) All supported types share one layout: RMSNorm, attention with grouped queries and rotary
-embedding (with biases in Qwen2, with norms of queries and keys in Qwen3), RMSNorm, SwiGLU.
+Only this module and the `torch` backend depend on the names that transformers gives to these weights. The `torch`
+backend does so because it runs transformers' own modules. The decoder layers of all supported types have the same
+parts: RMSNorm, grouped-query attention with rotary embedding, RMSNorm, and a SwiGLU MLP. In Qwen2, queries, keys and
+values also have biases. In Qwen3, queries and keys also have norms.
 
 Letters: D hidden size, H query heads, K key-value heads, d head size, F inner size of the MLP, P positions.
 """
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class OuterWeights:
-    """Weights outside the decoder layers. V: number of words."""
+    """Weights of a model outside its decoder layers. V is the number of words in the vocabulary."""
 
     embedding: Tensor           # (V, D)
     final_norm: Tensor          # (D,)
@@ -25,7 +26,7 @@ class OuterWeights:
 
     @property
     def tied(self) -> bool:
-        """True if embedding and head are the same tensor."""
+        """True if the embedding and the head are the same tensor."""
         return self.head is self.embedding
 
     @property
@@ -38,23 +39,30 @@ class OuterWeights:
 
 
 def outer_weights(base) -> OuterWeights:
-    """Return the weights outside the layers of a transformers *ForCausalLM, without a copy."""
+    """Return the embedding, the final norm and the head of a transformers *ForCausalLM. They are not copied."""
     return OuterWeights(base.model.embed_tokens.weight, base.model.norm.weight, base.lm_head.weight, base.lm_head.bias)
 
 
 def is_spread(base) -> bool:
-    """Return True if accelerate has spread a model's weights over several devices, main memory or disk."""
+    """Return True if accelerate has put a model on several devices (main memory counts as one), or on disk."""
     places = {str(place) for place in getattr(base, "hf_device_map", {}).values()}
     return len(places) > 1 or "disk" in places
 
 
 def layer_devices(base) -> list[torch.device]:
-    """Return the device of each decoder layer. Weights on disk are loaded to this device for each call."""
+    """Return the device on which each decoder layer runs.
+
+    For a layer with weights on disk, this is the device to which accelerate loads them for each call.
+    """
     return [_execution_device(layer) for layer in base.model.layers]
 
 
 def _execution_device(layer: nn.Module) -> torch.device:
-    """Return a layer's device: that in its accelerate hook (which may contain several), else that of its weights."""
+    """Return the device on which a layer runs.
+
+    This is the execution device of the layer's accelerate hook, if the layer has such a hook. Otherwise it is the
+    device of the layer's weights.
+    """
     hook = getattr(layer, "_hf_hook", None)
     for part in getattr(hook, "hooks", (hook,)):
         if getattr(part, "execution_device", None) is not None:
@@ -63,9 +71,10 @@ def _execution_device(layer: nn.Module) -> torch.device:
 
 
 def bring_outer_weights(base) -> None:
-    """Load the embedding, the final norm and the head into memory if accelerate left them on disk.
+    """Load the embedding, the final norm and the head if accelerate has offloaded them to main memory or disk.
 
-    Every pass needs them, and they are small compared with the layers. Their accelerate hooks are removed.
+    They then stay loaded, and their accelerate hooks are removed. Every pass needs these weights, and they are small
+    compared with the layers.
     """
     for module in (base.model.embed_tokens, base.model.norm, base.lm_head):
         hook = getattr(module, "_hf_hook", None)
@@ -82,7 +91,7 @@ def bring_outer_weights(base) -> None:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Weights of one decoder layer. A weight that the model type does not have is None."""
+    """Weights of one decoder layer. A weight is None if the model type does not have it."""
 
     attention_norm: Tensor      # (D,)
     q: Tensor                   # (H d, D)
@@ -104,12 +113,12 @@ class LayerWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all these weights."""
+        """Size of all weights of this layer, in bytes."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
 
 def layer_weights(base) -> list[LayerWeights]:
-    """Return the weights of every decoder layer of a transformers *ForCausalLM, without a copy."""
+    """Return the weights of each decoder layer of a transformers *ForCausalLM. They are not copied."""
     return [_layer(layer) for layer in base.model.layers]
 
 
@@ -130,7 +139,7 @@ def _norm(module: nn.Module, name: str) -> Tensor | None:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder, from its config."""
+    """Sizes of a decoder, such as its hidden size and its number of heads."""
 
     hidden: int
     heads: int
@@ -142,7 +151,7 @@ class DecoderShape:
 
     @classmethod
     def of(cls, config) -> "DecoderShape":
-        """Make the shape that a transformers config describes."""
+        """Read the sizes from a transformers config."""
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(config.hidden_size, heads, config.num_key_value_heads, head_dim, config.intermediate_size,
@@ -150,7 +159,10 @@ class DecoderShape:
 
 
 def rotary_angles(base, shape: DecoderShape) -> Sequence[Tensor]:
-    """Compute cosines and sines of the rotary embedding at every position: two fp32 tensors (P, d / 2)."""
+    """Compute the cosines and the sines of the rotary embedding at every position.
+
+    Returns two fp32 tensors (P, d / 2): cosines, sines.
+    """
     angles = base.model.rotary_emb(torch.zeros((), dtype=torch.float32),
                                    position_ids=torch.arange(shape.positions)[None])
     return [t[0, :, :shape.head_dim // 2] for t in angles]

@@ -1,4 +1,4 @@
-"""Exits of a frozen model: plain trainable modules, and the artifact that holds them. Backends run them."""
+"""Exits of a frozen model: trainable modules, and the files in which they are saved. Backends make them fast."""
 
 from cascadeexit.exits.adapters import ADAPTERS, CarryAdapter, Drafter, ExitAdapter
 from cascadeexit.exits.bank import ExitBank

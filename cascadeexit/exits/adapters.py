@@ -1,8 +1,8 @@
-"""Adapters: small networks that turn a hidden state of some layer into one that the frozen head can read.
+"""Adapters: small networks that turn a hidden state of some layer into a state that the frozen head can read.
 
-An adapter does not depend on the vocabulary. `swiglu`, the published kind, reads the hidden state at its layer. `carry`
-also reads the carried state: the hidden state of the full model or exit that produced the newest token. Decoding has
-computed that state anyway, and it holds what deep layers found one token before.
+An adapter does not depend on the vocabulary. There are two kinds. `swiglu`, the kind of the original CascadeExit, reads
+the hidden state at its layer. `carry` also reads the carried state, the hidden state that produced the newest token.
+Decoding has computed the carried state anyway, and it contains what deep layers found one token before.
 
 Letters: D hidden size.
 """
@@ -14,27 +14,27 @@ from torch import Tensor, nn
 
 
 class Adapter(Protocol):
-    """Interface of a kind of adapter: an nn.Module that is made from (hidden_size, width, norm_eps)."""
+    """Interface that each kind of adapter has. An adapter is an nn.Module, made from (hidden_size, width, norm_eps)."""
 
     reads_carried: bool
-    """True if the adapter reads the carried state. Training then whitens inputs and fits `linear` by regression."""
+    """True if the adapter reads the carried state. Training then whitens the inputs and fits `linear` by regression."""
     linear: nn.Linear | None
-    """The linear part, (2 D) -> (D); None if it is the identity on the hidden state."""
+    """The adapter's linear part, which maps 2 D numbers to D. None if this part is the identity on the hidden state."""
     norm: nn.RMSNorm
-    """The norm of the output. The head reads the normed output."""
+    """The norm that is applied last. The head reads its output."""
 
     def __call__(self, h: Tensor, carried: Tensor) -> Tensor:
-        """Adapt hidden rows h, each with its carried state: (..., D), (..., D) -> (..., D)."""
+        """Adapt hidden states h, each with its own carried state: (..., D), (..., D) -> (..., D)."""
 
     def rescale(self, h: float) -> None:
-        """Scale the weights to suit rows that were multiplied by `h`: the output stays the same.
+        """Change the weights for hidden states that are `h` times as large, so that the output stays the same.
 
-        Only for adapters without `reads_carried`.
+        Only adapters with `reads_carried` False have this method.
         """
 
 
 class ExitAdapter(nn.Module):
-    """The published adapter: norm(h + up(silu(gate h) * down h)), (..., D) -> (..., D)."""
+    """The adapter of the original CascadeExit: norm(h + up(silu(gate h) * down h)), (..., D) -> (..., D)."""
 
     reads_carried = False
     linear = None
@@ -49,25 +49,25 @@ class ExitAdapter(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, h: Tensor, carried: Tensor) -> Tensor:
-        """Adapt hidden rows h; the carried state is not read."""
+        """Adapt hidden states h: (..., D) -> (..., D). The carried state is not read."""
         return self.norm(h + self.up(nn.functional.silu(self.gate(h)) * self.down(h)))
 
     @torch.no_grad()
     def rescale(self, h: float) -> None:
-        """Scale the weights to suit rows that were multiplied by `h`: the output stays the same.
+        """Change the weights for hidden states that are `h` times as large, so that the output stays the same.
 
-        The norm cancels the scale that remains.
+        The sum before the norm becomes `h` times as large, and the norm removes this factor.
         """
         for weight, factor in ((self.gate, 1 / h), (self.down, 1 / h), (self.up, h)):
             weight.weight.mul_(factor)
 
 
 class CarryAdapter(nn.Module):
-    """An adapter that reads x = [h, carried]: norm(linear x + up(silu(gate x) * down x)).
+    """An adapter that reads x = [h, carried], the hidden state and the carried state side by side.
 
-    Shapes: h (..., D), carried (..., D) -> (..., D). The carried state has the same form as the output: the head can
-    read it. EAGLE (Li et al. 2024) passes on the last deep state, too; here it is combined with h, the newest token's
-    state at the exit's layer.
+    Formula: norm(linear x + up(silu(gate x) * down x)). Shapes: h (..., D), carried (..., D) -> (..., D). The head can
+    read the output, and it can read the carried state, too. EAGLE (Li et al. 2024) also passes on the last deep state.
+    This adapter combines that state with h, the newest token's state at the layer of the exit.
     """
 
     reads_carried = True
@@ -83,7 +83,7 @@ class CarryAdapter(nn.Module):
         self.linear.weight.data.copy_(torch.eye(hidden_size, 2 * hidden_size))
 
     def forward(self, h: Tensor, carried: Tensor) -> Tensor:
-        """Adapt hidden rows h, each with its carried state."""
+        """Adapt hidden states h, each with its own carried state: (..., D), (..., D) -> (..., D)."""
         x = torch.cat([h, carried], dim=-1)
         return self.norm(self.linear(x) + self.up(nn.functional.silu(self.gate(x)) * self.down(x)))
 
@@ -92,11 +92,12 @@ ADAPTERS: dict[str, type[Adapter]] = {"swiglu": ExitAdapter, "carry": CarryAdapt
 
 
 class Drafter(nn.Module):
-    """The network that drafts chains of tokens: a `carry` adapter before the first layer that also reads a context.
+    """The network that drafts tokens. It is a `carry` adapter before the first layer that also reads a context.
 
-    The context comes from the states of the newest confirmed token at the E other exits, side by side (..., E D). All
-    drafts of a pass use the same context. EAGLE-3 (Li et al. 2025) found that several depths tell more about later
-    tokens than the last depth alone.
+    The context is computed from hidden states at E exits, all except the one before the first layer. They are taken at
+    the position that produced the newest confirmed token, and stand side by side (..., E D). All drafts of a pass use
+    the same context. EAGLE-3 (Li et al. 2025) found that states of several depths tell more about later tokens than the
+    last state alone.
 
     Args:
         states: E, the number of exits whose states form the context.
@@ -109,5 +110,11 @@ class Drafter(nn.Module):
         nn.init.zeros_(self.context.weight)
 
     def forward(self, h: Tensor, carried: Tensor, context: Tensor) -> Tensor:
-        """Adapt embeddings h with carried states and the output of `self.context`: (..., D) each -> (..., D)."""
+        """Adapt token embeddings: (..., D) -> (..., D).
+
+        Args:
+            h: token embeddings (..., D).
+            carried: the carried state of each token (..., D).
+            context: output of `self.context` (..., D).
+        """
         return self.adapter(h, carried + context)

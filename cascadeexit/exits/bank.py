@@ -1,7 +1,7 @@
-"""ExitBank: all exits of one model as a plain trainable module, and the artifact it is saved to.
+"""ExitBank: all exits of one model as a trainable module, and the files in which they are saved.
 
-Artifact: config.json + exits.safetensors, and calibration.json if the exits were calibrated. Decoding does
-not call the bank itself: `backend.exits(bank)` makes the runtime for a device.
+The files are config.json and exits.safetensors. Calibrated exits also have calibration.json. Decoding does not call the
+bank itself. It uses the runtime that `backend.exits(bank)` makes.
 """
 
 import hashlib
@@ -26,13 +26,14 @@ log = logging.getLogger(__name__)
 
 
 class ExitBank(nn.Module):
-    """Adapters, confidence estimators, drafter and word lists of one model's exits.
+    """All trained parts of one model's exits: adapters, confidence estimators, drafter and lists of token ids.
 
     Attributes:
         adapters: one for each exit, from the shallowest.
-        confidence_heads: one for each exit; None if the largest softmax probability is the confidence.
+        confidence_heads: one estimator for each exit; None if the confidence is the largest softmax probability.
         drafter: the network that drafts; None if the exit before the first layer drafts.
-        head_ids: token ids of the trimmed head, the most frequent first; None for the whole vocabulary.
+        head_ids: token ids of the trimmed head, the most frequent first; None if the exits choose from the whole
+            vocabulary.
         sketch_ids: token ids that a sketch estimator reads; None for other estimators.
         calibration: measured thresholds of these exits; None if they were not calibrated.
     """
@@ -56,11 +57,11 @@ class ExitBank(nn.Module):
 
     @classmethod
     def untrained(cls, model, *, confidence: str = "softmax", **shape) -> Self:
-        """Make exits that start as the logit lens of a model: identity adapters with the model's final norm.
+        """Make untrained exits for a model: each adapter only applies the final norm of the model (the logit lens).
 
         Args:
-            model: a `SegmentedModel`; its exit layers are the bank's.
-            shape: further fields of `ExitConfig`.
+            model: a `SegmentedModel`; the bank gets its exit layers.
+            shape: more fields of `ExitConfig`.
         """
         config = ExitConfig(base_model=model.name, hidden_size=model.hidden_size, num_layers=model.num_layers,
                             vocab_size=model.vocab_size, layers=model.exit_layers, confidence=confidence,
@@ -72,10 +73,10 @@ class ExitBank(nn.Module):
         return bank
 
     def prepare(self, model) -> Self:
-        """Freeze the exits, move them to a `SegmentedModel`'s device, and return them.
+        """Freeze the exits and move them to the device of a `SegmentedModel`. Returns the bank.
 
-        Adapters and drafter take the model's dtype; estimators keep theirs, fp32. Logs a warning when the exits were
-        trained on other weights. Raises ValueError when they belong to another architecture.
+        Adapters and drafter get the dtype of the model. Confidence estimators stay in fp32. Logs a warning if the exits
+        were trained on other weights. Raises ValueError if they belong to another architecture.
         """
         c = self.config
         theirs = (c.hidden_size, c.num_layers, c.vocab_size, c.layers)
@@ -94,25 +95,33 @@ class ExitBank(nn.Module):
 
     @property
     def sketch_places(self) -> dict[int, int]:
-        """Place of each token in the sketch, {token id: place}; {} without a sketch."""
+        """Index of each token in `sketch_ids`, as {token id: index}; {} without a sketch estimator."""
         return {} if self.sketch_ids is None else {word: i for i, word in enumerate(self.sketch_ids.tolist())}
 
     def fingerprint(self) -> str:
-        """Return a hash that tells which exits made a result: SHA-256 over their weights in fp32 and their head sizes.
+        """Return a hash that identifies these exits, so that a result can name the exits that made it.
 
-        The drafter does not count: an exit's choices and confidences are the same with any drafter.
+        It is SHA-256 over weights in fp32, lists of token ids and head sizes, shortened to 16 hex digits. The drafter
+        is left out, because it changes neither the choices nor the confidences of an exit.
         """
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("drafter.")}
         return _digest(state, repr(self.config.head_sizes) if self.config.head_sizes else "")
 
     def drafter_fingerprint(self) -> str | None:
-        """Return SHA-256 over the drafter's weights, which affect the speed of `verified`; None without a drafter."""
+        """Return a hash that identifies the drafter; None without a drafter.
+
+        It is SHA-256 over the drafter's weights in fp32, shortened to 16 hex digits. The drafter affects the speed of
+        `verified`.
+        """
         return _digest(self.drafter.state_dict()) if self.drafter else None
 
     # -- artifact -------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json and exits.safetensors; a reader never sees half a file."""
+        """Write config.json and exits.safetensors to a folder.
+
+        Each file is written under another name first and then renamed, so that nobody reads an incomplete file.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights, config = folder / (WEIGHTS_FILE + ".tmp"), folder / (CONFIG_FILE + ".tmp")
@@ -123,9 +132,9 @@ class ExitBank(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read an artifact written by `save`.
+        """Read exits that `save` wrote, with their calibration if there is one.
 
-        Raises FileNotFoundError when a file is missing, ValueError when the files are damaged or do not fit together.
+        Raises FileNotFoundError if a file is missing, and ValueError if files are damaged or do not fit together.
         """
         folder = Path(folder)
         try:
@@ -142,7 +151,7 @@ class ExitBank(nn.Module):
         return bank
 
     def _check_words(self) -> None:
-        """Raise ValueError if a word of the trimmed head or the sketch is outside the vocabulary."""
+        """Raise ValueError if `head_ids` or `sketch_ids` has a token id outside the vocabulary."""
         for name in ("head_ids", "sketch_ids"):
             ids = getattr(self, name)
             bad = [] if ids is None else ids[(ids < 0) | (ids >= self.config.vocab_size)].tolist()
@@ -152,7 +161,10 @@ class ExitBank(nn.Module):
 
 
 def _digest(state: dict[str, Tensor], begin: str = "") -> str:
-    """Return the first 16 hex digits of SHA-256 over named tensors in fp32."""
+    """Return the first 16 hex digits of SHA-256 over named tensors in fp32.
+
+    begin: text that is hashed before the tensors.
+    """
     digest = hashlib.sha256(begin.encode())
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())

@@ -1,10 +1,11 @@
-"""Confidence estimators: compute the probability that an exit's choice equals the full model's.
+"""Confidence estimators: compute the probability that an exit chooses the same token as the full model.
 
-There are two kinds. `ConfidenceHead`, the published one, reads the adapted hidden state. `SketchConfidence` reads facts
-of the exit's softmax over a few frequent words, and the n-gram copy. Neither needs the exit's whole vocabulary
-projection, so only the exit that is taken computes it.
+There are two kinds. `ConfidenceHead`, the estimator of the original CascadeExit, reads the adapted hidden state.
+`SketchConfidence` reads a few numbers. Some of them describe the exit's softmax over a few frequent tokens, which is
+called the sketch. The other numbers tell how well the copied token of n-gram lookup fits. An estimator does not need
+the exit's projection onto the whole vocabulary. Only the exit that is taken computes this projection.
 
-Letters: N rows, D hidden size, K words of the head that a sketch reads.
+Letters: N rows, D hidden size, K tokens of the sketch.
 """
 
 import math
@@ -17,7 +18,7 @@ FACTS_ALONE, FACTS_AFTER = 5, 12        # inputs of a sketch estimator, without 
 
 
 class ConfidenceHead(nn.Module):
-    """The published estimator, an MLP: adapted hidden states (..., D) -> logits (...,). Always in fp32."""
+    """The estimator of the original CascadeExit, an MLP in fp32: adapted hidden states (..., D) -> logits (...,)."""
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
@@ -29,14 +30,15 @@ class ConfidenceHead(nn.Module):
         return self.outer(inner).squeeze(-1).float()
 
     def chance(self, hidden: Tensor) -> Tensor:
-        """Compute the probability that this exit's choice equals the full model's: (..., D) -> (...,)."""
+        """Compute the probability that the exit chooses the full model's token: adapted states (..., D) -> (...,)."""
         return self(hidden).sigmoid()
 
 
 class SketchConfidence(nn.Module):
-    """An estimator that reads `softmax_facts`: (..., 5), or (..., 12) with the previous exit -> logits (...,).
+    """An estimator that reads the numbers of `softmax_facts` and returns logits (...,).
 
-    If the previous exit ran for the same token, its numbers are inputs, too: exits that agree are right more often.
+    Its input is (..., 5), or (..., 12) if the previous exit ran for the same token. The 7 more numbers are about the
+    previous exit, because two exits that agree are right more often.
     """
 
     def __init__(self, width: int):
@@ -49,31 +51,34 @@ class SketchConfidence(nn.Module):
 
 
 def read_copies(copied: Sequence[tuple[int, int]], places: Mapping[int, int]) -> list[tuple[int, float]]:
-    """Turn n-gram copies into estimator inputs: the word's place in the sketch and log(1 + length of the match).
+    """Convert the results of n-gram lookup to inputs of a sketch estimator.
+
+    Returns two numbers for each copied token: its index in the sketch, or -1 if the sketch does not have it, and log(1
+    + length of the match).
 
     Args:
-        copied: tokens and lengths, as from `Lookup.copied`.
-        places: {token id: place in the sketch}; other tokens get -1.
+        copied: pairs of token and match length, as from `Lookup.copied`.
+        places: {token id: index in the sketch}, as `ExitBank.sketch_places`.
     """
     return [(places.get(token, -1), math.log1p(length)) for token, length in copied]
 
 
 def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: Tensor,
                   before: Tensor | None = None) -> Tensor:
-    """Compute the inputs of `SketchConfidence` from an exit's softmax: (..., 5), or (..., 12) with the previous exit.
+    """Compute the inputs of `SketchConfidence` for an exit: (..., 5), or (..., 12) if the previous exit ran, too.
 
-    Columns:
-    - log p of the likeliest word, log p of the second, entropy in nats
-    - only with the previous exit, seven more: these three numbers of that exit; 1 if both exits have the same likeliest
-      word, else 0; log p of this exit's word in that exit, and of that exit's word in this exit, at least -15; the
-      cosine of the two rows
-    - the match length of the copy, as log(1 + length), if the likeliest word is the copied one, else 0; the same number
-      if it is another word, else 0
+    Columns, in this order; p is a probability in the softmax over the K tokens of the sketch:
+    - Three numbers of this exit: log p of the likeliest token, log p of the second, entropy in nats.
+    - Only if the previous exit ran, seven numbers: the same three numbers of the previous exit; 1 if both exits have
+      the same likeliest token, else 0; log p of this exit's likeliest token by the previous exit; log p of the previous
+      exit's likeliest token by this exit; the cosine of both adapted rows. The two log p are raised to at least -15.
+    - Two numbers of n-gram lookup: log(1 + match length) if the copied token is this exit's likeliest token, else 0;
+      then log(1 + match length) if it is not, else 0.
 
     Args:
-        project: the head of the sketch, rows (..., D) -> logits (..., K).
+        project: function that projects rows (..., D) onto the tokens of the sketch (..., K).
         hidden: adapted rows of this exit (..., D).
-        copied: n-gram copies from `read_copies`, (..., 2).
+        copied: result of `read_copies` as a tensor (..., 2).
         before: adapted rows of the previous exit (..., D); None if it did not run.
     """
     log_p, mine = _of_softmax(project(hidden))
@@ -89,7 +94,10 @@ def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: T
 
 
 def _of_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log probabilities (..., K); and log p of the two likeliest words and the entropy in nats (..., 3)."""
+    """Compute log probabilities and three numbers that describe them, from logits (..., K).
+
+    Returns log probabilities (..., K), and log p of the two likeliest tokens and the entropy in nats (..., 3).
+    """
     log_p = logits.float().log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)
     return log_p, torch.cat([log_p.topk(2, dim=-1).values, entropy], dim=-1)

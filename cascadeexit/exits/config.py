@@ -1,4 +1,4 @@
-"""ExitConfig: the shape of a model's exits and the model they belong to, as saved beside their weights."""
+"""ExitConfig: describes the exits of a model and the model itself. It is saved beside the weights of the exits."""
 
 import json
 from dataclasses import dataclass
@@ -13,39 +13,45 @@ _FORMAT = 3
 
 @dataclass(frozen=True)
 class ExitConfig:
-    """Shape of the exits and the model they belong to. Raises ValueError if fields contradict each other."""
+    """Kinds and sizes of the exits of a model, and the sizes of the model.
+
+    Raises ValueError if fields contradict each other.
+    """
 
     base_model: str
-    """Short name of the base model."""
+    """Short name of the model that the exits belong to."""
     hidden_size: int
     num_layers: int
-    """Layers of the base model."""
+    """Number of layers of the base model."""
     vocab_size: int
     layers: tuple[int, ...]
-    """Number of layers below each exit, ascending; 0 is an exit before the first layer."""
+    """For each exit, the number of layers below it, ascending. 0 is an exit before the first layer."""
     adapter: str = "swiglu"
-    """Kind of adapter: 'swiglu' as published, or 'carry', which also reads the carried state."""
+    """Kind of adapter: 'swiglu' as in the original CascadeExit, or 'carry', which also reads the carried state."""
     width: int = 512
-    """Inner width of the adapter's SwiGLU; 512 as published."""
+    """Inner width of the adapters. The original CascadeExit has 512."""
     confidence_width: int = 256
-    """Inner width of the confidence estimator; 256 as published, 48 for 'sketch'."""
+    """Inner width of the confidence estimators. The original CascadeExit has 256; 'sketch' usually has 48."""
     confidence: str = "mlp"
-    """Kind of confidence estimator. 'mlp': the published one. 'sketch': reads the exit's probabilities of its most
-    frequent words and the n-gram copy. 'softmax': the largest probability of the exit's head, for untrained exits."""
+    """Kind of confidence estimator. 'mlp' is that of the original CascadeExit. 'sketch' reads the exit's probabilities
+    of frequent tokens, and the token that n-gram lookup predicts. 'softmax' is the largest probability of the exit, for
+    untrained exits."""
     sketch_size: int = 0
-    """Number of words that a 'sketch' estimator reads; 0 for the other kinds."""
+    """Number of tokens of the vocabulary that a 'sketch' estimator reads. It is 0 for the other kinds."""
     head_size: int = 0
-    """Number of words in the exits' trimmed head, the most frequent first; 0 means the whole vocabulary."""
+    """Number of tokens in the trimmed head, from which the exits choose. They are the most frequent tokens of the
+    vocabulary, in order of frequency. 0 means that the exits choose from the whole vocabulary."""
     head_sizes: tuple[int, ...] = ()
-    """How many of the trimmed head's first words each exit reads; () means all. Deep exits predict rare words,
-    shallow exits do not."""
+    """For each exit, the number of tokens that it chooses from: the first tokens of the trimmed head. () means that
+    each exit chooses from all of them. Deep exits predict rare tokens, and shallow exits do not."""
     draft_size: int = 0
-    """How many of the trimmed head's first words the draft tree chooses from; 0 means those of the first exit."""
+    """Number of tokens that the draft tree chooses from: the first tokens of the trimmed head. 0 means as many as the
+    first exit chooses from."""
     drafter_width: int = 0
-    """Inner width of the `Drafter`; 0 means no drafter: the exit before the first layer drafts."""
+    """Inner width of the `Drafter`. 0 means that there is no drafter. Then the exit before the first layer drafts."""
     norm_eps: float = 1e-5
     head_fingerprint: str = ""
-    """SHA-256 of the base model's head, or '' when unknown."""
+    """SHA-256 of the base model's head; '' if it is unknown."""
     trained: bool = False
     format: int = _FORMAT
 
@@ -80,19 +86,20 @@ class ExitConfig:
                              "anew with training/run.sh, or use the version that made them")
 
     def words(self, s: int) -> int:
-        """Return the number of words that exit s chooses from."""
+        """Return how many tokens of the vocabulary exit s chooses from."""
         return self.head_sizes[s] if self.head_sizes else self.head_size or self.vocab_size
 
     @property
     def draft_words(self) -> int:
-        """Number of words that drafts are chosen from."""
+        """Number of tokens of the vocabulary that the draft tree chooses from."""
         return self.draft_size or self.words(0)
 
 
 def read_config(folder: str | Path) -> ExitConfig:
-    """Read an artifact's config without its weights.
+    """Read the config in a folder of exits, without reading the weights.
 
-    Raises FileNotFoundError when one of the two files is missing, ValueError or TypeError when the config is damaged.
+    Raises FileNotFoundError if the config file or the weights file is missing, and ValueError or TypeError if the
+    config is damaged.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):

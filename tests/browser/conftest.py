@@ -9,6 +9,7 @@ from tests.browser.server import CHROMIUM_ARGS, find_chromium, serve
 from tests.tiny_models import tiny_engine
 from tests.tiny_text import tiny_tokenizer
 
+TOUR_SEEN = "try { localStorage.setItem('cascadeexit.tour', 'done') } catch { }"      # blocked before the first page
 SEED = 39           # its tiny model writes every hostile token and uses every exit within 200 tokens
 
 
@@ -31,7 +32,10 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium):
-    """Function that opens a page. Requests to other machines, errors and dialogs fail the test at its end."""
+    """Function that opens a page. Requests to other machines, errors and dialogs fail the test at its end.
+
+    tour: True opens it as a first visitor sees it, with the steps of `assets/page/tour.js`.
+    """
     contexts, complaints = [], []
 
     def check(route):
@@ -41,9 +45,11 @@ def open_page(chromium):
         complaints.append(f"request to {route.request.url}")
         return route.abort()
 
-    def open_(url: str, width: int = 1280, height: int = 900, **options):
+    def open_(url: str, width: int = 1280, height: int = 900, tour: bool = False, **options):
         context = chromium.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
+        if not tour:
+            context.add_init_script(TOUR_SEEN)
         page = context.new_page()
         page.set_default_timeout(30_000)
         page.route("**/*", check)

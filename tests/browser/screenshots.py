@@ -13,6 +13,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from cascadeexit import hub
+from tests.browser.conftest import TOUR_SEEN
 from tests.browser.driving import choose_exact, open_tab, run_to_end
 from tests.browser.server import CHROMIUM_ARGS, find_chromium, serve
 
@@ -60,6 +61,7 @@ def take(browser: Browser, url: str, shot: Shot, folder: Path) -> None:
     """Make the run of a shot and write its picture; the first shot also writes the trace and the animated picture."""
     page = browser.new_page(viewport={"width": shot.width, "height": shot.height}, device_scale_factor=1.5)
     page.set_default_timeout(600_000)
+    page.add_init_script(TOUR_SEEN)
     page.goto(f"{url}?__theme={shot.theme}")
     page.add_style_tag(content="* { caret-color: transparent !important; }")
     if shot.exact:

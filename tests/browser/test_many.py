@@ -74,6 +74,7 @@ def test_cancelling_keeps_the_results_so_far(many, tiny, monkeypatch):
     many.wait_for_timeout(800)
     assert len(made) == stopped, "cancelling did not stop the run of a prompt"
     assert many.locator("#ce-many-status").inner_text().strip() == status.split("\n")[-1] and "stopped" in status
+    assert " left" not in status, "no time is left when nothing runs"
     assert not [text for text in many.evaluate("window.statuses") if "Error" in text]
     assert "prompt 1" in many.locator("#ce-results").inner_text()
     assert many.get_by_text("Save table (CSV)").is_enabled()

@@ -99,31 +99,6 @@ def test_text_streams_while_the_model_runs(page, slow):
     assert page.locator(".ce-facts b").first.inner_text() != "–", "no live speed"
 
 
-def open_charts(page):
-    page.get_by_role("button", name="Interactive charts").click()
-    page.wait_for_selector("#ce-figures .js-plotly-plot .main-svg")
-
-
-def test_a_new_run_hides_the_charts_of_the_last_one(page):
-    run_to_end(page)
-    open_charts(page)
-    page.click("#ce-run")
-    page.wait_for_selector("#ce-figures", state="hidden")
-    page.wait_for_selector(".ce-status.done")
-    open_charts(page)
-
-
-def test_numbers_and_charts_stay_after_a_run(page):
-    run_to_end(page)
-    open_charts(page)
-    page.wait_for_function("document.querySelectorAll('#ce-figures .js-plotly-plot').length === 3")
-    titles = page.locator("#ce-figures .gtitle").all_text_contents()
-    assert titles == ["Which exit wrote the tokens", "Time per token", "Confidence of the exits"]
-    nodes = page.evaluate("""() => document.evaluate('count(//*[contains(@class, "ce-text")]//node())',
-                             document, null, XPathResult.NUMBER_TYPE).numberValue""")
-    assert nodes <= 4 * sum(len(shown_ids(page, side)) for side in ("cascade", "full"))
-
-
 def test_model_output_is_text_and_never_markup(page, tiny):
     run_to_end(page)
     text = shown_text(page, "cascade") + shown_text(page, "full")
@@ -244,7 +219,6 @@ def test_untrained_exits_are_labelled(page):
 def test_a_phone_needs_no_sideways_scrolling(open_page, tiny_url, theme):
     page = open_page(f"{tiny_url}?__theme={theme}", width=360, height=780)
     run_to_end(page)
-    open_charts(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
@@ -271,9 +245,10 @@ def test_a_card_shows_everything_about_a_token(page, tiny):
     tokens = page.locator(f".ce-text[data-side=cascade] {FINAL}")
     tokens.nth(5).click()
     card = page.locator(".ce-card")
-    page.wait_for_function("document.querySelectorAll('.ce-card .ce-candidate').length >= 20")
+    page.wait_for_function("document.querySelectorAll('.ce-card .ce-candidate').length >= 14")
     ids = expected(tiny, "cascade")
-    assert f"{ids[5]} · bytes" in card.inner_text() and "% of what the full model reads" in card.inner_text()
+    assert f"{ids[5]} · bytes" in card.inner_text()
+    assert "% of the weights that the full model reads" in card.inner_text()
     rows = card.locator("tbody tr")
     assert rows.count() == 4 and all("%" in rows.nth(s).inner_text() for s in range(4))
     page.keyboard.press("ArrowRight")
@@ -283,7 +258,8 @@ def test_a_card_shows_everything_about_a_token(page, tiny):
     page.keyboard.press("Escape")
     assert card.is_hidden()
     tokens.nth(9).hover()
-    assert card.is_visible() and f"{ids[9]} · bytes" in card.inner_text()
+    card.wait_for()
+    assert f"{ids[9]} · bytes" in card.inner_text()
 
 
 def test_a_key_of_the_legend_highlights_its_tokens(page):

@@ -5,6 +5,7 @@ each time, and what it returned is overwritten by the next replay.
 """
 
 import gc
+import itertools
 import weakref
 from collections import Counter
 
@@ -133,6 +134,47 @@ def test_the_full_model_is_one_launch_for_each_token(pair, replays):
         assert len(replays) == 1, "always the same recording"
         assert replays.total() == 4 if mode == "full" else replays.total() <= 5 - (first.status == "emitted")
         assert (drafts > 0) == (mode == "verified")
+
+
+def test_late_checks_need_no_launch_of_their_own(pair, replays, monkeypatch):
+    """Every second token exits first; the full model's pass for the next one also checks it, with the same text."""
+    _, replayed = pair
+    runs, launches = [], []
+    for check_late in (False, True):
+        asked = itertools.count()
+        monkeypatch.setattr(replayed.exits, "confidence", lambda *_, asked=asked: [float(next(asked) % 2 == 0)])
+        replays.clear()
+        runs.append(replayed.run(PROMPT, DecodeConfig(max_new_tokens=4, ignore_eos=True, check_late=check_late,
+                                                      thresholds=(0.5, *[None] * (replayed.num_exits - 1)))))
+        launches.append(+replays)
+    plain, late = runs
+    assert late.token_ids == plain.token_ids and launches[0] == launches[1]
+    choices = replayed.full_choices(PROMPT, late.token_ids)
+    assert [list(event.checked) for event in late.events] == [[], choices[:1], [], choices[2:3]]
+    assert [event.weight_bytes for event in late.events] == [event.weight_bytes for event in plain.events]
+
+
+@torch.inference_mode()
+def test_catch_up_of_many_rows_is_recorded_passes_of_16_rows(pair, replays):
+    """The last of them includes the head, unless more rows are asked for than it has."""
+    text, seen = list(range(2, 42)), []
+    for engine in pair:
+        stack, head = engine.model.layers, engine.exits.full_head
+        cache, choices = stack.new_cache(64), []
+        waiting = stack.join([stack.run(range(2), stack.embed(text[a:a + 16]), cache)[-1] for a in (0, 16, 32)])
+        stack.tensor(waiting)
+        for asked in (1, 12):
+            replays.clear()
+            top, = stack.run(range(2, 3), waiting, cache)
+            choices += head.argmax(stack.norm(top[:, -asked:]))
+            count = replays.copy()
+            cache.lengths[-1] = 0
+            seen.append((choices[:], stack.tensor(top), cache.keys.clone(), cache.values.clone(), count))
+    plain, recorded = seen[:2], seen[2:]
+    for expected, found in zip(plain, recorded):
+        assert found[0] == expected[0] and all(map(torch.equal, found[1:4], expected[1:4]))
+        assert found[4].total() == 3 and not expected[4]
+    assert [len(found[4]) for found in recorded] == [2, 1], "the recording with the head, and the one without"
 
 
 def test_every_recording_is_made_at_load(pair, replays):

@@ -1,9 +1,9 @@
 """The `cpu` backend: our C++ kernels for bf16 models on a CPU.
 
-If a pass has few rows, PyTorch's matrix kernels reach a quarter of the memory bandwidth, and dispatching them takes as
-long again. These kernels run rows through whole segments in one call and use most of the memory bandwidth. The
-machine's own C++ compiler builds them once, in seconds. Models in fp32, and all models on a machine without a compiler,
-run on the `torch` backend.
+In passes of few rows, PyTorch's matrix kernels use only a quarter of the memory bandwidth, and starting them takes as
+long as running them. One call of our kernels runs rows through whole segments, and uses most of the memory bandwidth.
+This machine's C++ compiler builds the kernels once, in seconds. Models in fp32 run on the `torch` backend. So do all
+models on a machine without a compiler.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,10 @@ from cascadeexit.exits.bank import ExitBank
 
 
 class CpuBackend:
-    """Runs C++ kernels, which compute each row by itself in a fixed order. `base.Backend` describes the methods."""
+    """Runs a model with C++ kernels. They compute each row by itself, and add numbers in a fixed order.
+
+    `base.Backend` describes the methods.
+    """
 
     name = "cpu"
     families = ("llama", "mistral", "qwen2", "qwen3")       # model types that tests/test_kernels.py compares
@@ -32,7 +35,7 @@ class CpuBackend:
 
     @classmethod
     def build(cls) -> None:
-        """Compile the kernels unless this machine has compiled them before. This takes seconds."""
+        """Compile the kernels if this machine has not compiled them before. Compiling takes seconds."""
         build.library()
 
     @classmethod
@@ -41,11 +44,11 @@ class CpuBackend:
 
     @classmethod
     def why_not(cls, base) -> str:
-        """Say why this backend does not fit a model, and what to do; "" if it fits.
+        """Return the reason why this backend cannot run a model; "" if it can.
 
-        It fits bf16 models on a CPU that have a known type, a head size that is a multiple of 16, a plain SwiGLU, and
-        even hidden and inner sizes. A model that accelerate has spread over devices does not fit, because its weights
-        are moved for each call.
+        It needs the compiled kernels and a bf16 model on a CPU. The model's type must be in `families`, its head size a
+        multiple of 16, its MLP a SwiGLU without biases, and its hidden and inner sizes even. A model that accelerate
+        has spread over devices is refused, because accelerate moves its weights for each call.
         """
         weights = outer_weights(base)
         if weights.device.type != "cpu":
@@ -66,7 +69,7 @@ class CpuBackend:
 
     @classmethod
     def facts(cls) -> dict[str, str]:
-        """Describe the kernels on this machine: {fact: value}, as in `build.facts`."""
+        """Describe the kernels on this machine; see `build.facts`. Returns {fact: value}."""
         return build.facts()
 
     def vocab_head(self, weight: Tensor, *, rounded: bool = False) -> CpuHead:
@@ -79,4 +82,4 @@ class CpuBackend:
         return function         # kernels record no gradients, and inference mode costs 50 us a token
 
     def synchronize(self) -> None:
-        """Do nothing, because every call returns only when its work is done."""
+        """Do nothing. Every call of a kernel returns only when its work is done."""

@@ -1,6 +1,7 @@
-"""Build: compiles the C++ kernels once, with the machine's own compiler and for its processor.
+"""Build: compiles the C++ kernels once, with this machine's compiler and for its processor.
 
-The shared library is kept in the cache folder. Its name contains a hash of sources, flags, compiler and processor.
+The compiled library is kept in the cache folder. Its file name contains a hash of the sources, the flags, the compiler
+and the processor.
 """
 
 import ctypes
@@ -27,9 +28,10 @@ _VECTORS = ("AVX512BF16", "AVX512VNNI", "AVX512BW", "AVX512F", "AVX2")      # co
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels, and build them first if needed. If this fails, log the reason and return None.
+    """Return the library of compiled kernels. The first call compiles them if needed.
 
-    CASCADEEXIT_KERNELS=0 in the environment disables the kernels: the result is None, and nothing is logged.
+    If this fails, the reason is logged and the result is None. CASCADEEXIT_KERNELS=0 in the environment disables the
+    kernels: the result is None, and nothing is logged.
     """
     if os.environ.get("CASCADEEXIT_KERNELS") == "0":
         return None
@@ -47,12 +49,16 @@ def library() -> ctypes.CDLL | None:
 
 
 def find_compiler() -> str | None:
-    """Return the path of the C++ compiler: $CXX, else g++, else clang++; None without one."""
+    """Return the path of the C++ compiler: $CXX, else g++, else clang++. Returns None if none is installed."""
     return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
 
 
 def facts() -> dict[str, str]:
-    """Describe the kernels on this machine: compiler, compiled file, files of other versions, vector extensions."""
+    """Describe the kernels on this machine. Returns {fact: value}.
+
+    The facts are the compiler, the path of the compiled library, the vector extensions of the processor that the
+    kernels use, and how many out-of-date libraries are in the cache folder.
+    """
     compiler, others = find_compiler(), sorted(cache_folder().glob("kernels-*.so"))
     found = {"compiler": compiler or "none"}
     if library() is not None:
@@ -70,7 +76,7 @@ def facts() -> dict[str, str]:
 
 
 def why_not() -> str:
-    """Say why the kernels are not available, and what to do; "" if they are."""
+    """Return the reason why the kernels are not available, and what to do; "" if they are available."""
     if os.environ.get("CASCADEEXIT_KERNELS") == "0":
         return "CASCADEEXIT_KERNELS=0 disables the kernels: unset this variable"
     if library() is not None:
@@ -81,20 +87,23 @@ def why_not() -> str:
 
 
 def _target(compiler: str) -> str:
-    """Return compiler output that identifies the processor behind `-march=native`."""
+    """Return the compiler's messages about `-march=native`. They identify this machine's processor."""
     return subprocess.run([compiler, "-march=native", "-E", "-v", "-x", "c++", os.devnull], capture_output=True,
                           text=True, timeout=60).stderr
 
 
 def kernels_file(compiler: str) -> Path:
-    """Return the path of the shared library for these sources, this compiler and this processor."""
+    """Return the path of the compiled library for the current sources, this compiler and this machine's processor.
+
+    The file may not exist yet.
+    """
     sources = [(path.name, path.read_bytes()) for path in sorted(SOURCES.iterdir())]
     key = hashlib.sha256(repr((sources, FLAGS, _target(compiler), platform.machine())).encode()).hexdigest()[:16]
     return cache_folder() / f"kernels-{key}.so"
 
 
 def _build(compiler: str) -> Path:
-    """Return the path of the shared library; compile it if it is missing."""
+    """Compile the library if its file does not exist. Returns its path."""
     path = kernels_file(compiler)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +116,7 @@ def _build(compiler: str) -> Path:
 
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare argument and result types of the exported functions. Returns `lib`."""
+    """Declare the argument and result types of the library's functions for ctypes. Returns `lib`."""
     lib.ce_row_cost.restype = c_float
     lib.ce_row_cost.argtypes = [c_int32]
     lib.ce_key_bytes.argtypes = lib.ce_value_bytes.argtypes = [c_int32]

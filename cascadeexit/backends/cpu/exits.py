@@ -1,6 +1,6 @@
-"""CpuExits: adapters, estimators and drafter in C++.
+"""CpuExits: runs adapters, confidence estimators and the drafter in C++.
 
-Letters: N rows, D hidden size, I inputs, O outputs, E exits, not counting the first.
+Letters: N rows, D hidden size, I inputs, O outputs, E exits without the first one, V tokens of the vocabulary.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from cascadeexit.exits.confidence import read_copies
 
 
 class CpuExits(Exits):
-    """Exit runtime in C++; the methods are those of `base.ExitRuntime`."""
+    """Runs the trained exits of a model in C++. `base.ExitRuntime` describes the methods."""
 
     drafter_bits = 8            # drafts change only the speed, never the text
 
@@ -67,9 +67,10 @@ class CpuExits(Exits):
 
     def drafts_by_parts(self, tokens: Sequence[int], carried: Sequence[Hidden], k: int, temperature: float,
                         context: ctypes.Array | None = None) -> list[tuple[States, list[float], list[int]]]:
-        """Draft with separate calls of embedding, adapter and head; arguments and result are those of `drafts`.
+        """Draft the next tokens with separate calls of the embedding, the adapter and the head.
 
-        This is for models that `CpuDrafter` does not support, such as those whose embeddings are not the head's rows.
+        Arguments and result are those of `drafts`. This is for models that `CpuDrafter` does not support. One example
+        is a model that does not tie its embedding to its head.
         """
         states = torch.cat([tensor_of(state) for state in carried])
         if context is not None:
@@ -83,7 +84,10 @@ class CpuExits(Exits):
 
 
 class ModuleAdapter:
-    """Runs an adapter in PyTorch if the kernels do not support it: rows, carried states (..., D) -> (..., D)."""
+    """Runs an exit's adapter in PyTorch, for a type of adapter that the C++ kernels do not support.
+
+    A call takes rows (..., D) and their carried states (..., D), and returns the adapter's output (..., D).
+    """
 
     def __init__(self, adapter: nn.Module):
         self._adapter = adapter
@@ -95,16 +99,18 @@ class ModuleAdapter:
 
 
 class CpuAdapter:
-    """An adapter in C++: rows (..., D) and carried states (..., D) -> (..., D).
+    """Runs an exit's adapter in C++.
+
+    A call takes rows (..., D) and their carried states (..., D), and returns the adapter's output (..., D).
 
     Args:
-        adapter: `ExitAdapter` or `CarryAdapter`; its weights are copied.
-        eight_bits: round weights to 8 bits. Results then differ slightly from those of the bf16 weights.
+        adapter: an `ExitAdapter` or a `CarryAdapter`. Its weights are copied.
+        eight_bits: round the weights to 8 bits. Results then differ slightly from those of the bf16 weights.
     """
 
     @staticmethod
     def knows(adapter: nn.Module) -> bool:
-        """Return True if the kernels support this kind of adapter."""
+        """Return True if the C++ kernels support this type of adapter."""
         return type(adapter) in (ExitAdapter, CarryAdapter)
 
     def __init__(self, adapter: nn.Module, *, eight_bits: bool = False):
@@ -129,11 +135,14 @@ class CpuAdapter:
 
 
 def _rounded_adapter(gate: Tensor, down: Tensor, up: Tensor, linear: Tensor | None):
-    """Round an adapter's weights to 8 bits. Returns a store, the matrices of `Adapter`, and the input scale (I,).
+    """Round an adapter's weights to 8 bits for C++.
 
-    Inputs with large values have small weights, which rounding would lose. So each column is first divided by a power
-    of 2 near its magnitude, and its input is later multiplied by the same number. For the columns of `up`, the rows of
-    `down` are multiplied instead.
+    Returns the `Store` of the weights, the three matrices of `Adapter` (`linear`, `gate_down`, `up`) and the scale of
+    the inputs (I,).
+
+    An input with large values has small weights, which rounding would lose. So each column of weights is divided by a
+    power of 2 near its magnitude before it is rounded. C++ multiplies the column's input by the same power of 2, which
+    is its scale. For the columns of `up`, the rows of `down` are multiplied by it instead.
     """
     gate, down, up = gate.detach().float(), down.detach().float(), up.detach().float()
     whole = [] if linear is None else [linear.detach().float()]
@@ -151,12 +160,13 @@ def _rounded_adapter(gate: Tensor, down: Tensor, up: Tensor, linear: Tensor | No
 
 
 class CpuDrafter:
-    """Drafts in one C++ call, with the adapter of the drafter or of the exit before the first layer.
+    """Drafts next tokens in one C++ call, which runs embedding, adapter and head.
 
     Args:
-        embedding: embeddings of all tokens (V, D).
-        head: projection onto the words that may be drafted.
-        ids: token ids of these words; None if a word's number is its token id.
+        embedding: the head whose weight rows are the embeddings of all tokens (V, D).
+        adapter: the adapter of the drafter. Without a drafter, that of the exit before the first layer.
+        head: the vocabulary head for the words that may be drafted.
+        ids: for each of these words, its token id; None if the number of each word is its token id.
     """
 
     def __init__(self, embedding: CpuHead, adapter: CpuAdapter, head: CpuHead, ids: Sequence[int] | None):
@@ -165,7 +175,10 @@ class CpuDrafter:
 
     def __call__(self, tokens: Sequence[int], carried: Sequence[Hidden], k: int, temperature: float,
                  context: ctypes.Array | None = None) -> list[tuple[States, list[float], list[int]]]:
-        """Draft as `ExitRuntime.drafts` does; carried states are bf16."""
+        """Draft the k likeliest next tokens after each token; see `ExitRuntime.drafts`.
+
+        carried: as in `ExitRuntime.drafts`, but always in bf16.
+        """
         n, k, d = len(tokens), min(k, self._head.words), self._embedding.shape[1]
         states = (c_void_p * n)(*(state.data_ptr() for state in carried)) if self._adapter.carries else None
         hidden, numbers, probs = States((n, d)), (c_int32 * (n * k))(), (c_float * (n * k))()
@@ -176,7 +189,7 @@ class CpuDrafter:
 
 
 class CpuContext:
-    """A drafter's context layer with its weight (D, E D) rounded to 8 bits. An input row is given as E parts (D,)."""
+    """Computes a drafter's context in C++: a linear layer with its weight (D, E D) rounded to 8 bits."""
 
     def __init__(self, weight: Tensor):
         weight = weight.detach().float()
@@ -187,7 +200,10 @@ class CpuContext:
         self._scale = self._store.floats(scale)
 
     def __call__(self, states: Sequence[Hidden], row: int) -> ctypes.Array:
-        """Apply the layer to one row of each of E states (1, N, D) in bf16. Returns D numbers in fp32."""
+        """Compute the context from row number `row` of each of E states, (1, N, D) each in bf16.
+
+        Returns an array of D numbers in fp32.
+        """
         n, d = len(states), self._matrix.outputs
         out = (c_float * d)()
         build.library().ce_gathered(byref(self._matrix), self._scale,
@@ -197,12 +213,12 @@ class CpuContext:
 
 
 class CpuConfidence:
-    """A sketch estimator and the vocabulary head that it reads, in C++.
+    """Runs a `SketchConfidence` estimator in C++, and the vocabulary head that it reads.
 
     Args:
-        head: projection onto the words of the sketch.
-        alone, after: the estimator's two networks (linear, SiLU, linear). `alone` reads facts of one exit, `after`
-            those of this and the previous exit.
+        head: the vocabulary head for the words that the estimator reads.
+        alone: the estimator's network (linear, SiLU, linear) if the previous exit did not run. It reads 5 numbers.
+        after: the estimator's network if the previous exit ran. It reads 12 numbers of both exits.
     """
 
     def __init__(self, head: CpuHead, alone: nn.Sequential, after: nn.Sequential):
@@ -216,11 +232,12 @@ class CpuConfidence:
         return Estimator(*(t.data_ptr() for t in kept), float(outer.bias), inner.in_features, inner.out_features)
 
     def __call__(self, rows: Hidden, copied: Sequence[tuple[int, float]], before: Hidden | None = None) -> list[float]:
-        """Compute the confidences of adapted rows (N, D): N numbers in [0, 1].
+        """Compute the confidences of an exit from outputs of its adapter. Returns N numbers in [0, 1].
 
         Args:
+            rows: outputs of the exit's adapter (N, D).
             copied: result of `read_copies`, one pair for each row.
-            before: adapted rows of the previous exit (N, D); None if that exit did not run.
+            before: adapter outputs of the previous exit (N, D); None if that exit did not run.
         """
         rows, before, n = in_bf16(rows), None if before is None else in_bf16(before), len(copied)
         chances = (c_float * n)()

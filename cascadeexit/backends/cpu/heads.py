@@ -1,6 +1,6 @@
-"""CpuHead: a vocabulary projection in C++, in bf16 or rounded to 8 bits.
+"""CpuHead: a vocabulary head in C++, with weights in bf16 or rounded to 8 bits.
 
-A screen (`HeadScreen`) halves the bytes that argmax reads.
+With a `HeadScreen`, the argmax of a bf16 head reads only half of the bytes.
 
 Letters: N rows, I inputs (the hidden size), K words.
 """
@@ -23,12 +23,13 @@ from cascadeexit.exits.confidence import FACTS_AFTER, FACTS_ALONE
 
 
 class CpuHead:
-    """Projects bf16 rows (..., I) onto K words, with fp32 results. `base.VocabHead` describes the methods.
+    """Computes fp32 logits of K words from bf16 rows (..., I). `base.VocabHead` describes the methods.
 
     Args:
         weight: (K, I) in bf16.
-        eight_bits: keep weights as 8-bit integers with one factor for each output, and round rows to 16-bit integers
-            with one factor for each row. This halves the bytes and the work, but rounds the results.
+        eight_bits: store the weights as 8-bit integers, with one scale factor for each word. Rows are then rounded to
+            16-bit integers, with one scale factor for each row. This halves the bytes and the work, but the logits are
+            less exact.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, eight_bits: bool = False):
@@ -49,9 +50,10 @@ class CpuHead:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of weights that one `argmax` call reads.
+        """How many bytes of weights one call of `argmax` reads.
 
-        With a screen these are the screen's bytes: the few bf16 rows that are also read do not count.
+        With a `HeadScreen`, only the bytes of its 8-bit head count. `argmax` also reads a few rows of the bf16 weight,
+        which are not counted.
         """
         if self._screen:
             return self._screen.rough.nbytes
@@ -63,7 +65,10 @@ class CpuHead:
 
     @property
     def weight(self) -> Tensor:
-        """Unpack the weight into a new tensor (K, I). Raises ValueError if the weight was rounded to 8 bits."""
+        """The weight (K, I), unpacked into a new tensor on each access.
+
+        Raises ValueError if the weight was rounded to 8 bits.
+        """
         return self.rows(range(self.words)).tensor()[0]
 
     def logits(self, rows: Hidden) -> Tensor:
@@ -74,7 +79,11 @@ class CpuHead:
         return out
 
     def argmax(self, rows: Hidden) -> list[int]:
-        """Find the likeliest word of each row (..., I); of equal ones, the first. With a screen this is faster."""
+        """Find the likeliest word of each row (..., I). Returns one word number for each row.
+
+        If several words are equally likely, the one with the lowest number is returned. A `HeadScreen` makes this
+        faster.
+        """
         rows = in_bf16(rows)
         n = prod(rows.shape[:-1])
         numbers, screen = (c_int32 * n)(), self._screen
@@ -86,7 +95,13 @@ class CpuHead:
         return [Choice(token, partial(self.logit, rows, row)) for row, token in enumerate(self.argmax(rows))]
 
     def logit(self, rows: Hidden, row: int, number: int) -> float:
-        """Compute the logit of one word for one of the rows (1, N, I). It is bitwise equal to the value in `logits`."""
+        """Compute one logit of a bf16 head. It is bitwise equal to the value in `logits`.
+
+        Args:
+            rows: rows of hidden states (1, N, I).
+            row: number of the row among these.
+            number: number of the word.
+        """
         rows, size, of = in_bf16(rows), build.library().ce_block(), self.matrix
         first = number // size * size
         # A matrix that consists of only the block with this output.
@@ -112,7 +127,7 @@ class CpuHead:
         return facts
 
     def first(self, words: int) -> "CpuHead":
-        """Make a head of the first `words` words, which shares this head's memory.
+        """Make a head for only the first `words` words. It shares this head's memory.
 
         words: a multiple of `WORD_BLOCK`, or K.
         """
@@ -124,7 +139,9 @@ class CpuHead:
         return part
 
     def rows(self, ids: Sequence[int]) -> States:
-        """Read rows of the weight as embeddings: n token ids -> (1, n, I).
+        """Read the rows of the weight for n words: word numbers -> (1, n, I).
+
+        If the model ties its embedding to its head, these rows are the embeddings of n token ids.
 
         Raises ValueError if the weight was rounded to 8 bits.
         """
@@ -136,22 +153,26 @@ class CpuHead:
         return out
 
     def screened(self, rough: "CpuHead", exact: Tensor, ids: Tensor | None = None) -> "CpuHead":
-        """Return a copy of this head with a faster argmax. It uses a `HeadScreen` made from these arguments."""
+        """Return a copy of this head with a faster argmax, which uses a new `HeadScreen`. The weights are shared.
+
+        The arguments are those of `HeadScreen`.
+        """
         head = copy.copy(self)
         head._screen, head._shared = HeadScreen(rough, exact, ids), True
         return head
 
 
 class HeadScreen:
-    """Excludes most words from an argmax with a head rounded to 8 bits. The result is the same, for half of the bytes.
+    """Makes the argmax of a bf16 head read half of the bytes: an 8-bit copy of the head first excludes most words.
 
-    For an output with weights w and rounded weights v, w . x differs from v . x by at most |w - v| |x| (Cauchy-Schwarz
-    inequality). So only a few outputs can be the largest, and only these are computed with the bf16 weights.
+    The result does not change. Let w be the weights of a word, v the rounded weights and x a row. Then w . x differs
+    from v . x by at most |w - v| |x| (Cauchy-Schwarz inequality). So only a few words can be the likeliest. Only for
+    these few are logits computed with the bf16 weights.
 
     Args:
         rough: the head rounded to 8 bits.
-        exact: the bf16 weight (K, I) that `rough` was made from.
-        ids: for each output of `rough`, its number in the exact head; None if both numbers are equal.
+        exact: the bf16 weight (K, I) that was rounded.
+        ids: for each word of `rough`, its number in the bf16 head; None if the numbers are equal.
     """
 
     def __init__(self, rough: CpuHead, exact: Tensor, ids: Tensor | None = None):

@@ -1,10 +1,11 @@
 """CpuLayers: the decoder layers of a Llama-like model in C++.
 
-Weights are bf16. They are packed to 12 bits without loss if the kernels for this processor read that. Keys and values
-are kept in 12 bits. A row's result does not depend on the other rows of its pass. So passes need no padding, and rows
-may also be branches of a draft tree or texts of a batch.
+Weights are bf16. They are packed to 12 bits each, without loss, if the kernels read this format on this processor. The
+numbers of the KV cache are rounded to 12 bits each. A row's result does not depend on the other rows of its pass. So
+passes need no padding. The rows of a pass may also be the branches of a draft tree, or belong to different texts of a
+batch.
 
-Letters: N rows, D hidden size, B texts of a batch, d head size.
+Letters: N rows, D hidden size, B texts of a batch, d head size, I inputs, O outputs.
 """
 
 import ctypes
@@ -27,7 +28,10 @@ from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weig
 
 
 class CpuCache(KVCache):
-    """A `KVCache` of bytes, in the layout of the C++ kernels. Its capacity is a whole number of blocks of positions."""
+    """A `KVCache` whose elements are bytes, in the layout of the C++ kernels.
+
+    The capacity is rounded up to whole blocks of positions.
+    """
 
     def __init__(self, num_layers: int, num_heads: int, head_dim: int, capacity: int, batch: int):
         lib = build.library()
@@ -37,11 +41,13 @@ class CpuCache(KVCache):
 
 
 class CpuLayers:
-    """Embedding, layers and final norm between `bounds`; the methods are those of `base.LayerStack`.
+    """Runs embedding, decoder layers and final norm in C++. `base.LayerStack` describes the methods.
 
     Args:
-        base: a transformers *ForCausalLM that `CpuBackend.fits`; its weights are copied.
-        head: the model's packed vocabulary projection. It also gives the embeddings if the model ties the two.
+        base: a transformers *ForCausalLM for which `CpuBackend.fits` is True. Its weights are copied.
+        bounds: layer numbers at which segments begin and end.
+        head: the model's vocabulary head. If the model ties its embedding to its head, embeddings are read from it,
+            too.
     """
 
     row_multiple, max_rows, supports_trees = 1, 32, True
@@ -71,7 +77,7 @@ class CpuLayers:
 
     @property
     def embedding_head(self) -> CpuHead | None:
-        """Return the head whose weight rows are the embeddings; None if the model does not tie head and embeddings."""
+        """The head whose weight rows are the embeddings; None if the model does not tie its embedding to its head."""
         return self._head
 
     # -- caches ---------------------------------------------------------------------------------------------------
@@ -80,7 +86,7 @@ class CpuLayers:
         return CpuCache(self._bounds[-1], self._shape.kv_heads, self._shape.head_dim, capacity, batch)
 
     def release(self, cache: CpuCache) -> None:
-        """Do nothing: a cache is freed with the last reference to it."""
+        """Do nothing. A cache is freed when the last reference to it is gone."""
 
     def keep(self, cache: CpuCache, start: int, path: Sequence[int]) -> None:
         if list(path) != list(range(len(path))):
@@ -126,13 +132,16 @@ class CpuLayers:
 
     def _run(self, bounds: tuple[int, ...], rows: Hidden, cache: CpuCache, start: int, *,
              parents: Sequence[int] | None = None, begins: Sequence[int] | None = None) -> list[States]:
-        """Run rows (1, N, D) from layer bounds[0] on. Returns the rows before each of the layers bounds[1:], (1, N, D).
+        """Run rows (1, N, D) through the layers from bounds[0] up to, but not including, bounds[-1].
 
-        The rows are positions start..start+N-1 of one text, unless `parents` or `begins` is given.
+        Returns a list with the rows (1, N, D) before each of the layers bounds[1:]. Without `parents` and `begins`, the
+        rows are the positions start, ..., start + N - 1 of one text.
 
         Args:
-            parents: the rows are a tree after `start` positions.
-            begins: there are B = N texts. Row r is position `start` of text r, which reads positions from begins[r] on.
+            start: number of positions in the cache before this pass.
+            parents: the rows form a draft tree after these positions; see `LayerStack.run`.
+            begins: the rows belong to N different texts. Row r is position `start` of text r. Positions of text r
+                before begins[r] are not read.
         """
         end = start + (rows.shape[1] if parents is None and begins is None else 1)
         if end > self._shape.positions:
@@ -159,15 +168,22 @@ def _ints(values: Sequence[int] | None) -> ctypes.Array | None:
 
 @functools.cache
 def _stops(bounds: tuple[int, ...]) -> ctypes.Array:
-    """Convert bounds[1:] to an array of layer numbers for C++, which returns the rows before each of these layers."""
+    """Return the layer numbers of bounds[1:] that are above bounds[0], as an array for C++.
+
+    C++ returns the rows before each of these layers.
+    """
     return _ints([bound for bound in bounds[1:] if bound > bounds[0]])
 
 
 def _by_group(groups: int, *parts: Tensor | None) -> Tensor | None:
-    """Join the weights of queries, keys and values (O, ...) so that each key-value head lies beside its query heads.
+    """Concatenate the weights (O, I) or biases (O,) of queries, keys and values. They are ordered by key-value head.
 
-    Then a thread computes attention from queries, keys and values that it has projected itself. Returns None if the
-    parts are None.
+    For each key-value head, the result holds the weights of its query heads, of its key, and of its value. One thread
+    projects these together, and then computes their attention. Returns None if the parts are None.
+
+    Args:
+        groups: number of key-value heads.
+        parts: weights or biases of queries, keys and values.
     """
     if parts[0] is None:
         return None

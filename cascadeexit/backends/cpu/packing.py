@@ -1,8 +1,9 @@
-"""Packing: weights in the layouts that the C++ kernels read, in huge pages.
+"""Packing: stores weights in the layouts that the C++ kernels read, in huge pages.
 
-bf16 weights stay in 16 bits or are packed to 12 bits without loss. Weights of exits may be rounded to 8-bit integers.
+bf16 weights keep their 16 bits, or are packed to 12 bits without loss. Weights of exits may be rounded to 8-bit
+integers.
 
-Letters: O outputs, I inputs, B outputs of a block.
+Letters: O outputs, I inputs, B outputs in one block.
 """
 
 import ctypes
@@ -20,14 +21,14 @@ _MOST_OUTLIERS = 1 / 64         # a weight with a larger share of outliers stays
 
 
 class Store:
-    """Packs weights into one piece of memory, and keeps alive all memory that C++ points to.
+    """Packs weights for C++ into one piece of memory. Keep the store as long as C++ may read its weights.
 
     Args:
-        weights: all weights that the store will hold: bf16 (O, I), or 8-bit integers from `rounded`.
+        weights: all weights that will be stored, to compute the size: bf16 (O, I), or 8-bit integers from `rounded`.
         in_12_bits: pack bf16 weights to 12 bits if possible.
 
     Attributes:
-        bytes: size of the bf16 weights after packing.
+        bytes: size in bytes of all bf16 weights that were packed so far.
     """
 
     def __init__(self, weights: Iterable[Tensor], *, in_12_bits: bool = False):
@@ -53,7 +54,10 @@ class Store:
         return at
 
     def matrix(self, *parts: Tensor, bias: Tensor | None = None) -> Matrix:
-        """Pack one bf16 weight (O, I), or several of the same shape, interleaved block by block."""
+        """Pack a bf16 weight (O, I). Returns a `Matrix` with the address of the packed weight.
+
+        Several weights of the same shape become one matrix, in which the blocks of the weights alternate.
+        """
         (outputs, inputs), lib, count = parts[0].shape, build.library(), len(parts)
         parts = [part.detach().contiguous() for part in parts]
         rows = outputs if count == 1 else count * -(-outputs // lib.ce_block()) * lib.ce_block()
@@ -68,7 +72,10 @@ class Store:
         return Matrix(at, None, self.floats(bias), inputs, rows)
 
     def _coded(self, parts: Sequence[Tensor]) -> tuple[int, ctypes.Array] | None:
-        """Pack weights to 12 bits. Returns their address and their outliers; None if there are too many outliers."""
+        """Pack weights to 12 bits. Returns the address of the packed weights, and an array of the outliers.
+
+        Outliers are weights that are not in the code book. Returns None if there are too many of them.
+        """
         outputs, inputs = parts[0].shape
         size, most, found = self._coded_bytes(outputs, inputs), int(parts[0].numel() * len(parts) * _MOST_OUTLIERS), 0
         at, outliers = self._take(len(parts) * size), (c_int64 * most)()
@@ -82,16 +89,16 @@ class Store:
         return at, outliers
 
     def matrix_in_8_bits(self, weight: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None) -> Matrix:
-        """Store one weight of 8-bit integers and its scale, as returned by `rounded`.
+        """Store a weight of 8-bit integers and its scale, both from `rounded`. Returns a `Matrix` with their addresses.
 
-        outputs: number of outputs, without those that fill up the last block.
+        outputs: number of outputs, without the zeros that fill up the last block.
         """
         at = self._take(weight.nbytes)
         ctypes.memmove(at, weight.data_ptr(), weight.nbytes)
         return Matrix(at, self.floats(scale), self.floats(bias), 2 * weight.shape[1], outputs)
 
     def floats(self, values: Tensor | None) -> int | None:
-        """Store an fp32 copy of the values. Returns its address; None if there are no values."""
+        """Store an fp32 copy of the values. Returns its address. Returns None if `values` is None."""
         if values is None:
             return None
         self._kept.append(values.detach().float().contiguous().clone())
@@ -99,19 +106,23 @@ class Store:
 
 
 def _whole_lines(size: int) -> int:
-    """Round a size in bytes up to whole cache lines."""
+    """Round a size in bytes up to whole cache lines of 64 bytes."""
     return -(-size // 64) * 64
 
 
 def scale_of(weight: Tensor) -> Tensor:
-    """Return the scale (O,) of a weight (O, I): for each output, the factor that turns 8-bit integers into weights."""
+    """Compute the scale (O,) with which a weight (O, I) is rounded to 8-bit integers.
+
+    Each output has one factor. An integer times this factor is the rounded weight.
+    """
     return weight.abs().amax(1).clamp(min=1e-30) / 127
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight (O, I) to 8-bit integers, in blocks of B outputs and pairs of inputs. I must be even.
+    """Round a weight (O, I) to 8-bit integers, in the layout of the C++ kernels.
 
-    The last block is filled up with zeros. Returns the integers (blocks, I / 2, 2 B) and the factors (blocks * B,).
+    The layout has blocks of B outputs, and in each block pairs of inputs, so I must be even. The last block is filled
+    up with zeros. Returns the integers (blocks, I / 2, 2 B) and the scale of each output (blocks * B,).
     """
     parts, scales, size = [], [], build.library().ce_block()
     for block in weight.detach().split(size):
@@ -124,5 +135,5 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def column_scale(weight: Tensor) -> Tensor:
-    """Return a power of 2 near the magnitude of each column of a weight (O, I): (I,)."""
+    """Compute the power of 2 nearest to the root mean square of each column of a weight: (O, I) -> (I,)."""
     return weight.square().mean(0).clamp(min=1e-30).sqrt().log2().round().exp2()

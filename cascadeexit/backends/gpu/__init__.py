@@ -1,7 +1,7 @@
 """The `gpu` backend: our Triton kernels for bf16 and fp16 models on CUDA.
 
-Triton comes with PyTorch's CUDA builds. It is imported only when a model is made, so machines without it work, too.
-Models that do not fit this backend run on the `torch` backend.
+PyTorch's CUDA builds bring Triton with them. Triton is imported only when a `GpuBackend` is made, so this module also
+works on machines without Triton. A model that does not fit this backend runs on another one.
 """
 
 import importlib.util
@@ -18,7 +18,10 @@ _WIDEST_HEAD = 128
 
 
 class GpuBackend:
-    """Runs Triton kernels, which multiply rows in fixed tiles. `base.Backend` describes the methods."""
+    """Runs a model with Triton kernels, which multiply rows in tiles of a fixed size.
+
+    `base.Backend` describes the methods.
+    """
 
     name = "gpu"
 
@@ -33,7 +36,7 @@ class GpuBackend:
 
     @classmethod
     def build(cls) -> None:
-        """Do nothing: Triton compiles kernels when they are first used, and keeps them on disk."""
+        """Do nothing. Triton compiles each kernel when it is first used, and keeps it on disk."""
 
     @classmethod
     def fits(cls, base) -> bool:
@@ -41,11 +44,12 @@ class GpuBackend:
 
     @classmethod
     def why_not(cls, base) -> str:
-        """Say why this backend does not fit a model, and what to do; "" if it fits.
+        """Return the reason why this backend cannot run a model; "" if it can.
 
-        It fits bf16 and fp16 models of a supported shape on the current NVIDIA GPU, with Triton installed and a compute
-        capability of at least 8.0. A model that accelerate has spread over devices does not fit, because its weights
-        are moved for each call. On ZeroGPU no model fits, because the process that loads it has no GPU to record on.
+        It needs Triton, and a model on the current NVIDIA GPU, whose compute capability must be at least 8.0.
+        `fits_shape` must be True for the model. A model that accelerate has spread over devices is refused, because
+        accelerate moves its weights for each call. On ZeroGPU every model is refused: the process that loads the model
+        has no GPU on which CUDA graphs could be recorded.
         """
         device = outer_weights(base).device
         if os.environ.get("SPACES_ZERO_GPU"):
@@ -78,7 +82,10 @@ class GpuBackend:
 
 
 def fits_shape(base) -> bool:
-    """Return True if the kernels support a transformers model's dtype and shape. It may be on any single device."""
+    """Return True if the kernels support the dtype and the sizes of a transformers model.
+
+    The model may be on any device, but a model that accelerate has spread over several devices is not supported.
+    """
     if is_spread(base):
         return False
     dtype, shape, layers = outer_weights(base).dtype, DecoderShape.of(base.config), layer_weights(base)

@@ -1,6 +1,6 @@
-"""GpuExits: adapters, estimators and drafter that use our Triton kernels.
+"""GpuExits: runs adapters, confidence estimators and the drafter with the help of our Triton kernels.
 
-Letters: N rows, D hidden size, F inner size of an adapter, E exits, not counting the first.
+Letters: N rows, D hidden size, F inner size of an adapter, E exits without the first one.
 """
 
 import logging
@@ -22,9 +22,10 @@ _DRAFTS = "drafts"              # name of the recording of a level of drafts
 
 
 class GpuExits(Exits):
-    """Exit runtime in Triton; the methods are those of `base.ExitRuntime`.
+    """Runs the trained exits of a model with Triton kernels. `base.ExitRuntime` describes the methods.
 
-    If passes are recorded as CUDA graphs, the recording of the segments below an exit includes the exit and its choice.
+    If passes are recorded as CUDA graphs, there are also recordings of a pass together with the exit after it. Such a
+    recording computes the exit's adapter, its confidence and its likeliest word.
     """
 
     def __init__(self, bank: ExitBank, backend):
@@ -43,9 +44,10 @@ class GpuExits(Exits):
                             self._passes.recorder.error)
 
     def _record(self) -> None:
-        """Record each exit with every span of segments that ends below it.
+        """Record each exit together with the segments below it, once for each segment at which a pass may begin.
 
-        A sketch estimator is recorded both with and without the previous exit's rows.
+        If the exits have `SketchConfidence` estimators, each exit except the first is recorded twice: without and with
+        the adapter output of the previous exit.
         """
         like = self._passes.x[:1]
         self._carried, self._before = torch.zeros_like(like), torch.zeros_like(like)            # (1, D) each
@@ -80,7 +82,10 @@ class GpuExits(Exits):
 
     def _ask(self, s: int, asked: "AskedExit", copied: Sequence[tuple[int, int]],
              before: Hidden | None) -> float | None:
-        """Run an exit in one recording with the postponed pass below it. Returns its confidence; None if impossible."""
+        """Run the postponed pass below exit s and the exit in one recording. Returns the exit's confidence.
+
+        Returns None if the pass has already run, or if there is no such recording.
+        """
         after = before is not None and self._sketch is not None
         if not asked.waits:
             return None
@@ -106,11 +111,12 @@ class GpuExits(Exits):
         return chance
 
     def _chance(self, s: int, hidden: Tensor, copies: Tensor | None, before: Tensor | None) -> Tensor:
-        """Compute confidences (N,) of adapted rows (N, D).
+        """Compute the confidences (N,) of exit s from outputs of its adapter (N, D).
 
         Args:
-            copies: (N, 2), read by a sketch estimator only.
-            before: adapted rows of the previous exit, read by a sketch estimator only; None if it did not run.
+            copies: n-gram copies from `read_copies`, (N, 2). Only a `SketchConfidence` estimator reads them.
+            before: adapter outputs of the previous exit (N, D); None if that exit did not run. Only a
+                `SketchConfidence` estimator reads them.
         """
         estimators = self._bank.confidence_heads
         if estimators is None:
@@ -140,7 +146,14 @@ class GpuExits(Exits):
 
     def _drafted(self, tokens: Tensor, states: Tensor, context: Tensor | None, temperature: float | Tensor, k: int,
                  count: Tensor) -> tuple[Tensor, Tensor]:
-        """Draft k next tokens after each token (N,). Returns hidden rows (N, D), and probabilities and ids (N, 2 k)."""
+        """Draft the k likeliest next tokens after each of N tokens.
+
+        Returns the adapter's outputs (N, D); and for each token k probabilities, followed by k token ids (N, 2 k).
+
+        Args:
+            states: carried states of the tokens (N, D).
+            count: number of real tokens, as a tensor (1,) in device memory. The tokens after these are padding.
+        """
         if context is not None:
             states = (states + context).to(states.dtype)
         hidden = self._draft(tensor_of(self._embed(tokens))[0], states, count)
@@ -150,7 +163,7 @@ class GpuExits(Exits):
         return hidden, torch.cat([probs.double(), ids.double()], dim=-1)
 
     def _record_drafts(self) -> None:
-        """Record one level of drafts, for up to 16 tokens."""
+        """Record one call of `_drafted` as a CUDA graph, for up to 16 tokens."""
         like = self._passes.x
         self._most_drafts = min(ROWS, self._draft_head.words)
         self._draft_tokens = torch.zeros(ROWS, dtype=torch.int64, device=like.device)
@@ -164,9 +177,10 @@ class GpuExits(Exits):
     @torch.inference_mode()
     def _replay_drafts(self, tokens: Sequence[int], states: Tensor, temperature: float,
                        context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Replay the recording of one draft level. Returns hidden rows (N, D), and probabilities and ids (N, 2 k).
+        """Replay the recording of `_drafted` for N tokens and their carried states (N, D).
 
-        k is the number of drafts that was recorded, the largest that can be used.
+        Returns the adapter's outputs (N, D); and for each token k probabilities, followed by k token ids (N, 2 k). Here
+        k is the number that was recorded, `_most_drafts`.
         """
         n = len(tokens)
         with self._passes.turn:
@@ -181,10 +195,12 @@ class GpuExits(Exits):
 
 
 class AskedExit(Late):
-    """The adapted row (1, D) of an exit that may run in the recording of the pass below it.
+    """The output (1, D) of an exit's adapter, computed when it is first read.
+
+    If the pass below the exit is still postponed, `GpuExits.confidence` computes both in one recording.
 
     Attributes:
-        word: the word that the exit chose, as its number in the exit's head; None before the exit has run.
+        word: number of the exit's likeliest word in its head; None if the exit has not run in a recording.
     """
 
     __slots__ = "carried", "word"
@@ -195,28 +211,36 @@ class AskedExit(Late):
 
 
 class ModuleAdapter:
-    """Runs an adapter in PyTorch if the kernels do not support it: rows, carried states (..., D) -> (..., D)."""
+    """Runs an exit's adapter in PyTorch, for a type of adapter that the Triton kernels do not support.
+
+    A call takes rows (..., D) and their carried states (..., D), and returns the adapter's output (..., D).
+    """
 
     def __init__(self, adapter: nn.Module):
         self._adapter = adapter
 
     def __call__(self, rows: Tensor, carried: Tensor, count: Tensor | None = None) -> Tensor:
-        """Apply the adapter to all rows. `count` is ignored: later rows are computed, too, but not used."""
+        """Apply the adapter to all rows. `count` is ignored: rows after the first `count` rows are computed in vain."""
         return self._adapter(rows, carried)
 
 
 class GpuAdapter:
-    """An adapter in Triton: rows (..., D) and carried states (..., D) -> (..., D).
+    """Runs an exit's adapter with Triton kernels.
+
+    A call takes rows (..., D) and their carried states (..., D), and returns the adapter's output (..., D).
 
     Args:
-        adapter: `ExitAdapter` or `CarryAdapter`; its weights are shared.
+        adapter: an `ExitAdapter` or a `CarryAdapter`. Its weights are not copied.
     """
 
     def __init__(self, adapter: nn.Module, counts: Counts):
         self._adapter, self._counts = adapter, counts
 
     def __call__(self, rows: Tensor, carried: Tensor, count: Tensor | None = None) -> Tensor:
-        """Apply the adapter to the first `count` rows (a tensor in device memory), or to all rows if it is None."""
+        """Apply the adapter to rows (..., D) and their carried states (..., D).
+
+        count: how many of the first rows to compute, as a tensor (1,) in device memory; None for all rows.
+        """
         a, flat = self._adapter, rows.reshape(-1, rows.shape[-1])
         count, straight = self._counts(len(flat)) if count is None else count, flat
         x = flat.to(a.gate.weight.dtype).contiguous()

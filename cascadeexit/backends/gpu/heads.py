@@ -1,4 +1,4 @@
-"""GpuHead: a vocabulary projection in Triton.
+"""GpuHead: a vocabulary head with Triton kernels.
 
 Letters: N rows, D hidden size, K words.
 """
@@ -16,7 +16,7 @@ _WORDS, _BLOCKS = 64, 1024      # words of one program, and blocks of words in o
 
 
 class GpuHead:
-    """Projects rows (..., D) onto K words. `base.VocabHead` describes the methods.
+    """Computes fp32 logits of K words from rows (..., D). `base.VocabHead` describes the methods.
 
     Args:
         weight: (K, D).
@@ -34,7 +34,7 @@ class GpuHead:
         return self._weight
 
     def logits(self, rows: Hidden) -> Tensor:
-        """Compute the logits (..., K) of rows (..., D), in fp32."""
+        """Compute fp32 logits: rows (..., D) -> (..., K)."""
         return self.launch(self._ready(rows))[0].view(*rows.shape[:-1], -1)
 
     def argmax(self, rows: Hidden) -> list[int]:
@@ -45,7 +45,10 @@ class GpuHead:
         return [Choice(token, row.__getitem__) for token, row in zip(tokens, logits)]
 
     def _asked(self, rows: Hidden) -> tuple[Tensor, list[int]]:
-        """Return logits (N, K) and the likeliest word of each row."""
+        """Compute the logits of all N rows (N, K), and the number of each row's likeliest word.
+
+        If the rows come from a postponed pass, one recording may run this pass and the head together.
+        """
         if self.in_top and isinstance(rows, AskedTop) and (answer := rows.ask()):
             return answer
         logits, words = self.launch(self._ready(rows))
@@ -59,16 +62,18 @@ class GpuHead:
         return softmax_facts(self.logits, rows, copied, before)
 
     def first(self, words: int) -> "GpuHead":
-        """Make a head of the first `words` words. It shares this head's memory."""
+        """Make a head for only the first `words` words. It shares this head's memory."""
         if words == self.words:
             return self
         bias = None if self._bias is None else self._bias[:words]
         return GpuHead(self._weight[:words], bias, counts=self._counts, owned=False)
 
     def launch(self, rows: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Launch projection and argmax on contiguous rows (N, D). Returns fp32 logits (N, K) and likeliest words (N,).
+        """Launch the projection and the argmax on contiguous rows (N, D).
 
-        count: number of rows to compute, as a tensor (1,) in device memory; None for all.
+        Returns fp32 logits (N, K), and the number of each row's likeliest word (N,).
+
+        count: how many of the first rows to compute, as a tensor (1,) in device memory; None for all rows.
         """
         n, d = rows.shape
         blocks, count = -(-self.words // _WORDS), self._counts(n) if count is None else count

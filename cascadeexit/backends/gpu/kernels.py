@@ -1,15 +1,16 @@
-"""Triton kernels of a Llama-like decoder: six for each layer, and others for norms and vocabulary heads.
+"""Triton kernels of a Llama-like decoder: for its layers, its final norm and its vocabulary head.
 
-One layer is: `qkv_heads`, `attend`, `combine`, `linear` (output projection + residual), `gated`, `linear` (down +
-residual). Two rules make a row's result independent of its place, of its neighbours, of the cache's capacity and of how
-a text is cut into passes:
+One layer is six launches: `qkv_heads`, `attend`, `combine`, `linear` (output projection + residual), `gated`, `linear`
+(down projection + residual). Two rules make a row's result independent of its index in the pass, of the other rows, of
+the cache's capacity and of how a text is cut into passes:
 
-1. Rows are always multiplied in a tile of 16, and the sum over the inputs has a fixed order. Missing rows are zeros.
-2. Attention adds keys in the order of their positions, in blocks and splits at fixed absolute positions. A block that
-   holds new rows is computed once for each row, with the keys of that row's own path and zeros after it. So the same
-   numbers meet in the same tile, whether the row is decoded alone or verified in a tree.
+1. Rows are always multiplied in tiles of 16 rows. Missing rows are zeros. The sum over the inputs has a fixed order.
+2. Attention adds keys in the order of their positions. Its blocks of positions, and its splits of several blocks, begin
+   at fixed positions. A block that holds new rows is computed separately for each of these rows: with the keys of that
+   row's own path, and zeros after them. So the same numbers are multiplied in the same tile, whether a row is decoded
+   alone or verified in a draft tree.
 
-No kernel uses atomic additions. Counts and positions are read from device memory, so a recorded launch works for every
+No kernel uses atomic additions. Counts and positions are read from device memory. So a recorded launch works for every
 context.
 
 Letters: N rows, T tiles of rows, D hidden size, I inputs, O outputs, H query heads, K key-value heads, G = H / K, d
@@ -24,10 +25,10 @@ ROWS = tl.constexpr(16)         # rows of a tile, and the longest path of a tree
 
 @triton.jit
 def cache_of(cache, part: tl.constexpr, layer, dtype: tl.constexpr):
-    """Return a pointer to a layer's keys (part 0) or values (part 1), and the capacity C.
+    """Return a pointer to one layer's keys (part 0) or values (part 1), and the cache's capacity C.
 
-    `cache` (4,) in int64 holds the addresses of keys and values, the capacity, and how many numbers the keys of a layer
-    have. So a recorded launch works for every cache.
+    `cache` (4,) in int64 holds the address of the keys, the address of the values, the capacity, and the number of
+    elements of one layer's keys. The kernel reads them from device memory, so a recorded launch works for every cache.
     """
     address, capacity = tl.load(cache + part), tl.load(cache + 2).to(tl.int32)
     pointer = address.to(tl.pointer_type(dtype)) + layer * tl.load(cache + 3)
@@ -36,7 +37,7 @@ def cache_of(cache, part: tl.constexpr, layer, dtype: tl.constexpr):
 
 @triton.jit
 def rms_norm(x, gain, y, count, eps, D, BLOCK: tl.constexpr):
-    """Apply RMSNorm to rows x (N, D) -> y (N, D).
+    """Apply RMSNorm with the weight `gain` (D,) to rows x (N, D). Writes y (N, D).
 
     Grid: (N,).
     """
@@ -60,12 +61,13 @@ def rms_norm(x, gain, y, count, eps, D, BLOCK: tl.constexpr):
 def qkv_heads(x, gain, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_norm, k_norm, cosines, sines, queries,
               cache, layer, count, positions, slots, lanes, eps, D, H, K, d, SHRINK: tl.constexpr,
               BIAS: tl.constexpr, HEAD_NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """Normalize a tile of rows, and compute one query, key or value head of it.
+    """Apply RMSNorm to a tile of 16 rows, and compute one query, key or value head of these rows.
 
-    Queries and keys also get their head norm and the rotary embedding. Queries are written to (N, H, d), keys and
-    values to the row's slot of the cache (lanes, K, C, d). The two halves of a head are computed together, because the
-    rotary embedding mixes them. Rows are normalized after the product. Before it, SHRINK, a power of two, keeps fp16
-    rows in range.
+    Queries and keys also get their head norm, if there is one, and the rotary embedding. Queries are written to
+    `queries` (N, H, d). Keys and values are written to the cache (lanes, K, C, d), at the row's lane and slot. A lane
+    is one text of a batch. One program computes both halves of a head, because the rotary embedding mixes them. The
+    scale of the RMSNorm is applied after the product. Before the product, rows are multiplied by SHRINK, a power of two
+    that keeps fp16 numbers in range.
 
     Grid: (T, H + 2 K).
     """
@@ -119,15 +121,20 @@ def qkv_heads(x, gain, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_n
 @triton.jit
 def attend(queries, cache, layer, partial, sums, count, positions, lanes, paths, firsts, begins, scale, H, K, d,
            TILE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Attend from 16 query rows of one key-value head to one split of the positions.
+    """Compute attention of 16 query rows over one split of the positions, for one key-value head.
 
-    The G query heads of a row are rows of the tile, so a tile of TILE rows has G * TILE query rows. `paths[r, j]` is
-    the slot of position firsts[tile] + j on the path of row r. A position before firsts[tile] is in the slot of the
-    same number. Blocks before the new rows are computed once for all rows, other blocks once for each row, in the same
-    loop: a step reads the keys that row `one` sees, and only the rows `mine` keep its result. Writes unnormalised sums
-    of values (T, K, parts, S, 16, d), and the largest score and the sum of weights (T, K, parts, S, 16, 2).
+    A query row is one query head of one row. A tile of TILE rows has G * TILE query rows for each key-value head, and
+    `parts` is the number of groups of 16 that they fill. `paths[r, j]` is the slot of position firsts[tile] + j on the
+    path of row r. A position before firsts[tile] is in the slot with the same number.
 
-    Grid: (K * parts, S, T), with as many parts as G * TILE query rows fill.
+    Blocks that end before the new rows are computed once for all rows. Every later block is computed once for each row.
+    One loop does both. A step for one row reads the keys that row `one` sees, and only the query rows in `mine` keep
+    its result.
+
+    Writes two results: to `partial`, sums of values without the softmax's division (T, K, parts, S, 16, d); to `sums`,
+    the largest score and the sum of the weights (T, K, parts, S, 16, 2).
+
+    Grid: (K * parts, S, T).
     """
     parts = tl.num_programs(0) // K
     kv, part, split, tile = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1), tl.program_id(2)
@@ -178,9 +185,10 @@ def attend(queries, cache, layer, partial, sums, count, positions, lanes, paths,
 @triton.jit
 def combine(partial, sums, out, count, positions, H, K, S, parts, d, TILE: tl.constexpr, SPLIT: tl.constexpr,
             WIDTH: tl.constexpr):
-    """Combine the results of `attend` for one head over all splits, in ascending order: attention outputs (N, H, d).
+    """Combine the results of `attend` over all splits, in ascending order, for one query head and one tile of 16 rows.
 
-    This is a separate kernel because otherwise each program of the output projection would have to repeat it.
+    Writes the attention outputs `out` (N, H, d). This is a kernel of its own. Otherwise each program of the output
+    projection would have to repeat this work.
 
     Grid: (T, H).
     """
@@ -210,7 +218,9 @@ def combine(partial, sums, out, count, positions, H, K, S, parts, d, TILE: tl.co
 @triton.jit
 def linear(x, weight, bias, residual, y, count, inputs, outputs, BIAS: tl.constexpr,
            RESIDUAL: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiply rows x (N, I) by a weight (O, I), and add bias and residual (N, O): y (N, O). `residual` may be `y`.
+    """Multiply rows x (N, I) by a weight (O, I), and add a bias (O,) and a residual (N, O). Writes y (N, O).
+
+    BIAS and RESIDUAL tell which of the two exist. `residual` and `y` may be the same tensor.
 
     Grid: (T, blocks of outputs).
     """
@@ -234,7 +244,9 @@ def linear(x, weight, bias, residual, y, count, inputs, outputs, BIAS: tl.conste
 @triton.jit
 def gated(x, gain, gate, up, y, count, eps, D, F, NORM: tl.constexpr, SHRINK: tl.constexpr, BLOCK_F: tl.constexpr,
           BLOCK: tl.constexpr):
-    """Compute silu(gate x) * up x of rows (N, D): (N, F). With NORM, rows are normalized as in `qkv_heads`.
+    """Compute silu(gate x) * (up x) for rows x (N, D). Writes y (N, F).
+
+    With NORM, the rows are first normalized with RMSNorm, as in `qkv_heads`.
 
     Grid: (T, blocks of outputs).
     """
@@ -265,9 +277,10 @@ def gated(x, gain, gate, up, y, count, eps, D, F, NORM: tl.constexpr, SHRINK: tl
 @triton.jit
 def head_logits(x, weight, bias, logits, best, count, D, V, BIAS: tl.constexpr, BLOCK_V: tl.constexpr,
                 BLOCK: tl.constexpr):
-    """Compute fp32 logits (N, V) of normed or adapted rows (N, D), and the likeliest word of each block of words.
+    """Compute the fp32 logits (N, V) of rows x (N, D), and the likeliest word of each block of words.
 
-    The numbers of these words are written to `best` (N, blocks). Of equally likely words, the first counts.
+    Writes `logits` (N, V), and the numbers of these words to `best` (N, blocks). If several words are equally likely,
+    the one with the lowest number is written.
 
     Grid: (T, blocks of words).
     """
@@ -289,7 +302,10 @@ def head_logits(x, weight, bias, logits, best, count, D, V, BIAS: tl.constexpr, 
 
 @triton.jit
 def argmax(logits, best, tokens, count, V, blocks, BLOCK: tl.constexpr):
-    """Find the likeliest word of each row (N,) among the best of each block (N, blocks); the first of equal ones.
+    """Find the likeliest word of each row, from `logits` (N, V) and `best` (N, blocks) of `head_logits`.
+
+    Writes the word numbers to `tokens` (N,). If several words are equally likely, the one with the lowest number is
+    written.
 
     Grid: (N,).
     """

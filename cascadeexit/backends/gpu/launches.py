@@ -1,6 +1,7 @@
-"""Launches: how kernels are started and sized. Every kernel of this backend starts through `launch`.
+"""Launches: starts kernels and chooses their block sizes.
 
-So a test can list the launches of a pass, and count kernels and bytes without a GPU.
+Every kernel of this backend starts through `launch`. So a test can list the launches of a pass, and count their bytes,
+without a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ _listeners: list[Callable[[str, tuple[int, ...], Sequence[Any], dict[str, Any]],
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """Start a kernel on a grid of programs.
+    """Start a Triton kernel on a grid of programs.
 
     Args:
+        grid: number of programs in each dimension.
         args: tensors and numbers, in the order of the kernel's parameters.
-        options: its compile-time parameters, `num_warps` and `num_stages`.
+        options: the kernel's compile-time parameters by name, and Triton's `num_warps` and `num_stages`.
     """
     for listener in _listeners:
         listener(kernel.__name__, grid, args, options)
@@ -29,32 +31,41 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
 
 
 def tiles(rows: int) -> int:
-    """Return the number of tiles that hold this many rows."""
+    """Return how many tiles of 16 rows are needed for this many rows."""
     return -(-rows // ROWS)
 
 
 def power_of_2(size: int) -> int:
-    """Return the smallest power of 2 that is at least `size` and at least 16, the minimum tile size of `tl.dot`."""
+    """Return the smallest power of 2 that is at least `size` and at least 16, the smallest tile size of `tl.dot`."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def output_block(outputs: int) -> int:
-    """Choose how many outputs one program computes: few enough that small weights still occupy the whole GPU."""
+    """Return how many outputs one program computes: 16 if there are at most 4096 outputs, else 32.
+
+    With blocks of 16, a small weight still gives enough programs to occupy the whole GPU.
+    """
     return 16 if outputs <= 16 * _FEW_PROGRAMS else 32
 
 
 def input_block(inputs: int, most: int) -> int:
-    """Choose how many inputs one step of a product reads: a power of 2 from 16 to `most`."""
+    """Return how many inputs one step of a product reads: a power of 2 from 16 to `most`."""
     return min(most, power_of_2(inputs))
 
 
 def shrink(dtype: torch.dtype) -> float:
-    """Return the factor that keeps products of unnormed rows and gains in range: fp16 overflows above 65504."""
+    """Return the factor by which kernels multiply rows that are not normalized yet: 2^-6 for fp16, else 1.
+
+    Without it, products of these rows and the norm's weight could exceed 65504, the largest fp16 number.
+    """
     return 2.0 ** -6 if dtype == torch.float16 else 1.0
 
 
 class Counts:
-    """Row counts in device memory, made once: `counts(n)` is an int32 tensor (1,) that holds n."""
+    """Row counts as tensors in device memory. `counts(n)` returns an int32 tensor (1,) that holds n.
+
+    The tensor of each n is made once and then reused.
+    """
 
     def __init__(self, device: torch.device):
         self._device, self._made = device, {}

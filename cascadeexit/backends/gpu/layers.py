@@ -1,9 +1,11 @@
-"""GpuLayers: the decoder layers of a Llama-like model in Triton.
+"""GpuLayers: the decoder layers of a Llama-like model with Triton kernels.
 
-A row's result does not depend on the other rows of its pass. So passes need no padding, and rows may also be branches
-of a draft tree or texts of a batch. Weights are those of the transformers model, without a copy.
+A row's result does not depend on the other rows of its pass. So passes need no padding. The rows of a pass may also be
+the branches of a draft tree, or belong to different texts of a batch. The weights of the transformers model are not
+copied.
 
-Letters: N rows, T tiles of rows, D hidden size, B texts of a batch, d head size, S splits of attention.
+Letters: N rows, T tiles of rows, D hidden size, B texts of a batch, H query heads, K key-value heads, d head size, S
+splits of attention, F inner size of the MLP, I inputs, O outputs, V words.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,13 +46,14 @@ from cascadeexit.backends.weights import DecoderShape, layer_weights, outer_weig
 
 _CAPACITY_STEP = 128
 _PROMPT_ROWS = 128              # rows of a pass of a prompt: more need more memory for the splits of attention
+_CATCH_UP_ROWS = 4 * ROWS       # in recorded passes: each reads the weights, so more rows are cheaper in one pass
 _RECORDED_POSITIONS = 8192      # longest context of a recording: longer ones run kernel by kernel
 _ROW_COST = 0.02                # a tile of 16 rows costs about what one of them does
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """Buffers for results between the kernels of a layer, for N rows and up to S splits of attention."""
+    """Memory for the intermediate results of one layer's kernels, for N rows and at most S splits of attention."""
 
     queries: Tensor     # (N, H d)
     attended: Tensor    # (N, H d)
@@ -60,10 +63,10 @@ class Scratch:
 
 
 class GpuCache(KVCache):
-    """A `KVCache` that runs a postponed pass before its keys and values are copied, so that the copy is complete.
+    """A `KVCache` whose `copy_from` first runs the postponed pass, so that the copied keys and values are complete.
 
     Args:
-        settle: runs the postponed pass, if there is one.
+        settle: function that runs the postponed pass, if there is one.
     """
 
     def __init__(self, *shape, settle: Callable[[], None], **options):
@@ -76,10 +79,11 @@ class GpuCache(KVCache):
 
 
 class GpuLayers:
-    """Embedding, layers and final norm between `bounds`; the methods are those of `base.LayerStack`.
+    """Runs embedding, decoder layers and final norm with Triton kernels. `base.LayerStack` describes the methods.
 
     Args:
-        base: a transformers *ForCausalLM that `GpuBackend.fits`.
+        base: a transformers *ForCausalLM for which `GpuBackend.fits` is True.
+        bounds: layer numbers at which segments begin and end.
     """
 
     row_multiple, max_rows, supports_trees = 1, ROWS, True
@@ -101,7 +105,10 @@ class GpuLayers:
             self._record()
 
     def _record(self) -> None:
-        """Record each span of segments as a CUDA graph. Raises Unusable if the device cannot record."""
+        """Record passes as CUDA graphs, one for each span of consecutive segments.
+
+        Raises Unusable if CUDA graphs cannot be recorded on this device.
+        """
         self._recorded_positions = min(self._shape.positions, _RECORDED_POSITIONS)
         scratch = self.scratch(places.chain(0, ROWS), -(-self._recorded_positions // SPLIT))
 
@@ -134,7 +141,7 @@ class GpuLayers:
             self.passes.settle()
 
     def release(self, cache: KVCache) -> None:
-        """Do nothing: a cache is freed with the last reference to it."""
+        """Do nothing. A cache is freed when the last reference to it is gone."""
 
     def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
         if list(path) != list(range(len(path))):
@@ -156,7 +163,8 @@ class GpuLayers:
 
     def norm(self, rows: Hidden) -> Hidden:
         ends = rows.ends if isinstance(rows, Late) else None
-        if ends is not None and ends.waits and ends.span[1] == len(self._bounds) - 1 and len(rows.shape) == 3:
+        if (ends is not None and ends.waits and ends.span[1] == len(self._bounds) - 1 and len(rows.shape) == 3
+                and rows.shape[1] <= ends.shape[1]):
             return AskedTop(rows, self._normed)
         return self._normed(tensor_of(rows))
 
@@ -166,11 +174,12 @@ class GpuLayers:
         return rms_norm(flat, self._norm_weight, self._shape.norm_eps, count).view(rows.shape)
 
     def record_top(self, head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:
-        """Record the final norm and the model's head after every span that ends with the last segment.
+        """Record each pass that ends with the last segment a second time, with the final norm and the head after it.
 
-        Returns True if passes are recorded. Raises Unusable if the device cannot record.
+        Returns True if this backend records passes. Raises Unusable if CUDA graphs cannot be recorded on this device.
 
-        head: launches the head on normed rows (16, D) and their count (1,). Returns logits (16, V) and tokens (16,).
+        head: function that launches the model's head: normed rows (16, D) and their count (1,) -> logits (16, V),
+        tokens (16,).
         """
         if self.passes:
             def answer(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,15 +195,30 @@ class GpuLayers:
     def run(self, segments: range, rows: Hidden, cache: KVCache, parents: Sequence[int] | None = None) -> list[Hidden]:
         bounds, n = self._bounds[segments.start:segments.stop + 1], rows.shape[1]
         start = self._claim(cache, bounds, n, n if parents is None else 1)
-        if (self.passes and self.passes.usable and n <= ROWS and start + n <= self._recorded_positions
+        most = ROWS if parents is not None else _CATCH_UP_ROWS
+        if (self.passes and self.passes.usable and n <= most and start + n <= self._recorded_positions
                 and (segments.start or isinstance(rows, Embedded))):
-            at = places.chain(start, n, ROWS) if parents is None else places.tree(start, parents, ROWS)
-            return self.passes.put_off((segments.start, segments.stop), rows, at.of(cache), cache)
+            return self._put_off((segments.start, segments.stop), rows, cache, start, parents)
         if parents is not None:
             return self._run(bounds, rows, cache, places.tree(start, parents))
         rows = tensor_of(rows)
         parts = [self._run(bounds, rows[:, a:a + _PROMPT_ROWS], cache,
                            places.chain(start + a, min(n - a, _PROMPT_ROWS))) for a in range(0, n, _PROMPT_ROWS)]
+        return parts[0] if len(parts) == 1 else [self.join(after) for after in zip(*parts)]
+
+    def _put_off(self, span: tuple[int, int], rows: Hidden, cache: KVCache, start: int,
+                 parents: Sequence[int] | None) -> list[Hidden]:
+        """Postpone a recorded pass. Returns the rows after each segment, (1, N, D) each, without computing them.
+
+        More than 16 rows, as in catch-up, become several passes. Only the last of them is postponed. The others run
+        now.
+        """
+        n, parts = rows.shape[1], []
+        for a in range(0, n, ROWS):
+            some = rows if n <= ROWS else rows[:, a:a + ROWS]
+            at = (places.chain(start + a, some.shape[1], ROWS) if parents is None
+                  else places.tree(start, parents, ROWS))
+            parts.append(self.passes.put_off(span, some, at.of(cache), cache))
         return parts[0] if len(parts) == 1 else [self.join(after) for after in zip(*parts)]
 
     def run_batch(self, segment: int, rows: Hidden, begins: Sequence[int], cache: KVCache) -> Tensor:
@@ -211,9 +235,10 @@ class GpuLayers:
         return _ROW_COST
 
     def _claim(self, cache: KVCache, bounds: Sequence[int], slots: int, positions: int) -> int:
-        """Reserve cache slots in the layers between these bounds. Returns the first slot.
+        """Reserve the next `slots` slots of a cache in the layers from bounds[0] up to, but not including, bounds[-1].
 
-        Raises ValueError if they exceed the cache or the model's positions.
+        Returns the first of these slots. Raises ValueError if the cache has too few slots, or if the model has fewer
+        than `positions` positions left.
         """
         if bounds[0] == bounds[-1]:
             return 0
@@ -224,14 +249,23 @@ class GpuLayers:
         return start
 
     def _run(self, bounds: Sequence[int], rows: Hidden, cache: KVCache, at: Places) -> list[Tensor]:
-        """Run rows (1, N, D) through the layers between these bounds. Returns the rows before each of bounds[1:]."""
+        """Run rows (1, N, D) through the layers from bounds[0] up to, but not including, bounds[-1].
+
+        Returns a list with the rows (1, N, D) before each of the layers bounds[1:]. Kernels are launched one by one,
+        without recordings.
+
+        at: places of the rows.
+        """
         self.settle()
         x = tensor_of(rows)[0].to(self._dtype).contiguous()
         scratch = self.scratch(at, int(at.positions.max()) // SPLIT + 1) if bounds[0] < bounds[-1] else None
         return [out[None] for out in self.launch_layers(bounds, x, at.of(cache).to(self._device), scratch)]
 
     def scratch(self, at: Places, splits: int) -> Scratch:
-        """Allocate the buffers that the kernels of a layer share, for rows that attend to at most `splits` splits."""
+        """Allocate memory for intermediate results of a layer, for rows at these places.
+
+        splits: how many splits of 256 positions a row attends to, at most.
+        """
         shape, n = self._shape, len(at.positions)
         parts = tiles(at.tile * (shape.heads // shape.kv_heads))
         of = (len(at.firsts), shape.kv_heads, parts, splits, ROWS)
@@ -244,9 +278,10 @@ class GpuLayers:
                        empty(*of, shape.head_dim, dtype=torch.float32), empty(*of, 2, dtype=torch.float32))
 
     def launch_layers(self, bounds: Sequence[int], x: Tensor, at: Places, scratch: Scratch | None) -> list[Tensor]:
-        """Launch the layers between these bounds on rows (N, D). Returns the rows (N, D) before each of bounds[1:].
+        """Launch the layers from bounds[0] up to, but not including, bounds[-1] on rows (N, D).
 
-        Everything that changes from pass to pass is in `x` and `at`, so the launches may be recorded.
+        Returns a list with the rows (N, D) before each of the layers bounds[1:]. Only the values in `x` and `at` change
+        from pass to pass. So the launches may be recorded.
         """
         passed = []
         for first, end in zip(bounds, bounds[1:]):
@@ -258,7 +293,7 @@ class GpuLayers:
         return passed
 
     def _launch_layer(self, layer: int, x: Tensor, out: Tensor, at: Places, scratch: Scratch) -> None:
-        """Launch the six kernels of one layer: x (N, D) -> out (N, D), which may be x itself."""
+        """Launch the six kernels of one layer on rows x (N, D). They write `out` (N, D), which may be x itself."""
         shape, n, w = self._shape, len(x), self._weights[layer]
         D, H, K, d, eps = shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.norm_eps
         parts, splits = scratch.partial.shape[2:4]
@@ -281,7 +316,10 @@ class GpuLayers:
 
 
 def rms_norm(rows: Tensor, gain: Tensor, eps: float, count: Tensor) -> Tensor:
-    """Apply RMSNorm to the first `count` rows (N, D). `count` is a tensor (1,) in device memory."""
+    """Apply RMSNorm with the weight `gain` (D,) to the first rows of (N, D). Returns (N, D).
+
+    count: how many rows to compute, as a tensor (1,) in device memory. The other rows are undefined.
+    """
     rows = rows.to(gain.dtype).contiguous()
     out = torch.empty_like(rows)
     launch(kernels.rms_norm, (len(rows),), rows, gain, out, count, eps, rows.shape[1],
@@ -291,9 +329,11 @@ def rms_norm(rows: Tensor, gain: Tensor, eps: float, count: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, count: Tensor, out: Tensor, *, bias: Tensor | None = None,
            residual: Tensor | None = None) -> Tensor:
-    """Multiply the first `count` rows x (N, I) by a weight (O, I), and add bias and residual if they are given.
+    """Multiply the first rows of x (N, I) by a weight (O, I). Add the bias and the residual if they are given.
 
-    Writes to `out` (N, O), and returns it. `count` is a tensor (1,) in device memory.
+    Writes the result to `out` (N, O), and returns `out`.
+
+    count: how many rows to compute, as a tensor (1,) in device memory.
     """
     outputs, inputs = weight.shape
     block = output_block(outputs)
@@ -305,9 +345,11 @@ def linear(x: Tensor, weight: Tensor, count: Tensor, out: Tensor, *, bias: Tenso
 
 def gated(x: Tensor, gate: Tensor, up: Tensor, count: Tensor, out: Tensor, *, gain: Tensor | None = None,
           eps: float = 0.0) -> Tensor:
-    """Compute silu(gate x) * up x for the first `count` rows x (N, I), after RMSNorm if a gain is given.
+    """Compute silu(gate x) * (up x) for the first rows of x (N, I). If `gain` is given, first apply RMSNorm to them.
 
-    Writes to `out` (N, F), and returns it. `count` is a tensor (1,) in device memory.
+    Writes the result to `out` (N, F), and returns `out`.
+
+    count: how many rows to compute, as a tensor (1,) in device memory.
     """
     width, inputs = gate.shape
     block = output_block(width)

@@ -1,6 +1,8 @@
-"""Places: positions of the rows of a pass in the text and in the cache, which kernels read from device memory.
+"""Places: where the rows of a pass are, as tensors that kernels read from device memory.
 
-Letters: N rows, T tiles.
+A place is a row's position in its text and its slot in the cache.
+
+Letters: N rows, T tiles of rows.
 """
 
 from collections.abc import Sequence
@@ -18,10 +20,11 @@ _CHAINS: dict[int, Tensor] = {}         # buffers of `_from_zero`: making one ta
 
 @dataclass(frozen=True)
 class Places:
-    """Positions, slots and paths of N rows, and the addresses of their cache.
+    """Where N rows are: their positions in the text, their slots in the cache, and their paths in a draft tree.
 
-    All tensors are views of one buffer, so one copy transfers them together. Attention works on tiles of `tile` rows. A
-    tile is 16 rows of one text, in sequence or as a tree. If each row belongs to a different text, a tile is one row.
+    The address of the cache is included. All tensors are views of one buffer, so one copy transfers all of them.
+    Attention works on tiles of `tile` rows. Usually a tile is 16 rows of one text, which are consecutive or form a
+    tree. In a batch, each row belongs to a different text. Then a tile is one row.
     """
 
     buffer: Tensor      # int64; all but `cache` is viewed as int32
@@ -38,7 +41,7 @@ class Places:
 
     @classmethod
     def over(cls, buffer: Tensor, rows: int, tile: int = ROWS) -> "Places":
-        """Make places as views of an existing buffer of `size(rows, tile)` numbers."""
+        """Make places whose tensors are views of an existing buffer, which has `size(rows, tile)` numbers."""
         parts = buffer[_CACHE:].view(torch.int32)[:sum(_sizes(rows, tile))]
         count, positions, slots, lanes, tokens, paths, firsts, begins = parts.split(_sizes(rows, tile))
         paths = paths.view(-1, ROWS)
@@ -46,28 +49,37 @@ class Places:
 
     @staticmethod
     def size(rows: int, tile: int = ROWS) -> int:
-        """Return how many numbers a buffer for this many rows holds."""
+        """Return how many int64 numbers a buffer needs for the places of this many rows."""
         return _CACHE + -(-sum(_sizes(rows, tile)) // 2)
 
     def of(self, cache: KVCache) -> "Places":
-        """Write the address of this cache into the buffer. Returns this object."""
+        """Write the addresses and sizes of this cache into the buffer. Returns this object."""
         self.cache.copy_(torch.tensor([cache.keys.data_ptr(), cache.values.data_ptr(), cache.capacity,
                                        cache.keys[0].numel()]))
         return self
 
     def to(self, device: torch.device) -> "Places":
-        """Return a copy of the places on a device, without waiting for the transfer. On a CPU, return this object."""
+        """Copy the places to a device without waiting for the transfer. Returns the copy.
+
+        If the device is a CPU, this returns the object itself.
+        """
         if device.type == "cpu":
             return self
         return Places.over(self.staged(device).to(device, non_blocking=True), len(self.positions), self.tile)
 
     def staged(self, device: torch.device) -> Tensor:
-        """Return the buffer in memory that a device can copy in the background: for CUDA, pinned memory."""
+        """Return the buffer in memory from which this device can copy in the background.
+
+        For CUDA this is a copy in pinned memory. For other devices it is the buffer itself.
+        """
         return self.buffer.pin_memory() if device.type == "cuda" else self.buffer
 
 
 def chain(start: int, n: int, rows: int | None = None) -> Places:
-    """Make places for n consecutive rows after `start` positions, in a buffer with room for `rows` rows."""
+    """Make places for the next n positions of a text that has `start` positions in the cache.
+
+    rows: number of rows for which the buffer has room, at least n; None for n.
+    """
     places = _from_zero(rows or n)
     places.count[0] = n
     for view in (places.positions, places.slots, places.paths, places.firsts):
@@ -76,7 +88,7 @@ def chain(start: int, n: int, rows: int | None = None) -> Places:
 
 
 def _from_zero(rows: int) -> Places:
-    """Make places for the first `rows` positions of a text."""
+    """Make places for the positions 0, ..., rows - 1 of a text."""
     if rows not in _CHAINS:
         places, at = _empty(rows), torch.arange(rows, dtype=torch.int32)
         places.positions[:], places.slots[:], places.firsts[:] = at, at, at[::ROWS]
@@ -86,11 +98,14 @@ def _from_zero(rows: int) -> Places:
 
 
 def tree(start: int, parents: Sequence[int], rows: int | None = None) -> Places:
-    """Make places for a tree of at most 16 rows after `start` positions: row r follows row parents[r] < r.
+    """Make places for a draft tree of at most 16 rows, after a text that has `start` positions in the cache.
 
-    Row 0 follows the last position in the cache.
+    Args:
+        parents: row r follows row parents[r], and parents[r] < r. Row 0 has parent -1 and follows the last position in
+            the cache.
+        rows: number of rows for which the buffer has room; None for the rows of the tree.
 
-    Raises ValueError for more rows.
+    Raises ValueError if the tree has more than 16 rows.
     """
     n = len(parents)
     if n > ROWS:
@@ -104,7 +119,10 @@ def tree(start: int, parents: Sequence[int], rows: int | None = None) -> Places:
 
 
 def batch(start: int, begins: Sequence[int]) -> Places:
-    """Make places for one row of each text: all rows are at slot `start`, and text r reads slots from begins[r] on."""
+    """Make places for the next row of each text of a batch. All rows are in slot `start` of their texts.
+
+    begins: for each text, the first slot that is read.
+    """
     places = _empty(len(begins), 1)
     places.count[0], places.lanes[:] = len(begins), torch.arange(len(begins))
     places.begins[:] = torch.tensor(begins)
@@ -118,6 +136,6 @@ def _empty(rows: int, tile: int = ROWS) -> Places:
 
 
 def _sizes(rows: int, tile: int) -> list[int]:
-    """Return how many numbers each part of a buffer holds."""
+    """Return how many int32 numbers of the buffer each tensor has, in order from `count` to `begins`."""
     many = tiles(rows) if tile == ROWS else rows
     return [1, rows, rows, rows, rows, rows * ROWS, many, many]

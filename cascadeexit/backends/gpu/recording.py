@@ -1,13 +1,15 @@
-"""Recordings: CUDA graphs of passes of at most 16 rows. They are made once and work for every cache and context.
+"""Recordings: CUDA graphs of passes of at most 16 rows. Each graph is made once and works for every cache and context.
 
-All inputs that change from pass to pass are in a few tensors with fixed addresses: rows, places, and inputs of an exit.
-A pass is postponed until its rows are read. In decoding, the exit after the pass is usually computed next. Then pass
-and exit are one recording, with one launch and one synchronisation for the exit's result.
+Everything that changes from pass to pass is copied into a few tensors with fixed addresses: the pass's input rows,
+their places, and the inputs of an exit. A pass is postponed until its results are read. In decoding, usually the exit
+after the pass is computed next. Then one recording runs the pass and the exit together. This needs only one launch, and
+one synchronisation to read the exit's result.
 
-Letters: N rows, D hidden size.
+Letters: N rows, D hidden size, V words.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,47 +23,55 @@ from cascadeexit.backends.graphs import capture
 
 
 class Recorder:
-    """Records pieces of work by name, in one memory pool, and replays them.
+    """Records GPU work as CUDA graphs, each under a name, and replays it. All graphs share one memory pool.
 
-    After a recording has failed, nothing is recorded or replayed any more.
+    If a recording fails, all recordings are deleted, and nothing is recorded any more.
 
     Attributes:
-        error: why a recording failed; None if none has failed.
+        error: message of the recording that failed; None if none has failed.
+        seconds: time in seconds that all recordings took, including the compilation of their kernels.
     """
 
     def __init__(self, device: torch.device):
+        self.seconds = 0.0
         self._recordings: dict[Any, tuple[Callable[[], None], Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.error: str | None = None
 
     def record(self, name: Any, work: Callable[[], Any]) -> None:
-        """Record work that launches the same kernels on the same memory each time, and keep its result for `replay`."""
-        if self.error is None:
-            try:
-                self._recordings[name] = capture(work, self._pool)
-            except RuntimeError as error:           # torch.OutOfMemoryError is one
-                self._recordings.clear()
-                self.error = str(error)
+        """Record the function `work` under this name. It must launch the same kernels on the same memory each time.
+
+        The result of `work` is kept for `replay`. After a failed recording, this method does nothing.
+        """
+        if self.error is not None:
+            return
+        started = time.perf_counter()
+        try:
+            self._recordings[name] = capture(work, self._pool)
+        except RuntimeError as error:               # torch.OutOfMemoryError is one
+            self._recordings.clear()
+            self.error = str(error)
+        self.seconds += time.perf_counter() - started
 
     def __contains__(self, name: Any) -> bool:
         return name in self._recordings
 
     def replay(self, name: Any) -> Any:
-        """Replay a recording. Returns its result, which the next replay overwrites."""
+        """Replay the recording of this name. Returns its result. The next replay of any recording may overwrite it."""
         replay, out = self._recordings[name]
         replay()
         return out
 
 
 class Late:
-    """Rows of a pass that may be postponed, or of the exit after it: (1, N, D), or (1, D) for one row.
+    """Rows that are computed when they are first read: (1, N, D), or (1, D) for a single row.
 
-    `base.Rows` describes the methods. `tensor` runs the pass if it has not run yet.
+    They come from a pass that may be postponed, or from the exit after that pass. `base.Rows` describes the methods.
 
     Args:
-        find: computes the rows.
-        source: the pass that they come from; None for embeddings.
-        ends: `source`, if these rows end with the last row of that pass after its last segment; else None.
+        find: function that computes the rows.
+        source: the pass that the rows come from; None for embeddings.
+        ends: `source` if the last of these rows is the pass's last row after its last segment; else None.
     """
 
     __slots__ = "shape", "source", "ends", "found", "_find"
@@ -81,21 +91,28 @@ class Late:
         return Late(shape, lambda: self.tensor()[at], self.source, self.ends if last == n - 1 else None)
 
     def tensor(self) -> Tensor:
-        """Return the rows as a tensor of the same shape."""
+        """Return the rows as a tensor of the same shape. If they are not computed yet, compute them now.
+
+        This runs their pass if it is still postponed.
+        """
         if self.found is None:
             self.keep(self._find())
         return self.found
 
     def keep(self, found: Tensor) -> None:
-        """Store the computed rows and drop the reference to their pass, so that old hidden states can be freed."""
+        """Store the computed rows. Drop the reference to their pass, so that its hidden states can be freed."""
         self.found, self._find, self.source, self.ends = found, None, None, None
 
 
 class Embedded(Late):
-    """Embeddings of tokens (1, N, D). A recording looks up the embeddings itself, from `tokens`.
+    """Embeddings of tokens (1, N, D), looked up when they are first read.
+
+    A recording does not read them. It looks up the embeddings of `tokens` itself.
 
     Args:
-        look_up: computes the embeddings (1, N, D) of tokens.
+        tokens: N token ids.
+        hidden: hidden size D.
+        look_up: function that returns the embeddings (1, N, D) of token ids.
     """
 
     __slots__ = ("tokens",)
@@ -109,28 +126,36 @@ Hidden = Tensor | Late
 
 
 def tensor_of(rows: Hidden) -> Tensor:
-    """Return the rows as a tensor. `Late` rows may first have to be computed: then this runs their pass."""
+    """Return rows as a tensor. `Late` rows that are not computed yet are computed now; see `Late.tensor`."""
     return rows.tensor() if isinstance(rows, Late) else rows
 
 
 def joined(parts: Sequence[Hidden]) -> Hidden:
-    """Concatenate rows (1, n, D) to (1, N, D). This does not run the pass of postponed rows."""
+    """Concatenate several pieces of rows, (1, n, D) each. Returns (1, N, D), where N is the sum of all n.
+
+    This runs no postponed pass: if a piece waits for its pass, the result is `Late`. If the last piece ends with the
+    last row of its pass, the result does, too. So one recording can still run this pass and the exit after it.
+    """
     parts = [part if isinstance(part, Late) and part.waits else tensor_of(part) for part in parts]
-    late = next((part for part in parts if isinstance(part, Late)), None)
+    late = next((part for part in reversed(parts) if isinstance(part, Late)), None)
 
     def join() -> Tensor:
         return torch.cat([tensor_of(part) for part in parts], dim=1)
 
-    return join() if late is None else Late((1, sum(part.shape[1] for part in parts), late.shape[2]), join, late.source)
+    return join() if late is None else Late(
+        (1, sum(part.shape[1] for part in parts), late.shape[2]), join, late.source,
+        late.ends if late is parts[-1] else None)
 
 
 class Pass:
-    """One pass of at most 16 rows through a span of segments, postponed until its rows are read.
+    """One pass of at most 16 rows through consecutive segments. It runs when its results are first read.
 
     Args:
-        passes: the recorded passes, which run this one.
-        span: number of the first segment, and of the last one plus 1.
-        cache: the cache that `places` refers to. This reference keeps it alive until the pass runs.
+        passes: the recorded passes. They run this pass.
+        span: number of the first segment, and number of the last segment plus 1.
+        rows: input of the pass (1, N, D).
+        places: where the rows are.
+        cache: the cache that `places` refers to. This reference keeps the cache alive until the pass has run.
     """
 
     def __init__(self, passes: "Passes", span: tuple[int, int], rows: Hidden, places: Places, cache: KVCache):
@@ -143,13 +168,13 @@ class Pass:
         return self._rows is None
 
     def outputs(self) -> list[Late]:
-        """Return the rows after each segment, (1, N, D) each, without running the pass."""
+        """Return the rows after each segment, (1, N, D) each, as `Late` rows. This does not run the pass."""
         last = self.span[1] - self.span[0] - 1
         return [Late(self.shape, lambda i=i: self.rows()[i], self, self if i == last else None)
                 for i in range(last + 1)]
 
     def rows(self) -> list[Tensor]:
-        """Run the pass if it has not run yet. Returns the rows after each segment, (1, N, D) each."""
+        """Return the rows after each segment, (1, N, D) each, as tensors. If the pass has not run yet, run it first."""
         with self.passes.turn:
             if self._rows is None:
                 self.take(self.passes.run(self, self.span)[0])
@@ -157,19 +182,24 @@ class Pass:
 
     @torch.inference_mode()
     def take(self, rows: Sequence[Tensor]) -> None:
-        """Copy the rows (16, D) of each segment out of the recording, before the next replay overwrites them."""
+        """Store the results of this pass: copy the rows after each segment, (16, D) each, out of the recording.
+
+        Call this before the next replay, which overwrites them.
+        """
         self._rows = [after[None, :self.shape[1]].clone() for after in rows]
         self.input = self._cache = None             # no longer needed
 
 
 class Passes:
-    """Recorded passes of one model, their input tensors with fixed addresses, and at most one postponed pass.
+    """The recorded passes of one model, their inputs in tensors with fixed addresses, and at most one postponed pass.
 
     Args:
         hidden: hidden size D.
-        spare: places in a cache that no text uses. Recording runs each kernel once, which writes keys and values there.
-        launch: launches a span of segments on rows (16, D) at places, and returns the rows after each. A span that
-            begins with the first segment reads the places' tokens instead.
+        spare: places in a cache that no text uses. A recording first runs its kernels once, and they write keys and
+            values to this cache.
+        launch: function that launches a span of consecutive segments on rows (16, D) at given places. It returns the
+            rows after each segment. If the span begins with the first segment, it ignores the rows and looks up the
+            embeddings of `places.tokens`.
     """
 
     def __init__(self, recorder: Recorder, hidden: int, dtype: torch.dtype, device: torch.device,
@@ -182,20 +212,29 @@ class Passes:
 
     @property
     def usable(self) -> bool:
-        """False after a recording has failed: from then on everything runs kernel by kernel."""
+        """True until a recording fails. After that, everything runs kernel by kernel."""
         return self.recorder.error is None
 
     def record(self, segments: int) -> None:
-        """Record every span of segments."""
+        """Record a pass for each span of consecutive segments.
+
+        segments: number of segments of the model.
+        """
         for first in range(segments):
             for stop in range(first + 1, segments + 1):
                 self.record_span((first, stop))
 
     def record_span(self, span: tuple[int, int], name: Any = None,
                     after: Callable[[Tensor], Any] | None = None) -> None:
-        """Record a span of segments, then `after` on its last rows (16, D). The result is (rows, result of `after`).
+        """Record a pass through a span of consecutive segments, optionally with more work after it.
 
-        A pass may have fewer than 16 rows, which come first: `last_row` selects the last of them.
+        A replay returns the rows after each segment, (16, D) each, and the result of `after`. If a pass has fewer than
+        16 rows, they come first.
+
+        Args:
+            span: number of the first segment, and number of the last segment plus 1.
+            name: name of the recording; None for the span.
+            after: function for the work after the pass. Its argument is the rows (16, D) after the last segment.
         """
         def work() -> tuple[list[Tensor], Any]:
             rows = self._launch(span, self.x, self.places)
@@ -207,16 +246,27 @@ class Passes:
             self.recorder.record(name or span, work)
 
     def last_row(self, rows: Tensor) -> Tensor:
-        """Select the last row (1, D) of a pass among the rows (16, D) of a recording. The pass may have fewer rows."""
+        """Select the last row (1, D) of a pass from the rows (16, D) of its recording.
+
+        A pass of n rows uses the first n rows of the recording.
+        """
         return rows.index_select(0, self.places.count - 1)
 
     def record_top(self, segments: int, after: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Record every span that ends with the last segment once more, with the full model's head, for `AskedTop`."""
+        """Record each pass that ends with the last segment a second time, followed by `after`. `AskedTop` replays this.
+
+        Args:
+            segments: number of segments of the model.
+            after: function that computes normed rows, logits and tokens from the rows after the last segment.
+        """
         for first in range(segments):
             self.record_span((first, segments), (first, "top"), after)
 
     def put_off(self, span: tuple[int, int], rows: Hidden, places: Places, cache: KVCache) -> list[Late]:
-        """Postpone a pass, and run the previously postponed one. Returns the new pass's rows after each segment."""
+        """Postpone a pass. If an earlier pass is still postponed, run that one first.
+
+        Returns the new pass's rows after each segment, (1, N, D) each, as `Late` rows.
+        """
         with self.turn:
             self.settle()
             self._waiting = Pass(self, span, rows, places, cache)
@@ -230,7 +280,10 @@ class Passes:
 
     @torch.inference_mode()
     def run(self, waiting: Pass, name: Any, fill: Callable[[], None] = lambda: None) -> Any:
-        """Run a pass by replaying the recording `name`, and return its result. `fill` first writes its other inputs."""
+        """Run a postponed pass by replaying the recording `name`. Returns the result of the recording.
+
+        fill: function that writes other inputs of the recording, such as those of an exit, before the replay.
+        """
         self._waiting = None
         if waiting.span[0] == 0:
             waiting.places.tokens[:waiting.shape[1]] = torch.tensor(waiting.input.tokens)
@@ -242,11 +295,13 @@ class Passes:
 
 
 class AskedTop(Late):
-    """Normed rows of the full model (1, N, D). If their pass is still postponed, `ask` runs pass and head together.
+    """Rows of the full model after the final norm (1, N, D), computed when they are first read.
+
+    If their pass is still postponed, `ask` runs the pass, the final norm and the head in one recording.
 
     Args:
-        rows: the last rows of the pass, after the last layer.
-        norm: applies the final norm to them.
+        rows: rows after the last layer, up to the last row of the pass.
+        norm: function that applies the final norm to them.
     """
 
     __slots__ = ()
@@ -256,9 +311,10 @@ class AskedTop(Late):
 
     @torch.inference_mode()
     def ask(self) -> tuple[Tensor, list[int]] | None:
-        """Run pass and head from one recording. Returns logits (N, V) and the likeliest tokens.
+        """Run the pass, the final norm and the head in one recording.
 
-        Returns None if the pass has already run, or if there is no recording of it with the head.
+        Returns the logits (N, V) and the likeliest token of each row. Returns None if the pass has already run, or if
+        there is no such recording.
         """
         if not self.waits:
             return None

@@ -1,4 +1,4 @@
-"""The `torch` backend: PyTorch on every device, the reference that the others are tested against."""
+"""The `torch` backend: runs a model in PyTorch, on every device. Tests compare the other backends with it."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,10 @@ from cascadeexit.exits.bank import ExitBank
 
 
 class TorchBackend:
-    """Runs PyTorch's kernels, on a GPU recorded as CUDA graphs. `base.Backend` describes the methods."""
+    """Runs a model with PyTorch's own kernels. On CUDA, it records them as CUDA graphs.
+
+    `base.Backend` describes the methods.
+    """
 
     name = "torch"
     layers_type = TorchLayers
@@ -49,6 +52,9 @@ class TorchBackend:
 
 
 class TorchReference(TorchBackend):
-    """The `torch` backend for a few passes, as a reference for others. It is ready at once and copies no weights."""
+    """A `torch` backend for only a few passes, which check another backend.
+
+    It neither packs weights nor records kernels, so it is ready at once. It shares the weights of the caller's model.
+    """
 
     layers_type = UnpreparedLayers

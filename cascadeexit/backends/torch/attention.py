@@ -1,7 +1,7 @@
-"""Grouped attention for transformers' layers: the query heads of a group share their keys without copies.
+"""Grouped-query attention for transformers' layers, without copies of keys and values for each query head.
 
-transformers finds attention functions by name in a table of its own, so ours has to be registered there. It is
-registered when the first model is made, not on import, under a name that nothing else uses.
+transformers finds an attention function by its name in a table. `register` adds ours to the table under a name that
+nothing else uses. It is called when the first model is made, not on import.
 
 Letters: B texts, H query heads, K key-value heads, G = H / K, N rows in a pass, C positions, d head size.
 """
@@ -20,21 +20,25 @@ NAME = "cascadeexit_grouped"
 
 @functools.cache
 def register() -> str:
-    """Make `grouped_attention` known to transformers; returns the name to put into a model's config."""
+    """Add `grouped_attention` to transformers' table of attention functions.
+
+    Returns its name in the table, which goes into a model's config.
+    """
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None) -> Tensor:
-    """Compute attention, with the query heads of a group as rows of one head that share its keys: (B, H, N, d).
+    """Compute grouped-query attention. Returns (B, H, N, d).
 
-    Keys are not repeated in memory: with 9 query heads on 3 key-value heads, each key-value head has 3 N query rows.
+    The G query heads of a key-value head are computed as one head with G N rows. So keys and values are not copied for
+    each query head. With 9 query heads and 3 key-value heads, each key-value head has 3 N rows.
 
     Args:
         query: (B, H, N, d).
-        key, value: (B, K, >= C, d) with K dividing H; slots from C on are not read.
-        mask: numbers to add to the scores (B, 1, G N, C), one head of a group after another; from `additive_mask`.
+        key, value: (B, K, >= C, d). K divides H. Slots from C on are not read.
+        mask: numbers that are added to the scores, from `additive_mask`: (B, 1, G N, C).
         scaling: factor of the scores; None for 1 / sqrt(d).
     """
     (b, _, n, d), slots = query.shape, mask.shape[3]
@@ -45,18 +49,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: flo
 
 
 def additive_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """Convert a boolean mask (B, 1, N, C) for `attend`: True becomes 0, False becomes -inf.
+    """Convert a boolean attention mask (B, 1, N, C) to a mask for `attend`: True becomes 0, False becomes -inf.
 
-    Returns (B, 1, G N, C): the mask is repeated for each of the `groups` (G) query heads of a key-value head.
+    groups: number G of query heads for each key-value head.
+
+    Returns (B, 1, G N, C): the N rows of the mask, repeated G times.
     """
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf).repeat(1, 1, groups, 1)
 
 
 def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                       scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
-    """Compute attention in a transformers layer: by `attend` if the mask comes from `additive_mask`.
+    """Compute attention in a transformers layer. Returns (B, N, H, d), and None for the attention weights.
 
-    Any other mask means that the model was called as a whole. Then transformers' own SDPA attention computes it.
+    If the mask is from `additive_mask`, `attend` computes the attention. Any other mask means that the transformers
+    model was called as a whole. Then transformers' own SDPA attention is used.
     """
     groups = query.shape[1] // key.shape[1]
     if attention_mask is None or attention_mask.shape[2] != groups * query.shape[2]:

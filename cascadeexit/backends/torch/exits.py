@@ -1,6 +1,6 @@
-"""TorchExits: the exit runtime that calls a bank's own modules, on CUDA from recordings.
+"""TorchExits: runs trained exits by calling the PyTorch modules of their bank. On CUDA, it can use CUDA graphs.
 
-Letters: N rows, D hidden size, E exits, not counting the first.
+Letters: N rows, D hidden size, E exits without the first one.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ from cascadeexit.exits.confidence import read_copies
 
 
 class TorchExits(Exits):
-    """Exit runtime in PyTorch; the methods are those of `base.ExitRuntime`.
+    """Runs the trained exits of a model in PyTorch. `base.ExitRuntime` describes the methods.
 
     Args:
-        recorded: on CUDA, run single rows from recordings.
+        recorded: on CUDA, run an exit on a single row as a CUDA graph.
     """
 
     def __init__(self, bank: ExitBank, backend, *, recorded: bool = False):
@@ -34,9 +34,10 @@ class TorchExits(Exits):
         self._estimators = estimators if bank.confidence_heads is None else list(map(prepared, estimators))
 
     def _estimator(self, s: int) -> Callable[..., Tensor]:
-        """Make the function that computes confidences (N,) from adapted rows (N, D).
+        """Make the function that computes confidences (N,) of exit s from outputs of its adapter (N, D).
 
-        A sketch estimator also reads copies (N, 2) and the previous exit's rows.
+        If the bank has `SketchConfidence` estimators, the function takes two more arguments: n-gram copies (N, 2), and
+        the adapter outputs of the previous exit (N, D). Leave out the last argument if the previous exit did not run.
         """
         heads = self._bank.confidence_heads
         if heads is None:

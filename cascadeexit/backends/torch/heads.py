@@ -1,4 +1,4 @@
-"""TorchHead: a vocabulary projection in PyTorch.
+"""TorchHead: a vocabulary head in PyTorch.
 
 Letters: N rows, D hidden size, K words.
 """
@@ -16,14 +16,14 @@ from cascadeexit.exits.confidence import softmax_facts
 
 
 class TorchHead:
-    """Projects rows (..., D) onto K words. `base.VocabHead` describes the methods.
+    """Computes logits of K words from rows (..., D). `base.VocabHead` describes the methods.
 
     Args:
         weight: (K, D).
         row_multiple: pad the number of rows to a multiple of this, so that a row's logits do not depend on other rows.
-        recorded_rows: on CUDA, passes of up to this many rows run from a recording; 0 records nothing.
+        recorded_rows: run passes of up to this many rows as CUDA graphs; 0 records nothing.
         owned: True if the weight is not shared with another head.
-        packed: pack the weight if that is faster.
+        packed: pack the weight if oneDNN can do this; see `linear.py`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, row_multiple: int = 1, recorded_rows: int = 0,
@@ -42,33 +42,43 @@ class TorchHead:
         return self._linear.weight.detach()
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Compute the logits of rows: (..., N, D) -> (..., N, K)."""
+        """Compute logits: rows (..., N, D) -> (..., N, K)."""
         n = rows.shape[-2]
         missing = -n % self._shape["row_multiple"]
         rows = rows.to(self._device)
         return self._project(F.pad(rows, (0, 0, 0, missing)) if missing else rows)[..., :n, :]
 
     def argmax(self, rows: Tensor) -> list[int]:
-        """Find the likeliest word of each row (..., D); of equal ones, the first."""
+        """Find the likeliest word of each row (..., D). Returns one word number for each row.
+
+        If several words are equally likely, the one with the lowest number is returned.
+        """
         return argmax(self.logits(rows).flatten(0, -2))
 
     def choices(self, rows: Tensor) -> list[Choice]:
-        """Find the likeliest word of each row. The logits of other words are available on demand."""
+        """Find the likeliest word of each row (..., D). Returns one `Choice` for each row."""
         logits = self.logits(rows).flatten(0, -2)
         return [Choice(token, row.__getitem__) for token, row in zip(argmax(logits), logits)]
 
     def likeliest(self, rows: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """Find the k likeliest words of each row, best first: probabilities and word numbers, (..., min(k, K)) each."""
+        """Find the k likeliest words of each row (..., D), best first; see `VocabHead.likeliest`.
+
+        Returns their probabilities and their numbers, (..., min(k, K)) each.
+        """
         logits = self.logits(rows).float() / temperature
         probs, numbers = logits.softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
         return probs, numbers
 
     def softmax_facts(self, rows: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
-        """Compute the inputs of a sketch estimator: (..., 5), or (..., 12) with the previous exit's rows."""
+        """Compute the inputs of a `SketchConfidence` estimator from adapter outputs (..., D).
+
+        `exits.confidence.softmax_facts` describes the arguments. Returns (..., 5) without `before`, and (..., 12) with
+        it.
+        """
         return softmax_facts(self._linear, rows, copied, before)        # the whole estimator may be recorded
 
     def first(self, words: int) -> "TorchHead":
-        """Make a head of the first `words` words. Packed weights are copied, others are shared."""
+        """Make a head for only the first `words` words. It copies a packed weight, and shares any other weight."""
         if words == self.words:
             return self
         return TorchHead(self.weight[:words], None if self._bias is None else self._bias[:words], owned=False,
@@ -76,7 +86,7 @@ class TorchHead:
 
 
 def argmax(logits: Tensor) -> list[int]:
-    """Find the index of the largest logit in each row (N, K); of equal ones, the first."""
+    """Return the index of the largest logit in each row (N, K). If several are equal, return the first."""
     # On a CPU, numpy's argmax over a vocabulary is ten times as fast as PyTorch's.
     on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32
     return (logits.numpy() if on_cpu else logits).argmax(-1).tolist()

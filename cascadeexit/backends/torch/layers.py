@@ -1,13 +1,15 @@
 """TorchLayers: transformers' own decoder layers, run in segments on any device.
 
-With PyTorch's kernels, a row's result depends on the number of rows in its pass. Results agree bitwise if passes are
-padded to a multiple of a fixed number of rows (the row bucket) and attend over the same masked buffer. Decoding and
-verification always do both. On CUDA the layers of a segment are recorded once as a CUDA graph for each cache.
+With PyTorch's kernels, a row's result depends on the number of rows in its pass. Two rules still make results bitwise
+equal: every pass is padded to a multiple of a fixed number of rows (the row bucket), and attention covers the same
+masked buffer. Decoding and verification passes follow both rules. On CUDA, each segment is recorded as a CUDA graph
+once for each cache.
 
 Letters: B texts, N rows in the pass, D hidden size, C cache capacity.
 """
 
 import copy
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascadeexit.backends import graphs
+from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.torch import attention
 from cascadeexit.backends.torch.cache import SpreadCache, TorchCache
 from cascadeexit.backends.torch.linear import frozen_linear
@@ -34,12 +37,16 @@ _CPU_ROWS, _CPU_MAX_ROWS = 4, 32        # every multiple of 4 rows up to 40 agre
 
 
 class TorchLayers:
-    """The layers of a transformers model, in segments between `bounds`. `base.LayerStack` describes the methods.
+    """Runs the layers of a transformers model in segments. `base.LayerStack` describes the methods.
 
-    The model's modules are copied and their weights are shared, so the caller's model does not change. A model that
-    accelerate has spread over several devices is used in place, because the hooks that load its weights from main
-    memory or disk belong to its modules. Each of its layers runs on its own device, where its part of the cache is.
-    After each segment, rows are copied to the head's device.
+    The model's modules are copied and their weights are shared. So the caller's model does not change. A model that
+    accelerate has spread over several devices is an exception. It is used without a copy, because the hooks that load
+    its weights belong to its modules. Each layer runs on its own device, which also holds the keys and values of the
+    layer. After each segment, rows are copied to the device of the model's head.
+
+    Args:
+        base: a transformers *ForCausalLM.
+        bounds: layer numbers at which segments begin and end.
     """
 
     supports_trees = False
@@ -72,7 +79,10 @@ class TorchLayers:
     # -- caches ---------------------------------------------------------------------------------------------------
 
     def new_cache(self, capacity: int, batch: int = 1) -> TorchCache:
-        """Make an empty cache, or reuse one that was released; see `LayerStack.new_cache`."""
+        """Make an empty cache, or reuse a released cache of the same size; see `LayerStack.new_cache`.
+
+        If memory is short, all released caches are freed first.
+        """
         step = _RECORDED_CAPACITY if self.recorded_rows and batch == 1 else 16
         capacity = -(-capacity // step) * step
         with self._caches_turn:
@@ -80,6 +90,19 @@ class TorchLayers:
                 if cache.capacity == capacity and cache.keys.shape[1] == batch:
                     self._idle_caches.remove(cache)
                     return cache
+        try:
+            return self._made(capacity, batch)
+        except torch.OutOfMemoryError:
+            with self._caches_turn:
+                if not self._idle_caches:
+                    raise
+                self._idle_caches.clear()
+        gc.collect()                                # recordings and their caches refer to each other
+        give_back()
+        return self._made(capacity, batch)
+
+    def _made(self, capacity: int, batch: int) -> TorchCache:
+        """Allocate a new cache for `batch` texts of `capacity` positions each."""
         if set(self._layer_devices) != {self._device}:
             return SpreadCache(self._layer_devices, self._shape.kv_heads, self._shape.head_dim, capacity, batch=batch,
                                dtype=self._dtype, home=self._device)
@@ -87,7 +110,10 @@ class TorchLayers:
                           dtype=self._dtype, device=self._device)
 
     def release(self, cache: TorchCache) -> None:
-        """Keep a cache and its recordings for a later run of the same size. Without recordings, the cache is freed."""
+        """Keep a cache, emptied, and its recordings for a later call of `new_cache` with the same size.
+
+        If passes are not recorded, the cache is not kept.
+        """
         if self.recorded_rows:
             with torch.inference_mode():        # the mode in which it was written
                 cache.clear()
@@ -96,25 +122,31 @@ class TorchLayers:
                 del self._idle_caches[_IDLE_CACHES:]
 
     def keep(self, cache: TorchCache, start: int, path: Sequence[int]) -> None:
-        """Keep the first rows of a pass; see `LayerStack.keep`. `path` must be 0, 1, 2, ...: no trees here."""
+        """Keep the first len(path) rows of the last pass; see `LayerStack.keep`.
+
+        This backend has no draft trees, so `path` must be 0, 1, 2, ...
+        """
         assert list(path) == list(range(len(path))), "a tree needs a backend with supports_trees"
         cache.truncate(start + len(path))
 
     # -- computing ------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
-        """Embed token ids (N,) as rows (1, N, D)."""
+        """Look up the embeddings of token ids (N,). Returns rows (1, N, D)."""
         return self._decoder.embed_tokens(torch.as_tensor(ids, device=self._device).reshape(1, -1)).to(self._device)
 
     def norm(self, rows: Tensor) -> Tensor:
-        """Apply the final norm: (..., N, D) -> (..., N, D). Rows are padded to the row bucket for it."""
+        """Apply the model's final norm: (..., N, D) -> (..., N, D).
+
+        For the computation, rows are padded to a multiple of `row_multiple` rows.
+        """
         return self._norm(self._padded(rows))[..., :rows.shape[-2], :].to(self._device)
 
     def run(self, segments: range, rows: Tensor, cache: TorchCache,
             parents: Sequence[int] | None = None) -> list[Tensor]:
-        """Run the next rows (1, N, D) through segments; see `LayerStack.run`.
+        """Run the next N positions of one text through consecutive segments: rows (1, N, D); see `LayerStack.run`.
 
-        Padding rows are written to the cache after the real rows. They are masked, and overwritten later.
+        Padding rows are written to the cache after the real rows. They are masked, and later rows overwrite them.
         """
         assert parents is None, "a tree needs a backend with supports_trees"
         n, out, first = rows.shape[1], [], self._bounds[segments[0]]
@@ -131,7 +163,7 @@ class TorchLayers:
         return out
 
     def run_batch(self, segment: int, rows: Tensor, begins: Sequence[int], cache: TorchCache) -> Tensor:
-        """Run the next position of B texts through a segment; see `LayerStack.run_batch`."""
+        """Run the next position of B texts together through one segment; see `LayerStack.run_batch`."""
         layers = range(self._bounds[segment], self._bounds[segment + 1])
         if not layers:
             return rows
@@ -152,12 +184,17 @@ class TorchLayers:
         return _ROW_COST if rows < _FEW_ROWS else _LATE_ROW_COST
 
     def _padded(self, rows: Tensor) -> Tensor:
-        """Pad rows (..., N, D) with zero rows to the size of the row bucket."""
+        """Pad rows (..., N, D) with rows of zeros to a multiple of `row_multiple` rows."""
         missing = -rows.shape[-2] % self.row_multiple
         return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
     def _through(self, s: int, cache: TorchCache, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """Make the function that runs rows (1, N, D) at positions (1, N) through segment s, recorded if possible."""
+        """Return a function that runs segment s: rows (1, N, D) at positions (1, N) -> (1, N, D).
+
+        If a pass of this many rows is recorded, the function uses the recording of this cache.
+
+        rows: N, the number of rows, including padding.
+        """
         layers, held = range(self._bounds[s], self._bounds[s + 1]), weakref.ref(cache)  # the cache holds the recording
 
         def through(h: Tensor, positions: Tensor) -> Tensor:
@@ -171,9 +208,11 @@ class TorchLayers:
         return cache.recordings[s]
 
     def _run_layers(self, layers: range, h: Tensor, positions: Tensor, mask: Tensor, cache: TorchCache) -> Tensor:
-        """Run hidden rows (B, N, D) through layers, and write keys and values into the cache; mask (B, 1, N, C).
+        """Run rows `h` (B, N, D) through these layers, and write their keys and values to the cache. Returns (B, N, D).
 
-        All inputs and the result lie on the head's device.
+        All inputs are on the device of the model's head. The result is there, too.
+
+        mask: boolean attention mask (B, 1, N, C).
         """
         angles = self._decoder.rotary_emb(torch.zeros((), dtype=self._dtype, device=self._device),
                                           position_ids=positions)
@@ -189,12 +228,15 @@ class TorchLayers:
 
 
 class UnpreparedLayers(TorchLayers):
-    """Layers for only a few passes: weights are not packed and kernels not recorded, since that would take longer."""
+    """Layers that run only a few passes. Weights are not packed and kernels not recorded, as this would take longer."""
 
     prepared = False
 
 
 def _sharing_weights(decoder: nn.Module) -> nn.Module:
-    """Copy a decoder's modules and config, but share its weights. Changes to the copy do not change the original."""
+    """Copy a decoder's modules and config, but share its weights.
+
+    If modules of the copy are replaced, the original does not change.
+    """
     memo = {id(tensor): tensor for tensor in chain(decoder.parameters(), decoder.buffers())}
     return copy.deepcopy(decoder, memo)

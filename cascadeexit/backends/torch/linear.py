@@ -1,8 +1,8 @@
-"""Frozen linear layers for PyTorch, in the weight layout that is fastest to read.
+"""Frozen linear layers for PyTorch, with weights in the layout that is fastest to read.
 
-On a CPU, PyTorch gives row-major weights to oneDNN, which reads them at a fraction of the memory bandwidth if a pass
-has few rows. After reordering them once, the same oneDNN kernels read them 2 to 3 times as fast. Results are bitwise
-the same for every number of padded rows (see `layers.py`).
+On a CPU, PyTorch gives row-major weights to oneDNN. If a pass has few rows, oneDNN reads them at only a fraction of the
+memory bandwidth. Packing means that a weight is reordered once. The same oneDNN kernels read packed weights 2 to 3
+times as fast. A row's result is bitwise the same for every padded number of rows; see `layers.py`.
 """
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Return True if oneDNN has packed kernels for this weight: on a CPU, fp32, or bf16 with hardware support."""
+    """Return True if oneDNN can pack this weight.
+
+    The weight must be on a CPU, in fp32, or in bf16 if the processor supports bf16.
+    """
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or (
@@ -18,7 +21,10 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def frozen_linear(weight: Tensor, bias: Tensor | None = None, *, packed: bool = True) -> nn.Module:
-    """Make a frozen linear layer with this weight (O, I), packed if that is possible and wanted."""
+    """Make a linear layer without gradients from this weight (O, I).
+
+    packed: pack the weight if oneDNN can do this.
+    """
     if packed and can_pack(weight):
         return PackedLinear(weight, bias)
     linear = nn.Linear(*weight.T.shape, bias=bias is not None, device="meta")
@@ -28,7 +34,7 @@ def frozen_linear(weight: Tensor, bias: Tensor | None = None, *, packed: bool = 
 
 
 class PackedLinear(nn.Module):
-    """A linear layer over a reordered weight: x (..., I) -> x W^T + b (..., O). No gradient passes through."""
+    """A linear layer with a packed weight W (O, I): x (..., I) -> x W^T + b (..., O). It has no gradients."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -38,7 +44,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight (O, I) in row-major layout, computed on each access."""
+        """The weight (O, I) in row-major layout. It is unpacked into a new tensor on each access."""
         return self._weight.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:

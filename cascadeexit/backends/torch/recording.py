@@ -1,8 +1,8 @@
-"""Recorded: runs a function of tensors on a CUDA device from a recording, which is a CUDA graph.
+"""Recorded: runs a function of tensors on a CUDA device as a CUDA graph, which is called a recording here.
 
-A token needs hundreds of small kernels, and Python starts them more slowly than a GPU finishes them. One call starts a
-whole recording. Recorded kernels always use the same memory, so each input is first copied to a fixed place, and the
-result is copied out. There is one recording for each shape of the inputs.
+A token needs hundreds of small kernels. Python starts them more slowly than a GPU finishes them. A recording is started
+with one call. Its kernels always use the same memory. So each input is first copied to a fixed tensor, and the result
+is copied out. There is one recording for each combination of input shapes and dtypes.
 """
 
 import logging
@@ -18,10 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class Recorded:
-    """Calls a function. It uses a recording if the inputs (..., N, D) have at most `rows` rows.
+    """Calls a function of tensors. If the first input (..., N, D) has N <= `rows`, the call uses a recording.
 
-    The function must do the same work for every input of a shape: no Python decision may depend on a tensor's values.
-    It runs a few times when it is recorded. A function that cannot be recorded is called as it is from then on.
+    The function must do the same work for every input of the same shape: no Python decision may depend on a tensor's
+    values. It is called a few times while it is recorded. If recording fails, this call runs without a recording. If
+    the reason was a lack of memory, the next call tries again. After any other failure, no call uses a recording.
     """
 
     def __init__(self, function: Callable[..., Tensor], rows: int):
@@ -38,6 +39,8 @@ class Recorded:
                 places = [t.clone() for t in inputs]
                 try:
                     self._recordings[key] = (places, *record(self._function, places))
+                except torch.OutOfMemoryError:
+                    return self._function(*inputs)
                 except RuntimeError as error:
                     log.warning("A CUDA graph could not be recorded, so its kernels start one by one: %s", error)
                     self._rows = -1
@@ -50,6 +53,11 @@ class Recorded:
 
 
 def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record a CUDA graph of function(*places). Returns a function that replays it, and the tensor of its result."""
+    """Record the call function(*places) as a CUDA graph.
+
+    Returns a function that replays the graph, and the tensor into which each replay writes the result.
+
+    places: input tensors. Write new inputs into them before a replay.
+    """
     with torch.cuda.device(places[0].device):
         return capture(lambda: function(*places), warm_ups=3)

@@ -1,0 +1,103 @@
+// Forks: the text goes on from one token with another choice, in a panel of its own.
+
+const MAX_SHOWN = 3;                         // forks beside each other
+let asked = null;                            // {run, forks} while the server has not answered
+
+const forks = () => order.filter(name => sides[name].of);
+const isRunning = () => document.body.classList.contains('ce-running');
+
+function whyNoFork() {                       // '' where a fork can begin
+  if (replaying()) return 'A recorded run cannot be continued. Run the prompt here first.';
+  if (!finished || isRunning()) return 'The text can be continued when the run is over.';
+  if (forks().length >= MAX_SHOWN) return 'Close one of the ' + MAX_SHOWN + ' continued texts first.';
+  return '';
+}
+
+// The button of the card. `choose` puts another candidate on it.
+function forkOffer(side, i, choice) {
+  if (!choice || side.name === FULL || i < side.start) return null;
+  const reason = whyNoFork(), words = make('b'), go = button('ce-small ce-fork', null, () => askFork(side.name, i, go.choice));
+  go.append('Continue with ', words, ' instead');
+  go.disabled = Boolean(reason);
+  const choose = to => { go.choice = to; put(words, inQuotes(to.text)); };
+  choose(choice);
+  const hint = make('span', 'ce-card-hint', reason || 'Or choose another token above.');
+  return { node: make('div', 'ce-fork-row', null, go, hint), choose(to) { choose(to); go.focus(); }, open: !reason };
+}
+
+function askFork(name, i, choice) {
+  if (whyNoFork()) return;
+  closeCard();
+  asked = { run: run.run, forks: forks().length };
+  waiting(true);
+  status('Continuing with ' + inQuotes(choice.text) + '…', 'busy');
+  trigger('fork', { run: run.run, side: name, at: i, id: choice.id });
+}
+
+// The server has done with it; when it refused, no fork came.
+document.addEventListener('ce-fork-over', () => {
+  if (asked && run && run.run === asked.run && forks().length === asked.forks) {
+    waiting(false);
+    status('Not continued.', 'stopped');
+  }
+  asked = null;
+});
+
+function markFork(record) {
+  const side = sides[record.side], part = parts[record.side], before = sides[record.of];
+  const instead = before.records[record.at], number = record.side.replace(/\D/g, '');
+  side.title = 'Fork ' + number;
+  side.instead = instead ? instead.text : '';
+  put(part.title, side.title);
+  part.text.setAttribute('aria-label', 'Text: ' + side.title);
+  part.box.classList.add('ce-forked');
+  part.close = button('ce-toggle ce-close-fork', 'Close', () => closeFork(record.side));
+  part.close.setAttribute('aria-label', 'Close ' + side.title);
+  part.box.querySelector('header').append(part.close);
+  put(part.aside, inQuotes(record.text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (record.at + 1) + ' of ' + before.title + '.');
+  part.aside.hidden = false;
+  reveal(record.side, record.at - 1);
+  if (narrow()) part.box.scrollIntoView({ block: 'nearest' });
+  else parts.panels.scrollTo({ left: part.box.offsetLeft - parts.panels.offsetLeft - 40 });
+}
+
+function closeFork(name) {
+  if (isRunning() || !sides[name]) return;
+  closeCard();
+  if (!player.atEnd) seekToEnd();
+  for (const child of forks().filter(f => sides[f].of === name)) closeFork(child);
+  records = records.filter(record => record.side !== name);
+  player.shown = records.length;
+  parts[name].box.remove();
+  order = order.filter(other => other !== name);
+  delete sides[name];
+  parts.panels.dataset.count = order.length;
+  dirty = true;
+  each('leave', name);
+  draw();
+}
+
+// Whether the choice mattered: how much of what follows is the same as in the text that it left.
+function judgeFork(name) {
+  const side = sides[name], before = sides[side.of], part = parts[name];
+  if (!side.end || !before) return;
+  const ours = side.records.slice(side.start + 1).map(r => r.id), theirs = before.records.slice(side.start + 1).map(r => r.id);
+  const blocks = alignIds(ours, theirs), same = blocks.filter(b => b.same).reduce((n, b) => n + b.a1 - b.a0, 0);
+  const share = same / Math.max(1, ours.length, theirs.length), first = blocks.find(b => b.same);
+  const start = inQuotes(side.records[side.start].text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (side.start + 1) + ': ';
+  put(part.aside, start + (share >= 0.9 ? 'it hardly mattered. ' : share >= 0.5 ? 'part of the text changed. ' : 'it changed the text. ')
+    + percent(share) + ' of what follows is as in ' + before.title + '.');
+  part.aside.title = first && same ? 'The texts are alike again from token ' + (side.start + 2 + first.a0) + ' on, for ' + (first.a1 - first.a0) + ' tokens.' : '';
+}
+
+feature({
+  record: {
+    fork: markFork,
+    token(record) {
+      const side = sides[record.side];
+      if (side.of && record.i === side.start && record.status !== 'draft' && record.status !== 'rejected') side.nodes[record.i].classList.add('forked');
+    },
+    end(record) { if (sides[record.side || 'cascade'].of) judgeFork(record.side); },
+  },
+  begin() { asked = null; },
+});

@@ -1,0 +1,61 @@
+"""Budgets: what the figures of a GPU shall reach, compared with what `training.gpu` measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from training.contenders import STATIC_CACHE
+
+MINUTES = 25                    # that the whole measurement may take
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One figure and its limit.
+
+    Attributes:
+        value: reads the figure from the results of the steps, by name. It may raise KeyError or TypeError where a step
+            has no result.
+        at_least: True where a larger figure is better.
+    """
+
+    what: str
+    target: float
+    value: Callable[[dict[str, dict]], float]
+    at_least: bool = True
+
+    def check(self, results: dict[str, dict]) -> dict:
+        """Compare. Returns plain JSON; `measured` and `met` are None where the figure is missing."""
+        try:
+            measured = self.value(results)
+        except (KeyError, TypeError, ZeroDivisionError):
+            measured = None
+        met = None if measured is None else (measured >= self.target if self.at_least else measured <= self.target)
+        return {"what": self.what, "target": self.target, "at_least": self.at_least, "measured": measured, "met": met}
+
+
+def _row(step: str, row: str, name: str) -> Callable[[dict], float]:
+    return lambda results: results[step]["rows"][row][name]
+
+
+def _failed_tests(results: dict[str, dict]) -> int | None:
+    """Return how many tests failed; None where all were skipped, as without a GPU."""
+    tests = results["tests"]
+    return tests["failed"] if tests["passed"] or tests["failed"] else None
+
+
+def budgets(gpu: str) -> list[Budget]:
+    """List the budgets for a GPU, by its name: the faster its memory, the more the launches weigh."""
+    roofline = 0.80 if "H100" in gpu else 0.75
+    return [
+        Budget("3B `full`, roofline multiple", roofline, _row("replay 3B", "full", "roofline_multiple")),
+        Budget("3B `cascade`, share of the speed-up that bytes allow", 0.95,
+               _row("replay 3B", "cascade", "of_allowed")),
+        Budget("3B `verified`, x `full`", 1.76, _row("replay 3B", "verified", "over_full")),
+        Budget("bundled model, `full` over transformers with static cache and compile", 3.0,
+               lambda results: results["race"]["rows"]["full"]["tokens_per_second"]
+               / results["race"]["rows"][STATIC_CACHE]["tokens_per_second"]),
+        *(Budget(f"{dtype}, tokens of `verified` that differ", 0,
+                 lambda results, step=f"lossless {dtype}": results[step]["verified_differing_tokens"], at_least=False)
+          for dtype in ("bf16", "fp16")),
+        Budget("failed GPU tests", 0, _failed_tests, at_least=False),
+        Budget("visitors' runs that failed", 0, lambda results: len(results["visitors"]["errors"]), at_least=False)]
