@@ -28,8 +28,8 @@ SHORT = "?n=100"            # tokens of a run
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-FRAMES = "new Promise(done => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(done)), 120))"
-SEEK = """value => { const range = document.querySelector('.ce-player input'); range.value = value;
+FRAMES = "new Promise(done => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(done)), 250))"
+SEEK = """value => { const range = document.querySelector('.ce-player input'); range.value = value / 1000 * range.max;
     range.dispatchEvent(new Event('input', {bubbles: true})); }"""
 
 
@@ -135,7 +135,7 @@ def test_three_plots_stand_side_by_side_in_one_screen(done):
     wanted = dict(routing={"0%", "50%", "100%", "token"}, agreement={"100%", "token"}, times={"0", "token"})
     for plot, ticks in wanted.items():
         axes = done.locator(f".ce-plot-{plot} .ce-axes text").all_text_contents()
-        assert ticks <= {*axes} and {"50", "100"} <= {*axes}, axes
+        assert ticks <= {*axes} and sum(text.isdigit() for text in axes) >= 4, axes
     inside = done.evaluate("""[...document.querySelectorAll('.ce-plot:not([hidden])')].every(plot => {
         const outer = plot.getBoundingClientRect();
         return [...plot.querySelectorAll('text')].every(text => { const own = text.getBoundingClientRect();
@@ -198,14 +198,17 @@ def test_the_keyboard_reads_a_plot(done):
 
 
 def test_plots_follow_the_player(done):
-    def width():
-        return done.evaluate("document.querySelector('.ce-plot-routing .ce-band').getBBox().width")
+    def width() -> float:
+        done.evaluate(FRAMES)
+        return done.evaluate("document.querySelector('.ce-plot-routing .ce-band')?.getBBox().width || 0")
 
-    whole, length = width(), done.locator(".ce-plot-routing .ce-plot-area").get_attribute("aria-valuemax")
-    done.evaluate(f"({SEEK})(400)")
-    done.wait_for_function("whole => document.querySelector('.ce-plot-routing .ce-band').getBBox().width < 0.8 * whole",
-                           arg=whole)
-    assert done.locator(".ce-plot-routing .ce-plot-area").get_attribute("aria-valuemax") == length, "the axis stays"
+    area = done.locator(".ce-plot-routing .ce-plot-area")
+    whole, length, widths = width(), area.get_attribute("aria-valuemax"), []
+    for moment in range(900, 0, -100):          # in thousandths of the run: nobody knows when it was slow
+        done.evaluate(f"({SEEK})({moment})")
+        widths.append(width())
+    assert widths == sorted(widths, reverse=True) and any(0 < w < 0.9 * whole for w in widths)
+    assert area.get_attribute("aria-valuemax") == length, "the axis stays"
     assert done.locator("#ce-run").is_visible(), "a run that is looked at again is not a run in progress"
 
 
@@ -445,6 +448,7 @@ def test_the_trace_holds_every_pass(visit, tmp_path, mode):
     trace = json.loads(saved(page, "Save trace", tmp_path).read_text())
     events = trace["traceEvents"]
     assert {e["ph"] for e in events} == {"M", "X"} and {e["pid"] for e in events} == {1}
+    assert len(trace["otherData"]["date"]) == 10
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert len(names) == 2 and "Full model" in names.values()
     for tid, side in ((1, "cascade"), (2, "full")):
@@ -464,7 +468,7 @@ def test_the_picture_is_one_for_a_paper(done, tmp_path):
     assert picture.tag == SVG + "svg" and {node.tag for node in picture.iter()} <= {
         SVG + tag for tag in ("svg", "title", "rect", "text", "line")}, "hostile tokens are text"
     words = [node.text or "" for node in picture.iter(SVG + "text")]
-    assert any("<img src=x" in word for word in words) and "llama-untied" in words
+    assert any("<img" in word for word in words) and "llama-untied" in words
     whole = " ".join(words)
     for part in ("Prompt: Explain why the sky is blue.", "Early exits", "× the full model", "agreement", "CPU"):
         assert part in whole, part
