@@ -135,7 +135,7 @@ def test_three_plots_stand_side_by_side_in_one_screen(done):
     wanted = dict(routing={"0%", "50%", "100%", "token"}, agreement={"100%", "token"}, times={"0", "token"})
     for plot, ticks in wanted.items():
         axes = done.locator(f".ce-plot-{plot} .ce-axes text").all_text_contents()
-        assert ticks <= {*axes} and {"50", "100"} <= {*axes}, axes
+        assert ticks <= {*axes} and sum(text.isdigit() for text in axes) >= 4, axes
     inside = done.evaluate("""[...document.querySelectorAll('.ce-plot:not([hidden])')].every(plot => {
         const outer = plot.getBoundingClientRect();
         return [...plot.querySelectorAll('text')].every(text => { const own = text.getBoundingClientRect();
