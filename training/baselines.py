@@ -1,11 +1,15 @@
-"""Baselines: the published setting, which has no cache, rebuilt and measured beside our engine.
+"""Baselines: measure cascade and self-speculation without a KV cache, beside our engine.
 
     python -m training.baselines
 
-The published figures (cascade 1.76x, self-speculation 0.43x to 0.84x) are relative to a loop that reads the whole text
-again for every token and projects every position onto the vocabulary. The three small loops here do the same, with our
-model and exits. The tests use them as a reference. The table compares each method with the uncached standard loop, and
-with the standard method of its own setting: uncached, or our engine with its cache.
+The original CascadeExit published speed-ups (cascade 1.76x, self-speculation 0.43x to 0.84x) over a decoding loop
+without a cache. For every new token, such a loop reads the whole text again and computes the logits of every position.
+This file has three such loops, with our model and our exits: `standard` (the full model alone), `cascade` and
+`self_speculation`. The tests use them as a reference.
+
+Each method runs without a cache (these loops) and with a cache (our engine). The table has two ratios for each method.
+The first compares its speed with the loop `standard`. The second compares an uncached method with the loop `standard`,
+too, but a cached method with our engine in mode `full`.
 """
 
 import argparse
@@ -38,46 +42,58 @@ Decode = Callable[[list[int]], list[int]]
 
 
 class Uncached:
-    """Runs passes over a whole text without a cache, from the first layer to any depth."""
+    """Runs the model over a whole text, without keys and values of earlier passes."""
 
     def __init__(self, engine: Engine):
         self.model, self.layers, self.exits = engine.model, engine.model.layers, engine.exits
 
     def segments(self, text: list[int]) -> Iterator[Tensor]:
-        """Yield the hidden rows of the whole text (1, N, D) after each segment; the caller may stop at any of them."""
+        """Yield the hidden states of the whole text (1, N, D) after each segment.
+
+        The layers of a segment run only when the caller asks for its hidden states. So a caller can stop after any
+        segment.
+        """
         rows, cache = self.layers.embed(text), self.layers.new_cache(len(text) + self.layers.row_multiple)
         for s in range(self.model.num_segments):
             rows, = self.layers.run(range(s, s + 1), rows, cache)
             yield self.layers.tensor(rows)
 
     def top(self, text: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the full model's choice after every position (N,), and its normed hidden states (N, D)."""
+        """Run the full model over a text.
+
+        Returns its first choice of the next token at every position (N,), and the hidden states after the final norm
+        (N, D).
+        """
         *_, h = self.segments(text)
         normed = self.layers.norm(h)
         return self.model.head.logits(normed)[0].argmax(-1), normed[0]
 
     def exit(self, s: int, h: Tensor, carried: Tensor, copied: tuple[int, int],
              before: Tensor | None = None) -> tuple[int, float, Tensor]:
-        """Run exit s at the newest row. Returns its choice, confidence and adapted hidden state (1, D).
+        """Run exit s at the last position of the text.
 
-        The vocabulary projection is computed whether the exit is taken or not.
+        The logits are computed even if the exit is not taken.
 
         Args:
-            copied: the n-gram lookup's token and match length, from `Lookup.copied`.
-            before: the adapted hidden state of the previous exit; None if it did not run.
+            h: hidden states of the whole text at the layer of the exit (1, N, D).
+            carried: the carried state (1, D).
+            copied: token and match length of the n-gram lookup, from `Lookup.copied`.
+            before: the adapted hidden state of the previous exit (1, D). None if that exit did not run.
+
+        Returns the token that the exit chooses, its confidence, and its adapted hidden state (1, D).
         """
         hidden = self.exits.hidden(s, h[0, -1:], carried)
         confidence, = self.exits.confidence(s, hidden, [copied], before)
         return self.exits.choice(s, hidden), confidence, hidden
 
     def carried(self, prompt: list[int]) -> Tensor:
-        """Return the carried state at the prompt's last token (1, D), equal to that of `Engine.generate`."""
+        """Return the carried state at the prompt's last token (1, D). `Engine.generate` starts from an equal state."""
         return carried_states(self.top(prompt)[1])[-1:]
 
 
 @torch.inference_mode()
 def standard(engine: Engine, prompt: list[int], tokens: int) -> list[int]:
-    """Decode greedily with the full model. Returns at most `tokens` token ids."""
+    """Decode greedily with the full model, without a cache. Returns at most `tokens` token ids."""
     run, text = Uncached(engine), list(prompt)
     while len(text) < len(prompt) + tokens and not _ended(engine, prompt, text):
         text.append(int(run.top(text)[0][-1]))
@@ -87,9 +103,15 @@ def standard(engine: Engine, prompt: list[int], tokens: int) -> list[int]:
 @torch.inference_mode()
 def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[float, ...],
             ask_all: bool = False) -> list[int]:
-    """Decode with the cascade: each token comes from the first exit whose confidence reaches its threshold.
+    """Decode with the cascade, without a cache. Returns at most `tokens` token ids.
 
-    ask_all: run every exit below that one, as published; else skip those that are not `worth_running`.
+    Each token comes from the first exit whose confidence reaches its threshold. If no exit does, the full model chooses
+    the token.
+
+    Args:
+        thresholds: one for each exit.
+        ask_all: True runs the exits one after another until one is taken, as the original CascadeExit does. False skips
+            exits that are not `worth_running`.
     """
     run, text = Uncached(engine), list(prompt)
     carried, lookup = run.carried(prompt), Lookup(prompt)
@@ -115,7 +137,11 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
 
 @torch.inference_mode()
 def self_speculation(engine: Engine, prompt: list[int], tokens: int, exit: int, max_draft: int) -> list[int]:
-    """Decode with self-speculation: exit `exit` drafts max_draft tokens, and a pass of the full model verifies them."""
+    """Decode with self-speculation, without a cache. Returns at most `tokens` token ids.
+
+    In each round, exit `exit` drafts `max_draft` tokens, one after another. Then one pass of the full model verifies
+    them.
+    """
     run, text = Uncached(engine), list(prompt)
     carried, end = run.carried(prompt), len(prompt) + tokens
     while len(text) < end and not _ended(engine, prompt, text):
@@ -143,7 +169,11 @@ def _ended(engine: Engine, prompt: list[int], text: list[int]) -> bool:
 
 
 def make_jobs(engine: Engine, args: argparse.Namespace) -> dict[Job, Decode]:
-    """List the methods to measure, uncached and cached: {job: a function that decodes a prompt}."""
+    """Make the decoding functions that are measured.
+
+    Returns {(setting, method): function}. The setting is "uncached" (a loop of this file) or "cached" (our engine).
+    Each function takes the token ids of a prompt and returns the new token ids.
+    """
     thresholds, n = (args.threshold,) * engine.num_exits, args.tokens
 
     def cached(mode: Mode, **settings) -> Decode:
@@ -165,9 +195,10 @@ def make_jobs(engine: Engine, args: argparse.Namespace) -> dict[Job, Decode]:
 
 
 def time_jobs(jobs: dict[Job, Decode], prompts: list[list[int]]) -> tuple[dict[Job, list[float]], dict[Job, list]]:
-    """Run every job on every prompt in turn.
+    """Decode every prompt with every job, and measure the speed.
 
-    Returns {job: tokens per second} and {job: token ids}, as lists with an entry for each prompt.
+    Returns {job: speeds in tokens per second} and {job: outputs as token ids}. Both lists have one entry for each
+    prompt.
     """
     for job, decode in jobs.items():
         if job[0] == "cached":                              # warm-up; the uncached loops gain little by one
@@ -183,7 +214,12 @@ def time_jobs(jobs: dict[Job, Decode], prompts: list[list[int]]) -> tuple[dict[J
 
 
 def table_row(job: Job, speeds: dict[Job, list[float]], outputs: dict[Job, list]) -> dict:
-    """Summarise one job: medians over the prompts of its speed and of its ratios to the `standard` loops."""
+    """Compute the table row of one job. Speed and ratios are medians over the prompts.
+
+    `over_standard` is the speed relative to the standard method of the same setting ("uncached" or "cached").
+    `over_uncached` is the speed relative to the uncached standard method. `identical` is the share of the prompts for
+    which the output equals that of the cached standard method.
+    """
     setting, method = job
 
     def over(base: Job) -> float:

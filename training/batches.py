@@ -7,13 +7,16 @@ import torch
 
 def batches(rows: dict[int, int], batch: int, epochs: float, seed: int,
             repeats: dict[int, int] | None = None) -> list[list[int]]:
-    """List the document numbers of each step.
+    """Choose the documents of each training step. Returns a list of document numbers for each step.
 
-    Every epoch has its own order. A step ends when it has at least `batch` rows.
+    Every epoch reads the documents in a new random order. A step takes documents until they have at least `batch` rows
+    together. Only the last step may have fewer rows. A row is a position where an exit learns.
 
     Args:
-        rows: training rows of each document, by its number.
-        repeats: how often one epoch reads a document; documents that are not listed are read once.
+        rows: {document number: number of its rows}.
+        batch: smallest number of rows in a step.
+        epochs: passes over all documents; may be a fraction.
+        repeats: {document number: how often one epoch reads it}. Documents that are not in it are read once.
     """
     order, numbers = [], [i for i in sorted(rows) for _ in range((repeats or {}).get(i, 1))]
     for epoch in range(math.ceil(epochs)):
@@ -30,7 +33,14 @@ def batches(rows: dict[int, int], batch: int, epochs: float, seed: int,
 
 
 def micro_batches(documents: list[int], lengths: dict[int, int], tokens: int) -> list[list[int]]:
-    """Divide documents into parts of at most `tokens` tokens. A longer document is a part by itself."""
+    """Divide the documents of a step into micro-batches of at most `tokens` tokens each.
+
+    A document with more tokens becomes a micro-batch of its own.
+
+    Args:
+        documents: numbers of the documents.
+        lengths: {document number: number of its tokens}.
+    """
     parts, room = [], 0
     for number in documents:
         room -= lengths[number]

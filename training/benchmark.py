@@ -1,22 +1,30 @@
-"""Benchmark: the speed of our modes and of the usual alternatives, side by side in one run.
+"""Benchmark: measure the speed of our decoding modes, of transformers' `generate` and of llama.cpp in one run.
 
     python -m training.benchmark --quick
     python -m training.benchmark --growth --out assets/results/benchmark-cpu.json
-    python -m training.benchmark --replay                   # the engine alone, at Llama-3.2-3B's shape on a GPU
-    python -m training.benchmark --replay --simulate        # its bytes and launches on a GPU, counted on a CPU
+    python -m training.benchmark --replay                   # our engine only, random weights; 3B parameters on a GPU
+    python -m training.benchmark --replay --simulate        # count bytes and kernels of a GPU, without a GPU
 
-Each contender decodes every prompt, greedily, to the same length, with its own copy of the weights. The contenders take
-turns, in an order that rotates from prompt to prompt, after a warm-up that does not count. The speed of a prompt
-includes prefill; the table shows medians with quartiles. A ratio is the median over the prompts of a set (chat, code,
-summarise, facts), then the geometric mean over the sets. With our own kernels, the opening of the chat template is read
-when the model is loaded; llama.cpp reuses what a prompt has in common with the one before.
+A contender is one way to decode, such as a mode of our engine. Every contender decodes every prompt greedily, with the
+same limit of new tokens. The order of the contenders changes from prompt to prompt. Before that, every contender
+decodes one prompt as a warm-up, which does not count. Our engine, transformers and llama.cpp each have their own copy
+of the weights.
 
-Quality stands beside speed: agreement (share of tokens that the full model would have chosen after the same text) and
-sequence match (texts identical to `full` from start to end). The roofline multiple is tokens/s x weight bytes / read
-bandwidth; the bandwidth is measured before and after the race, and the higher value counts. The weight bytes are those
-that a token of `full` reads, or all weights in transformers. --growth also measures the time of a token against the
-length of context and output. --check-late also runs every cascade with `DecodeConfig.check_late`, and reports its speed
-relative to the same cascade without it. The last line of the output is one JSON object.
+The speed is in tokens per second and includes prefill. The table shows its median and quartiles over the prompts. The
+ratio of two speeds is computed for each prompt. Then comes the median over the prompts of a set (chat, code, summarise,
+facts), then the geometric mean over the sets. Two of the programs can skip a part of prefill. With its own kernels, our
+engine reads the opening of the chat template only once, when it loads the model. llama.cpp reuses the beginning that a
+prompt has in common with the prompt before.
+
+The table also shows the quality. Agreement is the share of tokens that the full model would have chosen after the same
+text. Sequence match is the share of texts that are identical to the text of `full`. The roofline multiple is tokens per
+second x weight bytes / read bandwidth. For our engine, the weight bytes are those that `full` reads for a token. For
+transformers, they are all weights. The bandwidth is measured before and after the contenders run, and the higher value
+counts.
+
+--growth also measures how the time per token grows with the length of context and output. --check-late also runs every
+cascade with `DecodeConfig.check_late`, and reports its speed relative to the same cascade without that option. The last
+line of the output is one JSON object.
 """
 
 import argparse
@@ -48,10 +56,11 @@ from training.provenance import provenance
 
 
 def race_all(contenders: list[Contender], prompts: list[list[int]], device: torch.device) -> None:
-    """Decode every prompt with every contender.
+    """Decode every prompt with every contender. Speeds and outputs are stored in the contenders.
 
-    The longest prompt warms up and does not count: what is compiled gets its size from it. A contender that fails there
-    is left out, and its error kept, except for those that all others are compared with.
+    First, every contender decodes the longest prompt as a warm-up, which does not count. Compiled code and caches get
+    their size from this prompt. A contender that raises an error in the warm-up is left out, and its `error` says why.
+    If it is one of `COMPARED`, the error is raised instead.
     """
     for index, ids in enumerate(tqdm([max(prompts, key=len), *prompts], unit="prompt")):
         if not index:
@@ -72,7 +81,14 @@ def race_all(contenders: list[Contender], prompts: list[list[int]], device: torc
 
 
 def ratio(ours: Contender, base: Contender, kinds: list[str]) -> float:
-    """Compare speeds: median over the prompts of a kind, geometric mean over the kinds."""
+    """Return the speed of `ours` relative to the speed of `base`.
+
+    The ratio is computed for each prompt. The result is the median over the prompts of each kind, then the geometric
+    mean over the kinds.
+
+    Args:
+        kinds: the kind of each prompt.
+    """
     each = defaultdict(list)
     for kind, a, b in zip(kinds, ours.speeds, base.speeds, strict=True):
         each[kind].append(a / b)
@@ -80,14 +96,29 @@ def ratio(ours: Contender, base: Contender, kinds: list[str]) -> float:
 
 
 def checked_speeds(contenders: dict[str, Contender], kinds: list[str]) -> dict[str, float]:
-    """Compare every cascade with `check_late` with the same cascade without: its relative speed, by name."""
+    """Compute what `check_late` costs each cascade.
+
+    Returns {name of a cascade: its speed with `check_late` / its speed without}.
+
+    Args:
+        contenders: {name: contender}.
+        kinds: the kind of each prompt.
+    """
     return {name: ratio(contenders[name + CHECKED], plain, kinds) for name, plain in contenders.items()
             if name + CHECKED in contenders}
 
 
 def result_row(contender: Contender, contenders: dict[str, Contender], engine: Engine, prompts: list[list[int]],
                kinds: list[str], bandwidth: float) -> dict:
-    """Summarise a contender as one line of the table: speed and, for our modes, quality and costs."""
+    """Compute the table row of one contender, as plain JSON: speed, ratios and sequence match.
+
+    For a mode of our engine, the row also has the `engine_figures`.
+
+    Args:
+        contenders: {name: contender}, for the ratios.
+        kinds: the kind of each prompt.
+        bandwidth: read bandwidth of the memory, in bytes per second.
+    """
     full, base = contenders["full"], contenders[GENERATE]
     speed = median(contender.speeds)
     low, _, high = quantiles(contender.speeds, n=4) if len(contender.speeds) > 1 else (speed,) * 3
@@ -103,7 +134,11 @@ def result_row(contender: Contender, contenders: dict[str, Contender], engine: E
 
 
 def engine_figures(contender: Contender, engine: Engine, prompts: list[list[int]]) -> dict:
-    """Summarise what only our engine reports: shares and costs over all tokens, latencies as medians over prompts."""
+    """Compute the figures that only our engine reports, as plain JSON.
+
+    Agreement, depth, cost and shares are means over all tokens. `acceptance` and `tokens_per_verification` are means
+    over the prompts. Times are medians over the prompts, in milliseconds.
+    """
     stats = [stats for _, stats in contender.outputs]
     tokens = [(agreement(ids, engine.full_choices(prompt, ids)), len(ids))
               for prompt, (ids, _) in zip(prompts, contender.outputs)]
@@ -135,7 +170,11 @@ def _mean(values) -> float | None:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Format the rows as text, speed and quality side by side."""
+    """Format the results as a text table with a line for each contender.
+
+    Args:
+        rows: {name of the contender: its `result_row`}.
+    """
     lines = [f"{'':<33}{'tokens/s':>9}{'quartiles':>15}{'x generate':>11}{'x full':>8}{'roofline':>9}"
              f"{'agreement':>11}{'identical':>11}{'depth':>7}{'cost':>6}"]
     for name, r in rows.items():
@@ -148,7 +187,7 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def show(value: float | None, form: str) -> str:
-    """Format a number, or a dash where there is none."""
+    """Format a number in the format `form`, such as ".2f". Returns "-" for None and NaN."""
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
@@ -156,13 +195,20 @@ def show(value: float | None, form: str) -> str:
 
 
 def record_seconds(engine: Engine) -> float | None:
-    """Return how long the recordings of a model's passes took; None where the backend records nothing at load."""
+    """Return how many seconds it took to record the model's passes as CUDA graphs, when the model was loaded.
+
+    Returns None if the backend does not record passes.
+    """
     passes = getattr(engine.model.layers, "passes", None)
     return passes.recorder.seconds if passes else None
 
 
 class Loaded:
-    """The loaded engine with its prompts; also the seconds and the memory that loading took."""
+    """Loads the engine and the prompts, and measures the time and the memory that loading takes.
+
+    Args:
+        prompts: number of the project's prompts.
+    """
 
     def __init__(self, args: argparse.Namespace, prompts: int):
         before, started = resident_bytes(), time.perf_counter()
@@ -181,7 +227,13 @@ class Loaded:
             self.grown_bytes = torch.cuda.max_memory_allocated(device)
 
     def report(self, tokens: int) -> dict:
-        """Describe the memory: what exits and cache need, and how much more than the need was taken."""
+        """Return the time and the memory that loading took, as plain JSON.
+
+        `memory_over_need` is the memory that was taken, divided by the memory that weights, exits and KV cache need.
+
+        Args:
+            tokens: new tokens per prompt. It decides the size of the KV cache.
+        """
         model = self.engine.model
         needed = model.weight_bytes + self.engine.exits.memory_bytes
         cache = model.layers.new_cache(self.engine.capacity(max(map(len, self.prompts)) + tokens)).nbytes
@@ -192,7 +244,10 @@ class Loaded:
 
 
 def compare(args: argparse.Namespace) -> dict:
-    """Race all contenders. Prints the table and returns the result as plain JSON."""
+    """Run the benchmark without --replay: measure all contenders, and print the table.
+
+    Returns the result as plain JSON.
+    """
     loaded = Loaded(args, args.prompts)
     engine, prompts, kinds = loaded.engine, loaded.prompts, loaded.kinds
     model, bank, device = engine.model, engine.bank, engine.model.device

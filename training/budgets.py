@@ -1,4 +1,4 @@
-"""Budgets: what the figures of a GPU shall reach, compared with what `training.gpu` measured."""
+"""Budgets: target values for measurements on a GPU. They are compared with the results of `training.gpu`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ MINUTES = 25                    # that the whole measurement may take
 
 @dataclass(frozen=True)
 class Budget:
-    """One figure and its limit.
+    """A target for one measured figure.
 
     Attributes:
-        value: reads the figure from the results of the steps, by name. It may raise KeyError or TypeError where a step
-            has no result.
-        at_least: True where a larger figure is better.
+        what: description of the figure.
+        target: the value that the figure must reach.
+        value: function that reads the figure from {step name: result}. If the result of a step is missing, it may raise
+            KeyError or TypeError, or return None.
+        at_least: True if the figure must be `target` or more, False if it must be `target` or less.
     """
 
     what: str
@@ -24,7 +26,13 @@ class Budget:
     at_least: bool = True
 
     def check(self, results: dict[str, dict]) -> dict:
-        """Compare. Returns plain JSON; `measured` and `met` are None where the figure is missing."""
+        """Compare the measured figure with the target. Returns plain JSON.
+
+        `measured` and `met` are None if the figure was not measured.
+
+        Args:
+            results: {step name: result}.
+        """
         try:
             measured = self.value(results)
         except (KeyError, TypeError, ZeroDivisionError):
@@ -38,13 +46,20 @@ def _row(step: str, row: str, name: str) -> Callable[[dict], float]:
 
 
 def _failed_tests(results: dict[str, dict]) -> int | None:
-    """Return how many tests failed; None where all were skipped, as without a GPU."""
+    """Return how many tests failed. Returns None if all tests were skipped, as on a machine without a GPU."""
     tests = results["tests"]
     return tests["failed"] if tests["passed"] or tests["failed"] else None
 
 
 def budgets(gpu: str) -> list[Budget]:
-    """List the budgets for a GPU, by its name: the faster its memory, the more the launches weigh."""
+    """List the budgets for a GPU.
+
+    The target of the roofline multiple is 0.80 for an H100, else 0.75. The reason: the faster the memory of a GPU is,
+    the larger is the share of the time that kernel launches take.
+
+    Args:
+        gpu: name of the GPU, as torch gives it.
+    """
     roofline = 0.80 if "H100" in gpu else 0.75
     return [
         Budget("3B `full`, roofline multiple", roofline, _row("replay 3B", "full", "roofline_multiple")),

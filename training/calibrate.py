@@ -1,14 +1,15 @@
-"""Calibrate a cascade: measure how often it disagrees with the full model at each threshold, and certify a bound.
+"""Calibrate a cascade: measure its disagreement with the full model at several thresholds, and certify a bound.
 
     python -m training.calibrate --exits runs/smollm2 --data data/policy data/policy2
 
-`DecodeConfig.target_disagreement` and the page's quality slider use the result. The prompts are those of the test
-documents (all before the last reply), which neither adapters nor estimators were trained on. For each prompt and
-threshold the engine decodes a text (greedily, closed loop), and the full model reads it. The loss of a prompt is the
-share of tokens that the full model would not have chosen. `calibration.json` in the exits folder then holds, for each
-threshold, the mean loss and an upper bound of its expectation on such prompts (Learn then Test with Hoeffding-Bentkus
-bounds, see `cascadeexit.calibration`). The bound does not cover other kinds of prompts, or much longer replies. The
-same command continues an interrupted run.
+`DecodeConfig.target_disagreement` and the page's quality slider use the result. The prompts come from the test
+documents, on which neither adapters nor estimators were trained. A prompt is all text of a document before the last
+reply. At each threshold, the cascade decodes every prompt greedily. Then the full model reads the text. The loss of a
+prompt is the share of its new tokens that the full model would not have chosen.
+
+The result is `calibration.json` in the exits folder. For each threshold it holds the mean loss, and an upper bound of
+the expected loss on prompts like these (Learn then Test with Hoeffding-Bentkus bounds, see `cascadeexit.calibration`).
+The bound does not cover other kinds of prompts, or much longer replies. The same command continues an interrupted run.
 """
 
 import random
@@ -32,7 +33,7 @@ Prompt = tuple[int, ...]        # token ids
 
 
 def prompt_of(document: Document) -> Prompt:
-    """Return all tokens before the last reply."""
+    """Return the prompt of a document: all its tokens before the last reply, which the model wrote."""
     first = len(document.ids)
     while first and document.chosen[first - 1]:
         first -= 1
@@ -40,14 +41,25 @@ def prompt_of(document: Document) -> Prompt:
 
 
 def prompts_of(documents: list[Document], count: int, seed: int) -> list[Prompt]:
-    """Pick at most `count` different prompts of test documents, in an order that the seed decides."""
+    """Choose at most `count` different prompts from the test documents that the model wrote.
+
+    The seed decides which prompts are chosen, and their order.
+    """
     prompts = sorted({prompt_of(d) for d in documents if d.split == Split.TEST and any(d.chosen)} - {()})
     random.Random(seed).shuffle(prompts)
     return prompts[:count]
 
 
 def measure(engine: Engine, prompt: Prompt, threshold: float, tokens: int) -> dict:
-    """Decode one prompt at one threshold. Returns the share of tokens that differ from the full model, and the cost."""
+    """Decode one prompt with the cascade at one threshold.
+
+    Args:
+        threshold: threshold of the first exit. The thresholds of the other exits follow from it.
+        tokens: new tokens, at most.
+
+    Returns `loss`, the share of the new tokens that the full model would not have chosen, and `cost`, the weight bytes
+    read per token relative to the full model.
+    """
     config = DecodeConfig(thresholds=threshold, max_new_tokens=min(tokens, engine.model.max_positions - len(prompt)))
     run = engine.run(prompt, config)
     return {"loss": 1 - agreement(run.token_ids, engine.full_choices(prompt, run.token_ids)), "cost": run.stats.cost}
@@ -55,7 +67,12 @@ def measure(engine: Engine, prompt: Prompt, threshold: float, tokens: int) -> di
 
 def measure_all(engine: Engine, prompts: list[Prompt], thresholds: list[float], tokens: int,
                 partial: ResumableRows) -> dict[float, list[dict]]:
-    """Measure every prompt at every threshold, the highest first, except what an interrupted run measured already."""
+    """Measure every prompt at every threshold, the highest threshold first.
+
+    Results that an interrupted run left in `partial` are not measured again.
+
+    Returns {threshold: results of `measure`, one for each prompt}.
+    """
     done = {(row["threshold"], *row["prompt"]): row for row in partial.rows}
     wanted = [(t, prompt) for t in sorted(thresholds, reverse=True) for prompt in prompts]
     for threshold, prompt in tqdm(wanted, unit="run", desc="calibrate"):

@@ -1,4 +1,4 @@
-"""The log and the checkpoint of a training run. When a run is resumed, both start from the same step."""
+"""Log and checkpoint of a training run. A resumed run removes log records that are newer than the checkpoint."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ from training.json_files import read_lines
 
 
 class RunFolder:
-    """Folder of a training run: `log.jsonl` and `checkpoint.pt`. Only the main process writes.
+    """Folder of a training run, with the files `log.jsonl` and `checkpoint.pt`. Only the main process writes.
 
     Args:
-        key: the settings that decide the result. A checkpoint with another key is refused.
-        resume: continue from the checkpoint if there is one; else start from step 0.
+        key: the settings that decide the result. The checkpoint stores them.
+        resume: True continues from the checkpoint, if there is one. False starts from step 0.
         main: True in the main process.
 
-    Raises SystemExit when the checkpoint was made with other settings.
+    Raises SystemExit if the checkpoint was made with another key.
     """
 
     def __init__(self, folder: Path, key: dict, resume: bool, main: bool):
@@ -50,7 +50,10 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
 
     def restore(self, parts: dict[str, Any]) -> int:
-        """Load the checkpoint into these parts. Returns the number of steps done before it, 0 without a checkpoint."""
+        """Load the checkpoint into the objects in `parts`, {name: object}, with `load_state_dict`.
+
+        Returns the number of steps done before the checkpoint. Without a checkpoint it changes nothing and returns 0.
+        """
         if not self._state:
             return 0
         for name, part in parts.items():
@@ -58,7 +61,12 @@ class RunFolder:
         return self._state["step"]
 
     def save(self, step: int, parts: dict[str, Any]) -> None:
-        """Replace the checkpoint by this step and the states of these parts."""
+        """Write a checkpoint, which replaces the old one.
+
+        Args:
+            step: number of steps done.
+            parts: {name: object}. The checkpoint gets the `state_dict()` of each object.
+        """
         if self.main:
             state = {"step": step, "key": self.key} | {name: part.state_dict() for name, part in parts.items()}
             torch.save(state, self.checkpoint.with_suffix(".tmp"))

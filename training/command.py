@@ -1,4 +1,4 @@
-"""Entry point of all commands of the recipe: wrong input ends a command with a one-line message."""
+"""Entry point of the training commands. Wrong input ends a command with a short message."""
 
 import sys
 from collections.abc import Callable
@@ -8,7 +8,11 @@ from cascadeexit.hub import ModelUnavailable
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command. Wrong or missing input gives a message and exit status 1, not a traceback."""
+    """Run the `main` function of a command.
+
+    If `main` raises ModelUnavailable, FileNotFoundError or ValueError, the program prints the message without a
+    traceback, and ends with exit status 1.
+    """
     try:
         main()
     except (ModelUnavailable, FileNotFoundError, ValueError) as error:

@@ -1,21 +1,24 @@
-"""Train and calibrate the exits' confidence estimators, and measure them on unseen documents.
+"""Train and calibrate the exits' confidence estimators, and measure them on test documents.
 
     python -m training.confidence --exits runs/smollm2 --data data/policy data/text
 
-There are two kinds. `sketch`, the default, is a small MLP (`SketchConfidence`). It reads facts of the exit's softmax
-over the most frequent words and the copy of the n-gram lookup. If the previous exit ran, it also reads the facts of
-that exit. It needs only a small part of the head. It is fitted on the calibration documents, which no adapter has
-seen.
+There are two kinds of estimators. `sketch`, the default, is a small MLP (`SketchConfidence`). Its inputs are facts of
+the exit's softmax over the most frequent words, and the copy of the n-gram lookup. If the previous exit ran, the same
+facts of that exit are inputs, too. So a sketch estimator needs only a small part of the vocabulary head. It is trained
+on the calibration documents, which no adapter has seen.
 
-`mlp`, the published kind, is an MLP on the adapted hidden state alone, trained in three steps:
+`mlp`, the kind of the original CascadeExit, is an MLP that reads only the adapted hidden state. It is trained in three
+steps:
 1. On the training documents it learns the largest softmax probability of its exit's head, by binary cross-entropy
-   averaged over rows. It cannot learn there whether the exit is right, since the adapters have seen these documents.
-2. On half of the calibration documents it learns whether the exit's choice equals the full model's. The best epoch on
-   the other half is kept.
-3. That other half sets a scale and a shift of the logit (Platt 1999), which become part of the weights.
+   averaged over rows. It cannot learn on these documents whether the exit is right, since the adapters have seen them.
+2. On one half of the calibration documents it learns whether the exit's choice equals the full model's choice. The
+   weights of the epoch with the lowest loss on the other half are kept.
+3. On that other half, a scale and a shift of the estimator's logit are fitted (Platt 1999). They become part of the
+   weights.
 
-ECE and AUROC are measured on the test documents, also for three baselines that need all logits of the exit: largest
-probability, entropy and margin, calibrated by Platt scaling. The estimators are saved in the exits folder.
+ECE and AUROC are measured on the test documents. For comparison they are also measured for three confidences that need
+all logits of the exit: largest probability, entropy and margin, with Platt scaling. The estimators are saved in the
+exits folder.
 """
 
 import argparse
@@ -54,7 +57,7 @@ _FACT_ROWS = 4096           # rows whose facts are computed at a time
 
 @dataclasses.dataclass
 class ExitRows:
-    """Results of one exit at the n wanted rows of some documents."""
+    """Results of one exit at n rows. A row is a position of a document where an exit learns."""
 
     hidden: Tensor      # (n, D) adapted hidden state
     copied: Tensor      # (n, 2) what the n-gram lookup proposes, from `read_copies`
@@ -66,7 +69,10 @@ class ExitRows:
 
 @functools.cache                            # the same for every exit
 def copied_along(ids: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return, for each position of a text, the result of `Lookup.copied` for the tokens up to it."""
+    """Run n-gram lookup once for each position of a text, on the tokens up to this position.
+
+    Returns the result of `Lookup.copied` for each position: the copied token and the length of the match.
+    """
     lookup, copied = Lookup(()), []
     for i, token in enumerate(ids):
         lookup.extend([token])
@@ -76,7 +82,12 @@ def copied_along(ids: tuple[int, ...]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def exit_rows(engine: Engine, s: int, store: FeatureStore, documents: list[int], part: str) -> ExitRows:
-    """Run exit s over the wanted rows of these documents. `part` names them in the progress bar."""
+    """Run exit s at all positions of these documents where an exit learns. The results are in main memory.
+
+    Args:
+        documents: numbers of the documents.
+        part: name of the documents, for the progress bar.
+    """
     parts, device, exits, words = [], engine.model.device, engine.exits, engine.bank.head_ids
     desc = f"exit {engine.bank.config.layers[s]}, {part}"
     for i in tqdm(documents, unit="document", desc=desc, leave=False):
@@ -102,9 +113,11 @@ def fit(head: nn.Module, inputs: Tensor, target: Tensor, *, epochs: int, lr: flo
     """Train a network in place with binary cross-entropy.
 
     Args:
-        inputs: rows (n, ...).
+        head: the network, inputs (n, ...) -> logits (n,) or (n, 1).
+        inputs: training inputs (n, ...).
         target: probabilities or labels (n,).
-        check: held-out inputs and labels; keep the weights of the epoch with the lowest loss on them.
+        check: inputs and labels of held-out rows. If given, the network ends with the weights of the epoch with the
+            lowest loss on these rows.
     """
     steps = max(1, len(inputs) // batch)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
@@ -129,7 +142,12 @@ def fit(head: nn.Module, inputs: Tensor, target: Tensor, *, epochs: int, lr: flo
 
 
 class MlpEstimators:
-    """Fits estimators of the kind `mlp`, in the three steps that the module describes."""
+    """Trains estimators of the kind `mlp` (`ConfidenceHead`). The docstring of this module describes the three steps.
+
+    Args:
+        calibration: numbers of the calibration documents.
+        width: inner width of the estimators.
+    """
 
     def __init__(self, engine: Engine, store: FeatureStore, calibration: list[int], width: int,
                  args: argparse.Namespace):
@@ -138,11 +156,14 @@ class MlpEstimators:
         self.shape = dict(confidence="mlp", confidence_width=width, sketch_size=0)
 
     def inputs(self, rows: ExitRows, before: ExitRows | None) -> list[Tensor]:
-        """Return the inputs of the estimator: the adapted hidden states (n, D) alone."""
+        """Return the inputs of the estimator: a list with one tensor, the adapted hidden states (n, D).
+
+        `before` is not used.
+        """
         return [rows.hidden]
 
     def fit(self, s: int, rows: ExitRows, before: ExitRows | None) -> ConfidenceHead:
-        """Fit the estimator of exit s, and return it."""
+        """Train the estimator of exit s, and return it. `rows` and `before` are not used."""
         args, head = self.args, ConfidenceHead(self.engine.model.hidden_size, self.width)
         seen = exit_rows(self.engine, s, self.store, self.training, "training")
         fitted, checked = (exit_rows(self.engine, s, self.store, half, "calibration")
@@ -158,7 +179,13 @@ class MlpEstimators:
 
 
 class SketchEstimators:
-    """Fits estimators that read a sketch: the softmax over the most frequent words, the bank's `sketch_ids`."""
+    """Trains estimators of the kind `sketch` (`SketchConfidence`).
+
+    They read facts of the softmax over the most frequent words, the bank's `sketch_ids`.
+
+    Args:
+        width: inner width of the estimators.
+    """
 
     def __init__(self, engine: Engine, width: int, args: argparse.Namespace):
         self.width, self.seed, self._device = width, args.seed, engine.model.device
@@ -168,7 +195,15 @@ class SketchEstimators:
 
     @torch.no_grad()
     def inputs(self, rows: ExitRows, before: ExitRows | None) -> list[Tensor]:
-        """Return the inputs of the estimator: (n, 5) for the exit alone, and (n, 12) with the previous exit if any."""
+        """Return the inputs of the estimator for n rows, from `softmax_facts`.
+
+        Args:
+            rows: results of the exit.
+            before: results of the previous exit at the same positions. None for the first exit.
+
+        Returns a list. The first tensor (n, 5) has the facts of this exit alone. If `before` is given, a second tensor
+        (n, 12) also has the facts of the previous exit.
+        """
         parts = list(zip(rows.hidden.split(_FACT_ROWS), rows.copied.split(_FACT_ROWS)))
         alone = torch.cat([self._facts(*part) for part in parts])
         if before is None:
@@ -180,7 +215,12 @@ class SketchEstimators:
         return self._head.softmax_facts(*(part.to(self._device) for part in rows)).cpu()
 
     def fit(self, s: int, rows: ExitRows, before: ExitRows | None) -> SketchConfidence:
-        """Fit the estimator of exit s to its calibration rows and those of the previous exit, and return it."""
+        """Train the estimator of exit s on calibration documents, and return it.
+
+        Args:
+            rows: results of exit s.
+            before: results of the previous exit at the same positions. None for the first exit.
+        """
         head = SketchConfidence(self.width)
         for net, x in zip((head.alone, head.after), self.inputs(rows, before)):
             mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
@@ -192,9 +232,10 @@ class SketchEstimators:
 
 
 def sketch_words(bank: ExitBank, store: FeatureStore, model: SegmentedModel, words: int) -> Tensor:
-    """Choose the words that a sketch reads: the most frequent ones, from the trimmed head if there is one.
+    """Choose the words that sketch estimators read: the `words` most frequent ones. Returns their token ids (words,).
 
-    The sketch is then the beginning of the exits' head and shares its memory.
+    If the exits have a trimmed head, these are the first words of that head. So the sketch can use the memory of the
+    head.
     """
     ranked = bank.head_ids
     if ranked is None:
@@ -203,7 +244,10 @@ def sketch_words(bank: ExitBank, store: FeatureStore, model: SegmentedModel, wor
 
 
 def first_rows(store: FeatureStore, limit: int) -> list[int]:
-    """Return the first training documents that have at least `limit` rows together."""
+    """Return the numbers of the first training documents: as many as are needed for `limit` rows.
+
+    A row is a position where an exit learns. If all training documents have fewer rows, all are returned.
+    """
     documents, taken = [], 0
     for i in store.of(Split.TRAIN):
         if taken < limit:
@@ -216,7 +260,14 @@ def first_rows(store: FeatureStore, limit: int) -> list[int]:
 
 
 def baselines(calibration: ExitRows, test: ExitRows) -> dict:
-    """Measure confidences made from all of an exit's logits: AUROC, and ECE without and with Platt scaling."""
+    """Measure three simple confidences: largest probability, margin and exp(-entropy). They need all logits of an exit.
+
+    Args:
+        calibration: results of the exit to which Platt scaling is fitted.
+        test: results of the exit on which the confidences are measured.
+
+    Returns for each confidence: AUROC, ECE, and ECE after Platt scaling.
+    """
     report = {}
     scores = {"softmax": lambda r: r.softmax, "margin": lambda r: r.margin,
               "entropy": lambda r: torch.exp(-r.entropy)}
@@ -229,7 +280,18 @@ def baselines(calibration: ExitRows, test: ExitRows) -> dict:
 
 
 def measure(layer: int, head: nn.Module, inputs: list[Tensor], calibration: ExitRows, test: ExitRows) -> dict:
-    """Measure one exit's estimator on test rows: alone and, if there is one, with the previous exit."""
+    """Measure the estimator of one exit on test documents. Returns plain JSON with ECE, AUROC and `baselines`.
+
+    If the exit has a previous exit, the estimator reads the facts of both exits. Then `ece_alone` and `auroc_alone` are
+    the values without the previous exit.
+
+    Args:
+        layer: layer of the exit.
+        head: the estimator.
+        inputs: inputs of the estimator, as from `SketchEstimators.inputs`.
+        calibration: results of the exit on the calibration documents, for the baselines.
+        test: results of the exit on the test documents.
+    """
     with torch.no_grad():
         alone, *beside = [head(x).sigmoid() for x in inputs]
     confidence = beside[0] if beside else alone
@@ -242,7 +304,10 @@ def measure(layer: int, head: nn.Module, inputs: list[Tensor], calibration: Exit
 
 
 def held_out_documents(store: FeatureStore) -> tuple[list[int], list[int]]:
-    """Return calibration and test documents. Raises SystemExit when there are too few."""
+    """Return the numbers of the calibration documents, and the numbers of the test documents.
+
+    Raises SystemExit if there are fewer than 4 calibration documents, or no test documents.
+    """
     calibration, tests = store.measured(Split.CALIBRATION), store.measured(Split.TEST)
     if len(calibration) < 4 or not tests:
         raise SystemExit(f"{len(calibration)} calibration and {len(tests)} test documents are too few. 2 in 25 "

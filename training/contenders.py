@@ -1,4 +1,4 @@
-"""The contenders of the benchmark: transformers' generate, llama.cpp, and the modes of our engine."""
+"""The contenders of the benchmark: transformers' `generate`, llama.cpp, and the modes of our engine."""
 
 import argparse
 import importlib.util
@@ -23,7 +23,7 @@ Decode = Callable[[list[int]], Output]              # decodes a prompt
 
 @dataclass
 class Contender:
-    """One way to decode, and its results so far: lists with an entry for each prompt."""
+    """One way to decode, with its results so far. `speeds` and `outputs` have one entry for each decoded prompt."""
 
     name: str
     decode: Decode
@@ -32,7 +32,10 @@ class Contender:
     error: str = ""                                                 # why it cannot run here; "" where it can
 
     def warm_up(self, ids: list[int], needed: bool) -> None:
-        """Decode a prompt that does not count. An error is kept, and raised only where the contender is needed."""
+        """Decode a prompt without storing speed or output.
+
+        If decoding raises an error, `error` gets its text. If `needed` is True, the error is raised instead.
+        """
         try:
             self.decode(ids)
         except Exception as error:          # compilers and libraries raise errors of many kinds
@@ -42,7 +45,13 @@ class Contender:
 
 
 def with_transformers(reference, tokens: int, **options) -> Decode:
-    """Make a decoder that calls transformers' greedy `generate` with these options."""
+    """Make a function that decodes a prompt greedily with transformers' `generate`.
+
+    Args:
+        reference: the transformers model.
+        tokens: new tokens, at most.
+        options: more arguments of `generate`.
+    """
     def decode(ids: list[int]) -> Output:
         inputs = torch.tensor([ids], device=reference.device)
         out = reference.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=tokens,
@@ -52,7 +61,12 @@ def with_transformers(reference, tokens: int, **options) -> Decode:
 
 
 def with_engine(engine: Engine, tokens: int, mode: Mode, **options) -> Decode:
-    """Make a decoder that runs our engine in this mode, with these options of `DecodeConfig`."""
+    """Make a function that decodes a prompt with our engine.
+
+    Args:
+        tokens: new tokens, at most.
+        options: more fields of `DecodeConfig`.
+    """
     config = DecodeConfig(mode=mode, max_new_tokens=tokens, **options)
 
     def decode(ids: list[int]) -> Output:
@@ -62,7 +76,13 @@ def with_engine(engine: Engine, tokens: int, mode: Mode, **options) -> Decode:
 
 
 def with_llama_cpp(gguf: Path, tokens: int, eos: frozenset[int]) -> Decode:
-    """Make a greedy decoder that runs llama.cpp on a 4-bit file of the same model."""
+    """Make a function that decodes a prompt greedily with llama.cpp.
+
+    Args:
+        gguf: file with the 4-bit weights of the model.
+        tokens: new tokens, at most.
+        eos: ids of the tokens that end a text.
+    """
     from llama_cpp import Llama
 
     model = Llama(str(gguf), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
@@ -78,7 +98,11 @@ def with_llama_cpp(gguf: Path, tokens: int, eos: frozenset[int]) -> Decode:
 
 
 def make_contenders(engine: Engine, reference, args: argparse.Namespace) -> list[Contender]:
-    """List all contenders that can run here, except those whose names begin with an entry of --skip."""
+    """Make all contenders that can run on this machine. Those whose names begin with an entry of --skip are left out.
+
+    Args:
+        reference: the transformers model.
+    """
     n, first = args.tokens, next(layer for layer in engine.model.exit_layers if layer)
     jobs = {GENERATE: with_transformers(reference, n)}
     if engine.model.device.type == "cuda":

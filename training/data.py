@@ -1,17 +1,19 @@
-"""Write training text: conversations that the model writes itself, and local text.
+"""Make training text: let the model write conversations, or tokenize existing text.
 
     python -m training.data policy --tokens 500000 --prompts prompts.jsonl --texts book.txt --out data/policy
     python -m training.data text --files book.txt notes.jsonl --out data/text
     python -m training.data text --dataset Salesforce/wikitext --dataset-config wikitext-103-raw-v1 --max-length 512 \\
-        --tokens 10240000 --out data/wikitext                       # as published: 20,000 samples of 512 tokens
+        --tokens 10240000 --out data/wikitext                       # 20,000 samples of 512 tokens
 
-`policy` lets the frozen model write, so that exits are trained on the kind of text that they will decode. With its chat
-template, the model answers user turns from --prompts (JSONL rows {"prompt": ...}). It also invents whole conversations,
-the user's turn included, and continues passages from --texts after their first words. `text` only tokenizes existing
-text: plain files (documents separated by blank lines), or JSONL rows {"text": ...} or {"prompt": ...}.
+`policy` lets the frozen model write. So exits are trained on the kind of text that they will decode. The model writes
+three kinds of documents. It answers user turns from --prompts (JSONL rows {"prompt": ...}) in its chat template. It
+invents whole conversations, the user's turn included. It continues passages from --texts after their first words.
 
-The same command continues an interrupted run: shards that exist are kept. With --features, `policy` also saves the
-hidden states that training needs, so that training does not have to run the model over the same text again.
+`text` only tokenizes existing text: plain files (documents separated by blank lines), JSONL rows {"text": ...} or
+{"prompt": ...}, or a dataset of the Hugging Face Hub.
+
+The same command continues an interrupted run: finished files are kept. With --features, `policy` also saves the hidden
+states that training needs, so that training does not have to run the model over the same text again.
 """
 
 import argparse
@@ -43,7 +45,10 @@ _SETTINGS = ("seed", "temperature", "batch", "steps", "own_share", "plain_share"
 
 
 def check_settings(folder: Path, settings: dict) -> None:
-    """Raise ValueError when the folder holds shards made with other settings, which this run would keep."""
+    """Check that the shards in a folder were made with these settings. A run keeps existing shards.
+
+    Raises ValueError if a setting is different.
+    """
     old = (read_json(folder / "provenance.json") or {}).get("settings", {})
     changed = {k: (old[k], settings.get(k)) for k in old if old[k] != settings.get(k)}
     if changed and any(folder.glob("shard-*.safetensors")):
@@ -52,7 +57,7 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 
 class PolicyText:
-    """Writes the shards of the command `policy`, one per round."""
+    """Lets the model write training text, for the command `policy`. Each round writes one shard, which is a file."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -70,7 +75,11 @@ class PolicyText:
             "sources": key_of(json.dumps([self.prompts, self.texts]))}
 
     def write_shard(self, index: int, bar: tqdm) -> None:
-        """Write the shard of this round, unless it exists."""
+        """Let the model write the shard number `index`. A shard that exists is kept.
+
+        Args:
+            bar: progress bar, which counts tokens.
+        """
         args, path = self.args, self.args.out / f"shard-{index:05d}.safetensors"
         if path.exists():
             self._known.update(tuple(d.ids) for d in load_shard(path))
@@ -88,7 +97,7 @@ class PolicyText:
         save_shard(path, documents)
 
     def _is_new(self, document: Document) -> bool:
-        """Return True if no earlier document had the same tokens. Later calls know this document, too."""
+        """Return True if no earlier document had the same tokens. The document is remembered for later calls."""
         ids = tuple(document.ids)
         if ids in self._known:
             return False
@@ -113,7 +122,11 @@ def write_policy(args: argparse.Namespace) -> None:
 
 
 def read_texts(file: Path) -> Iterator[str]:
-    """Yield the documents of a JSONL file, or those of a text file, which blank lines separate."""
+    """Yield the documents of a file.
+
+    A .jsonl file has one document per line, in the field "text" or "prompt". In other files, blank lines separate the
+    documents.
+    """
     if file.suffix == ".jsonl":
         for line in file.open(encoding="utf-8"):
             row = json.loads(line)
@@ -123,9 +136,11 @@ def read_texts(file: Path) -> Iterator[str]:
 
 
 def read_dataset(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the documents of a Hub dataset with a `text` column. The lines of WikiText are joined to articles.
+    """Yield the documents of a Hub dataset, from its column `text`.
 
-    Raises SystemExit when there is no such column.
+    A row is one document. Only for WikiText, whose rows are single lines, the lines of an article are joined.
+
+    Raises SystemExit if the dataset has no such column.
     """
     from datasets import load_dataset  # here: only this command needs it, and its import takes a second
 
@@ -145,7 +160,11 @@ def read_dataset(args: argparse.Namespace) -> Iterator[str]:
 
 
 def cut(tokenizer, texts: list[str], max_length: int, tokens: int) -> list[Document]:
-    """Tokenize texts and cut them into documents of at most `max_length` tokens, about `tokens` in all."""
+    """Tokenize texts and cut them into documents of at most `max_length` tokens.
+
+    Documents of fewer than MIN_TOKENS tokens are left out. The function stops when the documents have at least `tokens`
+    tokens together.
+    """
     documents, total = [], 0
     with tqdm(total=tokens, unit="token", unit_scale=True) as bar:
         for text in texts:
@@ -162,7 +181,7 @@ def cut(tokenizer, texts: list[str], max_length: int, tokens: int) -> list[Docum
 
 
 def write_text(args: argparse.Namespace) -> None:
-    """Run the command `text`: tokenize local text into shards."""
+    """Run the command `text`: tokenize existing text, and save it as one shard."""
     if not args.files and not args.dataset:
         raise SystemExit("nothing to read: give --files or --dataset")
     tokenizer = load_tokenizer(args.model)

@@ -1,17 +1,24 @@
-"""Measure settings of the page: agreement, routing and loops of every example prompt, to choose default and presets.
+"""Measure how settings of the page work on its example prompts. The default and the presets are chosen from the result.
 
     python -m training.defaults                                     # all settings, every example prompt
     python -m training.defaults --settings 0.8 0.9,0.85,0.85,0.95   # these only
 
-Each prompt is decoded greedily as on the page: in the chat template, 200 new tokens at most. First come the page's
-examples, then the project's own prompts (--prompts), which say how far the examples are typical. `agreement` is
-teacher-forced: the full model reads the text that the exits wrote. A text `loops` when it ends in repetition
-(`cascadeexit.repetition`); that counts against a setting unless the full model's own text loops too.
+Each prompt is decoded greedily as on the page: in the chat template, with at most 200 new tokens. First come the page's
+examples, then a number (--prompts) of the project's own prompts, which show whether the examples are typical. The
+result has three main figures for each setting:
+- `agreement` is teacher-forced: the full model reads the text that the exits wrote.
+- `routing_share` is the share of the tokens that each exit and the full model produced.
+- `loops` counts texts that end in repetition (`cascadeexit.repetition`). `new_loops` leaves out prompts for which the
+  full model's own text ends in repetition, too.
 
-A setting is the threshold of the first exit, from which the page's sliders for the others follow; or one threshold for
-each exit, separated by commas; or `tolerance=0.3`, the mode verified with this tolerance, for comparison. The quality
-slider sets the first exit's threshold to those of `training.calibrate`, so they are measured, too. Speed is not
-measured: `weights read` does not depend on what else the machine does. The same command continues an interrupted run.
+There are three forms of settings:
+- One number is the threshold of the first exit. The page's sliders for the other exits follow from it.
+- Numbers separated by commas are the thresholds of all exits.
+- `tolerance=0.3` is mode `verified` with this tolerance, for comparison.
+
+The thresholds of `training.calibrate` are among the default settings, because the quality slider of the page uses them.
+Speed is not measured. The weight bytes per token (`cost`) are measured: they do not depend on other programs on the
+machine. The same command continues an interrupted run.
 """
 
 import argparse
@@ -42,7 +49,14 @@ SETTINGS = ("0.4", "0.6", "0.7", "0.8", "0.85", "0.9", "0.95", "0.97", f"{TOLERA
 
 
 def config_of(setting: str, shape: Shape, tokens: int) -> DecodeConfig:
-    """Config of a setting, by its name. Raises ValueError for another text."""
+    """Make the config of a setting.
+
+    Args:
+        setting: a threshold, thresholds or a tolerance, as the docstring of this module describes; or "full".
+        tokens: new tokens, at most.
+
+    Raises ValueError for another text.
+    """
     if setting == FULL:
         return DecodeConfig(Mode.FULL, tokens)
     if setting.startswith(TOLERANCE):
@@ -54,7 +68,11 @@ def config_of(setting: str, shape: Shape, tokens: int) -> DecodeConfig:
 
 
 def measure(engine: Engine, ids: list[int], config: DecodeConfig) -> dict:
-    """Decode one prompt. Returns the figures of its text; shares are of its tokens."""
+    """Decode one prompt, and measure the text.
+
+    Returns plain JSON: number of tokens, agreement, routing share, share of copied tokens, cost, and `loop`. `loop` is
+    None if the text does not end in repetition.
+    """
     run = engine.run(ids, config)
     stats, loop = run.stats, find_loop(run.token_ids)
     return {"tokens": stats.tokens, "agreement": agreement(run.token_ids, engine.full_choices(ids, run.token_ids)),
@@ -64,7 +82,12 @@ def measure(engine: Engine, ids: list[int], config: DecodeConfig) -> dict:
 
 def measure_all(engine: Engine, tokenizer, prompts: list[Prompt], args: argparse.Namespace,
                 partial: ResumableRows) -> list[dict]:
-    """Decode every prompt at every setting, except what an interrupted run did already."""
+    """Decode every prompt at every setting, and measure the texts.
+
+    Results that an interrupted run left in `partial` are not measured again.
+
+    Returns a list with one result for each prompt and setting.
+    """
     done = {(row["prompt"], row["setting"]): row for row in partial.rows}
     configs = {name: config_of(name, Shape.of(engine), args.tokens) for name in (FULL, *args.settings)}
     wanted = [(prompt, name) for prompt in prompts for name in configs]
@@ -79,7 +102,13 @@ def measure_all(engine: Engine, tokenizer, prompts: list[Prompt], args: argparse
 
 
 def summarize(rows: list[dict]) -> dict:
-    """Figures of each setting over some prompts, by its name. Means are over prompts."""
+    """Compute the figures of each setting over some prompts. Returns {setting: figures}.
+
+    Means are over the prompts. `every_exit` counts the prompts for which each exit produced at least one token.
+
+    Args:
+        rows: results of `measure_all`.
+    """
     looping = {row["prompt"] for row in rows if row["setting"] == FULL and row["loop"]}
     summary = {}
     for name in dict.fromkeys(row["setting"] for row in rows):

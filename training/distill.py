@@ -1,13 +1,15 @@
-"""Train the exits' adapters: each learns to predict, from the state at its layer, what the full model predicts.
+"""Train the exits' adapters. Each learns to predict the full model's output from the hidden state at its layer.
 
     python -m training.distill --preset smollm2-135m-instruct --data data/policy data/text --out runs/smollm2
     python -m training.distill --model ./my-llama --exits 0.3,0.57,0.8 --data data/my-llama --out runs/my-llama
     torchrun --nproc-per-node 4 -m training.distill ...         # several processes, on CPUs or GPUs
 
-Loss per exit, in nats per token: (1 - hard) T^2 KL(full || exit) + hard * cross-entropy, summed over words, averaged
-over tokens (Hinton et al. 2015). The base model is frozen; only the adapters and their norms are trained. The words
-outside a trimmed head still count: at every step a new sample represents all of them. The same command continues an
-interrupted run from its last checkpoint, and the result is that of an uninterrupted run.
+By default the loss of an exit, in nats per token, is (1 - hard) T^2 KL(full || exit) + hard * cross-entropy, summed
+over words and averaged over tokens (Hinton et al. 2015). The base model is frozen; only the adapters and their norms
+are trained. Words outside an exit's trimmed head enter the loss, too. The loss always includes the most frequent words.
+A random sample, new at every step, represents all other words.
+
+The same command continues an interrupted run from its last checkpoint. The result is that of an uninterrupted run.
 """
 
 import argparse
@@ -57,8 +59,8 @@ class AdapterLearner:
     """Connects the adapters to the training loop, as a `training.loop.Learner`.
 
     Args:
-        head: the vocabulary head that the exits will have.
-        words: the words that the exits are trained on.
+        head: the vocabulary head that the exits have in decoding. It decides the measured agreement.
+        words: the vocabulary head that the loss uses in training.
     """
 
     name = "adapters"
@@ -71,13 +73,17 @@ class AdapterLearner:
         self.weights = [w for s in self.exits for w in bank.adapters[s].parameters()]
 
     def plan(self) -> list[list[int]]:
-        """List the document numbers of each step."""
+        """Choose the documents of each training step. Returns a list of document numbers for each step."""
         training, own = self.store.of(Split.TRAIN), set(self.store.of(Split.TRAIN, policy_only=True))
         return batches({i: self.store.rows(i) for i in training}, self.args.batch, self.args.epochs, self.args.seed,
                        {i: self.args.text_repeats for i in training if i not in own})
 
     def gradients(self, step: int, parts: list[list[int]], rows: int) -> Tensor:
-        """Add the gradients of a step. Returns sums over rows (E, 3): KL, cross-entropy, agreement."""
+        """Compute the gradients of one step, and add them to the `grad` of the weights. See `Learner.gradients`.
+
+        Returns a tensor (E, 3) with three sums over this process's rows for each of the E trained exits: KL,
+        cross-entropy, and the number of rows where the exit's choice equals the full model's.
+        """
         args, sums = self.args, torch.zeros(len(self.exits), 3, device=self.accelerator.device)
         seed = args.seed * 1009 + step
         generator = torch.Generator().manual_seed(seed * 64 + self.accelerator.process_index)
@@ -105,19 +111,27 @@ class AdapterLearner:
         return self.agreement(self.store.measured(Split.TEST)[:CHECK_DOCUMENTS], exits=self.exits)
 
     def agreement(self, documents: list[int], own_share: float = 0.0, exits: list[int] | None = None) -> list[float]:
-        """Measure the exits' top-1 agreement with the full model over documents (`training.forward.agreement`)."""
+        """Measure the exits' top-1 agreement with the full model on these documents. Returns one share for each exit.
+
+        `training.forward.agreement` explains the arguments.
+        """
         return agreement(self.bank, self.inputs, self.store, documents, self.head, self.accelerator, own_share, exits)
 
 
 def labels_of(features: Features, kind: str) -> Tensor:
-    """Return the labels of the cross-entropy (T,): the full model's choices, or the next tokens of the text."""
+    """Return the labels of the cross-entropy for one document, as token ids (T,).
+
+    Args:
+        kind: "choice" gives the full model's choices. "text" gives the next tokens of the document.
+    """
     return features.choices if kind == "choice" else features.ids.roll(-1)
 
 
 class StartingExits:
-    """The exits of --continue-from. Training starts from them, and must not make them worse.
+    """The exits of --continue-from, from which training starts. Training must not make them worse.
 
-    The calibration documents decide: an exit that agrees less on them after training gets its old weights back.
+    Agreement is measured on the calibration documents. An exit that agrees less with the full model after training than
+    before gets its old weights back.
     """
 
     def __init__(self, exits: ExitBank, learner: AdapterLearner):
@@ -134,7 +148,10 @@ class StartingExits:
         return self.learner.agreement(documents, exits=self._trained)
 
     def restore_worse(self) -> list[int]:
-        """Undo the training of exits that got worse. Returns the layers of all exits that have not changed."""
+        """Give the old weights back to exits that agree less with the full model than before training.
+
+        Returns the layers of all exits with unchanged weights: of these exits, and of the exits that --only left out.
+        """
         bank, say, now = self.learner.bank, self.learner.accelerator.print, self._measure()
         layers, only = bank.config.layers, self.learner.args.only
         worse = {layers[s] for s, old, new in zip(self._trained, self._agreement, now) if new < old}
@@ -147,9 +164,10 @@ class StartingExits:
         return sorted(worse | {layer for layer in self.layers if only and layer not in only})
 
     def copy_into(self, bank: ExitBank, layers: list[int]) -> None:
-        """Give the exits after these layers their original weights.
+        """Copy the original weights of the exits after these layers into `bank`.
 
-        The drafter is copied, too, if both have exits after the same layers: it does not depend on the adapters.
+        The original drafter is copied, too, if the exits of `bank` are after the same layers as the original exits. It
+        stays valid after training, because it does not depend on the adapters.
         """
         config = self.exits.config
         for layer in layers:
@@ -164,7 +182,11 @@ class StartingExits:
 
 
 def load_models(args: argparse.Namespace, device: str) -> tuple[SegmentedModel, ExitBank | None]:
-    """Load the frozen model, and the exits of --continue-from. Raises SystemExit when they lack layers for --only."""
+    """Load the frozen model, and the exits of --continue-from. Without this option, the second value is None.
+
+    Raises SystemExit if --only names a layer that is not in --exits, or if --continue-from lacks a layer of --exits
+    while --only is given.
+    """
     base, _, name = load_model(args.model, device=device, device_map=args.device_map)
     layers = exit_layers(args.exits, base.config.num_hidden_layers)
     exits = ExitBank.load(args.continue_from) if args.continue_from else None
@@ -175,7 +197,7 @@ def load_models(args: argparse.Namespace, device: str) -> tuple[SegmentedModel, 
 
 
 def untrained_exits(model: SegmentedModel, args: argparse.Namespace) -> ExitBank:
-    """Make exits of the wanted shape, ready for training in fp32."""
+    """Make untrained exits with the sizes that the options give. Their adapters are in fp32, ready for training."""
     args.head_size = [min(size, model.vocab_size) for size in args.head_size]
     bank = ExitBank.untrained(model, width=args.width, head_size=max(args.head_size), adapter=args.adapter,
                               head_sizes=args.head_size if len(args.head_size) > 1 else (),
@@ -187,7 +209,12 @@ def untrained_exits(model: SegmentedModel, args: argparse.Namespace) -> ExitBank
 
 def choose_words(bank: ExitBank, model: SegmentedModel, store: FeatureStore,
                  args: argparse.Namespace) -> tuple[SampledHead, SampledHead]:
-    """Trim the exits' head to the most frequent words. Returns that head, and the words to train on."""
+    """Choose the words of the exits' head, and the words that the training loss uses. Returns two heads.
+
+    The first is the exits' head: the words that the full model chooses most, or all words if `bank` has no trimmed
+    head. These words are also stored in `bank`. The second is the head of the loss: the --train-words most frequent
+    words, with a sample of the other words. It has all words if the exits' head has all words, or with --train-words 0.
+    """
     weight, head_size = model.head_weight, bank.config.head_size        # a backend may make the weight for each call
     words = SampledHead(weight, None, 0)
     if head_size:
@@ -200,14 +227,21 @@ def choose_words(bank: ExitBank, model: SegmentedModel, store: FeatureStore,
 
 
 def head_coverage(bank: ExitBank, store: FeatureStore, head: SampledHead) -> list[float]:
-    """Measure for each exit which share of the full model's held-out choices is in its head."""
+    """Measure which share of the full model's choices on the test documents is in each exit's head.
+
+    Returns one share for each exit.
+    """
     at = head.local[store.choices(store.measured(Split.TEST)).to(head.local.device)]
     return [((at >= 0) & (at < bank.config.words(s))).float().mean().item() for s in range(len(bank.config.layers))]
 
 
 def fitted_inputs(bank: ExitBank, model: SegmentedModel, store: FeatureStore, accelerator: Accelerator,
                   documents: int) -> AdapterInputs:
-    """Fit the normalisation of the adapters' inputs to this many training documents, divided among the processes."""
+    """Compute the normalisation of the adapters' inputs from training documents.
+
+    Args:
+        documents: number of training documents. Several processes divide them among themselves.
+    """
     share = store.of(Split.TRAIN)[:documents][accelerator.process_index::accelerator.num_processes]
     final_norm = model.norm_weight.to(model.device).float()         # a model in parts may have it elsewhere
     return AdapterInputs(bank, store, share, final_norm, accelerator.reduce)

@@ -41,12 +41,12 @@ class Document:
 
 
 def key_of(content: str) -> int:
-    """Return a stable 48-bit key: equal content gets the same split."""
+    """Return a 48-bit hash of a text. Documents with the same key are in the same split."""
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=6).digest(), "big")
 
 
 def save_shard(path: Path, documents: list[Document]) -> None:
-    """Write documents to a file. A reader sees the whole file or none."""
+    """Write documents to a shard file. The file appears only when it is complete."""
     offsets = torch.tensor([0] + [len(d.ids) for d in documents]).cumsum(0)
     tensors = {
         "ids": torch.tensor([i for d in documents for i in d.ids], dtype=torch.int32),
@@ -61,16 +61,16 @@ def save_shard(path: Path, documents: list[Document]) -> None:
 
 
 def load_shard(path: Path, number: int = 0) -> list[Document]:
-    """Read the documents of a shard. `number` is kept as `Document.shard`."""
+    """Read the documents of a shard file. `Document.shard` of each document becomes `number`."""
     t = load_file(path)
     ids, chosen, offsets = t["ids"].tolist(), t["chosen"].tolist(), t["offsets"].tolist()
     return [Document(ids[a:b], chosen[a:b], key, number) for a, b, key in zip(offsets, offsets[1:], t["keys"].tolist())]
 
 
 def load_documents(folders: Sequence[Path]) -> list[Document]:
-    """Read all documents of these folders, in a fixed order. Of documents with equal tokens only the first is kept.
+    """Read all documents of these folders, in a fixed order. If several documents have equal tokens, the first is kept.
 
-    Raises FileNotFoundError when a folder holds no shard.
+    Raises FileNotFoundError if a folder holds no shard.
     """
     documents, seen, number = [], set(), 0
     for folder in folders:

@@ -1,14 +1,17 @@
-"""Train a drafter: the network that proposes the drafts for `verified`, instead of the exit before the first layer.
+"""Train a drafter, the small network that proposes drafts for mode `verified`.
 
     python -m training.drafter --exits runs/my-llama --data data/my-llama
     python -m training.drafter --exits runs/my-llama --data data/more --out runs/further --go-on
     torchrun --nproc-per-node 2 -m training.drafter ...
 
-The drafter starts with the weights of the exit before the first layer. It is trained on chains: its own output is the
-carried state of the next token, as in decoding (training-time test of EAGLE-3, Li et al. 2025). It also reads a
-context, the deep layers' states at the newest confirmed token (`cascadeexit.exits.Drafter`). The exits do not change,
-so results measured with them stay valid; only the speed of `verified` depends on the drafter. With --go-on, the drafter
-that the exits already have is trained further. The same command continues an interrupted run from its last checkpoint.
+Without a drafter, the exit before the first layer proposes the drafts. The drafter starts with the weights of that
+exit. It is trained on chains of its own drafts, as in decoding: its output for one token is the carried state of the
+next token (training-time test of EAGLE-3, Li et al. 2025). It also reads a context, the hidden states of the deeper
+exits' layers at the newest confirmed token (`cascadeexit.exits.Drafter`).
+
+The exits do not change, so results measured with them stay valid; only the speed of `verified` depends on the drafter.
+With --go-on, the drafter that the exits already have is trained further. The same command continues an interrupted run
+from its last checkpoint.
 """
 
 import argparse
@@ -43,7 +46,7 @@ _REPORTED = 4                   # places of a chain in reports
 
 
 class DraftRows:
-    """Hidden states at all positions of a few documents, one document after another (N rows)."""
+    """Inputs and labels of the drafter at all positions of a few documents. The documents are joined to N rows."""
 
     def __init__(self, features: list[Features]):
         exits, self.top, wanted, choices = (torch.cat([getattr(f, name) for f in features])
@@ -53,12 +56,20 @@ class DraftRows:
         self._places = torch.cat([torch.arange(len(f.ids)) for f in features]).to(exits.device)
 
     def back(self, rows: Tensor, tokens: int) -> Tensor:
-        """Shift rows by `tokens`: each position gets the row that many tokens earlier, or zero before its document."""
+        """Shift rows (N, ...) to later positions. Returns a tensor of the same shape.
+
+        Each position gets the row from `tokens` positions before it. It gets zeros if its document has no such
+        position.
+        """
         return rows.roll(tokens, 0) * (self._places >= tokens)[:, None]
 
 
 class WhitenedDrafter:
-    """A drafter that reads whitened rows during training (see `training.inputs`). `fold` makes it read plain rows."""
+    """A drafter with whitened inputs, for training (see `training.inputs`). `fold` ends the whitening after training.
+
+    Args:
+        documents: numbers of the documents from which the whitening is computed.
+    """
 
     def __init__(self, drafter: Drafter, store: FeatureStore, documents: list[int]):
         self.drafter, moments, count = drafter, [0.0, 0.0], 0
@@ -80,13 +91,15 @@ class WhitenedDrafter:
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Fold the whitening into the weights: the drafter then reads plain rows (not whitened)."""
+        """Move the whitening into the drafter's weights. After this, the drafter reads inputs that are not whitened."""
         self._transform(self.shallow, self.deep)
 
     def chain(self, rows: DraftRows, length: int) -> list[Tensor]:
-        """Run chains of drafts that end at each position.
+        """Run the drafter at every position, after chains of 0, 1, ... drafts.
 
-        Returns a list of `length` tensors (N, D): the drafter's states after 0, 1, ... tokens of its own.
+        Returns a list of `length` tensors (N, D) with the drafter's output at each position. In tensor 0, the drafter
+        reads the carried state of the full model. In tensor i, it reads its own output of the position before, from
+        tensor i - 1.
         """
         context = F.linear(rows.deep, self.drafter.context.weight @ self.deep.T)
         out, carried = [], rows.back(rows.top, 1)
@@ -101,8 +114,10 @@ class DrafterLearner:
     """Connects the drafter to the training loop, as a `training.loop.Learner`.
 
     Args:
-        head: the words that are drafted.
-        words: the words that the drafter is trained on.
+        head: vocabulary head of the words that may be drafted. It decides the measured agreement.
+        words: the vocabulary head that the loss uses in training.
+        training: numbers of the training documents.
+        held_out: numbers of the documents on which agreement is measured.
     """
 
     name = "drafter"
@@ -114,19 +129,31 @@ class DrafterLearner:
         self.module, self.weights = inputs.drafter, list(inputs.drafter.parameters())
 
     def plan(self) -> list[list[int]]:
-        """List the document numbers of each step."""
+        """Choose the documents of each training step. Returns a list of document numbers for each step."""
         args = self.args
         return batches({i: self.store.rows(i) for i in self.training}, args.batch, args.epochs, args.seed)
 
     def gradients(self, step: int, parts: list[list[int]], rows: int) -> Tensor:
-        """Add the gradients of a step. Returns sums (2,): the loss, and rows whose first draft agrees."""
+        """Compute the gradients of one step, and add them to the `grad` of the weights. See `Learner.gradients`.
+
+        Returns a tensor (2,) with two sums over this process's rows: the loss, and the number of rows where the first
+        draft of a chain equals the full model's choice.
+        """
         sums, seed = torch.zeros(2, device=self.accelerator.device), step * 64 + self.accelerator.process_index
         for part in parts:
             sums += self._backward(DraftRows([self.store[i] for i in part]), rows, seed)
         return sums
 
     def _backward(self, rows: DraftRows, total: int, seed: int) -> Tensor:
-        """Propagate the gradient of one micro-batch of a step with `total` rows. Returns its sums, as `gradients`."""
+        """Compute the gradients of one micro-batch, and add them to the `grad` of the weights.
+
+        Args:
+            rows: the documents of the micro-batch.
+            total: number of rows of the whole step, by which the loss is divided.
+            seed: decides which words and which positions are sampled.
+
+        Returns the sums of this micro-batch (2,), as `gradients` does.
+        """
         weight, added = self.words.sample(self.args.seed * 1009 + seed)
         generator = torch.Generator().manual_seed(seed)
         at, device = rows.wanted, weight.device
@@ -156,9 +183,12 @@ class DrafterLearner:
 
     @torch.no_grad()
     def agreement(self, documents: list[int]) -> list[float]:
-        """Measure top-1 agreement with the full model after 0, 1, ... drafts in a row, among words that may be drafted.
+        """Measure how often the drafter's choice equals the full model's choice after 0, 1, 2 and 3 drafts in a row.
 
-        Each process reads its part of the documents, so all processes must call this.
+        The drafter chooses only among the words that may be drafted. If the full model chooses another word, the
+        drafter's choice counts as wrong. Each process reads a part of the documents, so all processes must call this.
+
+        Returns one share in [0, 1] for each number of drafts.
         """
         hits = torch.zeros(_REPORTED + 1, dtype=torch.float64, device=self.accelerator.device)
         for i in documents[self.accelerator.process_index::self.accelerator.num_processes]:
@@ -175,7 +205,11 @@ class DrafterLearner:
 
 
 def load_exits(args: argparse.Namespace) -> ExitBank:
-    """Load the exits that get a drafter. Raises ValueError when they cannot have one."""
+    """Load the exits of --exits, which get a drafter.
+
+    Raises ValueError if they have no `carry` exit before the first layer. With --go-on, it also raises ValueError if
+    they have no drafter.
+    """
     bank = ExitBank.load(args.exits)
     if bank.config.layers[:1] != (0,) or bank.config.adapter != "carry":
         raise ValueError(f"{args.exits} has '{bank.config.adapter}' exits after layers {bank.config.layers}; a drafter "
@@ -186,7 +220,11 @@ def load_exits(args: argparse.Namespace) -> ExitBank:
 
 
 def first_drafter(bank: ExitBank, go_on: bool) -> Drafter:
-    """Make the drafter that training starts from: a copy of the exit before the first layer, or of the old drafter."""
+    """Make the drafter from which training starts.
+
+    Args:
+        go_on: True copies the drafter of `bank`. False copies the weights of the exit before the first layer.
+    """
     config, exit = bank.config, bank.adapters[0]
     width = config.drafter_width if go_on else exit.gate.out_features
     drafter = Drafter(config.hidden_size, width, len(config.layers) - 1, config.norm_eps)
@@ -198,7 +236,10 @@ def first_drafter(bank: ExitBank, go_on: bool) -> Drafter:
 
 
 def drafted_words(bank: ExitBank, model: SegmentedModel, tail: int) -> tuple[SampledHead, SampledHead]:
-    """Return a head of the words that may be drafted, and one that also samples `tail` other words at each step."""
+    """Choose the words that may be drafted. Returns two heads with these words.
+
+    The first head is for measurements. The second is for the loss: its `sample` adds `tail` other words at each step.
+    """
     config, weight = bank.config, model.head_weight.detach()
     ids = torch.arange(config.vocab_size) if bank.head_ids is None else bank.head_ids
     ids = ids[:config.draft_size or config.words(0)].to(model.device)
@@ -206,7 +247,10 @@ def drafted_words(bank: ExitBank, model: SegmentedModel, tail: int) -> tuple[Sam
 
 
 def split_documents(store: FeatureStore) -> tuple[list[int], list[int]]:
-    """Return the training and the held-out documents. Raises ValueError if either list is empty."""
+    """Return the numbers of the training documents and of the test documents. Only text that the model wrote is used.
+
+    Raises ValueError if either list is empty.
+    """
     training, held_out = (store.of(split, policy_only=True) for split in (Split.TRAIN, Split.TEST))
     if not training or not held_out:
         raise ValueError(f"{len(training)} training and {len(held_out)} held-out documents that the model wrote are "
@@ -223,7 +267,10 @@ def settings_of(bank: ExitBank, store: FeatureStore, args: argparse.Namespace) -
 
 
 def save_with_drafter(bank: ExitBank, drafter: Drafter, dtype: torch.dtype, args: argparse.Namespace) -> None:
-    """Save the exits with this drafter in --out, beside copies of the reports in --exits."""
+    """Save the exits and this drafter in the folder --out.
+
+    JSON reports in --exits are copied to --out, except those that --out already has.
+    """
     bank.config = dataclasses.replace(bank.config, drafter_width=drafter.adapter.gate.out_features)
     bank.drafter = drafter.to(dtype)
     bank.adapters.to(dtype)                     # the estimators stay in fp32

@@ -1,22 +1,23 @@
-"""Check that `verified` is lossless, and measure exits and decoding on a real model.
+"""Evaluate exits on a real model: quality of each exit, quality of decoding, and whether `verified` is lossless.
 
     python -m training.evaluate exits --text test.txt --data data/policy    # top-1, top-5, perplexity of each exit
     python -m training.evaluate decode                                      # routing, agreement, acceptance rate
     python -m training.evaluate lossless --dtype bfloat16     # verified = full, for every threshold and draft length
 
-`exits` reads whole texts in one pass (teacher-forced): plain text in windows, and the test documents of data folders.
-An exit that reads the carried state is measured twice: after a token of the full model, and after a token of the exit
-itself. Top-1 and top-5 are the shares of positions where the full model's choice is the likeliest word, or one of the
-five likeliest words, of the exit's trimmed head. Perplexity is that of the text's next token, with the whole head.
+`exits` reads whole texts in one pass (teacher-forced): windows of plain text files, and the test documents of data
+folders. An exit that reads the carried state is measured twice. First the carried state comes from the full model, then
+from the exit itself. Top-1 is the share of positions where the exit's likeliest word is the full model's choice. Top-5
+is the share of positions where the full model's choice is among the exit's five likeliest words. Both use the exit's
+trimmed head. Perplexity is measured on the next token of the text, and uses the whole vocabulary head.
 
-`decode` runs the engine on the project's prompts (closed loop): the cascade at several thresholds, and self-speculation
-as published, where one exit alone drafts K tokens at a time at threshold 0.
+`decode` runs the engine on the project's prompts. It measures the cascade at several thresholds. It also measures
+self-speculation as in the original CascadeExit: one exit alone drafts K tokens at a time, at threshold 0.
 
 `lossless` decodes the project's prompts with `full`, and with `verified` at every combination of threshold and draft
-length. It counts the tokens that differ; there must be none. The first --reference prompts are also compared with
-transformers' greedy `generate`, which uses other tensor shapes and another cache. In fp32 both texts must be equal. In
-bf16 the first difference is reported, with the full model's margin between its two best tokens there. The same command
-continues an interrupted run.
+length. It counts the tokens that differ; there must be none. The first --reference prompts are also decoded with
+transformers' greedy `generate`, which uses other tensor shapes and another cache. In fp32 its text must equal the text
+of `full`. In other data types, the first difference is only reported, with the full model's margin between its two best
+tokens at that position. The same command continues an interrupted run.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from training.provenance import provenance, results_file
 
 
 def check_lossless(args: argparse.Namespace) -> None:
-    """Run the command `lossless`. Raises SystemExit when tokens differ that must be equal."""
+    """Run the command `lossless`, and save its result. Raises SystemExit if tokens differ that must be equal."""
     dtype = getattr(torch, args.dtype)
     engine, tokenizer = load(args.model, args.exits, dtype=dtype)
     reference = load_model(args.model, dtype=dtype)[0] if args.reference else None
@@ -71,9 +72,12 @@ def check_lossless(args: argparse.Namespace) -> None:
 
 
 def compare_prompt(engine: Engine, ids: list[int], args: argparse.Namespace, reference) -> dict:
-    """Decode one prompt in all ways.
+    """Decode one prompt with `full`, with `verified` in all combinations of settings, and with the reference.
 
-    Returns the number of tokens of `full`, and how many tokens differ in each `verified` run and in the reference.
+    Args:
+        reference: transformers' model; None = decode without it.
+
+    Returns plain JSON: the number of tokens of `full`, and how many tokens differ from `full` in each other text.
     """
     full = engine.run(ids, DecodeConfig(mode=Mode.FULL, max_new_tokens=args.tokens))
     row = {"tokens": full.stats.tokens, "verified": {}}
@@ -97,20 +101,23 @@ def _differing(a: list[int], b: list[int]) -> int:
 
 
 def _generate(reference, ids: list[int], tokens: int) -> list[int]:
-    """Decode greedily with transformers and its dynamic cache."""
+    """Decode a prompt greedily with transformers' `generate`. Returns the new token ids."""
     out = reference.generate(torch.tensor([ids], device=reference.device), max_new_tokens=tokens, do_sample=False)
     return out[0, len(ids):].tolist()
 
 
 @torch.inference_mode()
 def _margin(reference, ids: list[int]) -> float:
-    """Return the difference of the two largest logits after these tokens."""
+    """Return the largest logit minus the second largest logit, for the token that follows these tokens."""
     best = reference(torch.tensor([ids], device=reference.device)).logits[0, -1].float().topk(2).values
     return (best[0] - best[1]).item()
 
 
 def summarize_lossless(rows: list[dict]) -> dict:
-    """Add up the rows of all prompts. `acceptance` holds a rate for each 'threshold/draft length'."""
+    """Add up the results of `compare_prompt` over all prompts. Returns plain JSON.
+
+    `acceptance` holds the acceptance rate of each combination of settings, under the name 'threshold/draft length'.
+    """
     runs = list(rows[0]["verified"])
     compared = [row["reference"] for row in rows if "reference" in row]
     return {
@@ -130,16 +137,23 @@ def summarize_lossless(rows: list[dict]) -> dict:
 
 
 class Tally:
-    """Sums over rows: hits and negative log-likelihood of each exit and, last, of the full model.
+    """Sums over the positions of texts, for each exit: top-1 hits, top-5 hits and negative log-likelihood in nats.
 
-    readers: number of exits plus 1.
+    The last value of `nll` belongs to the full model.
+
+    Args:
+        readers: number of exits plus 1.
     """
 
     def __init__(self, readers: int):
         self.rows, self.top1, self.top5, self.nll = 0, [0] * readers, [0] * readers, [0.0] * readers
 
     def report(self, layers: tuple[int, ...]) -> dict:
-        """Turn the sums into rates and perplexities, as plain JSON."""
+        """Convert the sums to rates and perplexities, as plain JSON.
+
+        Args:
+            layers: the layer of each exit.
+        """
         perplexity = [math.exp(nll / self.rows) for nll in self.nll]
         return {"rows": self.rows, "full_perplexity": perplexity[-1],
                 "exits": [{"layer": layer, "top1": self.top1[s] / self.rows, "top5": self.top5[s] / self.rows,
@@ -149,7 +163,13 @@ class Tally:
 
 @torch.inference_mode()
 def read_document(engine: Engine, f: Features, tallies: dict[str, Tally]) -> None:
-    """Add one document to the tallies. In 'full', carried states come from the full model, in 'exit' from that exit."""
+    """Run all exits over one document, and add the results to the tallies.
+
+    Args:
+        f: features of the document.
+        tallies: {source: tally}. With the source "full", exits read carried states of the full model. With "exit", each
+            exit reads carried states that it computed itself.
+    """
     exits, words, project = engine.exits, engine.bank.head_ids, engine.model.head.logits
     wanted = f.wanted.clone()
     wanted[-1] = False                                       # nothing follows the last token
@@ -175,13 +195,18 @@ def read_document(engine: Engine, f: Features, tallies: dict[str, Tally]) -> Non
 
 
 def windows(tokenizer, path: Path, window: int, tokens: int) -> list[Document]:
-    """Cut the first `tokens` tokens of a text file into consecutive windows."""
+    """Cut the first `tokens` tokens of a text file into documents of `window` tokens. The last one may be shorter."""
     ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"][:tokens]
     return [Document(ids[a:a + window], [0] * len(ids[a:a + window])) for a in range(0, len(ids) - 1, window)]
 
 
 def texts_to_read(tokenizer, args: argparse.Namespace) -> dict[str, list[Document]]:
-    """Collect the documents of --text and --data by name. Raises SystemExit when there are none."""
+    """Read the texts of --text and --data. Returns {name of the text: documents}.
+
+    Of --data, only test documents that the model wrote are read. Their name is "held-out".
+
+    Raises SystemExit if there are no documents.
+    """
     texts = {f"{path.parent.name}/{path.name}": windows(tokenizer, path, args.window, args.tokens)
              for path in args.text}
     if args.data:
@@ -193,7 +218,11 @@ def texts_to_read(tokenizer, args: argparse.Namespace) -> dict[str, list[Documen
 
 
 def measure_text(engine: Engine, name: str, documents: list[Document]) -> dict:
-    """Read one text. Returns the report of each tally, as `after_full` and `after_exit`."""
+    """Measure all exits on one text, and print the figures.
+
+    Returns {"after_full": report, "after_exit": report}, with carried states of the full model and of the exit itself.
+    "after_exit" is missing if the exits do not read the carried state.
+    """
     store = FeatureStore(engine.model, documents, Path(), budget_gb=0)
     sources = ("full", "exit") if engine.bank.adapters[0].reads_carried else ("full",)
     tallies = {source: Tally(engine.num_exits + 1) for source in sources}
@@ -208,7 +237,7 @@ def measure_text(engine: Engine, name: str, documents: list[Document]) -> dict:
 
 
 def measure_exits(args: argparse.Namespace) -> None:
-    """Run the command `exits`: measure each exit, teacher-forced."""
+    """Run the command `exits`: measure each exit on whole texts (teacher-forced), and save the result."""
     out = args.out or results_file(args.model, args.exits, "exits.json")
     engine, tokenizer = load(args.model, args.exits)
     report = {name: measure_text(engine, name, documents)
@@ -225,7 +254,7 @@ def measure_exits(args: argparse.Namespace) -> None:
 
 
 def measure_decoding(args: argparse.Namespace) -> None:
-    """Run the command `decode`: measure cascade and self-speculation in closed loop."""
+    """Run the command `decode`: measure texts that the cascade and self-speculation decode, and save the result."""
     out = args.out or results_file(args.model, args.exits, "decode.json")
     engine, tokenizer = load(args.model, args.exits)
     prompts = [token_ids(tokenizer, prompt.text) for prompt in bundled_prompts()[:args.prompts]]
@@ -249,12 +278,19 @@ def measure_decoding(args: argparse.Namespace) -> None:
 
 
 def decode_cascade(engine: Engine, prompts: list[list[int]], fulls: list[list[int]], config: DecodeConfig) -> dict:
-    """Decode these prompts with the cascade. Returns routing, cost and quality over all tokens."""
+    """Decode these prompts with the cascade, and measure the texts. Returns plain JSON.
+
+    Routing share, agreement, depth and cost are means over all tokens. `positional_match` and `sequence_match` are
+    means over the prompts.
+
+    Args:
+        fulls: the output of `full` for each prompt, as token ids.
+    """
     runs = [engine.run(ids, config) for ids in prompts]
     total = sum(r.stats.tokens for r in runs)
 
     def mean(values) -> float:
-        """Average one value per run, weighted by the tokens of the runs."""
+        """Compute the mean of one value per run, weighted by the number of tokens of the run."""
         return sum(v * r.stats.tokens for v, r in zip(values, runs)) / total
 
     share = [mean(r.stats.routing_share[s] for r in runs) for s in range(engine.model.num_segments)]
@@ -268,7 +304,14 @@ def decode_cascade(engine: Engine, prompts: list[list[int]], fulls: list[list[in
 
 
 def decode_drafts(engine: Engine, prompts: list[list[int]], fulls: list[list[int]], config: DecodeConfig) -> dict:
-    """Decode these prompts with `verified`. Returns acceptance rate, tokens per pass, and share of identical texts."""
+    """Decode these prompts with `verified`, and measure the texts.
+
+    Args:
+        fulls: the output of `full` for each prompt, as token ids.
+
+    Returns plain JSON: acceptance rate, tokens per verification pass, and the share of texts that are identical to
+    `full`.
+    """
     runs = [engine.run(ids, config) for ids in prompts]
     drafted, tokens = sum(r.stats.drafted for r in runs), sum(r.stats.tokens for r in runs)
     passes = sum(r.stats.tokens / r.stats.tokens_per_verification for r in runs if r.stats.tokens_per_verification)

@@ -1,7 +1,8 @@
-"""Features: the frozen model's hidden states at its exits, kept on disk within a budget or computed again.
+"""Features: results of the frozen model that training needs, such as the hidden states at its exits.
 
-An exit reads the hidden state at its layer and the carried state, and its estimator reads all the text before. So all
-positions of a document are kept. Documents beyond the disk budget are run through the model each time they are needed.
+Features are kept on disk up to a size limit. For the documents beyond this limit, the model computes the features each
+time they are needed. A document's features include all its positions: an exit also reads the carried state of the
+position before, and its estimator reads all the text before.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ _CHUNK_TOKENS = 20_000
 
 @dataclass(frozen=True)
 class Features:
-    """One document of T tokens after a pass through the frozen model. E exits, D hidden size."""
+    """Results of the frozen model for one document. Letters: T tokens, E exits, D hidden size."""
 
     ids: Tensor         # (T,) token ids
     exits: Tensor       # (T, E, D) hidden state after each exit's layer
@@ -35,13 +36,15 @@ class Features:
 
 
 class FeatureStore:
-    """Gives the features of each document. Call `prepare` and `open` before reading, or use `prepared_store`.
+    """Provides the features of each document: `store[i]` are the features of document number i.
+
+    `prepared_store` makes a store that is ready to read. For any other store, call `prepare` and then `open` first.
 
     Args:
-        folder: where features are kept.
-        budget_gb: disk space for features, in gigabytes; 0 keeps nothing.
+        folder: folder for features on disk.
+        budget_gb: disk space for features, in gigabytes; 0 = keep none on disk.
 
-    Raises ValueError for a document that has more tokens than the model has positions.
+    Raises ValueError if a document has more tokens than the model has positions.
     """
 
     def __init__(self, model: SegmentedModel, documents: Sequence[Document], folder: Path, budget_gb: float):
@@ -71,11 +74,16 @@ class FeatureStore:
 
     @property
     def kept(self) -> int:
-        """Number of documents whose features are on disk; the others are computed each time."""
+        """Number of documents whose features are on disk. Features of the other documents are computed each time."""
         return self._chunks[-1].stop if self._chunks else 0
 
     def prepare(self, rank: int = 0, world: int = 1) -> None:
-        """Write the chunks that are missing. With several processes (`world`), each writes its part."""
+        """Compute the features that are missing on disk, up to the size limit, and write them.
+
+        Args:
+            rank: number of this process. Each process computes a part.
+            world: number of processes.
+        """
         missing = [c for c in self._chunks[rank::world] if not self._path(c).exists()]
         total = sum(len(self.documents[i].ids) for c in missing for i in c)
         with tqdm(total=total, unit="token", unit_scale=True, desc="features", disable=not missing) as bar:
@@ -87,12 +95,16 @@ class FeatureStore:
                 self._write(chunk, features)
 
     def put(self, features: Sequence[Features]) -> None:
-        """Write the chunks of all documents. `features` holds the features of each document, in order."""
+        """Write features that were computed before to disk, up to the size limit.
+
+        Args:
+            features: the features of all documents, in the order of the documents.
+        """
         for chunk in self._chunks:
             self._write(chunk, features[chunk.start:chunk.stop])
 
     def open(self) -> None:
-        """Map the chunks into memory. Raises FileNotFoundError when `prepare` has not run to its end."""
+        """Open the features on disk for reading. Raises FileNotFoundError if `prepare` has not written all of them."""
         for chunk in self._chunks:
             tensors = load_file(self._path(chunk))
             ends = list(accumulate(len(self.documents[i].ids) for i in chunk))
@@ -100,24 +112,27 @@ class FeatureStore:
                 self._loaded[i] = Features(**{name: t[a:b] for name, t in tensors.items()})
 
     def __getitem__(self, i: int) -> Features:
-        """Return the features of one document, on the model's device."""
+        """Return the features of document number `i`, on the model's device."""
         if i not in self._loaded:
             return _run(self.model, self.documents[i])
         return Features(**{name: t.to(self.model.device) for name, t in vars(self._loaded[i]).items()})
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Prefetch these documents: read them from disk in a thread."""
+        """Prefetch the features of these documents: a thread reads them from disk, so that later access is fast."""
         kept = [self._loaded[i] for i in numbers if i in self._loaded]
         self._reader.submit(lambda: [t.clone() for f in kept for t in vars(f).values()])
 
     def rows(self, i: int) -> int:
-        """Count the positions of a document where an exit learns."""
+        """Count the positions of document number `i` where an exit learns."""
         if i not in self._rows:
             self._rows[i] = int(wanted(self.documents[i]).sum())
         return self._rows[i]
 
     def choices(self, numbers: Sequence[int], limit: int = 2_000_000) -> Tensor:
-        """Return the full model's choices at the wanted rows of these documents (n,), up to about `limit`."""
+        """Return the full model's choices at all positions of these documents where an exit learns, as token ids (n,).
+
+        After the document with which n reaches `limit`, no more documents are read.
+        """
         parts, total = [], 0
         for i in numbers:
             f = self._loaded.get(i) or self[i]          # of a memory-mapped file only the choices are read
@@ -128,7 +143,7 @@ class FeatureStore:
         return torch.cat(parts).long() if parts else torch.zeros(0, dtype=torch.long)
 
     def fingerprint(self) -> str:
-        """Return a hash of all documents, in order."""
+        """Return a hash of the tokens of all documents, in order."""
         digest = hashlib.blake2b(digest_size=8)
         for d in self.documents:
             digest.update(repr((d.ids, d.chosen)).encode())
@@ -139,7 +154,10 @@ class FeatureStore:
         return [i for i, d in enumerate(self.documents) if d.split == split and (any(d.chosen) or not policy_only)]
 
     def measured(self, split: Split) -> list[int]:
-        """Return the documents of a split to measure exits on: those written by the model, or all if there are none."""
+        """Return the numbers of the documents of a split on which exits are measured.
+
+        These are the documents that the model wrote. If there are none, they are all documents of the split.
+        """
         return self.of(split, policy_only=True) or self.of(split)
 
     def _path(self, chunk: range) -> Path:
@@ -157,9 +175,14 @@ class FeatureStore:
 
 def prepared_store(model: SegmentedModel, data: Sequence[Path], folder: Path, budget_gb: float,
                    accelerator: Accelerator | None = None) -> FeatureStore:
-    """Open the features of all documents in these data folders, after computing those that are missing.
+    """Make a store with all documents of these data folders. Features that are missing on disk are computed.
 
-    With several processes each computes a part, so all of them call this.
+    With several processes, each process computes a part, so all processes must call this.
+
+    Args:
+        data: folders that training.data wrote.
+        folder: folder for features on disk.
+        budget_gb: disk space for features, in gigabytes.
     """
     store = FeatureStore(model, load_documents(data), folder, budget_gb)
     if accelerator:
@@ -172,9 +195,10 @@ def prepared_store(model: SegmentedModel, data: Sequence[Path], folder: Path, bu
 
 
 def wanted(document: Document) -> Tensor:
-    """Mark the positions where an exit learns (T,): those whose next token was chosen by the model.
+    """Find the positions of a document where an exit learns. Returns a tensor (T,) that is True at these positions.
 
-    In a text that the model did not write, these are all positions but the last.
+    An exit learns at a position if the model chose the next token. In a text that the model did not write, an exit
+    learns at all positions except the last.
     """
     chosen = torch.tensor(document.chosen, dtype=torch.bool)
     after = torch.cat([chosen[1:], chosen.new_zeros(1)])

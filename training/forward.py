@@ -1,9 +1,9 @@
-"""Forward passes of the adapters over documents, with the carried states that decoding will give them.
+"""Run adapters over whole documents in training, with carried states like those in decoding.
 
-In decoding, the carried state of a position comes from the full model or from the exit that produced the token there.
-Training draws at random which of the two it is.
+In decoding, the carried state comes from the full model or from an exit, depending on which of them produced the newest
+token. In training, a random choice decides where it comes from.
 
-Letters: N positions, n rows where an exit learns, D hidden size, E exits.
+Letters: N all positions, n positions where an exit learns, D hidden size, E exits.
 """
 
 from collections.abc import Callable
@@ -24,21 +24,28 @@ Inputs = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]      # such as `
 
 
 def plain_inputs(s: int, h: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows unchanged. Use this as `inputs` for adapters that are not being trained."""
+    """Return hidden states and carried states unchanged.
+
+    Pass this function as `inputs` for adapters that read inputs without normalisation.
+    """
     return h, carried
 
 
 def adapted_states(bank: ExitBank, inputs: Inputs, features: list[Features], own_share: float = 0.0,
                    generator: torch.Generator | None = None, max_chain: int = MAX_CHAIN,
                    exits: list[int] | None = None) -> list[Tensor]:
-    """Run adapters over the wanted rows of these documents: (n, D) for each exit in `exits`.
+    """Compute the adapted hidden states of exits at the positions where an exit learns.
 
     Args:
-        inputs: maps what the adapters read.
-        own_share: share of the rows that get the carried state of an exit instead of the full model's. The exit is
-            drawn at random. The exit before the first layer always gets its own states, because it drafts whole chains.
+        inputs: function that normalises the inputs of adapters, such as `training.inputs.AdapterInputs`.
+        features: features of the documents.
+        own_share: share of the positions that get the carried state of an exit instead of the full model's. This exit
+            is chosen at random. For the exit before the first layer, it is always that exit itself, because it drafts
+            whole chains.
         max_chain: largest number of consecutive tokens that come from an exit.
         exits: numbers of the exits to run; None = all.
+
+    Returns a tensor (n, D) for each of these exits.
     """
     device = bank.adapters[0].norm.weight.device
     h = torch.cat([f.exits for f in features]).to(device)                                       # (N, E, D)
@@ -61,16 +68,19 @@ def adapted_states(bank: ExitBank, inputs: Inputs, features: list[Features], own
 def mixed_carried_states(bank: ExitBank, inputs: Inputs, h: Tensor, full: Tensor, places: Tensor, rows: Tensor,
                          own_share: float, sources: list[int], generator: torch.Generator | None,
                          max_chain: int) -> Tensor:
-    """Return the carried states of these rows (n, D): the full model's, or, for a share of the rows, an exit's.
+    """Compute carried states for n positions (n, D). Some come from the full model, a random share from exits.
 
-    Half of an exit's states follow one token of that exit, a quarter two tokens, and so on, up to `max_chain`.
+    An exit's state comes after a chain of tokens in a row from that exit. About half of the chains have one token, a
+    quarter have two, and so on, up to `max_chain`. Adapters that do not read the carried state always get the full
+    model's.
 
     Args:
         h: hidden states at the exits (N, E, D).
         full: carried states of the full model (N, D).
-        places: position of each row in its document (N,).
-        rows: positions whose carried states are returned (n,).
-        sources: the exits that may have produced the tokens.
+        places: for each of the N positions, its index in its document (N,).
+        rows: the positions for which carried states are returned (n,).
+        own_share: share of these positions that get the state of an exit.
+        sources: numbers of the exits from which states may come. One of them is chosen at random for each position.
     """
     carried = full[rows].float()
     if not own_share or not bank.adapters[0].reads_carried:
@@ -91,10 +101,15 @@ def mixed_carried_states(bank: ExitBank, inputs: Inputs, h: Tensor, full: Tensor
 @torch.no_grad()
 def agreement(bank: ExitBank, inputs: Inputs, store: FeatureStore, documents: list[int], head: SampledHead,
               accelerator: Accelerator, own_share: float = 0.0, exits: list[int] | None = None) -> list[float]:
-    """Measure each exit's top-1 agreement with the full model over documents, in [0, 1].
+    """Measure each exit's top-1 agreement with the full model on these documents. Returns one share in [0, 1] per exit.
 
-    Each process reads its part of the documents, so all processes must call this. The arguments are those of
-    `adapted_states`, with chains of one token.
+    Each process reads a part of the documents, so all processes must call this.
+
+    Args:
+        documents: numbers of the documents.
+        head: the vocabulary head of the exits.
+        own_share: share of the positions that get the carried state of an exit, after one token of that exit.
+        exits: numbers of the exits to measure; None = all.
     """
     exits = list(range(len(bank.adapters))) if exits is None else exits
     sums = torch.zeros(len(exits) + 1, dtype=torch.float64, device=accelerator.device)      # and the rows

@@ -1,13 +1,14 @@
-"""Measure all that can only be measured on a GPU, by one command that can be interrupted and continued.
+"""Run all measurements that need a GPU, with one command. It can be interrupted and continued.
 
     python -m training.gpu --out assets/results/gpu-h100.json
-    python -m training.gpu --smoke --out runs/gpu-smoke.json         # the same steps on a CPU, with tiny models
+    python -m training.gpu --smoke --out runs/gpu-smoke.json         # test of all steps on a CPU, with tiny models
 
-Each step runs in a process of its own with a time limit; together the limits stay below 25 minutes. A step that fails
-or hangs is recorded and does not stop the others. The result is written after each step. The same command again does
-only the steps that are not done. Beside the result, a folder with the ending .steps has their output; delete it later.
+Each step runs in its own process with a time limit. All steps together get 25 minutes, unless --minutes says otherwise.
+A step that fails or hangs is recorded and does not stop the other steps. The result is written after each step. If the
+same command runs again, it runs only the steps that are not done. A folder beside the result, with the ending .steps,
+holds the output of the steps. It can be deleted later.
 
-Before it, install what the tests need: pip install -r requirements.txt -r tests/requirements.txt
+Before the first run, install what the tests need: pip install -r requirements.txt -r tests/requirements.txt
 """
 
 import argparse
@@ -31,7 +32,11 @@ _COLD = "triton"                    # folder of the kernels that the first start
 
 
 def gpu_steps(folder: Path) -> list[Step]:
-    """List the steps for a GPU, the quick and decisive ones first. `folder` is where steps may keep files."""
+    """List the steps for a GPU. Quick and important steps come first.
+
+    Args:
+        folder: folder in which steps may keep files.
+    """
     lossless = ("-m", "training.evaluate", "lossless", "--prompts", "50", "--out", RESULT, "--dtype")
     replay = ("-m", "training.benchmark", "--replay", "--tokens", "128", "--out", RESULT, "--shape")
     visitors = ("-m", "training.visitors", "--out", RESULT, "--visitors")
@@ -51,7 +56,11 @@ def gpu_steps(folder: Path) -> list[Step]:
 
 
 def smoke_steps(folder: Path) -> list[Step]:
-    """List the same steps for a CPU, with tiny models. fp32 takes the place of fp16, which is for GPUs."""
+    """List the steps of `gpu_steps` in a form for a CPU, with tiny models. fp32 replaces fp16, which needs a GPU.
+
+    Args:
+        folder: folder with the tiny model, in which steps may keep files.
+    """
     model, tokens = ("--model", str(folder / "model")), ("--tokens", "6")
     instead = {
         "device": model, "start, nothing compiled": (*model, *tokens), "visitors": (*model, *tokens, "--visitors", "3"),
@@ -68,10 +77,12 @@ def measure(steps: list[Step], out: Path, folder: Path, seconds: float, again: l
     """Run the steps that are not done, and write the result after each of them.
 
     Args:
-        seconds: all the time that there is.
-        again: names of steps to run although they are done.
+        out: result file. If it exists, it is continued.
+        folder: folder for the files of the steps.
+        seconds: time limit for all steps together.
+        again: names of steps that run again although they are done.
 
-    Returns the result. Raises ValueError if `out` is a result of another machine.
+    Returns the result. Raises ValueError if `out` is a result from another GPU.
     """
     result = opened(out)
     end = time.monotonic() + seconds
@@ -96,7 +107,10 @@ def measure(steps: list[Step], out: Path, folder: Path, seconds: float, again: l
 
 
 def opened(out: Path) -> dict:
-    """Read the result so far, or begin one. Raises ValueError if it comes from another machine."""
+    """Read the result in `out`, or make a new result if there is no such file.
+
+    Raises ValueError if the file is a result from another GPU.
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     made = provenance(0)
     before = read_json(out) or {"device": "cuda" if gpu else "cpu", "gpu": gpu, "steps": {}, "budgets": []}
@@ -107,7 +121,7 @@ def opened(out: Path) -> dict:
 
 
 def summary(result: dict) -> str:
-    """Format the budgets and the steps that are not done as text."""
+    """Format the budgets as text, one per line: met, missed or not measured; then the measured value and the target."""
     words = {True: "met", False: "MISSED", None: "not measured"}
     lines = [f"{words[b['met']]:<14}{b['what']}: "
              f"{'-' if b['measured'] is None else format(b['measured'], '.3g')}, "
@@ -133,7 +147,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_tiny_model(folder: Path) -> None:
-    """Make the model of the smoke form if it is not there."""
+    """Make the tiny model for --smoke in this folder, unless it exists. Raises ValueError if it cannot be made."""
     if not (folder / "config.json").exists():
         step = Step("tiny model", ("-m", "training.tiny", "--layers", "4", "--out", str(folder)), _SMOKE_LIMIT)
         record = run_step(step, folder.parent, step.limit)
@@ -142,7 +156,7 @@ def make_tiny_model(folder: Path) -> None:
 
 
 def _stop(*_) -> None:
-    """End this process in an orderly way, so that the running step is ended, too."""
+    """Handle the signal SIGTERM: end this process with SystemExit, so that the running step is ended, too."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + signal.SIGTERM)
 

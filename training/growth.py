@@ -1,4 +1,4 @@
-"""Growth: measures how the time per token grows with the length of the context and of the output."""
+"""Growth: measure how the time per token grows with the length of the context and of the output."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,21 +17,22 @@ CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024)
 
 
 def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5) -> dict:
-    """Measure milliseconds per token at several lengths of context (decoding 32 tokens) and of output.
+    """Measure milliseconds per token at several lengths of the context and of the output.
 
-    The end-of-sequence token does not end a text here. All figures are medians over `rounds`; each round measures every
-    length once. The context is a text that the model wrote at temperature 1, because in a text that repeats itself many
-    drafts would be copied.
+    At each context length, 32 tokens are decoded. The context is a text that the model wrote at temperature 1; in a
+    text that repeats itself, many drafts would be copied. The end-of-sequence token does not end a text. Each round
+    measures every length once. All figures are medians over the rounds.
 
     Args:
-        reference: transformers' model for `generate`; None = measure our engine only.
+        reference: transformers' model for `generate`; None = measure only our engine.
+        max_draft: draft length of `verified`, at most.
 
-    Returns {"context": [...], "output": [...]}. Each list has an entry for each length, with the milliseconds of every
-    mode. An entry of "context" also has three ratios to the shortest context:
-    - `allowed`: of the bytes that a token reads (weights, keys and values)
-    - `allowed_16_bits`: the same if keys and values had 16 bits; our CPU kernels use 12
-    - `times`: of the measured time of `full`, from two runs in direct succession, because the memory speed of a shared
-      machine varies
+    Returns {"context": [...], "output": [...]}. Each list has one entry for each length, with milliseconds per token
+    for every mode. An entry of "context" also has three ratios, each relative to the shortest context:
+    - `allowed`: ratio of the bytes that `full` reads per token (weights, keys and values).
+    - `allowed_16_bits`: ratio of these bytes if keys and values had 16 bits. Our CPU kernels use 12 bits.
+    - `times`: ratio of the measured times of `full`. The two runs follow each other directly, because the memory speed
+      of a shared machine varies.
     """
     model = engine.model
     longest = min(max(CONTEXTS), model.max_positions - 64)
@@ -56,14 +57,17 @@ def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5
 
 
 def _write(engine: Engine, prompt: list[int], tokens: int) -> list[int]:
-    """Let the model write a text at temperature 1."""
+    """Let the model write `tokens` tokens after the prompt, at temperature 1. Returns the new token ids."""
     config = DecodeConfig(mode=Mode.FULL, max_new_tokens=tokens, temperature=1.0, ignore_eos=True)
     events = tqdm(engine.generate(prompt, config), desc="context to read", total=tokens, unit="token")
     return [event.token_id for event in events if event.final]
 
 
 def _allowed(engine: Engine, length: int) -> dict[str, float]:
-    """Compute the ratio of the bytes that a token reads at this context to those at the shortest one."""
+    """Compute the bytes that `full` reads per token at this context length, relative to the shortest context.
+
+    Returns the ratio for the engine's own KV cache, and the ratio for a KV cache with 16 bits.
+    """
     model, weights = engine.model, engine.costs.full_token_bytes
     cache = model.layers.new_cache(1)
     position_bytes = {"allowed": cache.nbytes / cache.capacity,
@@ -72,7 +76,7 @@ def _allowed(engine: Engine, length: int) -> dict[str, float]:
 
 
 def _in_turn(measure: Callable[[int], dict[str, float]], lengths: list[int], rounds: int, desc: str) -> list[dict]:
-    """Measure every length once per round. Returns the medians for each length."""
+    """Call `measure` once per round for every length. Returns the medians over the rounds, one dict for each length."""
     seen = defaultdict(list)
     for length in tqdm(lengths * rounds, desc=desc, unit="length"):
         seen[length].append(measure(length))
@@ -80,7 +84,10 @@ def _in_turn(measure: Callable[[int], dict[str, float]], lengths: list[int], rou
 
 
 def _generate_ms(reference, ids: list[int], tokens: int = 32) -> float:
-    """Measure milliseconds per token of transformers' generate, without the first: a long run minus a short one."""
+    """Measure milliseconds per token of transformers' `generate`. The time of the first token does not count.
+
+    It is the time for `tokens` + 1 new tokens, minus the time for one new token, divided by `tokens`.
+    """
     inputs, spent = torch.tensor([ids], device=reference.device), []
     for n in (1, tokens + 1):
         start = now(reference.device)

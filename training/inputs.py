@@ -1,7 +1,7 @@
-"""Normalisation of the adapters' inputs during training. At the end it is folded into the adapters' weights.
+"""Normalisation of the adapters' inputs during training. After training it is moved into the adapters' weights.
 
-Hidden states have a few directions hundreds of times as strong as the rest, and gradient steps make little progress
-along the weak ones. Letters: D hidden size, E exits.
+In a few directions, hidden states are hundreds of times as large as in the other directions. Without normalisation,
+training makes little progress along the weak directions. Letters: D hidden size, E exits.
 """
 
 import math
@@ -16,9 +16,10 @@ from training.features import FeatureStore
 
 
 def whitening(moments: Tensor) -> Tensor:
-    """Return the matrix M (D, D) that whitens rows x by x M.
+    """Compute a whitening matrix M (D, D). For rows x (n, D), the rows x M vary about equally in all directions.
 
-    moments: mean of x^T x over the rows (D, D).
+    Args:
+        moments: mean of x^T x over the rows (D, D).
     """
     values, vectors = torch.linalg.eigh(moments.double())
     values = values + 0.03 * values.mean()     # of 0.001 to 0.3, the best on held-out text
@@ -26,17 +27,18 @@ def whitening(moments: Tensor) -> Tensor:
 
 
 class AdapterInputs:
-    """Maps the rows that adapters read in training. `fold` moves the maps into the adapters' weights.
+    """Normalises the inputs of adapters during training. `fold` moves the normalisation into the adapters' weights.
 
-    A `carry` adapter reads its input through linear layers only. It is trained on whitened rows, and its `linear`
-    starts as the ridge regression to the full model's last hidden state. A `swiglu` adapter adds its input to its
-    output, so its rows are only scaled.
+    The normalisation depends on the kind of adapter:
+    - A `carry` adapter reads its input through linear layers only. Its inputs are whitened. Its layer `linear` starts
+      as the ridge regression from the input to the full model's last hidden state.
+    - A `swiglu` adapter adds its input to its output, so its inputs are only divided by a number.
 
     Args:
-        bank: the exits; their adapters change to suit the mapped rows.
-        documents: numbers of the documents from which this process computes the maps.
+        bank: the exits. Their adapters are changed to read normalised inputs.
+        documents: numbers of the documents from which this process computes the normalisation.
         final_norm: weight of the full model's last norm (D,).
-        total: adds up a tensor over all processes.
+        total: function that adds up a tensor over all processes.
     """
 
     def __init__(self, bank: ExitBank, store: FeatureStore, documents: Sequence[int], final_norm: Tensor,
@@ -49,9 +51,10 @@ class AdapterInputs:
     @staticmethod
     def _fit_scale(bank: ExitBank, s: int, store: FeatureStore, documents: Sequence[int], final_norm: Tensor,
                    total: Callable[[Tensor], Tensor]) -> float:
-        """Return a scale for the rows at exit s, and fit adapter s to rows that were divided by it.
+        """Return the number by which the hidden states at exit s are divided. Adapter s is changed to suit such inputs.
 
-        The scale is their average root mean square, rounded to a power of two: dividing bf16 rows by that is exact.
+        The number is the mean root mean square of the hidden states, rounded to a power of two, so that dividing bf16
+        values by it is exact.
         """
         rms = [store[i].exits[:, s].float().pow(2).mean().sqrt().item() for i in documents]
         added, number = total(torch.tensor([sum(rms), len(rms)], device=final_norm.device)).tolist()
@@ -62,7 +65,10 @@ class AdapterInputs:
     @staticmethod
     def _fit_regression(bank: ExitBank, s: int, store: FeatureStore, documents: Sequence[int], final_norm: Tensor,
                         total: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the whitening (2 D, 2 D) of [hidden state, carried state], and start adapter s from the regression."""
+        """Return the whitening matrix (2 D, 2 D) of [hidden state, carried state] at exit s.
+
+        Also set the weights of the layer `linear` of adapter s, by ridge regression.
+        """
         D, device = len(final_norm), final_norm.device
         rows, xx, xy = (torch.zeros(shape, device=device) for shape in ((), (2 * D, 2 * D), (2 * D, D)))
         for f in map(store.__getitem__, documents):
@@ -76,7 +82,7 @@ class AdapterInputs:
         return whitener
 
     def __call__(self, s: int, h: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-        """Map hidden rows and carried rows of exit s, (n, D) each."""
+        """Normalise the inputs of adapter s: hidden states and carried states, (n, D) each. Returns both."""
         if not self.carry:
             return h / self.maps[s], carried
         with torch.autocast(h.device.type, enabled=False):
@@ -84,9 +90,14 @@ class AdapterInputs:
 
     @torch.no_grad()
     def adopt(self, bank: ExitBank, trained: ExitBank) -> list[int]:
-        """Copy adapters of an earlier training into the bank, for each layer after which both banks have an exit.
+        """Copy adapters of an earlier training into `bank`, for each layer after which both banks have an exit.
 
-        Returns these layers. Raises ValueError when the adapters have another shape.
+        The copies are changed to read normalised inputs.
+
+        Args:
+            trained: bank with the exits of the earlier training.
+
+        Returns the layers of the copied adapters. Raises ValueError if the shapes of the adapters differ.
         """
         shared = [layer for layer in bank.config.layers if layer in trained.config.layers]
         for layer in shared:
@@ -104,7 +115,7 @@ class AdapterInputs:
 
     @torch.no_grad()
     def fold(self, bank: ExitBank) -> None:
-        """Make the adapters read plain rows: each map becomes part of its adapter's weights."""
+        """Move the normalisation into the adapters' weights. After this, the adapters read the inputs as they are."""
         for adapter, change in zip(bank.adapters, self.maps):
             if self.carry:
                 _transform(adapter, change)
@@ -113,6 +124,10 @@ class AdapterInputs:
 
 
 def _transform(adapter: torch.nn.Module, change: Tensor) -> None:
-    """Make a `carry` adapter compute for x what it computed for x M before; M is `change`."""
+    """Change a `carry` adapter so that its output for x becomes its old output for x M.
+
+    Args:
+        change: the matrix M (2 D, 2 D).
+    """
     for projection in (adapter.linear, adapter.gate, adapter.down):
         projection.weight.copy_(projection.weight @ change.T)

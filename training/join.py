@@ -1,10 +1,10 @@
-"""Join exits that were trained separately into one artifact.
+"""Join exits that were trained separately into one exits folder.
 
     python -m training.join runs/deep runs/shallow --out runs/all
 
-Each layer's exit comes from the first folder that has one. The trimmed head comes from the first folder. All exits must
-be made for the same model and have adapters of one shape. The estimators and the drafter are not copied: fit estimators
-for the joined exits with training.confidence, and train a drafter for their layers with training.drafter.
+If several folders have an exit after the same layer, the exit of the first of them is used. The trimmed head comes from
+the first folder. All exits must be made for the same model, with adapters of the same shape. The estimators and the
+drafter are not copied: train new ones with training.confidence and training.drafter.
 """
 
 import dataclasses
@@ -23,7 +23,9 @@ _BY_LAYER = ("untrained_agreement", "held_out_agreement", "held_out_agreement_af
 def join(banks: list[ExitBank]) -> ExitBank:
     """Make a bank with the exits of all these banks, sorted by layer.
 
-    Raises ValueError when they were made for different models or have adapters of different shapes.
+    If several banks have an exit after the same layer, the exit of the first of them is used.
+
+    Raises ValueError if the banks were made for different models or have adapters of different shapes.
     """
     first = banks[0].config
     for other in (bank.config for bank in banks[1:]):
@@ -46,7 +48,15 @@ def join(banks: list[ExitBank]) -> ExitBank:
 
 
 def joined_report(banks: list[ExitBank], layers: tuple[int, ...], folders: list[Path]) -> dict:
-    """Merge the folders' distill.json files: per-layer lists for these layers, the rest of each file as `parts`."""
+    """Merge the `distill.json` files of the joined exits into one report, as plain JSON.
+
+    Lists that have a value for each exit become lists over `layers`. The other entries go to `parts`, which has one
+    dict for each layer.
+
+    Args:
+        layers: layers of the joined exits.
+        folders: the folder of each bank.
+    """
     reports = [json.loads((folder / "distill.json").read_text(encoding="utf-8")) for folder in folders]
     parts, merged = [], {name: [] for name in _BY_LAYER}
     for layer in layers:

@@ -1,4 +1,4 @@
-"""JSON files that survive a kill: written whole or not at all, and results that are collected row by row."""
+"""JSON files that stay valid when a process is killed: whole files, and lists of results that grow row by row."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def save_json(path: Path, content: dict) -> None:
-    """Write JSON. A reader sees the old file or the new one, never a part of it."""
+    """Write a JSON file. It replaces an older file only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -14,26 +14,30 @@ def save_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """Read a JSON file; None if there is none."""
+    """Read a JSON file. Returns None if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read the records of a JSON-lines file. A missing file has none; a last line cut off by a kill is left out."""
+    """Read the records of a JSON-lines file. Returns [] if there is no such file.
+
+    A last line that is incomplete, because the process was killed, is left out.
+    """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 class ResumableRows:
-    """Rows of a long measurement, in a JSON-lines file until the measurement is complete.
+    """Results of a long measurement, one row after another, so that an interrupted measurement can continue.
 
-    Rows that an interrupted run left behind count if they were written with the same key.
+    The rows are in a JSON-lines file until the measurement is complete. Rows that an interrupted run left in this file
+    are used if their key is equal. Else they are deleted.
 
     Args:
-        key: what the rows depend on, such as the exits and the settings, as plain JSON.
+        key: all that decides the results, such as the exits and the settings, as plain JSON.
 
     Attributes:
-        rows: all rows up to now, without the key.
+        rows: all rows so far, without the key.
     """
 
     def __init__(self, path: Path, key: dict | list):
@@ -50,7 +54,7 @@ class ResumableRows:
             file.write(self._line(row))
 
     def finish(self) -> None:
-        """Delete the file: the result has been saved elsewhere."""
+        """Delete the file. Call this after the results were saved elsewhere."""
         self._path.unlink(missing_ok=True)
 
     def _line(self, row: dict) -> str:

@@ -1,6 +1,6 @@
 """The training loop: steps, micro-batches, several processes, checkpoints, log, progress bar and time limit.
 
-The loop trains any `Learner`, and does not depend on the purpose of its weights.
+It trains any `Learner`: the adapters of the exits, or a drafter.
 """
 
 import math
@@ -22,45 +22,54 @@ CHECK_DOCUMENTS = 60        # a learner's `check` reads at most so many document
 
 
 class Learner(Protocol):
-    """Something to train: its weights, their gradients, and how it reports on itself."""
+    """Interface of what the training loop trains, such as the adapters of the exits."""
 
     name: str
     """Name of the module in the checkpoint."""
     module: nn.Module
-    """Module that the checkpoint holds."""
+    """Module whose state the checkpoint holds."""
     weights: list[Tensor]
     """Parameters that are trained."""
 
     def gradients(self, step: int, parts: list[list[int]], rows: int) -> Tensor:
-        """Add the gradients of the mean loss over `rows` rows to the weights.
+        """Compute the gradients of one training step, and add them to the `grad` of the weights.
+
+        The loss is summed over this process's rows and divided by `rows`. A row is a position where an exit learns.
 
         Args:
-            step: number of this step; together with the process it decides all random numbers.
-            parts: document numbers of this process's micro-batches.
-            rows: rows of the whole step, over all processes.
+            step: number of this step. Step and process decide all random numbers.
+            parts: the micro-batches of this process, each a list of document numbers.
+            rows: number of rows of the step, over all processes.
 
-        Returns sums over this process's rows, in a shape that does not depend on the documents.
+        Returns sums over this process's rows, such as the loss. Their shape is the same in every step.
         """
 
     def record(self, means: Tensor) -> dict:
-        """Convert the means over a step's rows to a log entry: {name: value}."""
+        """Convert the results of a step to a log record, {name: value}.
+
+        Args:
+            means: sums of `gradients` over all processes, divided by the number of rows of the step.
+        """
 
     def progress(self, record: dict) -> str:
-        """Format a log entry as a short text for the progress bar."""
+        """Format a log record as a short text for the progress bar."""
 
     def check(self) -> list[float]:
-        """Measure the agreement with the full model on held-out documents. All processes call it."""
+        """Measure the agreement with the full model on held-out documents. All processes must call this."""
 
 
 def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: RunFolder, accelerator: Accelerator, *,
           learning_rate: float, micro_batch: int, save_every: int, minutes: float = math.inf) -> int:
-    """Train in place. A run that has a checkpoint continues from it, and ends as if it had not been interrupted.
+    """Train the weights of a learner in place.
+
+    A run that has a checkpoint continues from it. The result is that of a run without an interruption.
 
     Args:
-        plan: documents of each step, over all processes.
-        micro_batch: tokens in one backward pass.
-        save_every: steps between checkpoints.
-        minutes: stop after this long, with a checkpoint.
+        plan: document numbers of each step, over all processes.
+        run: folder with the log and the checkpoint.
+        micro_batch: number of tokens in one backward pass, at most.
+        save_every: number of steps between two checkpoints.
+        minutes: time limit. When it is over, the run saves a checkpoint and stops.
 
     Returns the total number of steps done, including those before an interruption.
     """
@@ -109,7 +118,10 @@ def _is_late(started: float, minutes: float, accelerator: Accelerator) -> bool:
 
 
 def optimizer_for(weights: list[Tensor], rate: float, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Make AdamW and its schedule: a linear rise over the first twentieth of the steps, then a cosine fall to 0."""
+    """Make an AdamW optimizer and the schedule of its learning rate.
+
+    The learning rate rises linearly over the first twentieth of the steps. Then it falls to 0 along a cosine.
+    """
     optimizer, warm_up = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01), max(1, steps // 20)
     return optimizer, LambdaLR(optimizer, lambda step: min(
         (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))
@@ -117,7 +129,10 @@ def optimizer_for(weights: list[Tensor], rate: float, steps: int) -> tuple[torch
 
 def update(weights: list[Tensor], optimizer: torch.optim.Optimizer, schedule: LambdaLR,
            accelerator: Accelerator) -> None:
-    """Add up the gradients of all processes, and make one optimizer step."""
+    """Make one optimizer step, with the gradients summed over all processes and clipped to norm 1.
+
+    Then reset the gradients and move the learning-rate schedule one step on.
+    """
     if accelerator.num_processes > 1:
         for weight in weights:
             weight.grad = accelerator.reduce(torch.zeros_like(weight) if weight.grad is None else weight.grad)

@@ -4,7 +4,7 @@ Loss in nats: (1 - hard) * distance + hard * cross-entropy. The distance is T^2 
 (Hinton et al. 2015), total variation, or a mix of both. Losses are summed over words and over rows; callers divide by
 the number of rows.
 
-Letters: N rows, D hidden size, K words, E exits.
+Letters: N rows (positions where an exit learns), D hidden size, K words, E exits.
 """
 
 import torch
@@ -17,7 +17,10 @@ _BLOCK = 512            # rows whose logits exist at the same time
 
 
 class _ExitLoss(torch.autograd.Function):
-    """The loss with its gradient in closed form: autograd would walk over the (N, K) tables five times as often."""
+    """The loss of an exit, with a gradient in closed form. `exit_loss` describes the arguments.
+
+    This is faster than autograd, which would read or write (N, K) tensors about five times as often.
+    """
 
     @staticmethod
     def forward(ctx, logits: Tensor, p: Tensor, labels: Tensor, hard: float, temperature: float, loss: str):
@@ -56,30 +59,37 @@ def exit_loss(logits: Tensor, full_probs: Tensor, labels: Tensor, *, hard: float
     Args:
         logits: the exit's logits (N, K).
         full_probs: the full model's softmax at this temperature over the same words (N, K).
-        labels: index of the correct word (N,). It is -1 if that word is not among the K; such a row has no
-            cross-entropy.
-        hard: weight of the cross-entropy; the distance to the full model has 1 - hard.
-        loss: the distance. 'kl'; 'tv', total variation, which is 1 - the acceptance rate of a draft (Leviathan et al.
-            2023); 'hybrid', which gives KL the weight exp(-3 (1 - acceptance)) and total variation the rest.
+        labels: index of the correct word among the K words (N,). It is -1 if the correct word is not among them; the
+            cross-entropy of this row is then 0.
+        hard: weight of the cross-entropy. The distance has the weight 1 - hard.
+        temperature: T of the KL divergence.
+        loss: name of the distance. "kl" is T^2 KL. "tv" is total variation, which equals 1 - the acceptance rate of a
+            draft (Leviathan et al. 2023). "hybrid" is a mix: T^2 KL has the weight exp(-3 * acceptance rate), and total
+            variation has the rest.
     """
     return _ExitLoss.apply(logits, full_probs, labels, hard, temperature, loss)
 
 
 def backward(hiddens: list[Tensor], top: Tensor, labels: Tensor, choices: Tensor, head: SampledHead, seed: int,
              rows: int, *, hard: float, temperature: float, loss: str) -> Tensor:
-    """Propagate the gradient of the mean loss over `rows` rows into the adapters.
+    """Compute the gradients of the loss for all exits, and add them to the `grad` of the adapters' weights.
 
-    The logits are computed block by block, so that only a few of them exist at a time.
+    The loss is summed over these N rows and divided by `rows`. Logits are computed for a few hundred rows at a time, to
+    save memory.
 
     Args:
-        hiddens: adapted rows of each exit, E times (N, D).
-        top: the full model's rows (N, D).
-        labels: token ids for the cross-entropy (N,).
-        choices: token ids that count as agreement (N,).
-        seed: which words outside the head are sampled.
-        rows: rows of the whole training step, over all micro-batches and processes.
+        hiddens: adapted hidden states, one tensor (N, D) for each exit.
+        top: the full model's hidden states after the final norm (N, D).
+        labels: correct words for the cross-entropy, as token ids (N,).
+        choices: the full model's choices, as token ids (N,). They are only used to count agreement.
+        head: the vocabulary head that the loss uses.
+        seed: decides which words `head.sample` adds.
+        rows: number of rows of the whole training step, over all micro-batches and processes.
+        hard: weight of the cross-entropy; see `exit_loss`.
+        loss: name of the distance; see `exit_loss`.
 
-    Returns sums over these N rows for each exit: KL, cross-entropy, rows that agree (E, 3).
+    Returns a tensor (E, 3) with three sums over these N rows for each exit: KL, cross-entropy, and the number of rows
+    where the exit's choice equals the full model's.
     """
     weight, added = head.sample(seed)
     sums = torch.zeros(len(hiddens), 3, device=top.device)

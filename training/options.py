@@ -9,35 +9,48 @@ _MODEL = "bundled name, Hub id or local folder"
 
 
 def command_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Make a parser whose help begins with a command's docstring, as it is written."""
+    """Make a parser for a command. Its help begins with the text `doc`, with the line breaks of `doc`.
+
+    Args:
+        doc: docstring of the command's module.
+    """
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_model(p: argparse.ArgumentParser) -> None:
-    """Add --model, by default the bundled one."""
+    """Add --model. Its default is the bundled model."""
     p.add_argument("--model", default=DEFAULT_MODEL, help=_MODEL)
 
 
 def add_model_and_exits(p: argparse.ArgumentParser) -> None:
-    """Add --model and --exits for commands that measure: by default the bundled model with the shipped exits."""
+    """Add --model and --exits, for commands that measure. The defaults are the bundled model and the shipped exits."""
     add_model(p)
     p.add_argument("--exits", type=Path, help="exits folder; default: the shipped exits")
 
 
 def add_exits_and_data(p: argparse.ArgumentParser, exits: str, data: str = "folders written by training.data") -> None:
-    """Add --model, --exits and --data for commands that improve exits. `exits` and `data` are help texts."""
+    """Add --model, --exits and --data, for commands that improve exits.
+
+    Args:
+        exits: help text of --exits.
+        data: help text of --data.
+    """
     p.add_argument("--model", help=f"{_MODEL}; default: the model that the exits were made for")
     p.add_argument("--exits", type=Path, required=True, help=exits)
     add_data(p, data)
 
 
 def add_data(p: argparse.ArgumentParser, help: str = "folders written by training.data") -> None:
-    """Add --data, one folder or several."""
+    """Add --data, which takes one folder or several."""
     p.add_argument("--data", type=Path, nargs="+", required=True, help=help)
 
 
 def add_features(p: argparse.ArgumentParser, folder: str) -> None:
-    """Add --features and --feature-gb: where hidden states are kept. `folder` is the default, for the help."""
+    """Add --features, the folder for hidden states on disk, and --feature-gb, the limit of its size.
+
+    Args:
+        folder: the default folder, as the help text names it.
+    """
     p.add_argument("--features", type=Path, help=f"folder for hidden states; default: {folder}")
     p.add_argument("--feature-gb", type=float, default=20.0, help="disk space for hidden states, in GB; what does not "
                    "fit is computed again each time it is needed")
@@ -55,7 +68,11 @@ def add_seed(p: argparse.ArgumentParser, help: str = "seed of all random numbers
 
 
 def add_loop(p: argparse.ArgumentParser, *, epochs: float, lr: float, fit_documents: int, checkpoint: str) -> None:
-    """Add the options of the training loop, with these defaults. `checkpoint` is its folder, for the help."""
+    """Add the options of the training loop, with these defaults.
+
+    Args:
+        checkpoint: the folder of the checkpoint, as the help text names it.
+    """
     p.add_argument("--epochs", type=float, default=epochs, help="passes over the training documents")
     p.add_argument("--batch", type=int, default=1024, help="training rows per step, over all processes")
     p.add_argument("--micro-batch", type=int, default=8192, help="tokens in one backward pass; a step may have several")
@@ -83,7 +100,10 @@ def add_prompts(p: argparse.ArgumentParser, *, prompts: int, tokens: int) -> Non
 
 
 def thresholds(text: str) -> float | tuple[float | None, ...]:
-    """Read '0.6' as a number, 'no,0.3,0.4' as one threshold for each exit, None = disabled.
+    """Convert a command-line argument to thresholds.
+
+    "0.6" gives 0.6, the threshold of the first exit. "no,0.3,0.4" gives (None, 0.3, 0.4), one threshold for each exit;
+    None disables an exit.
 
     Raises ValueError for other text.
     """

@@ -1,4 +1,4 @@
-"""Plots of training and of the benchmark. Each is one HTML file that needs no network."""
+"""Plots of training and of the benchmark. Each plot is one HTML file that needs no network."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,12 @@ _COLOURS = ("#4477AA", "#CCBB44", "#EE6677", "#228833", "#AA3377", "#66CCEE")
 
 
 def loss_plot(records: Sequence[dict], layers: Sequence[int], path: Path) -> None:
-    """Plot KL to the full model and agreement against the step, from the records of log.jsonl."""
+    """Plot how KL to the full model and agreement change over the training steps, for each exit.
+
+    Args:
+        records: records of the training log (log.jsonl).
+        layers: the layer of each exit that was trained.
+    """
     figure = make_subplots(rows=1, cols=2, subplot_titles=("KL(full || exit), nats per token", "Top-1 agreement"))
     steps = [r for r in records if "kl" in r]
     held = [r for r in records if "held_out_agreement" in r]
@@ -32,7 +37,11 @@ def loss_plot(records: Sequence[dict], layers: Sequence[int], path: Path) -> Non
 
 
 def reliability_plot(exits: Sequence[dict], path: Path) -> None:
-    """Plot confidence against the share of right choices, a curve for each exit, from confidence.json's `bins`."""
+    """Plot the share of right choices against the confidence, with a curve for each exit.
+
+    Args:
+        exits: reports of the exits, as in confidence.json. Their `bins` are plotted.
+    """
     figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1], line=dict(dash="dot", color="gray"), name="perfectly calibrated"))
     for s, report in enumerate(exits):
         figure.add_scatter(x=report["bins"]["confidence"], y=report["bins"]["right"], mode="lines+markers",
@@ -43,7 +52,11 @@ def reliability_plot(exits: Sequence[dict], path: Path) -> None:
 
 
 def growth_plot(growth: dict, path: Path) -> None:
-    """Plot milliseconds per token against the length of context and of output, from a benchmark's `growth`."""
+    """Plot milliseconds per token against the length of the context and of the output.
+
+    Args:
+        growth: result of `training.growth.growth`.
+    """
     figure = make_subplots(rows=1, cols=2, subplot_titles=("Against the context", "Against the output"))
     for col, kind in enumerate(("context", "output"), 1):
         entries = growth[kind]
@@ -61,7 +74,7 @@ def growth_plot(growth: dict, path: Path) -> None:
 
 
 def _mean(values: list[float], n: int) -> list[float]:
-    """Return the running mean over the last n values."""
+    """Return the running mean: each value is replaced by the mean of itself and the n - 1 values before it."""
     return [sum(values[max(0, i - n + 1):i + 1]) / (i - max(0, i - n + 1) + 1) for i in range(len(values))]
 
 

@@ -1,7 +1,7 @@
-"""Text that the model writes: conversations and continued passages, in many lanes at once.
+"""Let the model write training text: conversations, and continuations of passages.
 
-A lane writes one document after another. The first tokens of a document are given (its opening), the others are the
-model's choices.
+Many documents are written at once, in a batch. Each row of the batch is called a lane. A lane writes one document after
+another. The first tokens of a document are given; they are called its opening. The model chooses the other tokens.
 
 Letters: B lanes, K likeliest tokens, E exits, D hidden size.
 """
@@ -22,9 +22,10 @@ TOP_K = 50                  # replies are sampled from so many of the likeliest 
 
 
 class ChatTemplate:
-    """A chat template around one user turn, as token ids: opening, the turn, closing up to the reply.
+    """The chat template for a conversation with one user turn, as token ids.
 
-    A model without a template continues the plain text: `closing` is empty.
+    A prompt is `opening`, then the user's text, then `closing`. After it the model writes its reply. If the tokenizer
+    has no chat template, `opening` is one start token and `closing` is empty: the model continues the user's text.
     """
 
     def __init__(self, tokenizer):
@@ -40,23 +41,25 @@ class ChatTemplate:
         self.opening, self.closing = self.encode(opening), self.encode(closing)
 
     def encode(self, text: str) -> list[int]:
-        """Tokenize text without special tokens."""
+        """Tokenize text, without adding special tokens."""
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt(self, turn: str) -> list[int]:
-        """Return the token ids of a conversation up to the reply to this user turn."""
+        """Return the token ids of a prompt: a conversation with this user turn, up to where the reply begins."""
         return self.opening + self.encode(turn) + self.closing
 
 
 class Sources:
-    """Supplies what documents begin with: a user turn to answer, a passage to continue, or nothing.
+    """Supplies the openings of documents: a user turn to answer, a passage to continue, or an empty conversation.
 
-    With nothing, the model invents the whole conversation.
+    In an empty conversation, the model invents the user turn, too.
 
     Args:
-        own_share: share of the conversations that the model invents.
+        prompts: user turns.
+        texts: passages.
+        own_share: share of the conversations in which the model invents the user turn.
         plain_share: share of the documents that continue a passage.
-        seed: decides the order and the kinds.
+        seed: decides all random choices.
     """
 
     def __init__(self, template: ChatTemplate | None, prompts: list[str], texts: list[str], own_share: float,
@@ -68,7 +71,10 @@ class Sources:
         self._shares = (plain, (1 - plain) * (own_share if prompts else 1.0))
 
     def begin(self) -> "Opening":
-        """Draw the opening of a new document."""
+        """Choose the opening of a new document at random.
+
+        Each user turn and each passage is used once. When none are left, the model invents whole conversations.
+        """
         draw = self.rng.random()
         if draw < self._shares[0] and self._texts:
             text = self._texts.pop()
@@ -92,7 +98,7 @@ class Opening:
 
 
 class Lane:
-    """One row of the batch: the document that it writes now, and those that it has finished."""
+    """One row of the batch. It holds the document that is being written, and the documents that are finished."""
 
     def __init__(self, sources: Sources):
         self.sources = sources
@@ -100,16 +106,21 @@ class Lane:
         self.begin(0)
 
     def begin(self, slot: int) -> None:
-        """Start a new document at this cache slot."""
+        """Start a new document. Its first token gets position `slot` of the KV cache."""
         self.opening = self.sources.begin()
         self.start, self.document, self.forced = slot, Document(key=self.opening.key), self.opening.forced
 
     def next_token(self, sampled: int, best: int, eos: frozenset[int], slot: int) -> int:
-        """Return the token for this slot, and add it to the document.
+        """Choose the next token of this lane, add it to the document, and return it.
+
+        It is a given token, if some are left; else it is `best` or `sampled`. When the document is complete, it is
+        closed and a new one starts.
 
         Args:
-            sampled: the token that the model has sampled for this slot.
-            best: the model's first choice for this slot.
+            sampled: the token that was sampled from the model's softmax.
+            best: the model's first choice.
+            eos: ids of the tokens that end a text.
+            slot: position of the token in the KV cache.
         """
         forced, document = bool(self.forced), self.document
         token = self.forced.pop(0) if forced else best if self.opening.greedy else sampled
@@ -125,7 +136,7 @@ class Lane:
         return token
 
     def close(self) -> None:
-        """Finish the document. It is dropped when the model has written too little of it."""
+        """Finish the document. It is dropped if the model chose fewer than MIN_TOKENS of its tokens."""
         if sum(self.document.chosen) >= MIN_TOKENS:
             self.document.key = self.document.key or key_of(str(self.document.ids))
             self.finished.append((self.start, self.document))
@@ -134,11 +145,17 @@ class Lane:
 @torch.inference_mode()
 def write_round(model: SegmentedModel, lanes: list[Lane], steps: int, temperature: float, bar: tqdm,
                 keep: bool = False) -> tuple[list[Document], list[Features]]:
-    """Let all lanes write in lock-step for `steps` slots of one static cache. Returns the documents they finished.
+    """Let all lanes write text at the same time, until a static KV cache is full.
 
-    keep: also return the features of each document, from these passes; else there are none.
+    The text may differ in single tokens from text that decoding would give, because the passes have other shapes.
 
-    The text may differ from that of decoding in single tokens, because the passes have other shapes.
+    Args:
+        steps: capacity of the KV cache, in tokens per lane. Each lane writes one token per step.
+        temperature: temperature of sampled tokens.
+        bar: progress bar, which counts tokens.
+        keep: also return features, from the same passes.
+
+    Returns the finished documents, and the features of each ([] if `keep` is False).
     """
     layers = model.layers
     cache, best = layers.new_cache(steps, batch=len(lanes)), [0] * len(lanes)

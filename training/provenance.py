@@ -1,4 +1,4 @@
-"""Provenance of an artifact or a result: command, commit, date, seed, machine and versions."""
+"""Provenance of a result: command, commit, date, seed, machine and versions."""
 
 import datetime
 import os
@@ -17,7 +17,7 @@ _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")       # CPU flags in L
 
 
 def provenance(seed: int | None = None) -> dict:
-    """Describe this run as plain JSON, to be saved beside what it made."""
+    """Describe this run as plain JSON: command, commit, date, seed, machine and versions. Every result file has it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else sys.argv[0]
     return {
@@ -32,9 +32,9 @@ def provenance(seed: int | None = None) -> dict:
 
 
 def results_file(model: str, exits: Path | None, name: str) -> Path:
-    """Return the path in assets/results for a result of the shipped model and its exits.
+    """Return the path of the result file `name` in assets/results.
 
-    Raises ValueError for another model or other exits: their results need --out.
+    Raises ValueError unless this is a result of the shipped model and its shipped exits. Other results need --out.
     """
     if model != DEFAULT_MODEL or exits is not None:
         raise ValueError("give --out FILE: assets/results holds results of the shipped model and its exits only")
@@ -42,7 +42,7 @@ def results_file(model: str, exits: Path | None, name: str) -> Path:
 
 
 def _portable(argument: str) -> str:
-    """Shorten a path outside the working folder to its last two parts, so that no private path is published."""
+    """Shorten a path outside the working folder to its last two parts, so that no private folder is published."""
     outside = argument.startswith(("../", "/", "~")) and " " not in argument
     return "/".join(Path(argument).parts[-2:]).lstrip("/") if outside else argument
 

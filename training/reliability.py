@@ -1,4 +1,7 @@
-"""Reliability of confidences: calibration error, ranking, and scaling, on rows that are right or wrong."""
+"""Reliability of confidences: calibration error, AUROC and Platt scaling.
+
+A row is one choice of an exit. It has a confidence, and it is right if it equals the full model's choice.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +11,13 @@ BINS = 15
 
 
 def equal_mass_bins(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[tuple[float, float, int]]:
-    """Divide rows (n,), sorted by confidence, into bins of equal size.
+    """Sort rows by confidence, and divide them into bins with equal numbers of rows.
 
-    Returns for each bin its mean confidence, the share of its rows that are right, and the number of its rows.
+    Args:
+        confidence: confidence of each row (n,).
+        right: True for rows that are right (n,).
+
+    Returns three numbers for each bin: mean confidence, share of the rows that are right, and number of rows.
     """
     order = confidence.argsort()
     parts = zip(confidence[order].tensor_split(bins), right[order].float().tensor_split(bins))
@@ -18,17 +25,17 @@ def equal_mass_bins(confidence: Tensor, right: Tensor, bins: int = BINS) -> list
 
 
 def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
-    """Compute the mean |confidence - accuracy| over bins of equal size, weighted by rows.
+    """Compute the mean |confidence - accuracy| over bins with equal numbers of rows, weighted by the rows of each bin.
 
-    Source: Naeini et al. 2015, with equal-mass bins.
+    Source: Naeini et al. 2015, with bins of equal mass.
     """
     return sum(abs(c - r) * n for c, r, n in equal_mass_bins(confidence, right, bins)) / len(confidence)
 
 
 def auroc(score: Tensor, right: Tensor) -> float:
-    """Compute the probability that a right row scores higher than a wrong one; ties count half (Mann-Whitney U).
+    """Compute the probability that a right row has a higher score than a wrong row, both chosen at random.
 
-    Returns NaN when no row is right or no row is wrong.
+    Equal scores count half (Mann-Whitney U). Returns NaN if no row is right or no row is wrong.
     """
     values, inverse, counts = score.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()         # mean rank of equal scores, from 1
@@ -39,7 +46,7 @@ def auroc(score: Tensor, right: Tensor) -> float:
 
 
 def platt(score: Tensor, right: Tensor) -> tuple[float, float]:
-    """Fit sigmoid(a score + b) to `right` (Platt 1999). Returns (a, b)."""
+    """Fit a and b: sigmoid(a * score + b) is the probability that a row is right (Platt 1999). Returns (a, b)."""
     a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.LBFGS([a, b], max_iter=50)
 

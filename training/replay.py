@@ -1,13 +1,14 @@
-"""Replay: the engine's efficiency at the shape of any model, with random weights and scripted exits.
+"""Replay: measure the speed of the engine for a model of any size, with random weights instead of trained weights.
 
-The exits compute all that trained exits do (adapter, estimator, head, drafter), but a script decides the outcome. In
-the cascade it draws the exit of each token with the published shares. In verified mode the drafter's likeliest draft is
-accepted so often that a verification pass brings a given number of tokens. The full model's own tokens are random, so
-that no text repeats itself and no draft is copied.
+The exits compute all that trained exits compute (adapter, estimator, head, drafter), but these results are not used.
+Random outcomes replace them. In mode `cascade`, the exit of each token is chosen at random, with the shares of the
+original CascadeExit. In mode `verified`, the likeliest draft is accepted at random, with a probability that gives a
+wanted mean number of tokens per verification pass. The tokens of the full model are random, too. So no text repeats
+itself, and the n-gram lookup copies nothing.
 
-The speed-up that bytes allow is 1 / cost, where the cost is the weight bytes that a token reads relative to those of
-the full model. The result shows how much of that speed-up the engine achieves. The time that bytes allow is the weight
-bytes of a token over the measured bandwidth.
+The result has two limits that follow from memory reads, beside the measured values. The limit of the speed-up over
+`full` is 1 / cost, where cost is the weight bytes read per token relative to the full model. The limit of the time per
+token is the weight bytes read per token, divided by the measured memory bandwidth.
 """
 
 import random
@@ -50,11 +51,13 @@ SHAPES = {
 
 
 class Script:
-    """Outcomes of one run, the same for every model with this many segments.
+    """Chooses the outcomes of one run at random: exits, drafts and verified tokens.
+
+    A script replaces trained weights when only the speed of the engine is measured.
 
     Args:
-        vocab_size: number of tokens to choose from.
-        tokens_per_pass: mean number of tokens that a verification pass shall bring; 1 where nothing is drafted.
+        vocab_size: size of the vocabulary from which tokens are chosen.
+        tokens_per_pass: wanted mean number of tokens per verification pass. 1 if the run has no drafts.
     """
 
     def __init__(self, seed: int, vocab_size: int, tokens_per_pass: float = 1.0):
@@ -62,16 +65,29 @@ class Script:
         self.acceptance = 1 - 1 / tokens_per_pass           # of each draft on a path: a geometric series of tokens
 
     def exit(self) -> int:
-        """Draw the number of the exit that produces the next token, by the published routing."""
+        """Choose at random which exit produces the next token, with the shares of the original CascadeExit.
+
+        Returns the number of the exit, 1 to 3, or 4 for the full model. Exit 0, before the first layer, is never
+        chosen.
+        """
         return 1 + self._random.choices(range(len(PUBLISHED_ROUTING)), PUBLISHED_ROUTING)[0]
 
     def drafts(self) -> tuple[list[float], list[int]]:
-        """Draw what the drafter says: probabilities, best first, and as many different tokens."""
+        """Choose the drafts after one token: BRANCHES different random tokens.
+
+        Returns their probabilities, the largest first, and their token ids.
+        """
         others = [(1 - self.acceptance) / BRANCHES] * (BRANCHES - 1)
         return [self.acceptance, *others], self._random.sample(range(2, self._vocab_size), BRANCHES)
 
     def judge(self, drafts: list[int]) -> int:
-        """Draw the verified token at a place with these drafts, the likeliest first."""
+        """Choose the verified token at one position.
+
+        It is the first draft with the probability `acceptance`. Else it is a random token that is none of the drafts.
+
+        Args:
+            drafts: token ids of the drafts for this position, the likeliest first. [] if there are none.
+        """
         if drafts and self._random.random() < self.acceptance:
             return drafts[0]
         while (token := self._random.randrange(2, self._vocab_size)) in drafts:
@@ -80,7 +96,10 @@ class Script:
 
 
 class ScriptedExits:
-    """An exit runtime that computes what trained exits do; a script decides where each token leaves."""
+    """Exits whose confidences and drafts come from a `Script`.
+
+    They still compute all that trained exits compute, so that they take the same time.
+    """
 
     def __init__(self, exits: ExitRuntime):
         self._exits = exits
@@ -89,7 +108,7 @@ class ScriptedExits:
         return getattr(self._exits, name)
 
     def follow(self, script: Script) -> None:
-        """Start a script."""
+        """Use the outcomes of this script in the next run."""
         self._script, self._wanted, self._last = script, 0, len(PUBLISHED_ROUTING)
 
     def confidence(self, s: int, hidden, copied, before=None):
@@ -105,7 +124,7 @@ class ScriptedExits:
 
 
 class ScriptedSampler(Sampler):
-    """Accepts and chooses as a script says."""
+    """A sampler whose verified tokens come from a `Script`, not from the model's logits."""
 
     def __init__(self, *args, script: Script):
         super().__init__(*args)
@@ -116,14 +135,14 @@ class ScriptedSampler(Sampler):
 
 
 class ScriptedEngine(Engine):
-    """An engine that follows a script. Call `follow` before each run."""
+    """An engine whose exits, drafts and verified tokens come from a `Script`. Call `follow` before each run."""
 
     def __init__(self, model: SegmentedModel, bank: ExitBank):
         super().__init__(model, bank)
         self.exits = ScriptedExits(self.exits)
 
     def follow(self, seed: int, tokens_per_pass: float) -> None:
-        """Start a script for the next run."""
+        """Make the script of the next run. The arguments are those of `Script`."""
         self._script = Script(seed, self.model.vocab_size, tokens_per_pass)
         self.exits.follow(self._script)
 
@@ -133,7 +152,15 @@ class ScriptedEngine(Engine):
 
 
 def make_engine(shape: str, device: torch.device, backend: type | None = None) -> ScriptedEngine:
-    """Make an engine with random bf16 weights at this shape, exits of the published width and 16,384 words."""
+    """Make an engine with random bf16 weights, to measure its speed.
+
+    Its exits have adapters of the original CascadeExit's width, 512, and a head of 16,384 words. For small models, both
+    are smaller.
+
+    Args:
+        shape: name of the model's shape in SHAPES.
+        backend: class of the backend; None = the default for this device.
+    """
     sizes, layers = SHAPES[shape]
     config = LlamaConfig(**sizes, max_position_embeddings=4096)
     with torch.device(device):
@@ -152,7 +179,7 @@ def make_engine(shape: str, device: torch.device, backend: type | None = None) -
 
 
 def jobs_of(engine: Engine) -> dict[str, tuple[float, dict]]:
-    """List what is replayed: by name, the tokens that a verification pass brings, and options of the run."""
+    """List the runs that are measured, as {name: (tokens per verification pass, options of DecodeConfig)}."""
     verified = dict(mode=Mode.VERIFIED, max_draft=7)
     published = (None, *(0.5,) * (engine.num_exits - 1))                # the exit before the first layer only drafts
     return {"full": (1.0, dict(mode=Mode.FULL)),
@@ -162,9 +189,9 @@ def jobs_of(engine: Engine) -> dict[str, tuple[float, dict]]:
 
 
 def bundled_tokens_per_pass() -> float:
-    """Read the tokens that a verification pass of the bundled model brings, as the benchmark measured them.
+    """Return the mean number of tokens per verification pass of the bundled model, from the benchmark's result file.
 
-    Raises FileNotFoundError without that result.
+    Raises FileNotFoundError if there is no such file.
     """
     if (measured := read_json(MEASURED)) is None:
         raise FileNotFoundError(f"{MEASURED} is missing: python -m training.benchmark --out {MEASURED}")
@@ -172,7 +199,13 @@ def bundled_tokens_per_pass() -> float:
 
 
 def replayed(engine: ScriptedEngine, job: tuple[float, dict], tokens: int, seed: int) -> RunStats:
-    """Replay one run of a job from `jobs_of`. Returns its statistics."""
+    """Decode once with scripted outcomes. Returns the statistics of the run.
+
+    Args:
+        job: one of the values of `jobs_of`.
+        tokens: new tokens of the run.
+        seed: seed of the script.
+    """
     tokens_per_pass, options = job
     engine.follow(seed, tokens_per_pass)
     config = DecodeConfig(max_new_tokens=tokens, ignore_eos=True, **options)
@@ -180,14 +213,17 @@ def replayed(engine: ScriptedEngine, job: tuple[float, dict], tokens: int, seed:
 
 
 def measure(shape: str | None, tokens: int, read_bandwidth: Callable, rounds: int = 3) -> dict:
-    """Measure `full`, `cascade` at the published routing, and `verified` at the bundled model's acceptance.
+    """Measure the speed of the runs in `jobs_of`: `full`, `cascade`, and `verified` with two acceptance rates.
 
-    The modes take turns; figures are medians over the rounds.
+    The runs take turns. One round is a warm-up. Figures are medians over the other rounds.
 
     Args:
-        shape: name of a shape in SHAPES; None = Llama-3.2-3B on a GPU, SmolLM2-135M on a CPU.
+        shape: name of the model's shape in SHAPES. None = Llama-3.2-3B on a GPU, SmolLM2-135M on a CPU.
         tokens: new tokens per run.
-        read_bandwidth: measures the bandwidth of a device, in bytes per second.
+        read_bandwidth: function that measures the memory bandwidth of a device, in bytes per second.
+        rounds: number of rounds that count.
+
+    Returns the result as plain JSON.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = shape or (GPU_SHAPE if device.type == "cuda" else "smollm2-135m")
@@ -210,11 +246,11 @@ def measure(shape: str | None, tokens: int, read_bandwidth: Callable, rounds: in
 
 
 def _summary(stats: list[RunStats], full_speed: float, full_token_seconds: float) -> dict:
-    """Summarise the runs of one mode as medians.
+    """Compute the medians over several runs of one mode, as plain JSON.
 
     Args:
-        full_speed: tokens per second of `full`.
-        full_token_seconds: how long this machine takes to read the bytes of a `full` token.
+        full_speed: speed of `full`, in tokens per second.
+        full_token_seconds: time to read the weight bytes of one token of `full` at the measured memory bandwidth.
     """
     speed, cost = median(s.tokens_per_second for s in stats), median(s.cost for s in stats)
     return {"tokens_per_second": speed, "token_ms": 1e3 / speed, "bytes_ms": 1e3 * cost * full_token_seconds,
@@ -226,7 +262,7 @@ def _summary(stats: list[RunStats], full_speed: float, full_token_seconds: float
 
 
 def table(result: dict) -> str:
-    """Format a result as text."""
+    """Format the result of `measure` as a text table."""
     lines = [f"{result['shape']}, random weights, bf16, {result['device']}, {result['tokens']} tokens; "
              f"{result['read_bandwidth'] / 1e9:.0f} GB/s read", "",
              f"{'':<26}{'ms a token':>11}{'by bytes':>10}{'x full':>8}{'bytes allow':>13}{'reached':>9}"

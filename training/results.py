@@ -1,7 +1,7 @@
-"""Write the pages that quote measured results, from the JSON files that the other training scripts leave.
+"""Write the pages that quote measured results. Their numbers come from result files, which other commands wrote.
 
     python -m training.results            # write the pages
-    python -m training.results --check    # write nothing; fail when a page differs from what its files give
+    python -m training.results --check    # write nothing; fail if a page is out of date
 
 The pages are assets/results/README.md, the model card of each shipped exits folder, and the marked sections of
 README.md. Their sentences and table layouts are Jinja templates in training/templates. This file only reads the JSON
@@ -24,18 +24,22 @@ SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", r
 
 
 def read(path: Path) -> dict | None:
-    """Read a JSON file; None if there is no such file."""
+    """Read a JSON file. Returns None if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def exits_folders(root: Path) -> list[Path]:
-    """List the folders of the shipped exits: the default first, then the alternatives."""
+    """List the folders of the shipped exits. The folder of the default exits comes first."""
     shipped = root / "assets" / "exits"
     return [shipped / DEFAULT_MODEL, *sorted(shipped.glob(f"{DEFAULT_MODEL}-*"))]
 
 
 def read_artifact(folder: Path) -> dict:
-    """Read the reports in the folder of shipped exits, and list their training runs, newest first."""
+    """Read the JSON reports in a folder of shipped exits.
+
+    Returns {name of the report: report}, the name of the folder, and two lists, newest first: `runs` has the training
+    runs of the exits, `drafter_runs` those of the drafter.
+    """
     artifact = {name: read(folder / f"{name}.json") for name in
                 ("config", "distill", "drafter", "confidence", "calibration")}
     return artifact | {"folder": folder.name, "runs": training_runs(artifact["distill"]),
@@ -43,10 +47,14 @@ def read_artifact(folder: Path) -> dict:
 
 
 def training_runs(report: dict) -> list[dict]:
-    """List every adapter training run behind a report, newest first, each with the `layers` that it trained.
+    """List all training runs of adapters that led to a report, the newest first.
 
-    A run that continued another one holds that run's report in `went_on_from`. An artifact of `training.join` holds
-    one report for each layer; layers of the same run are put together again.
+    Each run is a report with an entry `layers`, the layers of the exits that it trained. If a run continued another
+    run, `went_on_from` holds the report of the other run. If exits were joined by `training.join`, `parts` holds one
+    report for each layer; equal reports are merged into one run.
+
+    Args:
+        report: content of `distill.json`.
     """
     if "parts" not in report:
         layers = report["settings"].get("only") or report["settings"]["layers"]
@@ -63,7 +71,11 @@ def training_runs(report: dict) -> list[dict]:
 
 
 def drafter_runs(report: dict | None) -> list[dict]:
-    """List every training run of a drafter, newest first; none without a drafter."""
+    """List the reports of all training runs of a drafter, the newest first. Returns [] if there is no drafter.
+
+    Args:
+        report: content of `drafter.json`; None without a drafter.
+    """
     return [report, *drafter_runs(report.get("went_on_from"))] if report else []
 
 
@@ -81,7 +93,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def percents(shares: float | list[float]) -> str:
-    """Format one share, or one for each exit: 0.5, 0.75 as 50.0% / 75.0%. Equal ones are written once."""
+    """Format one share, or a list of shares: [0.5, 0.75] as 50.0% / 75.0%. Equal shares appear once."""
     each = shares if isinstance(shares, list) else [shares]
     return " / ".join(dict.fromkeys(map(percent, each)))
 
@@ -92,7 +104,7 @@ def thousands(count: int) -> str:
 
 
 def command(result: dict) -> str:
-    """Return the command that made a result, without `--data-note`: the model card prints the note itself."""
+    """Return the command that made a result, without `--data-note`. The model card prints that note separately."""
     return re.sub(r" --data-note .*", "", result["provenance"]["command"])
 
 
@@ -109,7 +121,7 @@ FILTERS = (fixed, percent, percents, thousands, command, source)
 
 
 def pages(root: Path = ROOT) -> dict[Path, str]:
-    """Render every page from the JSON files below `root`: {path: wanted content}."""
+    """Render every page from the JSON files below `root`. Returns {path of the page: content}."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
     environment.filters |= {function.__name__: function for function in FILTERS}
@@ -130,7 +142,7 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
 
 
 def outdated(root: Path = ROOT) -> list[Path]:
-    """List the pages that differ from what the JSON files give: their paths relative to `root`."""
+    """List the pages that are missing or differ from the result of `pages`, as paths relative to `root`."""
     return [path.relative_to(root) for path, wanted in pages(root).items()
             if not path.exists() or path.read_text(encoding="utf-8") != wanted]
 

@@ -1,12 +1,13 @@
-"""Simulation: what the `gpu` backend would launch and read to replay a shape, counted on a CPU without any numbers.
+"""Simulation: count on a CPU what the `gpu` backend would do on a GPU, and estimate the time per token.
 
-The engine runs the scripts of `training.replay` over tensors of the `meta` device, which have a shape only. So drafts,
-passes, catch-up and exits are those of a real run, and every launch is known. The expected time of a token is
+The engine runs `training.replay` with tensors on the `meta` device, which have a shape but no numbers. Drafts, passes,
+catch-up and exits follow the same scripts as in a replay on a GPU, so every kernel launch is known. The estimated time
+of a token is
 
-    bytes / bandwidth + kernels x cost of a kernel + replays x cost of a replay
+    bytes / bandwidth + kernels x time of a kernel + replays x time of a replay
 
-A replay is one recorded CUDA graph with the wait for its answer. The costs in `ASSUMED` are assumptions, not
-measurements; the result holds them. It needs the package `triton`, but no GPU.
+Here a replay is one start of a recorded CUDA graph, with the wait for its result. The times and bandwidths in `ASSUMED`
+are assumptions, not measurements. The result contains them. The simulation needs the package `triton`, but no GPU.
 """
 
 import importlib.util
@@ -32,11 +33,14 @@ _NO_KERNEL = ("empty", "new_empty")             # PyTorch operations that only a
 
 @dataclass
 class Count:
-    """Work of a run.
+    """Counts the work of one run: weight and KV cache bytes that kernels read, kernels, and starts of CUDA graphs.
 
     Attributes:
-        weights: storages of weights, by identity; only what lies in these counts as bytes.
-        context_bytes: bytes of keys and values that the attention of one layer reads, on average.
+        weights: the results of `storage` for all weights. Other tensors that a kernel reads do not count as bytes.
+        context_bytes: bytes of keys and values that the attention of one layer reads, as a mean over the run.
+        bytes: bytes read so far.
+        kernels: kernels started so far.
+        replays: recorded CUDA graphs started so far.
     """
 
     weights: set[int] = field(default_factory=set)
@@ -46,7 +50,16 @@ class Count:
     replays: int = 0
 
     def launched(self, name: str, grid, args: Sequence, options) -> None:
-        """Count one launch of a Triton kernel, or several: catch-up of a few tiles of rows is a pass for each tile."""
+        """Count one launch of a Triton kernel and the bytes that it reads.
+
+        A launch on 2 to 4 tiles of rows counts as one launch per tile. Such launches belong to catch-up, and a GPU
+        would run a separate pass for each tile.
+
+        Args:
+            name: name of the kernel.
+            grid: number of programs in each dimension.
+            args: arguments of the kernel.
+        """
         tiles = grid[_TILES[name]] if name in _TILES else 1
         passes = tiles if tiles <= _MOST_PASSES else 1
         weights = {id(arg): arg for arg in args if isinstance(arg, torch.Tensor) and storage(arg) in self.weights}
@@ -56,12 +69,12 @@ class Count:
 
 
 def storage(tensor: torch.Tensor) -> int:
-    """Identify the memory that a tensor is a view of."""
+    """Return a number that identifies the memory of a tensor. Views of one tensor have the same number."""
     return tensor.untyped_storage()._cdata
 
 
 class _Operations(TorchDispatchMode):
-    """Counts PyTorch's own operations on the device as kernels; views and allocations are none."""
+    """Counts each PyTorch operation on `meta` tensors as one kernel. Views and allocations do not count."""
 
     def __init__(self, count: Count):
         super().__init__()
@@ -77,7 +90,15 @@ class _Operations(TorchDispatchMode):
 
 
 def simulated(count: Count) -> type[GpuBackend]:
-    """Make a `gpu` backend over shapes. Where a GPU would be asked for an answer, it counts a replay."""
+    """Make a variant of the `gpu` backend that runs without a GPU and without numbers.
+
+    It counts one replay at each point where the real backend would wait for a result of the GPU.
+
+    Args:
+        count: the replays and the weights of the model are added to it.
+
+    Returns a subclass of `GpuBackend`.
+    """
     from cascadeexit.backends.gpu.exits import GpuExits
     from cascadeexit.backends.gpu.heads import GpuHead
 
@@ -131,7 +152,7 @@ def simulated(count: Count) -> type[GpuBackend]:
 
 @contextmanager
 def counting(count: Count) -> Iterator[None]:
-    """Count every launch and every PyTorch operation on the device in this block."""
+    """Count all kernel launches and all PyTorch operations on `meta` tensors inside a `with` block."""
     from cascadeexit.backends.gpu import launches
 
     launches._listeners.append(count.launched)
@@ -143,9 +164,13 @@ def counting(count: Count) -> Iterator[None]:
 
 
 def simulate(shape: str, tokens: int) -> dict:
-    """Count bytes, kernels and replays of a token for each mode of the replay. Returns plain JSON.
+    """Count bytes, kernels and replays per token for each run in `replay.jobs_of`, and estimate the time per token.
 
-    Raises ValueError where Triton is not installed.
+    Returns plain JSON. Raises ValueError if Triton is not installed.
+
+    Args:
+        shape: name of the model's shape in `replay.SHAPES`.
+        tokens: new tokens per run.
     """
     if importlib.util.find_spec("triton") is None:
         raise ValueError("--simulate needs the package triton: pip install triton")
@@ -164,7 +189,11 @@ def simulate(shape: str, tokens: int) -> dict:
 
 
 def _counted(engine, count: Count, job: tuple[float, dict], tokens: int, per_layer: float) -> dict:
-    """Count the work of one run, prompt included."""
+    """Run one job of `replay.jobs_of`, and return the work of the whole run, prefill of the prompt included.
+
+    Args:
+        per_layer: bytes of keys and values of one position in one layer.
+    """
     count.bytes, count.kernels, count.replays = 0.0, 0, 0
     count.context_bytes = per_layer * (len(replay.PROMPT) + tokens / 2)
     with counting(count):
@@ -173,13 +202,18 @@ def _counted(engine, count: Count, job: tuple[float, dict], tokens: int, per_lay
 
 
 def expected_seconds(row: dict, bandwidth: float) -> float:
-    """Compute the expected seconds of a token from its bytes, kernels and replays."""
+    """Estimate the seconds per token from its bytes, kernels and replays.
+
+    Args:
+        row: {"bytes": ..., "kernels": ..., "replays": ...}, per token.
+        bandwidth: memory bandwidth in bytes per second.
+    """
     return (row["bytes"] / bandwidth + row["kernels"] * ASSUMED["kernel_seconds"]
             + row["replays"] * ASSUMED["replay_seconds"])
 
 
 def table(result: dict) -> str:
-    """Format a simulation as text, with its assumptions."""
+    """Format the result of `simulate` as a text table, with its assumptions."""
     gpus = result["assumed"]["bandwidth"]
     lines = [f"{result['shape']}, random weights, bf16, simulated: {result['tokens']} tokens. Assumed: "
              + ", ".join(f"{gpu} {bandwidth / 1e9:,.0f} GB/s" for gpu, bandwidth in gpus.items())

@@ -1,7 +1,7 @@
-"""Steps of a long measurement: commands in processes of their own, each with a time limit.
+"""Steps of a long measurement. Each step is a command that runs in its own process, with a time limit.
 
-A step that crashes, hangs or poisons its CUDA context cannot harm the others: its process and all that it started are
-ended, and its record says what happened.
+A step that crashes, hangs or breaks its CUDA context cannot harm the other steps. Its process and all processes that it
+started are ended. Its record says what happened.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ _GRACE_SECONDS = 5                      # between asking a process to end and en
 
 @dataclass(frozen=True)
 class Step:
-    """One step.
+    """One step of a long measurement.
 
     Attributes:
-        command: arguments of Python. `RESULT` stands for the file that the result goes to: JSON, or JUnit's XML for
-            pytest. A command without it prints its result, as JSON.
-        limit: seconds after which it is ended.
-        environment: further environment variables.
+        command: arguments for Python. `RESULT` in an argument is replaced by the path of the result file, which holds
+            JSON, or JUnit XML from pytest. A command without `RESULT` must print its result as JSON.
+        limit: seconds after which the step is ended.
+        environment: environment variables that are added.
     """
 
     name: str
@@ -42,19 +42,20 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
 
     def shown(self) -> str:
-        """Return the command as text, without the folder of this machine."""
+        """Return the command as text. Absolute paths are shortened to their last part."""
         return " ".join(["python", *(Path(word).name if os.path.isabs(word) else word for word in self.command)])
 
 
 def run_step(step: Step, folder: Path, seconds: float) -> dict:
-    """Run a step and wait for its end.
+    """Run a step and wait until it ends.
 
     Args:
-        folder: where it keeps its result, its output and what it needs to continue after an interruption.
-        seconds: time limit, at most that of the step.
+        folder: folder for the files of the step: its result, its output, and what it needs to continue after an
+            interruption.
+        seconds: time limit. If the limit of the step is shorter, that one counts.
 
-    Returns its record as plain JSON: status, seconds, limit, command, and its result, or None. If it did not end well,
-    also the last lines of its output.
+    Returns the record of the step as plain JSON: status, seconds, limit, command and result. The result is None if
+    there is none. The record of a step that failed or timed out also has `output`, the last lines of its output.
     """
     name = step.name.replace(" ", "-").replace(",", "")
     result, printed = folder / f"{name}.json", folder / f"{name}.log"
@@ -74,7 +75,7 @@ def run_step(step: Step, folder: Path, seconds: float) -> dict:
 
 
 def _wait(command: list[str], output, limit: float, environment: dict[str, str]) -> str:
-    """Run a command to its end or its limit. Returns its status."""
+    """Run a command until it ends or reaches the limit, in seconds. Returns its status: done, failed or timed out."""
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
                                stderr=subprocess.STDOUT, start_new_session=True)
     with _ended(process):
@@ -86,7 +87,10 @@ def _wait(command: list[str], output, limit: float, environment: dict[str, str])
 
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen) -> Iterator[None]:
-    """End a process and all that it started when the block is left, also by Ctrl-C."""
+    """Context manager: at the end of the `with` block, end the process and all processes that it started.
+
+    This also happens after an error or Ctrl-C.
+    """
     try:
         yield
     finally:
@@ -98,7 +102,11 @@ def _ended(process: subprocess.Popen) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict | None:
-    """Read the result of a step: JSON, JUnit's XML, or output that begins with JSON. None where there is none."""
+    """Read the result of a step from a file. Returns None if the file has no result.
+
+    The file holds JSON, or printed output in which a line begins with a JSON object, or JUnit XML. For JUnit XML, the
+    result is that of `_test_counts`.
+    """
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if text.startswith("<?xml"):
         return _test_counts(text)
@@ -109,7 +117,7 @@ def _read(path: Path) -> dict | None:
 
 
 def _test_counts(xml: str) -> dict:
-    """Count the tests of a JUnit report, and name those that failed."""
+    """Count the tests in a JUnit XML report: passed, skipped and failed. `failures` lists the names of failed tests."""
     counts = {"passed": 0, "skipped": 0, "failed": 0, "failures": []}
     for case in ElementTree.fromstring(xml).iter("testcase"):
         bad = case.find("failure") is not None or case.find("error") is not None
@@ -120,6 +128,6 @@ def _test_counts(xml: str) -> dict:
 
 
 def _last_lines(path: Path) -> list[str]:
-    """Return the last lines of a step's output, without the folders of this machine."""
+    """Return the last lines of a step's output. Private folders in it are replaced by "." and "~"."""
     text = path.read_text(encoding="utf-8", errors="replace").replace(str(ROOT), ".").replace(str(Path.home()), "~")
     return [line[-_LONGEST_LINE:] for line in text.splitlines()[-_LAST_LINES:]]

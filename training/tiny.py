@@ -1,8 +1,8 @@
-"""Make a tiny random Llama with its own tokenizer and chat template, to try the training recipe on.
+"""Make a tiny random Llama with its own tokenizer and chat template, to try the training commands.
 
     python -m training.tiny --out runs/tiny
 
-The tokenizer is trained on `training/smoke_text.txt`, prose written for this purpose.
+The tokenizer is trained on `training/smoke_text.txt`, a text that was written for this purpose.
 """
 
 import argparse
@@ -17,7 +17,7 @@ TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if ad
 
 
 def make_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on `text`; `<s>` and `</s>` are tokens 0 and 1."""
+    """Train a byte-level BPE tokenizer on `text`. `<s>` is token 0, `</s>` is token 1."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.train_from_iterator([text], trainers.BpeTrainer(
@@ -29,7 +29,7 @@ def make_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(vocab_size: int, layers: int, hidden: int) -> LlamaForCausalLM:
-    """Make a random model. Its weights are larger than the default, so that its choices depend on the text."""
+    """Make a random Llama in bf16. Its weights are larger than usual, so that its choices depend on the text."""
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,

@@ -1,11 +1,11 @@
-"""Visitors: many runs at once through the page's own handlers, and how long a model takes to start.
+"""Visitors: measure how the page handles many visitors at the same time, and how long a model takes to start.
 
     python -m training.visitors --visitors 20 --out assets/results/visitors.json
 
-Every visitor sends one of the project's prompts at the same moment, in a thread of its own, to one `Page`. The result
-has the seconds to the first token and to the end of each run, the errors, and the memory before and after. It also has
-the start-up time: loading the model, its self-check, its recordings and a first run. The exit status is 1 if a run
-failed.
+Every visitor is a thread that sends one of the project's prompts to the same `Page`. All visitors start at the same
+moment. The result has the seconds to the first token and to the end of a run (median and worst), the errors, and the
+memory before and after. It also has the start-up time, and the parts of it that were measured alone: the self-check and
+the recording of CUDA graphs. The exit status is 1 if a run failed.
 """
 
 import argparse
@@ -39,7 +39,11 @@ LABEL = "model"
 
 @dataclass
 class Visit:
-    """One visitor's run: seconds from the moment it was sent, tokens of both sides, and what went wrong."""
+    """Result of one visitor's run. Times are in seconds since the visitor sent the prompt.
+
+    `tokens` counts the new tokens of all texts in the run: with exits, and of the full model beside them. `error` is
+    empty if nothing failed.
+    """
 
     first_token_seconds: float | None = None
     seconds: float = 0.0
@@ -48,7 +52,10 @@ class Visit:
 
 
 class WatchedRunner(Runner):
-    """A runner that notes the first token, the number of tokens and the errors of the visit in its thread."""
+    """A runner that also records each visitor's first-token time, number of tokens and error.
+
+    It writes them into `visits.current`, the `Visit` of the current thread.
+    """
 
     visits = threading.local()
 
@@ -70,7 +77,12 @@ class WatchedRunner(Runner):
 
 
 def visit(page: Page, number: int, tokens: int) -> Visit:
-    """Run one visitor's prompt through the page, to its end."""
+    """Send one visitor's prompt to the page, and wait for the end of the run. Returns the visitor's result.
+
+    Args:
+        number: number of the visitor. It decides the prompt and the mode: `cascade` if even, `verified` if odd.
+        tokens: new tokens of each text, at most.
+    """
     prompts = bundled_prompts()
     settings = Settings(model=LABEL, prompt=prompts[number % len(prompts)].text, max_new_tokens=tokens,
                         mode=(Mode.CASCADE, Mode.VERIFIED)[number % 2],
@@ -87,13 +99,16 @@ def visit(page: Page, number: int, tokens: int) -> Visit:
 
 
 def memory_bytes() -> int | None:
-    """Return the memory that this process holds: of the GPU where there is one, else main memory."""
+    """Return the memory that this process uses, in bytes: GPU memory if there is a GPU, else main memory.
+
+    Returns None if the system does not tell.
+    """
     gc.collect()
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes()
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Start a model, let the visitors come, and return the result as plain JSON."""
+    """Load a model, run all visitors at the same time, and return the result as plain JSON."""
     library, started = Library([Offer(LABEL, args.model, args.exits)], dtype=args.dtype), time.perf_counter()
     engine, _ = library.get(LABEL)
     start_seconds = time.perf_counter() - started

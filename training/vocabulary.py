@@ -1,4 +1,4 @@
-"""The words an exit is trained on: the most frequent ones, and a random sample that represents the others."""
+"""The words that an exit is trained on: the most frequent ones, and a random sample that represents the rest."""
 
 import math
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def frequent_tokens(choices: Tensor, vocab_size: int, always: frozenset[int]) -> Tensor:
-    """Sort all token ids by how often the full model chose them, most frequent first (V,).
+    """Sort all token ids by how often the full model chose them, the most frequent first: (vocab_size,).
 
     Args:
-        choices: the full model's choices (n,).
-        always: tokens that come first whatever their frequency.
+        choices: the full model's choices, as token ids (n,).
+        always: token ids that come first, however often they were chosen.
     """
     counts = torch.bincount(choices, minlength=vocab_size).double()
     counts[list(always)] = math.inf
@@ -20,16 +20,18 @@ def frequent_tokens(choices: Tensor, vocab_size: int, always: frozenset[int]) ->
 
 
 class SampledHead:
-    """Rows of the frozen vocabulary head: an exit's own words, and at each step a sample of the remaining ones.
+    """A part of the frozen vocabulary head: the rows of some fixed words, and a random sample of the other rows.
+
+    Letters: V size of the vocabulary, K fixed words, D hidden size.
 
     Args:
-        weight: the whole head (V, D).
-        ids: token ids of the own words (K,); None = all.
-        tail: how many of the remaining words `sample` draws.
+        weight: the whole vocabulary head (V, D).
+        ids: token ids of the fixed words (K,); None = all words.
+        tail: number of other words that `sample` adds.
 
     Attributes:
-        own: rows of the own words (K, D).
-        local: position of each token id among the own words (V,), -1 if it is not one of them.
+        own: rows of the fixed words (K, D).
+        local: for each token id, its index among the fixed words (V,). -1 for other words.
     """
 
     def __init__(self, weight: Tensor, ids: Tensor | None, tail: int):
@@ -44,10 +46,14 @@ class SampledHead:
             self._tail = min(tail, len(self._rest))
 
     def sample(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Return rows (K + tail, D) and the numbers to add to their logits (K + tail,).
+        """Return the rows of the fixed words and of a random sample of the other words, (K + tail, D).
 
-        Own words get 0, sampled words get log(1 / probability of being sampled). So the expected sum of exponentials
+        Also returns a number for each row (K + tail,), which the caller adds to the logits. It is 0 for fixed words,
+        and log(1 / probability of being sampled) for the others. With these numbers, the expected sum of exp(logit)
         equals the sum over the whole vocabulary.
+
+        Args:
+            seed: decides which words are sampled.
         """
         added = self.own.new_zeros(len(self.own) + self._tail, dtype=torch.float32)
         if not self._tail:
