@@ -11,7 +11,7 @@ CORE = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only modules before it in this list. A package's own name means its __init__.
 ORDER = """
-    events costs folders lookup prompts calibration config
+    events costs folders lookup prompts examples calibration config
     exits.adapters exits.confidence exits.config exits.bank exits
     backends.memory backends.graphs backends.cache backends.base backends.weights backends.exits
     backends.torch.recording backends.torch.linear backends.torch.attention backends.torch.cache
@@ -21,8 +21,8 @@ ORDER = """
     backends.gpu.kernels backends.gpu.launches backends.gpu.places backends.gpu.recording backends.gpu.layers
     backends.gpu.heads backends.gpu.exits backends.gpu backends
     sampling model carry staircase drafting tree metrics engine race inspection shape
-    repetition machine text sides wire stream record bundled accelerator selfcheck hub library runner evaluation views
-    report settings kept page endpoints doctor
+    repetition machine text sides wire stream record bundled accelerator selfcheck hub library runner spread evaluation
+    views report settings kept page endpoints doctor
 """.split()
 # Each outside library, and the modules that may import it.
 DOORS = {"transformers": ("hub", "bundled", "backends.torch."), "plotly": ("views",), "gguf": ("bundled",),
