@@ -62,6 +62,7 @@ def test_confidences_equal_those_of_a_cpu(family):
 
 
 @pytest.mark.parametrize("config", [DecodeConfig(mode="full"), DecodeConfig(mode="cascade", thresholds=0.5),
+                                    DecodeConfig(mode="cascade", thresholds=0.4, check_late=True),
                                     DecodeConfig(mode="verified", thresholds=0.4, max_draft=5),
                                     DecodeConfig(mode="verified")], ids=lambda c: f"{c.mode} {c.thresholds}")
 @pytest.mark.parametrize("shape", [{}, OURS], ids=["published", "ours"])
@@ -76,7 +77,9 @@ def test_recorded_kernels_give_the_results_of_single_kernels(family, config, sha
     else:
         assert recorded.model.layers.passes.usable and plain.model.layers.passes is None
     for _ in range(2):
-        assert recorded.run(PROMPT, config).token_ids == plain.run(PROMPT, config).token_ids
+        ours, theirs = (engine.run(PROMPT, config) for engine in (recorded, plain))
+        assert ours.token_ids == theirs.token_ids
+        assert [event.checked for event in ours.events] == [event.checked for event in theirs.events]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

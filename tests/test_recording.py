@@ -15,7 +15,8 @@ from tests.tiny_models import tiny_base, tiny_engine
 PROMPT = [11, 3, 60, 22, 9, 41, 77, 30, 2]
 CONFIGS = [DecodeConfig(max_new_tokens=40, **options) for options in (
     dict(mode="full"), dict(mode="full", temperature=0.9), dict(mode="cascade", thresholds=0.5),
-    dict(mode="verified", thresholds=0.4, max_draft=3), dict(mode="verified"))]
+    dict(mode="verified", thresholds=0.4, max_draft=3), dict(mode="verified"),
+    dict(mode="cascade", thresholds=0.4, check_late=True))]
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_recorded_runs_write_the_same_text_as_others(recorded, monkeypatch, shap
         for _ in range(2):                                      # the second run takes over the cache of the first
             run = replayed.run(PROMPT, config)
             assert run.token_ids == expected.token_ids, config
-            assert [e.exit for e in run.events] == [e.exit for e in expected.events], config
+            assert [(e.exit, e.checked) for e in run.events] == [(e.exit, e.checked) for e in expected.events], config
     assert recorded
 
 
