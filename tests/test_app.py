@@ -95,3 +95,11 @@ def test_the_recorded_run_was_made_with_the_shipped_exits():
     run = next(record for record in records if record["type"] == "run")
     shipped = ExitBank.load(hub.find_exits(hub.DEFAULT_MODEL, None))
     assert run["settings"]["exits"] == shipped.fingerprint()
+
+
+def test_no_two_scripts_of_the_page_declare_one_name():
+    """They share one scope, in which a second function would silently replace the first."""
+    files = {path.stem for path in (app.ASSETS / "page").glob("*.js")}
+    assert set(app.SCRIPTS) == files and len(app.SCRIPTS) == len(files) and app.SCRIPTS[-1] == "main"
+    names = re.findall(r"^(?:async )?(?:function|const|let|class) (\w+)", app.page_script(), flags=re.MULTILINE)
+    assert len(names) > 100 and [name for name in set(names) if names.count(name) > 1] == []
