@@ -36,8 +36,8 @@ def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None)
         wanted: the name of a backend, or a backend class. None takes the first backend in `BACKENDS` that can run this
             model on this machine.
 
-    Raises ValueError if the name is unknown, or if the wanted backend cannot run this model on this machine. Raises
-    Unusable if the wanted backend fits the model but cannot be made.
+    Raises ValueError if the name is unknown, or if the backend that `wanted` asks for cannot run this model on this
+    machine. Raises Unusable if that backend supports the model, but making the backend fails.
     """
     if wanted is None:
         for kind in BACKENDS.values():
@@ -61,19 +61,19 @@ def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None)
 
 
 def why_not(base) -> dict[str, str]:
-    """Return why backends cannot run this model on this machine: {name of each such backend: reason}."""
+    """Return {backend name: reason} for all backends that cannot run this model on this machine."""
     return {name: getattr(kind, "why_not", lambda _: "it does not fit this model or machine")(base)
             for name, kind in BACKENDS.items() if not kind.fits(base)}
 
 
 def facts(name: str) -> dict[str, str]:
-    """Describe what a backend found on this machine, for example its compiled kernels.
+    """Return {fact: value} about one backend on this machine, for example the path of its compiled kernels.
 
-    Returns {fact: value}. Returns {} if the backend has no facts, or if the name is unknown.
+    Returns {} if the backend has no facts, or if no backend has this name.
     """
     return getattr(BACKENDS.get(name), "facts", dict)()
 
 
 def reference(base, bounds: Sequence[int]) -> Backend:
-    """Make a `torch` backend that checks another backend in a few passes. It shares the weights of `base`."""
+    """Make a `torch` backend to check another backend in a few passes. `base` and the new backend share weights."""
     return TorchReference(base, tuple(bounds))

@@ -6,11 +6,12 @@ kernels run. `cache.py` and `exits.py` in this folder hold the code that all bac
 
 A pass computes one or more rows together. A row is the hidden state of one token. Every backend guarantees that a row's
 result does not depend on the other rows of its pass, on its position among these rows, on the cache's capacity, or on
-the mode. Therefore `verified` equals `full` bitwise. If `row_multiple` is 1, the guarantee holds for passes of any
-size. Otherwise it holds only for the layers, the final norm and the full head, and only in passes of at most `max_rows`
-rows. Such passes are padded to a multiple of `row_multiple` rows.
+the decoding mode. Therefore the mode `verified` gives exactly the text of the mode `full`. If `row_multiple` is 1, the
+guarantee holds for passes of any size. Otherwise the guarantee holds only for the layers, the final norm and the full
+model's head, and only in passes of at most `max_rows` rows. Such passes are padded to a multiple of `row_multiple`
+rows.
 
-Letters: N rows in a pass, D hidden size, K words of a head, B texts of a batch, E exits without the first one.
+Letters: N rows in a pass, D hidden size, K words of a head, B texts of a batch, E exits except the first.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +23,9 @@ from cascadeexit.backends.cache import KVCache
 
 
 class Unusable(RuntimeError):
-    """A backend raises this if it fits a model but does not work on this machine.
+    """Raised if a backend's `fits` returned True for a model, but making the backend fails on this machine.
 
-    `backends.make` then tries the next backend, unless the caller asked for this backend.
+    `backends.make` then tries the next backend, unless the caller asked for the failed backend.
     """
 
 
@@ -32,10 +33,10 @@ class Rows(Protocol):
     """Hidden states, one row for each token: (1, N, D), or (1, D) for a single row.
 
     Each backend has its own type of rows. All types have two kinds of index: `rows[:, i]` is a single row (1, D), and
-    `rows[:, a:b]` is a part (1, n, D). An index copies no data. `LayerStack.tensor` converts rows to a tensor.
+    `rows[:, a:b]` is a part (1, n, D). Indexing copies no data. `LayerStack.tensor` converts rows to a tensor.
 
     Every method that takes rows also takes a tensor of the same shape, in the model's dtype and on its device. Training
-    passes tensors. After a prompt of one token, the carried state is a tensor, too.
+    passes tensors. The carried state after a prompt of one token is also a tensor.
     """
 
     shape: tuple[int, ...]
@@ -67,7 +68,7 @@ class LayerStack(Protocol):
     max_rows: int
     """Largest number of rows in one verification pass."""
     supports_trees: bool
-    """True if the rows of one pass may form a draft tree. Each path then gets bitwise the results of plain text."""
+    """True if the rows of one pass may form a draft tree. Each path gives bitwise the same results as plain text."""
     segment_bytes: tuple[int, ...]
     """For each segment: how many bytes of weights one pass through it reads."""
 
@@ -164,7 +165,7 @@ class VocabHead(Protocol):
         """Compute the inputs of a `SketchConfidence` estimator from adapter outputs (..., D).
 
         `exits.confidence.softmax_facts` describes the arguments. Returns (..., 5) without `before`, and (..., 12) with
-        it.
+        `before`.
         """
 
     def first(self, words: int) -> "VocabHead":
@@ -178,7 +179,7 @@ class ExitRuntime(Protocol):
     """Runs the trained exits of one model. Exits are numbered s = 0, 1, 2, ... from the lowest layer."""
 
     full_head: VocabHead
-    """The full model's head. The exits' 8-bit head may help its `argmax` to be faster. The result does not change."""
+    """The full model's head. Its `argmax` may use the exits' 8-bit head to be faster. The result is the same."""
     draft_bytes: int
     """How many bytes of weights one call of `drafts` reads."""
     context_bytes: int
@@ -200,20 +201,23 @@ class ExitRuntime(Protocol):
         """
 
     def choice(self, s: int, hidden: Rows) -> int:
-        """Return the token id that exit s finds likeliest. `hidden` is one output of its adapter, (1, D)."""
+        """Return the token id that exit s finds likeliest, from one output `hidden` (1, D) of its adapter."""
 
     def confidence(self, s: int, hidden: Rows, copied: Sequence[tuple[int, int]],
                    before: Rows | None = None) -> list[float]:
-        """Estimate the probability that exit s and the full model choose the same token. Returns N numbers.
+        """Estimate for each of N rows the probability that exit s and the full model choose the same token.
 
         Args:
             hidden: outputs of the adapter of exit s (N, D).
-            copied: for each row, the token that n-gram lookup copies and the length of the match, from `Lookup.copied`.
+            copied: for each row, a pair from `Lookup.copied`: the token that n-gram lookup copies, and the length of
+                its match.
             before: adapter outputs of the previous exit for the same tokens (N, D); None if that exit did not run.
         """
 
     def context(self, states: Sequence[Rows], row: int) -> Any:
         """Compute the drafter's context from one token's hidden states at all exits except the first.
+
+        The context is a vector that the drafter adds to the carried state.
 
         Args:
             states: hidden states at each of these E exits, (1, N, D) each.
@@ -232,8 +236,8 @@ class ExitRuntime(Protocol):
             context: result of `context`; None without a drafter.
 
         Returns three values for each token: the adapter's output (1, D), which is the carried state of the next token;
-        the probabilities of the k likeliest next tokens, best first; and their token ids. The probabilities are those
-        of the softmax at this temperature over the words that may be drafted.
+        the probabilities of the k likeliest next tokens, best first; and their token ids. The probabilities come
+        from the softmax over all words that may be drafted, at this temperature.
         """
 
     def try_bytes(self, s: int) -> int:
@@ -264,7 +268,7 @@ class Backend(Protocol):
 
     @classmethod
     def build(cls) -> None:
-        """Prepare this machine once, for example compile kernels. If this was not done before, `fits` does it."""
+        """Prepare this machine once, for example compile kernels. If this was not called, `fits` prepares it."""
 
     @classmethod
     def fits(cls, base) -> bool:
@@ -281,7 +285,7 @@ class Backend(Protocol):
         """
 
     def exits(self, bank) -> ExitRuntime:
-        """Make the runtime for an `ExitBank`. Call `ExitBank.prepare` with this model before."""
+        """Make the exit runtime for an `ExitBank`. First call the bank's `prepare` with this model."""
 
     def without_gradients(self, function: Callable) -> Callable:
         """Wrap a function or generator function so that it records no gradients. The wrapper costs little time."""

@@ -1,7 +1,7 @@
 """KVCache: memory for keys and values, allocated in advance, with a length for each layer.
 
-The cache only manages positions, and does not depend on what a layer computes. A rollback lowers the lengths. It does
-not change the keys and values in memory.
+The cache only manages positions, and does not depend on what a layer computes. A slot is the index of a position in
+the cache's tensors. A rollback only lowers the lengths. The keys and values stay in memory.
 
 Letters: L layers, B texts, H key-value heads, C capacity in positions, W elements of one key or one value.
 """
@@ -15,7 +15,7 @@ class KVCache:
     """Keys and values of one text, or of B texts of equal length: two tensors (L, B, H, C, W).
 
     Args:
-        widths: W for keys, and W for values.
+        widths: number of elements of one key, and number of elements of one value.
     """
 
     def __init__(self, num_layers: int, num_heads: int, widths: tuple[int, int], capacity: int, *, batch: int = 1,
@@ -60,7 +60,7 @@ class KVCache:
             self.lengths[layer_idx] += n
 
     def copy_from(self, other: "KVCache") -> None:
-        """Copy keys, values and lengths from another cache. Its capacity must not be larger than that of this cache."""
+        """Copy keys, values and lengths from `other`, a cache whose capacity is at most that of this cache."""
         self.keys[:, :, :, :other.capacity] = other.keys
         self.values[:, :, :, :other.capacity] = other.values
         self.lengths = list(other.lengths)

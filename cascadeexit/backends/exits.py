@@ -62,7 +62,7 @@ class Exits:
         return self._heads[s].logits(hidden)
 
     def choice(self, s: int, hidden: Rows) -> int:
-        """Return the token id that exit s finds likeliest. `hidden` is one output of its adapter, (1, D)."""
+        """Return the token id that exit s finds likeliest, from one output `hidden` (1, D) of its adapter."""
         best, = self._heads[s].argmax(hidden)
         return best if self._ids is None else self._ids[best]
 

@@ -25,7 +25,7 @@ def capture(work: Callable[[], Any], pool: Any = None, warm_ups: int = 1) -> tup
     """Call `work` on the current CUDA device, and record the kernels that it launches as a CUDA graph.
 
     Returns a function and a result. The function launches the recorded kernels again. The result is what `work`
-    returned while it was recorded. Each replay overwrites the tensors in it.
+    returned while it was recorded. Each replay overwrites the tensors in this result.
 
     Args:
         pool: memory pool of the graph; None for a new pool.

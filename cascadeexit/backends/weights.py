@@ -39,12 +39,12 @@ class OuterWeights:
 
 
 def outer_weights(base) -> OuterWeights:
-    """Return the embedding, the final norm and the head of a transformers *ForCausalLM. They are not copied."""
+    """Return the embedding, the final norm and the head of a transformers *ForCausalLM, without copying them."""
     return OuterWeights(base.model.embed_tokens.weight, base.model.norm.weight, base.lm_head.weight, base.lm_head.bias)
 
 
 def is_spread(base) -> bool:
-    """Return True if accelerate has put a model on several devices (main memory counts as one), or on disk."""
+    """Return True if accelerate has put a model partly on disk, or on several devices (main memory counts as one)."""
     places = {str(place) for place in getattr(base, "hf_device_map", {}).values()}
     return len(places) > 1 or "disk" in places
 
@@ -52,7 +52,8 @@ def is_spread(base) -> bool:
 def layer_devices(base) -> list[torch.device]:
     """Return the device on which each decoder layer runs.
 
-    For a layer with weights on disk, this is the device to which accelerate loads them for each call.
+    If accelerate has offloaded a layer's weights to main memory or disk, this is the device to which accelerate loads
+    them for each call.
     """
     return [_execution_device(layer) for layer in base.model.layers]
 
@@ -73,8 +74,8 @@ def _execution_device(layer: nn.Module) -> torch.device:
 def bring_outer_weights(base) -> None:
     """Load the embedding, the final norm and the head if accelerate has offloaded them to main memory or disk.
 
-    They then stay loaded, and their accelerate hooks are removed. Every pass needs these weights, and they are small
-    compared with the layers.
+    These weights then stay loaded, and accelerate's hooks on them are removed. Every pass needs them, and they are
+    small compared with the layers.
     """
     for module in (base.model.embed_tokens, base.model.norm, base.lm_head):
         hook = getattr(module, "_hf_hook", None)
@@ -118,7 +119,7 @@ class LayerWeights:
 
 
 def layer_weights(base) -> list[LayerWeights]:
-    """Return the weights of each decoder layer of a transformers *ForCausalLM. They are not copied."""
+    """Return the weights of each decoder layer of a transformers *ForCausalLM, without copying them."""
     return [_layer(layer) for layer in base.model.layers]
 
 

@@ -1,4 +1,4 @@
-"""Exits of a frozen model: trainable modules, and the files in which they are saved. Backends make them fast."""
+"""Exits of a frozen model: trainable modules, and the files of their weights. Backends run exits fast."""
 
 from cascadeexit.exits.adapters import ADAPTERS, CarryAdapter, Drafter, ExitAdapter
 from cascadeexit.exits.bank import ExitBank

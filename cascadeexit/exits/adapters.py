@@ -27,7 +27,7 @@ class Adapter(Protocol):
         """Adapt hidden states h, each with its own carried state: (..., D), (..., D) -> (..., D)."""
 
     def rescale(self, h: float) -> None:
-        """Change the weights for hidden states that are `h` times as large, so that the output stays the same.
+        """Change the weights so that hidden states multiplied by `h` give the output that they gave before.
 
         Only adapters with `reads_carried` False have this method.
         """
@@ -54,7 +54,7 @@ class ExitAdapter(nn.Module):
 
     @torch.no_grad()
     def rescale(self, h: float) -> None:
-        """Change the weights for hidden states that are `h` times as large, so that the output stays the same.
+        """Change the weights so that hidden states multiplied by `h` give the output that they gave before.
 
         The sum before the norm becomes `h` times as large, and the norm removes this factor.
         """
@@ -66,7 +66,7 @@ class CarryAdapter(nn.Module):
     """An adapter that reads x = [h, carried], the hidden state and the carried state side by side.
 
     Formula: norm(linear x + up(silu(gate x) * down x)). Shapes: h (..., D), carried (..., D) -> (..., D). The head can
-    read the output, and it can read the carried state, too. EAGLE (Li et al. 2024) also passes on the last deep state.
+    read both the output and the carried state. EAGLE (Li et al. 2024) also passes on the last deep state.
     This adapter combines that state with h, the newest token's state at the layer of the exit.
     """
 
@@ -94,10 +94,10 @@ ADAPTERS: dict[str, type[Adapter]] = {"swiglu": ExitAdapter, "carry": CarryAdapt
 class Drafter(nn.Module):
     """The network that drafts tokens. It is a `carry` adapter before the first layer that also reads a context.
 
-    The context is computed from hidden states at E exits, all except the one before the first layer. They are taken at
-    the position that produced the newest confirmed token, and stand side by side (..., E D). All drafts of a pass use
-    the same context. EAGLE-3 (Li et al. 2025) found that states of several depths tell more about later tokens than the
-    last state alone.
+    The context is computed from hidden states at E exits, all except the one before the first layer. These states are
+    taken at the position that produced the newest confirmed token, and stand side by side (..., E D). All drafts of a
+    pass use the same context. EAGLE-3 (Li et al. 2025) found that states of several depths tell more about
+    later tokens than the last state alone.
 
     Args:
         states: E, the number of exits whose states form the context.

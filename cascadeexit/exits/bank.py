@@ -34,7 +34,8 @@ class ExitBank(nn.Module):
         drafter: the network that drafts; None if the exit before the first layer drafts.
         head_ids: token ids of the trimmed head, the most frequent first; None if the exits choose from the whole
             vocabulary.
-        sketch_ids: token ids that a sketch estimator reads; None for other estimators.
+        sketch_ids: token ids of the words whose logits the `SketchConfidence` estimators read; None without such
+            estimators.
         calibration: measured thresholds of these exits; None if they were not calibrated.
     """
 

@@ -37,8 +37,8 @@ class ConfidenceHead(nn.Module):
 class SketchConfidence(nn.Module):
     """An estimator that reads the numbers of `softmax_facts` and returns logits (...,).
 
-    Its input is (..., 5), or (..., 12) if the previous exit ran for the same token. The 7 more numbers are about the
-    previous exit, because two exits that agree are right more often.
+    Its input is (..., 5), or (..., 12) if the previous exit ran for the same token. The 7 additional numbers
+    describe the previous exit and compare both exits, because two exits that agree are right more often.
     """
 
     def __init__(self, width: int):
@@ -70,8 +70,9 @@ def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: T
     Columns, in this order; p is a probability in the softmax over the K tokens of the sketch:
     - Three numbers of this exit: log p of the likeliest token, log p of the second, entropy in nats.
     - Only if the previous exit ran, seven numbers: the same three numbers of the previous exit; 1 if both exits have
-      the same likeliest token, else 0; log p of this exit's likeliest token by the previous exit; log p of the previous
-      exit's likeliest token by this exit; the cosine of both adapted rows. The two log p are raised to at least -15.
+      the same likeliest token, else 0; the previous exit's log p of this exit's likeliest token; this exit's log p of
+      the previous exit's likeliest token; the cosine of the adapted rows of both exits. The two log p before the cosine
+      are raised to at least -15.
     - Two numbers of n-gram lookup: log(1 + match length) if the copied token is this exit's likeliest token, else 0;
       then log(1 + match length) if it is not, else 0.
 

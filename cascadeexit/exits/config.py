@@ -33,17 +33,17 @@ class ExitConfig:
     confidence_width: int = 256
     """Inner width of the confidence estimators. The original CascadeExit has 256; 'sketch' usually has 48."""
     confidence: str = "mlp"
-    """Kind of confidence estimator. 'mlp' is that of the original CascadeExit. 'sketch' reads the exit's probabilities
-    of frequent tokens, and the token that n-gram lookup predicts. 'softmax' is the largest probability of the exit, for
-    untrained exits."""
+    """Kind of confidence estimator. 'mlp' is the kind of the original CascadeExit. 'sketch' reads the exit's
+    probabilities of frequent tokens, and the token that n-gram lookup copies. 'softmax' is the largest probability of
+    the exit, for untrained exits."""
     sketch_size: int = 0
-    """Number of tokens of the vocabulary that a 'sketch' estimator reads. It is 0 for the other kinds."""
+    """Number of tokens whose probabilities a 'sketch' estimator reads. 0 for the other kinds of estimator."""
     head_size: int = 0
     """Number of tokens in the trimmed head, from which the exits choose. They are the most frequent tokens of the
     vocabulary, in order of frequency. 0 means that the exits choose from the whole vocabulary."""
     head_sizes: tuple[int, ...] = ()
     """For each exit, the number of tokens that it chooses from: the first tokens of the trimmed head. () means that
-    each exit chooses from all of them. Deep exits predict rare tokens, and shallow exits do not."""
+    each exit chooses from the whole trimmed head. Deep exits predict rare tokens, and shallow exits do not."""
     draft_size: int = 0
     """Number of tokens that the draft tree chooses from: the first tokens of the trimmed head. 0 means as many as the
     first exit chooses from."""

@@ -20,7 +20,7 @@ from cascadeexit.exits.bank import ExitBank
 
 
 class CpuBackend:
-    """Runs a model with C++ kernels. They compute each row by itself, and add numbers in a fixed order.
+    """Runs a model with C++ kernels, which compute each row by itself and add numbers in a fixed order.
 
     `base.Backend` describes the methods.
     """
@@ -46,9 +46,9 @@ class CpuBackend:
     def why_not(cls, base) -> str:
         """Return the reason why this backend cannot run a model; "" if it can.
 
-        It needs the compiled kernels and a bf16 model on a CPU. The model's type must be in `families`, its head size a
-        multiple of 16, its MLP a SwiGLU without biases, and its hidden and inner sizes even. A model that accelerate
-        has spread over devices is refused, because accelerate moves its weights for each call.
+        The backend needs the compiled kernels and a bf16 model on a CPU. The model's type must be in `families`, its
+        head size a multiple of 16, its MLP a SwiGLU without biases, and its hidden and inner sizes even. A model that
+        accelerate has spread over devices is refused, because accelerate moves the model's weights for each call.
         """
         weights = outer_weights(base)
         if weights.device.type != "cpu":

@@ -30,8 +30,8 @@ _VECTORS = ("AVX512BF16", "AVX512VNNI", "AVX512BW", "AVX512F", "AVX2")      # co
 def library() -> ctypes.CDLL | None:
     """Return the library of compiled kernels. The first call compiles them if needed.
 
-    If this fails, the reason is logged and the result is None. CASCADEEXIT_KERNELS=0 in the environment disables the
-    kernels: the result is None, and nothing is logged.
+    If compiling or loading fails, the reason is logged and the result is None. CASCADEEXIT_KERNELS=0 in the
+    environment disables the kernels: the result is None, and nothing is logged.
     """
     if os.environ.get("CASCADEEXIT_KERNELS") == "0":
         return None
@@ -56,7 +56,7 @@ def find_compiler() -> str | None:
 def facts() -> dict[str, str]:
     """Describe the kernels on this machine. Returns {fact: value}.
 
-    The facts are the compiler, the path of the compiled library, the vector extensions of the processor that the
+    The facts are: the compiler, the path of the compiled library, which of the processor's vector extensions the
     kernels use, and how many out-of-date libraries are in the cache folder.
     """
     compiler, others = find_compiler(), sorted(cache_folder().glob("kernels-*.so"))

@@ -1,6 +1,6 @@
 """CpuExits: runs adapters, confidence estimators and the drafter in C++.
 
-Letters: N rows, D hidden size, I inputs, O outputs, E exits without the first one, V tokens of the vocabulary.
+Letters: N rows, D hidden size, I inputs, O outputs, E exits except the first, V tokens of the vocabulary.
 """
 
 import ctypes
@@ -69,8 +69,8 @@ class CpuExits(Exits):
                         context: ctypes.Array | None = None) -> list[tuple[States, list[float], list[int]]]:
         """Draft the next tokens with separate calls of the embedding, the adapter and the head.
 
-        Arguments and result are those of `drafts`. This is for models that `CpuDrafter` does not support. One example
-        is a model that does not tie its embedding to its head.
+        Arguments and result are those of `drafts`. This method is for models that `CpuDrafter` does not support, for
+        example for a model that does not tie its embedding to its head.
         """
         states = torch.cat([tensor_of(state) for state in carried])
         if context is not None:
@@ -84,7 +84,7 @@ class CpuExits(Exits):
 
 
 class ModuleAdapter:
-    """Runs an exit's adapter in PyTorch, for a type of adapter that the C++ kernels do not support.
+    """Runs an exit's adapter in PyTorch. It is used if the C++ kernels do not support the adapter's type.
 
     A call takes rows (..., D) and their carried states (..., D), and returns the adapter's output (..., D).
     """
@@ -164,9 +164,9 @@ class CpuDrafter:
 
     Args:
         embedding: the head whose weight rows are the embeddings of all tokens (V, D).
-        adapter: the adapter of the drafter. Without a drafter, that of the exit before the first layer.
+        adapter: the drafter's adapter; without a drafter, the adapter of the exit before the first layer.
         head: the vocabulary head for the words that may be drafted.
-        ids: for each of these words, its token id; None if the number of each word is its token id.
+        ids: ids[k] is the token id of word number k of `head`; None if word numbers are token ids.
     """
 
     def __init__(self, embedding: CpuHead, adapter: CpuAdapter, head: CpuHead, ids: Sequence[int] | None):
@@ -189,7 +189,7 @@ class CpuDrafter:
 
 
 class CpuContext:
-    """Computes a drafter's context in C++: a linear layer with its weight (D, E D) rounded to 8 bits."""
+    """Computes the drafter's context in C++, with a linear layer whose weight (D, E D) is rounded to 8 bits."""
 
     def __init__(self, weight: Tensor):
         weight = weight.detach().float()
@@ -200,9 +200,11 @@ class CpuContext:
         self._scale = self._store.floats(scale)
 
     def __call__(self, states: Sequence[Hidden], row: int) -> ctypes.Array:
-        """Compute the context from row number `row` of each of E states, (1, N, D) each in bf16.
+        """Compute the context from one token's hidden states at E exits. Returns an array of D numbers in fp32.
 
-        Returns an array of D numbers in fp32.
+        Args:
+            states: hidden states at each of these exits, (1, N, D) each, in bf16.
+            row: number of the token's row in each of these states.
         """
         n, d = len(states), self._matrix.outputs
         out = (c_float * d)()
@@ -213,12 +215,13 @@ class CpuContext:
 
 
 class CpuConfidence:
-    """Runs a `SketchConfidence` estimator in C++, and the vocabulary head that it reads.
+    """Runs a `SketchConfidence` estimator and the vocabulary head that it reads, in one C++ call.
 
     Args:
         head: the vocabulary head for the words that the estimator reads.
-        alone: the estimator's network (linear, SiLU, linear) if the previous exit did not run. It reads 5 numbers.
-        after: the estimator's network if the previous exit ran. It reads 12 numbers of both exits.
+        alone: the estimator's network (linear, SiLU, linear) if the previous exit did not run. This network
+            reads 5 numbers.
+        after: the estimator's network if the previous exit ran. This network reads 12 numbers about both exits.
     """
 
     def __init__(self, head: CpuHead, alone: nn.Sequential, after: nn.Sequential):

@@ -52,8 +52,8 @@ class CpuHead:
     def nbytes(self) -> int:
         """How many bytes of weights one call of `argmax` reads.
 
-        With a `HeadScreen`, only the bytes of its 8-bit head count. `argmax` also reads a few rows of the bf16 weight,
-        which are not counted.
+        With a `HeadScreen`, only the bytes of the screen's 8-bit head count. `argmax` also reads a few rows of the
+        bf16 weight, which are not counted.
         """
         if self._screen:
             return self._screen.rough.nbytes
@@ -139,7 +139,9 @@ class CpuHead:
         return part
 
     def rows(self, ids: Sequence[int]) -> States:
-        """Read the rows of the weight for n words: word numbers -> (1, n, I).
+        """Read the rows of the weight that belong to n words. Returns (1, n, I).
+
+        ids: numbers of the words.
 
         If the model ties its embedding to its head, these rows are the embeddings of n token ids.
 
@@ -153,7 +155,7 @@ class CpuHead:
         return out
 
     def screened(self, rough: "CpuHead", exact: Tensor, ids: Tensor | None = None) -> "CpuHead":
-        """Return a copy of this head with a faster argmax, which uses a new `HeadScreen`. The weights are shared.
+        """Return a copy of this head whose argmax uses a new `HeadScreen`. The copy shares this head's weights.
 
         The arguments are those of `HeadScreen`.
         """
@@ -170,9 +172,10 @@ class HeadScreen:
     these few are logits computed with the bf16 weights.
 
     Args:
-        rough: the head rounded to 8 bits.
-        exact: the bf16 weight (K, I) that was rounded.
-        ids: for each word of `rough`, its number in the bf16 head; None if the numbers are equal.
+        rough: the 8-bit copy of the bf16 head. It may have the words in another order.
+        exact: the bf16 weight (K, I) that was rounded to make `rough`.
+        ids: ids[k] is the number in the bf16 head of word number k of `rough`; None if both heads have the words in the
+            same order.
     """
 
     def __init__(self, rough: CpuHead, exact: Tensor, ids: Tensor | None = None):

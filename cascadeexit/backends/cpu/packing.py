@@ -24,7 +24,8 @@ class Store:
     """Packs weights for C++ into one piece of memory. Keep the store as long as C++ may read its weights.
 
     Args:
-        weights: all weights that will be stored, to compute the size: bf16 (O, I), or 8-bit integers from `rounded`.
+        weights: all weights that will be stored, in bf16 (O, I), or as 8-bit integers from `rounded`. Only their sizes
+            are read here.
         in_12_bits: pack bf16 weights to 12 bits if possible.
 
     Attributes:
@@ -113,7 +114,7 @@ def _whole_lines(size: int) -> int:
 def scale_of(weight: Tensor) -> Tensor:
     """Compute the scale (O,) with which a weight (O, I) is rounded to 8-bit integers.
 
-    Each output has one factor. An integer times this factor is the rounded weight.
+    The scale has one factor for each output. The rounded weight is an integer times this factor.
     """
     return weight.abs().amax(1).clamp(min=1e-30) / 127
 

@@ -18,7 +18,7 @@ class States:
     __slots__ = "shape", "_memory", "_offset"
 
     def __init__(self, shape: tuple[int, ...], memory: ctypes.Array | None = None, offset: int = 0):
-        """Make rows of this shape in new memory. If `memory` is given, use it from byte `offset` on."""
+        """Make rows of this shape in new memory, or in `memory`, if given, from byte number `offset` on."""
         self.shape, self._offset = shape, offset
         self._memory = (ctypes.c_char * (2 * prod(shape)))() if memory is None else memory
 
@@ -34,9 +34,9 @@ class States:
         return States(shape, self._memory, self._offset + 2 * first * self.shape[-1])
 
     def __getitem__(self, at: tuple[slice, int | slice]) -> "States":
-        """Select rows: `states[:, i]` gives (1, D), and `states[:, a:b]` gives (1, n, D). They share the memory.
+        """Select rows: `states[:, i]` gives (1, D), and `states[:, a:b]` gives (1, n, D).
 
-        Slices with a step are not supported.
+        The selected rows are not copied. Slices with a step are not supported.
         """
         _, n, d = self.shape
         chosen = range(n)[at[1]]
@@ -54,7 +54,7 @@ Hidden = Tensor | States        # rows of the engine are `States`, those of trai
 
 
 def tensor_of(rows: Hidden) -> Tensor:
-    """Return rows as a tensor. `States` share their memory with it. A tensor is returned unchanged."""
+    """Return rows as a tensor. A tensor made from `States` shares their memory. A tensor is returned unchanged."""
     return rows.tensor() if isinstance(rows, States) else rows
 
 
@@ -64,7 +64,7 @@ def like(rows: Hidden) -> Hidden:
 
 
 def in_bf16(rows: Hidden) -> Hidden:
-    """Return rows in bf16 and contiguous, as C++ needs them. Rows that are so already are not copied."""
+    """Return rows as C++ needs them: in bf16 and contiguous. Rows that are already in this form are not copied."""
     if isinstance(rows, States) or (rows.dtype == torch.bfloat16 and rows.is_contiguous()):
         return rows
     return rows.to(torch.bfloat16).contiguous()

@@ -17,7 +17,8 @@ class Matrix(ctypes.Structure):
 class Screen(ctypes.Structure):
     """An 8-bit copy of a vocabulary head, which excludes most words from an argmax; see `heads.HeadScreen`.
 
-    `ids` are the numbers of its words in the bf16 head. `error` and `norm` bound the rounding errors.
+    `ids[k]` is the number in the bf16 head of word number k of the copy. `error` and `norm` bound the rounding
+    errors.
     """
 
     _fields_ = [("rounded", Matrix), ("ids", c_void_p), ("error", c_float), ("norm", c_float)]

@@ -46,10 +46,10 @@ class GpuBackend:
     def why_not(cls, base) -> str:
         """Return the reason why this backend cannot run a model; "" if it can.
 
-        It needs Triton, and a model on the current NVIDIA GPU, whose compute capability must be at least 8.0.
-        `fits_shape` must be True for the model. A model that accelerate has spread over devices is refused, because
-        accelerate moves its weights for each call. On ZeroGPU every model is refused: the process that loads the model
-        has no GPU on which CUDA graphs could be recorded.
+        The backend needs Triton, and a model on the current NVIDIA GPU. The GPU's compute capability must be at least
+        8.0. `fits_shape` must be True for the model. A model that accelerate has spread over devices is refused,
+        because accelerate moves the model's weights for each call. On ZeroGPU every model is refused: the process that
+        loads the model has no GPU on which CUDA graphs could be recorded.
         """
         device = outer_weights(base).device
         if os.environ.get("SPACES_ZERO_GPU"):

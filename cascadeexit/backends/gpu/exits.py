@@ -1,6 +1,6 @@
 """GpuExits: runs adapters, confidence estimators and the drafter with the help of our Triton kernels.
 
-Letters: N rows, D hidden size, F inner size of an adapter, E exits without the first one.
+Letters: N rows, D hidden size, F inner size of an adapter, E exits except the first.
 """
 
 import logging
@@ -197,7 +197,7 @@ class GpuExits(Exits):
 class AskedExit(Late):
     """The output (1, D) of an exit's adapter, computed when it is first read.
 
-    If the pass below the exit is still postponed, `GpuExits.confidence` computes both in one recording.
+    If the pass below the exit is still postponed, `GpuExits.confidence` runs the pass and the exit in one recording.
 
     Attributes:
         word: number of the exit's likeliest word in its head; None if the exit has not run in a recording.
@@ -211,7 +211,7 @@ class AskedExit(Late):
 
 
 class ModuleAdapter:
-    """Runs an exit's adapter in PyTorch, for a type of adapter that the Triton kernels do not support.
+    """Runs an exit's adapter in PyTorch. It is used if the Triton kernels do not support the adapter's type.
 
     A call takes rows (..., D) and their carried states (..., D), and returns the adapter's output (..., D).
     """
@@ -220,7 +220,7 @@ class ModuleAdapter:
         self._adapter = adapter
 
     def __call__(self, rows: Tensor, carried: Tensor, count: Tensor | None = None) -> Tensor:
-        """Apply the adapter to all rows. `count` is ignored: rows after the first `count` rows are computed in vain."""
+        """Apply the adapter to all rows. `count` is ignored: the rows after the first `count` are computed, too."""
         return self._adapter(rows, carried)
 
 

@@ -5,13 +5,13 @@ One layer is six launches: `qkv_heads`, `attend`, `combine`, `linear` (output pr
 the cache's capacity and of how a text is cut into passes:
 
 1. Rows are always multiplied in tiles of 16 rows. Missing rows are zeros. The sum over the inputs has a fixed order.
-2. Attention adds keys in the order of their positions. Its blocks of positions, and its splits of several blocks, begin
-   at fixed positions. A block that holds new rows is computed separately for each of these rows: with the keys of that
-   row's own path, and zeros after them. So the same numbers are multiplied in the same tile, whether a row is decoded
-   alone or verified in a draft tree.
+2. Attention reads keys in the order of their positions. Its blocks of positions, and its splits of several blocks,
+   begin at fixed positions. A block that holds new rows is computed separately for each of these rows: with the keys of
+   that row's own path, and zeros after them. So the same numbers are multiplied in the same tile, whether a row is
+   decoded alone or verified in a draft tree.
 
 No kernel uses atomic additions. Counts and positions are read from device memory. So a recorded launch works for every
-context.
+length of text.
 
 Letters: N rows, T tiles of rows, D hidden size, I inputs, O outputs, H query heads, K key-value heads, G = H / K, d
 head size, C cache capacity, S splits, F inner size of the MLP, V words.
@@ -127,12 +127,12 @@ def attend(queries, cache, layer, partial, sums, count, positions, lanes, paths,
     `parts` is the number of groups of 16 that they fill. `paths[r, j]` is the slot of position firsts[tile] + j on the
     path of row r. A position before firsts[tile] is in the slot with the same number.
 
-    Blocks that end before the new rows are computed once for all rows. Every later block is computed once for each row.
-    One loop does both. A step for one row reads the keys that row `one` sees, and only the query rows in `mine` keep
-    its result.
+    A block of positions that ends before firsts[tile] is computed in one step for all rows. Every later block takes one
+    step for each row. One loop does all steps. A step for a single row reads the keys that row `one` sees. Then only
+    the query rows in `mine` keep the result of the step.
 
-    Writes two results: to `partial`, sums of values without the softmax's division (T, K, parts, S, 16, d); to `sums`,
-    the largest score and the sum of the weights (T, K, parts, S, 16, 2).
+    Writes to `partial` the sums of values (T, K, parts, S, 16, d), without the division of the softmax. Writes to
+    `sums` the largest score and the sum of the weights (T, K, parts, S, 16, 2).
 
     Grid: (K * parts, S, T).
     """
@@ -279,8 +279,8 @@ def head_logits(x, weight, bias, logits, best, count, D, V, BIAS: tl.constexpr, 
                 BLOCK: tl.constexpr):
     """Compute the fp32 logits (N, V) of rows x (N, D), and the likeliest word of each block of words.
 
-    Writes `logits` (N, V), and the numbers of these words to `best` (N, blocks). If several words are equally likely,
-    the one with the lowest number is written.
+    Writes the logits to `logits`, and the number of each block's likeliest word to `best` (N, blocks). If several words
+    are equally likely, the one with the lowest number is written.
 
     Grid: (T, blocks of words).
     """

@@ -53,7 +53,10 @@ _ROW_COST = 0.02                # a tile of 16 rows costs about what one of them
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory for the intermediate results of one layer's kernels, for N rows and at most S splits of attention."""
+    """Memory for the intermediate results of one layer's kernels, for N rows and at most S splits of attention.
+
+    `kernels.attend` explains `parts`.
+    """
 
     queries: Tensor     # (N, H d)
     attended: Tensor    # (N, H d)
@@ -64,6 +67,8 @@ class Scratch:
 
 class GpuCache(KVCache):
     """A `KVCache` whose `copy_from` first runs the postponed pass, so that the copied keys and values are complete.
+
+    A postponed pass is a pass that runs only when its results are needed; see `recording.py`.
 
     Args:
         settle: function that runs the postponed pass, if there is one.
@@ -174,12 +179,12 @@ class GpuLayers:
         return rms_norm(flat, self._norm_weight, self._shape.norm_eps, count).view(rows.shape)
 
     def record_top(self, head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:
-        """Record each pass that ends with the last segment a second time, with the final norm and the head after it.
+        """Make one more recording of each pass that ends with the last segment: with the final norm and the head.
 
         Returns True if this backend records passes. Raises Unusable if CUDA graphs cannot be recorded on this device.
 
-        head: function that launches the model's head: normed rows (16, D) and their count (1,) -> logits (16, V),
-        tokens (16,).
+        head: function that launches the model's head. It takes normed rows (16, D) and the number of real rows (1,). It
+        returns logits (16, V) and tokens (16,).
         """
         if self.passes:
             def answer(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,9 +267,9 @@ class GpuLayers:
         return [out[None] for out in self.launch_layers(bounds, x, at.of(cache).to(self._device), scratch)]
 
     def scratch(self, at: Places, splits: int) -> Scratch:
-        """Allocate memory for intermediate results of a layer, for rows at these places.
+        """Allocate memory for the intermediate results of a layer that runs rows at the places `at`.
 
-        splits: how many splits of 256 positions a row attends to, at most.
+        splits: largest number of splits, of 256 positions each, that a row attends to.
         """
         shape, n = self._shape, len(at.positions)
         parts = tiles(at.tile * (shape.heads // shape.kv_heads))
@@ -316,9 +321,9 @@ class GpuLayers:
 
 
 def rms_norm(rows: Tensor, gain: Tensor, eps: float, count: Tensor) -> Tensor:
-    """Apply RMSNorm with the weight `gain` (D,) to the first rows of (N, D). Returns (N, D).
+    """Apply RMSNorm with the weight `gain` (D,) to the first `count` of N rows (N, D). Returns (N, D).
 
-    count: how many rows to compute, as a tensor (1,) in device memory. The other rows are undefined.
+    count: how many rows to compute, as a tensor (1,) in device memory. The other rows of the result are undefined.
     """
     rows = rows.to(gain.dtype).contiguous()
     out = torch.empty_like(rows)
@@ -329,7 +334,7 @@ def rms_norm(rows: Tensor, gain: Tensor, eps: float, count: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, count: Tensor, out: Tensor, *, bias: Tensor | None = None,
            residual: Tensor | None = None) -> Tensor:
-    """Multiply the first rows of x (N, I) by a weight (O, I). Add the bias and the residual if they are given.
+    """Multiply the first `count` rows of x (N, I) by a weight (O, I). Add the bias and the residual, if given.
 
     Writes the result to `out` (N, O), and returns `out`.
 
@@ -345,9 +350,10 @@ def linear(x: Tensor, weight: Tensor, count: Tensor, out: Tensor, *, bias: Tenso
 
 def gated(x: Tensor, gate: Tensor, up: Tensor, count: Tensor, out: Tensor, *, gain: Tensor | None = None,
           eps: float = 0.0) -> Tensor:
-    """Compute silu(gate x) * (up x) for the first rows of x (N, I). If `gain` is given, first apply RMSNorm to them.
+    """Compute silu(gate x) * (up x) for the first `count` rows of x (N, I).
 
-    Writes the result to `out` (N, F), and returns `out`.
+    If `gain` (I,) is given, RMSNorm with this weight is first applied to these rows. Writes the result to `out` (N, F),
+    and returns `out`.
 
     count: how many rows to compute, as a tensor (1,) in device memory.
     """

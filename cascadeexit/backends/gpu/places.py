@@ -68,9 +68,9 @@ class Places:
         return Places.over(self.staged(device).to(device, non_blocking=True), len(self.positions), self.tile)
 
     def staged(self, device: torch.device) -> Tensor:
-        """Return the buffer in memory from which this device can copy in the background.
+        """Return the buffer of these places, ready for a copy to this device in the background.
 
-        For CUDA this is a copy in pinned memory. For other devices it is the buffer itself.
+        For CUDA, the result is a copy of the buffer in pinned memory. For other devices, it is the buffer itself.
         """
         return self.buffer.pin_memory() if device.type == "cuda" else self.buffer
 

@@ -1,9 +1,9 @@
-"""Recordings: CUDA graphs of passes of at most 16 rows. Each graph is made once and works for every cache and context.
+"""Recordings: CUDA graphs of passes of at most 16 rows. Each graph is made once and works for every cache.
 
 Everything that changes from pass to pass is copied into a few tensors with fixed addresses: the pass's input rows,
-their places, and the inputs of an exit. A pass is postponed until its results are read. In decoding, usually the exit
-after the pass is computed next. Then one recording runs the pass and the exit together. This needs only one launch, and
-one synchronisation to read the exit's result.
+their places, and the inputs of an exit. A pass is postponed until its results are read. In decoding, the result
+that is needed first is usually that of the exit after the pass. Then one recording runs the pass and the exit together.
+This needs only one launch, and one synchronisation to read the exit's result.
 
 Letters: N rows, D hidden size, V words.
 """
@@ -39,9 +39,10 @@ class Recorder:
         self.error: str | None = None
 
     def record(self, name: Any, work: Callable[[], Any]) -> None:
-        """Record the function `work` under this name. It must launch the same kernels on the same memory each time.
+        """Record the function `work` under this name.
 
-        The result of `work` is kept for `replay`. After a failed recording, this method does nothing.
+        Each call of `work` must launch the same kernels on the same memory. The result of `work` is kept for
+        `replay`. After a failed recording, this method does nothing.
         """
         if self.error is not None:
             return
@@ -57,7 +58,7 @@ class Recorder:
         return name in self._recordings
 
     def replay(self, name: Any) -> Any:
-        """Replay the recording of this name. Returns its result. The next replay of any recording may overwrite it."""
+        """Replay the recording of this name. Returns its result, which the next replay may overwrite."""
         replay, out = self._recordings[name]
         replay()
         return out
@@ -71,7 +72,7 @@ class Late:
     Args:
         find: function that computes the rows.
         source: the pass that the rows come from; None for embeddings.
-        ends: `source` if the last of these rows is the pass's last row after its last segment; else None.
+        ends: `source` if these rows were taken after the last segment and end with the last row of the pass; else None.
     """
 
     __slots__ = "shape", "source", "ends", "found", "_find"
@@ -100,14 +101,14 @@ class Late:
         return self.found
 
     def keep(self, found: Tensor) -> None:
-        """Store the computed rows. Drop the reference to their pass, so that its hidden states can be freed."""
+        """Store the computed rows. Drop the reference to their pass, so that the pass can be freed."""
         self.found, self._find, self.source, self.ends = found, None, None, None
 
 
 class Embedded(Late):
     """Embeddings of tokens (1, N, D), looked up when they are first read.
 
-    A recording does not read them. It looks up the embeddings of `tokens` itself.
+    A recording does not read these rows. The recording itself looks up the embeddings of `tokens`.
 
     Args:
         tokens: N token ids.
@@ -151,10 +152,10 @@ class Pass:
     """One pass of at most 16 rows through consecutive segments. It runs when its results are first read.
 
     Args:
-        passes: the recorded passes. They run this pass.
+        passes: the `Passes` of the model. They run this pass by replaying a recording.
         span: number of the first segment, and number of the last segment plus 1.
         rows: input of the pass (1, N, D).
-        places: where the rows are.
+        places: positions and cache slots of the rows.
         cache: the cache that `places` refers to. This reference keeps the cache alive until the pass has run.
     """
 
@@ -184,7 +185,7 @@ class Pass:
     def take(self, rows: Sequence[Tensor]) -> None:
         """Store the results of this pass: copy the rows after each segment, (16, D) each, out of the recording.
 
-        Call this before the next replay, which overwrites them.
+        Call this before the next replay, which overwrites the rows in the recording.
         """
         self._rows = [after[None, :self.shape[1]].clone() for after in rows]
         self.input = self._cache = None             # no longer needed
@@ -195,11 +196,11 @@ class Passes:
 
     Args:
         hidden: hidden size D.
-        spare: places in a cache that no text uses. A recording first runs its kernels once, and they write keys and
-            values to this cache.
+        spare: places in a cache that no text uses. Before kernels are recorded, they run once and write keys and values
+            to this cache.
         launch: function that launches a span of consecutive segments on rows (16, D) at given places. It returns the
-            rows after each segment. If the span begins with the first segment, it ignores the rows and looks up the
-            embeddings of `places.tokens`.
+            rows after each segment. If the span begins with the first segment, the function ignores the given rows, and
+            looks up the embeddings of `places.tokens` instead.
     """
 
     def __init__(self, recorder: Recorder, hidden: int, dtype: torch.dtype, device: torch.device,
@@ -228,8 +229,8 @@ class Passes:
                     after: Callable[[Tensor], Any] | None = None) -> None:
         """Record a pass through a span of consecutive segments, optionally with more work after it.
 
-        A replay returns the rows after each segment, (16, D) each, and the result of `after`. If a pass has fewer than
-        16 rows, they come first.
+        A replay returns the rows after each segment, (16, D) each, and the result of `after`. If a pass has n < 16
+        rows, only the first n of the 16 rows are real.
 
         Args:
             span: number of the first segment, and number of the last segment plus 1.
@@ -253,7 +254,9 @@ class Passes:
         return rows.index_select(0, self.places.count - 1)
 
     def record_top(self, segments: int, after: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Record each pass that ends with the last segment a second time, followed by `after`. `AskedTop` replays this.
+        """Make one more recording of each pass that ends with the last segment: followed by the work of `after`.
+
+        `AskedTop` replays these recordings.
 
         Args:
             segments: number of segments of the model.
@@ -300,8 +303,8 @@ class AskedTop(Late):
     If their pass is still postponed, `ask` runs the pass, the final norm and the head in one recording.
 
     Args:
-        rows: rows after the last layer, up to the last row of the pass.
-        norm: function that applies the final norm to them.
+        rows: rows after the last layer. The last of them is the last row of the pass.
+        norm: function that applies the final norm to these rows.
     """
 
     __slots__ = ()

@@ -13,7 +13,7 @@ from cascadeexit.exits.bank import ExitBank
 
 
 class TorchBackend:
-    """Runs a model with PyTorch's own kernels. On CUDA, it records them as CUDA graphs.
+    """Runs a model with PyTorch's own kernels. On CUDA, these kernels are recorded as CUDA graphs.
 
     `base.Backend` describes the methods.
     """
@@ -52,9 +52,10 @@ class TorchBackend:
 
 
 class TorchReference(TorchBackend):
-    """A `torch` backend for only a few passes, which check another backend.
+    """A `torch` backend that runs only a few passes, to check another backend.
 
-    It neither packs weights nor records kernels, so it is ready at once. It shares the weights of the caller's model.
+    It neither packs weights nor records kernels, so that it is ready at once. It shares the weights of the caller's
+    model.
     """
 
     layers_type = UnpreparedLayers

@@ -1,7 +1,7 @@
 """Grouped-query attention for transformers' layers, without copies of keys and values for each query head.
 
 transformers finds an attention function by its name in a table. `register` adds ours to the table under a name that
-nothing else uses. It is called when the first model is made, not on import.
+nothing else uses. `register` is called when the first model is made, not on import.
 
 Letters: B texts, H query heads, K key-value heads, G = H / K, N rows in a pass, C positions, d head size.
 """
@@ -22,7 +22,7 @@ NAME = "cascadeexit_grouped"
 def register() -> str:
     """Add `grouped_attention` to transformers' table of attention functions.
 
-    Returns its name in the table, which goes into a model's config.
+    Returns the name of the function in this table. A model's config selects the function by this name.
     """
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -62,8 +62,8 @@ def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attenti
                       scaling: float | None = None, **kwargs) -> tuple[Tensor, None]:
     """Compute attention in a transformers layer. Returns (B, N, H, d), and None for the attention weights.
 
-    If the mask is from `additive_mask`, `attend` computes the attention. Any other mask means that the transformers
-    model was called as a whole. Then transformers' own SDPA attention is used.
+    If the mask is from `additive_mask`, `attend` computes the attention. Another mask, or None, means that the
+    transformers model was called as a whole. Then transformers' own SDPA attention is used.
     """
     groups = query.shape[1] // key.shape[1]
     if attention_mask is None or attention_mask.shape[2] != groups * query.shape[2]:

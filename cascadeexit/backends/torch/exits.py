@@ -1,6 +1,6 @@
 """TorchExits: runs trained exits by calling the PyTorch modules of their bank. On CUDA, it can use CUDA graphs.
 
-Letters: N rows, D hidden size, E exits without the first one.
+Letters: N rows, D hidden size, E exits except the first.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ class TorchExits(Exits):
     """Runs the trained exits of a model in PyTorch. `base.ExitRuntime` describes the methods.
 
     Args:
-        recorded: on CUDA, run an exit on a single row as a CUDA graph.
+        recorded: if True, an exit runs on a single row as a CUDA graph. This needs CUDA.
     """
 
     def __init__(self, bank: ExitBank, backend, *, recorded: bool = False):

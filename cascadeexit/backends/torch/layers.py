@@ -110,9 +110,9 @@ class TorchLayers:
                           dtype=self._dtype, device=self._device)
 
     def release(self, cache: TorchCache) -> None:
-        """Keep a cache, emptied, and its recordings for a later call of `new_cache` with the same size.
+        """Empty a cache and keep it, with its recordings, for a later call of `new_cache` with the same size.
 
-        If passes are not recorded, the cache is not kept.
+        Does nothing if passes are not recorded.
         """
         if self.recorded_rows:
             with torch.inference_mode():        # the mode in which it was written
@@ -228,7 +228,7 @@ class TorchLayers:
 
 
 class UnpreparedLayers(TorchLayers):
-    """Layers that run only a few passes. Weights are not packed and kernels not recorded, as this would take longer."""
+    """Layers for only a few passes. They skip packing weights and recording kernels, which would take longer."""
 
     prepared = False
 

@@ -1,8 +1,9 @@
 """Frozen linear layers for PyTorch, with weights in the layout that is fastest to read.
 
-On a CPU, PyTorch gives row-major weights to oneDNN. If a pass has few rows, oneDNN reads them at only a fraction of the
-memory bandwidth. Packing means that a weight is reordered once. The same oneDNN kernels read packed weights 2 to 3
-times as fast. A row's result is bitwise the same for every padded number of rows; see `layers.py`.
+On a CPU, PyTorch gives row-major weights to oneDNN. If a pass has few rows, oneDNN reads such weights at only a
+fraction of the memory bandwidth. Packing means that a weight is reordered once. The same oneDNN kernels read packed
+weights 2 to 3 times as fast. A row's result is bitwise the same for all numbers of rows to which passes are padded; see
+`layers.py`.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 def can_pack(weight: Tensor) -> bool:
     """Return True if oneDNN can pack this weight.
 
-    The weight must be on a CPU, in fp32, or in bf16 if the processor supports bf16.
+    The weight must be on a CPU. It must be in fp32, or in bf16 if oneDNN supports bf16 on this processor.
     """
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False

@@ -21,8 +21,9 @@ class Recorded:
     """Calls a function of tensors. If the first input (..., N, D) has N <= `rows`, the call uses a recording.
 
     The function must do the same work for every input of the same shape: no Python decision may depend on a tensor's
-    values. It is called a few times while it is recorded. If recording fails, this call runs without a recording. If
-    the reason was a lack of memory, the next call tries again. After any other failure, no call uses a recording.
+    values. To record it, `Recorded` calls the function a few times. If recording fails, the current call runs without a
+    recording. If the reason was a lack of memory, the next call tries again. After any other failure, no call uses a
+    recording.
     """
 
     def __init__(self, function: Callable[..., Tensor], rows: int):
