@@ -1,10 +1,10 @@
-"""Calibration: finds thresholds that keep the disagreement of a cascade with the full model below a target.
+"""Calibration: finds thresholds that keep the disagreement of mode `cascade` below a target.
 
-The method is Learn then Test (Angelopoulos et al. 2021). The loss of a prompt is the share of its tokens that differ
-from the full model's choice after the same text. The mean loss over n prompts gives a certified bound: with a
-probability of at least 1 - `delta`, the expected loss on prompts of the same kind is not above this bound. Thresholds
-are tested one after another, from the highest to the lowest. Testing ends at the first threshold that fails. Therefore
-the bound also holds for the threshold that is chosen.
+Disagreement is the share of a reply's tokens that differ from the full model's choice after the same text. The method
+is Learn then Test (Angelopoulos et al. 2021). The loss of a prompt is the disagreement of the reply to it. The mean
+loss over n prompts gives a certified bound: with a probability of at least 1 - `delta`, the expected loss on prompts of
+the same kind is not above this bound. Thresholds are tested one after another, from the highest to the lowest. Testing
+ends at the first threshold that fails. Therefore the bound also holds for the threshold that is chosen.
 """
 
 import json
@@ -89,7 +89,7 @@ def p_value(mean: float, n: int, risk: float) -> float:
         mean: mean of n measured losses, each in [0, 1].
         n: number of measured losses.
 
-    The value is that of Hoeffding and Bentkus (Bates et al. 2021), at most 1:
+    This is the p-value of Hoeffding and Bentkus (Bates et al. 2021), limited to 1:
     min(exp(-n KL(min(mean, risk) || risk)), e P(Bin(n, risk) <= ceil(n mean))).
     """
     if risk >= 1:

@@ -35,8 +35,8 @@ class Carry:
 
         Args:
             model: a `SegmentedModel`.
-            passed: rows of the prefill after each segment, (1, N, D) each. For a prompt of one token it is [], and the
-                carried state is zero.
+            passed: for each segment, the rows (hidden states) that the prefill had after this segment, (1, N, D) each.
+                For a prompt of one token the list is [], and the carried state is zero.
         """
         if not passed:
             return cls(torch.zeros(1, model.hidden_size, dtype=model.dtype, device=model.device))

@@ -32,8 +32,8 @@ class DecodeConfig:
     exits draft one token after another instead."""
     target_disagreement: float | None = None
     """Only in cascade mode, at temperature 0 and without `thresholds`: largest share of the tokens, in (0, 1), that may
-    differ from the full model's choice after the same text. The calibration of the exits gives thresholds for it
-    (`cascadeexit.calibration`)."""
+    differ from the full model's choice after the same text. The calibration of the exits (`cascadeexit.calibration`)
+    gives the thresholds for this target."""
     tolerance: float = 0.0
     """Only in verified mode at temperature 0: a draft is also accepted if its probability by the full model is at least
     (1 - tolerance) times the probability of the full model's own choice. 0 is lossless."""
@@ -101,10 +101,10 @@ class DecodeConfig:
 def graded_thresholds(first: float, depths: Sequence[float]) -> tuple[float, ...]:
     """Compute the threshold of each exit from the threshold of the first exit.
 
-    Taking an exit saves the layers above it, but it risks a wrong token. An exit is taken if the risk, 1 - confidence,
-    is at most a constant times the share of the layers that it saves. The constant is the same for all exits. A deeper
-    exit saves less, so it needs a higher confidence: threshold = 1 - (1 - first) (1 - depth) / (1 - depth of the first
-    exit).
+    Taking an exit saves the layers above the exit but risks a wrong token. An exit is taken if the risk (1 -
+    confidence) is at most a constant times the share of the layers above the exit. The constant is the same for all
+    exits. A deeper exit saves less, so it needs a higher confidence:
+    threshold = 1 - (1 - first) (1 - depth) / (1 - depth of the first exit).
 
     Args:
         first: threshold of the first exit, in [0, 1].

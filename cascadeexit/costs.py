@@ -10,7 +10,10 @@ from cascadeexit.events import Span
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes of weights that mode `full` reads per token, for comparison with a run, and the depth of each segment."""
+    """What is needed to compute the relative costs of a run.
+
+    These are the bytes of weights that mode `full` reads per token, and the depth of each segment.
+    """
 
     full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head
     depths: tuple[float, ...]           # share of the layers below each segment's end; the last is 1.0
@@ -19,7 +22,7 @@ class Costs:
 class Meter:
     """Counts the bytes of weights that are read, and lists the spans of segments that run.
 
-    Each call of `taken` starts the counts anew, so only the code that makes events may call it.
+    Each call of `taken` sets the count to 0 and empties the list. So only the code that makes events may call `taken`.
     """
 
     def __init__(self):

@@ -43,8 +43,8 @@ class DraftSource(Protocol):
     def draft(self, stairs: Staircase, carry: Carry, meter: Meter) -> Iterator[list[Draft]]:
         """Propose tokens that follow the newest token of the text. Yields a list of drafts for each step of drafting.
 
-        Each draft comes after the draft that it follows, its parent. The tokens of a list are appended to
-        `stairs.tokens` before the list is yielded.
+        The parent of a draft is the draft that it follows in the text. A parent always comes before its children. The
+        tokens of a list are appended to `stairs.tokens` before the list is yielded.
 
         Args:
             stairs: the tokens of the text, and what each segment has computed.
@@ -60,7 +60,8 @@ class DraftSource(Protocol):
             drafts: all drafts of this round.
             path: indices of the accepted drafts in `drafts`, in the order of the text.
             confirmed: all tokens that became final in this round, in order.
-            passed: rows of the verification pass after each segment, (1, N, D) each.
+            passed: for each segment, the rows (hidden states) that the verification pass had after this segment,
+                (1, N, D) each.
         """
 
 
@@ -68,10 +69,10 @@ class ExitDrafts:
     """Draft source that runs one exit after another for each token, from the shallowest, until one is confident enough.
 
     Args:
-        exits: the runtime of the model's exits.
-        thresholds: for each exit, the confidence from which it is taken; None if it is disabled.
-        choose: function that returns the token of an exit. Its arguments are the number of the exit and its adapted row
-            (1, D).
+        exits: the exits, ready to run on the model's backend.
+        thresholds: for each exit, the confidence from which it is taken; None for an exit that is disabled.
+        choose: function that returns the token that an exit chooses. Its arguments are the number of the exit and the
+            hidden state after the adapter of the exit (1, D).
         ended: function that returns True if the text is complete. Its arguments are the length of the text and its
             newest token.
         limit: largest number of drafts in a round; None in cascade mode, where these tokens are final and not drafts.
@@ -147,6 +148,6 @@ def worth_running(s: int, thresholds: Sequence[float | None], last: float | None
 def next_exit(s: int, thresholds: Sequence[float | None], last: float | None) -> int:
     """Return the number of the first exit, counted from exit s on, that should run (`worth_running`).
 
-    Returns the number of all exits, len(thresholds), if no further exit should run.
+    Returns len(thresholds), which is not the number of an exit, if no further exit should run.
     """
     return next((t for t in range(s, len(thresholds)) if worth_running(t, thresholds, last)), len(thresholds))

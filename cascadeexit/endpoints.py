@@ -1,7 +1,7 @@
-"""Endpoints: functions of a running page that programs and agents can call. Arguments and results are plain JSON.
+"""Endpoints: functions that programs and agents can call on a running page. Arguments and results are plain JSON.
 
-Each public method of `Endpoints` becomes an endpoint. With `app.py --mcp` it also becomes an MCP tool. Its signature
-and its docstring are the documentation that callers see.
+Each public method of `Endpoints` becomes an endpoint, and with `app.py --mcp` also an MCP tool. Callers see the
+signature and the docstring of the method as its documentation.
 """
 
 from dataclasses import asdict, replace
@@ -24,7 +24,7 @@ class BadRequest(ValueError):
 
 
 class Endpoints:
-    """The functions of one page that programs can call."""
+    """The functions that programs can call on one page."""
 
     def __init__(self, runner: Runner):
         self._library, self._runner = runner.library, runner

@@ -48,7 +48,8 @@ class Engine:
         costs: costs of greedy `full`, with which a greedy run is compared.
         self_check: result of the self-check at load (`cascadeexit.selfcheck.SelfCheck`); None if there was no
             self-check.
-        notice: a message for users of this engine, such as why it runs on another backend; "" if there is no message.
+        notice: a message for users, such as the reason why this engine runs on another backend; "" if there is no
+            message.
     """
 
     self_check = None
@@ -98,8 +99,8 @@ class Engine:
 
         All are None in mode `full`, and in mode `verified` without thresholds in the config.
 
-        Raises ValueError for a wrong number of thresholds, or for a target disagreement if these exits were never
-        calibrated.
+        Raises ValueError if the config has a wrong number of thresholds, or if it has a target disagreement and these
+        exits were never calibrated.
         """
         if config.mode is Mode.FULL:
             return (None,) * self.num_exits
@@ -136,8 +137,9 @@ class Engine:
     def begin(self, prompt: Sequence[int], new_tokens: int) -> tuple[Staircase, list[Rows]]:
         """Prefill all tokens of a prompt except the last one, with room in the cache for more tokens.
 
-        Returns the staircase, and the rows of the prompt's last chunk after each segment, (1, N, D) each. Tokens of the
-        opening were computed before and have no rows here. For a prompt of one token, the list of rows is [].
+        A long prompt is read in chunks. Returns the staircase, and a list: for each segment, the rows (hidden states)
+        that the prompt's last chunk had after this segment, (1, N, D) each. Tokens of the opening were computed before
+        and have no rows here. For a prompt of one token, the list is [].
 
         new_tokens: number of tokens for which the cache needs room.
         """
@@ -308,11 +310,12 @@ class Engine:
 
     @torch.inference_mode()
     def full_choices(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[int]:
-        """Return the full model's greedy choice at each position of `token_ids`, after all tokens before it.
+        """Return the token that the full model would choose greedily at each position of `token_ids`.
 
-        Agreement is the share of `token_ids` that equal these choices. The text is finished, so one pass computes many
+        At each position the full model reads the prompt and the earlier tokens of `token_ids`, not its own choices.
+        Agreement is the share of `token_ids` that equal the choices. The text is finished, so one pass computes many
         positions. A pass has at most `max_rows` rows, and up to this number a row's result does not depend on the other
-        rows. So for a text that `full` wrote, the choices are exactly that text.
+        rows. So for a text that greedy `full` wrote, the choices are exactly that text.
 
         Raises ValueError for an empty prompt and for token ids outside the vocabulary.
         """

@@ -1,6 +1,6 @@
 """Evaluation: decodes prompts with exits and with the full model, compares both, and writes results as JSON or CSV.
 
-A prompt that cannot run has a result, too. It holds the error.
+A prompt that cannot run has a result, too. This result holds the error.
 """
 
 import csv
@@ -76,8 +76,8 @@ def evaluate(runner: Runner, label: str, encode: Callable[[str], list[int]], pro
     """Decode each prompt with `config` and with the full model, in a race. Yields one Result per prompt, in order.
 
     A prompt cannot run if it is empty or too long, if `encode` refuses it with a ValueError, or if its run fails with
-    RunFailed. It then yields a Result with the error, and the evaluation goes on. Closing the generator closes both
-    runs.
+    RunFailed. The Result of such a prompt holds the error, and the evaluation goes on. Closing the generator also ends
+    the two runs of the current prompt.
 
     Args:
         label: name of a model in the runner's library; the model must be loaded.
@@ -145,7 +145,10 @@ def _numbers(engine: Engine, config: DecodeConfig, decode, exits: list[TokenEven
 
 
 def summarize_results(results: Sequence[Result]) -> Summary:
-    """Summarize all results together, and the results of each kind of prompt separately."""
+    """Summarize all results together, and the results of each kind of prompt separately.
+
+    Returns the summary of all results. Its field `kinds` is {kind of prompt: summary of the results of this kind}.
+    """
     kinds = dict.fromkeys(r.kind for r in results)
     return replace(_over(results), kinds={kind: _over([r for r in results if r.kind == kind]) for kind in kinds})
 

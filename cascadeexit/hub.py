@@ -150,7 +150,7 @@ def load_tokenizer(model: str, *, progress: Progress | None = None, token: str |
 def describe(model: str | None = None, exits: str | Path | None = None) -> Shape:
     """Return the name, the size and the exits of the model that `load` would load, without reading weights.
 
-    Raises the errors of `load` that the config files already show.
+    Raises the same errors as `load`, but only those that the config files show.
     """
     model = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL
     name = short_name(model)

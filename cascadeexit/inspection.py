@@ -20,7 +20,7 @@ from cascadeexit.events import Status, TokenEvent
 
 @dataclass(frozen=True)
 class Inspection:
-    """The likeliest tokens at each of N positions of a text, by each of the S - 1 exits and by the full model.
+    """What each of the S - 1 exits and the full model would have chosen at each of N positions of a text.
 
     In the fields, the exits come first and the full model is last. The fields are plain lists, so that a worker process
     can send them to the page.
@@ -63,7 +63,7 @@ class Inspection:
              for s, (token, *_) in enumerate(self.token_ids[i])] for i in range(start, stop)]}
 
     def moments(self, tokenizer, final: Sequence[TokenEvent], count: int = 20) -> list[dict]:
-        """Return the positions at which the text departs furthest from the full model's choice, as plain JSON.
+        """Return the positions at which the text differs most from the full model's choices, as plain JSON.
 
         The form is [{i, said, full, p_said, p_full, id}, ...], the largest p_full - p_said first. `i` is the position.
         `said` and `full` are the texts of the written token and of the full model's choice. `p_said` and `p_full` are
@@ -91,7 +91,7 @@ class Inspection:
 
 
 def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEvent], top: int = 5) -> Inspection:
-    """Run the final tokens of a finished run again, and return their `Inspection`.
+    """Read the text of a finished run again, and return the `Inspection` of its tokens.
 
     Arguments and errors are those of `inspecting`.
     """
@@ -102,9 +102,10 @@ def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEve
 @torch.inference_mode()
 def inspecting(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEvent],
                top: int = 5) -> Iterator[float | Inspection]:
-    """Run the final tokens of a finished run again, through all segments and all exits.
+    """Read the text of a finished run again, through all segments and all exits.
 
-    Yields the share of the text that was read, in [0, 1], after each pass. At the end, yields the `Inspection`.
+    After each pass, yields the share of the text that was read so far, in [0, 1]. At the end, yields the `Inspection`
+    of the tokens of the text.
 
     Args:
         events: events of one run of this engine for this prompt. Events that are not final are ignored.

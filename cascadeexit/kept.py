@@ -19,15 +19,17 @@ T = TypeVar("T")
 
 @dataclass
 class KeptRun:
-    """A run that the server keeps for the page: its stream of records, and what was found about its texts.
+    """A run that the server keeps for the page: its stream of records, and the inspections of its texts.
 
-    A side is one of the texts of the run. An argument without a type comes from the browser and may be any JSON.
+    A side is one of the texts of the run. A fork is a side that continues another side's text after one token was
+    replaced. Arguments without a type annotation come from the browser and may be any JSON.
 
     Attributes:
         label: name of the run's model in the library.
         inspections: {name of a side: inspection of its whole text}. The text of a fork includes the part that it
             continues.
-        checking: True while the texts are inspected. It stays True if a visitor stopped the inspection.
+        checking: True while the texts are inspected. It stays True if the inspection did not end, for example because a
+            visitor stopped it.
     """
 
     label: str
@@ -55,9 +57,10 @@ class KeptRun:
             self._lock.release()
 
     def unchecked(self) -> dict[str, Task]:
-        """Return a task for each side of the run that was decoded with exits and not inspected yet, by the side's name.
+        """Return the tasks that inspect the texts of this run: {name of the side: task}. They decode nothing.
 
-        Returns {} if a visitor stopped the inspection.
+        There is a task for each text that was decoded with exits, has a final token, and was not inspected yet. Returns
+        {} if an inspection was started and did not end, for example because a visitor stopped it.
         """
         return {} if self.checking else {
             name: Task([*text.prompt_ids, *text.before], events=text.final)
@@ -72,7 +75,8 @@ class KeptRun:
             at: position of the token to replace.
             token_id: the token to put there.
 
-        Returns the new side and its task. Raises ValueError with the reason if this fork is not possible.
+        Returns the new side and the task that decodes it. Raises ValueError with the reason if this fork is not
+        possible.
         """
         text = self.stream.sides[side] if isinstance(side, str) and side in self.inspections else None
         if text is None or not (_whole(at) and _whole(token_id)) or not 0 <= at < len(text.ids):
@@ -94,8 +98,9 @@ class KeptRun:
     def inspected(self, name: str, inspection: Inspection) -> None:
         """Keep the inspection of a side, and write the side's `end` record to the stream.
 
-        inspection: of the tokens that were decoded for this side. For a fork, the inspection of the tokens before it is
-            added in front.
+        inspection: the inspection of this side's final tokens. In a fork, they begin with the token that the visitor
+            chose. The inspection of the earlier tokens is taken from the side that the fork continues, and the two are
+            joined before they are kept.
         """
         text = self.stream.sides[name]
         self.stream.end(name, inspection)
@@ -125,7 +130,7 @@ class KeptRun:
 
 
 class Latest(Generic[T]):
-    """Keeps the newest `most` objects that were added, by their attribute `id`. Older objects are dropped."""
+    """Keeps the newest `most` objects that were added, and drops older ones. `get` finds an object by its `id`."""
 
     def __init__(self, most: int):
         self._most = most

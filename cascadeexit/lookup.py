@@ -1,8 +1,8 @@
-"""Lookup: copies tokens from earlier in the text by n-grams. Copies are drafts, and inputs of confidence estimators.
+"""Lookup: copies tokens from earlier in the text by n-grams. Copies serve as drafts.
 
 If the newest tokens also occur earlier in the text (prompt included), the token that followed them there is copied
-(prompt lookup: Saxena 2023). The probability of a copy is the share of accepted copies so far in this text, among
-copies after n-grams of the same length.
+(prompt lookup: Saxena 2023). Confidence estimators read copies, too. The probability that a copy is right is estimated
+from earlier copies in this text after n-grams of the same length: it is the share of these copies that were accepted.
 """
 
 from collections.abc import Sequence
@@ -57,10 +57,10 @@ class Lookup:
         return None
 
     def copied(self, text: Sequence[int]) -> tuple[int, int]:
-        """Find the last earlier place in the index at which the newest tokens of `text` also stand.
+        """Find the token that `find` copies for this text, and the full length of the match.
 
-        Returns the token that follows there, and the number of tokens before it that equal the newest tokens of `text`,
-        at most `MAX_MATCH`. Returns `NOTHING_COPIED` if there is no such place.
+        Returns the token and the length. The length is the number of tokens directly before the copied token that equal
+        the newest tokens of `text`, at most `MAX_MATCH`. Returns `NOTHING_COPIED` if `find` copies no token.
         """
         copy = self.find(text)
         if copy is None:

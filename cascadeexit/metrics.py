@@ -1,7 +1,7 @@
-"""Metrics: functions that compute numbers from TokenEvents. Page, benchmark and evaluation all use these definitions.
+"""Metrics: functions that compute numbers from TokenEvents. Page, benchmark and evaluation all use these functions.
 
 Only final events (emitted or accepted) count as tokens. Drafts and rejections count in `drafted` and `acceptance`. The
-bytes that were read for them count in `cost`.
+bytes of weights that were read for drafts count in `cost`.
 """
 
 from collections.abc import Sequence

@@ -49,8 +49,8 @@ class SegmentedModel:
 
     Args:
         base: a transformers *ForCausalLM of a supported type. It is put in eval mode and frozen.
-        exit_layers: for each exit, the number of layers below it, ascending, each in 0..num_layers-1. An exit after
-            layer 0 reads the token's embedding, and also the carried state if its adapter reads it.
+        exit_layers: for each exit, the number of layers below it, ascending, each in 0..num_layers-1. An exit with
+            0 layers below it reads the token's embedding and, depending on its adapter, also the carried state.
         name: short name for messages and saved files.
         backend: 'cpu', 'gpu', 'torch', a class of your own (`backends.base.Backend`), or None for the fastest that
             fits.
@@ -113,7 +113,10 @@ class SegmentedModel:
 
     @property
     def head_weight(self) -> Tensor:
-        """Weight of the vocabulary projection that all exits share (V, D). Some backends compute it each time."""
+        """Weight (V, D) of the vocabulary projection, which all exits share.
+
+        On some backends, this weight is computed at each access.
+        """
         return self.head.weight
 
     @cached_property

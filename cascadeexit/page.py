@@ -78,7 +78,7 @@ class PromptSource:
 
 
 class Page:
-    """Handlers of one page. They share the models, the newest runs and the newest evaluations."""
+    """The functions behind the controls of one page. They share the models, the newest runs and evaluations."""
 
     def __init__(self, runner: Runner):
         self.library, self._runner = runner.library, runner
@@ -86,9 +86,9 @@ class Page:
         self._reports: Latest[Report] = Latest(KEPT_REPORTS)
 
     def respond(self, settings: Settings) -> Iterator[Frame]:
-        """Decode a visitor's prompt in all panels, check the texts that exits wrote, and keep the run.
+        """Decode a visitor's prompt once for each panel, check the texts that exits wrote, and keep the run.
 
-        Yields the changes of the page.
+        The check compares each token with the full model's choice after the same text. Yields the changes of the page.
         """
         try:
             if not (settings.prompt or "").strip():
@@ -137,8 +137,8 @@ class Page:
     def fork(self, run, side, at, token_id) -> Iterator[Frame]:
         """Continue one text of a finished run after replacing one of its tokens. Yields the changes of the page.
 
-        The continuation becomes a new side of the run. It is decoded with the settings of the side that it continues.
-        Then its text is checked. The arguments may be any JSON.
+        A side is one of the texts of a run. The continuation becomes a new side of the run. It is decoded with the
+        settings of the side that it continues. Then its text is checked. The arguments may be any JSON.
 
         Args:
             run: id of the run.
@@ -163,8 +163,8 @@ class Page:
     def measure(self, run) -> Iterator[Frame]:
         """Measure how much the speed-up of a finished run varies. Yields the changes of the page.
 
-        The first side and the full model decode the beginning of the text again, several times. The speed-ups are
-        written to the run's stream.
+        The beginnings of two texts are decoded again, several times: the text in the first panel, and the full model's
+        text. The speed-ups are written to the run's stream.
 
         run: id of the run; it may be any JSON.
         """
@@ -245,17 +245,28 @@ class Page:
     # The browser calls the next two, so their arguments may be any JSON.
 
     def token_card(self, run, side, i) -> dict | None:
-        """Return the likeliest tokens at position i of a side's text, as `Inspection.card` does.
+        """Return the likeliest tokens at one position of a text, as `Inspection.card` does.
 
-        Returns None if the side's text was not checked.
+        Returns None if the text was not checked, or if the run is no longer kept.
+
+        Args:
+            run: id of the run.
+            side: name of the side (one of the texts of the run).
+            i: the position.
         """
         kept = self._runs.get(run)
         return kept.card(side, i) if kept else None
 
     def layer_map(self, run, side, start, count) -> dict | None:
-        """Return the choices of every exit at `count` positions of a side's text, as `Inspection.map` does.
+        """Return the choices of every exit and of the full model in a part of a text, as `Inspection.map` does.
 
-        The positions begin at `start`. Returns None if the side's text was not checked.
+        Returns None if the text was not checked, or if the run is no longer kept.
+
+        Args:
+            run: id of the run.
+            side: name of the side (one of the texts of the run).
+            start: first position.
+            count: number of positions.
         """
         kept = self._runs.get(run)
         return kept.map(side, start, count) if kept else None
@@ -356,8 +367,8 @@ def threshold_for(percent: float, calibration: Calibration) -> float:
 def percent_at(threshold: float, calibration: Calibration) -> int:
     """Return the agreement with the full model, in whole percent, that is certified at this threshold.
 
-    Only some thresholds were measured. The agreement is that of the nearest measured threshold that is not above this
-    one. Returns 0 if there is none.
+    Only some thresholds were measured. The agreement is that of the highest measured threshold that is not above
+    `threshold`. Returns 0 if all measured thresholds are above `threshold`.
     """
     at_most = [point.at_most for point in calibration.points if point.threshold <= threshold]
     return math.floor(round(100 * (1 - at_most[0]), 9)) if at_most else 0

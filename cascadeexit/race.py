@@ -9,10 +9,10 @@ from cascadeexit.events import TokenEvent
 
 
 def race(sides: Mapping[str, Iterator[TokenEvent]]) -> Iterator[tuple[str, TokenEvent]]:
-    """Merge the events of several runs in the order of their engine time. Yields (name of the run, event).
+    """Let several runs take turns, and merge their events. Yields (name of the run, event).
 
-    The field `seconds` of an event counts only the work of its own run. So the events come in the order that they would
-    have if each run had a machine of its own. Closing this generator closes the runs.
+    Engine time is the time that the engine worked for one run; an event has it in the field `seconds`. The next event
+    always comes from the run that has used the least engine time so far. Closing this generator closes the runs.
 
     sides: {name of a run: its events}.
     """

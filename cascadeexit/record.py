@@ -1,7 +1,7 @@
 """Records: saves runs to files that the page can replay. Files are not trusted: `load` checks every value.
 
 A file is one JSON object {"format": 1, "records": [...]}. `cascadeexit.stream` describes the records. In older files,
-the record `run` has no field `sides`. Such a run has the sides `cascade` and `full`.
+the record `run` has no field `sides`. Such a run has two sides (texts): `cascade` and `full`.
 """
 
 import json

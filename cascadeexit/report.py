@@ -112,9 +112,9 @@ class Report:
 
 
 def measured_curve(fingerprint: str) -> list[dict]:
-    """Return the earlier measurements for the exits with this fingerprint; [] if there are none.
+    """Return what `training.evaluate decode` measured earlier for the exits with this fingerprint.
 
-    Each measurement is {threshold, agreement, cost, ...}, written by `training.evaluate decode`.
+    There is a dict {threshold, agreement, cost, ...} for each threshold. Returns [] if these exits were not measured.
     """
     if not _MEASURED.exists():
         return []

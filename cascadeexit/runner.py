@@ -47,7 +47,7 @@ class RunFailed(RuntimeError):
 
 
 class Check(StrEnum):
-    """What is computed after a race about each text that exits wrote."""
+    """What a race computes at its end about each text that exits wrote."""
 
     NOTHING = "nothing"
     CHOICES = "choices"             # what the full model would have chosen at each position
@@ -56,7 +56,10 @@ class Check(StrEnum):
 
 @dataclass(frozen=True)
 class Task:
-    """Work for one side of a race: its prompt, how to decode it, and the tokens that were written before."""
+    """The work for one side of a race. A side is one of the texts of a run.
+
+    A task has the token ids of the prompt, the config for decoding, and the events of tokens that were written before.
+    """
 
     ids: Sequence[int]                          # of the prompt
     config: DecodeConfig | None = None          # None: nothing is decoded
@@ -72,8 +75,8 @@ class Task:
 class Batch:
     """One message from a running race.
 
-    At first a batch holds events, in their order, as (side, event). After the last event, batches hold the progress of
-    the check of the texts, and at last its results.
+    The first batches hold events in the order of time, as (name of the side, event). If texts are checked, later
+    batches hold the progress of this check, and the last batch holds the results of the check.
     """
 
     events: Sequence[tuple[str, TokenEvent]] = ()

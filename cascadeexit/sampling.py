@@ -40,10 +40,11 @@ class Sampler:
         return int(torch.multinomial(self.distribution(logits, ids), 1, generator=self.generator))
 
     def judge(self, drafts: Sequence[int], row: Tensor | Choice) -> int:
-        """Return the token that is verified at a position: one of the drafts, or else the full model's own choice.
+        """Return the token that becomes final at a position. This is the full model's own choice.
 
-        The full model chooses as if there were no drafts, so the text is its own, even if it is sampled. With a
-        tolerance (only if greedy), the likeliest draft is returned instead if it is likely enough.
+        The full model chooses as if there were no drafts, so the text is the full model's own text, even if tokens are
+        sampled. There is one exception, only for greedy runs with a tolerance: if the choice is not among the drafts
+        and the likeliest draft is likely enough, this draft is returned.
 
         Args:
             drafts: token ids of the drafts at this position; may be empty.

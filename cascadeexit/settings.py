@@ -1,8 +1,8 @@
 """Settings: what a visitor chose on the page, with default values and limits.
 
-A setting has three names. The name of its field is also the name of its control on the page. `query` is its parameter
-in the page's address, and `record` is its key in a recorded run. Thresholds are special: they have one control for each
-exit (`THRESHOLDS`), and share one parameter in the address.
+A setting has three names: the name of its field, which is also the name of its control on the page; `query`, the name
+of its parameter in the page's address; and `record`, its key in a recorded run. Thresholds are special: they have one
+control for each exit (`THRESHOLDS`), and share one parameter in the address.
 """
 
 import math
@@ -91,10 +91,10 @@ class Settings:
             raise ValueError("A setting is too large: give it a smaller value.") from None
 
     def sides(self, shape: Shape) -> list[Side]:
-        """Return the texts of a run that the page shows, in the order of the panels.
+        """Return a `Side` for each text that the page shows in a run, in the order of the panels.
 
-        They are the text that is decoded with these settings, the text of the third panel if there is one, and the full
-        model's text. Raises ValueError with a message for the visitor.
+        There are two or three texts: the text that is decoded with these settings, the text of the third panel if there
+        is one, and the full model's text. Raises ValueError with a message for the visitor.
         """
         config, full = self.decode_configs(shape.num_exits)
         sides = [Side(CASCADE, self._title(shape), _checked_late(config))]

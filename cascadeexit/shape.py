@@ -33,7 +33,7 @@ class Shape:
 def exit_name(s: int, shape: Shape) -> str:
     """Return a name of segment s for visitors, such as "Exit 2 (after layer 9 of 30)".
 
-    The last segment is the "Full model".
+    The name of the last segment is "Full model".
     """
     if s == shape.num_exits:
         return "Full model"

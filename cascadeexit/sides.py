@@ -1,4 +1,4 @@
-"""Sides: the texts of one run, which the page shows side by side, and how each of them grows."""
+"""Sides: the texts of one run, which the page shows side by side, and how each text grows."""
 
 import copy
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ class SideText:
 
     @property
     def start(self) -> int:
-        """Position of the first token that the engine decoded. It is 0 if this is no fork."""
+        """Position of the first token that the engine decoded for this text; 0 if this is no fork."""
         return len(self.before) + (self.chosen is not None)
 
     @property
@@ -82,9 +82,9 @@ class SideText:
         return self.events[1:] if self.chosen else self.events
 
     def placed(self, event: TokenEvent) -> TokenEvent:
-        """Convert an event of the engine to the positions of this text.
+        """Return an event of the engine with its position counted from the beginning of this text.
 
-        The engine counts positions from the end of the tokens that it read first.
+        The engine counts positions from the end of `read_ids`, the tokens that it read before it began to decode.
         """
         return replace(event, index=event.index + self.start) if self.start else event
 
@@ -123,7 +123,8 @@ class SideText:
     def tree(self, event: TokenEvent) -> list[tuple[TokenEvent, bool]] | None:
         """Collect the drafts and verdicts of verification passes. Call it for each event, in order.
 
-        With the last verdict of a pass, returns (draft, accepted) for each draft of the pass. Otherwise returns None.
+        A verdict is an event that accepts or rejects a draft. At the last verdict of a pass, this returns a list of
+        (draft, True if it was accepted) with all drafts of the pass. At every other event it returns None.
         """
         if event.status is Status.DRAFT:
             self._pass.append(event)

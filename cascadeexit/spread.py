@@ -12,11 +12,11 @@ REPEATS, TOKENS = 3, 64         # tokens of each repeat, at most: a few seconds 
 
 
 def speedups(runner: Runner, label: str, tasks: Mapping[str, Task]) -> Iterator[float | None]:
-    """Race the sides `CASCADE` and `FULL` against each other again, `REPEATS` times with at most `TOKENS` tokens.
+    """Decode two texts of a run again in a race, `REPEATS` times, with at most `TOKENS` tokens each.
 
-    Yields a number for each repeat, the speed-up: the speed of `CASCADE` divided by the speed of `FULL`. Before each
-    number it yields None several times, so that the caller can stop in the middle of a repeat. A repeat in which a text
-    has fewer than two tokens gives no number.
+    The texts are the sides `CASCADE` and `FULL`. Yields the speed-up in each repeat: the speed of `CASCADE` divided by
+    the speed of `FULL`. Before each speed-up, None is yielded several times, so that the caller can stop in the middle
+    of a repeat. A repeat in which a text has fewer than two tokens gives no speed-up.
 
     Args:
         label: name of the model in the runner's library.

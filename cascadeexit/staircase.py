@@ -36,7 +36,7 @@ class Staircase:
         self.waiting: list[Rows | None] = [None] * model.num_segments   # (1, N, D) at segments 1..S-1
 
     def filled(self, s: int) -> int:
-        """Return how many positions of the sequence segment s has computed."""
+        """Return the number of positions that segment s has computed."""
         if self.model.bounds[s] == self.model.bounds[s + 1]:        # no layers: it has computed all that it passed on
             waiting = self.waiting[s + 1]
             return self.filled(s + 1) + (0 if waiting is None else waiting.shape[1])
@@ -51,8 +51,8 @@ class Staircase:
     def run(self, segments: range, parents: Sequence[int] | None = None, meter: Meter | None = None) -> list[Rows]:
         """Run all positions that wait at these segments through the layers of these segments.
 
-        Returns the rows after each segment, (1, N, D) each. The newest position is the last row. Neighbouring segments
-        run in one pass if no rows wait between them.
+        Returns, for each segment, the rows (hidden states) after this segment, (1, N, D) each. The newest position is
+        the last row. Neighbouring segments run in one pass if no rows wait between them.
 
         Args:
             segments: numbers of neighbouring segments.
@@ -97,7 +97,8 @@ class Staircase:
     def read(self, tokens: Sequence[int]) -> Iterator[list[Rows]]:
         """Add tokens to the sequence and run them through all segments, in chunks of at most 256 tokens.
 
-        After each chunk, yields the rows of the chunk after each segment, (1, n, D) each.
+        Yields a list for each chunk. It holds, for each segment, the chunk's rows (hidden states) after this segment,
+        (1, n, D) each.
         """
         for a in range(0, len(tokens), _MAX_ROWS):
             self.tokens.extend(tokens[a:a + _MAX_ROWS])
@@ -106,12 +107,13 @@ class Staircase:
     def prefill(self, tokens: Sequence[int]) -> list[Rows]:
         """Add tokens to the sequence and run them through all segments.
 
-        Returns the rows after each segment, (1, N, D) each; [] without tokens.
+        Returns, for each segment, the rows (hidden states) of these tokens after this segment, (1, N, D) each. Returns
+        [] if there are no tokens.
         """
         return self._joined(list(self.read(tokens)))
 
     def adopt(self, other: "Staircase") -> None:
-        """Copy the tokens and the cache of another staircase into this one. No rows may wait at the other one."""
+        """Copy the tokens and the cache of another staircase into this one. In `other`, no rows may wait."""
         self.tokens = list(other.tokens)
         self.cache.copy_from(other.cache)
 
@@ -120,7 +122,7 @@ class Staircase:
 
         Args:
             drafts: number of drafts at the end of the sequence.
-            path: indices of the accepted drafts among them, ascending.
+            path: indices of the accepted drafts, counted from the first draft, ascending.
         """
         assert all(w is None for w in self.waiting), "rows are waiting: keep a path only after the last segment ran"
         if len(path) == drafts:                         # all of them, in their order

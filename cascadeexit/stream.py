@@ -1,7 +1,7 @@
 """TokenStream: a run as lines of text. The page shows them, a file stores them, and tests read them.
 
-Each line is one record. Records come in the order of time. `cascadeexit.wire` writes a record as a line. These are the
-types of records and their fields; {...} is an object, and [...] a list:
+Each line is one record. Records come in the order of time. `cascadeexit.wire` writes a record as a line. A side is one
+of the texts of the run. These are the types of records and their fields; {...} is an object, and [...] a list:
 
     model    format, model (name), layers (number), exits [{layer, depth}], trained, colours
     run      run (its id), sides [{name, mode, thresholds, tolerance, title}] in the order of the panels, the full model
@@ -15,7 +15,8 @@ types of records and their fields; {...} is an object, and [...] a list:
              Some tokens have: ms (milliseconds since the token before); ran [[first, end, rows]] (since the event
              before, segments first to end - 1 ran for this number of positions); special (true for a special token);
              bytes (hexadecimal, for a part of a character); part (true if a later token completes the character)
-    checked  side, i, ids: the full model's choices at positions i, i + 1, ..., found when skipped layers caught up
+    checked  side, i, ids: the full model's choices at positions i, i + 1, ..., which were computed together with layers
+             that exits had skipped
     tree     side, i (position of the first draft), drafts [[id, text, parent, p, exit, accepted]]: all drafts of a
              verification pass, after the pass. parent is the index of the draft that this draft follows, or -1; p is
              the estimated probability that it follows its parent, or null
@@ -85,7 +86,7 @@ class TokenStream:
     The result is the same whether the string is read piece by piece or at once.
 
     Args:
-        sides: the sides in the order of the panels. All others are compared with the side `FULL`.
+        sides: the sides in the order of the panels. The side `FULL` is the one with which all others are compared.
         settings: what the visitor chose, as plain JSON. It is written to the stream unchanged.
     """
 
@@ -311,9 +312,9 @@ def error_line(message: str) -> str:
 
 
 def stopped(text: str) -> str:
-    """Return the text of a stream with a line at its end that says that the visitor stopped the run.
+    """Add the record `stopped`, which means that the visitor stopped the run, to the text of a stream.
 
-    If no run is in progress, the text is returned unchanged.
+    Returns the new text. If no run is in progress, returns the text unchanged.
     """
     for line in reversed(text.splitlines()):
         try:

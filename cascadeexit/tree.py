@@ -1,10 +1,10 @@
 """DraftTree: a draft source that proposes a tree of drafts, which one pass of the full model verifies.
 
 Drafts come from two cheap sources. The first is the drafter or, without a drafter, the exit before the first layer.
-Both read a token's embedding and the carried state. The second is n-gram lookup. Often several tokens are likely, so a
-position may have several drafts. The verification pass reads its weights once for all of them (SpecInfer: Miao et al.
-2023). A draft is added if the tokens that are expected from it are worth the cost of one more row. Draft probabilities
-are rescaled by the acceptance rate so far in this text.
+Either reads a token's embedding and the carried state. The second is n-gram lookup. Often several tokens are likely, so
+a position may have several drafts. The verification pass reads the model's weights once for all drafts (SpecInfer: Miao
+et al. 2023). A draft is added if its chance of being accepted is worth the cost of one more row in the pass. The
+drafter's probabilities are corrected by how many of its drafts were accepted so far in this text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,11 +45,11 @@ class DraftTree:
     """Draft source that proposes a tree for each verification pass. It adapts to how many drafts were accepted so far.
 
     Args:
-        model, exits: the model and the runtime of its exits.
+        model, exits: the model, and its exits ready to run.
         prompt: token ids of the prompt, for n-gram lookup.
         temperature: temperature of the run. The drafter's softmax has the same temperature; in a greedy run it has 1.
-        passed: rows of the prefill after each segment, (1, N, D) each, for the drafter's context; [] if there was no
-            prefill.
+        passed: for each segment, the rows (hidden states) that the prefill had after this segment, (1, N, D) each. The
+            drafter reads some of them. [] if there was no prefill.
         eos_ids: token ids after which nothing is drafted.
         limit: largest number of drafts in a tree.
         end: largest length of the text, prompt included; no draft is made beyond it. None for no such limit.

@@ -1,4 +1,7 @@
-"""Views: the Plotly figure of an evaluation. It does not depend on the page."""
+"""Views: makes the Plotly figure that shows the results of many prompts.
+
+This module imports nothing of the web page.
+"""
 
 from collections.abc import Sequence
 
@@ -12,12 +15,12 @@ _KIND_COLOURS = ("#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377")      # P
 
 
 def quality_speed_figure(results: Sequence[Result], curve: Sequence[dict] = ()) -> go.Figure:
-    """Plot the agreement of prompts in two charts: against the measured speed-up, and against the weights read.
+    """Plot the agreement with the full model in two charts: against the speed-up, and against the weights read.
 
     Each chart has a point for each prompt, and a point for all prompts together.
 
-    curve: earlier measurements of other thresholds, {threshold, agreement, cost} each. Their speed was not measured on
-        this machine, so only the lower chart shows them, as a line.
+    curve: earlier measurements with other thresholds, {threshold, agreement, cost} each. They include no speed on this
+        machine, so they appear only in the lower chart, as a line.
     """
     figure = make_subplots(rows=2, cols=1, vertical_spacing=0.22)
     if curve:

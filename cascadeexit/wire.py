@@ -1,7 +1,7 @@
 """Wire: converts each record of a stream to one line of text, and back.
 
 Most records are tokens. A token is written as a short array, and every other record as an object. The array has these
-values. It ends with the last value that is not null:
+values in this order. Nulls at its end are left out:
 
     [side, i, id, status, text, exit, t, conf, read, ms, ran, special, bytes, part]
 
@@ -38,7 +38,10 @@ def write_line(type: str, **record) -> str:
 
 
 def expand(line: str) -> dict:
-    """Read the record of a line, as an object with names. Raises ValueError for a line that is not JSON."""
+    """Convert a line back to its record. Returns {name of a field: value}.
+
+    Raises ValueError for a line that is not JSON.
+    """
     values = json.loads(line)
     if not isinstance(values, list):
         return values
