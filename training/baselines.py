@@ -8,8 +8,8 @@ This file has three such loops, with our model and our exits: `standard` (the fu
 `self_speculation`. The tests use them as a reference.
 
 Each method runs without a cache (these loops) and with a cache (our engine). The table has two ratios for each method.
-The first compares its speed with the loop `standard`. The second compares an uncached method with the loop `standard`,
-too, but a cached method with our engine in mode `full`.
+The first ratio is the speed of the method / the speed of the loop `standard`. The second ratio is the same for a method
+without a cache. For a method with a cache, it is the speed of the method / the speed of our engine in mode `full`.
 """
 
 import argparse
@@ -48,9 +48,9 @@ class Uncached:
         self.model, self.layers, self.exits = engine.model, engine.model.layers, engine.exits
 
     def segments(self, text: list[int]) -> Iterator[Tensor]:
-        """Yield the hidden states of the whole text (1, N, D) after each segment.
+        """Run the segments one after another. After each segment, yield the hidden states (1, N, D) of the whole text.
 
-        The layers of a segment run only when the caller asks for its hidden states. So a caller can stop after any
+        The next segment runs only when the caller asks for the next hidden states. So a caller can stop after any
         segment.
         """
         rows, cache = self.layers.embed(text), self.layers.new_cache(len(text) + self.layers.row_multiple)
@@ -61,8 +61,8 @@ class Uncached:
     def top(self, text: list[int]) -> tuple[Tensor, Tensor]:
         """Run the full model over a text.
 
-        Returns its first choice of the next token at every position (N,), and the hidden states after the final norm
-        (N, D).
+        Returns the full model's first choice of the next token at every position, a tensor (N,), and the hidden states
+        after the final norm, a tensor (N, D).
         """
         *_, h = self.segments(text)
         normed = self.layers.norm(h)
@@ -77,7 +77,7 @@ class Uncached:
         Args:
             h: hidden states of the whole text at the layer of the exit (1, N, D).
             carried: the carried state (1, D).
-            copied: token and match length of the n-gram lookup, from `Lookup.copied`.
+            copied: the token that the n-gram lookup proposes, and the length of its match, from `Lookup.copied`.
             before: the adapted hidden state of the previous exit (1, D). None if that exit did not run.
 
         Returns the token that the exit chooses, its confidence, and its adapted hidden state (1, D).
@@ -87,7 +87,7 @@ class Uncached:
         return self.exits.choice(s, hidden), confidence, hidden
 
     def carried(self, prompt: list[int]) -> Tensor:
-        """Return the carried state at the prompt's last token (1, D). `Engine.generate` starts from an equal state."""
+        """Return the carried state (1, D) at the last token of the prompt. `Engine.generate` starts from the same."""
         return carried_states(self.top(prompt)[1])[-1:]
 
 
@@ -111,7 +111,7 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
     Args:
         thresholds: one for each exit.
         ask_all: True runs the exits one after another until one is taken, as the original CascadeExit does. False skips
-            exits that are not `worth_running`.
+            exits that are not worth running (`cascadeexit.drafting.worth_running`).
     """
     run, text = Uncached(engine), list(prompt)
     carried, lookup = run.carried(prompt), Lookup(prompt)

@@ -10,13 +10,13 @@ def batches(rows: dict[int, int], batch: int, epochs: float, seed: int,
     """Choose the documents of each training step. Returns a list of document numbers for each step.
 
     Every epoch reads the documents in a new random order. A step takes documents until they have at least `batch` rows
-    together. Only the last step may have fewer rows. A row is a position where an exit learns.
+    together. Only the last step may have fewer rows. A row is a position that `Features.wanted` selects.
 
     Args:
         rows: {document number: number of its rows}.
         batch: smallest number of rows in a step.
         epochs: passes over all documents; may be a fraction.
-        repeats: {document number: how often one epoch reads it}. Documents that are not in it are read once.
+        repeats: {document number: how often one epoch reads it}. An epoch reads all other documents once.
     """
     order, numbers = [], [i for i in sorted(rows) for _ in range((repeats or {}).get(i, 1))]
     for epoch in range(math.ceil(epochs)):

@@ -5,16 +5,16 @@
     python -m training.benchmark --replay                   # our engine only, random weights; 3B parameters on a GPU
     python -m training.benchmark --replay --simulate        # count bytes and kernels of a GPU, without a GPU
 
-A contender is one way to decode, such as a mode of our engine. Every contender decodes every prompt greedily, with the
-same limit of new tokens. The order of the contenders changes from prompt to prompt. Before that, every contender
-decodes one prompt as a warm-up, which does not count. Our engine, transformers and llama.cpp each have their own copy
+A contender is one way to decode, such as a mode of our engine. First, every contender decodes one prompt as a warm-up,
+which does not count. Then every contender decodes every prompt greedily, with the same limit of new tokens. The order
+of the contenders changes from prompt to prompt. Our engine, transformers and llama.cpp each have their own copy
 of the weights.
 
-The speed is in tokens per second and includes prefill. The table shows its median and quartiles over the prompts. The
-ratio of two speeds is computed for each prompt. Then comes the median over the prompts of a set (chat, code, summarise,
-facts), then the geometric mean over the sets. Two of the programs can skip a part of prefill. With its own kernels, our
-engine reads the opening of the chat template only once, when it loads the model. llama.cpp reuses the beginning that a
-prompt has in common with the prompt before.
+The speed is in tokens per second and includes prefill. The table shows the median and the quartiles of the speed over
+the prompts. The ratio of two speeds is computed for each prompt. Each set of prompts (chat, code, summarise, facts) has
+a median ratio. The ratio in the table is the geometric mean of these medians. Two of the programs can skip a part of
+prefill. If our engine uses its own kernels, it reads the opening of the chat template only once, when the model is
+loaded. llama.cpp reuses the beginning that a prompt has in common with the prompt before.
 
 The table also shows the quality. Agreement is the share of tokens that the full model would have chosen after the same
 text. Sequence match is the share of texts that are identical to the text of `full`. The roofline multiple is tokens per
@@ -23,8 +23,8 @@ transformers, they are all weights. The bandwidth is measured before and after t
 counts.
 
 --growth also measures how the time per token grows with the length of context and output. --check-late also runs every
-cascade with `DecodeConfig.check_late`, and reports its speed relative to the same cascade without that option. The last
-line of the output is one JSON object.
+cascade with `DecodeConfig.check_late`, and reports its speed / the speed of the same cascade without this option. The
+last line of the output is one JSON object.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def race_all(contenders: list[Contender], prompts: list[list[int]], device: torc
     """Decode every prompt with every contender. Speeds and outputs are stored in the contenders.
 
     First, every contender decodes the longest prompt as a warm-up, which does not count. Compiled code and caches get
-    their size from this prompt. A contender that raises an error in the warm-up is left out, and its `error` says why.
-    If it is one of `COMPARED`, the error is raised instead.
+    their size from this prompt. If a contender fails in the warm-up, it is left out and its `error` says why. But
+    an error of a contender that others are compared with (`COMPARED`) is raised.
     """
     for index, ids in enumerate(tqdm([max(prompts, key=len), *prompts], unit="prompt")):
         if not index:
@@ -83,11 +83,11 @@ def race_all(contenders: list[Contender], prompts: list[list[int]], device: torc
 def ratio(ours: Contender, base: Contender, kinds: list[str]) -> float:
     """Return the speed of `ours` relative to the speed of `base`.
 
-    The ratio is computed for each prompt. The result is the median over the prompts of each kind, then the geometric
-    mean over the kinds.
+    The ratio is computed for each prompt. Each set of prompts has a median ratio. The result is the geometric mean of
+    these medians.
 
     Args:
-        kinds: the kind of each prompt.
+        kinds: the set of each prompt, such as "chat".
     """
     each = defaultdict(list)
     for kind, a, b in zip(kinds, ours.speeds, base.speeds, strict=True):
@@ -96,13 +96,13 @@ def ratio(ours: Contender, base: Contender, kinds: list[str]) -> float:
 
 
 def checked_speeds(contenders: dict[str, Contender], kinds: list[str]) -> dict[str, float]:
-    """Compute what `check_late` costs each cascade.
+    """Compare the speed of each cascade with and without `DecodeConfig.check_late`.
 
-    Returns {name of a cascade: its speed with `check_late` / its speed without}.
+    Returns {name of a cascade: speed with `check_late` / speed without `check_late`}.
 
     Args:
         contenders: {name: contender}.
-        kinds: the kind of each prompt.
+        kinds: the set of each prompt, such as "chat".
     """
     return {name: ratio(contenders[name + CHECKED], plain, kinds) for name, plain in contenders.items()
             if name + CHECKED in contenders}
@@ -115,8 +115,8 @@ def result_row(contender: Contender, contenders: dict[str, Contender], engine: E
     For a mode of our engine, the row also has the `engine_figures`.
 
     Args:
-        contenders: {name: contender}, for the ratios.
-        kinds: the kind of each prompt.
+        contenders: all contenders, {name: contender}. The ratios compare with some of them.
+        kinds: the set of each prompt, such as "chat".
         bandwidth: read bandwidth of the memory, in bytes per second.
     """
     full, base = contenders["full"], contenders[GENERATE]

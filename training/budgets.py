@@ -15,8 +15,8 @@ class Budget:
     Attributes:
         what: description of the figure.
         target: the value that the figure must reach.
-        value: function that reads the figure from {step name: result}. If the result of a step is missing, it may raise
-            KeyError or TypeError, or return None.
+        value: function that reads the figure from {step name: result}. If the result of a step is missing, the function
+            may raise KeyError or TypeError, or return None.
         at_least: True if the figure must be `target` or more, False if it must be `target` or less.
     """
 

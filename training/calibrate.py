@@ -7,9 +7,10 @@ documents, on which neither adapters nor estimators were trained. A prompt is al
 reply. At each threshold, the cascade decodes every prompt greedily. Then the full model reads the text. The loss of a
 prompt is the share of its new tokens that the full model would not have chosen.
 
-The result is `calibration.json` in the exits folder. For each threshold it holds the mean loss, and an upper bound of
-the expected loss on prompts like these (Learn then Test with Hoeffding-Bentkus bounds, see `cascadeexit.calibration`).
-The bound does not cover other kinds of prompts, or much longer replies. The same command continues an interrupted run.
+The result is `calibration.json` in the exits folder. For each threshold, the file holds the mean loss, and an upper
+bound of the expected loss on prompts like these (Learn then Test with Hoeffding-Bentkus bounds, see
+`cascadeexit.calibration`). The bound does not cover other kinds of prompts, or much longer replies. The same command
+continues an interrupted run.
 """
 
 import random
@@ -33,7 +34,7 @@ Prompt = tuple[int, ...]        # token ids
 
 
 def prompt_of(document: Document) -> Prompt:
-    """Return the prompt of a document: all its tokens before the last reply, which the model wrote."""
+    """Return the prompt of a document: all tokens before the last reply that the model wrote."""
     first = len(document.ids)
     while first and document.chosen[first - 1]:
         first -= 1

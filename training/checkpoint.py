@@ -50,9 +50,13 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
 
     def restore(self, parts: dict[str, Any]) -> int:
-        """Load the checkpoint into the objects in `parts`, {name: object}, with `load_state_dict`.
+        """Load the checkpoint: call `load_state_dict` of each object with the state that `save` stored under its name.
 
-        Returns the number of steps done before the checkpoint. Without a checkpoint it changes nothing and returns 0.
+        Args:
+            parts: {name: object}.
+
+        Returns the number of steps done before the checkpoint. Without a checkpoint, nothing is loaded and the result
+        is 0.
         """
         if not self._state:
             return 0

@@ -57,7 +57,7 @@ _FACT_ROWS = 4096           # rows whose facts are computed at a time
 
 @dataclasses.dataclass
 class ExitRows:
-    """Results of one exit at n rows. A row is a position of a document where an exit learns."""
+    """Results of one exit at n rows. A row is one of the positions that `Features.wanted` selects."""
 
     hidden: Tensor      # (n, D) adapted hidden state
     copied: Tensor      # (n, 2) what the n-gram lookup proposes, from `read_copies`
@@ -82,10 +82,10 @@ def copied_along(ids: tuple[int, ...]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def exit_rows(engine: Engine, s: int, store: FeatureStore, documents: list[int], part: str) -> ExitRows:
-    """Run exit s at all positions of these documents where an exit learns. The results are in main memory.
+    """Run exit s at the positions that `Features.wanted` selects. The results are in main memory.
 
     Args:
-        documents: numbers of the documents.
+        documents: numbers of the documents that have these positions.
         part: name of the documents, for the progress bar.
     """
     parts, device, exits, words = [], engine.model.device, engine.exits, engine.bank.head_ids
@@ -181,7 +181,7 @@ class MlpEstimators:
 class SketchEstimators:
     """Trains estimators of the kind `sketch` (`SketchConfidence`).
 
-    They read facts of the softmax over the most frequent words, the bank's `sketch_ids`.
+    These estimators read facts of the softmax over the most frequent words, which are the bank's `sketch_ids`.
 
     Args:
         width: inner width of the estimators.
@@ -246,7 +246,8 @@ def sketch_words(bank: ExitBank, store: FeatureStore, model: SegmentedModel, wor
 def first_rows(store: FeatureStore, limit: int) -> list[int]:
     """Return the numbers of the first training documents: as many as are needed for `limit` rows.
 
-    A row is a position where an exit learns. If all training documents have fewer rows, all are returned.
+    A row is a position that `Features.wanted` selects. If all training documents together have fewer rows than `limit`,
+    the numbers of all training documents are returned.
     """
     documents, taken = [], 0
     for i in store.of(Split.TRAIN):
@@ -263,10 +264,10 @@ def baselines(calibration: ExitRows, test: ExitRows) -> dict:
     """Measure three simple confidences: largest probability, margin and exp(-entropy). They need all logits of an exit.
 
     Args:
-        calibration: results of the exit to which Platt scaling is fitted.
-        test: results of the exit on which the confidences are measured.
+        calibration: results of the exit on the calibration documents, for fitting Platt scaling.
+        test: results of the exit on the test documents, for measuring the confidences.
 
-    Returns for each confidence: AUROC, ECE, and ECE after Platt scaling.
+    Returns {name of a confidence: {"auroc": AUROC, "ece": ECE, "ece_calibrated": ECE after Platt scaling}}.
     """
     report = {}
     scores = {"softmax": lambda r: r.softmax, "margin": lambda r: r.margin,

@@ -98,7 +98,9 @@ def with_llama_cpp(gguf: Path, tokens: int, eos: frozenset[int]) -> Decode:
 
 
 def make_contenders(engine: Engine, reference, args: argparse.Namespace) -> list[Contender]:
-    """Make all contenders that can run on this machine. Those whose names begin with an entry of --skip are left out.
+    """Make all contenders that can run on this machine.
+
+    A contender is left out if its name begins with an entry of --skip.
 
     Args:
         reference: the transformers model.

@@ -140,7 +140,7 @@ def read_dataset(args: argparse.Namespace) -> Iterator[str]:
 
     A row is one document. Only for WikiText, whose rows are single lines, the lines of an article are joined.
 
-    Raises SystemExit if the dataset has no such column.
+    Raises SystemExit if the dataset has no column `text`.
     """
     from datasets import load_dataset  # here: only this command needs it, and its import takes a second
 

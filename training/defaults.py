@@ -55,7 +55,7 @@ def config_of(setting: str, shape: Shape, tokens: int) -> DecodeConfig:
         setting: a threshold, thresholds or a tolerance, as the docstring of this module describes; or "full".
         tokens: new tokens, at most.
 
-    Raises ValueError for another text.
+    Raises ValueError if `setting` is none of these.
     """
     if setting == FULL:
         return DecodeConfig(Mode.FULL, tokens)
@@ -104,7 +104,7 @@ def measure_all(engine: Engine, tokenizer, prompts: list[Prompt], args: argparse
 def summarize(rows: list[dict]) -> dict:
     """Compute the figures of each setting over some prompts. Returns {setting: figures}.
 
-    Means are over the prompts. `every_exit` counts the prompts for which each exit produced at least one token.
+    Means are over the prompts. `every_exit` counts the prompts for which every exit produced at least one token.
 
     Args:
         rows: results of `measure_all`.

@@ -9,7 +9,8 @@ over words and averaged over tokens (Hinton et al. 2015). The base model is froz
 are trained. Words outside an exit's trimmed head enter the loss, too. The loss always includes the most frequent words.
 A random sample, new at every step, represents all other words.
 
-The same command continues an interrupted run from its last checkpoint. The result is that of an uninterrupted run.
+The same command continues an interrupted run from its last checkpoint. The result equals the result of an uninterrupted
+run.
 """
 
 import argparse
@@ -150,7 +151,8 @@ class StartingExits:
     def restore_worse(self) -> list[int]:
         """Give the old weights back to exits that agree less with the full model than before training.
 
-        Returns the layers of all exits with unchanged weights: of these exits, and of the exits that --only left out.
+        Returns the layers of the exits of --continue-from whose weights are now the same as before training. These are
+        the exits that got the old weights back, and the exits that --only excluded from training.
         """
         bank, say, now = self.learner.bank, self.learner.accelerator.print, self._measure()
         layers, only = bank.config.layers, self.learner.args.only
@@ -164,10 +166,10 @@ class StartingExits:
         return sorted(worse | {layer for layer in self.layers if only and layer not in only})
 
     def copy_into(self, bank: ExitBank, layers: list[int]) -> None:
-        """Copy the original weights of the exits after these layers into `bank`.
+        """Change `bank`: the exit after each of these layers gets the weights that it had before training.
 
-        The original drafter is copied, too, if the exits of `bank` are after the same layers as the original exits. It
-        stays valid after training, because it does not depend on the adapters.
+        If `bank` has exits after the same layers as --continue-from, it also gets the drafter of --continue-from. This
+        drafter stays valid after training, because it does not depend on the adapters.
         """
         config = self.exits.config
         for layer in layers:
@@ -182,10 +184,10 @@ class StartingExits:
 
 
 def load_models(args: argparse.Namespace, device: str) -> tuple[SegmentedModel, ExitBank | None]:
-    """Load the frozen model, and the exits of --continue-from. Without this option, the second value is None.
+    """Load the frozen model and the exits of --continue-from. Without --continue-from, the exits are None.
 
-    Raises SystemExit if --only names a layer that is not in --exits, or if --continue-from lacks a layer of --exits
-    while --only is given.
+    Raises SystemExit if --only names a layer that is not in --exits. With --only, it also raises SystemExit if a layer
+    of --exits has no exit in --continue-from.
     """
     base, _, name = load_model(args.model, device=device, device_map=args.device_map)
     layers = exit_layers(args.exits, base.config.num_hidden_layers)
@@ -213,7 +215,8 @@ def choose_words(bank: ExitBank, model: SegmentedModel, store: FeatureStore,
 
     The first is the exits' head: the words that the full model chooses most, or all words if `bank` has no trimmed
     head. These words are also stored in `bank`. The second is the head of the loss: the --train-words most frequent
-    words, with a sample of the other words. It has all words if the exits' head has all words, or with --train-words 0.
+    words, with a sample of the other words. The second head has all words if the first has all words, or with
+    --train-words 0.
     """
     weight, head_size = model.head_weight, bank.config.head_size        # a backend may make the weight for each call
     words = SampledHead(weight, None, 0)
@@ -227,9 +230,9 @@ def choose_words(bank: ExitBank, model: SegmentedModel, store: FeatureStore,
 
 
 def head_coverage(bank: ExitBank, store: FeatureStore, head: SampledHead) -> list[float]:
-    """Measure which share of the full model's choices on the test documents is in each exit's head.
+    """Measure how many of the full model's choices are words that an exit has in its head.
 
-    Returns one share for each exit.
+    Returns for each exit the share of such choices, on the test documents.
     """
     at = head.local[store.choices(store.measured(Split.TEST)).to(head.local.device)]
     return [((at >= 0) & (at < bank.config.words(s))).float().mean().item() for s in range(len(bank.config.layers))]
@@ -240,7 +243,7 @@ def fitted_inputs(bank: ExitBank, model: SegmentedModel, store: FeatureStore, ac
     """Compute the normalisation of the adapters' inputs from training documents.
 
     Args:
-        documents: number of training documents. Several processes divide them among themselves.
+        documents: how many training documents are read. Each of several processes reads a part of them.
     """
     share = store.of(Split.TRAIN)[:documents][accelerator.process_index::accelerator.num_processes]
     final_norm = model.norm_weight.to(model.device).float()         # a model in parts may have it elsewhere

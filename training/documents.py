@@ -1,7 +1,7 @@
 """Documents: training text as token ids, divided into a training, a calibration and a test split.
 
-A shard holds documents as flat token ids with offsets, a flag for each token (1 = the model chose it) and a key for
-each document, which decides its split.
+A shard is a file with many documents. It holds their token ids one after another, the offset at which each document
+begins, a flag for each token (1 = the model chose it), and for each document a key that decides the split.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ class Split(IntEnum):
 
 @dataclass
 class Document:
-    """One conversation or passage of text."""
+    """One training text: a conversation or a passage."""
 
     ids: list[int] = field(default_factory=list)        # token ids
     chosen: list[int] = field(default_factory=list)     # 1 where the model chose the token, 0 where it was given

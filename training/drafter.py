@@ -6,8 +6,8 @@
 
 Without a drafter, the exit before the first layer proposes the drafts. The drafter starts with the weights of that
 exit. It is trained on chains of its own drafts, as in decoding: its output for one token is the carried state of the
-next token (training-time test of EAGLE-3, Li et al. 2025). It also reads a context, the hidden states of the deeper
-exits' layers at the newest confirmed token (`cascadeexit.exits.Drafter`).
+next token (training-time test of EAGLE-3, Li et al. 2025). It also reads a context: the hidden states at the
+deeper exits, for the newest confirmed token (`cascadeexit.exits.Drafter`).
 
 The exits do not change, so results measured with them stay valid; only the speed of `verified` depends on the drafter.
 With --go-on, the drafter that the exits already have is trained further. The same command continues an interrupted run
@@ -46,7 +46,7 @@ _REPORTED = 4                   # places of a chain in reports
 
 
 class DraftRows:
-    """Inputs and labels of the drafter at all positions of a few documents. The documents are joined to N rows."""
+    """Inputs and labels of the drafter for a few documents, one after another: N positions, a row for each."""
 
     def __init__(self, features: list[Features]):
         exits, self.top, wanted, choices = (torch.cat([getattr(f, name) for f in features])
@@ -58,8 +58,7 @@ class DraftRows:
     def back(self, rows: Tensor, tokens: int) -> Tensor:
         """Shift rows (N, ...) to later positions. Returns a tensor of the same shape.
 
-        Each position gets the row from `tokens` positions before it. It gets zeros if its document has no such
-        position.
+        The row of position i moves to position i + `tokens`. The first `tokens` positions of each document get zeros.
         """
         return rows.roll(tokens, 0) * (self._places >= tokens)[:, None]
 
@@ -97,9 +96,9 @@ class WhitenedDrafter:
     def chain(self, rows: DraftRows, length: int) -> list[Tensor]:
         """Run the drafter at every position, after chains of 0, 1, ... drafts.
 
-        Returns a list of `length` tensors (N, D) with the drafter's output at each position. In tensor 0, the drafter
-        reads the carried state of the full model. In tensor i, it reads its own output of the position before, from
-        tensor i - 1.
+        Returns a list of `length` tensors (N, D) with the drafter's output at each position. For tensor 0, the drafter
+        reads the carried states of the full model. For tensor i, the carried state of a position is the row of the
+        position before in tensor i - 1.
         """
         context = F.linear(rows.deep, self.drafter.context.weight @ self.deep.T)
         out, carried = [], rows.back(rows.top, 1)
@@ -205,10 +204,10 @@ class DrafterLearner:
 
 
 def load_exits(args: argparse.Namespace) -> ExitBank:
-    """Load the exits of --exits, which get a drafter.
+    """Load the exits for which a drafter is trained, from the folder --exits.
 
-    Raises ValueError if they have no `carry` exit before the first layer. With --go-on, it also raises ValueError if
-    they have no drafter.
+    Raises ValueError if there is no `carry` exit before the first layer. With --go-on, it also raises ValueError if
+    the folder has no drafter.
     """
     bank = ExitBank.load(args.exits)
     if bank.config.layers[:1] != (0,) or bank.config.adapter != "carry":

@@ -14,10 +14,11 @@ trimmed head. Perplexity is measured on the next token of the text, and uses the
 self-speculation as in the original CascadeExit: one exit alone drafts K tokens at a time, at threshold 0.
 
 `lossless` decodes the project's prompts with `full`, and with `verified` at every combination of threshold and draft
-length. It counts the tokens that differ; there must be none. The first --reference prompts are also decoded with
-transformers' greedy `generate`, which uses other tensor shapes and another cache. In fp32 its text must equal the text
-of `full`. In other data types, the first difference is only reported, with the full model's margin between its two best
-tokens at that position. The same command continues an interrupted run.
+length. It counts the tokens that differ; there must be none. The first prompts, as many as --reference says, are also
+decoded with transformers' greedy `generate`, which uses other tensor shapes and another cache. In fp32, the text of
+`generate` must equal the text of `full`. In other data types, the first difference is only reported, with the margin of
+the full model at that position: its largest logit minus its second largest logit. The same command continues an
+interrupted run.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def compare_prompt(engine: Engine, ids: list[int], args: argparse.Namespace, ref
     Args:
         reference: transformers' model; None = decode without it.
 
-    Returns plain JSON: the number of tokens of `full`, and how many tokens differ from `full` in each other text.
+    Returns plain JSON: the number of tokens of `full`, and for each other text how many tokens differ from `full`.
     """
     full = engine.run(ids, DecodeConfig(mode=Mode.FULL, max_new_tokens=args.tokens))
     row = {"tokens": full.stats.tokens, "verified": {}}
@@ -142,7 +143,7 @@ class Tally:
     The last value of `nll` belongs to the full model.
 
     Args:
-        readers: number of exits plus 1.
+        readers: number of exits, plus 1 for the full model.
     """
 
     def __init__(self, readers: int):
@@ -195,7 +196,7 @@ def read_document(engine: Engine, f: Features, tallies: dict[str, Tally]) -> Non
 
 
 def windows(tokenizer, path: Path, window: int, tokens: int) -> list[Document]:
-    """Cut the first `tokens` tokens of a text file into documents of `window` tokens. The last one may be shorter."""
+    """Cut the first `tokens` tokens of a text file into documents of `window` tokens. The last may be shorter."""
     ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"][:tokens]
     return [Document(ids[a:a + window], [0] * len(ids[a:a + window])) for a in range(0, len(ids) - 1, window)]
 
@@ -203,7 +204,8 @@ def windows(tokenizer, path: Path, window: int, tokens: int) -> list[Document]:
 def texts_to_read(tokenizer, args: argparse.Namespace) -> dict[str, list[Document]]:
     """Read the texts of --text and --data. Returns {name of the text: documents}.
 
-    Of --data, only test documents that the model wrote are read. Their name is "held-out".
+    From the folders of --data, only test documents that the model wrote are read. Together they are one text with the
+    name "held-out".
 
     Raises SystemExit if there are no documents.
     """
@@ -220,8 +222,9 @@ def texts_to_read(tokenizer, args: argparse.Namespace) -> dict[str, list[Documen
 def measure_text(engine: Engine, name: str, documents: list[Document]) -> dict:
     """Measure all exits on one text, and print the figures.
 
-    Returns {"after_full": report, "after_exit": report}, with carried states of the full model and of the exit itself.
-    "after_exit" is missing if the exits do not read the carried state.
+    Returns {"after_full": report, "after_exit": report}. For "after_full", the carried states come from the full model;
+    for "after_exit", they come from the exit itself. If the exits do not read the carried state, "after_exit" is
+    missing.
     """
     store = FeatureStore(engine.model, documents, Path(), budget_gb=0)
     sources = ("full", "exit") if engine.bank.adapters[0].reads_carried else ("full",)

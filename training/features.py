@@ -1,8 +1,8 @@
 """Features: results of the frozen model that training needs, such as the hidden states at its exits.
 
 Features are kept on disk up to a size limit. For the documents beyond this limit, the model computes the features each
-time they are needed. A document's features include all its positions: an exit also reads the carried state of the
-position before, and its estimator reads all the text before.
+time they are needed. The features of a document are for all its positions: at each position, an exit also reads the
+carried state of the position before, and n-gram lookup reads all the text before.
 """
 
 import hashlib
@@ -26,13 +26,17 @@ _CHUNK_TOKENS = 20_000
 
 @dataclass(frozen=True)
 class Features:
-    """Results of the frozen model for one document. Letters: T tokens, E exits, D hidden size."""
+    """Results of the frozen model for one document. Letters: T tokens, E exits, D hidden size.
+
+    Exits, estimators and drafters are trained only at the positions that `wanted` selects: those at which the model
+    chose the next token. In a document that the model did not write, these are all positions except the last.
+    """
 
     ids: Tensor         # (T,) token ids
     exits: Tensor       # (T, E, D) hidden state after each exit's layer
     top: Tensor         # (T, D) last hidden state after the final norm: what the full model's head reads
     choices: Tensor     # (T,) the full model's first choice of the next token
-    wanted: Tensor      # (T,) True where an exit learns (see `wanted`)
+    wanted: Tensor      # (T,) True at the positions used in training
 
 
 class FeatureStore:
@@ -95,7 +99,7 @@ class FeatureStore:
                 self._write(chunk, features)
 
     def put(self, features: Sequence[Features]) -> None:
-        """Write features that were computed before to disk, up to the size limit.
+        """Write the given features to disk, up to the size limit, instead of computing them as `prepare` does.
 
         Args:
             features: the features of all documents, in the order of the documents.
@@ -104,7 +108,7 @@ class FeatureStore:
             self._write(chunk, features[chunk.start:chunk.stop])
 
     def open(self) -> None:
-        """Open the features on disk for reading. Raises FileNotFoundError if `prepare` has not written all of them."""
+        """Open the features on disk for reading. Raises FileNotFoundError if some were not written."""
         for chunk in self._chunks:
             tensors = load_file(self._path(chunk))
             ends = list(accumulate(len(self.documents[i].ids) for i in chunk))
@@ -123,15 +127,17 @@ class FeatureStore:
         self._reader.submit(lambda: [t.clone() for f in kept for t in vars(f).values()])
 
     def rows(self, i: int) -> int:
-        """Count the positions of document number `i` where an exit learns."""
+        """Count the positions of document number `i` that `Features.wanted` selects."""
         if i not in self._rows:
             self._rows[i] = int(wanted(self.documents[i]).sum())
         return self._rows[i]
 
     def choices(self, numbers: Sequence[int], limit: int = 2_000_000) -> Tensor:
-        """Return the full model's choices at all positions of these documents where an exit learns, as token ids (n,).
+        """Return the full model's choices at the n positions that `Features.wanted` selects, as token ids (n,).
 
-        After the document with which n reaches `limit`, no more documents are read.
+        Args:
+            numbers: numbers of the documents. They are read in this order.
+            limit: number of choices that is enough. When n reaches it, the other documents are not read.
         """
         parts, total = [], 0
         for i in numbers:
@@ -154,9 +160,9 @@ class FeatureStore:
         return [i for i, d in enumerate(self.documents) if d.split == split and (any(d.chosen) or not policy_only)]
 
     def measured(self, split: Split) -> list[int]:
-        """Return the numbers of the documents of a split on which exits are measured.
+        """Return the numbers of those documents in a split with which exits are measured.
 
-        These are the documents that the model wrote. If there are none, they are all documents of the split.
+        If the split has documents that the model wrote, only these are used. Else all its documents are used.
         """
         return self.of(split, policy_only=True) or self.of(split)
 
@@ -195,10 +201,10 @@ def prepared_store(model: SegmentedModel, data: Sequence[Path], folder: Path, bu
 
 
 def wanted(document: Document) -> Tensor:
-    """Find the positions of a document where an exit learns. Returns a tensor (T,) that is True at these positions.
+    """Compute `Features.wanted` for a document of T tokens. Returns a tensor (T,) of True and False.
 
-    An exit learns at a position if the model chose the next token. In a text that the model did not write, an exit
-    learns at all positions except the last.
+    It is True at the positions at which the model chose the next token. In a document that the model did not write, it
+    is True at all positions except the last.
     """
     chosen = torch.tensor(document.chosen, dtype=torch.bool)
     after = torch.cat([chosen[1:], chosen.new_zeros(1)])

@@ -1,9 +1,9 @@
 """Run adapters over whole documents in training, with carried states like those in decoding.
 
 In decoding, the carried state comes from the full model or from an exit, depending on which of them produced the newest
-token. In training, a random choice decides where it comes from.
+token. In training, a random choice decides from which of them the carried state comes.
 
-Letters: N all positions, n positions where an exit learns, D hidden size, E exits.
+Letters: N all positions, n positions that `Features.wanted` selects, D hidden size, E exits.
 """
 
 from collections.abc import Callable
@@ -34,14 +34,14 @@ def plain_inputs(s: int, h: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
 def adapted_states(bank: ExitBank, inputs: Inputs, features: list[Features], own_share: float = 0.0,
                    generator: torch.Generator | None = None, max_chain: int = MAX_CHAIN,
                    exits: list[int] | None = None) -> list[Tensor]:
-    """Compute the adapted hidden states of exits at the positions where an exit learns.
+    """Compute the adapted hidden states of exits at the n positions that `Features.wanted` selects.
 
     Args:
         inputs: function that normalises the inputs of adapters, such as `training.inputs.AdapterInputs`.
         features: features of the documents.
         own_share: share of the positions that get the carried state of an exit instead of the full model's. This exit
-            is chosen at random. For the exit before the first layer, it is always that exit itself, because it drafts
-            whole chains.
+            is chosen at random for each position. But the exit before the first layer gets only its own carried states
+            in this share, because it drafts whole chains.
         max_chain: largest number of consecutive tokens that come from an exit.
         exits: numbers of the exits to run; None = all.
 
@@ -70,9 +70,9 @@ def mixed_carried_states(bank: ExitBank, inputs: Inputs, h: Tensor, full: Tensor
                          max_chain: int) -> Tensor:
     """Compute carried states for n positions (n, D). Some come from the full model, a random share from exits.
 
-    An exit's state comes after a chain of tokens in a row from that exit. About half of the chains have one token, a
-    quarter have two, and so on, up to `max_chain`. Adapters that do not read the carried state always get the full
-    model's.
+    A state from an exit is computed as if this exit had produced the last tokens in a row (a chain). About half of the
+    chains have one token, a quarter have two, and so on, up to `max_chain`. If the adapters do not read the carried
+    state, all states come from the full model.
 
     Args:
         h: hidden states at the exits (N, E, D).
@@ -108,7 +108,8 @@ def agreement(bank: ExitBank, inputs: Inputs, store: FeatureStore, documents: li
     Args:
         documents: numbers of the documents.
         head: the vocabulary head of the exits.
-        own_share: share of the positions that get the carried state of an exit, after one token of that exit.
+        own_share: share of the positions that get the carried state of an exit, as if this exit had
+            produced the newest token.
         exits: numbers of the exits to measure; None = all.
     """
     exits = list(range(len(bank.adapters))) if exits is None else exits

@@ -1,4 +1,4 @@
-"""Run all measurements that need a GPU, with one command. It can be interrupted and continued.
+"""Run all measurements that need a GPU, with one command. The command can be interrupted and continued.
 
     python -m training.gpu --out assets/results/gpu-h100.json
     python -m training.gpu --smoke --out runs/gpu-smoke.json         # test of all steps on a CPU, with tiny models
@@ -56,7 +56,7 @@ def gpu_steps(folder: Path) -> list[Step]:
 
 
 def smoke_steps(folder: Path) -> list[Step]:
-    """List the steps of `gpu_steps` in a form for a CPU, with tiny models. fp32 replaces fp16, which needs a GPU.
+    """List the same steps as `gpu_steps`, but for a CPU and with tiny models. fp32 replaces fp16, which needs a GPU.
 
     Args:
         folder: folder with the tiny model, in which steps may keep files.
@@ -147,7 +147,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_tiny_model(folder: Path) -> None:
-    """Make the tiny model for --smoke in this folder, unless it exists. Raises ValueError if it cannot be made."""
+    """Make the tiny model for --smoke in this folder, unless the folder has it. Raises ValueError if that fails."""
     if not (folder / "config.json").exists():
         step = Step("tiny model", ("-m", "training.tiny", "--layers", "4", "--out", str(folder)), _SMOKE_LIMIT)
         record = run_step(step, folder.parent, step.limit)

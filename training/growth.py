@@ -76,7 +76,7 @@ def _allowed(engine: Engine, length: int) -> dict[str, float]:
 
 
 def _in_turn(measure: Callable[[int], dict[str, float]], lengths: list[int], rounds: int, desc: str) -> list[dict]:
-    """Call `measure` once per round for every length. Returns the medians over the rounds, one dict for each length."""
+    """Call `measure` once per round for every length. Returns a dict for each length: medians over the rounds."""
     seen = defaultdict(list)
     for length in tqdm(lengths * rounds, desc=desc, unit="length"):
         seen[length].append(measure(length))
@@ -86,7 +86,7 @@ def _in_turn(measure: Callable[[int], dict[str, float]], lengths: list[int], rou
 def _generate_ms(reference, ids: list[int], tokens: int = 32) -> float:
     """Measure milliseconds per token of transformers' `generate`. The time of the first token does not count.
 
-    It is the time for `tokens` + 1 new tokens, minus the time for one new token, divided by `tokens`.
+    The result is (time for `tokens` + 1 new tokens - time for one new token) / `tokens`.
     """
     inputs, spent = torch.tensor([ids], device=reference.device), []
     for n in (1, tokens + 1):

@@ -1,4 +1,4 @@
-"""Normalisation of the adapters' inputs during training. After training it is moved into the adapters' weights.
+"""Normalisation of the adapters' inputs during training. Afterwards, `fold` moves it into the adapters' weights.
 
 In a few directions, hidden states are hundreds of times as large as in the other directions. Without normalisation,
 training makes little progress along the weak directions. Letters: D hidden size, E exits.
@@ -16,7 +16,7 @@ from training.features import FeatureStore
 
 
 def whitening(moments: Tensor) -> Tensor:
-    """Compute a whitening matrix M (D, D). For rows x (n, D), the rows x M vary about equally in all directions.
+    """Compute a whitening matrix M (D, D). For inputs x (n, D), the product x M varies about equally in all directions.
 
     Args:
         moments: mean of x^T x over the rows (D, D).
@@ -124,7 +124,7 @@ class AdapterInputs:
 
 
 def _transform(adapter: torch.nn.Module, change: Tensor) -> None:
-    """Change a `carry` adapter so that its output for x becomes its old output for x M.
+    """Change a `carry` adapter so that for an input x it returns what it returned for x M before.
 
     Args:
         change: the matrix M (2 D, 2 D).

@@ -2,9 +2,9 @@
 
     python -m training.join runs/deep runs/shallow --out runs/all
 
-If several folders have an exit after the same layer, the exit of the first of them is used. The trimmed head comes from
-the first folder. All exits must be made for the same model, with adapters of the same shape. The estimators and the
-drafter are not copied: train new ones with training.confidence and training.drafter.
+If several folders have an exit after the same layer, the exit of the first of these folders is used. The trimmed head
+comes from the first folder. All exits must be made for the same model, with adapters of the same shape. The estimators
+and the drafter are not copied: train new ones with training.confidence and training.drafter.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _BY_LAYER = ("untrained_agreement", "held_out_agreement", "held_out_agreement_af
 def join(banks: list[ExitBank]) -> ExitBank:
     """Make a bank with the exits of all these banks, sorted by layer.
 
-    If several banks have an exit after the same layer, the exit of the first of them is used.
+    If several banks have an exit after the same layer, the exit of the first of these banks is used.
 
     Raises ValueError if the banks were made for different models or have adapters of different shapes.
     """
@@ -50,8 +50,8 @@ def join(banks: list[ExitBank]) -> ExitBank:
 def joined_report(banks: list[ExitBank], layers: tuple[int, ...], folders: list[Path]) -> dict:
     """Merge the `distill.json` files of the joined exits into one report, as plain JSON.
 
-    Lists that have a value for each exit become lists over `layers`. The other entries go to `parts`, which has one
-    dict for each layer.
+    A list with a value for each exit of a bank becomes a list with a value for each of `layers`. The other entries go
+    to `parts`, which has one dict for each layer.
 
     Args:
         layers: layers of the joined exits.

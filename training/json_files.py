@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def save_json(path: Path, content: dict) -> None:
-    """Write a JSON file. It replaces an older file only when it is complete."""
+    """Write a JSON file. An older file is replaced only when the new file is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -31,7 +31,7 @@ class ResumableRows:
     """Results of a long measurement, one row after another, so that an interrupted measurement can continue.
 
     The rows are in a JSON-lines file until the measurement is complete. Rows that an interrupted run left in this file
-    are used if their key is equal. Else they are deleted.
+    are used if the key in the file equals `key`. Else these rows are deleted.
 
     Args:
         key: all that decides the results, such as the exits and the settings, as plain JSON.

@@ -34,10 +34,11 @@ class Learner(Protocol):
     def gradients(self, step: int, parts: list[list[int]], rows: int) -> Tensor:
         """Compute the gradients of one training step, and add them to the `grad` of the weights.
 
-        The loss is summed over this process's rows and divided by `rows`. A row is a position where an exit learns.
+        The loss is summed over this process's rows and divided by `rows`. A row is a position that
+        `Features.wanted` selects.
 
         Args:
-            step: number of this step. Step and process decide all random numbers.
+            step: number of this step. This number and the number of the process decide all random choices.
             parts: the micro-batches of this process, each a list of document numbers.
             rows: number of rows of the step, over all processes.
 
@@ -62,10 +63,10 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
           learning_rate: float, micro_batch: int, save_every: int, minutes: float = math.inf) -> int:
     """Train the weights of a learner in place.
 
-    A run that has a checkpoint continues from it. The result is that of a run without an interruption.
+    A run that has a checkpoint continues from it. The result equals the result of a run without an interruption.
 
     Args:
-        plan: document numbers of each step, over all processes.
+        plan: document numbers of each step, for all processes together.
         run: folder with the log and the checkpoint.
         micro_batch: number of tokens in one backward pass, at most.
         save_every: number of steps between two checkpoints.

@@ -4,7 +4,7 @@ Loss in nats: (1 - hard) * distance + hard * cross-entropy. The distance is T^2 
 (Hinton et al. 2015), total variation, or a mix of both. Losses are summed over words and over rows; callers divide by
 the number of rows.
 
-Letters: N rows (positions where an exit learns), D hidden size, K words, E exits.
+Letters: N rows (positions that `Features.wanted` selects), D hidden size, K words, E exits.
 """
 
 import torch
@@ -59,8 +59,8 @@ def exit_loss(logits: Tensor, full_probs: Tensor, labels: Tensor, *, hard: float
     Args:
         logits: the exit's logits (N, K).
         full_probs: the full model's softmax at this temperature over the same words (N, K).
-        labels: index of the correct word among the K words (N,). It is -1 if the correct word is not among them; the
-            cross-entropy of this row is then 0.
+        labels: index of the correct word among the K words (N,). It is -1 if the correct word is none of
+            the K words; the cross-entropy of this row is then 0.
         hard: weight of the cross-entropy. The distance has the weight 1 - hard.
         temperature: T of the KL divergence.
         loss: name of the distance. "kl" is T^2 KL. "tv" is total variation, which equals 1 - the acceptance rate of a

@@ -24,8 +24,9 @@ TOP_K = 50                  # replies are sampled from so many of the likeliest 
 class ChatTemplate:
     """The chat template for a conversation with one user turn, as token ids.
 
-    A prompt is `opening`, then the user's text, then `closing`. After it the model writes its reply. If the tokenizer
-    has no chat template, `opening` is one start token and `closing` is empty: the model continues the user's text.
+    A prompt is `opening`, then the user's text, then `closing`. After the prompt, the model writes its reply. If the
+    tokenizer has no chat template, `opening` is one start token and `closing` is empty: the model continues the user's
+    text.
     """
 
     def __init__(self, tokenizer):
@@ -113,8 +114,8 @@ class Lane:
     def next_token(self, sampled: int, best: int, eos: frozenset[int], slot: int) -> int:
         """Choose the next token of this lane, add it to the document, and return it.
 
-        It is a given token, if some are left; else it is `best` or `sampled`. When the document is complete, it is
-        closed and a new one starts.
+        If given tokens are left, the next of them is chosen. Else the choice is `best` if the opening is greedy, and
+        `sampled` if not. When the document is complete, it is closed and a new document starts.
 
         Args:
             sampled: the token that was sampled from the model's softmax.
@@ -155,7 +156,8 @@ def write_round(model: SegmentedModel, lanes: list[Lane], steps: int, temperatur
         bar: progress bar, which counts tokens.
         keep: also return features, from the same passes.
 
-    Returns the finished documents, and the features of each ([] if `keep` is False).
+    Returns the finished documents, and a list with the features of each document. This list is empty if `keep` is
+    False.
     """
     layers = model.layers
     cache, best = layers.new_cache(steps, batch=len(lanes)), [0] * len(lanes)

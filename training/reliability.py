@@ -1,6 +1,6 @@
 """Reliability of confidences: calibration error, AUROC and Platt scaling.
 
-A row is one choice of an exit. It has a confidence, and it is right if it equals the full model's choice.
+A row is one choice of an exit. Each row has a confidence. A row is right if the choice equals the full model's choice.
 """
 
 import torch
@@ -46,7 +46,7 @@ def auroc(score: Tensor, right: Tensor) -> float:
 
 
 def platt(score: Tensor, right: Tensor) -> tuple[float, float]:
-    """Fit a and b: sigmoid(a * score + b) is the probability that a row is right (Platt 1999). Returns (a, b)."""
+    """Fit a and b so that sigmoid(a * score + b) is the probability of a right row (Platt 1999). Returns (a, b)."""
     a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.LBFGS([a, b], max_iter=50)
 

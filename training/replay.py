@@ -83,7 +83,8 @@ class Script:
     def judge(self, drafts: list[int]) -> int:
         """Choose the verified token at one position.
 
-        It is the first draft with the probability `acceptance`. Else it is a random token that is none of the drafts.
+        With the probability `acceptance`, this is the first draft. Else it is a random token that is none of the
+        drafts.
 
         Args:
             drafts: token ids of the drafts for this position, the likeliest first. [] if there are none.
@@ -179,7 +180,7 @@ def make_engine(shape: str, device: torch.device, backend: type | None = None) -
 
 
 def jobs_of(engine: Engine) -> dict[str, tuple[float, dict]]:
-    """List the runs that are measured, as {name: (tokens per verification pass, options of DecodeConfig)}."""
+    """List the runs to measure. Returns {name of the run: (tokens per verification pass, options of DecodeConfig)}."""
     verified = dict(mode=Mode.VERIFIED, max_draft=7)
     published = (None, *(0.5,) * (engine.num_exits - 1))                # the exit before the first layer only drafts
     return {"full": (1.0, dict(mode=Mode.FULL)),
@@ -189,7 +190,7 @@ def jobs_of(engine: Engine) -> dict[str, tuple[float, dict]]:
 
 
 def bundled_tokens_per_pass() -> float:
-    """Return the mean number of tokens per verification pass of the bundled model, from the benchmark's result file.
+    """Read the bundled model's mean number of tokens per verification pass from the result file of the benchmark.
 
     Raises FileNotFoundError if there is no such file.
     """

@@ -37,8 +37,9 @@ def exits_folders(root: Path) -> list[Path]:
 def read_artifact(folder: Path) -> dict:
     """Read the JSON reports in a folder of shipped exits.
 
-    Returns {name of the report: report}, the name of the folder, and two lists, newest first: `runs` has the training
-    runs of the exits, `drafter_runs` those of the drafter.
+    Returns {name of the report: report} with three more entries: `folder` is the name of the folder, `runs` lists the
+    training runs of the exits, and `drafter_runs` lists the training runs of the drafter. Both lists begin with the
+    newest run.
     """
     artifact = {name: read(folder / f"{name}.json") for name in
                 ("config", "distill", "drafter", "confidence", "calibration")}
@@ -49,9 +50,9 @@ def read_artifact(folder: Path) -> dict:
 def training_runs(report: dict) -> list[dict]:
     """List all training runs of adapters that led to a report, the newest first.
 
-    Each run is a report with an entry `layers`, the layers of the exits that it trained. If a run continued another
-    run, `went_on_from` holds the report of the other run. If exits were joined by `training.join`, `parts` holds one
-    report for each layer; equal reports are merged into one run.
+    Each run is a report with an entry `layers`: the layers of the exits that the run trained. If a run continued
+    another run, `went_on_from` holds the report of the other run. If exits were joined by `training.join`, `parts`
+    holds one report for each layer; equal reports are merged into one run.
 
     Args:
         report: content of `distill.json`.

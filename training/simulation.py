@@ -95,7 +95,7 @@ def simulated(count: Count) -> type[GpuBackend]:
     It counts one replay at each point where the real backend would wait for a result of the GPU.
 
     Args:
-        count: the replays and the weights of the model are added to it.
+        count: gets the replays and the weights of the model.
 
     Returns a subclass of `GpuBackend`.
     """
@@ -202,7 +202,7 @@ def _counted(engine, count: Count, job: tuple[float, dict], tokens: int, per_lay
 
 
 def expected_seconds(row: dict, bandwidth: float) -> float:
-    """Estimate the seconds per token from its bytes, kernels and replays.
+    """Estimate the seconds per token from the bytes, kernels and replays per token.
 
     Args:
         row: {"bytes": ..., "kernels": ..., "replays": ...}, per token.

@@ -52,10 +52,10 @@ def run_step(step: Step, folder: Path, seconds: float) -> dict:
     Args:
         folder: folder for the files of the step: its result, its output, and what it needs to continue after an
             interruption.
-        seconds: time limit. If the limit of the step is shorter, that one counts.
+        seconds: time limit. The shorter one of this limit and the limit of the step counts.
 
-    Returns the record of the step as plain JSON: status, seconds, limit, command and result. The result is None if
-    there is none. The record of a step that failed or timed out also has `output`, the last lines of its output.
+    Returns the record of the step as plain JSON: status, seconds, limit, command and result. The result is None if the
+    step has no result. The record of a step that failed or timed out also has `output`, the last lines of its output.
     """
     name = step.name.replace(" ", "-").replace(",", "")
     result, printed = folder / f"{name}.json", folder / f"{name}.log"

@@ -41,7 +41,7 @@ LABEL = "model"
 class Visit:
     """Result of one visitor's run. Times are in seconds since the visitor sent the prompt.
 
-    `tokens` counts the new tokens of all texts in the run: with exits, and of the full model beside them. `error` is
+    `tokens` counts the new tokens of all texts in the run: the text with exits, and the full model's text. `error` is
     empty if nothing failed.
     """
 
@@ -52,9 +52,9 @@ class Visit:
 
 
 class WatchedRunner(Runner):
-    """A runner that also records each visitor's first-token time, number of tokens and error.
+    """A runner that also records the first-token time, the number of tokens and the error of each visitor.
 
-    It writes them into `visits.current`, the `Visit` of the current thread.
+    These go to `visits.current`, the `Visit` of the current thread.
     """
 
     visits = threading.local()
@@ -101,7 +101,7 @@ def visit(page: Page, number: int, tokens: int) -> Visit:
 def memory_bytes() -> int | None:
     """Return the memory that this process uses, in bytes: GPU memory if there is a GPU, else main memory.
 
-    Returns None if the system does not tell.
+    Returns None if the system does not report this number.
     """
     gc.collect()
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def frequent_tokens(choices: Tensor, vocab_size: int, always: frozenset[int]) -> Tensor:
-    """Sort all token ids by how often the full model chose them, the most frequent first: (vocab_size,).
+    """Sort all token ids by how often the full model chose them, the most frequent first. Returns (vocab_size,).
 
     Args:
         choices: the full model's choices, as token ids (n,).
