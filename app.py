@@ -58,10 +58,6 @@ SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip",
            "tour", "alive", "main")
 FORK_OVER = "() => { document.dispatchEvent(new Event('ce-fork-over')); }"      # assets/page/fork.js listens
 CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
-TOGGLE_SETTINGS = """() => {
-    const open = document.body.classList.toggle('ce-settings-open');
-    setTimeout(() => document.getElementById(open ? 'ce-close' : 'ce-open').focus(), 60);
-}"""
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
 RESULT_WIDTHS = (240, 100, 120, 100, 130, 100, 110, 110, 210)       # pixels of `COLUMNS`
 ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")     # as `spaces` reads it
@@ -148,11 +144,11 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
         queue = gr.HTML("<span></span>", elem_id="ce-queue", apply_default_css=False)
         preset = gr.Radio(list(PRESETS.items()), value=DEFAULT_THRESHOLD, label="How confident must an exit be?",
                           container=False, elem_id="ce-preset", scale=0, min_width=250)
-        settings_button = gr.Button("Settings", size="sm", scale=0, min_width=90, elem_id="ce-open")
+        gr.Button("Settings", size="sm", scale=0, min_width=90, elem_id="ce-open")
     with gr.Column(elem_id="ce-settings"):
         with gr.Row(elem_id="ce-settings-head"):
             gr.HTML("<h2>Settings</h2>", apply_default_css=False)
-            close_button = gr.Button("Close", size="sm", scale=0, min_width=80, elem_id="ce-close")
+            gr.Button("Close", size="sm", scale=0, min_width=80, elem_id="ce-close")
         model = gr.Dropdown(library.labels, value=label, label="Model", elem_id="ce-model-menu",
                             visible=len(library.labels) > 1)
         quality = _quality_slider(calibration)
@@ -166,8 +162,6 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
             link = gr.Button("Copy a link to these settings", size="sm", scale=0, elem_id="ce-link")
             upload = gr.UploadButton("Replay a saved run", size="sm", scale=0, file_types=[".json"],
                                      elem_id="ce-replay")
-    for switch in (settings_button, close_button):
-        switch.click(None, js=TOGGLE_SETTINGS, queue=False, **QUIET)
     view = token_view(page, replayed(TRACE) if _has_recorded_run(library) else stream.model_line(shape))
     measure = gr.Button("Measure again", elem_id="ce-measure")      # clicked by the token view's own button
     return OnePrompt(controls, preset, quality, run, stop, retry, clear, queue, view, measure, gr.State(""), link,

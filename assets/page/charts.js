@@ -25,6 +25,7 @@ function makePlot({ name, title, hint, label, right = EDGE.right, top, form, pai
   heading.title = hint;
   area.tabIndex = 0;
   area.setAttribute('role', 'slider');
+  area.setAttribute('aria-valuenow', 1);
   area.setAttribute('aria-label', title + ': token');
   const paths = {}, p = { name, title, heading, now, caption, area, tip, tell, lights, length: 1,
     node: make('figure', 'ce-plot ce-plot-' + name, null, caption, area) };

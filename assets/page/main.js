@@ -27,6 +27,12 @@ document.addEventListener('keydown', event => {
   if (event.key === 'Enter' && !event.shiftKey && event.target.closest('#ce-prompt')) began();
 });
 
+// The drawer of settings. Its buttons are ours alone: they work before gradio has connected its own events.
+document.addEventListener('click', event => {
+  if (!event.target.closest('#ce-open, #ce-close')) return;
+  const open = document.body.classList.toggle('ce-settings-open');
+  setTimeout(() => control(open ? 'ce-close' : 'ce-open', '').focus(), 220);    // when it has slid in
+});
 document.addEventListener('keydown', event => {
   if (event.key === 'Escape' && document.body.classList.contains('ce-settings-open')) control('ce-close', '').click();
 });

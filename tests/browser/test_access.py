@@ -100,6 +100,7 @@ def test_reduced_motion_replays_at_once(open_page, tiny_url, tiny, tmp_path):
     assert page.evaluate("matchMedia('(prefers-reduced-motion: reduce)').matches")
     page.click("#ce-run")
     page.wait_for_selector(".ce-status.done")
+    open_tab(page, "Save")
     with page.expect_download() as download:
         page.get_by_role("button", name="Save run").click()
     download.value.save_as(tmp_path / "run.json")

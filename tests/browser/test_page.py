@@ -356,6 +356,7 @@ def test_a_preset_sets_every_threshold_even_when_settings_are_closed(page, tiny)
 # -- keeping and sharing ------------------------------------------------------------------------------------
 
 def saved(page, button: str, path: Path) -> Path:
+    open_tab(page, "Save")
     with page.expect_download() as download:
         page.get_by_role("button", name=button).click()
     download.value.save_as(path)
