@@ -28,6 +28,7 @@ from tests.browser.conftest import SEED
 from tests.browser.driving import (
     choose_exact,
     choose_exit,
+    close_settings,
     open_settings,
     open_tab,
     run_to_end,
@@ -96,7 +97,7 @@ def test_text_streams_while_the_model_runs(page, slow):
         page.wait_for_timeout(200)
     for side in zip(*counts):
         assert len(set(side)) >= 4, f"tokens came in lumps: {counts}"
-    assert page.locator(".ce-facts b").first.inner_text() != "–", "no live speed"
+    assert "tokens/s" in page.locator(".ce-facts").first.inner_text(), "no live speed"
 
 
 def test_model_output_is_text_and_never_markup(page, tiny):
@@ -144,14 +145,16 @@ def test_a_correction_is_marked_where_an_exit_had_drafted_another_token(page, ti
 def test_exact_mode_with_a_tolerance_shows_what_the_engine_writes_and_claims_no_identity(page, tiny):
     choose_exact(page)
     choose_exit(page, "Always exit 1")
+    open_settings(page)
     set_number(page, "number input for Tolerance", 0.9)
+    close_settings(page)
     run_to_end(page)
     engine, tokenizer = tiny
     config = DecodeConfig(mode="verified", max_new_tokens=200, tolerance=0.9, thresholds=(0, None, None))
     ids = engine.run(visitor_token_ids(tokenizer, SKY, chat=True), config).token_ids
     assert shown_ids(page, "cascade") == ids != expected(tiny, "full")
     assert page.locator(".ce-badge").is_hidden()
-    assert page.get_by_text("also accepts drafts that it finds nearly as likely").is_visible()
+    assert page.get_by_text("checks every draft, with tolerance 0.9").is_visible()
 
 
 def test_fast_mode_claims_no_identity(page):
@@ -166,9 +169,12 @@ def test_stop_keeps_the_text(page, slow):
     page.wait_for_selector(".ce-status.stopped")
     before = shown_ids(page, "cascade"), shown_ids(page, "full")
     assert all(before)
-    page.wait_for_timeout(600)
-    assert (shown_ids(page, "cascade"), shown_ids(page, "full")) == before
-    assert len(before[0]) < 200
+    page.wait_for_selector(".ce-status.done")           # what is there has been checked
+    after = shown_ids(page, "cascade"), shown_ids(page, "full")
+    # The server may have been some tokens ahead of the page.
+    assert all(ids[:len(shown)] == shown and len(ids) < 200 for ids, shown in zip(after, before))
+    agreement = page.locator(".ce-tile", has_text="Agreement").locator(".ce-value").inner_text()
+    assert agreement.endswith("%"), "known after Stop, too"
 
 
 def test_a_run_after_a_stop_starts_anew(page, slow, tiny, monkeypatch):
