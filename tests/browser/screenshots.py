@@ -95,7 +95,7 @@ def animate(page: Page, path: Path) -> None:
     frames = []
     for n in range(FRAMES + 1):
         page.eval_on_selector(".ce-player input", """(input, value) => { input.value = value;
-            input.dispatchEvent(new Event('input', {bubbles: true})); }""", 1000 * n / FRAMES)
+            input.dispatchEvent(new Event('input', {bubbles: true})); }""", n / FRAMES)
         page.wait_for_timeout(60)
         with Image.open(io.BytesIO(page.screenshot())) as picture:
             frames.append(picture.convert("RGB").resize((1280, 800), Image.Resampling.LANCZOS))
