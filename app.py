@@ -152,7 +152,7 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
         model = gr.Dropdown(library.labels, value=label, label="Model", elem_id="ce-model-menu",
                             visible=len(library.labels) > 1)
         quality = _quality_slider(calibration)
-        beside = gr.Dropdown(label="Third panel", elem_id="ce-beside", info="A second setting, beside the full model",
+        beside = gr.Dropdown(label="Third panel", elem_id="ce-beside", info="One more text next to the full model's, with other settings",
                              **_beside_menu(shape))
         controls = (dict(model=model, prompt=prompt, mode=mode, beside=beside) | _advanced_controls()
                     | _exit_controls(shape))
@@ -283,7 +283,7 @@ def _many_prompts() -> ManyPrompts:
     with gr.Row():
         with gr.Column():
             kinds = gr.CheckboxGroup(available, value=available, label="Bundled prompts", elem_id="ce-kinds")
-            each = gr.Slider(1, 12, 2, step=1, label="Prompts of each kind", buttons=[])
+            each = gr.Slider(1, 12, 2, step=1, label="Number of prompts of each kind", buttons=[])
         pasted = gr.Textbox(label="Or paste prompts, one per line", lines=5, max_lines=10, elem_id="ce-pasted",
                             placeholder="What is a noun?\nWrite a haiku about rain.")
         file = gr.File(label="Or upload a file: .txt, .jsonl or .csv", type="filepath", height=170,

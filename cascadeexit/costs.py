@@ -10,9 +10,9 @@ from cascadeexit.events import Span
 
 @dataclass(frozen=True)
 class Costs:
-    """What is needed to compute the relative costs of a run.
+    """Costs of the full model, to which those of a run are compared.
 
-    These are the bytes of weights that mode `full` reads per token, and the depth of each segment.
+    They are the bytes of weights that mode `full` reads per token, and the depth of each segment.
     """
 
     full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head

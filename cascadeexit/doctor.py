@@ -27,7 +27,7 @@ _MEGABYTES = 256            # read to measure the bandwidth
 
 @dataclass
 class Report:
-    """What the doctor found on this machine: facts, as {name: fact}, and problems. Each problem comes with advice."""
+    """Report about this machine: facts, as {name: fact}, and problems. Each problem comes with advice."""
 
     facts: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)

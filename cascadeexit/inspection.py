@@ -20,7 +20,7 @@ from cascadeexit.events import Status, TokenEvent
 
 @dataclass(frozen=True)
 class Inspection:
-    """What each of the S - 1 exits and the full model would have chosen at each of N positions of a text.
+    """Choices of the S - 1 exits and of the full model at each of N positions of a text.
 
     In the fields, the exits come first and the full model is last. The fields are plain lists, so that a worker process
     can send them to the page.

@@ -47,7 +47,7 @@ class RunFailed(RuntimeError):
 
 
 class Check(StrEnum):
-    """What a race computes at its end about each text that exits wrote."""
+    """Kinds of check that a race makes at its end of each text that exits wrote."""
 
     NOTHING = "nothing"
     CHOICES = "choices"             # what the full model would have chosen at each position

@@ -42,7 +42,7 @@ def _setting(default, query: str, record: str | None, limits: Limits | None = No
 
 @dataclass(frozen=True)
 class Settings:
-    """What a visitor chose on the page for one run. A field is None if the visitor emptied its control.
+    """Settings of one run, as a visitor chose them on the page. A field is None if the visitor emptied its control.
 
     `decode_configs` then raises ValueError, except for an empty `seed`, which counts as 0.
     """

@@ -20,7 +20,7 @@ _CHAINS: dict[int, Tensor] = {}         # buffers of `_from_zero`: making one ta
 
 @dataclass(frozen=True)
 class Places:
-    """Where N rows are: their positions in the text, their slots in the cache, and their paths in a draft tree.
+    """Places of N rows: their positions in the text, their slots in the cache, and their paths in a draft tree.
 
     The address of the cache is included. All tensors are views of one buffer, so one copy transfers all of them.
     Attention works on tiles of `tile` rows. Usually a tile is 16 rows of one text, which are consecutive or form a
