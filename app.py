@@ -152,8 +152,8 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
         model = gr.Dropdown(library.labels, value=label, label="Model", elem_id="ce-model-menu",
                             visible=len(library.labels) > 1)
         quality = _quality_slider(calibration)
-        beside = gr.Dropdown(label="Third panel", elem_id="ce-beside", info="One more text next to the full model's, with other settings",
-                             **_beside_menu(shape))
+        beside = gr.Dropdown(label="Third panel", elem_id="ce-beside", **_beside_menu(shape),
+                             info="One more text next to the full model's, with other settings")
         controls = (dict(model=model, prompt=prompt, mode=mode, beside=beside) | _advanced_controls()
                     | _exit_controls(shape))
         with gr.Row(elem_id="ce-links"):
