@@ -50,7 +50,7 @@ from cascadeexit.runner import Compute, RunFailed, Runner  # noqa: E402
 from cascadeexit.settings import DEFAULT_THRESHOLD, PRESETS, THRESHOLDS, Settings, thresholds_at  # noqa: E402
 from cascadeexit.shape import Shape, exit_name  # noqa: E402
 
-TRACE = ASSETS / "traces" / "sky.json"          # a recorded run: what a visitor sees while the model loads
+TRACE = ASSETS / "traces" / "sky.json"          # a recorded run: it plays until a visitor's first own run
 MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
 SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip", "dock", "card", "lens", "fork",

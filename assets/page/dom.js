@@ -37,8 +37,8 @@ const number = (x, digits = 1) => missing(x) ? '–' : x.toFixed(digits);
 const milliseconds = x => missing(x) ? '–' : x >= 10 ? x.toFixed(1) + ' s' : Math.round(1000 * x) + ' ms';
 const visible = text => text.replace(/ /g, '␣').replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/\r/g, '␍');
 
-// A click on one of gradio's own controls, by the id of its block.
-const control = (id, what = 'button') => document.querySelector('#' + id + (what ? ' ' + what : ''));
+// One of gradio's own controls, by its id.
+const control = id => document.getElementById(id);
 
 // -- features: each file of the page registers what it does at the moments of a run ------------------------------------
 //
@@ -47,6 +47,7 @@ const control = (id, what = 'button') => document.querySelector('#' + id + (what
 // record   {type: function}: after the base has read a record of this type
 // draw     at most once a frame, when something changed
 // finish   nothing more is written: the run ended, stopped or failed
+// seek     the player shows another moment of the run: its seconds
 
 const features = [];
 const feature = parts => features.push(parts);

@@ -31,10 +31,10 @@ document.addEventListener('keydown', event => {
 document.addEventListener('click', event => {
   if (!event.target.closest('#ce-open, #ce-close')) return;
   const open = document.body.classList.toggle('ce-settings-open');
-  setTimeout(() => control(open ? 'ce-close' : 'ce-open', '').focus(), 220);    // when it has slid in
+  setTimeout(() => control(open ? 'ce-close' : 'ce-open').focus(), 220);    // when it has slid in
 });
 document.addEventListener('keydown', event => {
-  if (event.key === 'Escape' && document.body.classList.contains('ce-settings-open')) control('ce-close', '').click();
+  if (event.key === 'Escape' && document.body.classList.contains('ce-settings-open')) control('ce-close').click();
 });
 
 function began() {

@@ -13,7 +13,6 @@ function follow(part) {
   });
 }
 
-const tokenNodes = name => sides[name].nodes;
 
 function buildPanels() {
   parts.panels.replaceChildren();
@@ -53,7 +52,7 @@ function buildPanel(name, kept = []) {
     const copyOf = node.cloneNode(true);
     copyOf.classList.add('kept');
     copyOf.classList.remove('chosen', 'lit', 'split', 'forked', 'folded', 'swapped', 'alone');
-    append(side, text, copyOf);
+    side.paragraph.append(copyOf);
     side.nodes.push(copyOf);
     endParagraph(side, text, copyOf);
   }
@@ -101,8 +100,6 @@ function lastLine(side) {                    // of the final tokens, without the
   return line.slice(line.lastIndexOf('\n') + 1);
 }
 
-const append = (side, text, node) => side.paragraph.append(node);
-
 function endParagraph(side, text, node) {                       // after a final token that ends a line
   if (!node.textContent.endsWith('\n')) return;
   const rest = [];
@@ -126,7 +123,7 @@ function writeToken(side, record) {
   let node = side.pending.get(record.i);
   side.pending.delete(record.i);
   const text = parts[side.name].text;
-  if (!node) append(side, text, node = make('span'));
+  if (!node) side.paragraph.append(node = make('span'));
   dress(node, record, '');
   if (side.corrected.has(record.i) && isLast(record.exit)) node.classList.add('correction');
   side.nodes[record.i] = node;
@@ -137,7 +134,7 @@ function writeDraft(side, record) {
   const node = make('span');
   dress(node, record, ' draft');
   side.pending.set(record.i, node);
-  append(side, parts[side.name].text, node);
+  side.paragraph.append(node);
 }
 
 function writeRejected(side, record) {

@@ -66,7 +66,7 @@ function measureButton() {
   parts.measure = button('ce-toggle ce-measure', 'Measure again', () => {
     waiting(true);
     status('Measuring the speed again…', 'busy');
-    control('ce-measure', '').click();
+    control('ce-measure').click();
   });
   parts.measure.title = 'Runs this prompt three more times, 64 tokens each, and shows the lowest and the highest speed';
   parts.measure.hidden = true;
@@ -115,7 +115,7 @@ function runExact() {
   }
   // Gradio reads its values at the click: a moment after its radio has shown the choice.
   const go = tries => setTimeout(() => exact && !exact.closest('label').classList.contains('selected') && tries
-    ? go(tries - 1) : setTimeout(() => control('ce-run', '').click(), 60), 30);
+    ? go(tries - 1) : setTimeout(() => control('ce-run').click(), 60), 30);
   go(40);
 }
 
@@ -167,7 +167,7 @@ function drawNumbers(side, stats) {
   }
   const live = finished && !replaying() && Boolean(end);
   parts.offer.hidden = !(live && run.mode !== 'verified');
-  parts.measure.hidden = !(live && versus && !side.spread && !loops && control('ce-measure', ''));
+  parts.measure.hidden = !(live && versus && !side.spread && !loops && control('ce-measure'));
 }
 
 function spreadWords({ speedups, tokens }) {

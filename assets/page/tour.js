@@ -7,7 +7,7 @@ const STEPS = [
     text: () => 'The same model writes both texts. On the left it may stop early, at an exit after some of its layers. On the right it always uses all ' + model.layers + ' layers.' },
   { at: () => parts && parts.keys, under: () => parts.legend, title: 'Colour: how early a token was ready',
     text: () => 'Light colours are early exits, darker ones are later. No colour: all layers were needed. An orange line under a token: the full model would choose another one.' },
-  { at: () => control('ce-mode', ''), title: 'Do you need the exact text?',
+  { at: () => control('ce-mode'), title: 'Do you need the exact text?',
     text: () => '“Exact” gives the full model’s own text: the exits only draft, and the full model checks every token.', action: ['Try Exact', runExact] },
 ];
 
@@ -64,7 +64,7 @@ function placeTour() {
   const anchor = STEPS[tour.step].at();
   ring(anchor);
   if (!anchor) return;
-  const step = STEPS[tour.step], at = (step.under ? step.under() : anchor).getBoundingClientRect(), own = tour.box.getBoundingClientRect(), run = control('ce-run', '') || control('ce-stop', '');
+  const step = STEPS[tour.step], at = (step.under ? step.under() : anchor).getBoundingClientRect(), own = tour.box.getBoundingClientRect(), run = control('ce-run') || control('ce-stop');
   const style = tour.box.style;
   tour.box.classList.toggle('low', narrow());
   if (narrow()) { style.left = style.top = ''; return; }
