@@ -174,7 +174,7 @@ class TokenStream:
         if n:
             so_far = metrics.match(ours[:n], theirs[:n])
             recent = metrics.match(ours[max(0, n - ROLLING):n], theirs[max(0, n - ROLLING):n])
-            speeds = [metrics.summarize(self.sides[s].decoded, self._costs).tokens_per_second for s in (name, FULL)]
+            speeds = [metrics.tokens_per_second([e for e in self.sides[s].decoded if e.final]) for s in (name, FULL)]
             self._write("versus", side=name, n=n, speedup=rounded(speeds[0] / speeds[1]) if all(speeds) else None,
                         positional=rounded(so_far.positional), rolling=rounded(recent.positional),
                         first_divergence=so_far.first_divergence)
