@@ -13,7 +13,6 @@ function follow(part) {
   });
 }
 
-
 function buildPanels() {
   parts.panels.replaceChildren();
   parts.panels.dataset.count = order.length;
