@@ -357,14 +357,16 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
     prompt, model, seed = (one.controls[name] for name in ("prompt", "model", "seed"))
     shown = partial(_shown, one)
 
-    def respond(*values) -> Iterator[dict]:
-        with closing(page.respond(Settings.from_controls(dict(zip(one.controls, values))))) as frames:
+    def streamed(frames: Iterator[Frame]) -> Iterator[dict]:
+        with closing(frames):               # also when the visitor stops or leaves
             yield from map(shown, frames)
+
+    def respond(*values) -> Iterator[dict]:
+        yield from streamed(page.respond(Settings.from_controls(dict(zip(one.controls, values)))))
 
     def fork(event: gr.EventData) -> Iterator[dict]:
         chosen = event._data if isinstance(event._data, dict) else {}      # from the browser: any JSON
-        with closing(page.fork(*(chosen.get(name) for name in ("run", "side", "at", "id")))) as frames:
-            yield from map(shown, frames)
+        yield from streamed(page.fork(*(chosen.get(name) for name in ("run", "side", "at", "id"))))
 
     def next_seed(seed, temperature) -> int:
         seed, notice = retried(seed, temperature)
@@ -373,12 +375,10 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
         return seed
 
     def analyse(run: str) -> Iterator[dict]:
-        with closing(page.analyse(run)) as frames:
-            yield from map(shown, frames)
+        yield from streamed(page.analyse(run))
 
     def measure(run: str) -> Iterator[dict]:
-        with closing(page.measure(run)) as frames:
-            yield from map(shown, frames)
+        yield from streamed(page.measure(run))
 
     inputs = list(one.controls.values())
     running = gr.on([one.run.click, prompt.submit], respond, inputs, outputs, **_turns(one.queue))
