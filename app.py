@@ -382,8 +382,9 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
 
     inputs = list(one.controls.values())
     running = gr.on([one.run.click, prompt.submit], respond, inputs, outputs, **_turns(one.queue))
-    again = one.retry.click(next_seed, [seed, one.controls["temperature"]], seed, queue=False, **QUIET).then(
-        respond, inputs, outputs, **_turns(one.queue))
+    # In the queue, as the upload below: only there gradio can show a warning.
+    reseeded = one.retry.click(next_seed, [seed, one.controls["temperature"]], seed, concurrency_limit=None, **QUIET)
+    again = reseeded.then(respond, inputs, outputs, **_turns(one.queue))
     forking = one.view.fork(fork, None, outputs, **_turns(one.queue))
     forking.then(None, js=FORK_OVER, queue=False, **QUIET)
     repeated = one.measure.click(measure, one.current, outputs, **_turns(one.queue))
@@ -394,7 +395,7 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
     ends = dict(cancels=all_runs, queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)
     model.input(lambda label: shown(page.idle(label)), model, outputs, trigger_mode="always_last", **ends)
-    # In the queue, because only there gradio can show a warning; the drawer closes, so that nothing covers the run.
+    # The drawer closes, so that nothing covers the run.
     one.upload.upload(lambda path: shown(replay_upload(path)), one.upload, outputs, cancels=all_runs,
                       concurrency_limit=None, **QUIET).then(None, js=CLOSE_SETTINGS, queue=False, **QUIET)
 

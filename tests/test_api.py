@@ -103,8 +103,8 @@ def test_a_direct_call_by_number_reaches_no_queued_function(served, runs):
     """The page's own functions have no public name, but the page's configuration shows their numbers."""
     _, _, client = served
     queued = [d for d in client.config["dependencies"] if d["queue"]]
-    assert len(queued) == 10, ("run, retry, fork, the check after Stop, replay, charts and evaluate on the page; "
-                               "generate, compare and evaluate for programs")
+    assert len(queued) == 11, ("run, retry and its seed, fork, measure, the check after Stop, replay and evaluate on "
+                               "the page; generate, compare and evaluate for programs")
     for dependency in queued:
         answer = httpx.post(f"{client.src}gradio_api/run/predict",
                             json={"fn_index": dependency["id"], "data": [None] * len(dependency["inputs"])})
