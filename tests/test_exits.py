@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from cascadeexit.backends.torch.linear import can_pack
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.exits import ADAPTERS, ExitBank, ExitConfig
@@ -102,7 +103,8 @@ def test_each_exit_reads_the_first_words_of_the_head_that_are_its_own(dtype):
         assert config.words(s) == words
         torch.testing.assert_close(own.logits(s, hidden), whole.logits(s, hidden)[:, :words])
         assert own.head_bytes(s) * 90 == whole.head_bytes(s) * words
-    copied = (32 + 64) * model.hidden_size * dtype.itemsize             # the torch backend packs each part by itself
+    # The torch backend packs each part by itself, and shares one weight where this processor's oneDNN cannot pack it.
+    copied = (32 + 64) * model.hidden_size * dtype.itemsize if can_pack(torch.empty(90, 64, dtype=dtype)) else 0
     assert own.memory_bytes == whole.memory_bytes + copied
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 import time
 from pathlib import Path
 from urllib.parse import parse_qsl, urlparse
@@ -24,6 +23,7 @@ from cascadeexit.settings import DEFAULT_THRESHOLD, PRESETS, thresholds_at
 from cascadeexit.shape import Shape
 from cascadeexit.sides import Side
 from cascadeexit.stream import FORMAT, TokenStream, frames, model_line, stopped
+from cascadeexit.wire import expand, write_line
 from tests.browser.conftest import SEED
 from tests.browser.driving import (
     choose_exact,
@@ -438,6 +438,7 @@ def link_of(page) -> dict[str, str]:
     open_settings(page)
     page.click("#ce-link")
     page.wait_for_function("location.search.includes('model=')")
+    close_settings(page)
     return dict(parse_qsl(urlparse(page.url).query))
 
 
@@ -523,8 +524,8 @@ def test_any_cut_of_the_stream_draws_the_same_page(draw, recorded):
 def test_half_characters_of_a_record_are_replaced(draw, recorded):
     """JSON can hold half a character, a page cannot: it shows a replacement character instead."""
     values = recorded[-1].splitlines()
-    first = next(n for n, line in enumerate(values) if '"type":"token","side":"full"' in line)
-    values[first] = re.sub('"text":"[^"]*"', r'"text":"\\ud83d\\u202e"', values[first])
+    first = next(n for n, line in enumerate(values) if expand(line).get("side") == "full" and "text" in expand(line))
+    values[first] = write_line(**expand(values[first]) | {"text": "\ud83d\u202e"}).strip()
     tokens, _ = draw("\n".join(values) + "\n")
     assert [text[1:] for _, _, text in tokens].count("\u202e") == 1 and len(tokens) == len(draw(recorded[-1])[0])
 

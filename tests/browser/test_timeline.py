@@ -310,6 +310,7 @@ def test_old_files_show_their_times_and_exits(replay):
     assert pixel(page, middle(run, "cascade", i), y) == colour(page, f"{CASCADE}.e2")
     page.locator(CASCADE).nth(i).click()
     assert "Exit 3, after layer 17" in page.locator(".ce-pass").inner_text()
+    page.keyboard.press("Escape")
     page.get_by_role("button", name="By layer").click()
     assert page.locator(".ce-time-row:visible").count() >= 8
     page = replay(handmade_run(EXACT, 30, spans=False))
