@@ -114,10 +114,11 @@ def build_demo(library: Library) -> gr.Blocks:
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
         gr.HTML("<h1>CascadeExit</h1><p>The same language model, two ways: stop early when an exit is confident,"
                 " or always use every layer.</p>", elem_id="ce-title", apply_default_css=False)
-        with gr.Tab("One prompt", elem_id="ce-one"):
-            one = _one_prompt(page, calibrations[library.labels[0]])
-        with gr.Tab("Many prompts", elem_id="ce-many"):
-            many = _many_prompts()
+        with gr.Tabs(elem_id="ce-pages"):
+            with gr.Tab("One prompt", elem_id="ce-one"):
+                one = _one_prompt(page, calibrations[library.labels[0]])
+            with gr.Tab("Many prompts", elem_id="ce-many"):
+                many = _many_prompts()
         _connect_runs(page, one)
         _connect_settings(library, calibrations, one)
         _connect_many(page, one, many)

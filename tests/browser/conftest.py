@@ -35,6 +35,7 @@ def open_page(chromium):
     """Function that opens a page. Requests to other machines, errors and dialogs fail the test at its end.
 
     tour: True opens it as a first visitor sees it, with the steps of `assets/page/tour.js`.
+    script: JavaScript that runs before the page's own.
     """
     contexts, complaints = [], []
 
@@ -45,11 +46,10 @@ def open_page(chromium):
         complaints.append(f"request to {route.request.url}")
         return route.abort()
 
-    def open_(url: str, width: int = 1280, height: int = 900, tour: bool = False, **options):
+    def open_(url: str, width: int = 1280, height: int = 900, tour: bool = False, script: str = "", **options):
         context = chromium.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
-        if not tour:
-            context.add_init_script(TOUR_SEEN)
+        context.add_init_script(f"{'' if tour else TOUR_SEEN}; {script}")
         page = context.new_page()
         page.set_default_timeout(30_000)
         page.route("**/*", check)

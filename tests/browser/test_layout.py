@@ -1,0 +1,60 @@
+"""Where things stand: results in the first screen, and nothing moves while the page loads."""
+
+import pytest
+
+import app
+from tests.browser.server import serve
+
+pytestmark = pytest.mark.browser
+
+WATCH = """window.shifts = []; new PerformanceObserver(list => list.getEntries().forEach(entry => window.shifts.push(
+    [entry.value, entry.sources.map(source => source.node && (source.node.id || source.node.className))])))
+    .observe({type: 'layout-shift', buffered: true});"""
+SCREENS = {"desktop": (1280, 800), "phone": (360, 740)}
+
+
+@pytest.fixture(params=SCREENS)
+def size(request) -> tuple[int, int]:
+    return SCREENS[request.param]
+
+
+@pytest.fixture(scope="module")
+def url(tiny):
+    """Address of a page that plays the recorded run, as a first visitor sees it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "_has_recorded_run", lambda library: True)
+        with serve(*tiny) as address:
+            yield address
+
+
+def box(page, selector: str) -> dict[str, float]:
+    return page.locator(selector).first.bounding_box()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_moves_while_the_page_loads(open_page, url, size, theme):
+    """Cumulative layout shift, as browsers define it; they call less than 0.1 good."""
+    page = open_page(url, *size, color_scheme=theme, script=WATCH)
+    page.wait_for_selector(".ce-text .t")               # the recorded run has begun to play
+    page.wait_for_timeout(1500)
+    shifts = page.evaluate("window.shifts")
+    assert sum(value for value, _ in shifts) < 0.1, max(shifts)
+
+
+def test_run_texts_and_charts_are_in_one_screen(open_page, url):
+    width, height = SCREENS["desktop"]
+    page = open_page(url, width, height)
+    page.wait_for_selector(".ce-text .t")
+    run, strip, charts = (box(page, selector) for selector in ("#ce-run", ".ce-legend", ".ce-plots"))
+    assert run["y"] + run["height"] < strip["y"] + strip["height"] <= box(page, ".ce-text .t")["y"]
+    for side in ("cascade", "full"):
+        assert box(page, f".ce-text[data-side={side}]")["y"] <= 300
+    assert charts["y"] + charts["height"] <= height
+
+
+def test_a_phone_shows_run_and_then_numbers_before_texts(open_page, url):
+    width, height = SCREENS["phone"]
+    page = open_page(url, width, height)
+    page.wait_for_selector(".ce-text .t")
+    run, strip, text = (box(page, selector) for selector in ("#ce-run", ".ce-legend", ".ce-text"))
+    assert run["y"] + run["height"] <= height and strip["y"] + strip["height"] <= text["y"]
