@@ -57,4 +57,5 @@ def test_a_phone_shows_run_and_then_numbers_before_texts(open_page, url):
     page = open_page(url, width, height)
     page.wait_for_selector(".ce-text .t")
     run, strip, text = (box(page, selector) for selector in ("#ce-run", ".ce-legend", ".ce-text"))
+    assert run["width"] > 0.9 * width and page.get_by_role("tab", name="Many prompts").is_visible()
     assert run["y"] + run["height"] <= height and strip["y"] + strip["height"] <= text["y"]
