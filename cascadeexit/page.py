@@ -273,8 +273,7 @@ class Page:
 
     def _load(self, label: str) -> Iterator[str]:
         """Load the model with this label if it is not in memory. Yields lines of text about the progress."""
-        if not self.library.ready(label):
-            yield from self.library.load(label)
+        yield from self._runner.load(label)
 
     def _loading(self, kept: KeptRun) -> Iterator[Frame]:
         """Load the model of a kept run if it is not in memory. Yields changes of the page that show the progress."""
