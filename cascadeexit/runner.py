@@ -36,6 +36,7 @@ PROGRESS_SECONDS = 0.25         # least time between two reports of progress
 START_SECONDS = 10              # until a new worker has the weights on the GPU
 TOKEN_SECONDS = 0.02            # a token, until a run of the model was measured
 MARGIN = 2                      # a worker is ended after its duration, so ask for more than the last run took
+WAITING = "Waiting for another run to end…"
 
 Compute = Callable[..., Iterator["Batch"]]
 
@@ -120,7 +121,7 @@ class Runner:
             return
         with self._turns.join() as turn:
             while not turn.wait():
-                yield "Waiting for another run to end…"
+                yield WAITING
             yield from self.library.load(label)
 
     def race(self, label: str, tasks: Mapping[str, Task], check: Check = Check.NOTHING) -> Iterator[Batch]:
