@@ -3,6 +3,8 @@
     python app.py                                the bundled model on this machine
     python app.py --model my-model               any Llama-like model: a Hub id or a local folder
     python app.py --model one two --mcp          a choice of models, and the endpoints as tools for an agent
+
+The same server answers OpenAI's clients at /v1 (`cascadeexit.openai`).
 """
 
 import argparse

@@ -17,7 +17,7 @@ from gradio_client import Client
 from cascadeexit import hub
 from cascadeexit.config import DecodeConfig
 from cascadeexit.inspection import inspect
-from cascadeexit.openai import service
+from cascadeexit.openai import routes, service
 from cascadeexit.openai.writing import StoppedText
 from cascadeexit.prompts import conversation_ids, visitor_token_ids
 from tests.browser.server import serve
@@ -264,6 +264,7 @@ def test_a_wrong_prompt_is_answered_with_the_reason(url, wrong, reason):
 def test_what_is_not_a_request_gets_the_same_kind_of_error(url):
     for send, status in ((lambda: httpx.post(f"{url}v1/completions", content=b"{"), 400),
                          (lambda: httpx.post(f"{url}v1/completions", content=b"[1]"), 400),
+                         (lambda: httpx.post(f"{url}v1/completions", content=b"[" * 900_000), 400),
                          (lambda: httpx.post(f"{url}v1/completions", content=b'"\\ud800"'), 400),
                          (lambda: httpx.post(f"{url}v1/completions", content=b" " * 1_000_001), 413),
                          (lambda: httpx.post(f"{url}v1/completions", json=dict(model="gpt", prompt="a")), 404),
@@ -348,6 +349,17 @@ def test_the_page_and_two_clients_take_turns(url, engine, client, monkeypatch):
         other.join(30)
     assert len(job.result(30)["token_ids"]) == 40 and len(texts) == 2
     assert watch.most == 1 and watch.began[0] == "full" and len(watch.ended) == 3
+
+
+def test_a_stream_that_waits_is_kept_alive(url, engine, client, monkeypatch):
+    monkeypatch.setattr(routes, "COMMENT_SECONDS", 0.1)
+    watch = Watch(engine, monkeypatch)
+    first = complete(client, max_tokens=40, stream=True)
+    watch.wait(1)
+    body = dict(model=NAME, prompt="hi there", **GREEDY, stream=True)
+    with httpx.stream("POST", f"{url}v1/completions", json=body, timeout=30) as answer:
+        events = answer.read().decode().split("\n\n")
+    assert ": waiting" in events and "data: [DONE]" in events and list(first)
 
 
 def test_too_many_requests_are_refused(url, engine, client, monkeypatch):

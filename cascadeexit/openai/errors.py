@@ -23,6 +23,8 @@ def wrong_request(error: ValidationError) -> ApiError:
     fault = error.errors(include_url=False, include_context=False)[0]
     if fault["type"] == "json_invalid":
         return ApiError(f"expected a JSON object as the body, got something else ({fault['msg']})")
+    if fault["type"] == "model_type" and not fault["loc"]:
+        return ApiError(f"expected a JSON object as the body, got {shown(fault['input'])}")
     param = ".".join(map(str, fault["loc"]))
     if fault["type"] == "missing":
         return ApiError(f"{param}: expected a value, got none", param=param)

@@ -41,8 +41,8 @@ def application(runner: Runner, visit: Visit = lambda request: None) -> Starlett
     service, key = Service(runner), os.environ.get("CASCADEEXIT_API_KEY", "")
 
     def entering(request: WebRequest) -> None:
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if key and not hmac.compare_digest(sent.encode(), key.encode()):
+        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+        if key and not (scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), key.encode())):
             raise ApiError("expected the key of this server as bearer token, got another one or none", 401,
                            code="invalid_api_key")
         visit(request)
