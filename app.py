@@ -3,6 +3,8 @@
     python app.py                                the bundled model on this machine
     python app.py --model my-model               any Llama-like model: a Hub id or a local folder
     python app.py --model one two --mcp          a choice of models, and the endpoints as tools for an agent
+
+The same server answers OpenAI's clients at /v1 (`cascadeexit.openai`).
 """
 
 import argparse
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial, wraps
+from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")     # read when gradio is imported
 
@@ -24,8 +27,11 @@ except ImportError:     # not on a Space
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 from gradio.components import Component  # noqa: E402
+from gradio.context import LocalContext  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+from starlette.routing import Mount  # noqa: E402
 
-from cascadeexit import accelerator, hub, prompts, settings, stream  # noqa: E402
+from cascadeexit import accelerator, hub, openai, prompts, settings, stream  # noqa: E402
 from cascadeexit.calibration import Calibration  # noqa: E402
 from cascadeexit.config import Mode  # noqa: E402
 from cascadeexit.endpoints import BadRequest, Endpoints  # noqa: E402
@@ -106,10 +112,14 @@ class ManyPrompts:
     report: gr.State                    # id of the evaluation that runs
 
 
-def build_demo(library: Library) -> gr.Blocks:
-    """Build the page for these models."""
-    runner = Runner(library, on_zero_gpu if ZERO_GPU else None)
-    page = Page(runner)
+def make_runner(library: Library) -> Runner:
+    """Make what runs these models, for the page and for programs."""
+    return Runner(library, on_zero_gpu if ZERO_GPU else None, AT_ONCE["concurrency_limit"])
+
+
+def build_demo(runner: Runner) -> gr.Blocks:
+    """Build the page for the models of a runner."""
+    library, page = runner.library, Page(runner)
     calibrations = {label: library.calibration(label) for label in library.labels}
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
         gr.HTML("<h1>CascadeExit</h1><p>The same language model, two ways: stop early when an exit is confident,"
@@ -547,15 +557,27 @@ def on_zero_gpu(compute: Compute, seconds: Callable[..., int]) -> Compute:
 
 # -- start --------------------------------------------------------------------------------------------------
 
-def launch_options() -> dict:
-    """Options of `demo.launch`, also for tests and scripts: our theme and styles, and no request to other machines."""
+def launch_options(demo: gr.Blocks, runner: Runner) -> dict:
+    """Options of `demo.launch`, also for tests and scripts: our theme and styles, no request to other machines, and the
+    routes of `cascadeexit.openai` for programs.
+    """
+    def visit(request: Request) -> None:
+        # As gradio does before it calls a function: `spaces` reads from these who asks for a GPU, and for which server.
+        LocalContext.blocks.set(demo)
+        LocalContext.request.set(gr.Request(request))
+
     # Bold instead of gradio's semi-bold, because the semi-bold font file that gradio serves lacks most letters.
     font = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=font).set(
         body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600")    # the default is too pale
-    styles = [ASSETS / "app.css", *sorted((ASSETS / "page").glob("*.css"))]
-    return dict(theme=theme, css_paths=styles, ssr_mode=False, run_history=False, footer_links=[],
-                max_file_size=MAX_UPLOAD)
+    routes = [Mount("/v1", app=openai.application(runner, visit))]
+    return dict(theme=theme, css_paths=styles(), ssr_mode=False, run_history=False, footer_links=[],
+                max_file_size=MAX_UPLOAD, app_kwargs=dict(routes=routes))
+
+
+def styles() -> list[Path]:
+    """Return the style sheets of the page."""
+    return [ASSETS / "app.css", *sorted((ASSETS / "page").glob("*.css"))]
 
 
 def offers(models: list[str], exits: str | None) -> list[Offer]:
@@ -594,9 +616,10 @@ def main() -> None:
                           dtype=getattr(torch, args.dtype) if args.dtype else None)
         if ZERO_GPU:
             library.load_all(log)               # in this thread and before the launch, which moves weights to disk
-        demo = build_demo(library)
+        runner = make_runner(library)
+        demo = build_demo(runner)
         demo.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True,
-                    mcp_server=args.mcp, **launch_options())
+                    mcp_server=args.mcp, **launch_options(demo, runner))
         log(f"Open {demo.local_url} (a recorded run plays there until your first one)")
         library.get(library.labels[0], log)
     except (RuntimeError, ValueError, OSError) as error:

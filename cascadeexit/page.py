@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from cascadeexit import evaluation, prompts, record
@@ -13,7 +14,7 @@ from cascadeexit.calibration import Calibration
 from cascadeexit.hub import ModelUnavailable
 from cascadeexit.kept import KeptRun, Latest
 from cascadeexit.report import Progress, Report, measured_curve
-from cascadeexit.runner import Batch, Check, RunFailed, Runner, Task, events_of
+from cascadeexit.runner import WAITING, Batch, Check, RunFailed, Runner, Task, events_of
 from cascadeexit.settings import DISABLED, Settings
 from cascadeexit.sides import CASCADE, FULL
 from cascadeexit.spread import REPEATS, TOKENS, speedups
@@ -273,8 +274,7 @@ class Page:
 
     def _load(self, label: str) -> Iterator[str]:
         """Load the model with this label if it is not in memory. Yields lines of text about the progress."""
-        if not self.library.ready(label):
-            yield from self.library.load(label)
+        yield from self._runner.load(label)
 
     def _loading(self, kept: KeptRun) -> Iterator[Frame]:
         """Load the model of a kept run if it is not in memory. Yields changes of the page that show the progress."""
@@ -294,7 +294,14 @@ def _grown(kept: KeptRun, contest: Iterator[Batch], notice: str = "") -> Iterato
     """
     stream = kept.stream
     try:
-        for text in frames(stream, events_of(contest)):
+        first = next(contest)
+        if first == Batch():
+            stream.status(WAITING)
+            yield Frame(stream.text)
+        while first == Batch():                                     # another race runs
+            yield Frame()
+            first = next(contest)
+        for text in frames(stream, events_of(chain([first], contest))):
             yield Frame(text)
         stream.close_text()
         kept.checking = True

@@ -73,8 +73,17 @@ def token_ids(tokenizer, text: str, *, chat: bool = True) -> list[int]:
     """
     if not (chat and tokenizer.chat_template):
         return tokenizer(text)["input_ids"]
-    turn = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return conversation_ids(tokenizer, [{"role": "user", "content": text}])
+
+
+def conversation_ids(tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Convert a conversation to token ids with the chat template of the model. The ids end where the reply begins.
+
+    messages: the turns so far, [{role, content}]; a role is "system", "user" or "assistant".
+
+    Raises the error of the template if it refuses these turns. The tokenizer must have a template.
+    """
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def visitor_token_ids(tokenizer, prompt: str | None, chat: bool) -> list[int]:

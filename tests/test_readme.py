@@ -34,7 +34,7 @@ def test_every_block_is_checked_by_a_test():
     assert TEXT.count("\n```") == 2 * len(BLOCKS), "a block could not be read"
     assert {language for _, language, _ in BLOCKS} <= {"bash", "python", "text", "bibtex"}
     assert [marker for marker, _, _ in BLOCKS if marker] == ["api-example", "test-command"]
-    assert "<!-- api-example -->" in (ROOT / "tests" / "test_api.py").read_text(encoding="utf-8"), "it runs there"
+    assert "<!-- api-example -->" in (ROOT / "tests" / "test_openai.py").read_text(encoding="utf-8"), "it runs there"
     assert "<!-- test-command -->" in (ROOT / ".ci" / "run").read_text(encoding="utf-8"), "it runs there"
     assert len(SHELL) == 6 and len(PYTHON) == 1
 
