@@ -9,5 +9,7 @@ from cascadeexit.metrics import RunStats, summarize
 from cascadeexit.model import SegmentedModel
 from cascadeexit.race import race
 
+__version__ = "1.0.0"
+
 __all__ = ["DecodeConfig", "Engine", "ExitBank", "ExitConfig", "Generation", "Mode", "RunStats", "SegmentedModel",
            "Span", "Status", "TokenEvent", "load", "race", "summarize"]

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import httpx
 import torch
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
@@ -27,12 +28,13 @@ from cascadeexit.backends.weights import bring_outer_weights
 from cascadeexit.bundled import DEFAULT_MODEL, ModelUnavailable, Progress, bundled_model, disk_full, first_line
 from cascadeexit.engine import Engine
 from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, read_config
+from cascadeexit.folders import assets_folder
 from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
 from cascadeexit.prompts import opening_ids
 from cascadeexit.shape import Shape
 
 log = logging.getLogger(__name__)
-_SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
+_SHIPPED_EXITS = assets_folder() / "exits"
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -322,7 +324,9 @@ def _explained(model: str, source: str, error: Exception) -> ModelUnavailable:
     if any(disk_full(reason) for reason in reasons):
         return ModelUnavailable(f"the disk filled up while {model} was fetched. Make room, or set HF_HOME to a folder "
                                 "on another disk.")
-    if caused_by(LocalEntryNotFoundError, ConnectionError, httpx.TransportError):
+    # HTTPError comes from the version of httpx that huggingface_hub uses; an answer of the Hub is an HfHubHTTPError.
+    no_answer = caused_by(HTTPError) and not caused_by(HfHubHTTPError)
+    if no_answer or caused_by(LocalEntryNotFoundError, ConnectionError):
         return ModelUnavailable(f"{model} is neither a local folder nor in the local Hub cache, and the Hub could not "
                                 f"be reached ({first_line(error)}). Connect to the network, give a local folder, or "
                                 f"use the bundled '{DEFAULT_MODEL}'.")

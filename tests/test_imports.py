@@ -23,6 +23,7 @@ ORDER = """
     sampling model carry staircase drafting tree metrics engine race inspection shape
     repetition machine text sides wire stream record bundled accelerator selfcheck hub library runner spread evaluation
     views report settings kept page endpoints doctor
+    terminal console __main__
 """.split()
 # Each outside library, and the modules that may import it.
 DOORS = {"transformers": ("hub", "bundled", "backends.torch."), "plotly": ("views",), "gguf": ("bundled",),
