@@ -1,10 +1,10 @@
 """Console: the command `cascadeexit`, which is also `python -m cascadeexit`. It has four commands of its own."""
 
 import argparse
+import importlib
 import importlib.util
 import logging
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -98,7 +98,8 @@ def serve(words: list[str]) -> None:
     """Serve the page. The options are those of `app.py`."""
     _need("serve", "app")
     sys.argv = ["cascadeexit serve", *words]
-    runpy.run_path(str(project_folder() / "app.py"), run_name="__main__")
+    sys.path.insert(0, str(project_folder()))
+    importlib.import_module("app").main()
 
 
 def examine(words: list[str]) -> None:
