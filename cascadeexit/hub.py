@@ -62,12 +62,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
     model, and FileNotFoundError if the folder holds no exits.
     """
     base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress, device_map=device_map)
-    folder = find_exits(name, exits)
-    bank = ExitBank.load(folder) if folder else None
-    layers = bank.config.layers if bank else default_exit_layers(base.config.num_hidden_layers)
-    make = partial(_engine, base, layers, bank, name)
-    engine = _checked(make, base, backend, progress) if self_check and compute else make(backend)
-    del base, make                              # the backend keeps what it needs
+    engine = attach(base, name, exits, backend=backend, progress=progress, self_check=self_check and compute)
+    del base                                    # the backend keeps what it needs
     opening = opening_ids(tokenizer) if compute else []
     if max(opening, default=0) < engine.model.vocab_size:
         engine.read_opening(opening)
@@ -75,6 +71,24 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         log.warning("The chat template of %s uses token ids that the model does not have: use it with chat off.", name)
     give_back()
     return engine, tokenizer
+
+
+def attach(base, name: str, exits: str | Path | None = None, *, backend: str | None = None,
+           progress: Progress | None = None, self_check: bool = True) -> Engine:
+    """Make an engine for a transformers model that is in memory. The model is frozen and put in eval mode.
+
+    Args:
+        base: a transformers *ForCausalLM of a supported type.
+        name: short name of the model, by which shipped exits are found.
+        exits, backend, progress, self_check: as for `load`.
+
+    Raises ValueError and FileNotFoundError as `load` does.
+    """
+    folder = find_exits(name, exits)
+    bank = ExitBank.load(folder) if folder else None
+    layers = bank.config.layers if bank else default_exit_layers(base.config.num_hidden_layers)
+    make = partial(_engine, base, layers, bank, name)
+    return _checked(make, base, backend, progress) if self_check else make(backend)
 
 
 def _engine(base, layers: Sequence[int], bank: ExitBank | None, name: str, backend: str | None) -> Engine:
