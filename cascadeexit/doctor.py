@@ -129,7 +129,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add --model, --exits, --device and --dtype, with the defaults of `hub.load`."""
     parser.add_argument("--model", help="bundled name, Hub id or local folder "
                         f"(default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
-    parser.add_argument("--exits", help="folder of trained exits (default: those shipped for the model)")
+    parser.add_argument("--exits", help="folder or Hub id of trained exits (default: those shipped for the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="default: bfloat16, or float16 on a GPU that only emulates bfloat16")

@@ -6,6 +6,7 @@ The model is the bundled one, one in a local folder, or one on the Hugging Face 
 import gc
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,13 +28,14 @@ from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.weights import bring_outer_weights
 from cascadeexit.bundled import DEFAULT_MODEL, ModelUnavailable, Progress, bundled_model, disk_full, first_line
 from cascadeexit.engine import Engine
-from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, read_config
+from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, download, read_config
 from cascadeexit.folders import assets_folder
 from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
 from cascadeexit.prompts import opening_ids
 from cascadeexit.shape import Shape
 
 log = logging.getLogger(__name__)
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _SHIPPED_EXITS = assets_folder() / "exits"
 
 
@@ -47,7 +49,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
 
     Args:
         model: the bundled name, a Hub id or a local folder; default $CASCADEEXIT_MODEL, else the bundled model.
-        exits: a folder of trained exits; default the exits shipped for this model, else untrained exits.
+        exits: a folder of trained exits, or a Hub id such as owner/name; default the exits shipped for this model,
+            else untrained exits.
         device: 'cpu', 'cuda' or 'cuda:N'; default a GPU if there is one, else the CPU.
         dtype: a torch dtype or its name; default bfloat16, or float16 on a GPU that only emulates bfloat16.
         backend: 'cpu', 'gpu' or 'torch'; default the fastest that fits.
@@ -224,14 +227,26 @@ def resolve(model: str, progress: Progress | None = None) -> str:
 def find_exits(name: str, exits: str | Path | None = None) -> Path | None:
     """Return the folder of exits to use: `exits` if given, else the folder shipped for the model `name`, else None.
 
-    Raises FileNotFoundError if the given folder holds no exits.
+    Exits on the Hub are downloaded. Raises FileNotFoundError if the given folder holds no exits, and ModelUnavailable
+    if the download fails.
     """
+    if isinstance(exits, str) and _HUB_ID.fullmatch(exits) and not Path(exits).exists():
+        exits = _downloaded(exits)
     folder = Path(exits) if exits else _SHIPPED_EXITS / name
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
     if missing and exits:
         raise FileNotFoundError(f"{folder} holds no exits ({' and '.join(missing)} missing): give a folder written by "
                                 "python -m training.distill")
     return None if missing else folder
+
+
+def _downloaded(repo_id: str) -> Path:
+    try:
+        return download(repo_id)
+    except (HTTPError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelUnavailable(f"the exits {repo_id} are neither a local folder nor could they be fetched from the Hub "
+                               f"({first_line(error)}). Check the spelling and the network; a private repository needs "
+                               "HF_TOKEN.") from error
 
 
 def default_exit_layers(num_layers: int) -> tuple[int, ...]:
