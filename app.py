@@ -595,7 +595,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="CascadeExit: early exits beside the full model.")
     parser.add_argument("--model", nargs="+", default=[], help="Hub ids, local folders, or the bundled model's name; "
                         f"several make a menu (default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
-    parser.add_argument("--exits", help="folder of trained exits (default: those shipped for the model)")
+    parser.add_argument("--exits", help="folder or Hub id of trained exits (default: those shipped for the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
     parser.add_argument("--device-map", help="'auto' spreads a model that is too large for one device over all "
                         "devices, main memory and disk")

@@ -125,15 +125,20 @@ def _examine_check(report: Report, check: SelfCheck | None, notice: str) -> None
         report.problems.append(f"{notice} Please report this with the lines above.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Print how this machine runs a model, and what to do if something "
-                                     "is missing. Exit status 0: all is well. 1: something needs attention.")
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --exits, --device and --dtype, with the defaults of `hub.load`."""
     parser.add_argument("--model", help="bundled name, Hub id or local folder "
                         f"(default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
-    parser.add_argument("--exits", help="folder of trained exits (default: those shipped for the model)")
+    parser.add_argument("--exits", help="folder or Hub id of trained exits (default: those shipped for the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="default: bfloat16, or float16 on a GPU that only emulates bfloat16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print how this machine runs a model, and what to do if something "
+                                     "is missing. Exit status 0: all is well. 1: something needs attention.")
+    add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print facts and problems as JSON")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -6,15 +6,17 @@ The model is the bundled one, one in a local folder, or one on the Hugging Face 
 import gc
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import httpx
 import torch
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
@@ -26,13 +28,15 @@ from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.weights import bring_outer_weights
 from cascadeexit.bundled import DEFAULT_MODEL, ModelUnavailable, Progress, bundled_model, disk_full, first_line
 from cascadeexit.engine import Engine
-from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, read_config
+from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, download, read_config
+from cascadeexit.folders import assets_folder
 from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
 from cascadeexit.prompts import opening_ids
 from cascadeexit.shape import Shape
 
 log = logging.getLogger(__name__)
-_SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_SHIPPED_EXITS = assets_folder() / "exits"
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -45,7 +49,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
 
     Args:
         model: the bundled name, a Hub id or a local folder; default $CASCADEEXIT_MODEL, else the bundled model.
-        exits: a folder of trained exits; default the exits shipped for this model, else untrained exits.
+        exits: a folder of trained exits, or a Hub id such as owner/name; default the exits shipped for this model,
+            else untrained exits.
         device: 'cpu', 'cuda' or 'cuda:N'; default a GPU if there is one, else the CPU.
         dtype: a torch dtype or its name; default bfloat16, or float16 on a GPU that only emulates bfloat16.
         backend: 'cpu', 'gpu' or 'torch'; default the fastest that fits.
@@ -60,12 +65,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
     model, and FileNotFoundError if the folder holds no exits.
     """
     base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress, device_map=device_map)
-    folder = find_exits(name, exits)
-    bank = ExitBank.load(folder) if folder else None
-    layers = bank.config.layers if bank else default_exit_layers(base.config.num_hidden_layers)
-    make = partial(_engine, base, layers, bank, name)
-    engine = _checked(make, base, backend, progress) if self_check and compute else make(backend)
-    del base, make                              # the backend keeps what it needs
+    engine = attach(base, name, exits, backend=backend, progress=progress, self_check=self_check and compute)
+    del base                                    # the backend keeps what it needs
     opening = opening_ids(tokenizer) if compute else []
     if max(opening, default=0) < engine.model.vocab_size:
         engine.read_opening(opening)
@@ -73,6 +74,24 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         log.warning("The chat template of %s uses token ids that the model does not have: use it with chat off.", name)
     give_back()
     return engine, tokenizer
+
+
+def attach(base, name: str, exits: str | Path | None = None, *, backend: str | None = None,
+           progress: Progress | None = None, self_check: bool = True) -> Engine:
+    """Make an engine for a transformers model that is in memory. The model is frozen and put in eval mode.
+
+    Args:
+        base: a transformers *ForCausalLM of a supported type.
+        name: short name of the model, by which shipped exits are found.
+        exits, backend, progress, self_check: as for `load`.
+
+    Raises ValueError and FileNotFoundError as `load` does.
+    """
+    folder = find_exits(name, exits)
+    bank = ExitBank.load(folder) if folder else None
+    layers = bank.config.layers if bank else default_exit_layers(base.config.num_hidden_layers)
+    make = partial(_engine, base, layers, bank, name)
+    return _checked(make, base, backend, progress) if self_check else make(backend)
 
 
 def _engine(base, layers: Sequence[int], bank: ExitBank | None, name: str, backend: str | None) -> Engine:
@@ -208,14 +227,26 @@ def resolve(model: str, progress: Progress | None = None) -> str:
 def find_exits(name: str, exits: str | Path | None = None) -> Path | None:
     """Return the folder of exits to use: `exits` if given, else the folder shipped for the model `name`, else None.
 
-    Raises FileNotFoundError if the given folder holds no exits.
+    Exits on the Hub are downloaded. Raises FileNotFoundError if the given folder holds no exits, and ModelUnavailable
+    if the download fails.
     """
+    if isinstance(exits, str) and _HUB_ID.fullmatch(exits) and not Path(exits).exists():
+        exits = _downloaded(exits)
     folder = Path(exits) if exits else _SHIPPED_EXITS / name
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
     if missing and exits:
         raise FileNotFoundError(f"{folder} holds no exits ({' and '.join(missing)} missing): give a folder written by "
                                 "python -m training.distill")
     return None if missing else folder
+
+
+def _downloaded(repo_id: str) -> Path:
+    try:
+        return download(repo_id)
+    except (HTTPError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelUnavailable(f"the exits {repo_id} are neither a local folder nor could they be fetched from the Hub "
+                               f"({first_line(error)}). Check the spelling and the network; a private repository needs "
+                               "HF_TOKEN.") from error
 
 
 def default_exit_layers(num_layers: int) -> tuple[int, ...]:
@@ -322,7 +353,9 @@ def _explained(model: str, source: str, error: Exception) -> ModelUnavailable:
     if any(disk_full(reason) for reason in reasons):
         return ModelUnavailable(f"the disk filled up while {model} was fetched. Make room, or set HF_HOME to a folder "
                                 "on another disk.")
-    if caused_by(LocalEntryNotFoundError, ConnectionError, httpx.TransportError):
+    # HTTPError comes from the version of httpx that huggingface_hub uses; an answer of the Hub is an HfHubHTTPError.
+    no_answer = caused_by(HTTPError) and not caused_by(HfHubHTTPError)
+    if no_answer or caused_by(LocalEntryNotFoundError, ConnectionError):
         return ModelUnavailable(f"{model} is neither a local folder nor in the local Hub cache, and the Hub could not "
                                 f"be reached ({first_line(error)}). Connect to the network, give a local folder, or "
                                 f"use the bundled '{DEFAULT_MODEL}'.")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cascadeexit import evaluation, prompts, record
 from cascadeexit.calibration import Calibration
+from cascadeexit.folders import assets_folder
 from cascadeexit.hub import ModelUnavailable
 from cascadeexit.kept import KeptRun, Latest
 from cascadeexit.report import Progress, Report, measured_curve
@@ -28,7 +29,7 @@ from cascadeexit.stream import (
 )
 
 log = logging.getLogger("cascadeexit.page")
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = assets_folder()
 KEPT_RUNS, KEPT_REPORTS = 50, 20
 STOP_SECONDS = 60.0         # longest wait until a stopped run has ended: one chunk of its prompt
 CHECKING = "Checking quality…"

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cascadeexit.folders import assets_folder
+
 MAX_BYTES = 1_000_000               # of a file or of pasted text
 MAX_PROMPTS = 200
 MAX_CHARACTERS = 4_000              # of one prompt of a set
@@ -19,7 +21,7 @@ MAX_KIND_CHARACTERS = 40
 MAX_PROMPT_CHARACTERS = 20_000      # of a prompt that is written by hand
 OWN = "own"                         # kind of a prompt without one
 
-_PROMPTS_FILE = Path(__file__).parents[1] / "assets" / "prompts.json"
+_PROMPTS_FILE = assets_folder() / "prompts.json"
 _PROMPT_FIELDS = ("prompt", "text", "instruction")      # of a JSON row: the first that is present
 _KIND_FIELDS = ("kind", "set")
 # Not str.splitlines: it also cuts at U+2028 and similar characters, which may stand inside a prompt or a JSON string.

@@ -1,15 +1,15 @@
 """Finding weights: what works, and what each failure tells the user to do. No network but in the slow test."""
 
 import errno
+import importlib
 import json
 import subprocess
 import threading
 
-import httpx
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
@@ -19,6 +19,8 @@ from cascadeexit.config import DecodeConfig
 from cascadeexit.hub import ModelUnavailable
 from cascadeexit.library import Library, Offer
 from tests.tiny_models import EXIT_LAYERS, tiny_base, tiny_engine
+
+httpx = importlib.import_module(HTTPError.__module__.partition(".")[0])      # the one that huggingface_hub uses
 
 
 @pytest.fixture
@@ -187,8 +189,9 @@ def answer(kind, status):
     (RuntimeError("Data processing error: No space left on device (os error 28)"), "HF_HOME"),
     (ConnectionError("no route"), "local folder"),
     (httpx.ReadTimeout(""), "local folder"),
+    (answer(HfHubHTTPError, 500), "transformers' own words.*Hub cache"),
     (None, "transformers' own words.*Hub cache"),
-], ids=["gated", "unknown", "disk-full", "disk-full-in-rust", "offline", "cut-off", "other"])
+], ids=["gated", "unknown", "disk-full", "disk-full-in-rust", "offline", "cut-off", "hub-error", "other"])
 def test_hub_failures_say_what_to_do(monkeypatch, cause, words):
     def fail(*args, **kwargs):
         raise OSError("transformers' own words") from cause
