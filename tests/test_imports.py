@@ -21,11 +21,11 @@ ORDER = """
     backends.gpu.kernels backends.gpu.launches backends.gpu.places backends.gpu.recording backends.gpu.layers
     backends.gpu.heads backends.gpu.exits backends.gpu backends
     sampling model carry staircase drafting tree metrics engine race inspection shape
-    repetition machine text sides wire stream record bundled accelerator selfcheck hub library runner spread evaluation
-    views report settings kept page endpoints doctor
+    repetition machine text sides wire stream record conversion bundled gguf_file accelerator selfcheck hub
+    library runner spread evaluation views report settings kept page endpoints doctor
 """.split()
 # Each outside library, and the modules that may import it.
-DOORS = {"transformers": ("hub", "bundled", "backends.torch."), "plotly": ("views",), "gguf": ("bundled",),
+DOORS = {"transformers": ("hub", "conversion", "backends.torch."), "plotly": ("views",), "gguf": ("gguf_file",),
          "ctypes": ("backends.",), "triton": ("backends.",), "gradio": (), "spaces": (), "training": (),
          "app": ()}
 
