@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cascadeexit import selfcheck
+from cascadeexit import payoff, selfcheck
 from cascadeexit.backends import REFERENCE, reference
 from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.weights import bring_outer_weights
@@ -42,7 +42,8 @@ _SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
 
 def load(model: str | None = None, exits: str | Path | None = None, *, device: str | None = None,
          dtype: torch.dtype | str | None = None, backend: str | None = None, progress: Progress | None = None,
-         device_map: str | dict | None = None, self_check: bool = True, compute: bool = True) -> tuple[Engine, object]:
+         device_map: str | dict | None = None, self_check: bool = True, measure: bool = True,
+         compute: bool = True) -> tuple[Engine, object]:
     """Load a model with its exits and its tokenizer. Returns an engine that is ready to decode, and the tokenizer.
 
     Args:
@@ -57,6 +58,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         self_check: compare the backend with the `torch` backend. If they differ, the engine runs on `torch` instead,
             and the reason goes to `Engine.notice` and to `progress`. `Engine.self_check` has the result of the
             comparison.
+        measure: measure for about a second which exits and drafts save time on this machine. The others are then
+            switched off (`Engine.payoff`). False uses all of them.
         compute: False for a process that will be forked. The model is then loaded, but no layer runs.
 
     Raises ModelUnavailable if the model cannot be loaded, ValueError for an unsupported model or for exits of another
@@ -74,6 +77,10 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         engine.read_opening(opening)
     else:
         log.warning("The chat template of %s uses token ids that the model does not have: use it with chat off.", name)
+    if measure and compute:
+        engine.payoff = payoff.measure(engine, model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL)
+        for sentence in engine.payoff.sentences():
+            (progress or log.info)(sentence)
     give_back()
     return engine, tokenizer
 

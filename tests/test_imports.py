@@ -21,7 +21,7 @@ ORDER = """
     backends.gpu.kernels backends.gpu.launches backends.gpu.places backends.gpu.recording backends.gpu.layers
     backends.gpu.heads backends.gpu.exits backends.gpu backends
     sampling model carry staircase drafting tree metrics engine race inspection shape
-    repetition machine text sides wire stream record conversion bundled gguf_file accelerator selfcheck hub
+    repetition machine text sides wire stream record conversion bundled gguf_file accelerator selfcheck payoff hub
     library runner spread evaluation views report settings kept page endpoints doctor
 """.split()
 # Each outside library, and the modules that may import it.
