@@ -7,10 +7,12 @@ trusted; so for them the decision does not depend on the clock. For trained ones
 from load to load unless a cost is close to what it saves.
 """
 
+import math
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -22,13 +24,16 @@ from cascadeexit.selfcheck import prompt_ids
 from cascadeexit.shape import Shape, exit_name
 from cascadeexit.staircase import Staircase
 
-SECONDS = 0.8               # for all timings together; each is made at least twice
-REPEATS = 7                 # the fastest of so many counts, since other work on the machine can only add time
+SECONDS = 0.8               # for all turns together
+LEAST_TURNS, MOST_TURNS = 3, 12
+SHORT, MOST_RUNS = 0.004, 10        # a piece runs again in the same turn until it took so many seconds, or so often
 ROWS = (4, 8)               # rows of the verification passes that are timed; the time of 2 rows is too near that of 1
-DEAR_ROW = 0.35             # a row of a pass that costs more than this share of a one-row pass makes drafts fewer
+DEAR_ROW = 0.5              # a row of a pass that costs more than this share of a one-row pass makes drafts fewer
 TAKEN = 0.25                # assumed share of its questions after which a trained exit is taken
 HIT_RATE = 0.5              # assumed share of the drafter's calls that give an accepted draft, as in `tree.py`
-MARGIN = 1.5                # a cost may exceed its estimate or its gain by this factor before anything is switched off
+MARGIN = 2                  # a cost may exceed its estimate or its gain by this factor before anything is switched off
+
+TOKEN, HEAD, ASK, DRAFT = "token", "head", "ask", "draft"       # pieces of work; some have a number beside it
 
 # Minutes for training the shipped exits with 2,000,000 tokens on 2 CPU cores (AMD EPYC), from LOG.md of 2026-11-26 and
 # 2026-11-27: 375 tokens/s for writing the text, 60 minutes for the exits after layers 9, 17, 24, and 47 for the exit
@@ -97,22 +102,35 @@ class Payoff:
 def measure(engine: Engine, model: str) -> Payoff:
     """Measure an engine and return the result. The caller stores it in `Engine.payoff`.
 
+    If trained exits seem not to pay, the measurement is made twice, since other work may have disturbed the first.
+
     model: name of the model as it was given to `hub.load`, for the command that trains exits.
     """
-    began, work = time.perf_counter(), _Work(engine)
-    clock = _Clock(engine.model.backend.synchronize, began + SECONDS)
-    token = clock.time(lambda: work.verify(1))
-    head = clock.time(lambda: work.verdict(work.top))
-    row = max((clock.time(lambda n=n: work.verify(n)) / token - 1) / (n - 1) for n in ROWS)
+    found = _measured(engine, model)
+    if found.shape.trained and found.sentences():
+        again = _measured(engine, model)
+        return min(found, again, key=lambda result: len(result.sentences()))
+    return found
+
+
+def _measured(engine: Engine, model: str) -> Payoff:
+    """Measure once; see `measure`."""
+    began, work, exits = time.perf_counter(), _Work(engine), range(engine.num_exits)
+    pieces = {TOKEN: partial(work.verify, 1), HEAD: partial(work.verdict, work.top)}
+    pieces |= {(TOKEN, rows): partial(work.verify, rows) for rows in ROWS}
+    pieces |= {(ASK, s): partial(work.ask, s) for s in exits} | {(HEAD, s): partial(work.choose, s) for s in exits}
+    if engine.model.exit_layers[:1] == (0,):
+        pieces[DRAFT] = work.draft
+    took = _fastest(pieces, engine.model.backend.synchronize, began + SECONDS)
+    token, head = took[TOKEN], took[HEAD]
+    row = max((took[TOKEN, rows] / token - 1) / (rows - 1) for rows in ROWS)
     factor = max(1.0, row / engine.model.layers.row_cost(1)) if row > DEAR_ROW else 1.0
-    times = []
-    for s, depth in enumerate(engine.exit_depths):
-        asked, choice = clock.time(lambda s=s: work.ask(s)), clock.time(lambda s=s: work.choose(s))
-        # A token that leaves early runs through the skipped layers later, as one more row of another pass.
-        times.append(ExitTime(asked, (token - head) * (1 - depth) * (1 - min(max(row, 0.0), 1.0)) + head - choice))
-    drafts = clock.time(work.draft) if engine.model.exit_layers[:1] == (0,) else None
+    # A token that leaves early runs through the skipped layers later, as one more row of another pass.
+    skipped = (token - head) * (1 - min(max(row, 0.0), 1.0))
+    times = tuple(ExitTime(took[ASK, s], skipped * (1 - depth) + head - took[HEAD, s])
+                  for s, depth in enumerate(engine.exit_depths))
     minutes = TRAINING_MINUTES * engine.model.weight_bytes / TRAINED_BYTES
-    return Payoff(Shape.of(engine), model, time.perf_counter() - began, token, tuple(times), drafts, row, factor,
+    return Payoff(Shape.of(engine), model, time.perf_counter() - began, token, times, took.get(DRAFT), row, factor,
                   minutes)
 
 
@@ -150,31 +168,36 @@ class _Work:
         self._exits.drafts(self._ids[-1:], [self._carried], 2, 1.0, context)
 
 
-class _Clock:
-    """Times pieces of work until a moment at which the measurement should end.
+def _fastest(pieces: Mapping[Hashable, Callable[[], None]], synchronize: Callable[[], None],
+             end: float) -> dict[Hashable, float]:
+    """Time pieces of work in turns. Returns for each piece the seconds that its fastest run took.
+
+    In turns, because other work on the machine then slows down all pieces alike. A short piece runs several times in
+    each turn, because a single interruption is many times as long. The first turn is not timed: it does one-time work.
 
     Args:
+        pieces: {name of the piece: function}.
         synchronize: waits until the device has finished all work.
-        end: this moment, as `time.perf_counter` counts.
+        end: moment after which no turn begins, as `time.perf_counter` counts. A few turns are always made.
     """
+    took = dict.fromkeys(pieces, math.inf)
+    for turn in range(1 + MOST_TURNS):
+        if turn > LEAST_TURNS and time.perf_counter() > end:
+            break
+        for name, work in pieces.items():
+            runs = [_seconds(work, synchronize)]
+            while turn and sum(runs) < SHORT and len(runs) < MOST_RUNS:
+                runs.append(_seconds(work, synchronize))
+            took[name] = min(took[name], *runs) if turn else math.inf
+    return took
 
-    def __init__(self, synchronize: Callable[[], None], end: float):
-        self._synchronize, self._end = synchronize, end
 
-    def time(self, work: Callable[[], None]) -> float:
-        """Return the seconds that a piece of work takes at best. It runs once before, because a first run is slow."""
-        work()
-        found = [self._once(work)]
-        while len(found) < REPEATS and time.perf_counter() < self._end:
-            found.append(self._once(work))
-        return min(found)
-
-    def _once(self, work: Callable[[], None]) -> float:
-        self._synchronize()
-        began = time.perf_counter()
-        work()
-        self._synchronize()
-        return time.perf_counter() - began
+def _seconds(work: Callable[[], None], synchronize: Callable[[], None]) -> float:
+    synchronize()
+    began = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - began
 
 
 def _ms(seconds: float) -> str:
