@@ -70,6 +70,15 @@ def test_a_dear_exit_is_switched_off_alone_and_named():
     assert "drafter" in replace(FAST, draft_seconds=2.0).sentences()[0]
 
 
+def test_a_disturbed_measurement_of_trained_exits_is_made_again(engine, monkeypatch):
+    dear = replace(FAST, exits=(ExitTime(9.0, 0.1),) * 3)
+    monkeypatch.setattr(engine.bank, "config", replace(engine.bank.config, trained=True))
+    for results, expected in (([dear, FAST], FAST), ([dear, dear, dear], dear), ([FAST], FAST)):
+        left = list(results)
+        monkeypatch.setattr(payoff, "_measured", lambda *args, left=left: left.pop(0))
+        assert payoff.measure(engine, "x") is expected and not left
+
+
 def test_dear_rows_make_fewer_drafts_of_the_same_text(engine):
     before = engine.payoff
     engine.payoff = replace(FAST, row_factor=1000.0)
