@@ -38,7 +38,8 @@ TOKEN, HEAD, ASK, DRAFT = "token", "head", "ask", "draft"       # pieces of work
 
 # Minutes for training the shipped exits with 2,000,000 tokens on 2 CPU cores (AMD EPYC), from LOG.md of 2026-11-26 and
 # 2026-11-27: 375 tokens/s for writing the text, 60 minutes for the exits after layers 9, 17, 24, and 47 for the exit
-# before the first layer. Another model needs time in proportion to its weights.
+# before the first layer and after layer 17. The drafter, the
+# confidence estimators and the calibration come on top. Another model needs time in proportion to its weights.
 TRAINING_MINUTES = 2_000_000 / 375 / 60 + 60 + 47
 TRAINED_BYTES = 269e6       # weights of the model for which this was measured
 
@@ -84,7 +85,7 @@ class Payoff:
         """Return sentences for users about what is switched off. [] if everything pays."""
         if not self.shape.trained:
             return [f"Early exits are switched off: they are not trained for this model, so they would only cost time. "
-                    f"Exact mode with n-gram drafts stays on. Train exits first: {self.command()} (about "
+                    f"Exact mode with n-gram drafts stays on. Train exits first: {self.command()} (at least "
                     f"{_duration(self.training_minutes)} on 2 CPU cores, less on a GPU)."]
         found = [f"{exit_name(s, self.shape)} is switched off on this machine: asking it takes {_ms(exit.asked)} and "
                  f"saves {_ms(exit.saved)} when it is taken."
