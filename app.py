@@ -1,7 +1,7 @@
 """The page: layout, events, link and command line. `cascadeexit.page` and `cascadeexit.endpoints` have the handlers.
 
     python app.py                                the bundled model on this machine
-    python app.py --model my-model               any Llama-like model: a Hub id or a local folder
+    python app.py --model my-model               any Llama-like model: a Hub id, a local folder or a GGUF file
     python app.py --model one two --mcp          a choice of models, and the endpoints as tools for an agent
 
 The same server answers OpenAI's clients at /v1 (`cascadeexit.openai`).
@@ -145,8 +145,8 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
         prompt = gr.Textbox(next(iter(EXAMPLES.values())), label="Prompt", lines=1, max_lines=6, container=False,
                             placeholder="Ask something. Enter runs, Shift+Enter makes a new line.",
                             elem_id="ce-prompt", scale=10, min_width=260)
-        mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", container=False, elem_id="ce-mode", scale=0,
-                        min_width=330)
+        mode = gr.Radio(MODES, value=library.first_mode(label), label="Mode", container=False, elem_id="ce-mode",
+                        scale=0, min_width=330)
         run = gr.Button("Run", variant="primary", size="md", scale=0, min_width=96, elem_id="ce-run")
         stop = gr.Button("Stop", size="md", scale=0, min_width=96, elem_id="ce-stop")
     with gr.Row(elem_id="ce-choices"):
@@ -416,7 +416,7 @@ def _connect_settings(library: Library, calibrations: dict[str, Calibration | No
     model, thresholds = one.controls["model"], [one.controls[name] for name in THRESHOLDS]
 
     def fit(label: str) -> dict:
-        return (_fitted_exit_controls(one, library.shapes[label])
+        return (_fitted_exit_controls(one, library.shapes[label]) | {one.controls["mode"]: library.first_mode(label)}
                 | _fitted_quality_controls(one, DEFAULT_THRESHOLD, calibrations[label]))
 
     def set_preset(threshold: float, label: str) -> dict:
@@ -429,7 +429,7 @@ def _connect_settings(library: Library, calibrations: dict[str, Calibration | No
 
     # Keep the last of several quick moves; Gradio would drop it while an earlier one is being answered.
     last = dict(QUIET, queue=False, trigger_mode="always_last")
-    model.input(fit, model, [*one.exit_controls, one.preset, one.quality], **last)
+    model.input(fit, model, [*one.exit_controls, one.controls["mode"], one.preset, one.quality], **last)
     one.preset.input(set_preset, [one.preset, model], [*thresholds, one.quality], **last)
     one.quality.input(set_quality, [one.quality, model], [*thresholds, one.preset], **last)
     gr.on([slider.input for slider in thresholds], None, None, one.preset, js="() => null", **QUIET)
@@ -593,7 +593,8 @@ def offers(models: list[str], exits: str | None) -> list[Offer]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="CascadeExit: early exits beside the full model.")
-    parser.add_argument("--model", nargs="+", default=[], help="Hub ids, local folders, or the bundled model's name; "
+    parser.add_argument("--model", nargs="+", default=[], help="Hub ids, local folders, GGUF files (a path, or "
+                        "owner/name:file.gguf on the Hub), or the bundled model's name; "
                         f"several make a menu (default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
     parser.add_argument("--exits", help="folder or Hub id of trained exits (default: those shipped for the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")

@@ -1,6 +1,6 @@
 """Hub: finds and loads a model and the exits that belong to it.
 
-The model is the bundled one, one in a local folder, or one on the Hugging Face Hub.
+The model is the bundled one, one in a local folder, a GGUF file, or one on the Hugging Face Hub.
 """
 
 import gc
@@ -22,14 +22,16 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cascadeexit import selfcheck
+from cascadeexit import payoff, selfcheck
 from cascadeexit.backends import REFERENCE, reference
 from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.weights import bring_outer_weights
-from cascadeexit.bundled import DEFAULT_MODEL, ModelUnavailable, Progress, bundled_model, disk_full, first_line
+from cascadeexit.bundled import DEFAULT_MODEL, bundled_model
+from cascadeexit.conversion import ModelUnavailable, Progress, disk_full, first_line
 from cascadeexit.engine import Engine
 from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, download, read_config
 from cascadeexit.folders import assets_folder
+from cascadeexit.gguf_file import converted, gguf_name, gguf_path, is_gguf, read_facts
 from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
 from cascadeexit.prompts import opening_ids
 from cascadeexit.shape import Shape
@@ -44,11 +46,13 @@ _SHIPPED_EXITS = assets_folder() / "exits"
 
 def load(model: str | None = None, exits: str | Path | None = None, *, device: str | None = None,
          dtype: torch.dtype | str | None = None, backend: str | None = None, progress: Progress | None = None,
-         device_map: str | dict | None = None, self_check: bool = True, compute: bool = True) -> tuple[Engine, object]:
+         device_map: str | dict | None = None, self_check: bool = True, measure: bool = True,
+         compute: bool = True) -> tuple[Engine, object]:
     """Load a model with its exits and its tokenizer. Returns an engine that is ready to decode, and the tokenizer.
 
     Args:
-        model: the bundled name, a Hub id or a local folder; default $CASCADEEXIT_MODEL, else the bundled model.
+        model: the bundled name, a Hub id, a local folder, or a GGUF file: its path, or owner/name:file.gguf on the Hub.
+            Default $CASCADEEXIT_MODEL, else the bundled model.
         exits: a folder of trained exits, or a Hub id such as owner/name; default the exits shipped for this model,
             else untrained exits.
         device: 'cpu', 'cuda' or 'cuda:N'; default a GPU if there is one, else the CPU.
@@ -59,6 +63,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         self_check: compare the backend with the `torch` backend. If they differ, the engine runs on `torch` instead,
             and the reason goes to `Engine.notice` and to `progress`. `Engine.self_check` has the result of the
             comparison.
+        measure: measure for about a second which exits and drafts save time on this machine. The others are then
+            switched off (`Engine.payoff`). False uses all of them.
         compute: False for a process that will be forked. The model is then loaded, but no layer runs.
 
     Raises ModelUnavailable if the model cannot be loaded, ValueError for an unsupported model or for exits of another
@@ -72,6 +78,10 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         engine.read_opening(opening)
     else:
         log.warning("The chat template of %s uses token ids that the model does not have: use it with chat off.", name)
+    if measure and compute:
+        engine.payoff = payoff.measure(engine, model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL)
+        for sentence in engine.payoff.sentences():
+            (progress or log.info)(sentence)
     give_back()
     return engine, tokenizer
 
@@ -141,7 +151,7 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     """
     model, place = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, find_device(device)
     dtype = _torch_dtype(dtype, place)
-    source = resolve(model, progress)
+    source = resolve(model, progress, token)
     hub = dict(token=token, trust_remote_code=False)    # if unset, transformers asks on the console
     read_model_config(model, source, hub)
     try:
@@ -159,7 +169,7 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
 
 def load_tokenizer(model: str, *, progress: Progress | None = None, token: str | None = None):
     """Load and return the tokenizer of a model. Arguments and errors are those of `load_model`."""
-    source = resolve(model, progress)
+    source = resolve(model, progress, token)
     try:
         return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
     except Exception as error:
@@ -177,7 +187,10 @@ def describe(model: str | None = None, exits: str | Path | None = None) -> Shape
     if folder is not None and model == DEFAULT_MODEL:           # its weights may not be here yet
         config = read_config(folder)
         return Shape(name, config.num_layers, config.layers, config.trained)
-    layers = read_model_config(model, resolve(model), dict(trust_remote_code=False)).num_hidden_layers
+    if is_gguf(model):                                          # it may not be converted yet
+        layers = read_facts(_gguf_path(model)).layers
+    else:
+        layers = read_model_config(model, resolve(model), dict(trust_remote_code=False)).num_hidden_layers
     if folder is None:
         return Shape(name, layers, default_exit_layers(layers), False)
     config = read_config(folder)
@@ -185,7 +198,9 @@ def describe(model: str | None = None, exits: str | Path | None = None) -> Shape
 
 
 def short_name(source: str) -> str:
-    """Return the last part of a path or Hub id, in lower case."""
+    """Return the last part of a path or Hub id, in lower case and without the ending of a GGUF file."""
+    if is_gguf(source):
+        return gguf_name(source)
     return Path(os.path.abspath(Path(source).expanduser())).name.lower()
 
 
@@ -205,14 +220,16 @@ def find_device(wanted: str | None) -> torch.device:
     return device
 
 
-def resolve(model: str, progress: Progress | None = None) -> str:
+def resolve(model: str, progress: Progress | None = None, token: str | None = None) -> str:
     """Convert a model's name to something that transformers can load: the path of a folder, or a Hub id.
 
-    The bundled model is downloaded if needed. Raises ModelUnavailable if it cannot be downloaded, or if a local folder
-    or its config.json is missing.
+    The bundled model is downloaded if needed, and a GGUF file is converted. Raises ModelUnavailable if this fails, or
+    if a local folder or its config.json is missing, and ValueError for a GGUF file of an unsupported model.
     """
     if model == DEFAULT_MODEL:
         return str(bundled_model(progress=progress))
+    if is_gguf(model):
+        return str(converted(_gguf_path(model, token), progress))
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -222,6 +239,16 @@ def resolve(model: str, progress: Progress | None = None) -> str:
     if model.startswith((".", "/", "~")):
         raise ModelUnavailable(f"there is no folder {folder}. Check the path, or give a Hub id such as owner/name.")
     return model
+
+
+def _gguf_path(model: str, token: str | None = None) -> Path:
+    """Return the path of a GGUF file; see `gguf_path`. Errors of the Hub become ModelUnavailable."""
+    try:
+        return gguf_path(model, token)
+    except ModelUnavailable:
+        raise
+    except Exception as error:      # the Hub's client raises errors of many kinds
+        raise _explained(model, model, error) from error
 
 
 def find_exits(name: str, exits: str | Path | None = None) -> Path | None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from cascadeexit import evaluation, prompts, record
 from cascadeexit.calibration import Calibration
+from cascadeexit.config import Mode
+from cascadeexit.engine import Engine
 from cascadeexit.folders import assets_folder
 from cascadeexit.hub import ModelUnavailable
 from cascadeexit.kept import KeptRun, Latest
@@ -108,11 +110,11 @@ class Page:
         kept = self._runs.add(KeptRun(settings.model, tokenizer,
                                       TokenStream(engine, tokenizer, sides, ids, settings.record())))
         with kept.growing():
-            if engine.notice:
-                kept.stream.status(engine.notice)
-            yield Frame(kept.stream.text, kept.stream.run,
-                        notice=Notice("Slower than usual", engine.notice) if engine.notice else None)
-            yield from _grown(kept, contest, engine.notice)
+            notice = _notice(engine, sides[0].config.mode)
+            if notice:
+                kept.stream.status(notice.message)
+            yield Frame(kept.stream.text, kept.stream.run, notice=notice)
+            yield from _grown(kept, contest, notice.message if notice else "")
 
     def analyse(self, run) -> Iterator[Frame]:
         """Check the texts of a run that the visitor stopped, as `respond` does at the end of a run.
@@ -282,6 +284,14 @@ class Page:
         for line in self._load(kept.label):
             kept.stream.status(line)
             yield Frame(kept.stream.text)
+
+
+def _notice(engine: Engine, mode: Mode) -> Notice | None:
+    """Make the notice for a run in this mode: why it is slow, or what is switched off. None if there is none."""
+    if engine.notice:
+        return Notice("Slower than usual", engine.notice)
+    off = engine.payoff.sentences() if engine.payoff and mode is Mode.CASCADE else []
+    return Notice("Switched off", " ".join(off)) if off else None
 
 
 def _grown(kept: KeptRun, contest: Iterator[Batch], notice: str = "") -> Iterator[Frame]:

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
@@ -42,14 +43,14 @@ def converting(tmp_path, monkeypatch):
         say("fetching")
         return work / "model.gguf"
 
-    def convert(gguf, folder, say):
+    def convert(gguf, folder):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         done.append(folder)
 
     monkeypatch.setenv("CASCADEEXIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(bundled, "_fetch", fetch)
-    monkeypatch.setattr(bundled, "_convert", convert)
+    monkeypatch.setattr(bundled, "convert", convert)
     return tmp_path / "cache", done
 
 
@@ -243,7 +244,7 @@ def test_a_process_that_waits_for_another_says_so(converting):
     cache, done = converting
     cache.mkdir()
     lines = []
-    with bundled.FileLock(cache / f"{hub.DEFAULT_MODEL}.lock") as lock:
+    with FileLock(cache / f"{hub.DEFAULT_MODEL}.lock") as lock:
         def say(line):
             lines.append(line)
             lock.release()
@@ -279,7 +280,7 @@ def test_a_disk_that_fills_up_on_the_way(converting, monkeypatch, error):
     def full(*args):
         raise error
 
-    monkeypatch.setattr(bundled, "_convert", full)
+    monkeypatch.setattr(bundled, "convert", full)
     with pytest.raises(ModelUnavailable, match="too full"):
         bundled.bundled_model(converting[0])
     assert not list(converting[0].glob("*.tmp-*"))
