@@ -401,7 +401,7 @@ def _connect_runs(page: Page, one: OnePrompt) -> None:
     repeated = one.measure.click(measure, one.current, outputs, **_turns(one.queue))
     check = one.stop.click(None, cancels=[running, again, forking, repeated]).then(
         stream.stopped, one.view, one.view, queue=False, **QUIET).then(
-        analyse, one.current, outputs, **_turns(one.queue))
+        analyse, one.current, outputs, **_turns(one.queue) | dict(show_progress="hidden"))
     all_runs = [running, again, forking, repeated, check]
     ends = dict(cancels=all_runs, queue=False, **QUIET)
     one.clear.click(lambda label: {prompt: ""} | shown(page.idle(label)), model, [prompt, *outputs], **ends)

@@ -27,6 +27,16 @@ document.addEventListener('keydown', event => {
   if (event.key === 'Enter' && !event.shiftKey && event.target.closest('#ce-prompt')) began();
 });
 
+// A prompt that was changed after its run: the texts below are still those of the old one.
+function comparePrompt() {
+  if (!run || !finished || !run.settings || document.body.classList.contains('ce-running')) return;
+  const field = document.querySelector('#ce-prompt textarea');
+  if (field.value.trim() !== (run.settings.prompt || '').trim()) status('These texts answer the earlier prompt. Press Run.');
+  else if (parts.status.className.trim() === 'ce-status') status(overWords(), 'done');
+}
+document.addEventListener('input', event => { if (event.target.closest('#ce-prompt')) comparePrompt(); });
+document.addEventListener('click', event => { if (event.target.closest('#ce-examples')) setTimeout(comparePrompt, 600); });
+
 // The drawer of settings. Its buttons are ours alone: they work before gradio has connected its own events.
 document.addEventListener('click', event => {
   if (!event.target.closest('#ce-open, #ce-close')) return;
@@ -36,11 +46,6 @@ document.addEventListener('click', event => {
 document.addEventListener('keydown', event => {
   if (event.key === 'Escape' && document.body.classList.contains('ce-settings-open')) control('ce-close').click();
 });
-
-function began() {
-  waiting(true);
-  status('Starting…', 'busy');
-}
 
 forget();
 update();

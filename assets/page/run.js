@@ -82,7 +82,7 @@ const readers = {
   fork: readFork,
   end: readEnd,
   spread(record) { sides[record.side].spread = record; waiting(false); status('Done.', 'done'); dirty = true; },
-  status(record) { status(record.message, 'busy'); },
+  status(record) { begun(); status(record.message, 'busy'); },
   stopped() { if (!replaying()) halted.add(run.run); over('Stopped. The text so far is kept.', 'stopped'); },
   error(record) { over(record.message, 'error'); },
 };
@@ -95,6 +95,7 @@ function addSide(description) {
 
 function readRun(record) {
   run = record; sides = {}; order = [];
+  begun();
   (record.sides || TWO_SIDES(record.mode, record.tolerance)).forEach(addSide);
   buildPanels();
   each('begin');

@@ -79,15 +79,41 @@ function status(text, kind = '') {
   parts.status.className = 'ce-status ' + kind;
 }
 
-// A click on Stop while the speed is measured: the run itself is over.
+// A click on Stop before the run began, or while the speed is measured: no record of the run will tell.
 document.addEventListener('click', event => {
-  if (!event.target.closest('#ce-stop') || !finished || replaying()) return;
+  if (!event.target.closest('#ce-stop') || !(starting || finished && !replaying())) return;
+  const words = starting ? 'Stopped before it began.' : 'Stopped.';
   waiting(false);
-  status('Stopped.', 'stopped');
+  status(words, 'stopped');
 });
 
+let starting = false;                        // a click on Run counted, and nothing of its run came yet
+
 // While a run is on its way, Run becomes Stop.
-function waiting(on) { document.body.classList.toggle('ce-running', on); }
+function waiting(on) {
+  document.body.classList.toggle('ce-running', on);
+  begun();
+}
+
+function begun() {
+  starting = false;
+  root.classList.remove('ce-earlier');
+}
+
+// The texts of an earlier run stand back until the new one begins.
+function began() {
+  waiting(true);
+  starting = true;
+  root.classList.add('ce-earlier');
+  status('Starting…', 'busy');
+  const queue = control('ce-queue');
+  if (!queue || began.watched) return;
+  began.watched = new MutationObserver(() => {                   // gradio shows the place in the queue there: "queue: 1/2"
+    const place = starting && queue.textContent.match(/queue: (\d+)\//);
+    if (place) status('Waiting: ' + (place[1] === '1' ? 'another run is' : place[1] + ' other runs are') + ' in progress…', 'busy');
+  });
+  began.watched.observe(queue, { subtree: true, childList: true, characterData: true });
+}
 
 function only(exit) {
   const kind = colourClass(exit), on = root.dataset.only !== kind;

@@ -3,12 +3,13 @@
 import time
 
 import pytest
+from playwright.sync_api import expect
 
 from cascadeexit.config import DecodeConfig
 from cascadeexit.prompts import visitor_token_ids
 from cascadeexit.settings import DEFAULT_THRESHOLD, thresholds_at
 from cascadeexit.shape import Shape
-from tests.browser.driving import choose_exact, close_settings, open_settings, set_number
+from tests.browser.driving import choose_exact, close_settings, open_settings, run_to_end, set_number
 from tests.browser.reading import FINAL, SKY, shown_ids
 
 pytestmark = pytest.mark.browser
@@ -134,3 +135,30 @@ def test_stopping_and_leaving_free_the_model(open_page, tiny_url, tiny, monkeypa
     monkeypatch.undo()
     three.wait_for_selector(".ce-status.done")
     assert shown_ids(three, "full") == ids_of(tiny, 200, "full")
+
+
+def test_a_visitor_who_waits_is_told_and_may_stop(open_page, tiny_url, tiny, monkeypatch):
+    one, two = open_page(tiny_url), open_page(tiny_url)
+    paced(tiny, monkeypatch, 0.02)
+    one.click("#ce-run")
+    one.wait_for_selector(".ce-text .t")
+    two.click("#ce-run")
+    two.wait_for_function("document.querySelector('.ce-status').textContent.includes('another run is in progress')")
+    two.click("#ce-stop")
+    expect(two.locator(".ce-status").first).to_have_text("Stopped before it began.")
+    assert two.locator("#ce-run").is_visible() and not two.locator("#ce-stop").is_visible()
+    one.click("#ce-stop")
+    monkeypatch.undo()
+    run_to_end(two)
+    assert shown_ids(two, "full") == ids_of(tiny, 200, "full")
+
+
+def test_a_changed_prompt_is_told_from_the_one_that_the_texts_answer(page):
+    tokens(page, 12)
+    run_to_end(page)
+    prompt = page.locator("#ce-prompt textarea")
+    before = prompt.input_value()
+    prompt.fill("Something else")
+    expect(page.locator(".ce-status").first).to_have_text("These texts answer the earlier prompt. Press Run.")
+    prompt.fill(before)
+    expect(page.locator(".ce-status").first).to_have_text("Done.")
