@@ -146,7 +146,8 @@ function readEnd(record) {
   if (exitSides().every(name => sides[name].end)) over(overWords(), 'done');
 }
 
-const overWords = () => replaying() ? 'This recorded run is over.' : 'Done.';
+const overWords = () => replaying() ? 'This recorded run is over.'
+  : halted.has(run.run) && !exitSides().every(complete) ? 'Stopped. The text so far is kept and was checked.' : 'Done.';
 
 function over(message, kind) {
   finished = exitSides().every(name => sides[name].end);

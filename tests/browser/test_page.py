@@ -169,7 +169,8 @@ def test_stop_keeps_the_text(page, slow):
     page.wait_for_selector(".ce-status.stopped")
     before = shown_ids(page, "cascade"), shown_ids(page, "full")
     assert all(before)
-    page.wait_for_selector(".ce-status.done")           # what is there has been checked
+    page.wait_for_selector(".ce-status.done")
+    assert page.locator(".ce-status").first.inner_text() == "Stopped. The text so far is kept and was checked."
     after = shown_ids(page, "cascade"), shown_ids(page, "full")
     # The server may have been some tokens ahead of the page.
     assert all(ids[:len(shown)] == shown and len(ids) < 200 for ids, shown in zip(after, before))
