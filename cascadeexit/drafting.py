@@ -27,7 +27,7 @@ class Draft:
     exit: int                                       # number of the exit that drafted it, or COPIED
     confidences: tuple[float | None, ...]           # of each exit, as in a TokenEvent
     parent: int                                     # number of the draft it follows; -1: the newest token
-    depth: int = 0                                  # drafts before it on its path
+    depth: int = 0                                  # number of drafts between it and the newest token
     probability: float = 0.0                        # probability, by the exit's softmax, of following the parent
     matched: int = 0                                # COPIED: length of the n-gram match
     chance: float | None = None                     # estimated probability of being accepted if its parent is

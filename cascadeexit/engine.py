@@ -41,11 +41,14 @@ class Generation:
 class Engine:
     """Generates text with one model and its exits. Runs do not influence each other and may be interleaved.
 
+    The constructor prepares the exits for the model's device and dtype. Raises ValueError if the exits were made for a
+    model of other sizes.
+
     Attributes:
         model: the frozen model.
         bank: the exits as a plain module, with their config and calibration.
         exits: the same exits ready to run on the model's backend (`backends.base.ExitRuntime`).
-        costs: costs of greedy `full`, with which a greedy run is compared.
+        costs: what greedy `full` reads for each token. A greedy run's `cost` is relative to it.
         self_check: result of the self-check at load (`cascadeexit.selfcheck.SelfCheck`); None if there was no
             self-check.
         notice: a message for users, such as the reason why this engine runs on another backend; "" if there is no
@@ -73,9 +76,9 @@ class Engine:
         return self.costs.depths[:-1]
 
     def costs_for(self, config: DecodeConfig) -> Costs:
-        """Return the costs with which a run of this config is compared.
+        """Return the costs of mode `full` that a run with this config is compared with.
 
-        They are the costs of greedy `full` for a greedy run, and the costs of sampled `full` for a sampled run.
+        A run at temperature 0 is compared with `full` at temperature 0, and a sampled run with sampled `full`.
         """
         return self._sampled_costs if config.temperature else self.costs
 

@@ -1,7 +1,8 @@
 """Examples: the prompts that the page offers, as {text of the button: prompt}. The page opens with the first one.
 
 They were chosen by measurement (`python -m training.defaults`). The full model answers each of them without falling
-into a loop. So does the cascade at the page's default setting, with tokens from every exit. Other prompts may do worse.
+into a loop. The mode `cascade` at the page's default setting does not fall into a loop, either, and every exit writes
+some of its tokens. Other prompts may do worse.
 """
 
 EXAMPLES = {

@@ -114,7 +114,8 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
 
     Args:
         model, device, dtype, progress: as for `load`.
-        token: access token for gated and private Hub models; default $HF_TOKEN.
+        token: access token for gated and private Hub models; default $HF_TOKEN, else the token that `hf auth login`
+            stored on this machine.
         device_map: as in transformers; it replaces `device`. 'auto' spreads a model over several devices, main memory
             and disk.
 
@@ -139,7 +140,14 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
 
 
 def load_tokenizer(model: str, *, progress: Progress | None = None, token: str | None = None):
-    """Load and return the tokenizer of a model. Arguments and errors are those of `load_model`."""
+    """Load and return the tokenizer of a model.
+
+    Args:
+        model: the bundled name, a Hub id or a local folder.
+        progress, token: as for `load_model`.
+
+    Raises ModelUnavailable if the tokenizer cannot be loaded.
+    """
     source = resolve(model, progress)
     try:
         return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
@@ -166,7 +174,7 @@ def describe(model: str | None = None, exits: str | Path | None = None) -> Shape
 
 
 def short_name(source: str) -> str:
-    """Return the last part of a path or Hub id, in lower case."""
+    """Return the short name of a model: the last part of its path or Hub id, in lower case."""
     return Path(os.path.abspath(Path(source).expanduser())).name.lower()
 
 

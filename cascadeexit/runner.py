@@ -47,7 +47,7 @@ class RunFailed(RuntimeError):
 
 
 class Check(StrEnum):
-    """Kinds of check that a race makes at its end of each text that exits wrote."""
+    """What a race computes about each text that exits wrote, after all texts are decoded."""
 
     NOTHING = "nothing"
     CHOICES = "choices"             # what the full model would have chosen at each position
@@ -75,7 +75,8 @@ class Task:
 class Batch:
     """One message from a running race.
 
-    The first batches hold events in the order of time, as (name of the side, event). If texts are checked, later
+    A side is one of the texts of the run. The first batches hold events in the order of time, as (name of the side,
+    event). If texts are checked, later
     batches hold the progress of this check, and the last batch holds the results of the check.
     """
 
@@ -107,7 +108,8 @@ class Runner:
 
         Args:
             label: name of the model in the library.
-            tasks: {name of the side: its task}. A task without a config is not decoded, but its text is checked.
+            tasks: {name of a side (one of the texts of the run): its task}. A task without a config is not decoded, but
+                its text is checked.
             check: what to compute after the race about the text of each side except `FULL`.
 
         Raises ValueError at the call if a run cannot work. The iterator raises RunFailed if a run breaks off.
@@ -184,7 +186,9 @@ class Runner:
 
 
 def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
-    """Yield the events of a race as (side, event), and stop after the last event.
+    """Yield the events of a race as (name of the side, event), and stop after the last event.
+
+    batches: result of `Runner.race`.
 
     After that, `batches` still yields the results of the check.
     """

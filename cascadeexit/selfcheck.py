@@ -43,10 +43,10 @@ LAYERS = 8                  # the tolerance is for so many layers; rounding erro
 class SelfCheck:
     """Result of a self-check."""
 
-    backend: str
+    backend: str                    # name of the backend that was checked
     problem: str                    # what is wrong, as part of a sentence; "" if all is well
     seconds: float
-    error: float | None = None      # largest error, as a multiple of the allowed one; None: nothing compared
+    error: float | None = None      # largest error / largest allowed error; None if nothing was compared
     layers: int = 0                 # layers that were compared with the `torch` backend
     tokens: int = 0                 # length of the text of `full` that `verified` repeated
 
@@ -66,7 +66,7 @@ def prompt_ids(vocab_size: int) -> list[int]:
 
 @torch.inference_mode()
 def check(engine: Engine, reference: Backend | None) -> SelfCheck:
-    """Run the self-check of an engine and return its result.
+    """Check that an engine's backend computes correctly on this machine. Returns the result.
 
     Args:
         reference: backend from `backends.reference` for the same model and segments. None if the engine itself runs on

@@ -87,7 +87,8 @@ class TokenStream:
 
     Args:
         sides: the sides in the order of the panels. The side `FULL` is the one with which all others are compared.
-        settings: what the visitor chose, as plain JSON. It is written to the stream unchanged.
+        prompt_ids: token ids of the prompt.
+        settings: what the visitor chose, from `Settings.record`; None for nothing. It is written to the stream.
     """
 
     def __init__(self, engine: Engine, tokenizer, sides: Sequence[Side], prompt_ids: Sequence[int],

@@ -44,7 +44,10 @@ def outer_weights(base) -> OuterWeights:
 
 
 def is_spread(base) -> bool:
-    """Return True if accelerate has put a model partly on disk, or on several devices (main memory counts as one)."""
+    """Return True if accelerate has put a transformers model partly on disk, or on several devices.
+
+    Main memory counts as a device.
+    """
     places = {str(place) for place in getattr(base, "hf_device_map", {}).values()}
     return len(places) > 1 or "disk" in places
 
@@ -74,8 +77,8 @@ def _execution_device(layer: nn.Module) -> torch.device:
 def bring_outer_weights(base) -> None:
     """Load the embedding, the final norm and the head if accelerate has offloaded them to main memory or disk.
 
-    These weights then stay loaded, and accelerate's hooks on them are removed. Every pass needs them, and they are
-    small compared with the layers.
+    This changes `base` in place: these weights stay loaded, and accelerate's hooks on them are removed. Every pass
+    needs them, and they are small compared with the layers.
     """
     for module in (base.model.embed_tokens, base.model.norm, base.lm_head):
         hook = getattr(module, "_hf_hook", None)
@@ -140,7 +143,7 @@ def _norm(module: nn.Module, name: str) -> Tensor | None:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder, such as its hidden size and its number of heads."""
+    """Sizes of a decoder. `inner` is the inner size of the MLP, and `positions` the largest number of positions."""
 
     hidden: int
     heads: int

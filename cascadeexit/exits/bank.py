@@ -28,13 +28,17 @@ log = logging.getLogger(__name__)
 class ExitBank(nn.Module):
     """All trained parts of one model's exits: adapters, confidence estimators, drafter and lists of token ids.
 
+    The constructor makes random weights; `untrained` makes a usable start, and `load` reads trained exits. Before
+    decoding, call `prepare`. Then pass the bank to `backend.exits`.
+
     Attributes:
+        config: sizes and kinds of these parts.
         adapters: one for each exit, from the shallowest.
         confidence_heads: one estimator for each exit; None if the confidence is the largest softmax probability.
         drafter: the network that drafts; None if the exit before the first layer drafts.
         head_ids: token ids of the trimmed head, the most frequent first; None if the exits choose from the whole
             vocabulary.
-        sketch_ids: token ids of the words whose logits the `SketchConfidence` estimators read; None without such
+        sketch_ids: ids of the tokens whose logits the `SketchConfidence` estimators read; None without such
             estimators.
         calibration: measured thresholds of these exits; None if they were not calibrated.
     """
@@ -62,7 +66,10 @@ class ExitBank(nn.Module):
 
         Args:
             model: a `SegmentedModel`; the bank gets its exit layers.
+            confidence: kind of confidence estimator, as in `ExitConfig`.
             shape: more fields of `ExitConfig`.
+
+        Raises ValueError if these fields contradict each other.
         """
         config = ExitConfig(base_model=model.name, hidden_size=model.hidden_size, num_layers=model.num_layers,
                             vocab_size=model.vocab_size, layers=model.exit_layers, confidence=confidence,
