@@ -37,7 +37,7 @@ _DISK_BYTES = 700_000_000
 
 
 class ModelUnavailable(RuntimeError):
-    """A model is not available. The message names what was tried, the reason, and what to do."""
+    """Raised if a model cannot be loaded. The message names what was tried, the reason, and what to do."""
 
 
 def bundled_model(cache: Path | None = None, progress: Progress | None = None) -> Path:

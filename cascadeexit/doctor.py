@@ -44,7 +44,7 @@ def examine(model: str | None = None, exits: str | None = None, *, device: str |
             dtype: str | None = None) -> Report:
     """Examine this machine, load a model on it, and return a report.
 
-    The arguments are those of `hub.load`. An error while loading becomes a problem in the report.
+    `hub.load` explains the arguments. An error while loading becomes a problem in the report and is not raised.
     """
     report = Report()
     _examine_machine(report)

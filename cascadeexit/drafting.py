@@ -138,7 +138,10 @@ def worth_running(s: int, thresholds: Sequence[float | None], last: float | None
     An exit does not run if it is disabled, or if `last` is more than 0.3 below the threshold of exit s. The deepest
     exit runs even after a low `last`.
 
-    last: confidence of the exit that ran before exit s for the same token; None if no exit has run.
+    Args:
+        s: number of the exit; for len(thresholds), the result is False.
+        thresholds: for each exit, the confidence from which it is taken; None for an exit that is disabled.
+        last: confidence of the exit that ran before exit s for the same token; None if no exit has run.
     """
     if s == len(thresholds) or thresholds[s] is None:
         return False

@@ -20,7 +20,7 @@ MAX_DRAFT = DecodeConfig.max_draft
 
 
 class BadRequest(ValueError):
-    """A request that cannot be answered. The message tells the caller why."""
+    """Raised for a request that cannot be answered. The message tells the caller why."""
 
 
 class Endpoints:
@@ -57,7 +57,7 @@ class Endpoints:
             max_draft: in verified mode, the largest number of tokens that are drafted before the full model verifies
                 them.
             tolerance: in verified mode at temperature 0, a draft is also accepted if its probability by the full model
-                is at least (1 - tolerance) times that of the full model's own choice. 0 is lossless.
+                is at least (1 - tolerance) times the probability of the full model's own choice. 0 is lossless.
             temperature: 0 always takes the most likely token; higher values sample.
             top_p: choose only among the most likely tokens, whose probabilities together just reach top_p. 1 means all
                 tokens.

@@ -128,7 +128,7 @@ class Engine:
         opening. Nothing is kept if `token_ids` is empty, or on a backend whose results depend on the number of rows in
         a pass.
 
-        Raises ValueError for token ids outside the vocabulary, such as those of another model's tokenizer.
+        Raises ValueError for token ids outside the vocabulary, such as ids from another model's tokenizer.
         """
         self.model.check_ids(token_ids)
         self._opening = None
@@ -140,7 +140,7 @@ class Engine:
     def begin(self, prompt: Sequence[int], new_tokens: int) -> tuple[Staircase, list[Rows]]:
         """Prefill all tokens of a prompt except the last one, with room in the cache for more tokens.
 
-        A long prompt is read in chunks. Returns the staircase, and a list: for each segment, the rows (hidden states)
+        A long prompt is read in chunks. Returns the `Staircase`, and a list: for each segment, the rows (hidden states)
         that the prompt's last chunk had after this segment, (1, N, D) each. Tokens of the opening were computed before
         and have no rows here. For a prompt of one token, the list is [].
 
@@ -172,7 +172,7 @@ class Engine:
     # -- a run ----------------------------------------------------------------------------------------------------
 
     def run(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Generation:
-        """Generate a text to its end, and return it with its events and statistics.
+        """Generate a text to its end. Returns its token ids, events and statistics.
 
         Raises ValueError as `generate` does.
         """

@@ -56,8 +56,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
             comparison.
         compute: False for a process that will be forked. The model is then loaded, but no layer runs.
 
-    Raises ModelUnavailable if the model cannot be loaded, ValueError for an unsupported model or for exits of another
-    model, and FileNotFoundError if the folder holds no exits.
+    Raises ModelUnavailable if the model cannot be loaded; ValueError for an unsupported model, for exits of another
+    model, or for a backend that cannot run the model here; FileNotFoundError if the folder holds no exits.
     """
     base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress, device_map=device_map)
     folder = find_exits(name, exits)
@@ -284,7 +284,7 @@ def _torch_dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.
 def read_model_config(model: str, source: str, hub: dict):
     """Load and return the transformers config of a model, after checking that the model is supported.
 
-    Thus no weights of an unsupported model are downloaded.
+    So no weights of an unsupported model are downloaded.
 
     Args:
         model: name of the model, for error messages.

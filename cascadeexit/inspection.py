@@ -94,7 +94,7 @@ class Inspection:
 def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEvent], top: int = 5) -> Inspection:
     """Read the text of a finished run again, and return the `Inspection` of its tokens.
 
-    Arguments and errors are those of `inspecting`.
+    `inspecting` explains the arguments, and the errors that are raised.
     """
     *_, inspection = inspecting(engine, prompt_ids, events, top)
     return inspection

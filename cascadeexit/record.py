@@ -75,9 +75,9 @@ def load(content: bytes | str) -> str:
     if not isinstance(file, dict) or not isinstance(file.get("records"), list):
         raise ValueError('this is not a recorded run: expected {"format": ..., "records": [...]}. ' + _CHOOSE)
     if file.get("format") != FORMAT:
-        raise ValueError(f"this record has format {file.get('format')!r}; this page reads format {FORMAT}")
+        raise ValueError(f"this file has format {file.get('format')!r}; this page reads format {FORMAT}")
     if not 2 <= len(file["records"]) <= MAX_RECORDS:
-        raise ValueError(f"expected 2 to {MAX_RECORDS:,} entries, got {len(file['records']):,}")
+        raise ValueError(f"records should have 2 to {MAX_RECORDS:,} entries, got {len(file['records']):,}")
     for number, record in enumerate(file["records"]):
         _check(number, record)
     _check_whole(file["records"])
@@ -91,7 +91,7 @@ def _check_whole(records: list[dict]) -> None:
     """
     kinds, model = [record["type"] for record in records], records[0]
     if kinds[:2] != ["model", "run"] or {"model", "run"} & {*kinds[2:]}:
-        raise ValueError("a record must begin with a model and a run, and hold no other model or run")
+        raise ValueError("records should begin with a model and a run, and have no other model or run")
     if not all(isinstance(e, dict) and isinstance(e.get("layer"), int) for e in model["exits"]):
         raise ValueError('entry 0 (model): exits should be a list of {"layer": ...}')
     exits = len(model["exits"])

@@ -36,7 +36,7 @@ Compute = Callable[..., Iterator["Batch"]]
 
 
 class RunFailed(RuntimeError):
-    """A run failed outside of our code, for example because a worker died or a quota is used up.
+    """Raised if a run fails outside of our code, for example because a worker died or a quota is used up.
 
     The message is for the visitor. It is plain text; escape it before it is shown as HTML.
     """
@@ -76,8 +76,7 @@ class Batch:
     """One message from a running race.
 
     A side is one of the texts of the run. The first batches hold events in the order of time, as (name of the side,
-    event). If texts are checked, later
-    batches hold the progress of this check, and the last batch holds the results of the check.
+    event). If texts are checked, later batches hold the progress of this check, and the last batch holds its results.
     """
 
     events: Sequence[tuple[str, TokenEvent]] = ()
@@ -122,7 +121,7 @@ class Runner:
         return self._measured(label, self._call(label, tasks, check))
 
     def seconds(self, label: str, tasks: Mapping[str, Task], check: Check = Check.NOTHING) -> int:
-        """Estimate the GPU time in seconds for a race with these arguments.
+        """Estimate the GPU time in whole seconds for a race; `race` explains the arguments.
 
         The estimate uses the largest number of new tokens, and the time per token of the latest race with this model.
         """

@@ -16,8 +16,9 @@ class Sampler:
     random generator with a seed.
 
     Args:
+        device: device of the logits.
         tolerance: only if greedy; a draft is also accepted if its probability by the full model is at least (1 -
-            tolerance) times that of the full model's own choice.
+            tolerance) times the probability of the full model's own choice.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int, vocab_size: int, device: torch.device,

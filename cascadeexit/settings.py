@@ -226,7 +226,7 @@ _FIELDS = {f.name: f for f in fields(Settings)}
 
 
 def disabling(s: int) -> int:
-    """Return the value of `Settings.exit_choice` that disables exit s."""
+    """Return the value of `Settings.exit_choice` that disables exit number s, counted from 0."""
     return FIRST_CONFIDENT - 1 - s
 
 

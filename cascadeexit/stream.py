@@ -328,7 +328,12 @@ def stopped(text: str) -> str:
 
 
 def rounded(value, digits: int = 5):
-    """Round floats to the number of digits that the page can show. Floats inside lists and dicts are rounded, too."""
+    """Return a value with its floats rounded to as many digits as the page can show.
+
+    Floats inside lists, tuples and dicts are rounded, too. Tuples become lists.
+
+    digits: number of decimal places.
+    """
     if isinstance(value, float):
         return round(value, digits)
     if isinstance(value, (tuple, list)):

@@ -47,10 +47,10 @@ class Rows(Protocol):
 
 
 class Choice:
-    """The likeliest token for one row of hidden states, and the logits of all tokens.
+    """The likeliest token for one row of hidden states, and the logits of all tokens of the head.
 
-    `choice.token` is the number of the likeliest token. `choice[t]` returns the logit of token t. Some backends compute
-    this logit only when it is read.
+    `choice.token` is the index of the largest logit, which is the token id in a head for the whole vocabulary.
+    `choice[t]` returns logit number t. Some backends compute this logit only when it is read.
     """
 
     __slots__ = "token", "_logit"
@@ -177,7 +177,7 @@ class VocabHead(Protocol):
     def likeliest(self, rows: Rows, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Find the k likeliest words of each row (..., D), best first.
 
-        Returns their probabilities and their numbers, (..., min(k, K)) each. The probabilities are those of the softmax
+        Returns their probabilities and their numbers, (..., min(k, K)) each. The probabilities come from the softmax
         over all K words at this temperature.
         """
 
@@ -251,13 +251,15 @@ class ExitRuntime(Protocol):
         """Draft the next token after each given token. Without a drafter, the exit before the first layer drafts.
 
         Args:
+            tokens: token ids.
             carried: for each token, the hidden state that produced it (1, D).
             k: number of candidates for each next token. If fewer tokens may be drafted, fewer are returned.
+            temperature: temperature of the softmax, above 0.
             context: result of `context`; None without a drafter.
 
         Returns three values for each token: the adapter's output (1, D), which is the carried state of the next token;
-        the probabilities of the k likeliest next tokens, best first; and their token ids. The probabilities come
-        from the softmax over all words that may be drafted, at this temperature.
+        the probabilities of the k likeliest next tokens, best first; and their token ids. The probabilities come from
+        the softmax over all tokens that may be drafted.
         """
 
     def try_bytes(self, s: int) -> int:

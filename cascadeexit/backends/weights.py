@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class OuterWeights:
-    """Weights of a model outside its decoder layers. V is the number of words in the vocabulary."""
+    """Weights of a model outside its decoder layers. V is the number of tokens in the vocabulary, D the hidden size."""
 
     embedding: Tensor           # (V, D)
     final_norm: Tensor          # (D,)
@@ -95,7 +95,10 @@ def bring_outer_weights(base) -> None:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Weights of one decoder layer. A weight is None if the model type does not have it."""
+    """Weights of one decoder layer. A weight is None if the model type does not have it.
+
+    D is the hidden size, H the number of query heads, K of key-value heads, d the head size, F the MLP's inner size.
+    """
 
     attention_norm: Tensor      # (D,)
     q: Tensor                   # (H d, D)

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 class ExitBank(nn.Module):
     """All trained parts of one model's exits: adapters, confidence estimators, drafter and lists of token ids.
 
-    The constructor makes random weights; `untrained` makes a usable start, and `load` reads trained exits. Before
-    decoding, call `prepare`. Then pass the bank to `backend.exits`.
+    `load` reads trained exits, and `untrained` makes new ones for a model. The constructor alone makes exits that do
+    not know the model's final norm. An `Engine` prepares the bank for decoding.
 
     Attributes:
         config: sizes and kinds of these parts.

@@ -56,9 +56,10 @@ def find_compiler() -> str | None:
 def facts() -> dict[str, str]:
     """Describe the kernels on this machine. Compiles them first if needed. Returns {fact: value}.
 
-    The facts are: "compiler", its path or "none"; "kernels", the path of the compiled library; "vector extensions",
-    those of the processor that the kernels use; "kernels out of date", how many other libraries are in the cache
-    folder. The second and the third are missing without kernels, and the last if there are no other libraries.
+    The facts are: "compiler", its path or "none"; "kernels", the path of the compiled library; "vector extensions", the
+    extensions of the processor that the kernels use; "kernels out of date", how many other libraries are in the cache
+    folder. Without kernels, the second and the third fact are missing. The last one is missing if there are no other
+    libraries.
     """
     compiler, others = find_compiler(), sorted(cache_folder().glob("kernels-*.so"))
     found = {"compiler": compiler or "none"}

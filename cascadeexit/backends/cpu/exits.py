@@ -105,7 +105,7 @@ class CpuAdapter:
 
     Args:
         adapter: an `ExitAdapter` or a `CarryAdapter`. Its weights are copied.
-        eight_bits: round the weights to 8 bits. Results then differ slightly from those of the bf16 weights.
+        eight_bits: round the weights to 8 bits. This changes the results slightly.
     """
 
     @staticmethod

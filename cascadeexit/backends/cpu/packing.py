@@ -60,7 +60,8 @@ class Store:
     def matrix(self, *parts: Tensor, bias: Tensor | None = None) -> Matrix:
         """Pack a bf16 weight (O, I). Returns a `Matrix` with the addresses of the packed weight and the bias.
 
-        With `in_12_bits`, the weight is packed to 12 bits unless too many of its numbers are outliers.
+        With `in_12_bits`, the weight is packed to 12 bits without loss. It stays in 16 bits if the kernels do not
+        support 12 bits here, or if more than 1 in 64 of its numbers are not in the code book (outliers).
 
         Args:
             parts: one weight, or several weights of the same shape. Several weights become one matrix, in which blocks

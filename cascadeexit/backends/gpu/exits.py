@@ -197,7 +197,8 @@ class GpuExits(Exits):
 class AskedExit(Late):
     """The output (1, D) of an exit's adapter, computed when it is first read.
 
-    If the pass below the exit is still postponed, `GpuExits.confidence` runs the pass and the exit in one recording.
+    If the pass below the exit is still postponed, `GpuExits.confidence` runs the pass and the exit in one recording
+    (CUDA graph).
 
     Attributes:
         word: index of the largest logit of the exit's head; None if the exit has not run in a recording.

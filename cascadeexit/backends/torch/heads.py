@@ -63,7 +63,7 @@ class TorchHead:
     def likeliest(self, rows: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Find the k largest logits of each row (..., D), largest first.
 
-        Returns their probabilities and their indices, (..., min(k, K)) each. The probabilities are those of the softmax
+        Returns their probabilities and their indices, (..., min(k, K)) each. The probabilities come from the softmax
         over all K logits at this temperature.
         """
         logits = self.logits(rows).float() / temperature
@@ -74,7 +74,7 @@ class TorchHead:
         """Compute the inputs of a `SketchConfidence` estimator from adapter outputs (..., D).
 
         `exits.confidence.softmax_facts` describes the arguments. Returns (..., 5) without `before`, and (..., 12) with
-        it.
+        `before`.
         """
         return softmax_facts(self._linear, rows, copied, before)        # the whole estimator may be recorded
 
