@@ -1,8 +1,10 @@
 """The page: layout, events, link and command line. `cascadeexit.page` and `cascadeexit.endpoints` have the handlers.
 
     python app.py                                the bundled model on this machine
-    python app.py --model my-model               any Llama-like model: a Hub id or a local folder
+    python app.py --model my-model               any Llama-like model: a Hub id, a local folder or a GGUF file
     python app.py --model one two --mcp          a choice of models, and the endpoints as tools for an agent
+
+The same server answers OpenAI's clients at /v1 (`cascadeexit.openai`).
 """
 
 import argparse
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial, wraps
+from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")     # read when gradio is imported
 
@@ -24,8 +27,11 @@ except ImportError:     # not on a Space
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 from gradio.components import Component  # noqa: E402
+from gradio.context import LocalContext  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+from starlette.routing import Mount  # noqa: E402
 
-from cascadeexit import accelerator, hub, prompts, settings, stream  # noqa: E402
+from cascadeexit import accelerator, hub, openai, prompts, settings, stream  # noqa: E402
 from cascadeexit.calibration import Calibration  # noqa: E402
 from cascadeexit.config import Mode  # noqa: E402
 from cascadeexit.endpoints import BadRequest, Endpoints  # noqa: E402
@@ -106,10 +112,14 @@ class ManyPrompts:
     report: gr.State                    # id of the evaluation that runs
 
 
-def build_demo(library: Library) -> gr.Blocks:
-    """Build the page for these models."""
-    runner = Runner(library, on_zero_gpu if ZERO_GPU else None)
-    page = Page(runner)
+def make_runner(library: Library) -> Runner:
+    """Make what runs these models, for the page and for programs."""
+    return Runner(library, on_zero_gpu if ZERO_GPU else None, AT_ONCE["concurrency_limit"])
+
+
+def build_demo(runner: Runner) -> gr.Blocks:
+    """Build the page for the models of a runner."""
+    library, page = runner.library, Page(runner)
     calibrations = {label: library.calibration(label) for label in library.labels}
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
         gr.HTML("<h1>CascadeExit</h1><p>The same language model, two ways: stop early when an exit is confident,"
@@ -135,8 +145,8 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
         prompt = gr.Textbox(next(iter(EXAMPLES.values())), label="Prompt", lines=1, max_lines=6, container=False,
                             placeholder="Ask something. Enter runs, Shift+Enter makes a new line.",
                             elem_id="ce-prompt", scale=10, min_width=260)
-        mode = gr.Radio(MODES, value=Mode.CASCADE, label="Mode", container=False, elem_id="ce-mode", scale=0,
-                        min_width=330)
+        mode = gr.Radio(MODES, value=library.first_mode(label), label="Mode", container=False, elem_id="ce-mode",
+                        scale=0, min_width=330)
         run = gr.Button("Run", variant="primary", size="md", scale=0, min_width=96, elem_id="ce-run")
         stop = gr.Button("Stop", size="md", scale=0, min_width=96, elem_id="ce-stop")
     with gr.Row(elem_id="ce-choices"):
@@ -406,7 +416,7 @@ def _connect_settings(library: Library, calibrations: dict[str, Calibration | No
     model, thresholds = one.controls["model"], [one.controls[name] for name in THRESHOLDS]
 
     def fit(label: str) -> dict:
-        return (_fitted_exit_controls(one, library.shapes[label])
+        return (_fitted_exit_controls(one, library.shapes[label]) | {one.controls["mode"]: library.first_mode(label)}
                 | _fitted_quality_controls(one, DEFAULT_THRESHOLD, calibrations[label]))
 
     def set_preset(threshold: float, label: str) -> dict:
@@ -419,7 +429,7 @@ def _connect_settings(library: Library, calibrations: dict[str, Calibration | No
 
     # Keep the last of several quick moves; Gradio would drop it while an earlier one is being answered.
     last = dict(QUIET, queue=False, trigger_mode="always_last")
-    model.input(fit, model, [*one.exit_controls, one.preset, one.quality], **last)
+    model.input(fit, model, [*one.exit_controls, one.controls["mode"], one.preset, one.quality], **last)
     one.preset.input(set_preset, [one.preset, model], [*thresholds, one.quality], **last)
     one.quality.input(set_quality, [one.quality, model], [*thresholds, one.preset], **last)
     gr.on([slider.input for slider in thresholds], None, None, one.preset, js="() => null", **QUIET)
@@ -547,15 +557,27 @@ def on_zero_gpu(compute: Compute, seconds: Callable[..., int]) -> Compute:
 
 # -- start --------------------------------------------------------------------------------------------------
 
-def launch_options() -> dict:
-    """Options of `demo.launch`, also for tests and scripts: our theme and styles, and no request to other machines."""
+def launch_options(demo: gr.Blocks, runner: Runner) -> dict:
+    """Options of `demo.launch`, also for tests and scripts: our theme and styles, no request to other machines, and the
+    routes of `cascadeexit.openai` for programs.
+    """
+    def visit(request: Request) -> None:
+        # As gradio does before it calls a function: `spaces` reads from these who asks for a GPU, and for which server.
+        LocalContext.blocks.set(demo)
+        LocalContext.request.set(gr.Request(request))
+
     # Bold instead of gradio's semi-bold, because the semi-bold font file that gradio serves lacks most letters.
     font = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=font).set(
         body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600")    # the default is too pale
-    styles = [ASSETS / "app.css", *sorted((ASSETS / "page").glob("*.css"))]
-    return dict(theme=theme, css_paths=styles, ssr_mode=False, run_history=False, footer_links=[],
-                max_file_size=MAX_UPLOAD)
+    routes = [Mount("/v1", app=openai.application(runner, visit))]
+    return dict(theme=theme, css_paths=styles(), ssr_mode=False, run_history=False, footer_links=[],
+                max_file_size=MAX_UPLOAD, app_kwargs=dict(routes=routes))
+
+
+def styles() -> list[Path]:
+    """Return the style sheets of the page."""
+    return [ASSETS / "app.css", *sorted((ASSETS / "page").glob("*.css"))]
 
 
 def offers(models: list[str], exits: str | None) -> list[Offer]:
@@ -571,9 +593,10 @@ def offers(models: list[str], exits: str | None) -> list[Offer]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="CascadeExit: early exits beside the full model.")
-    parser.add_argument("--model", nargs="+", default=[], help="Hub ids, local folders, or the bundled model's name; "
+    parser.add_argument("--model", nargs="+", default=[], help="Hub ids, local folders, GGUF files (a path, or "
+                        "owner/name:file.gguf on the Hub), or the bundled model's name; "
                         f"several make a menu (default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
-    parser.add_argument("--exits", help="folder of trained exits (default: those shipped for the model)")
+    parser.add_argument("--exits", help="folder or Hub id of trained exits (default: those shipped for the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
     parser.add_argument("--device-map", help="'auto' spreads a model that is too large for one device over all "
                         "devices, main memory and disk")
@@ -594,9 +617,10 @@ def main() -> None:
                           dtype=getattr(torch, args.dtype) if args.dtype else None)
         if ZERO_GPU:
             library.load_all(log)               # in this thread and before the launch, which moves weights to disk
-        demo = build_demo(library)
+        runner = make_runner(library)
+        demo = build_demo(runner)
         demo.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True,
-                    mcp_server=args.mcp, **launch_options())
+                    mcp_server=args.mcp, **launch_options(demo, runner))
         log(f"Open {demo.local_url} (a recorded run plays there until your first one)")
         library.get(library.labels[0], log)
     except (RuntimeError, ValueError, OSError) as error:

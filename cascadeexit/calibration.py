@@ -10,7 +10,7 @@ ends at the first threshold that fails. Therefore the bound also holds for the t
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -66,6 +66,10 @@ class Calibration:
             at_most = max(at_most, upper_bound(mean, n, delta))
             points.append(Point(threshold, mean, at_most, costs[threshold]))
         return cls(exits, n, tokens, delta, tuple(points))
+
+    def save(self, folder: Path) -> None:
+        """Write calibration.json to a folder of exits."""
+        (folder / CALIBRATION_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:

@@ -36,6 +36,9 @@ class DecodeConfig:
     """Only in cascade mode, at temperature 0 and without `thresholds`: largest share of the tokens, in (0, 1), that may
     differ from the full model's choice after the same text. The calibration of the exits (`cascadeexit.calibration`)
     gives the thresholds for this target."""
+    only_paying: bool = False
+    """True: an exit that costs more time than it saves on this machine (`Engine.payoff`) is disabled, although it has a
+    threshold. Without thresholds, this is always so."""
     tolerance: float = 0.0
     """Only in verified mode at temperature 0: a draft is also accepted if its probability by the full model is at least
     (1 - tolerance) times the probability of the full model's own choice. 0 is lossless."""

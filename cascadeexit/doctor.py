@@ -20,6 +20,7 @@ import torch
 
 from cascadeexit import accelerator, backends, hub, machine
 from cascadeexit.backends.weights import outer_weights
+from cascadeexit.payoff import Payoff
 from cascadeexit.selfcheck import SelfCheck
 
 _MEGABYTES = 256            # read to measure the bandwidth
@@ -73,6 +74,7 @@ def examine(model: str | None = None, exits: str | None = None, *, device: str |
     for other in backends.BACKENDS:
         report.facts |= {f"{other}: {fact}": value for fact, value in backends.facts(other).items()}
     _examine_check(report, engine.self_check, engine.notice)
+    _examine_payoff(report, engine.payoff)
     if place.type == "cpu" and "cpu" in refused and wanted is torch.bfloat16:
         report.problems.append(f"The fast CPU kernels are not used: {refused['cpu']}.")
     resident = machine.resident_bytes()
@@ -125,15 +127,26 @@ def _examine_check(report: Report, check: SelfCheck | None, notice: str) -> None
         report.problems.append(f"{notice} Please report this with the lines above.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Print how this machine runs a model, and what to do if something "
-                                     "is missing. Exit status 0: all is well. 1: something needs attention.")
-    parser.add_argument("--model", help="bundled name, Hub id or local folder "
+def _examine_payoff(report: Report, found: Payoff) -> None:
+    report.facts["one token of full"] = f"{1000 * found.token_seconds:.1f} ms"
+    report.facts["asking exits"] = ", ".join(f"{1000 * exit.asked:.2f} ms" for exit in found.exits)
+    report.facts["switched off"] = " ".join(found.sentences()) or "nothing: all exits and drafts pay here"
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --exits, --device and --dtype, with the defaults of `hub.load`."""
+    parser.add_argument("--model", help="bundled name, Hub id, local folder or GGUF file "
                         f"(default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
-    parser.add_argument("--exits", help="folder of trained exits (default: those shipped for the model)")
+    parser.add_argument("--exits", help="folder or Hub id of trained exits (default: those shipped for the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                         help="default: bfloat16, or float16 on a GPU that only emulates bfloat16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print how this machine runs a model, and what to do if something "
+                                     "is missing. Exit status 0: all is well. 1: something needs attention.")
+    add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print facts and problems as JSON")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

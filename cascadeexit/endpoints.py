@@ -162,6 +162,8 @@ class Endpoints:
             label = settings.model or labels[0]
             if label not in labels:
                 raise ValueError(f"model '{label}' is not offered here; /models lists {', '.join(labels)}")
+            for _ in self._runner.load(label):
+                pass
             engine, tokenizer = self._library.get(label)
             config, full = replace(settings, thresholds=_thresholds(engine, settings, threshold, target)
                                    ).decode_configs(engine.num_exits)

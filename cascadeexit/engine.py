@@ -51,11 +51,13 @@ class Engine:
         costs: what greedy `full` reads for each token. A greedy run's `cost` is relative to it.
         self_check: result of the self-check at load (`cascadeexit.selfcheck.SelfCheck`); None if there was no
             self-check.
+        payoff: which exits and drafts save time on this machine (`cascadeexit.payoff.Payoff`); None if that was not
+            measured. Then all of them are used.
         notice: a message for users, such as the reason why this engine runs on another backend; "" if there is no
             message.
     """
 
-    self_check = None
+    self_check = payoff = None
     notice = ""
 
     def __init__(self, model: SegmentedModel, bank: ExitBank):
@@ -100,7 +102,9 @@ class Engine:
     def thresholds(self, config: DecodeConfig) -> tuple[float | None, ...]:
         """Return the confidence threshold of each exit, or None for an exit that is disabled.
 
-        All are None in mode `full`, and in mode `verified` without thresholds in the config.
+        All are None in mode `full`, and in mode `verified` without thresholds in the config. An exit that does not pay
+        on this machine (`payoff`) is disabled unless the config asks for it with thresholds. With a target
+        disagreement, the exits are disabled only if none of them pays, because they were calibrated together.
 
         Raises ValueError if the config has a wrong number of thresholds, or if it has a target disagreement and these
         exits were never calibrated.
@@ -108,12 +112,17 @@ class Engine:
         if config.mode is Mode.FULL:
             return (None,) * self.num_exits
         if config.target_disagreement is None:
-            return config.threshold_per_exit(self.exit_depths)
+            each = config.threshold_per_exit(self.exit_depths)
+            if self.payoff is None or not (config.thresholds is None or config.only_paying):
+                return each
+            return tuple(t if pays else None for t, pays in zip(each, self.payoff.paying))
         if self.bank.calibration is None:
             raise ValueError("target_disagreement needs exits that were calibrated: run python -m training.calibrate, "
                              "or give thresholds")
         first = self.bank.calibration.threshold(config.target_disagreement)
-        return (None,) * self.num_exits if first is None else graded_thresholds(first, self.exit_depths)
+        if first is None or (self.payoff is not None and not any(self.payoff.paying)):
+            return (None,) * self.num_exits
+        return graded_thresholds(first, self.exit_depths)
 
     @property
     def opening(self) -> list[int]:
@@ -266,7 +275,9 @@ class Engine:
         if config.mode is Mode.VERIFIED and config.thresholds is None:
             return DraftTree(self.model, self.exits, prompt, config.temperature, passed=passed, limit=config.max_draft,
                              eos_ids=frozenset() if config.ignore_eos else self.model.eos_ids,
-                             end=len(prompt) + config.max_new_tokens)
+                             end=len(prompt) + config.max_new_tokens,
+                             use_drafter=self.payoff is None or self.payoff.drafter_pays,
+                             row_factor=1.0 if self.payoff is None else self.payoff.row_factor)
 
         def sampled(s: int, hidden: Rows) -> int:
             return sampler.choose(self.exits.logits(s, hidden)[0], self.bank.head_ids)

@@ -1,4 +1,4 @@
-"""Folders: tells where to keep files that stay after the process has ended."""
+"""Folders: tells where the project's files are, and where to keep files that stay after the process has ended."""
 
 import os
 from pathlib import Path
@@ -9,3 +9,19 @@ def cache_folder() -> Path:
     if folder := os.environ.get("CASCADEEXIT_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cascadeexit"
+
+
+def project_folder() -> Path:
+    """Return the folder that holds `app.py`, `assets` and `training`.
+
+    In an installed package this is `cascadeexit/project`, to which the wheel copies them (`pyproject.toml`). Else it is
+    the checkout.
+    """
+    package = Path(__file__).parent
+    installed = package / "project"
+    return installed if installed.is_dir() else package.parent
+
+
+def assets_folder() -> Path:
+    """Return the folder of the shipped exits, prompts, measured results and the files of the page."""
+    return project_folder() / "assets"

@@ -1,38 +1,44 @@
 """Hub: finds and loads a model and the exits that belong to it.
 
-The model is the bundled one, one in a local folder, or one on the Hugging Face Hub.
+The model is the bundled one, one in a local folder, a GGUF file, or one on the Hugging Face Hub.
 """
 
 import gc
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import httpx
 import torch
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cascadeexit import selfcheck
+from cascadeexit import payoff, selfcheck
 from cascadeexit.backends import REFERENCE, reference
 from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.weights import bring_outer_weights
-from cascadeexit.bundled import DEFAULT_MODEL, ModelUnavailable, Progress, bundled_model, disk_full, first_line
+from cascadeexit.bundled import DEFAULT_MODEL, bundled_model
+from cascadeexit.conversion import ModelUnavailable, Progress, disk_full, first_line
 from cascadeexit.engine import Engine
-from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, read_config
+from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, download, read_config
+from cascadeexit.folders import assets_folder
+from cascadeexit.gguf_file import converted, gguf_name, gguf_path, is_gguf, read_facts
 from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
 from cascadeexit.prompts import opening_ids
 from cascadeexit.shape import Shape
 
 log = logging.getLogger(__name__)
-_SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_SHIPPED_EXITS = assets_folder() / "exits"
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -40,12 +46,15 @@ _SHIPPED_EXITS = Path(__file__).parents[1] / "assets" / "exits"
 
 def load(model: str | None = None, exits: str | Path | None = None, *, device: str | None = None,
          dtype: torch.dtype | str | None = None, backend: str | None = None, progress: Progress | None = None,
-         device_map: str | dict | None = None, self_check: bool = True, compute: bool = True) -> tuple[Engine, object]:
+         device_map: str | dict | None = None, self_check: bool = True, measure: bool = True,
+         compute: bool = True) -> tuple[Engine, object]:
     """Load a model with its exits and its tokenizer. Returns an engine that is ready to decode, and the tokenizer.
 
     Args:
-        model: the bundled name, a Hub id or a local folder; default $CASCADEEXIT_MODEL, else the bundled model.
-        exits: a folder of trained exits; default the exits shipped for this model, else untrained exits.
+        model: the bundled name, a Hub id, a local folder, or a GGUF file: its path, or owner/name:file.gguf on the Hub.
+            Default $CASCADEEXIT_MODEL, else the bundled model.
+        exits: a folder of trained exits, or a Hub id such as owner/name; default the exits shipped for this model,
+            else untrained exits.
         device: 'cpu', 'cuda' or 'cuda:N'; default a GPU if there is one, else the CPU.
         dtype: a torch dtype or its name; default bfloat16, or float16 on a GPU that only emulates bfloat16.
         backend: 'cpu', 'gpu' or 'torch'; default the fastest that fits.
@@ -54,25 +63,45 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         self_check: compare the backend with the `torch` backend. If they differ, the engine runs on `torch` instead,
             and the reason goes to `Engine.notice` and to `progress`. `Engine.self_check` has the result of the
             comparison.
+        measure: measure for about a second which exits and drafts save time on this machine. The others are then
+            switched off (`Engine.payoff`). False uses all of them.
         compute: False for a process that will be forked. The model is then loaded, but no layer runs.
 
     Raises ModelUnavailable if the model cannot be loaded; ValueError for an unsupported model, for exits of another
     model, or for a backend that cannot run the model here; FileNotFoundError if the folder holds no exits.
     """
     base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress, device_map=device_map)
-    folder = find_exits(name, exits)
-    bank = ExitBank.load(folder) if folder else None
-    layers = bank.config.layers if bank else default_exit_layers(base.config.num_hidden_layers)
-    make = partial(_engine, base, layers, bank, name)
-    engine = _checked(make, base, backend, progress) if self_check and compute else make(backend)
-    del base, make                              # the backend keeps what it needs
+    engine = attach(base, name, exits, backend=backend, progress=progress, self_check=self_check and compute)
+    del base                                    # the backend keeps what it needs
     opening = opening_ids(tokenizer) if compute else []
     if max(opening, default=0) < engine.model.vocab_size:
         engine.read_opening(opening)
     else:
         log.warning("The chat template of %s uses token ids that the model does not have: use it with chat off.", name)
+    if measure and compute:
+        engine.payoff = payoff.measure(engine, model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL)
+        for sentence in engine.payoff.sentences():
+            (progress or log.info)(sentence)
     give_back()
     return engine, tokenizer
+
+
+def attach(base, name: str, exits: str | Path | None = None, *, backend: str | None = None,
+           progress: Progress | None = None, self_check: bool = True) -> Engine:
+    """Make an engine for a transformers model that is in memory. The model is frozen and put in eval mode.
+
+    Args:
+        base: a transformers *ForCausalLM of a supported type.
+        name: short name of the model, by which shipped exits are found.
+        exits, backend, progress, self_check: as for `load`.
+
+    Raises ValueError and FileNotFoundError as `load` does.
+    """
+    folder = find_exits(name, exits)
+    bank = ExitBank.load(folder) if folder else None
+    layers = bank.config.layers if bank else default_exit_layers(base.config.num_hidden_layers)
+    make = partial(_engine, base, layers, bank, name)
+    return _checked(make, base, backend, progress) if self_check else make(backend)
 
 
 def _engine(base, layers: Sequence[int], bank: ExitBank | None, name: str, backend: str | None) -> Engine:
@@ -123,7 +152,7 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     """
     model, place = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, find_device(device)
     dtype = _torch_dtype(dtype, place)
-    source = resolve(model, progress)
+    source = resolve(model, progress, token)
     hub = dict(token=token, trust_remote_code=False)    # if unset, transformers asks on the console
     read_model_config(model, source, hub)
     try:
@@ -143,12 +172,12 @@ def load_tokenizer(model: str, *, progress: Progress | None = None, token: str |
     """Load and return the tokenizer of a model.
 
     Args:
-        model: the bundled name, a Hub id or a local folder.
+        model: the bundled name, a Hub id, a local folder or a GGUF file.
         progress, token: as for `load_model`.
 
     Raises ModelUnavailable if the tokenizer cannot be loaded.
     """
-    source = resolve(model, progress)
+    source = resolve(model, progress, token)
     try:
         return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
     except Exception as error:
@@ -166,7 +195,10 @@ def describe(model: str | None = None, exits: str | Path | None = None) -> Shape
     if folder is not None and model == DEFAULT_MODEL:           # its weights may not be here yet
         config = read_config(folder)
         return Shape(name, config.num_layers, config.layers, config.trained)
-    layers = read_model_config(model, resolve(model), dict(trust_remote_code=False)).num_hidden_layers
+    if is_gguf(model):                                          # it may not be converted yet
+        layers = read_facts(_gguf_path(model)).layers
+    else:
+        layers = read_model_config(model, resolve(model), dict(trust_remote_code=False)).num_hidden_layers
     if folder is None:
         return Shape(name, layers, default_exit_layers(layers), False)
     config = read_config(folder)
@@ -174,7 +206,12 @@ def describe(model: str | None = None, exits: str | Path | None = None) -> Shape
 
 
 def short_name(source: str) -> str:
-    """Return the short name of a model: the last part of its path or Hub id, in lower case."""
+    """Return the short name of a model: the last part of its path or Hub id, in lower case.
+
+    The name of a GGUF file loses its ending.
+    """
+    if is_gguf(source):
+        return gguf_name(source)
     return Path(os.path.abspath(Path(source).expanduser())).name.lower()
 
 
@@ -194,14 +231,16 @@ def find_device(wanted: str | None) -> torch.device:
     return device
 
 
-def resolve(model: str, progress: Progress | None = None) -> str:
+def resolve(model: str, progress: Progress | None = None, token: str | None = None) -> str:
     """Convert a model's name to something that transformers can load: the path of a folder, or a Hub id.
 
-    The bundled model is downloaded if needed. Raises ModelUnavailable if it cannot be downloaded, or if a local folder
-    or its config.json is missing.
+    The bundled model is downloaded if needed, and a GGUF file is converted. Raises ModelUnavailable if this fails, or
+    if a local folder or its config.json is missing, and ValueError for a GGUF file of an unsupported model.
     """
     if model == DEFAULT_MODEL:
         return str(bundled_model(progress=progress))
+    if is_gguf(model):
+        return str(converted(_gguf_path(model, token), progress))
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -213,17 +252,39 @@ def resolve(model: str, progress: Progress | None = None) -> str:
     return model
 
 
+def _gguf_path(model: str, token: str | None = None) -> Path:
+    """Return the path of a GGUF file; see `gguf_path`. Errors of the Hub become ModelUnavailable."""
+    try:
+        return gguf_path(model, token)
+    except ModelUnavailable:
+        raise
+    except Exception as error:      # the Hub's client raises errors of many kinds
+        raise _explained(model, model, error) from error
+
+
 def find_exits(name: str, exits: str | Path | None = None) -> Path | None:
     """Return the folder of exits to use: `exits` if given, else the folder shipped for the model `name`, else None.
 
-    Raises FileNotFoundError if the given folder holds no exits.
+    Exits on the Hub are downloaded. Raises FileNotFoundError if the given folder holds no exits, and ModelUnavailable
+    if the download fails.
     """
+    if isinstance(exits, str) and _HUB_ID.fullmatch(exits) and not Path(exits).exists():
+        exits = _downloaded(exits)
     folder = Path(exits) if exits else _SHIPPED_EXITS / name
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
     if missing and exits:
         raise FileNotFoundError(f"{folder} holds no exits ({' and '.join(missing)} missing): give a folder written by "
                                 "python -m training.distill")
     return None if missing else folder
+
+
+def _downloaded(repo_id: str) -> Path:
+    try:
+        return download(repo_id)
+    except (HTTPError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelUnavailable(f"the exits {repo_id} are neither a local folder nor could they be fetched from the Hub "
+                               f"({first_line(error)}). Check the spelling and the network; a private repository needs "
+                               "HF_TOKEN.") from error
 
 
 def default_exit_layers(num_layers: int) -> tuple[int, ...]:
@@ -330,7 +391,9 @@ def _explained(model: str, source: str, error: Exception) -> ModelUnavailable:
     if any(disk_full(reason) for reason in reasons):
         return ModelUnavailable(f"the disk filled up while {model} was fetched. Make room, or set HF_HOME to a folder "
                                 "on another disk.")
-    if caused_by(LocalEntryNotFoundError, ConnectionError, httpx.TransportError):
+    # HTTPError comes from the version of httpx that huggingface_hub uses; an answer of the Hub is an HfHubHTTPError.
+    no_answer = caused_by(HTTPError) and not caused_by(HfHubHTTPError)
+    if no_answer or caused_by(LocalEntryNotFoundError, ConnectionError):
         return ModelUnavailable(f"{model} is neither a local folder nor in the local Hub cache, and the Hub could not "
                                 f"be reached ({first_line(error)}). Connect to the network, give a local folder, or "
                                 f"use the bundled '{DEFAULT_MODEL}'.")

@@ -161,9 +161,7 @@ def _read(engine: Engine, hidden: list[Tensor], copied: list[tuple[int, int]], n
     written = torch.tensor(token_ids, device=full.device)
     best, probabilities, standings = [], [], []
     for logits, ids_of in tables:
-        # Equal logits are common in bf16: decoding takes the first of them, so it leads here too.
-        first = logits.argmax(-1, keepdim=True)
-        ids = logits.scatter(1, first, torch.inf).topk(top, dim=-1).indices
+        ids = likeliest(logits, top)
         best.append(ids_of[ids])
         all_probabilities = logits.float().softmax(-1)
         probabilities.append(all_probabilities.gather(1, ids))
@@ -172,6 +170,13 @@ def _read(engine: Engine, hidden: list[Tensor], copied: list[tuple[int, int]], n
     return (torch.stack(best, 1), torch.stack(probabilities, 1),
             torch.tensor(confidences).T if confidences else torch.zeros(normed.shape[1], 0),
             *(torch.stack(column, 1) for column in zip(*standings)))
+
+
+def likeliest(logits: Tensor, top: int) -> Tensor:
+    """Return the columns (n, top) of the highest logits in each of n rows (n, K), the highest first."""
+    # Equal logits are common in bf16: decoding takes the first of them, so it leads here too.
+    first = logits.argmax(-1, keepdim=True)
+    return logits.scatter(1, first, torch.inf).topk(top, dim=-1).indices
 
 
 def _standing(logits: Tensor, probabilities: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,16 @@ class Library:
         bank = self._bank(label)
         return bank.calibration if bank else None
 
+    def first_mode(self, label: str) -> Mode:
+        """Return the mode with which the page opens for this model, without loading the model.
+
+        It is `cascade`, or `verified` if `cascade` would only be as fast as `full` because no exit pays.
+        """
+        if self.ready(label):
+            found = self._held[label][0].payoff
+            return Mode.CASCADE if found is None or any(found.paying) else Mode.VERIFIED
+        return Mode.CASCADE if self.shapes[label].trained else Mode.VERIFIED
+
     def _bank(self, label: str) -> ExitBank | None:
         if self.ready(label):
             return self._held[label][0].bank

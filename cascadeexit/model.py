@@ -16,9 +16,12 @@ from torch import Tensor
 
 from cascadeexit import backends
 from cascadeexit.backends.base import Backend
-from cascadeexit.backends.weights import DecoderShape, is_spread, layer_weights, outer_weights
+from cascadeexit.backends.weights import DecoderShape, is_spread, outer_weights
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3")
+_GEMMA = ("most of its layers use sliding-window attention, and its two kinds of layers rotate positions by different "
+          "angles")
+_REFUSED = {"gemma3": _GEMMA, "gemma3_text": _GEMMA}        # types for which the reason is known
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -28,11 +31,14 @@ def check_supported(config) -> None:
     The message says why.
     """
     kind = getattr(config, "model_type", type(config).__name__)
+    if kind in _REFUSED:
+        raise ValueError(f"model type '{kind}' is not supported: {_REFUSED[kind]}. Pick a model of one of the types "
+                         f"{', '.join(SUPPORTED)}.")
     if kind not in SUPPORTED:
         raise ValueError(f"model type '{kind}' is not supported: CascadeExit runs decoder layers one by one and knows "
                          f"the layout of {', '.join(SUPPORTED)}. Pick a model of one of these types.")
     sliding = any(t != "full_attention" for t in getattr(config, "layer_types", None) or ())
-    if sliding or (kind == "mistral" and getattr(config, "sliding_window", None)):
+    if sliding or (kind in ("mistral", "phi3") and getattr(config, "sliding_window", None)):
         raise ValueError(f"this {kind} model uses sliding-window attention, which is not supported: its layers would "
                          "need masks of different widths. Pick one with full attention in every layer.")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -74,7 +80,7 @@ class SegmentedModel:
         self.norm_weight = weights.final_norm.detach().clone()              # (D,)
         self.eos_ids = _eos_ids(base)
         base.eval().requires_grad_(False)
-        self.weight_bytes = sum(layer.nbytes for layer in layer_weights(base)) + weights.head.nbytes
+        self.weight_bytes = sum(p.nbytes for p in base.model.layers.parameters()) + weights.head.nbytes
         self.backend: Backend = backends.make(base, bounds, backend)
         self.layers, self.head = self.backend.layers, self.backend.head
 

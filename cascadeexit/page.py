@@ -6,14 +6,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from cascadeexit import evaluation, prompts, record
 from cascadeexit.calibration import Calibration
+from cascadeexit.config import Mode
+from cascadeexit.engine import Engine
+from cascadeexit.folders import assets_folder
 from cascadeexit.hub import ModelUnavailable
 from cascadeexit.kept import KeptRun, Latest
 from cascadeexit.report import Progress, Report, measured_curve
-from cascadeexit.runner import Batch, Check, RunFailed, Runner, Task, events_of
+from cascadeexit.runner import WAITING, Batch, Check, RunFailed, Runner, Task, events_of
 from cascadeexit.settings import DISABLED, Settings
 from cascadeexit.sides import CASCADE, FULL
 from cascadeexit.spread import REPEATS, TOKENS, speedups
@@ -27,7 +31,7 @@ from cascadeexit.stream import (
 )
 
 log = logging.getLogger("cascadeexit.page")
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = assets_folder()
 KEPT_RUNS, KEPT_REPORTS = 50, 20
 STOP_SECONDS = 60.0         # longest wait until a stopped run has ended: one chunk of its prompt
 CHECKING = "Checking quality…"
@@ -106,11 +110,11 @@ class Page:
         kept = self._runs.add(KeptRun(settings.model, tokenizer,
                                       TokenStream(engine, tokenizer, sides, ids, settings.record())))
         with kept.growing():
-            if engine.notice:
-                kept.stream.status(engine.notice)
-            yield Frame(kept.stream.text, kept.stream.run,
-                        notice=Notice("Slower than usual", engine.notice) if engine.notice else None)
-            yield from _grown(kept, contest, engine.notice)
+            notice = _notice(engine, sides[0].config.mode)
+            if notice:
+                kept.stream.status(notice.message)
+            yield Frame(kept.stream.text, kept.stream.run, notice=notice)
+            yield from _grown(kept, contest, notice.message if notice else "")
 
     def analyse(self, run) -> Iterator[Frame]:
         """Check the texts of a run that the visitor stopped, as `respond` does at the end of a run.
@@ -273,14 +277,21 @@ class Page:
 
     def _load(self, label: str) -> Iterator[str]:
         """Load the model with this label if it is not in memory. Yields lines of text about the progress."""
-        if not self.library.ready(label):
-            yield from self.library.load(label)
+        yield from self._runner.load(label)
 
     def _loading(self, kept: KeptRun) -> Iterator[Frame]:
         """Load the model of a kept run if it is not in memory. Yields changes of the page that show the progress."""
         for line in self._load(kept.label):
             kept.stream.status(line)
             yield Frame(kept.stream.text)
+
+
+def _notice(engine: Engine, mode: Mode) -> Notice | None:
+    """Make the notice for a run in this mode: why it is slow, or what is switched off. None if there is none."""
+    if engine.notice:
+        return Notice("Slower than usual", engine.notice)
+    off = engine.payoff.sentences() if engine.payoff and mode is Mode.CASCADE else []
+    return Notice("Switched off", " ".join(off)) if off else None
 
 
 def _grown(kept: KeptRun, contest: Iterator[Batch], notice: str = "") -> Iterator[Frame]:
@@ -294,7 +305,14 @@ def _grown(kept: KeptRun, contest: Iterator[Batch], notice: str = "") -> Iterato
     """
     stream = kept.stream
     try:
-        for text in frames(stream, events_of(contest)):
+        first = next(contest)
+        if first == Batch():
+            stream.status(WAITING)
+            yield Frame(stream.text)
+        while first == Batch():                                     # another race runs
+            yield Frame()
+            first = next(contest)
+        for text in frames(stream, events_of(chain([first], contest))):
             yield Frame(text)
         stream.close_text()
         kept.checking = True

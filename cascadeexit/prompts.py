@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cascadeexit.folders import assets_folder
+
 MAX_BYTES = 1_000_000               # of a file or of pasted text
 MAX_PROMPTS = 200
 MAX_CHARACTERS = 4_000              # of one prompt of a set
@@ -19,7 +21,7 @@ MAX_KIND_CHARACTERS = 40
 MAX_PROMPT_CHARACTERS = 20_000      # of a prompt that is written by hand
 OWN = "own"                         # kind of a prompt without one
 
-_PROMPTS_FILE = Path(__file__).parents[1] / "assets" / "prompts.json"
+_PROMPTS_FILE = assets_folder() / "prompts.json"
 _PROMPT_FIELDS = ("prompt", "text", "instruction")      # of a JSON row: the first that is present
 _KIND_FIELDS = ("kind", "set")
 # Not str.splitlines: it also cuts at U+2028 and similar characters, which may stand inside a prompt or a JSON string.
@@ -73,8 +75,17 @@ def token_ids(tokenizer, text: str, *, chat: bool = True) -> list[int]:
     """
     if not (chat and tokenizer.chat_template):
         return tokenizer(text)["input_ids"]
-    turn = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return conversation_ids(tokenizer, [{"role": "user", "content": text}])
+
+
+def conversation_ids(tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Convert a conversation to token ids with the chat template of the model. The ids end where the reply begins.
+
+    messages: the turns so far, [{role, content}]; a role is "system", "user" or "assistant".
+
+    Raises the error of the template if it refuses these turns. The tokenizer must have a template.
+    """
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def visitor_token_ids(tokenizer, prompt: str | None, chat: bool) -> list[int]:

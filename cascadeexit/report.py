@@ -10,10 +10,11 @@ from pathlib import Path
 from cascadeexit import evaluation, views
 from cascadeexit.config import DecodeConfig
 from cascadeexit.evaluation import Result
+from cascadeexit.folders import assets_folder
 
 COLUMNS = ("prompt", "kind", "agreement", "match", "first difference", "speed-up", "layers used", "weights read",
            "problem")
-_MEASURED = Path(__file__).parents[1] / "assets" / "results" / "decode.json"
+_MEASURED = assets_folder() / "results" / "decode.json"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Runner: does all decoding for the page, its evaluation and its endpoints, in this process or in a worker with a GPU.
 
+Races wait for each other: two of them never use one device at the same time, whoever asked for them.
+
 On ZeroGPU, a Space has a GPU only while a decorated function runs, and this function runs in a forked process.
 Therefore one generator function does all computing (`Runner._compute`). It takes tasks, and it yields batches of events
 and an `Inspection` of each text. All of these can be pickled, so they can pass between processes. On every other
@@ -11,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -23,7 +26,9 @@ from cascadeexit.events import TokenEvent
 from cascadeexit.inspection import Inspection, inspecting
 from cascadeexit.library import Library
 from cascadeexit.race import race
+from cascadeexit.scoring import Scores, scoring
 from cascadeexit.sides import FULL
+from cascadeexit.turns import Turns
 
 log = logging.getLogger(__name__)
 BATCH_SECONDS = 0.02            # least time between two batches: a third of a frame, and the longest wait after Stop
@@ -31,6 +36,7 @@ PROGRESS_SECONDS = 0.25         # least time between two reports of progress
 START_SECONDS = 10              # until a new worker has the weights on the GPU
 TOKEN_SECONDS = 0.02            # a token, until a run of the model was measured
 MARGIN = 2                      # a worker is ended after its duration, so ask for more than the last run took
+WAITING = "Waiting for another run to end…"
 
 Compute = Callable[..., Iterator["Batch"]]
 
@@ -52,6 +58,7 @@ class Check(StrEnum):
     NOTHING = "nothing"
     CHOICES = "choices"             # what the full model would have chosen at each position
     INSPECTION = "inspection"       # that, and the candidates of every exit
+    SCORES = "scores"               # how likely the full model finds each token
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Task:
     ids: Sequence[int]                          # of the prompt
     config: DecodeConfig | None = None          # None: nothing is decoded
     events: Sequence[TokenEvent] = ()           # written before: decoding goes on after their tokens
+    whole: bool = False                         # True: `Check.SCORES` also scores the prompt, except its first token
 
     @property
     def read_ids(self) -> list[int]:
@@ -77,6 +85,7 @@ class Batch:
 
     A side is one of the texts of the run. The first batches hold events in the order of time, as (name of the side,
     event). If texts are checked, later batches hold the progress of this check, and the last batch holds its results.
+    A race that waits for another one yields empty batches, so that it can be cancelled.
     """
 
     events: Sequence[tuple[str, TokenEvent]] = ()
@@ -84,6 +93,7 @@ class Batch:
     progress: float | None = None               # share of the texts that was read again
     choices: Mapping[str, Sequence[int]] = field(default_factory=dict)          # of the full model, by side
     inspections: Mapping[str, Inspection] = field(default_factory=dict)         # by side
+    scores: Mapping[str, Scores] = field(default_factory=dict)                  # by side
 
 
 class Runner:
@@ -93,17 +103,32 @@ class Runner:
         on_gpu: function that moves decoding to a worker with a GPU. Its two arguments are a generator function that
             decodes, and a function that estimates, from the same arguments, how many seconds this takes. It returns a
             generator function that decodes in the worker. None: decoding runs in this process.
+        at_once: number of races that may run at the same time. More than one only if each has a GPU of its own.
     """
 
-    def __init__(self, library: Library, on_gpu: Callable[[Compute, Callable[..., int]], Compute] | None = None):
-        self.library = library
+    def __init__(self, library: Library, on_gpu: Callable[[Compute, Callable[..., int]], Compute] | None = None,
+                 at_once: int = 1):
+        self.library, self._turns = library, Turns(at_once)
         self._call = on_gpu(self._compute, self.seconds) if on_gpu else self._compute
         self._token_seconds: dict[str, float] = {}      # of the latest run of each model
+
+    def load(self, label: str) -> Iterator[str]:
+        """Load the model with this label if it is not in memory, when no race runs. Yields lines about the progress.
+
+        Raises the errors of `Library.load`.
+        """
+        if self.library.ready(label):
+            return
+        with self._turns.join() as turn:
+            while not turn.wait():
+                yield WAITING
+            yield from self.library.load(label)
 
     def race(self, label: str, tasks: Mapping[str, Task], check: Check = Check.NOTHING) -> Iterator[Batch]:
         """Decode all tasks in a race, then check their texts. Yields batches of events, then batches of the check.
 
-        Closing the iterator ends all runs. The model must be in memory (`Library.ready`).
+        The race begins when all races that were asked for before it have ended. Closing the iterator ends all runs. The
+        model must be in memory (`Library.ready`).
 
         Args:
             label: name of the model in the library.
@@ -118,7 +143,7 @@ class Runner:
         for task in tasks.values():
             if task.config:
                 engine.check(task.read_ids, task.config)
-        return self._measured(label, self._call(label, tasks, check))
+        return self._in_turn(self._measured(label, self._call(label, tasks, check)))
 
     def seconds(self, label: str, tasks: Mapping[str, Task], check: Check = Check.NOTHING) -> int:
         """Estimate the GPU time in whole seconds for a race; `race` explains the arguments.
@@ -127,6 +152,13 @@ class Runner:
         """
         tokens = sum(task.config.max_new_tokens if task.config else len(task.events) for task in tasks.values())
         return math.ceil(START_SECONDS + MARGIN * tokens * self._token_seconds.get(label, TOKEN_SECONDS))
+
+    def _in_turn(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield empty batches while other races run, then the batches of this race."""
+        with self._turns.join() as turn, closing(batches):
+            while not turn.wait():
+                yield Batch()
+            yield from batches
 
     def _measured(self, label: str, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches of a race unchanged, and store the time per token afterwards, for `seconds`.
@@ -182,6 +214,8 @@ class Runner:
         elif check is Check.CHOICES:
             yield Batch(choices={side: engine.full_choices(tasks[side].ids, [e.token_id for e in events if e.final])
                                  for side, events in texts.items()})
+        elif check is Check.SCORES:
+            yield from _scored(engine, tasks, texts)
 
 
 def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
@@ -211,3 +245,21 @@ def _inspected(engine: Engine, tasks: dict[str, Task], texts: dict[str, list[Tok
                 next_progress = time.monotonic() + PROGRESS_SECONDS
                 yield Batch(progress=(len(inspections) + found) / len(texts))
     yield Batch(inspections=inspections, choices={side: found.full_choices for side, found in inspections.items()})
+
+
+def _scored(engine: Engine, tasks: dict[str, Task], texts: dict[str, list[TokenEvent]]) -> Iterator[Batch]:
+    """Score each of these texts. Yields batches with the progress, and at last one batch with all scores.
+
+    texts: {name of the side: events of its text}.
+    """
+    scores, next_progress = {}, time.monotonic() + PROGRESS_SECONDS
+    for side, events in texts.items():
+        ids = tasks[side].ids
+        written = [*ids, *(e.token_id for e in events if e.final)]
+        for found in scoring(engine, written, 1 if tasks[side].whole else len(ids)):
+            if isinstance(found, Scores):
+                scores[side] = found
+            elif time.monotonic() >= next_progress:
+                next_progress = time.monotonic() + PROGRESS_SECONDS
+                yield Batch(progress=(len(scores) + found) / len(texts))
+    yield Batch(scores=scores)

@@ -85,6 +85,7 @@ class Settings:
             shared = dict(max_new_tokens=int(self.max_new_tokens), temperature=self.temperature, top_p=self.top_p,
                           seed=int(self.seed or 0) % 2**63)
             return (DecodeConfig(mode=self.mode, max_draft=int(self.max_draft), thresholds=self._thresholds(num_exits),
+                                 only_paying=self.exit_choice < 0,
                                  tolerance=self.tolerance if self.mode == Mode.VERIFIED else 0, **shared),
                     DecodeConfig(mode=Mode.FULL, **shared))
         except TypeError:

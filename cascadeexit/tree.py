@@ -53,15 +53,18 @@ class DraftTree:
         eos_ids: token ids after which nothing is drafted.
         limit: largest number of drafts in a tree.
         end: largest length of the text, prompt included; no draft is made beyond it. None for no such limit.
+        use_drafter: False if only n-gram lookup drafts.
+        row_factor: factor for the backend's `row_cost`, for a machine on which rows cost more than the backend expects.
     """
 
     def __init__(self, model: SegmentedModel, exits: ExitRuntime, prompt: Sequence[int], temperature: float, *,
                  passed: Sequence[Rows] = (), eos_ids: frozenset[int] = frozenset(), limit: int = 7,
-                 end: int | None = None):
+                 end: int | None = None, use_drafter: bool = True, row_factor: float = 1.0):
         self._layers, self._exits, self._lookup = model.layers, exits, Lookup(prompt)
         self._temperature, self._eos_ids = temperature or 1.0, eos_ids
         self._limit, self._end = limit, end
-        self._can_ask = model.exit_layers[:1] == (0,)
+        self._can_ask = use_drafter and model.exit_layers[:1] == (0,)
+        self._row_factor = row_factor
         self._ask_cost = exits.draft_bytes / (model.pass_bytes + exits.full_head.nbytes) if self._can_ask else 0.0
         # States after all exits but the first, and the row that produced the newest token.
         self._deep = (passed[1:-1], passed[0].shape[1] - 1) if passed else None
@@ -95,7 +98,7 @@ class DraftTree:
         level, kept = [_Node(1.0, text[-1], None, carried, -1, COPIED)], []
         for depth in range(longest):
             # Minimum path probability for which one more row still pays.
-            needed = self._layers.row_cost(1 + len(kept)) * expected / spent
+            needed = self._row_cost(1 + len(kept)) * expected / spent
             copies = [self._lookup.find(_end(text, node)) for node in level]
             ask = [i for i, (node, copy) in enumerate(zip(level, copies))
                    if node.survival * _HIT_RATE > needed and not (copy and copy.chance > _LIKELY_COPY)]
@@ -106,13 +109,13 @@ class DraftTree:
                     context = self._context(meter)
                 opinions = dict(zip(ask, self._ask([level[i] for i in ask], context, meter)))
                 spent += self._ask_cost
-            needed, trust = self._layers.row_cost(1 + len(kept)) * expected / spent, self._trust(depth)
+            needed, trust = self._row_cost(1 + len(kept)) * expected / spent, self._trust(depth)
             candidates = [child for i, (node, copy) in enumerate(zip(level, copies))
                           for child in self._children(node, trust, copy, opinions.get(i), needed)]
             candidates.sort(key=lambda node: -node.survival)
             level = []
             for node in candidates[:limit - len(kept) if self._layers.supports_trees else 1]:
-                cost = self._layers.row_cost(1 + len(kept) + len(level))
+                cost = self._row_cost(1 + len(kept) + len(level))
                 if node.survival <= cost * expected / spent:
                     break
                 level.append(node)
@@ -141,6 +144,9 @@ class DraftTree:
                     self._lookup.judged(drafts[i].matched, i == right)
         self._lookup.extend(confirmed)
         self._deep = (passed[1:-1], (path[-1] if path else -1) + 1) if passed else None
+
+    def _row_cost(self, rows: int) -> float:
+        return self._row_factor * self._layers.row_cost(rows)
 
     def _context(self, meter: Meter) -> Any:
         """Compute the context that the drafter reads in this round.

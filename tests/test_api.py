@@ -1,9 +1,5 @@
 """The endpoints, called as a program calls them."""
 
-import json
-import re
-from pathlib import Path
-
 import httpx
 import pytest
 from gradio_client import Client
@@ -11,7 +7,6 @@ from gradio_client.exceptions import AppError
 
 from cascadeexit.calibration import Calibration, Point
 from cascadeexit.config import DecodeConfig
-from cascadeexit.prompts import visitor_token_ids
 from tests.browser.server import serve
 from tests.tiny_models import tiny_engine
 from tests.tiny_text import tiny_tokenizer
@@ -121,24 +116,6 @@ def test_a_call_through_the_queue_is_answered_without_the_client_library(served,
         answer = httpx.get(f"{url}/{event}", timeout=60).text
         assert "event: complete" in answer and '"token_ids"' in answer
     assert runs == ["full", "full"]
-
-
-def test_the_readme_example_runs(served, capsys):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    code = re.search("<!-- api-example -->\n```python\n(.*?)```", readme, re.DOTALL)[1]
-    assert "http://127.0.0.1:7860" in code
-    engine, tokenizer, client = served
-    exec(code.replace("http://127.0.0.1:7860", client.src), {})
-    run = engine.run(visitor_token_ids(tokenizer, "Explain why the sky is blue.", chat=True),
-                     DecodeConfig(mode="full", max_new_tokens=48))
-    greeting, _, printed = capsys.readouterr().out.removesuffix("\n").partition("\n")
-    text, _, counts = printed.rpartition("\n")
-    count, shares = counts.split(" tokens; routing share [")
-    assert greeting.startswith("Loaded as API"), "the client's own line"
-    assert text == tokenizer.decode(run.token_ids, skip_special_tokens=True), "verified writes the full model's text"
-    shares = json.loads(f"[{shares}")
-    assert int(count) == len(run.token_ids) and len(shares) == engine.num_exits + 1
-    assert all(0 <= share <= 1 for share in shares) and 0 < sum(shares) <= 1
 
 
 @pytest.mark.parametrize("wrong, reason", [

@@ -1,15 +1,16 @@
 """Finding weights: what works, and what each failure tells the user to do. No network but in the slow test."""
 
 import errno
+import importlib
 import json
 import subprocess
 import threading
 
-import httpx
 import pytest
 import torch
+from filelock import FileLock
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
@@ -19,6 +20,8 @@ from cascadeexit.config import DecodeConfig
 from cascadeexit.hub import ModelUnavailable
 from cascadeexit.library import Library, Offer
 from tests.tiny_models import EXIT_LAYERS, tiny_base, tiny_engine
+
+httpx = importlib.import_module(HTTPError.__module__.partition(".")[0])      # the one that huggingface_hub uses
 
 
 @pytest.fixture
@@ -40,14 +43,14 @@ def converting(tmp_path, monkeypatch):
         say("fetching")
         return work / "model.gguf"
 
-    def convert(gguf, folder, say):
+    def convert(gguf, folder):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         done.append(folder)
 
     monkeypatch.setenv("CASCADEEXIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(bundled, "_fetch", fetch)
-    monkeypatch.setattr(bundled, "_convert", convert)
+    monkeypatch.setattr(bundled, "convert", convert)
     return tmp_path / "cache", done
 
 
@@ -187,8 +190,9 @@ def answer(kind, status):
     (RuntimeError("Data processing error: No space left on device (os error 28)"), "HF_HOME"),
     (ConnectionError("no route"), "local folder"),
     (httpx.ReadTimeout(""), "local folder"),
+    (answer(HfHubHTTPError, 500), "transformers' own words.*Hub cache"),
     (None, "transformers' own words.*Hub cache"),
-], ids=["gated", "unknown", "disk-full", "disk-full-in-rust", "offline", "cut-off", "other"])
+], ids=["gated", "unknown", "disk-full", "disk-full-in-rust", "offline", "cut-off", "hub-error", "other"])
 def test_hub_failures_say_what_to_do(monkeypatch, cause, words):
     def fail(*args, **kwargs):
         raise OSError("transformers' own words") from cause
@@ -240,7 +244,7 @@ def test_a_process_that_waits_for_another_says_so(converting):
     cache, done = converting
     cache.mkdir()
     lines = []
-    with bundled.FileLock(cache / f"{hub.DEFAULT_MODEL}.lock") as lock:
+    with FileLock(cache / f"{hub.DEFAULT_MODEL}.lock") as lock:
         def say(line):
             lines.append(line)
             lock.release()
@@ -276,7 +280,7 @@ def test_a_disk_that_fills_up_on_the_way(converting, monkeypatch, error):
     def full(*args):
         raise error
 
-    monkeypatch.setattr(bundled, "_convert", full)
+    monkeypatch.setattr(bundled, "convert", full)
     with pytest.raises(ModelUnavailable, match="too full"):
         bundled.bundled_model(converting[0])
     assert not list(converting[0].glob("*.tmp-*"))

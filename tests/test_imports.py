@@ -20,14 +20,16 @@ ORDER = """
     backends.cpu.heads backends.cpu.layers backends.cpu.exits backends.cpu
     backends.gpu.kernels backends.gpu.launches backends.gpu.places backends.gpu.recording backends.gpu.layers
     backends.gpu.heads backends.gpu.exits backends.gpu backends
-    sampling model carry staircase drafting tree metrics engine race inspection shape
-    repetition machine text sides wire stream record bundled accelerator selfcheck hub library runner spread evaluation
-    views report settings kept page endpoints doctor
+    sampling model carry staircase drafting tree metrics engine race inspection scoring shape
+    repetition machine text sides wire stream record conversion bundled gguf_file accelerator selfcheck payoff hub
+    custom_generate library turns runner spread evaluation views report settings kept page endpoints
+    openai.errors openai.requests openai.writing openai.answers openai.service openai.routes openai doctor
+    terminal console __main__
 """.split()
 # Each outside library, and the modules that may import it.
-DOORS = {"transformers": ("hub", "bundled", "backends.torch."), "plotly": ("views",), "gguf": ("bundled",),
-         "ctypes": ("backends.",), "triton": ("backends.",), "gradio": (), "spaces": (), "training": (),
-         "app": ()}
+DOORS = {"transformers": ("hub", "conversion", "custom_generate", "backends.torch."), "plotly": ("views",),
+         "gguf": ("gguf_file",), "ctypes": ("backends.",), "triton": ("backends.",), "gradio": (), "spaces": (),
+         "training": (), "app": (), "pydantic": ("openai.",), "starlette": ("openai.",), "openai": ()}
 
 
 def name_of(path: Path) -> str:

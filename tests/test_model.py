@@ -3,16 +3,31 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    SmolLM3Config,
+)
 
+from cascadeexit import selfcheck
+from cascadeexit.backends import why_not
 from cascadeexit.backends.torch import attention
 from cascadeexit.backends.torch.attention import additive_mask, attend
 from cascadeexit.backends.torch.cache import TorchCache
 from cascadeexit.backends.torch.layers import TorchLayers
 from cascadeexit.backends.torch.linear import PackedLinear, can_pack, frozen_linear
 from cascadeexit.backends.weights import bring_outer_weights
+from cascadeexit.config import DecodeConfig
+from cascadeexit.engine import Engine
+from cascadeexit.exits import ExitBank
 from cascadeexit.model import SegmentedModel, check_supported
-from tests.tiny_models import EXIT_LAYERS, SHAPE, logits_of, through, tiny_base
+from tests.tiny_models import EXIT_LAYERS, SHAPE, base_of, logits_of, through, tiny_base
 
 
 def test_segments_in_turn_are_the_whole_model(family):
@@ -38,12 +53,47 @@ def test_other_supported_families_decode_as_transformers_does(kind):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
+TORCH_ONLY = {"phi3": Phi3Config(**SHAPE), "phi4": Phi3Config(**SHAPE, partial_rotary_factor=0.5),
+              "olmo2": Olmo2Config(**SHAPE), "smollm3": SmolLM3Config(**SHAPE, no_rope_layer_interval=3)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", TORCH_ONLY)
+def test_families_of_the_torch_backend_write_what_transformers_writes_in_every_mode(family, dtype):
+    base, ids = base_of(TORCH_ONLY[family], dtype), [5, 9, 33, 2, 71, 8, 15]
+    assert set(why_not(base)) == {"cpu", "gpu"}
+    with torch.inference_mode():
+        expected = base.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, eos_token_id=None)
+    model = SegmentedModel(base, (0, 3))
+    engine = Engine(model, ExitBank.untrained(model))
+    full = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=40, ignore_eos=True)).token_ids
+    if dtype is torch.float32:
+        assert full == expected[0, len(ids):].tolist()
+    assert engine.full_choices(ids, full) == full, "without and with the cache"
+    for options in (dict(), dict(thresholds=0.0), dict(thresholds=0.3)):
+        config = DecodeConfig(mode="verified", max_new_tokens=40, ignore_eos=True, **options)
+        assert engine.run(ids, config).token_ids == full, options
+    asked = engine.run(ids, DecodeConfig(thresholds=[None, 1.0], max_new_tokens=40, ignore_eos=True))
+    middle = sorted(event.confidences[1] for event in asked.events)[20]
+    cascade = engine.run(ids, DecodeConfig(thresholds=[None, middle], max_new_tokens=40, ignore_eos=True))
+    choices = engine.full_choices(ids, cascade.token_ids)
+    deep = [i for i, event in enumerate(cascade.events) if event.exit == 2]
+    assert 0 < len(deep) < 40 and all(cascade.token_ids[i] == choices[i] for i in deep), "after tokens of exits"
+    assert selfcheck.check(engine, None).passed
+
+
 @pytest.mark.parametrize("config, reason", [
     (GPT2Config(), "gpt2.*llama"),
+    (Gemma3TextConfig(**SHAPE, head_dim=8), "gemma3_text.*sliding-window attention.*angles.*phi3"),
+    (Phi3Config(**SHAPE, sliding_window=128), "phi3 model uses sliding-window"),
+    (Phi3Config(**SHAPE | dict(max_position_embeddings=4096), rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 1024}), "longrope"),
+    (SmolLM3Config(**SHAPE, use_sliding_window=True, sliding_window=64), "smollm3 model uses sliding-window"),
     (MistralConfig(**SHAPE, sliding_window=128), "sliding-window"),
     (Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=64, max_window_layers=2), "sliding-window"),
     (LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
-], ids=["gpt2", "mistral", "qwen2", "dynamic-rope"])
+], ids=["gpt2", "gemma3", "phi3", "phi3-long", "smollm3", "mistral", "qwen2", "dynamic-rope"])
 def test_unsupported_architectures_name_the_reason(config, reason):
     with pytest.raises(ValueError, match=reason):
         check_supported(config)

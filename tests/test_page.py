@@ -11,7 +11,7 @@ from cascadeexit.config import DecodeConfig
 from cascadeexit.inspection import inspect
 from cascadeexit.library import Library
 from cascadeexit.page import Page, PromptSource, retried
-from cascadeexit.runner import Runner
+from cascadeexit.runner import Runner, Task
 from cascadeexit.settings import Settings
 from cascadeexit.wire import expand
 from tests.tiny_models import tiny_engine
@@ -64,6 +64,32 @@ def _every(stream, contest):
     for name, event in contest:
         stream.add(name, event)
         yield stream.text
+
+
+# -- turns ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_visitor_waits_for_a_programs_run_and_is_told(engine):
+    runner = Runner(Library.of(engine, TOKENIZER))
+    page, other = Page(runner), runner.race("llama-untied", {"other": Task(IDS, DecodeConfig(max_new_tokens=40))})
+    next(other)
+    run = page.respond(SETTINGS)
+    first, told, again = next(run), next(run), next(run)
+    assert of(records([first]), "status") == [] and again.stream is None
+    assert of(records([told]), "status")[-1]["message"].startswith("Waiting for another run")
+    other.close()
+    assert len(final(records(list(run)), "full")) == 40
+
+
+def test_a_visitor_who_stops_waiting_leaves_the_queue(engine):
+    runner = Runner(Library.of(engine, TOKENIZER))
+    other = runner.race("llama-untied", {"other": Task(IDS, DecodeConfig(max_new_tokens=40))})
+    next(other)
+    run = Page(runner).respond(SETTINGS)
+    next(run), next(run)
+    run.close()
+    other.close()
+    assert next(runner.race("llama-untied", {"other": Task(IDS, DecodeConfig(max_new_tokens=4))})).events
 
 
 # -- sides ----------------------------------------------------------------------------------------------------------

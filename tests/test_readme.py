@@ -10,13 +10,17 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from pytest import MonkeyPatch
 
+from cascadeexit import console
+
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = README.split("\n---\n", 1)[1]                    # without the front matter
 BLOCKS = re.findall(r"^(?:<!-- ([\w-]+) -->\n)?```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
@@ -34,7 +38,7 @@ def test_every_block_is_checked_by_a_test():
     assert TEXT.count("\n```") == 2 * len(BLOCKS), "a block could not be read"
     assert {language for _, language, _ in BLOCKS} <= {"bash", "python", "text", "bibtex"}
     assert [marker for marker, _, _ in BLOCKS if marker] == ["api-example", "test-command"]
-    assert "<!-- api-example -->" in (ROOT / "tests" / "test_api.py").read_text(encoding="utf-8"), "it runs there"
+    assert "<!-- api-example -->" in (ROOT / "tests" / "test_openai.py").read_text(encoding="utf-8"), "it runs there"
     assert "<!-- test-command -->" in (ROOT / ".ci" / "run").read_text(encoding="utf-8"), "it runs there"
     assert len(SHELL) == 6 and len(PYTHON) == 1
 
@@ -93,9 +97,22 @@ def check_pytest(words: list[str]) -> None:
 
 
 def check_pip(words: list[str], _: dict[str, str]) -> None:
-    assert words[0] == "install" and set(words[1::2]) == {"-r"}
+    assert words[0] == "install"
+    if words[1][0] == ".":
+        extras = Requirement(f"cascadeexit{words[1].removeprefix('.')}").extras
+        assert extras <= set(PROJECT["optional-dependencies"]) and not words[2:]
+        return
+    assert set(words[1::2]) == {"-r"}
     for file in words[2::2]:
         assert [Requirement(line.split("#")[0]) for line in (ROOT / file).read_text().splitlines()]
+
+
+def check_console(words: list[str], _: dict[str, str]) -> None:
+    out: list[str] = []
+    with MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys.stdout, "write", out.append)
+        console.main([words[0], "--help"])
+    assert end.value.code == 0 and {word for word in words if word[:2] == "--"} <= set("".join(out).split())
 
 
 def check_recipe(words: list[str], variables: dict[str, str]) -> None:
@@ -124,7 +141,8 @@ def check_apt(words: list[str], _: dict[str, str]) -> None:
 
 
 COMMANDS = {"python": check_python, "python3": check_python, "pip": check_pip, "training/run.sh": check_recipe,
-            "hf": check_upload, ".": check_activate, "ruff": check_ruff, "apt-get": check_apt}
+            "hf": check_upload, ".": check_activate, "ruff": check_ruff, "apt-get": check_apt,
+            "cascadeexit": check_console}
 
 
 def check_command(line: str) -> None:

@@ -4,6 +4,7 @@ import gc
 import math
 import pickle
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -153,6 +154,64 @@ def test_the_time_to_ask_for_follows_the_length_and_the_measured_speed(runner):
     clocks = {side: event.seconds for batch in batches for side, event in batch.events}
     measured = sum(clocks.values()) / 80                            # by the engine's clock, for each token
     assert seconds(1000) == math.ceil(module.START_SECONDS + module.MARGIN * 1000 * measured)
+
+
+# -- turns ----------------------------------------------------------------------------------------------------------
+
+def test_races_take_turns_in_the_order_in_which_they_began(runner):
+    first, second, third = (runner.race("llama-untied", tasks_of(OURS)) for _ in range(3))
+    assert next(first).events
+    assert next(second) == next(third) == next(second) == Batch(), "they wait"
+    first.close()
+    assert next(third) == Batch(), "the second race is before it"
+    assert tokens(list(second), CASCADE) == tokens(list(third), CASCADE)
+
+
+def test_a_race_that_gives_up_waiting_leaves_the_queue(runner):
+    first, second, third = (runner.race("llama-untied", tasks_of(OURS)) for _ in range(3))
+    next(first), next(second), next(third)
+    second.close()
+    first.close()
+    assert next(third).events
+
+
+def test_a_race_that_breaks_off_ends_its_turn(runner, engine, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(engine, "generate", lambda ids, config: (1 / 0 for _ in range(1)))
+        list(runner.race("llama-untied", tasks_of(OURS)))
+    assert next(runner.race("llama-untied", tasks_of(OURS))).events
+
+
+def test_races_with_a_gpu_each_run_at_the_same_time(engine):
+    runner = Runner(Library.of(engine, tiny_tokenizer()), at_once=2)
+    first, second, third = (runner.race("llama-untied", tasks_of(OURS)) for _ in range(3))
+    assert next(first).events and next(second).events and next(third) == Batch()
+
+
+def test_a_model_is_loaded_between_two_races(runner, monkeypatch):
+    running = runner.race("llama-untied", tasks_of(OURS))
+    next(running)
+    assert list(runner.load("llama-untied")) == [], "it is in memory"
+    monkeypatch.setattr(runner.library, "ready", lambda label: False)
+    monkeypatch.setattr(runner.library, "load", lambda label: iter(["loading"]))
+    loading = runner.load("llama-untied")
+    assert next(loading).startswith("Waiting")
+    running.close()
+    assert list(loading) == ["loading"]
+
+
+def test_scores_are_the_full_models_probabilities(runner, engine):
+    run = engine.run(IDS, OURS)
+    inspection = inspect(engine, IDS, run.events)
+    task = Task(IDS, events=run.events)
+    *_, last = runner.race("llama-untied", {CASCADE: task}, Check.SCORES)
+    scores = last.scores[CASCADE]
+    assert [math.exp(p) for p in scores.logprobs] == pytest.approx([row[-1] for row in inspection.written], rel=1e-4)
+    assert [ids[:5] for ids in scores.top_ids] == [row[-1] for row in inspection.token_ids]
+    *_, last = runner.race("llama-untied", {CASCADE: replace(task, whole=True)}, Check.SCORES)
+    assert last.scores[CASCADE].logprobs[len(IDS) - 1:] == pytest.approx(scores.logprobs, abs=1e-5)
+    assert len(last.scores[CASCADE].logprobs) == len(IDS) - 1 + 40
+    assert pickle.loads(pickle.dumps(last)) == last
 
 
 # -- out of memory ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -15,6 +16,7 @@ from gradio_client.exceptions import AppError
 from cascadeexit import hub
 from cascadeexit.backends.cpu import build
 from cascadeexit.config import DecodeConfig
+from tests.tiny_text import tiny_tokenizer
 from tests.zerogpu import LONG, ROOT
 
 SHORT = dict(prompt="hi there", chat=False, max_new_tokens=24)
@@ -69,6 +71,38 @@ def test_compare_and_evaluate_run_in_workers_too(client, zerogpu):
     answer = client.predict(texts=["hi there", "", "why"], chat=False, max_new_tokens=24, api_name="/evaluate")
     assert answer["summary"]["failed"] == 1 and answer["results"][2]["tokens"] == 24
     assert len(zerogpu.api.asked) == before + 3, "one call for each race, none for a prompt that cannot run"
+
+
+def test_a_request_at_v1_runs_in_a_worker(zerogpu, here):
+    engine, ids = here
+    before, body = len(zerogpu.api.asked), dict(model=zerogpu_name(zerogpu), prompt=ids, temperature=0, max_tokens=24)
+    answer = httpx.post(f"{zerogpu.url}v1/completions", json=body, timeout=60).json()
+    text = engine.run(ids, DecodeConfig(mode="full", max_new_tokens=24)).token_ids
+    assert answer["choices"][0]["text"] == tiny_tokenizer().decode(text, skip_special_tokens=True)
+    body |= dict(echo=True, logprobs=1, max_tokens=0)
+    scored = httpx.post(f"{zerogpu.url}v1/completions", json=body, timeout=60).json()
+    assert len(scored["choices"][0]["logprobs"]["token_logprobs"]) == len(ids)
+    assert len(zerogpu.api.asked) == before + 2
+    runs = re.findall(r"generate (\w+) in (\d+) of (\d+)", zerogpu.printed)
+    assert int(runs[-1][1]) in zerogpu.api.workers and int(runs[-1][2]) == zerogpu.process.pid
+
+
+def test_a_client_that_leaves_ends_the_run_in_its_worker(zerogpu):
+    began, ended = zerogpu.printed.count("generate "), len(zerogpu.api.ended)
+    body = dict(model=zerogpu_name(zerogpu), prompt="hi there", max_tokens=LONG, stream=True)
+    with httpx.stream("POST", f"{zerogpu.url}v1/completions", json=body) as answer:
+        for _ in answer.iter_raw():
+            if zerogpu.printed.count("generate ") > began:
+                break
+    left = time.monotonic()
+    while len(zerogpu.api.ended) == ended:
+        assert time.monotonic() < left + 1
+        time.sleep(0.02)
+    assert zerogpu.api.ended[-1] is False, "the worker waits for the next run"
+
+
+def zerogpu_name(zerogpu) -> str:
+    return httpx.get(f"{zerogpu.url}v1/models").json()["data"][0]["id"]
 
 
 def test_the_time_asked_for_follows_the_length(client, zerogpu):

@@ -34,11 +34,15 @@ def provenance(seed: int | None = None) -> dict:
 def results_file(model: str, exits: Path | None, name: str) -> Path:
     """Return the path of the result file `name` in assets/results.
 
-    Raises ValueError unless this is a result of the shipped model and its shipped exits. Other results need --out.
+    Raises ValueError unless this is a result of the shipped model and its shipped exits, in a checkout. Other results
+    need --out.
     """
+    root = Path(__file__).parents[1]
+    if not (root / "pyproject.toml").is_file():
+        raise ValueError("give --out FILE: assets/results is in a checkout, and this is an installed package")
     if model != DEFAULT_MODEL or exits is not None:
         raise ValueError("give --out FILE: assets/results holds results of the shipped model and its exits only")
-    return Path(__file__).parents[1] / "assets" / "results" / name
+    return root / "assets" / "results" / name
 
 
 def _portable(argument: str) -> str:

@@ -15,7 +15,9 @@
 #   PROCESSES number of training processes or GPUs             1
 #   DISTILL, DRAFTER, CONFIDENCE   more options for these steps
 set -euo pipefail
-cd "$(dirname "$0")/.."
+project=$(cd "$(dirname "$0")/.." && pwd)
+# `training` is found from any working folder, and a folder of that name there does not hide it.
+export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 
 python=${PYTHON:-python}
 MODEL=${MODEL:-smollm2-135m-instruct}
@@ -34,7 +36,7 @@ if [[ ${SMOKE:-} ]]; then
   OUT=${SMOKE_OUT:-runs/smoke}
   MODEL=$OUT/model
   [[ -f $MODEL/config.json ]] || $python -m training.tiny --out "$MODEL"
-  texts=(training/smoke_text.txt)
+  texts=("$project/training/smoke_text.txt")
   policy=(--tokens 24000 --batch 32 --steps 96)
   distill=(--epochs 1 --batch 512 --width 32 --head-size 256 --train-words 128 --tail 64 --save-every 20)
   drafter=(--epochs 3 --batch 256 --lr 2e-3 --tail 64 --save-every 40)
@@ -77,4 +79,4 @@ $python -m training.evaluate exits --model "$MODEL" --exits "$OUT/exits" --data 
 say "6. calibration of the quality slider"
 $python -m training.calibrate --model "$MODEL" --exits "$OUT/exits" --data "${data[@]}" "${calibrate[@]}"
 
-say "done: python app.py --model $MODEL --exits $OUT/exits"
+say "done: ${PAGE:-python app.py} --model $MODEL --exits $OUT/exits"

@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace) -> dict:
     library, started = Library([Offer(LABEL, args.model, args.exits)], dtype=args.dtype), time.perf_counter()
     engine, _ = library.get(LABEL)
     start_seconds = time.perf_counter() - started
-    page, before = Page(WatchedRunner(library)), memory_bytes()
+    page, before = Page(WatchedRunner(library, at_once=args.visitors)), memory_bytes()
     with ThreadPoolExecutor(args.visitors) as pool:
         visits = list(pool.map(lambda number: visit(page, number, args.tokens), range(args.visitors)))
     firsts = [v.first_token_seconds for v in visits if v.first_token_seconds is not None]

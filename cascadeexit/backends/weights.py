@@ -1,9 +1,11 @@
 """Weights: find the weights of a transformers decoder of a supported type.
 
 Only this module and the `torch` backend depend on the names that transformers gives to these weights. The `torch`
-backend does so because it runs transformers' own modules. The decoder layers of all supported types have the same
+backend does so because it runs transformers' own modules. The decoder layers of the types in `PLAIN` have the same
 parts: RMSNorm, grouped-query attention with rotary embedding, RMSNorm, and a SwiGLU MLP. In Qwen2, queries, keys and
-values also have biases. In Qwen3, queries and keys also have norms.
+values also have biases. In Qwen3, queries and keys also have norms. Other supported types run on the `torch` backend
+only: Phi-3 has fused projections, OLMo 2 has its norms after attention and MLP, and SmolLM3 has layers without rotary
+embedding.
 
 Letters: D hidden size, H query heads, K key-value heads, d head size, F inner size of the MLP, P positions.
 """
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")      # model types whose layers `layer_weights` can read
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,10 @@ class LayerWeights:
 
 
 def layer_weights(base) -> list[LayerWeights]:
-    """Return the weights of each decoder layer of a transformers *ForCausalLM, without copying them."""
+    """Return the weights of each decoder layer of a transformers *ForCausalLM, without copying them.
+
+    The type of the model must be in `PLAIN`.
+    """
     return [_layer(layer) for layer in base.model.layers]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,7 +26,25 @@ from cascadeexit.exits.config import CONFIG_FILE, WEIGHTS_FILE, ExitConfig, read
 log = logging.getLogger(__name__)
 
 
-class ExitBank(nn.Module):
+_CARD = """---
+{{ card_data }}
+---
+
+# Early exits for {{ config.base_model }}
+
+Trained exits after layers {{ config.layers | join(", ") }} of {{ config.num_layers }}. CascadeExit decodes with them:
+
+    from cascadeexit import load
+
+    engine, tokenizer = load("MODEL", exits="THIS_REPOSITORY")
+
+`MODEL` is the Hub id or the folder of {{ config.base_model }}. Adapters: `{{ config.adapter }}`. Confidence estimators:
+`{{ config.confidence }}`. {{ "The exits have a drafter." if config.drafter_width else "There is no drafter." }}
+"""
+
+
+class ExitBank(nn.Module, ModelHubMixin, library_name="cascadeexit", tags=["early-exit", "speculative-decoding"],
+               model_card_template=_CARD):
     """All trained parts of one model's exits: adapters, confidence estimators, drafter and lists of token ids.
 
     `load` reads trained exits, and `untrained` makes new ones for a model. The constructor alone makes exits that do
@@ -158,6 +177,26 @@ class ExitBank(nn.Module):
             bank.calibration = None
         return bank
 
+    def generate_model_card(self, **values) -> ModelCard:
+        """Make the model card that `push_to_hub` uploads. `values` are more values for its template."""
+        return super().generate_model_card(config=self.config, **values)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the files that `save_pretrained` and `push_to_hub` publish."""
+        self.save(save_directory)
+        if self.calibration:
+            self.calibration.save(save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, revision: str | None = None, cache_dir: str | Path | None = None,
+                         force_download: bool = False, local_files_only: bool = False,
+                         token: str | bool | None = None, **_) -> Self:
+        """Load exits from a folder or a Hub repository, for `from_pretrained`."""
+        if Path(model_id).is_dir():
+            return cls.load(model_id)
+        return cls.load(download(model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                                 local_files_only=local_files_only, token=token))
+
     def _check_words(self) -> None:
         """Raise ValueError if `head_ids` or `sketch_ids` has a token id outside the vocabulary."""
         for name in ("head_ids", "sketch_ids"):
@@ -166,6 +205,15 @@ class ExitBank(nn.Module):
             if bad:
                 raise ValueError(f"{name} must be token ids in 0..{self.config.vocab_size - 1}, got {bad[:5]}: "
                                  "the file is damaged, or belongs to another model")
+
+
+def download(repo_id: str, **options) -> Path:
+    """Download the exits of a Hub repository to the Hub cache. Returns their folder.
+
+    Only JSON and safetensors files are downloaded. The options and errors are those of
+    `huggingface_hub.snapshot_download`.
+    """
+    return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **options))
 
 
 def _digest(state: dict[str, Tensor], begin: str = "") -> str:

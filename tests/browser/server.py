@@ -28,9 +28,10 @@ def serve_library(library: Library) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    demo = app.build_demo(library)
+    runner = app.make_runner(library)
+    demo = app.build_demo(runner)
     demo.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True,
-                **app.launch_options())
+                **app.launch_options(demo, runner))
     try:
         yield f"http://127.0.0.1:{port}/"
     finally:

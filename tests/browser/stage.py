@@ -59,7 +59,7 @@ class Stage:
         self.page, self.stream, self._handlers = page, "", handlers
         page.expose_function("token_card", lambda values: self._handlers.token_card(*values))
         page.expose_function("on_fork", self._fork)
-        styles = "\n".join(path.read_text(encoding="utf-8") for path in app.launch_options()["css_paths"])
+        styles = "\n".join(path.read_text(encoding="utf-8") for path in app.styles())
         # Without an address there is no storage, so each visit would be the first one.
         styles += ".ce-tour { display: none !important; }"
         page.set_content(_PAGE.format(styles=_THEME + styles, theme=theme))

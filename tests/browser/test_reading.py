@@ -151,7 +151,8 @@ def test_the_card_explains_both_percentages_and_draws_the_lens(done):
     token(done, 20).click()
     done.wait_for_selector(".ce-candidate")
     heads = done.locator(".ce-readings thead th").all_inner_texts()
-    assert heads == ["Who", "Chance that this exit is right", "Likeliest tokens in this row, and the probability of each"]
+    assert heads == ["Who", "Chance that this exit is right",
+                     "Likeliest tokens in this row, and the probability of each"]
     assert re.search(r"\d+%", done.locator(".ce-chance").first.inner_text())
     rows = done.locator(".ce-readings tbody tr").count()
     labels = done.locator(".ce-lens text").all_text_contents()

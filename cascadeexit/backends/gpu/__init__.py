@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cascadeexit.backends.weights import DecoderShape, is_spread, layer_weights, outer_weights
+from cascadeexit.backends.weights import PLAIN, DecoderShape, is_spread, layer_weights, outer_weights
 
 _OLDEST = (8, 0)                # compute capability from which tensor cores multiply bf16
 _WIDEST_HEAD = 128
@@ -62,7 +62,7 @@ class GpuBackend:
             return "the GPU's compute capability is below 8.0"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install triton"
-        return "" if fits_shape(base) else "the kernels do not support the model's dtype, its sizes or its device map"
+        return "" if fits_shape(base) else "the kernels do not support the model's type, dtype, sizes or device map"
 
     def vocab_head(self, weight: Tensor, *, rounded: bool = False):
         from cascadeexit.backends.gpu.heads import GpuHead
@@ -82,11 +82,11 @@ class GpuBackend:
 
 
 def fits_shape(base) -> bool:
-    """Return True if the kernels support the dtype and the sizes of a transformers model.
+    """Return True if the kernels support the type, the dtype and the sizes of a transformers model.
 
     The model may be on any device, but a model that accelerate has spread over several devices is not supported.
     """
-    if is_spread(base):
+    if base.config.model_type not in PLAIN or is_spread(base):
         return False
     dtype, shape, layers = outer_weights(base).dtype, DecoderShape.of(base.config), layer_weights(base)
     return (dtype in (torch.bfloat16, torch.float16) and shape.head_dim % 2 == 0 and shape.head_dim <= _WIDEST_HEAD

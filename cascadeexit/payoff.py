@@ -1,0 +1,210 @@
+"""Payoff: measures at load which exits, which drafter and which drafts save time with this model on this machine.
+
+What does not pay is switched off, so that no mode is slower than `full`. The texts of `full` and `verified` never
+depend on it. A measurement takes about a second: one token of the full model, verification passes of several rows, one
+question to each exit, and one call of the drafter. Untrained exits never pay, because no token of theirs can be
+trusted; so for them the decision does not depend on the clock. For trained ones, `MARGIN` keeps the decision the same
+from load to load unless a cost is close to what it saves.
+"""
+
+import math
+import shlex
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from cascadeexit.backends.base import Rows
+from cascadeexit.carry import Carry
+from cascadeexit.engine import Engine
+from cascadeexit.lookup import NOTHING_COPIED
+from cascadeexit.selfcheck import prompt_ids
+from cascadeexit.shape import Shape, exit_name
+from cascadeexit.staircase import Staircase
+
+SECONDS = 0.8               # for all turns together
+ATTEMPTS = 3
+LEAST_TURNS, MOST_TURNS = 3, 12
+SHORT, MOST_RUNS = 0.004, 10        # a piece runs again in the same turn until it took so many seconds, or so often
+ROWS = (4, 8)               # rows of the verification passes that are timed; the time of 2 rows is too near that of 1
+DEAR_ROW = 0.5              # a row of a pass that costs more than this share of a one-row pass makes drafts fewer
+TAKEN = 0.25                # assumed share of its questions after which a trained exit is taken
+HIT_RATE = 0.5              # assumed share of the drafter's calls that give an accepted draft, as in `tree.py`
+MARGIN = 2                  # a cost may exceed its estimate or its gain by this factor before anything is switched off
+
+TOKEN, HEAD, ASK, DRAFT = "token", "head", "ask", "draft"       # pieces of work; some have a number beside it
+
+# Minutes for training the shipped exits with 2,000,000 tokens on 2 CPU cores (AMD EPYC), from LOG.md of 2026-11-26 and
+# 2026-11-27: 375 tokens/s for writing the text, 60 minutes for the exits after layers 9, 17, 24, and 47 for the exit
+# before the first layer and after layer 17. The drafter, the
+# confidence estimators and the calibration come on top. Another model needs time in proportion to its weights.
+TRAINING_MINUTES = 2_000_000 / 375 / 60 + 60 + 47
+TRAINED_BYTES = 269e6       # weights of the model for which this was measured
+
+
+@dataclass(frozen=True)
+class ExitTime:
+    """Time in seconds that asking an exit once takes, and that a token saves if the exit is taken."""
+
+    asked: float
+    saved: float
+
+    def pays(self, taken: float) -> bool:
+        """Return True if the exit saves time when it is taken for this share of its questions."""
+        return self.asked <= taken * self.saved * MARGIN
+
+
+@dataclass(frozen=True)
+class Payoff:
+    """Times that were measured at load, and what follows from them."""
+
+    shape: Shape
+    model: str                      # as it was given to `hub.load`
+    seconds: float                  # that the measurement took
+    token_seconds: float            # one token of `full`, prefill excluded
+    exits: tuple[ExitTime, ...]     # of each exit
+    draft_seconds: float | None     # one call of the drafter; None if nothing drafts but n-gram lookup
+    row_share: float                # time of one more row in a verification pass, in units of a one-row pass
+    row_factor: float               # factor for the backend's `row_cost`: above 1 where rows are dear
+    training_minutes: float         # estimated time for training exits of this model on 2 CPU cores
+
+    @property
+    def paying(self) -> tuple[bool, ...]:
+        """For each exit, True if mode `cascade` saves time by asking it."""
+        return tuple(self.shape.trained and exit.pays(TAKEN) for exit in self.exits)
+
+    @property
+    def drafter_pays(self) -> bool:
+        """True if a call of the drafter can save time in mode `verified`."""
+        return (self.shape.trained and self.draft_seconds is not None
+                and self.draft_seconds <= HIT_RATE * self.token_seconds * MARGIN)
+
+    def sentences(self) -> list[str]:
+        """Return sentences for users about what is switched off. [] if everything pays."""
+        if not self.shape.trained:
+            return [f"Early exits are switched off: they are not trained for this model, so they would only cost time. "
+                    f"Exact mode with n-gram drafts stays on. Train exits first: {self.command()} (at least "
+                    f"{_duration(self.training_minutes)} on 2 CPU cores, less on a GPU)."]
+        found = [f"{exit_name(s, self.shape)} is switched off on this machine: asking it takes {_ms(exit.asked)} and "
+                 f"saves {_ms(exit.saved)} when it is taken."
+                 for s, exit in enumerate(self.exits) if not self.paying[s]]
+        if self.draft_seconds is not None and not self.drafter_pays:
+            found.append(f"The drafter is switched off on this machine: a call takes {_ms(self.draft_seconds)}, and a "
+                         f"token of the full model takes {_ms(self.token_seconds)}.")
+        return found
+
+    def command(self) -> str:
+        """Return the shell command that trains exits for this model."""
+        return f"MODEL={shlex.quote(self.model)} OUT=runs/{self.shape.name} training/run.sh"
+
+
+@torch.inference_mode()
+def measure(engine: Engine, model: str) -> Payoff:
+    """Measure an engine and return the result. The caller stores it in `Engine.payoff`.
+
+    If something trained seems not to pay, it is measured again, up to `ATTEMPTS` times, since other work on the machine
+    may have disturbed the measurement. The result in which most pays counts.
+
+    model: name of the model as it was given to `hub.load`, for the command that trains exits.
+    """
+    results = [_measured(engine, model)]
+    while engine.bank.config.trained and results[-1].sentences() and len(results) < ATTEMPTS:
+        results.append(_measured(engine, model))
+    return min(results, key=lambda result: len(result.sentences()))
+
+
+def _measured(engine: Engine, model: str) -> Payoff:
+    """Measure once; see `measure`."""
+    began, work, exits = time.perf_counter(), _Work(engine), range(engine.num_exits)
+    pieces = {TOKEN: partial(work.verify, 1), HEAD: partial(work.verdict, work.top)}
+    pieces |= {(TOKEN, rows): partial(work.verify, rows) for rows in ROWS}
+    pieces |= {(ASK, s): partial(work.ask, s) for s in exits} | {(HEAD, s): partial(work.choose, s) for s in exits}
+    if engine.model.exit_layers[:1] == (0,):
+        pieces[DRAFT] = work.draft
+    took = _fastest(pieces, engine.model.backend.synchronize, began + SECONDS)
+    token, head = took[TOKEN], took[HEAD]
+    row = max((took[TOKEN, rows] / token - 1) / (rows - 1) for rows in ROWS)
+    factor = max(1.0, row / engine.model.layers.row_cost(1)) if row > DEAR_ROW else 1.0
+    # A token that leaves early runs through the skipped layers later, as one more row of another pass.
+    skipped = (token - head) * (1 - min(max(row, 0.0), 1.0))
+    times = tuple(ExitTime(took[ASK, s], skipped * (1 - depth) + head - took[HEAD, s])
+                  for s, depth in enumerate(engine.exit_depths))
+    minutes = TRAINING_MINUTES * engine.model.weight_bytes / TRAINED_BYTES
+    return Payoff(Shape.of(engine), model, time.perf_counter() - began, token, times, took.get(DRAFT), row, factor,
+                  minutes)
+
+
+class _Work:
+    """The pieces of work that are timed. They run on random tokens, always the same ones."""
+
+    def __init__(self, engine: Engine):
+        self._model, self._exits, self._ids = engine.model, engine.exits, prompt_ids(engine.model.vocab_size)
+        self._stairs = Staircase(engine.model, engine.capacity(2 * len(self._ids)))
+        self._after = self._stairs.prefill(self._ids)               # after each segment, (1, N, D) each
+        self._carried = Carry.after_prompt(engine.model, self._after).state
+        self.top = self._after[-1][:, -1:]
+        self._hidden = [self._exits.hidden(s, rows[:, -1], self._carried) for s, rows in enumerate(self._after[:-1])]
+
+    def verify(self, rows: int) -> None:
+        """Run a pass of the full model over so many more tokens, and forget them again."""
+        start = len(self._stairs.tokens)
+        self._stairs.tokens += self._ids[:rows]
+        self.verdict(self._stairs.run(range(self._model.num_segments))[-1])
+        self._stairs.cache.truncate(start)
+        del self._stairs.tokens[start:]
+
+    def verdict(self, rows: Rows) -> None:
+        self._exits.full_head.choices(self._model.layers.norm(rows))
+
+    def ask(self, s: int) -> None:
+        hidden = self._exits.hidden(s, self._after[s][:, -1], self._carried)
+        self._exits.confidence(s, hidden, [NOTHING_COPIED])
+
+    def choose(self, s: int) -> None:
+        self._exits.choice(s, self._hidden[s])
+
+    def draft(self) -> None:
+        context = self._exits.context(self._after[1:-1], self._after[0].shape[1] - 1)
+        self._exits.drafts(self._ids[-1:], [self._carried], 2, 1.0, context)
+
+
+def _fastest(pieces: Mapping[Hashable, Callable[[], None]], synchronize: Callable[[], None],
+             end: float) -> dict[Hashable, float]:
+    """Time pieces of work in turns. Returns for each piece the seconds that its fastest run took.
+
+    In turns, because other work on the machine then slows down all pieces alike. A short piece runs several times in
+    each turn, because a single interruption is many times as long. The first turn is not timed: it does one-time work.
+
+    Args:
+        pieces: {name of the piece: function}.
+        synchronize: waits until the device has finished all work.
+        end: moment after which no turn begins, as `time.perf_counter` counts. A few turns are always made.
+    """
+    took = dict.fromkeys(pieces, math.inf)
+    for turn in range(1 + MOST_TURNS):
+        if turn > LEAST_TURNS and time.perf_counter() > end:
+            break
+        for name, work in pieces.items():
+            runs = [_seconds(work, synchronize)]
+            while turn and sum(runs) < SHORT and len(runs) < MOST_RUNS:
+                runs.append(_seconds(work, synchronize))
+            took[name] = min(took[name], *runs) if turn else math.inf
+    return took
+
+
+def _seconds(work: Callable[[], None], synchronize: Callable[[], None]) -> float:
+    synchronize()
+    began = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * max(seconds, 0):.1f} ms"
+
+
+def _duration(minutes: float) -> str:
+    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
