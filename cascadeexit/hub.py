@@ -88,7 +88,7 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
 
 def attach(base, name: str, exits: str | Path | None = None, *, backend: str | None = None,
            progress: Progress | None = None, self_check: bool = True) -> Engine:
-    """Make an engine for a transformers model that is in memory. The model is frozen and put in eval mode.
+    """Make an engine for a transformers model that is in memory. Freezes the model and puts it in eval mode.
 
     Args:
         base: a transformers *ForCausalLM of a supported type.

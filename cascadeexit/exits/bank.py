@@ -210,8 +210,11 @@ class ExitBank(nn.Module, ModelHubMixin, library_name="cascadeexit", tags=["earl
 def download(repo_id: str, **options) -> Path:
     """Download the exits of a Hub repository to the Hub cache. Returns their folder.
 
-    Only JSON and safetensors files are downloaded. The options and errors are those of
-    `huggingface_hub.snapshot_download`.
+    Only JSON and safetensors files are downloaded.
+
+    options: more arguments of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
+
+    Raises the errors of `snapshot_download`.
     """
     return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **options))
 
