@@ -29,10 +29,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Results of a calibration: one `Point` for each threshold that was measured, from the highest to the lowest."""
+    """Results of a calibration: one `Point` for each threshold that was measured, from the highest to the lowest.
+
+    `threshold` chooses a threshold for a target. `of` makes a calibration from measurements, and `load` reads a file.
+    """
 
     exits: str                  # fingerprint of the bank
-    prompts: int
+    prompts: int                # number of prompts that were measured
     tokens: int                 # most tokens of one prompt's reply
     delta: float                # probability that the bound for a target is wrong
     points: tuple[Point, ...]
@@ -92,6 +95,7 @@ def p_value(mean: float, n: int, risk: float) -> float:
     Args:
         mean: mean of n measured losses, each in [0, 1].
         n: number of measured losses.
+        risk: the expected loss that is tested.
 
     This is the p-value of Hoeffding and Bentkus (Bates et al. 2021), limited to 1:
     min(exp(-n KL(min(mean, risk) || risk)), e P(Bin(n, risk) <= ceil(n mean))).
@@ -109,7 +113,9 @@ def p_value(mean: float, n: int, risk: float) -> float:
 def upper_bound(mean: float, n: int, delta: float) -> float:
     """Compute the certified bound of the expected loss: the smallest risk at which `p_value` is at most `delta`.
 
-    mean, n: mean and number of the measured losses.
+    Args:
+        mean, n: mean and number of the measured losses, each in [0, 1].
+        delta: probability that the bound may be wrong.
     """
     low, high = mean, 1.0
     for _ in range(50):

@@ -10,6 +10,8 @@ _LEAST_TEMPERATURE = 1e-3       # below it logits overflow
 
 
 class Mode(StrEnum):
+    """How a text is decoded: by the full model, by exits, or by drafts that the full model verifies."""
+
     FULL = "full"           # every token from the last layer
     CASCADE = "cascade"     # every token from the first exit that is confident enough
     VERIFIED = "verified"   # drafts that the full model verifies: exactly the text of `full`
@@ -43,7 +45,9 @@ class DecodeConfig:
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
+    """Sample only from the fewest likeliest tokens whose probabilities add up to at least this, in (0, 1]."""
     seed: int = 0
+    """Seed of the random numbers for sampling. The same seed and settings give the same text."""
     ignore_eos: bool = False
     """True: do not stop at an end-of-sequence token, but generate max_new_tokens tokens. Benchmarks use this."""
     check_late: bool = False
@@ -87,7 +91,7 @@ class DecodeConfig:
 
         All are None if `thresholds` is None and the mode is not cascade.
 
-        depths: for each exit, the share of the layers below it, ascending, in [0, 1).
+        depths: for each exit, the share of the layers below it, ascending, in [0, 1); as in `Engine.exit_depths`.
 
         Raises ValueError if the number of thresholds is not the number of exits.
         """

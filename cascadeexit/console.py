@@ -49,9 +49,9 @@ STEP is one of {', '.join(STEPS)}."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command.
+    """Run the command `cascadeexit`. Most commands end the process with an exit status.
 
-    arguments: words after the program's name; default: those of this process.
+    arguments: words after the program's name; default: the arguments of this process.
     """
     parser = _parser("cascadeexit", _ABOUT)
     parser.add_argument("--version", action="version", version=f"cascadeexit {cascadeexit.__version__}")
@@ -62,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(words: list[str]) -> None:
-    """Decode one prompt and print its text."""
+    """Run `cascadeexit run`: decode one prompt and print its text.
+
+    words: the words after `run`. Raises SystemExit with a message for wrong input.
+    """
     parser = _parser("cascadeexit run", _RUN)
     parser.add_argument("prompt", help="the user's turn; - reads it from the standard input")
     parser.add_argument("--mode", choices=[mode.value for mode in Mode], default=Mode.VERIFIED.value,
@@ -70,7 +73,7 @@ def run(words: list[str]) -> None:
                         "no exits (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest text (default: %(default)s)")
     parser.add_argument("--threshold", type=float, help="confidence from which the first exit is taken; deeper exits "
-                        "need more (default: that of the mode)")
+                        "need more (default: the default of the mode)")
     parser.add_argument("--target-disagreement", type=float, help="only in mode cascade: largest share of the tokens "
                         "that may differ from the full model's choice")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
@@ -95,7 +98,10 @@ def run(words: list[str]) -> None:
 
 
 def serve(words: list[str]) -> None:
-    """Serve the page. The options are those of `app.py`."""
+    """Run `cascadeexit serve`: serve the page until the process ends.
+
+    words: the words after `serve`, the options of `app.py`. Raises SystemExit if packages are missing.
+    """
     _need("serve", "app")
     sys.argv = ["cascadeexit serve", *words]
     sys.path.insert(0, str(project_folder()))
@@ -103,13 +109,19 @@ def serve(words: list[str]) -> None:
 
 
 def examine(words: list[str]) -> None:
-    """Print the report of `cascadeexit.doctor`."""
+    """Run `cascadeexit doctor`: print a report about this machine, and end the process.
+
+    words: the words after `doctor`, the options of `cascadeexit.doctor`.
+    """
     sys.argv = ["cascadeexit doctor", *words]
     doctor.main()
 
 
 def train(words: list[str]) -> None:
-    """Train exits: the whole recipe, or one step of it if the first word names one."""
+    """Run `cascadeexit train`: train exits with the whole recipe or one step of it, and end the process.
+
+    words: the words after `train`. If the first word is one of `STEPS`, only this step runs.
+    """
     if words and words[0] in STEPS:
         _need("train", "train")
         raise SystemExit(subprocess.run([sys.executable, "-m", f"training.{words[0]}", *words[1:]],

@@ -24,7 +24,7 @@ Progress = Callable[[str], None]
 
 
 class ModelUnavailable(RuntimeError):
-    """A model is not available. The message names what was tried, the reason, and what to do."""
+    """Raised if a model cannot be loaded. The message names what was tried, the reason, and what to do."""
 
 
 def made_once(final: Path, make: Callable[[Path, Progress], Path], disk_bytes: int,
@@ -34,6 +34,7 @@ def made_once(final: Path, make: Callable[[Path, Progress], Path], disk_bytes: i
     Several processes may call this at the same time. One of them does the work, and the others wait for it.
 
     Args:
+        final: path of the folder.
         make: function that gets a temporary folder and a function for messages. It returns the finished folder, which
             lies in the temporary folder and is then moved to `final`.
         disk_bytes: disk space that `make` needs.
@@ -81,7 +82,10 @@ def _locked(path: Path, say: Progress) -> AbstractContextManager:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Convert a GGUF file to bf16 safetensors, and save model and tokenizer in `folder`."""
+    """Convert a GGUF file to bf16 safetensors, and save the model and its tokenizer in `folder`.
+
+    Raises many kinds of errors of transformers if it cannot read the file.
+    """
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16,
                                                  quantization_config=GgufConfig(dequantize=True))
@@ -92,7 +96,12 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def no_space(folder: Path, disk_bytes: int) -> ModelUnavailable:
-    """Make the error for a disk that is too full."""
+    """Return the error for a disk that is too full. The caller raises it.
+
+    Args:
+        folder: folder that was to be written.
+        disk_bytes: disk space that was needed.
+    """
     free = shutil.disk_usage(folder).free // 10**6
     return ModelUnavailable(f"the disk of {folder} is too full: about {disk_bytes // 10**6} MB are needed temporarily, "
                             f"{free} MB are free. Make room, or set CASCADEEXIT_CACHE to a folder on another disk.")

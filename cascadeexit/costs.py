@@ -10,19 +10,17 @@ from cascadeexit.events import Span
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of the full model, to which those of a run are compared.
-
-    They are the bytes of weights that mode `full` reads per token, and the depth of each segment.
-    """
+    """What the full model costs per token, and how deep each segment ends. Statistics of a run are relative to this."""
 
     full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head
     depths: tuple[float, ...]           # share of the layers below each segment's end; the last is 1.0
 
 
 class Meter:
-    """Counts the bytes of weights that are read, and lists the spans of segments that run.
+    """Counts the bytes of weights that are read, and lists the spans (neighbouring segments) that run.
 
-    Each call of `taken` sets the count to 0 and empties the list. So only the code that makes events may call `taken`.
+    Code that reads weights calls `add`, and code that runs segments calls `ran`. Each call of `taken` sets the count to
+    0 and empties the list. So only the code that makes events may call `taken`.
     """
 
     def __init__(self):
@@ -30,7 +28,7 @@ class Meter:
         self._spans: list[Span] = []
 
     def add(self, read: int) -> None:
-        """Count `read` more bytes of weights."""
+        """Add `read` bytes of weights to the count."""
         self._read += read
 
     def ran(self, span: Span) -> None:

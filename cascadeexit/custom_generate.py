@@ -61,7 +61,10 @@ def generate(model, input_ids: Tensor, logits_processor: LogitsProcessorList, st
              generation_config: GenerationConfig, synced_gpus: bool = False, streamer=None,
              exits: str | Path | None = None, mode: Mode | str = Mode.VERIFIED,
              thresholds: float | None = None, seed: int = 0, **model_kwargs) -> Tensor | GenerateDecoderOnlyOutput:
-    """Decode with exits, as `custom_generate` of transformers' `model.generate`. Returns what that function returns.
+    """Decode with exits. Pass this function as the argument `custom_generate` of transformers' `model.generate`.
+
+    Returns the prompt and the new tokens (1, T + new), or a `GenerateDecoderOnlyOutput` with them if the generation
+    config asks for a dict.
 
     The first call for a model freezes it, makes an engine with its exits, and keeps the engine on the model, until
     `exits` change. Load the model anew if you change its weights.
@@ -71,9 +74,9 @@ def generate(model, input_ids: Tensor, logits_processor: LogitsProcessorList, st
             `streamer`.
         input_ids: the prompt, (1, T).
         exits: a folder of trained exits; default the exits shipped for this model, else untrained exits.
-        mode: 'verified', 'cascade' or 'full'. In `verified`, greedy text is that of the full model.
+        mode: 'verified', 'cascade' or 'full'. In `verified`, the greedy text equals the full model's text.
         thresholds: confidence from which the first exit is taken, as in `DecodeConfig`.
-        seed: seed of the sampling, if do_sample. The random numbers differ from those of transformers.
+        seed: seed of the sampling, if do_sample is True. transformers samples other tokens with the same seed.
 
     Raises ValueError for what the engine cannot do: several sequences, padding, a cache that is filled, logits
     processors other than temperature and top_p, and outputs other than the tokens.
@@ -94,7 +97,9 @@ def generate(model, input_ids: Tensor, logits_processor: LogitsProcessorList, st
 def export(folder: str | Path) -> None:
     """Write a `custom_generate` repository: a folder that can be uploaded to the Hub, and named in `model.generate`.
 
-    It holds code alone, which calls the installed package.
+    The repository has only code, which calls the installed package. Missing folders are made, and files replaced.
+
+    folder: the folder to write.
     """
     for name, text in _REPOSITORY.items():
         path = Path(folder) / name

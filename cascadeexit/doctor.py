@@ -45,7 +45,7 @@ def examine(model: str | None = None, exits: str | None = None, *, device: str |
             dtype: str | None = None) -> Report:
     """Examine this machine, load a model on it, and return a report.
 
-    The arguments are those of `hub.load`. An error while loading becomes a problem in the report.
+    `hub.load` explains the arguments. An error while loading becomes a problem in the report and is not raised.
     """
     report = Report()
     _examine_machine(report)
@@ -134,7 +134,7 @@ def _examine_payoff(report: Report, found: Payoff) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --exits, --device and --dtype, with the defaults of `hub.load`."""
+    """Add the options --model, --exits, --device and --dtype to a parser, with the defaults of `hub.load`."""
     parser.add_argument("--model", help="bundled name, Hub id, local folder or GGUF file "
                         f"(default: $CASCADEEXIT_MODEL, else {hub.DEFAULT_MODEL})")
     parser.add_argument("--exits", help="folder or Hub id of trained exits (default: those shipped for the model)")

@@ -27,7 +27,7 @@ class Draft:
     exit: int                                       # number of the exit that drafted it, or COPIED
     confidences: tuple[float | None, ...]           # of each exit, as in a TokenEvent
     parent: int                                     # number of the draft it follows; -1: the newest token
-    depth: int = 0                                  # drafts before it on its path
+    depth: int = 0                                  # number of drafts between it and the newest token
     probability: float = 0.0                        # probability, by the exit's softmax, of following the parent
     matched: int = 0                                # COPIED: length of the n-gram match
     chance: float | None = None                     # estimated probability of being accepted if its parent is
@@ -138,7 +138,10 @@ def worth_running(s: int, thresholds: Sequence[float | None], last: float | None
     An exit does not run if it is disabled, or if `last` is more than 0.3 below the threshold of exit s. The deepest
     exit runs even after a low `last`.
 
-    last: confidence of the exit that ran before exit s for the same token; None if no exit has run.
+    Args:
+        s: number of the exit; for len(thresholds), the result is False.
+        thresholds: for each exit, the confidence from which it is taken; None for an exit that is disabled.
+        last: confidence of the exit that ran before exit s for the same token; None if no exit has run.
     """
     if s == len(thresholds) or thresholds[s] is None:
         return False

@@ -1,4 +1,4 @@
-"""Endpoints: functions that programs and agents can call on a running page. Arguments and results are plain JSON.
+"""Endpoints: functions that programs and agents can call on a running page. Arguments and results are JSON values.
 
 Each public method of `Endpoints` becomes an endpoint, and with `app.py --mcp` also an MCP tool. Callers see the
 signature and the docstring of the method as its documentation.
@@ -20,17 +20,24 @@ MAX_DRAFT = DecodeConfig.max_draft
 
 
 class BadRequest(ValueError):
-    """A request that cannot be answered. The message tells the caller why."""
+    """Raised for a request that cannot be answered. The message tells the caller why."""
 
 
 class Endpoints:
-    """The functions that programs can call on one page."""
+    """The functions that programs can call on a running page. They raise BadRequest if the caller made a mistake.
+
+    The first request for a model loads it, which may take long.
+    """
 
     def __init__(self, runner: Runner):
         self._library, self._runner = runner.library, runner
 
     def models(self) -> list[dict]:
-        """List the models offered here: name, layers, exit layers, and whether their exits are trained."""
+        """List the models that this page offers.
+
+        Returns a list with an object for each model: model (the name to pass to other endpoints), layers (number of
+        layers), exit_layers (number of layers below each exit) and trained (true if its exits are trained).
+        """
         return [dict(model=label, layers=shape.num_layers, exit_layers=list(shape.exit_layers), trained=shape.trained)
                 for label, shape in self._library.shapes.items()]
 
@@ -50,7 +57,7 @@ class Endpoints:
             max_draft: in verified mode, the largest number of tokens that are drafted before the full model verifies
                 them.
             tolerance: in verified mode at temperature 0, a draft is also accepted if its probability by the full model
-                is at least (1 - tolerance) times that of the full model's own choice. 0 is lossless.
+                is at least (1 - tolerance) times the probability of the full model's own choice. 0 is lossless.
             temperature: 0 always takes the most likely token; higher values sample.
             top_p: choose only among the most likely tokens, whose probabilities together just reach top_p. 1 means all
                 tokens.
@@ -61,9 +68,11 @@ class Endpoints:
                 largest share of tokens, 0 to 1, that may differ from the full model's choice. It needs calibrated
                 exits.
 
-        Returns text, token_ids, exits and stats. `exits` has a number for each token: 0 is the first exit, the highest
-        number is the full model, -1 means copied from earlier in the text. In `stats`, times are in seconds and rates
-        from 0 to 1.
+        Returns an object with text, token_ids, exits and stats. `exits` has a number for each token: 0 is the first
+        exit, the highest number is the full model, -1 means copied from earlier in the text. `stats` has numbers about
+        the run, such as tokens_per_second, routing_share (share of the tokens from each exit and, last, from the full
+        model), acceptance (share of the drafts that were accepted) and cost (weights read per token, 1 for the full
+        model). Times are in seconds and shares from 0 to 1; null means not measured.
         """
         settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed, chat=chat)
@@ -79,15 +88,15 @@ class Endpoints:
     def compare(self, prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                 max_new_tokens: int = 128, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
                 model: str = "", target_disagreement: float = 0.0) -> dict:
-        """Generate a text with early exits and a text with the full model, and compare them.
+        """Generate a text with early exits and a text with the full model, both at temperature 0, and compare them.
 
-        The arguments are those of `generate`.
+        `generate` explains the arguments.
 
-        Returns `exits` (the run with early exits) and `full` (the run of the full model), each with text, token_ids and
-        stats, and five results: speedup (tokens per second of `exits` divided by those of `full`), agreement (share of
-        the tokens of `exits` that the full model would also choose after the same text), positional_match (share of
-        positions at which both texts have the same token), first_divergence (index of the first different token, or
-        null) and identical (true if the texts are equal).
+        Returns an object with `exits` (the run with early exits) and `full` (the run of the full model), each with
+        text, token_ids and stats as from `generate`, and five results: speedup (tokens per second of `exits` divided by
+        tokens per second of `full`), agreement (share of the tokens of `exits` that the full model would also choose
+        after the same text), positional_match (share of positions at which both texts have the same token),
+        first_divergence (index of the first different token, or null) and identical (true if the texts are equal).
         """
         settings = Settings(model=model, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance, chat=chat)
@@ -112,13 +121,15 @@ class Endpoints:
     def evaluate(self, texts: list[str], mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                  max_new_tokens: int = 64, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
                  model: str = "", target_disagreement: float = 0.0) -> dict:
-        """Compare early exits with the full model on many prompts.
+        """Compare early exits with the full model on many prompts, at temperature 0.
 
         Args:
-            texts: the prompts. All other arguments are those of `generate`.
+            texts: the prompts. `generate` explains all other arguments.
 
-        Returns `summary`, with numbers over all prompts, and `results`, with an entry for each prompt. An entry has
-        agreement, speedup, routing_share, both texts and more, or an error if the prompt could not run.
+        Returns an object with `summary`, which has numbers over all prompts, and `results`, which has an object for
+        each prompt: agreement (share of the tokens that the full model would also choose), speedup (relative to the
+        full model), routing_share (share of the tokens from each exit and, last, from the full model), text, full_text
+        and more. If a prompt could not run, error has the reason.
         """
         if not isinstance(texts, list) or not 1 <= len(texts) <= prompts.MAX_PROMPTS:
             raise BadRequest(f"texts should be a list of 1 to {prompts.MAX_PROMPTS} prompts")

@@ -41,11 +41,14 @@ class Generation:
 class Engine:
     """Generates text with one model and its exits. Runs do not influence each other and may be interleaved.
 
+    The constructor prepares the exits for the model's device and dtype. Raises ValueError if the exits were made for a
+    model of other sizes.
+
     Attributes:
         model: the frozen model.
         bank: the exits as a plain module, with their config and calibration.
         exits: the same exits ready to run on the model's backend (`backends.base.ExitRuntime`).
-        costs: costs of greedy `full`, with which a greedy run is compared.
+        costs: what greedy `full` reads for each token. A greedy run's `cost` is relative to it.
         self_check: result of the self-check at load (`cascadeexit.selfcheck.SelfCheck`); None if there was no
             self-check.
         payoff: which exits and drafts save time on this machine (`cascadeexit.payoff.Payoff`); None if that was not
@@ -75,9 +78,9 @@ class Engine:
         return self.costs.depths[:-1]
 
     def costs_for(self, config: DecodeConfig) -> Costs:
-        """Return the costs with which a run of this config is compared.
+        """Return the costs of mode `full` that a run with this config is compared with.
 
-        They are the costs of greedy `full` for a greedy run, and the costs of sampled `full` for a sampled run.
+        A run at temperature 0 is compared with `full` at temperature 0, and a sampled run with sampled `full`.
         """
         return self._sampled_costs if config.temperature else self.costs
 
@@ -134,7 +137,7 @@ class Engine:
         opening. Nothing is kept if `token_ids` is empty, or on a backend whose results depend on the number of rows in
         a pass.
 
-        Raises ValueError for token ids outside the vocabulary, such as those of another model's tokenizer.
+        Raises ValueError for token ids outside the vocabulary, such as ids from another model's tokenizer.
         """
         self.model.check_ids(token_ids)
         self._opening = None
@@ -146,7 +149,7 @@ class Engine:
     def begin(self, prompt: Sequence[int], new_tokens: int) -> tuple[Staircase, list[Rows]]:
         """Prefill all tokens of a prompt except the last one, with room in the cache for more tokens.
 
-        A long prompt is read in chunks. Returns the staircase, and a list: for each segment, the rows (hidden states)
+        A long prompt is read in chunks. Returns the `Staircase`, and a list: for each segment, the rows (hidden states)
         that the prompt's last chunk had after this segment, (1, N, D) each. Tokens of the opening were computed before
         and have no rows here. For a prompt of one token, the list is [].
 
@@ -178,7 +181,7 @@ class Engine:
     # -- a run ----------------------------------------------------------------------------------------------------
 
     def run(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Generation:
-        """Generate a text to its end, and return it with its events and statistics.
+        """Generate a text to its end. Returns its token ids, events and statistics.
 
         Raises ValueError as `generate` does.
         """

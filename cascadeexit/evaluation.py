@@ -24,14 +24,21 @@ LABEL_CHARACTERS = 60               # length of a chart point's label
 
 @dataclass(frozen=True)
 class Result:
-    """Result of one prompt. Rates are in [0, 1]. A number that was not measured is None."""
+    """Result of one prompt, which was decoded twice: with the given config, and with the full model.
+
+    The fields that begin with `full_` describe the full model's run. The other measured fields describe the run with
+    the given config. `speedup` is `tokens_per_second` / `full_tokens_per_second`. `metrics.RunStats` explains
+    `routing_share`, `average_depth`, `cost` and `acceptance`. Shares are in [0, 1]; `cost` can be above 1. If the
+    prompt could not run, `error` has the reason, and the measured fields keep their defaults. Any other number that was
+    not measured is None.
+    """
 
     index: int
     kind: str
     prompt: str
     error: str | None = None
     tokens: int = 0
-    agreement: float | None = None                  # teacher-forced, with the argmax: None when tokens are sampled
+    agreement: float | None = None                  # as from metrics.agreement; None when tokens are sampled
     positional: float | None = None                 # as in metrics.Match, like the next two
     first_divergence: int | None = None
     sequence: bool | None = None
@@ -41,18 +48,21 @@ class Result:
     acceptance: float | None = None
     tokens_per_second: float | None = None          # decode only: after the first token
     full_tokens_per_second: float | None = None
-    speedup: float | None = None                    # the first over the second
+    speedup: float | None = None
     text: str = ""
     full_text: str = ""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Summary of the results of several prompts. A number that was measured for no prompt is None."""
+    """Summary of the results of several prompts. The fields have the meaning and the units of `Result`.
 
-    prompts: int                                    # failed ones included
-    failed: int
-    tokens: int
+    The comments say how the numbers of the prompts are combined. A number that was measured for no prompt is None.
+    """
+
+    prompts: int                                    # number of prompts, failed ones included
+    failed: int                                     # number of prompts that could not run
+    tokens: int                                     # sum over prompts
     agreement: float | None                         # mean over all tokens, like the next two
     average_depth: float | None
     cost: float | None
@@ -73,7 +83,9 @@ class Summary:
 def evaluate(runner: Runner, label: str, encode: Callable[[str], list[int]], prompts: Sequence[Prompt],
              config: DecodeConfig, decode: Callable[[list[int]], str], pauses: bool = False
              ) -> Iterator[Result | None]:
-    """Decode each prompt with `config` and with the full model, in a race. Yields one Result per prompt, in order.
+    """Decode each prompt with `config` and with the full model. Yields one Result per prompt, in order.
+
+    The two runs of a prompt take turns (`race`), so that both speeds are measured under the same conditions.
 
     A prompt cannot run if it is empty or too long, if `encode` refuses it with a ValueError, or if its run fails with
     RunFailed. The Result of such a prompt holds the error, and the evaluation goes on. Closing the generator also ends
@@ -192,7 +204,7 @@ def quality_speed_points(results: Sequence[Result]) -> list[dict]:
     A point is a dict: `x` is the speed-up, `y` the agreement, `cost` the weights read as a share of what the full model
     reads, `kind` the kind of prompt, and `label` the beginning of the prompt.
 
-    Label and kind are untrusted text. Escape them before they are shown as HTML.
+    The label and the kind are untrusted text. Escape them before they are shown as HTML.
     """
     return [dict(x=r.speedup, y=r.agreement, cost=r.cost, kind=r.kind,
                  label=" ".join(r.prompt.split())[:LABEL_CHARACTERS])
@@ -203,14 +215,22 @@ def quality_speed_points(results: Sequence[Result]) -> list[dict]:
 
 
 def results_json(results: Sequence[Result], config: DecodeConfig, model: str) -> str:
-    """Return all results as JSON in ASCII: an object with format, model, config, summary and results."""
+    """Return all results as JSON text in ASCII.
+
+    It is an object with the keys "format" (a number), "model" (its name), "config" (fields of `DecodeConfig`),
+    "summary" (fields of `Summary`) and "results" (a list with the fields of each `Result`).
+    """
     return json.dumps({"format": FORMAT, "model": model, "config": asdict(config),
                        "summary": asdict(summarize_results(results)), "results": [asdict(r) for r in results]},
                       indent=1)
 
 
 def results_csv(results: Sequence[Result]) -> str:
-    """Return all results as CSV, with one row per prompt. Each segment's routing share has a column of its own."""
+    """Return all results as CSV text, with a header and one row per prompt. The columns are the fields of `Result`.
+
+    The routing share of segment number s, counted from 1, has a column of its own, `routing_share_s`. A number that was
+    not measured is an empty cell.
+    """
     names = [f.name for f in fields(Result) if f.name != "routing_share"]
     segments = max((len(r.routing_share) for r in results), default=0)
     out = io.StringIO(newline="")

@@ -8,6 +8,8 @@ COPIED = -1     # exit of a token that was copied from earlier in the text and a
 
 
 class Status(StrEnum):
+    """What happened to a token, or to a prompt, at the moment of a `TokenEvent`."""
+
     READING = "reading"      # a chunk of a long prompt was read; this says nothing about the generated text
     EMITTED = "emitted"      # final at once: tokens of full and cascade, corrections and bonus tokens of verified
     DRAFT = "draft"          # drafted in verified mode, not final yet
@@ -52,4 +54,5 @@ class TokenEvent:
 
     @property
     def final(self) -> bool:
+        """True if this event makes the token at its position final."""
         return self.status in (Status.EMITTED, Status.ACCEPTED)

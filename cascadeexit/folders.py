@@ -14,8 +14,8 @@ def cache_folder() -> Path:
 def project_folder() -> Path:
     """Return the folder that holds `app.py`, `assets` and `training`.
 
-    In an installed package this is `cascadeexit/project`, to which the wheel copies them (`pyproject.toml`). Else it is
-    the checkout.
+    In an installed package, it is the folder `project` inside the package, where the wheel has copies of them.
+    Otherwise it is the checkout.
     """
     package = Path(__file__).parent
     installed = package / "project"

@@ -30,7 +30,7 @@ def gguf_name(model: str) -> str:
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """What the head of a GGUF file says about its model."""
+    """Number of layers and number of weights of the model in a GGUF file, read from the head of the file."""
 
     layers: int
     weights: int
@@ -41,7 +41,7 @@ def gguf_path(model: str, token: str | None = None) -> Path:
 
     Args:
         model: path of a GGUF file, or owner/name:file.gguf for a file on the Hugging Face Hub.
-        token: access token for the Hub; default $HF_TOKEN.
+        token: access token for the Hub; default $HF_TOKEN, else the token that `hf auth login` stored.
 
     Raises ModelUnavailable if there is no such local file. Errors of the Hub are raised as `huggingface_hub` raises
     them.

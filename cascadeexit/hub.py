@@ -67,8 +67,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
             switched off (`Engine.payoff`). False uses all of them.
         compute: False for a process that will be forked. The model is then loaded, but no layer runs.
 
-    Raises ModelUnavailable if the model cannot be loaded, ValueError for an unsupported model or for exits of another
-    model, and FileNotFoundError if the folder holds no exits.
+    Raises ModelUnavailable if the model cannot be loaded; ValueError for an unsupported model, for exits of another
+    model, or for a backend that cannot run the model here; FileNotFoundError if the folder holds no exits.
     """
     base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress, device_map=device_map)
     engine = attach(base, name, exits, backend=backend, progress=progress, self_check=self_check and compute)
@@ -88,7 +88,7 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
 
 def attach(base, name: str, exits: str | Path | None = None, *, backend: str | None = None,
            progress: Progress | None = None, self_check: bool = True) -> Engine:
-    """Make an engine for a transformers model that is in memory. The model is frozen and put in eval mode.
+    """Make an engine for a transformers model that is in memory. Freezes the model and puts it in eval mode.
 
     Args:
         base: a transformers *ForCausalLM of a supported type.
@@ -143,7 +143,8 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
 
     Args:
         model, device, dtype, progress: as for `load`.
-        token: access token for gated and private Hub models; default $HF_TOKEN.
+        token: access token for gated and private Hub models; default $HF_TOKEN, else the token that `hf auth login`
+            stored on this machine.
         device_map: as in transformers; it replaces `device`. 'auto' spreads a model over several devices, main memory
             and disk.
 
@@ -168,7 +169,14 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
 
 
 def load_tokenizer(model: str, *, progress: Progress | None = None, token: str | None = None):
-    """Load and return the tokenizer of a model. Arguments and errors are those of `load_model`."""
+    """Load and return the tokenizer of a model.
+
+    Args:
+        model: the bundled name, a Hub id, a local folder or a GGUF file.
+        progress, token: as for `load_model`.
+
+    Raises ModelUnavailable if the tokenizer cannot be loaded.
+    """
     source = resolve(model, progress, token)
     try:
         return AutoTokenizer.from_pretrained(source, token=token, trust_remote_code=False)
@@ -198,7 +206,10 @@ def describe(model: str | None = None, exits: str | Path | None = None) -> Shape
 
 
 def short_name(source: str) -> str:
-    """Return the last part of a path or Hub id, in lower case and without the ending of a GGUF file."""
+    """Return the short name of a model: the last part of its path or Hub id, in lower case.
+
+    The name of a GGUF file loses its ending.
+    """
     if is_gguf(source):
         return gguf_name(source)
     return Path(os.path.abspath(Path(source).expanduser())).name.lower()
@@ -334,7 +345,7 @@ def _torch_dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.
 def read_model_config(model: str, source: str, hub: dict):
     """Load and return the transformers config of a model, after checking that the model is supported.
 
-    Thus no weights of an unsupported model are downloaded.
+    So no weights of an unsupported model are downloaded.
 
     Args:
         model: name of the model, for error messages.

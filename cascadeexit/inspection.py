@@ -22,13 +22,13 @@ from cascadeexit.events import Status, TokenEvent
 class Inspection:
     """Choices of the S - 1 exits and of the full model at each of N positions of a text.
 
-    In the fields, the exits come first and the full model is last. The fields are plain lists, so that a worker process
-    can send them to the page.
+    In the fields, the exits come first and the full model is last. K is the number of candidates, the likeliest tokens.
+    The fields are plain lists, so that a worker process can send them to the page.
     """
 
     token_ids: list[list[list[int]]]            # (N, S, K)
-    probabilities: list[list[list[float]]]      # (N, S, K); an exit's are over the words of its own head
-    confidences: list[list[float]]              # (N, S - 1) of the exits, in [0, 1], whether asked in the run or not
+    probabilities: list[list[list[float]]]      # (N, S, K); those of an exit add up to 1 over the tokens of its head
+    confidences: list[list[float]]              # (N, S - 1) of the exits, in [0, 1], also if the run did not need them
     written: list[list[float]]                  # (N, S); probability of the written token; 0.0: not in the exit's head
     ranks: list[list[int]]                      # (N, S); rank of the written token, 1 the likeliest; 0: not in the head
 
@@ -38,11 +38,11 @@ class Inspection:
         return [readings[-1][0] for readings in self.token_ids]
 
     def card(self, tokenizer, i: int) -> dict:
-        """Return the likeliest tokens of each exit and of the full model at position i, as plain JSON.
+        """Return the likeliest tokens of each exit and of the full model at position i.
 
-        The form is {readings: [{confidence, top: [{id, text, p}]}], lens: [{p, rank}]}. Both lists have an entry for
-        each exit and, last, for the full model. `top` holds the K likeliest tokens. In `lens`, `p` and `rank` are the
-        probability and the rank of the token that was written, as in the fields `written` and `ranks`.
+        The result is a dict {readings: [{confidence, top: [{id, text, p}]}], lens: [{p, rank}]}. Both lists have an
+        entry for each exit and, last, for the full model. `top` holds the K likeliest tokens. In `lens`, `p` and `rank`
+        are the probability and the rank of the token that was written, as in the fields `written` and `ranks`.
         """
         return {"readings": [{"confidence": self._confidence(i, s), "top": [
             {"id": token, "text": tokenizer.decode([token]), "p": round(p, 4)}
@@ -51,10 +51,10 @@ class Inspection:
             "lens": [{"p": round(p, 4), "rank": rank} for p, rank in zip(self.written[i], self.ranks[i])]}
 
     def map(self, tokenizer, start: int, count: int) -> dict:
-        """Return the first choice of each exit and of the full model at several positions, as plain JSON.
+        """Return the first choice of each exit and of the full model at several positions.
 
-        The form is {start, total, columns: [[{id, text, p}, ...], ...]}. There is a column for each of up to `count`
-        positions from `start` on. A column has an entry for each exit and, last, for the full model. `p` is the
+        The result is a dict {start, total, columns: [[{id, text, p}, ...], ...]}. There is a column for each of up to
+        `count` positions from `start` on. A column has an entry for each exit and, last, for the full model. `p` is the
         confidence of the exit; for the full model, it is the probability of its first choice. `total` is N.
         """
         stop = min(start + count, len(self.token_ids))
@@ -63,11 +63,12 @@ class Inspection:
              for s, (token, *_) in enumerate(self.token_ids[i])] for i in range(start, stop)]}
 
     def moments(self, tokenizer, final: Sequence[TokenEvent], count: int = 20) -> list[dict]:
-        """Return the positions at which the text differs most from the full model's choices, as plain JSON.
+        """Return the positions at which the text differs most from the full model's choices.
 
-        The form is [{i, said, full, p_said, p_full, id}, ...], the largest p_full - p_said first. `i` is the position.
-        `said` and `full` are the texts of the written token and of the full model's choice. `p_said` and `p_full` are
-        their probabilities by the full model. `id` is the token id of the full model's choice.
+        The result is a list of dicts [{i, said, full, p_said, p_full, id}, ...], the largest p_full - p_said first.
+        `i` is the position. `said` and `full` are the texts of the written token and of the full model's choice.
+        `p_said` and `p_full` are their probabilities by the full model. `id` is the token id of the full model's
+        choice.
 
         Args:
             final: the final events of the run.
@@ -93,7 +94,7 @@ class Inspection:
 def inspect(engine: Engine, prompt_ids: Sequence[int], events: Sequence[TokenEvent], top: int = 5) -> Inspection:
     """Read the text of a finished run again, and return the `Inspection` of its tokens.
 
-    Arguments and errors are those of `inspecting`.
+    `inspecting` explains the arguments, and the errors that are raised.
     """
     *_, inspection = inspecting(engine, prompt_ids, events, top)
     return inspection
@@ -172,7 +173,7 @@ def _read(engine: Engine, hidden: list[Tensor], copied: list[tuple[int, int]], n
 
 
 def likeliest(logits: Tensor, top: int) -> Tensor:
-    """Return the columns (n, top) of the highest logits in each of n rows (n, K), the highest first."""
+    """Return the column numbers of the `top` highest logits in each row: (n, K) -> (n, top), the highest first."""
     # Equal logits are common in bf16: decoding takes the first of them, so it leads here too.
     first = logits.argmax(-1, keepdim=True)
     return logits.scatter(1, first, torch.inf).topk(top, dim=-1).indices

@@ -50,7 +50,7 @@ class KeptRun:
         Raises ValueError if other code still holds the lock after `wait` seconds.
         """
         if not self._lock.acquire(timeout=wait):
-            raise ValueError("This run is still growing. Wait for its end, or press Stop.")
+            raise ValueError("The texts of this run are still growing. Wait for their end, or press Stop.")
         try:
             yield
         finally:
@@ -80,7 +80,7 @@ class KeptRun:
         """
         text = self.stream.sides[side] if isinstance(side, str) and side in self.inspections else None
         if text is None or not (_whole(at) and _whole(token_id)) or not 0 <= at < len(text.ids):
-            raise ValueError("There is no such token in a text with exits of this run.")
+            raise ValueError("There is no such token in a text that exits wrote and the full model checked.")
         number = sum(name in FORKS for name in self.stream.sides)
         if number == len(FORKS):
             raise ValueError(f"This run already has {number} forks. Run it again to make more.")

@@ -94,9 +94,10 @@ class Library:
         return bank.calibration if bank else None
 
     def first_mode(self, label: str) -> Mode:
-        """Return the mode with which the page opens for this model, without loading the model.
+        """Return the mode with which the page opens for the model with this label, without loading the model.
 
-        It is `cascade`, or `verified` if `cascade` would only be as fast as `full` because no exit pays.
+        It is `cascade`. It is `verified` if no exit saves time (`Payoff.paying`), because `cascade` would then only be
+        as fast as `full`.
         """
         if self.ready(label):
             found = self._held[label][0].payoff

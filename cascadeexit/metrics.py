@@ -19,13 +19,13 @@ class RunStats:
     tokens: int
     routing_share: tuple[float, ...]    # share of the tokens that each segment produced
     copied_share: float                 # share of the tokens copied from earlier in the text; all shares add up to 1
-    average_depth: float | None         # mean depth of the segments that produced the tokens, layers only; copied: 0
+    average_depth: float | None         # mean share of the model's layers that a token ran before its exit; copied: 0
     cost: float | None                  # weight bytes read per token, relative to full; heads and exits included
     drafted: int
     acceptance: float | None            # accepted drafts / verified drafts
-    tokens_per_verification: float | None
+    tokens_per_verification: float | None       # mean number of tokens that one verification pass added
     first_token_seconds: float | None
-    token_seconds_p50: float | None
+    token_seconds_p50: float | None     # percentile of the time between two tokens, like the next two
     token_seconds_p90: float | None
     token_seconds_p99: float | None
     tokens_per_second: float | None     # decode only: after the first token
@@ -41,9 +41,9 @@ class Match:
 
 
 def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
-    """Compute the statistics of one run from all its events.
+    """Compute the statistics of one run from all its events, drafts included.
 
-    costs: costs of `full`, with which the run is compared.
+    costs: what the full model reads for each token, from `Engine.costs_for`.
     """
     final = [e for e in events if e.final]
     accepted = sum(e.status is Status.ACCEPTED for e in events)
@@ -68,19 +68,27 @@ def summarize(events: Sequence[TokenEvent], costs: Costs) -> RunStats:
 
 
 def routing_share(events: Sequence[TokenEvent], num_segments: int) -> tuple[float, ...]:
-    """Compute the share of the final tokens that each segment produced. All shares are 0 if there are no tokens."""
+    """Compute the share of the final tokens that each segment produced, in [0, 1].
+
+    Segment s ends at exit s, and the last segment at the last layer. All shares are 0 if there are no tokens.
+
+    events: events of a run. Only emitted and accepted tokens count as final.
+    """
     final = [e for e in events if e.final]
     return tuple(sum(e.exit == s for e in final) / max(1, len(final)) for s in range(num_segments))
 
 
 def copied_share(events: Sequence[TokenEvent]) -> float:
-    """Compute the share of the final tokens that were copied by n-gram lookup; 0 if there are no tokens."""
+    """Compute the share of the final tokens that were copied by n-gram lookup, in [0, 1]; 0 if there are no tokens.
+
+    events: events of a run. Only emitted and accepted tokens count as final.
+    """
     final = [e for e in events if e.final]
     return sum(e.exit == COPIED for e in final) / max(1, len(final))
 
 
 def verifications(events: Sequence[TokenEvent]) -> int:
-    """Count the verification passes of a verified run.
+    """Count the verification passes of a run in the mode `verified`, from all its events.
 
     Each pass emits one token of the full model, except a last pass whose drafts end the text.
     """
@@ -100,7 +108,7 @@ def tokens_per_second(final: Sequence[TokenEvent]) -> float | None:
 
 
 def token_seconds(final: Sequence[TokenEvent]) -> list[float]:
-    """Compute the seconds between each final token and the next one: N tokens give N - 1 numbers.
+    """Compute the seconds between each token and the next one: N final events of a run give N - 1 numbers.
 
     Drafts that one verification pass accepted have about 0 s between them.
     """
@@ -110,7 +118,7 @@ def token_seconds(final: Sequence[TokenEvent]) -> list[float]:
 def agreement(token_ids: Sequence[int], full_choices: Sequence[int]) -> float | None:
     """Compute the share of tokens that equal the full model's choice after the same text; None if there are no tokens.
 
-    This is teacher-forced agreement. Both sequences have the same length.
+    This is teacher-forced agreement. Raises ValueError if the sequences have different lengths.
     """
     return _mean([a == b for a, b in zip(token_ids, full_choices, strict=True)])
 
@@ -124,7 +132,10 @@ def match(token_ids: Sequence[int], full_ids: Sequence[int]) -> Match:
 
 
 def percentile(values: Sequence[float], p: int) -> float | None:
-    """Compute the p-th percentile, interpolated linearly between neighbouring values; None if there are no values."""
+    """Compute the p-th percentile, interpolated linearly between neighbouring values; None if there are no values.
+
+    p: from 1 to 99; 50 is the median.
+    """
     if len(values) < 2:
         return values[0] if values else None
     return quantiles(values, n=100, method="inclusive")[p - 1]

@@ -127,7 +127,7 @@ class SegmentedModel:
 
     @cached_property
     def head_fingerprint(self) -> str:
-        """SHA-256 of the head's weight, rounded to bf16. It shows whether exits were trained for these weights."""
+        """SHA-256 (hex) of the head's weight, rounded to bf16. It shows if exits were trained for these weights."""
         weight = self.head_weight.detach().to("cpu", torch.bfloat16).contiguous()
         return hashlib.sha256(weight.view(torch.uint8).numpy()).hexdigest()
 

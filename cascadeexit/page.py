@@ -385,7 +385,7 @@ def threshold_for(percent: float, calibration: Calibration) -> float:
 def percent_at(threshold: float, calibration: Calibration) -> int:
     """Return the agreement with the full model, in whole percent, that is certified at this threshold.
 
-    Only some thresholds were measured. The agreement is that of the highest measured threshold that is not above
+    Only some thresholds were measured. The result is the agreement at the highest measured threshold that is not above
     `threshold`. Returns 0 if all measured thresholds are above `threshold`.
     """
     at_most = [point.at_most for point in calibration.points if point.threshold <= threshold]

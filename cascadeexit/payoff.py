@@ -46,19 +46,28 @@ TRAINED_BYTES = 269e6       # weights of the model for which this was measured
 
 @dataclass(frozen=True)
 class ExitTime:
-    """Time in seconds that asking an exit once takes, and that a token saves if the exit is taken."""
+    """Times of one exit, in seconds. Asking an exit means to run its adapter and its confidence estimator.
+
+    `asked` is the time for asking the exit once. `saved` is the time that a token saves if the exit is taken.
+    """
 
     asked: float
     saved: float
 
     def pays(self, taken: float) -> bool:
-        """Return True if the exit saves time when it is taken for this share of its questions."""
+        """Return True if asking the exit saves time.
+
+        taken: share of the tokens, in [0, 1], for which the exit is taken after it was asked.
+        """
         return self.asked <= taken * self.saved * MARGIN
 
 
 @dataclass(frozen=True)
 class Payoff:
-    """Times that were measured at load, and what follows from them."""
+    """Which exits and drafts save time on this machine, and the times that were measured to find this out.
+
+    The times are in seconds. `paying` and `drafter_pays` have the decisions, and `sentences` explains them to users.
+    """
 
     shape: Shape
     model: str                      # as it was given to `hub.load`
@@ -102,7 +111,9 @@ class Payoff:
 
 @torch.inference_mode()
 def measure(engine: Engine, model: str) -> Payoff:
-    """Measure an engine and return the result. The caller stores it in `Engine.payoff`.
+    """Measure which exits and drafts save time with this engine, for about a second. Returns the result.
+
+    The engine does not change; the caller stores the result in `Engine.payoff`.
 
     If something trained seems not to pay, it is measured again, up to `ATTEMPTS` times, since other work on the machine
     may have disturbed the measurement. The result in which most pays counts.

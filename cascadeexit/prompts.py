@@ -70,8 +70,8 @@ def read_prompts(source: str | Path, limit: int = MAX_PROMPTS) -> list[Prompt]:
 def token_ids(tokenizer, text: str, *, chat: bool = True) -> list[int]:
     """Convert a prompt to token ids, as one user turn in the chat template of the model.
 
-    The ids end where the reply begins. If the tokenizer has no template, or with chat=False, they are those of the
-    plain text.
+    The ids end where the reply begins. If the tokenizer has no template, or with chat=False, the plain text is
+    converted without a template.
     """
     if not (chat and tokenizer.chat_template):
         return tokenizer(text)["input_ids"]

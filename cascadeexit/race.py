@@ -14,7 +14,7 @@ def race(sides: Mapping[str, Iterator[TokenEvent]]) -> Iterator[tuple[str, Token
     Engine time is the time that the engine worked for one run; an event has it in the field `seconds`. The next event
     always comes from the run that has used the least engine time so far. Closing this generator closes the runs.
 
-    sides: {name of a run: its events}.
+    sides: {name of a run: its events, from `Engine.generate`}.
     """
     clocks = dict.fromkeys(sides, 0.0)
     try:

@@ -13,6 +13,7 @@ from cascadeexit.stream import FORMAT
 from cascadeexit.wire import STATUSES, expand, write_line
 
 MAX_BYTES, MAX_RECORDS = 8_000_000, 60_000
+_CHOOSE = "Choose a file that the button Save run (JSON) wrote."
 _PASSING = ("status", "replay")             # types of records that are not saved
 _NUMBER = (int, float)
 _LARGEST = 1e9              # larger numbers mean nothing here, and might not fit where they are shown
@@ -52,7 +53,10 @@ _LOOP = {"start": int, "period": int, "share": _NUMBER}
 
 
 def dump(stream: str) -> str:
-    """Convert the stream of a finished run to the content of a file. `load` reads this content."""
+    """Convert the stream of a finished run (`TokenStream.text`) to the content of a file, which `load` reads.
+
+    Raises ValueError if the stream has a line that is not JSON.
+    """
     records = [record for record in map(expand, stream.splitlines()) if record["type"] not in _PASSING]
     return json.dumps({"format": FORMAT, "records": records}, separators=(",", ":"))
 
@@ -60,21 +64,20 @@ def dump(stream: str) -> str:
 def load(content: bytes | str) -> str:
     """Read the content of a file that `dump` made. Returns the stream of the recorded run, which the page can play.
 
-    Raises ValueError that names what was expected and what the file has instead.
+    Raises ValueError if the file is not such a file. The message says what was expected and what the file has instead.
     """
     if len(content) > MAX_BYTES:
         raise ValueError(f"this file has {len(content):,} bytes, the limit is {MAX_BYTES:,}")
     try:
         file = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"this file is not JSON ({error}). Choose a file that Save wrote.") from None
+        raise ValueError(f"this file is not JSON ({error}). {_CHOOSE}") from None
     if not isinstance(file, dict) or not isinstance(file.get("records"), list):
-        raise ValueError('this is not a recorded run: expected {"format": ..., "records": [...]}. Choose a file that '
-                         "Save wrote.")
+        raise ValueError('this is not a recorded run: expected {"format": ..., "records": [...]}. ' + _CHOOSE)
     if file.get("format") != FORMAT:
-        raise ValueError(f"this record has format {file.get('format')!r}; this page reads format {FORMAT}")
+        raise ValueError(f"this file has format {file.get('format')!r}; this page reads format {FORMAT}")
     if not 2 <= len(file["records"]) <= MAX_RECORDS:
-        raise ValueError(f"expected 2 to {MAX_RECORDS:,} entries, got {len(file['records']):,}")
+        raise ValueError(f"records should have 2 to {MAX_RECORDS:,} entries, got {len(file['records']):,}")
     for number, record in enumerate(file["records"]):
         _check(number, record)
     _check_whole(file["records"])
@@ -88,7 +91,7 @@ def _check_whole(records: list[dict]) -> None:
     """
     kinds, model = [record["type"] for record in records], records[0]
     if kinds[:2] != ["model", "run"] or {"model", "run"} & {*kinds[2:]}:
-        raise ValueError("a record must begin with a model and a run, and hold no other model or run")
+        raise ValueError("records should begin with a model and a run, and have no other model or run")
     if not all(isinstance(e, dict) and isinstance(e.get("layer"), int) for e in model["exits"]):
         raise ValueError('entry 0 (model): exits should be a list of {"layer": ...}')
     exits = len(model["exits"])
@@ -184,9 +187,11 @@ def _check(number: int, record) -> None:
 
     number: index of the record in its file.
     """
-    kind = record.get("type") if isinstance(record, dict) else None
-    if kind not in _FIELDS:
-        raise ValueError(f"entry {number}: expected one of the types {', '.join(_FIELDS)}, got {kind!r}")
+    if not isinstance(record, dict):
+        raise ValueError(f"entry {number} should be an object, got {record!r}"[:300])
+    kind = record.get("type")
+    if not isinstance(kind, str) or kind not in _FIELDS:
+        raise ValueError(f"entry {number}: type should be one of {', '.join(_FIELDS)}, got {kind!r}"[:300])
     place, fields = f"entry {number} ({kind}):", dict(_FIELDS[kind])
     if kind == "token" and record.get("status") != "rejected":
         fields |= _TOKEN_TEXT

@@ -27,6 +27,7 @@ def find_loop(token_ids: Sequence[int]) -> Loop | None:
     The period of a loop is the length of the repeated passage in tokens, at most 256. A text ends in a loop if
     two things are true: the passage stands at the end at least 2.25 times in a row, without any change, and each of the
     last 24 tokens equals the token one period before it.
+
     Reasons for this rule, from greedy texts of the bundled model:
 
     - Exact equality: lists with counters, code with similar lines and tables do not count as loops. A loop whose copies

@@ -33,8 +33,11 @@ class Progress:
 class Report:
     """The results of an evaluation so far, and how the evaluation tab shows them.
 
+    The caller appends each new result to `results`, and then calls `progress`.
+
     Attributes:
         label: name of the model.
+        config: config of the runs with exits.
         total: number of prompts.
         curve: earlier measurements of other thresholds, as `measured_curve` returns them.
     """
@@ -52,7 +55,7 @@ class Report:
         return len(self.results) == self.total
 
     def begun(self) -> Progress:
-        """Show the tab without results, also without those of an earlier evaluation. Returns the change of the tab."""
+        """Empty the tab, so that it does not show an earlier evaluation any more. Returns the change of the tab."""
         return Progress(self._summary(), rows=[], figure=self._figure(), report=self.id)
 
     def progress(self, left: float, drawn: bool) -> Progress:
@@ -106,7 +109,7 @@ class Report:
         if s.agreement is not None:
             words.append(f"agreement {s.agreement:.1%}")
         if s.speedup is not None:
-            words.append(f"{s.speedup:.2f}x the full model's speed")
+            words.append(f"{s.speedup:.2f}× the full model's speed")
         if s.sequence is not None:
             words.append(f"{s.sequence:.0%} identical texts")
         return " · ".join(words)
@@ -115,7 +118,9 @@ class Report:
 def measured_curve(fingerprint: str) -> list[dict]:
     """Return what `training.evaluate decode` measured earlier for the exits with this fingerprint.
 
-    There is a dict {threshold, agreement, cost, ...} for each threshold. Returns [] if these exits were not measured.
+    Returns a list with a dict for each threshold of the first exit. Its keys include "threshold", "agreement" (in
+    [0, 1]) and "cost" (weights read, as a share of what the full model reads). Returns [] if these exits were not
+    measured.
     """
     if not _MEASURED.exists():
         return []

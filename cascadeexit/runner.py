@@ -42,7 +42,7 @@ Compute = Callable[..., Iterator["Batch"]]
 
 
 class RunFailed(RuntimeError):
-    """A run failed outside of our code, for example because a worker died or a quota is used up.
+    """Raised if a run fails outside of our code, for example because a worker died or a quota is used up.
 
     The message is for the visitor. It is plain text; escape it before it is shown as HTML.
     """
@@ -53,7 +53,7 @@ class RunFailed(RuntimeError):
 
 
 class Check(StrEnum):
-    """Kinds of check that a race makes at its end of each text that exits wrote."""
+    """What a race computes about each text that exits wrote, after all texts are decoded."""
 
     NOTHING = "nothing"
     CHOICES = "choices"             # what the full model would have chosen at each position
@@ -83,9 +83,9 @@ class Task:
 class Batch:
     """One message from a running race.
 
-    The first batches hold events in the order of time, as (name of the side, event). If texts are checked, later
-    batches hold the progress of this check, and the last batch holds the results of the check. A race that waits for
-    another one yields empty batches, so that it can be cancelled.
+    A side is one of the texts of the run. The first batches hold events in the order of time, as (name of the side,
+    event). If texts are checked, later batches hold the progress of this check, and the last batch holds its results.
+    A race that waits for another one yields empty batches, so that it can be cancelled.
     """
 
     events: Sequence[tuple[str, TokenEvent]] = ()
@@ -132,7 +132,8 @@ class Runner:
 
         Args:
             label: name of the model in the library.
-            tasks: {name of the side: its task}. A task without a config is not decoded, but its text is checked.
+            tasks: {name of a side (one of the texts of the run): its task}. A task without a config is not decoded, but
+                its text is checked.
             check: what to compute after the race about the text of each side except `FULL`.
 
         Raises ValueError at the call if a run cannot work. The iterator raises RunFailed if a run breaks off.
@@ -145,7 +146,7 @@ class Runner:
         return self._in_turn(self._measured(label, self._call(label, tasks, check)))
 
     def seconds(self, label: str, tasks: Mapping[str, Task], check: Check = Check.NOTHING) -> int:
-        """Estimate the GPU time in seconds for a race with these arguments.
+        """Estimate the GPU time in whole seconds for a race; `race` explains the arguments.
 
         The estimate uses the largest number of new tokens, and the time per token of the latest race with this model.
         """
@@ -218,7 +219,9 @@ class Runner:
 
 
 def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
-    """Yield the events of a race as (side, event), and stop after the last event.
+    """Yield the events of a race as (name of the side, event), and stop after the last event.
+
+    batches: result of `Runner.race`.
 
     After that, `batches` still yields the results of the check.
     """

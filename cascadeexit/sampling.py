@@ -16,8 +16,9 @@ class Sampler:
     random generator with a seed.
 
     Args:
+        device: device of the logits.
         tolerance: only if greedy; a draft is also accepted if its probability by the full model is at least (1 -
-            tolerance) times that of the full model's own choice.
+            tolerance) times the probability of the full model's own choice.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int, vocab_size: int, device: torch.device,
@@ -34,8 +35,9 @@ class Sampler:
         """Sample a token from one row of logits, and return its id. Only for a temperature above 0.
 
         Args:
-            logits: (V,), or (K,) for the K words of a trimmed head.
-            ids: for a trimmed head, the token ids of its words, at least K.
+            logits: (V,) for all tokens, or (K,) for the K tokens of a trimmed head.
+            ids: for a trimmed head, ids[k] is the token id of logit k, and there may be more than K ids. None for all
+                tokens.
         """
         return int(torch.multinomial(self.distribution(logits, ids), 1, generator=self.generator))
 
@@ -59,7 +61,10 @@ class Sampler:
         return row.token
 
     def distribution(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Compute the probabilities (V,) from which `choose` samples. The arguments are those of `choose`."""
+        """Compute the probabilities (V,) from which `choose` samples, from the same arguments.
+
+        Tokens that top-p excludes, and tokens that a trimmed head does not have, get the probability 0.
+        """
         probs = (logits.float() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ranked, order = probs.sort(descending=True)

@@ -19,7 +19,9 @@ TOP = 20            # candidates of each position
 
 @dataclass(frozen=True)
 class Scores:
-    """Natural logarithms of probabilities by the full model, at N positions of a text, at temperature 1.
+    """Log probabilities by the full model at N positions of a text: natural logarithms, at temperature 1.
+
+    K is the number of candidates, the likeliest tokens at a position.
 
     The fields are plain lists, so that a worker process can send them to the page's process.
     """

@@ -6,7 +6,7 @@ compiled or tuned for other machines can be wrong on this machine without an err
 First, the tested backend runs random tokens in two passes: a prompt, and a verification pass after it. Then the `torch`
 backend computes the same parts: embedding, each segment, final norm and head. The input of each part is what the tested
 backend computed before this part, so errors do not add up. Rows and logits must be within `TOLERANCES`. Last, a short
-text of `verified` must equal that of `full`.
+text of `verified` must equal the text of `full`.
 
 A large model would take long. So after `SECONDS` seconds no further segment is compared, and the texts end early. The
 first segment, the head and a text of at least `LEAST_TOKENS` tokens are always compared.
@@ -41,12 +41,12 @@ LAYERS = 8                  # the tolerance is for so many layers; rounding erro
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Result of a self-check."""
+    """Result of a self-check, which tests if a backend computes the same as the `torch` backend on this machine."""
 
-    backend: str
+    backend: str                    # name of the backend that was checked
     problem: str                    # what is wrong, as part of a sentence; "" if all is well
     seconds: float
-    error: float | None = None      # largest error, as a multiple of the allowed one; None: nothing compared
+    error: float | None = None      # largest error / largest allowed error; None if nothing was compared
     layers: int = 0                 # layers that were compared with the `torch` backend
     tokens: int = 0                 # length of the text of `full` that `verified` repeated
 
@@ -66,7 +66,7 @@ def prompt_ids(vocab_size: int) -> list[int]:
 
 @torch.inference_mode()
 def check(engine: Engine, reference: Backend | None) -> SelfCheck:
-    """Run the self-check of an engine and return its result.
+    """Check that an engine's backend computes correctly on this machine. Returns the result.
 
     Args:
         reference: backend from `backends.reference` for the same model and segments. None if the engine itself runs on

@@ -44,7 +44,9 @@ def _setting(default, query: str, record: str | None, limits: Limits | None = No
 class Settings:
     """Settings of one run, as a visitor chose them on the page. A field is None if the visitor emptied its control.
 
-    `decode_configs` then raises ValueError, except for an empty `seed`, which counts as 0.
+    `decode_configs` then raises ValueError, except for an empty `seed`, which counts as 0. `model` is a name on the
+    menu of models, and `chat` says if the prompt is put into the chat template. `DecodeConfig` explains the fields that
+    it also has.
     """
 
     model: str = _setting("", "model", "model")
@@ -143,12 +145,15 @@ class Settings:
         return [None if self.exit_choice == disabling(s) else t for s, t in enumerate(wanted)]
 
     def record(self) -> dict:
-        """Return these settings as a recorded run stores them, {key: value}."""
+        """Return the settings that a recorded run stores, {key: value}. A key is the `record` name of a setting."""
         return {f.metadata["record"]: getattr(self, f.name) for f in fields(self) if f.metadata["record"]}
 
 
-def limits(name: str) -> Limits:
-    """Return the limits of the setting with this name; None if it has no limits."""
+def limits(name: str) -> Limits | None:
+    """Return the limits of the setting with this name; None if it has no limits.
+
+    name: name of a field of `Settings`, for example "top_p".
+    """
     return _FIELDS[name].metadata["limits"]
 
 
@@ -222,7 +227,7 @@ _FIELDS = {f.name: f for f in fields(Settings)}
 
 
 def disabling(s: int) -> int:
-    """Return the value of `Settings.exit_choice` that disables exit s."""
+    """Return the value of `Settings.exit_choice` that disables exit number s, counted from 0."""
     return FIRST_CONFIDENT - 1 - s
 
 

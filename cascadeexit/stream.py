@@ -87,7 +87,8 @@ class TokenStream:
 
     Args:
         sides: the sides in the order of the panels. The side `FULL` is the one with which all others are compared.
-        settings: what the visitor chose, as plain JSON. It is written to the stream unchanged.
+        prompt_ids: token ids of the prompt.
+        settings: what the visitor chose, from `Settings.record`; None for nothing. It is written to the stream.
     """
 
     def __init__(self, engine: Engine, tokenizer, sides: Sequence[Side], prompt_ids: Sequence[int],
@@ -327,7 +328,12 @@ def stopped(text: str) -> str:
 
 
 def rounded(value, digits: int = 5):
-    """Round floats to the number of digits that the page can show. Floats inside lists and dicts are rounded, too."""
+    """Return a value with its floats rounded to as many digits as the page can show.
+
+    Floats inside lists, tuples and dicts are rounded, too. Tuples become lists.
+
+    digits: number of decimal places.
+    """
     if isinstance(value, float):
         return round(value, digits)
     if isinstance(value, (tuple, list)):

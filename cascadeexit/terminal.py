@@ -27,19 +27,26 @@ def color_of(exit: int, num_exits: int) -> int | None:
 
 
 def painted(text: str, color: int | None) -> str:
-    """Return the text in this colour of a terminal, without control characters."""
+    """Return the text with the codes that a terminal needs to show it in a colour.
+
+    Control characters except tab and line feed are replaced by U+FFFD, because a terminal would obey them.
+
+    color: number of a terminal colour, 0 to 255; None leaves the terminal's own colour.
+    """
     text = _CONTROLS.sub("\ufffd", text)
     return text if color is None or not text else f"\x1b[38;5;{color}m{text}\x1b[39m"
 
 
 def print_tokens(events: Iterable[TokenEvent], tokenizer, *, num_exits: int, eos_ids: Iterable[int], color: bool,
                  out: TextIO) -> list[TokenEvent]:
-    """Print each final token at once. Returns all events.
+    """Print the text of each final token as soon as it is decoded. Returns a list of all events.
 
     Args:
         events: the events of a run, as they happen.
+        num_exits: number of exits of the model, for the colours.
         eos_ids: ids of the tokens that end a text; they are not printed.
         color: print each token in the colour of its exit, and replace control characters.
+        out: where to print.
     """
     seen, decoder, ends = [], TextDecoder(tokenizer), frozenset(eos_ids)
     for event in events:

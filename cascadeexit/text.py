@@ -34,7 +34,10 @@ class TextDecoder:
         return piece
 
     def flush(self) -> str:
-        """Return the text of an incomplete character at the end, as the tokenizer shows it; "" if there is none."""
+        """End the text. Returns what the tokenizer shows for an incomplete last character; "" if there is none.
+
+        This is usually U+FFFD. Call it once, after the last token: the tokens of that character are dropped.
+        """
         piece, self._held = self._pending() if self._held else "", []
         return piece
 
@@ -51,7 +54,10 @@ _BYTES = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(so
 
 
 def token_bytes(tokenizer, token_id: int) -> bytes:
-    """Return the bytes that a token stands for. This also works for a token that is only a part of a character."""
+    """Return the UTF-8 bytes that a token stands for. This also works for a token that is only part of a character.
+
+    tokenizer: a transformers tokenizer.
+    """
     word = tokenizer.convert_ids_to_tokens(token_id)
     if re.fullmatch("<0x[0-9A-Fa-f]{2}>", word):                # byte fallback
         return bytes.fromhex(word[3:5])

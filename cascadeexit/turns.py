@@ -7,9 +7,9 @@ WAIT_SECONDS = 0.1          # longest wait of one `Turn.wait`: a waiting run can
 
 
 class Turns:
-    """A queue of runs. Only the first runs in the queue may use the model.
+    """A queue of runs. Only the first `at_once` runs in the queue may use the model at the same time.
 
-    at_once: number of runs that may use the model at the same time.
+    A run calls `join`, and then waits for its turn.
     """
 
     def __init__(self, at_once: int = 1):

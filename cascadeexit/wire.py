@@ -5,7 +5,7 @@ values in this order. Nulls at its end are left out:
 
     [side, i, id, status, text, exit, t, conf, read, ms, ran, special, bytes, part]
 
-    side           index of the side's name in `SIDES`
+    side           index in `SIDES`, the names of the texts that a run can have
     status         index in `STATUSES`
     t              in microseconds
     conf           each confidence in 1/100,000, -1 for null; one number n instead of a list means n times null
@@ -27,7 +27,11 @@ _MICRO, _SHARE = 1_000_000, 100_000
 
 
 def write_line(type: str, **record) -> str:
-    """Write one record as a line of text.
+    """Convert one record of a stream to a line of text, which ends with a line break.
+
+    Args:
+        type: type of the record, such as "token".
+        record: the other fields of the record, as `cascadeexit.stream` describes them.
 
     Lines are ASCII without '<', so they reach the page unchanged and no value can look like HTML.
     """
@@ -38,7 +42,7 @@ def write_line(type: str, **record) -> str:
 
 
 def expand(line: str) -> dict:
-    """Convert a line back to its record. Returns {name of a field: value}.
+    """Convert a line that `write_line` made back to its record. Returns {name of a field: value}, with "type".
 
     Raises ValueError for a line that is not JSON.
     """

@@ -67,7 +67,9 @@ def why_not(base) -> dict[str, str]:
 
 
 def facts(name: str) -> dict[str, str]:
-    """Return {fact: value} about one backend on this machine, for example the path of its compiled kernels.
+    """Return {fact: value} about one backend on this machine, for example {"kernels": path of the compiled library}.
+
+    name: name of the backend, for example "cpu".
 
     Returns {} if the backend has no facts, or if no backend has this name.
     """
@@ -75,5 +77,10 @@ def facts(name: str) -> dict[str, str]:
 
 
 def reference(base, bounds: Sequence[int]) -> Backend:
-    """Make a `torch` backend to check another backend in a few passes. `base` and the new backend share weights."""
+    """Make a `torch` backend for checking another backend in a few passes. It shares its weights with `base`.
+
+    Args:
+        base: a transformers *ForCausalLM.
+        bounds: layer numbers at which segments begin and end; see `Backend.__init__`.
+    """
     return TorchReference(base, tuple(bounds))

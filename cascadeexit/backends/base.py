@@ -11,6 +11,8 @@ guarantee holds for passes of any size. Otherwise the guarantee holds only for t
 model's head, and only in passes of at most `max_rows` rows. Such passes are padded to a multiple of `row_multiple`
 rows.
 
+A word is an entry of the vocabulary. An exit's head may have only the most frequent words.
+
 Letters: N rows in a pass, D hidden size, K words of a head, B texts of a batch, E exits except the first.
 """
 
@@ -45,10 +47,10 @@ class Rows(Protocol):
 
 
 class Choice:
-    """The likeliest token for one row of hidden states, and the logits of all tokens.
+    """The likeliest token for one row of hidden states, and the logits of all tokens of the head.
 
-    `choice.token` is the number of the likeliest token. `choice[t]` returns the logit of token t. Some backends compute
-    this logit only when it is read.
+    `choice.token` is the index of the largest logit, which is the token id in a head for the whole vocabulary.
+    `choice[t]` returns logit number t. Some backends compute this logit only when it is read.
     """
 
     __slots__ = "token", "_logit"
@@ -68,7 +70,8 @@ class LayerStack(Protocol):
     max_rows: int
     """Largest number of rows in one verification pass."""
     supports_trees: bool
-    """True if the rows of one pass may form a draft tree. Each path gives bitwise the same results as plain text."""
+    """True if the rows of one pass may form a draft tree. Then each path of the tree must give bitwise the same results
+    as the same tokens in a pass without a tree."""
     segment_bytes: tuple[int, ...]
     """For each segment: how many bytes of weights one pass through it reads."""
 
@@ -76,40 +79,56 @@ class LayerStack(Protocol):
         """Look up the embeddings of token ids (N,). Returns rows (1, N, D)."""
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """Make an empty KV cache for `batch` texts.
+        """Make an empty KV cache for `batch` texts of equal length.
 
-        capacity: minimum number of positions for each text, including positions for padding rows.
+        capacity: minimum number of positions for each text. Padding rows are written to the cache, too. So the caller
+            adds positions for the padding of the last pass; see `row_multiple`.
         """
 
     def release(self, cache: KVCache) -> None:
-        """Take back a cache that is no longer used. A later call of `new_cache` may return this cache, emptied."""
+        """Take back a cache, which the caller must not use any more. `new_cache` may return it again, emptied."""
 
     def run(self, segments: range, rows: Rows, cache: KVCache, parents: Sequence[int] | None = None) -> list[Rows]:
         """Run the next N positions of one text through consecutive segments: rows (1, N, D).
 
-        The pass writes keys and values to the cache. Returns a list with the rows after each segment, (1, N, D) each.
+        The pass writes the keys and values of all rows to the cache, and adds N to the length of each of these layers.
+        Returns a list with the rows after each segment, (1, N, D) each. A segment without layers returns its input.
 
         Args:
-            segments: numbers of the segments.
+            segments: numbers of the segments, ascending without gaps.
+            rows: for the first segment the embeddings from `embed`, otherwise the rows after the previous segment.
+            cache: a cache from `new_cache` for one text.
             parents: None for consecutive tokens. Otherwise the rows form a draft tree, which needs `supports_trees`:
                 row r follows row parents[r], and parents[r] < r. Row 0 has parent -1 and follows the last position in
-                the cache. After the pass, call `keep` to keep one path of the tree.
+                the cache. After the tree has passed all segments, the caller calls `keep` with one path.
 
-        Raises ValueError if the cache or the model has too few positions.
+        Raises ValueError if the cache or the model has too few positions left.
         """
 
     def run_batch(self, segment: int, rows: Rows, begins: Sequence[int], cache: KVCache) -> Rows:
-        """Run the next position of B texts together through one segment: rows (1, B, D) -> (1, B, D).
+        """Run one more token of each of B texts through one segment. Returns the rows after the segment, (1, B, D).
 
-        begins: for each text, the first slot of its tokens in the cache. Earlier slots of this text are not read.
+        A slot is an index of a position in the cache. All texts use the same next slot, `cache.length(layer)`, which is
+        also the position for the rotary embedding. The call writes one key and one value of each text to this slot, and
+        adds 1 to the length of each layer of the segment.
+
+        Args:
+            rows: one row for each text (1, B, D): embeddings, or the rows after the previous segment.
+            begins: for each text, the slot of its first token. Earlier slots of this text are not read. So texts of
+                different lengths can end in the same slot.
+            cache: a cache from `new_cache` with `batch` B.
+
+        Raises ValueError if the cache is full.
         """
 
     def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
-        """Keep one path of the draft tree that the last pass wrote to the cache. Remove the tree's other rows.
+        """Keep one path of a draft tree in the cache, and remove the other rows of the tree.
+
+        The tree was run through all segments. Afterwards every layer has start + len(path) positions.
 
         Args:
-            start: number of positions in the cache before the tree.
-            path: row numbers of the path within the pass, ascending.
+            start: number of positions that were in the cache before the tree.
+            path: numbers of the tree's rows that are kept, ascending. Path row i moves to position start + i.
         """
 
     def norm(self, rows: Rows) -> Rows:
@@ -126,13 +145,14 @@ class LayerStack(Protocol):
 
 
 class VocabHead(Protocol):
-    """A vocabulary head: computes the logits of K words from rows of hidden states.
+    """A vocabulary head: computes the logits of K words from rows of hidden states. A word is a vocabulary entry.
 
     The full model's head reads the output of the final norm. An exit's head reads the output of the exit's adapter. The
     number of a word is the index of its logit.
     """
 
     words: int
+    """K, the number of words."""
     nbytes: int
     """How many bytes of weights one call of `argmax` reads."""
     owned_bytes: int
@@ -152,12 +172,12 @@ class VocabHead(Protocol):
         """
 
     def choices(self, rows: Rows) -> list[Choice]:
-        """Find the likeliest word of each row (..., D). Returns one `Choice` for each row."""
+        """Find the likeliest word of each row (1, N, D). Returns N `Choice` objects, whose tokens are word numbers."""
 
     def likeliest(self, rows: Rows, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Find the k likeliest words of each row (..., D), best first.
 
-        Returns their probabilities and their numbers, (..., min(k, K)) each. The probabilities are those of the softmax
+        Returns their probabilities and their numbers, (..., min(k, K)) each. The probabilities come from the softmax
         over all K words at this temperature.
         """
 
@@ -169,9 +189,9 @@ class VocabHead(Protocol):
         """
 
     def first(self, words: int) -> "VocabHead":
-        """Make a head for only the first `words` words of this head.
+        """Make a head for only the first `words` vocabulary entries of this head.
 
-        words: a multiple of `exits.config.WORD_BLOCK`, or K.
+        words: number of entries, a multiple of `exits.config.WORD_BLOCK`, or K.
         """
 
 
@@ -231,13 +251,15 @@ class ExitRuntime(Protocol):
         """Draft the next token after each given token. Without a drafter, the exit before the first layer drafts.
 
         Args:
+            tokens: token ids.
             carried: for each token, the hidden state that produced it (1, D).
-            k: number of candidates to return for each next token.
+            k: number of candidates for each next token. If fewer tokens may be drafted, fewer are returned.
+            temperature: temperature of the softmax, above 0.
             context: result of `context`; None without a drafter.
 
         Returns three values for each token: the adapter's output (1, D), which is the carried state of the next token;
-        the probabilities of the k likeliest next tokens, best first; and their token ids. The probabilities come
-        from the softmax over all words that may be drafted, at this temperature.
+        the probabilities of the k likeliest next tokens, best first; and their token ids. The probabilities come from
+        the softmax over all tokens that may be drafted.
         """
 
     def try_bytes(self, s: int) -> int:
@@ -263,7 +285,9 @@ class Backend(Protocol):
         The caller may delete that model afterwards.
 
         bounds: layer numbers at which segments begin and end, ascending: 0, each exit's layer, and the number of
-        layers.
+            layers. Segment s has the layers bounds[s] to bounds[s + 1] - 1, and may have none.
+
+        Raises Unusable if this machine cannot run the model after all.
         """
 
     @classmethod
@@ -285,7 +309,7 @@ class Backend(Protocol):
         """
 
     def exits(self, bank) -> ExitRuntime:
-        """Make the exit runtime for an `ExitBank`. First call the bank's `prepare` with this model."""
+        """Make the exit runtime for an `ExitBank`. The caller has called the bank's `prepare` with this model."""
 
     def without_gradients(self, function: Callable) -> Callable:
         """Wrap a function or generator function so that it records no gradients. The wrapper costs little time."""

@@ -12,9 +12,12 @@ from cascadeexit.backends import memory
 
 
 class KVCache:
-    """Keys and values of one text, or of B texts of equal length: two tensors (L, B, H, C, W).
+    """Keys and values of one text, or of B texts of equal length: `keys` and `values`, two tensors (L, B, H, C, W).
+
+    The constructor allocates both tensors, filled with zeros. `lengths` has the number of used positions of each layer.
 
     Args:
+        num_heads: number of key-value heads.
         widths: number of elements of one key, and number of elements of one value.
     """
 
@@ -35,7 +38,7 @@ class KVCache:
         return self.lengths[layer_idx]
 
     def room(self, layer_idx: int, n: int) -> int:
-        """Return the slot at which this layer's next n positions begin. Nothing is reserved.
+        """Return the slot (index in the cache) at which this layer's next n positions begin. Nothing is reserved.
 
         Raises ValueError if the positions do not fit into the cache.
         """
@@ -46,7 +49,9 @@ class KVCache:
         return start
 
     def claim(self, layers: range, n: int) -> int:
-        """Reserve the next n positions in each of these layers. Returns the slot at which they begin.
+        """Reserve the next n positions in each of these layers. Returns the slot (index) at which they begin.
+
+        The layers must have equal lengths, to which the call adds n.
 
         Raises ValueError if the positions do not fit into the cache.
         """
@@ -55,12 +60,12 @@ class KVCache:
         return start
 
     def advance(self, layers: range, n: int) -> None:
-        """Add n to the length of each of these layers. The next n slots then count as real tokens."""
+        """Add n to the length of each of these layers, so that the next n positions count as real tokens."""
         for layer_idx in layers:
             self.lengths[layer_idx] += n
 
     def copy_from(self, other: "KVCache") -> None:
-        """Copy keys, values and lengths from `other`, a cache whose capacity is at most that of this cache."""
+        """Copy keys, values and lengths from `other`, a cache of at most this capacity and otherwise equal shape."""
         self.keys[:, :, :, :other.capacity] = other.keys
         self.values[:, :, :, :other.capacity] = other.values
         self.lengths = list(other.lengths)

@@ -14,9 +14,9 @@ from cascadeexit.exits.config import WORD_BLOCK
 class Exits:
     """Makes the vocabulary heads of a bank's exits on one backend, and counts the bytes of weights that exits read.
 
-    If the bank has a trimmed head (a head for only the most frequent tokens), each exit and the drafter read the first
-    words of that head. A `SketchConfidence` estimator does so, too, if its words are the first words of the trimmed
-    head.
+    A subclass adds the methods of `base.ExitRuntime` that run adapters, estimators and the drafter. If the bank has a
+    trimmed head (a head for only the most frequent tokens), each exit and the drafter read the first rows of its
+    weight. `SketchConfidence` estimators do so, too, if their tokens are the first tokens of the trimmed head.
 
     Args:
         bank: the trained exits of the model.
@@ -69,9 +69,11 @@ class Exits:
     # -- bytes ----------------------------------------------------------------------------------------------------
 
     def head_bytes(self, s: int) -> int:
+        """Return how many bytes of weights the vocabulary head of exit s reads in one pass."""
         return self._heads[s].nbytes
 
     def try_bytes(self, s: int) -> int:
+        """Return how many bytes of weights one try of exit s reads: its adapter and its confidence for one row."""
         return self._try_bytes[s]
 
     def _count(self) -> None:

@@ -31,6 +31,8 @@ def capture(work: Callable[[], Any], pool: Any = None, warm_ups: int = 1) -> tup
         pool: memory pool of the graph; None for a new pool.
         warm_ups: number of calls of `work` before the recording. These calls allocate workspaces, and choose or compile
             kernels.
+
+    Raises RuntimeError if the kernels cannot be recorded.
     """
     with _RECORDING:
         now, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())

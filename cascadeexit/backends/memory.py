@@ -34,7 +34,7 @@ def allocate(size: int) -> mmap.mmap:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Make a tensor of zeros. On a CPU, its memory is in huge pages if the system has them."""
+    """Make a tensor of zeros on a device. On a CPU, its memory is in huge pages if the system has them."""
     count = math.prod(shape)
     if torch.device(device).type != "cpu" or not count:
         return torch.zeros(shape, dtype=dtype, device=device)

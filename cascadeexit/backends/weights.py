@@ -21,7 +21,7 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")      # model types whose layers `
 
 @dataclass(frozen=True)
 class OuterWeights:
-    """Weights of a model outside its decoder layers. V is the number of words in the vocabulary."""
+    """Weights of a model outside its decoder layers. V is the number of tokens in the vocabulary, D the hidden size."""
 
     embedding: Tensor           # (V, D)
     final_norm: Tensor          # (D,)
@@ -48,7 +48,10 @@ def outer_weights(base) -> OuterWeights:
 
 
 def is_spread(base) -> bool:
-    """Return True if accelerate has put a model partly on disk, or on several devices (main memory counts as one)."""
+    """Return True if accelerate has put a transformers model partly on disk, or on several devices.
+
+    Main memory counts as a device.
+    """
     places = {str(place) for place in getattr(base, "hf_device_map", {}).values()}
     return len(places) > 1 or "disk" in places
 
@@ -78,8 +81,8 @@ def _execution_device(layer: nn.Module) -> torch.device:
 def bring_outer_weights(base) -> None:
     """Load the embedding, the final norm and the head if accelerate has offloaded them to main memory or disk.
 
-    These weights then stay loaded, and accelerate's hooks on them are removed. Every pass needs them, and they are
-    small compared with the layers.
+    This changes `base` in place: these weights stay loaded, and accelerate's hooks on them are removed. Every pass
+    needs them, and they are small compared with the layers.
     """
     for module in (base.model.embed_tokens, base.model.norm, base.lm_head):
         hook = getattr(module, "_hf_hook", None)
@@ -96,7 +99,10 @@ def bring_outer_weights(base) -> None:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Weights of one decoder layer. A weight is None if the model type does not have it."""
+    """Weights of one decoder layer. A weight is None if the model type does not have it.
+
+    D is the hidden size, H the number of query heads, K of key-value heads, d the head size, F the MLP's inner size.
+    """
 
     attention_norm: Tensor      # (D,)
     q: Tensor                   # (H d, D)
@@ -147,7 +153,7 @@ def _norm(module: nn.Module, name: str) -> Tensor | None:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder, such as its hidden size and its number of heads."""
+    """Sizes of a decoder. `inner` is the inner size of the MLP, and `positions` the largest number of positions."""
 
     hidden: int
     heads: int

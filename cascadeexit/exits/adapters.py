@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 
 class Adapter(Protocol):
-    """Interface that each kind of adapter has. An adapter is an nn.Module, made from (hidden_size, width, norm_eps)."""
+    """Interface that each kind of adapter has. An adapter is an nn.Module, made from (hidden_size, width, norm_eps).
+
+    It turns the hidden state at an exit's layer into a state that a vocabulary head can read.
+    """
 
     reads_carried: bool
     """True if the adapter reads the carried state. Training then whitens the inputs and fits `linear` by regression."""
@@ -26,15 +29,19 @@ class Adapter(Protocol):
     def __call__(self, h: Tensor, carried: Tensor) -> Tensor:
         """Adapt hidden states h, each with its own carried state: (..., D), (..., D) -> (..., D)."""
 
-    def rescale(self, h: float) -> None:
-        """Change the weights so that hidden states multiplied by `h` give the output that they gave before.
+    def rescale(self, factor: float) -> None:
+        """Adapt the weights to hidden states that are multiplied by `factor`. Works in place.
 
-        Only adapters with `reads_carried` False have this method.
+        Afterwards, the adapter returns for `factor * h` what it returned for `h` before the call. Only adapters with
+        `reads_carried` False have this method.
         """
 
 
 class ExitAdapter(nn.Module):
-    """The adapter of the original CascadeExit: norm(h + up(silu(gate h) * down h)), (..., D) -> (..., D)."""
+    """The adapter of the original CascadeExit: norm(h + up(silu(gate h) * down h)), (..., D) -> (..., D).
+
+    A new adapter is untrained and returns norm(h).
+    """
 
     reads_carried = False
     linear = None
@@ -53,21 +60,23 @@ class ExitAdapter(nn.Module):
         return self.norm(h + self.up(nn.functional.silu(self.gate(h)) * self.down(h)))
 
     @torch.no_grad()
-    def rescale(self, h: float) -> None:
-        """Change the weights so that hidden states multiplied by `h` give the output that they gave before.
+    def rescale(self, factor: float) -> None:
+        """Adapt the weights to hidden states that are multiplied by `factor`. Works in place.
 
-        The sum before the norm becomes `h` times as large, and the norm removes this factor.
+        Afterwards, `forward(factor * h, carried)` returns what `forward(h, carried)` returned before the call: the sum
+        before the norm becomes `factor` times as large, and the norm removes this factor.
         """
-        for weight, factor in ((self.gate, 1 / h), (self.down, 1 / h), (self.up, h)):
-            weight.weight.mul_(factor)
+        for linear, change in ((self.gate, 1 / factor), (self.down, 1 / factor), (self.up, factor)):
+            linear.weight.mul_(change)
 
 
 class CarryAdapter(nn.Module):
     """An adapter that reads x = [h, carried], the hidden state and the carried state side by side.
 
-    Formula: norm(linear x + up(silu(gate x) * down x)). Shapes: h (..., D), carried (..., D) -> (..., D). The head can
-    read both the output and the carried state. EAGLE (Li et al. 2024) also passes on the last deep state.
-    This adapter combines that state with h, the newest token's state at the layer of the exit.
+    Formula: norm(linear x + up(silu(gate x) * down x)). Shapes: h (..., D), carried (..., D) -> (..., D). A new adapter
+    is untrained and returns norm(h). If the exit's token is taken, the output is the next carried state. EAGLE (Li et
+    al. 2024) also passes on the last deep state. This adapter combines that state with h, the newest token's state at
+    the layer of the exit.
     """
 
     reads_carried = True
@@ -96,8 +105,8 @@ class Drafter(nn.Module):
 
     The context is computed from hidden states at E exits, all except the one before the first layer. These states are
     taken at the position that produced the newest confirmed token, and stand side by side (..., E D). All drafts of a
-    pass use the same context. EAGLE-3 (Li et al. 2025) found that states of several depths tell more about
-    later tokens than the last state alone.
+    pass use the same context. `drafter.context(states)` computes it: (..., E D) -> (..., D). EAGLE-3 (Li et al. 2025)
+    found that states of several depths tell more about later tokens than the last state alone.
 
     Args:
         states: E, the number of exits whose states form the context.

@@ -47,13 +47,17 @@ class ExitBank(nn.Module, ModelHubMixin, library_name="cascadeexit", tags=["earl
                model_card_template=_CARD):
     """All trained parts of one model's exits: adapters, confidence estimators, drafter and lists of token ids.
 
+    `load` reads trained exits, and `untrained` makes new ones for a model. The constructor alone makes exits that do
+    not know the model's final norm. An `Engine` prepares the bank for decoding.
+
     Attributes:
+        config: sizes and kinds of these parts.
         adapters: one for each exit, from the shallowest.
         confidence_heads: one estimator for each exit; None if the confidence is the largest softmax probability.
         drafter: the network that drafts; None if the exit before the first layer drafts.
         head_ids: token ids of the trimmed head, the most frequent first; None if the exits choose from the whole
             vocabulary.
-        sketch_ids: token ids of the words whose logits the `SketchConfidence` estimators read; None without such
+        sketch_ids: ids of the tokens whose logits the `SketchConfidence` estimators read; None without such
             estimators.
         calibration: measured thresholds of these exits; None if they were not calibrated.
     """
@@ -81,7 +85,10 @@ class ExitBank(nn.Module, ModelHubMixin, library_name="cascadeexit", tags=["earl
 
         Args:
             model: a `SegmentedModel`; the bank gets its exit layers.
+            confidence: kind of confidence estimator, as in `ExitConfig`.
             shape: more fields of `ExitConfig`.
+
+        Raises ValueError if these fields contradict each other.
         """
         config = ExitConfig(base_model=model.name, hidden_size=model.hidden_size, num_layers=model.num_layers,
                             vocab_size=model.vocab_size, layers=model.exit_layers, confidence=confidence,
@@ -203,8 +210,11 @@ class ExitBank(nn.Module, ModelHubMixin, library_name="cascadeexit", tags=["earl
 def download(repo_id: str, **options) -> Path:
     """Download the exits of a Hub repository to the Hub cache. Returns their folder.
 
-    Only JSON and safetensors files are downloaded. The options and errors are those of
-    `huggingface_hub.snapshot_download`.
+    Only JSON and safetensors files are downloaded.
+
+    options: more arguments of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
+
+    Raises the errors of `snapshot_download`.
     """
     return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **options))
 

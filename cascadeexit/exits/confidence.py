@@ -18,7 +18,10 @@ FACTS_ALONE, FACTS_AFTER = 5, 12        # inputs of a sketch estimator, without 
 
 
 class ConfidenceHead(nn.Module):
-    """The estimator of the original CascadeExit, an MLP in fp32: adapted hidden states (..., D) -> logits (...,)."""
+    """The estimator of the original CascadeExit, an MLP in fp32: outputs of the adapter (..., D) -> logits (...,).
+
+    The sigmoid of a logit is the probability that the exit and the full model choose the same token.
+    """
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
@@ -30,15 +33,16 @@ class ConfidenceHead(nn.Module):
         return self.outer(inner).squeeze(-1).float()
 
     def chance(self, hidden: Tensor) -> Tensor:
-        """Compute the probability that the exit chooses the full model's token: adapted states (..., D) -> (...,)."""
+        """Compute the probability that the exit chooses the full model's token: adapter outputs (..., D) -> (...,)."""
         return self(hidden).sigmoid()
 
 
 class SketchConfidence(nn.Module):
     """An estimator that reads the numbers of `softmax_facts` and returns logits (...,).
 
-    Its input is (..., 5), or (..., 12) if the previous exit ran for the same token. The 7 additional numbers
-    describe the previous exit and compare both exits, because two exits that agree are right more often.
+    The sigmoid of a logit is the probability that the exit and the full model choose the same token. The input is
+    (..., 5), or (..., 12) if the previous exit ran for the same token. The 7 additional numbers describe the previous
+    exit and compare both exits, because two exits that agree are right more often.
     """
 
     def __init__(self, width: int):
@@ -51,10 +55,10 @@ class SketchConfidence(nn.Module):
 
 
 def read_copies(copied: Sequence[tuple[int, int]], places: Mapping[int, int]) -> list[tuple[int, float]]:
-    """Convert the results of n-gram lookup to inputs of a sketch estimator.
+    """Convert the results of n-gram lookup to inputs of a `SketchConfidence` estimator.
 
-    Returns two numbers for each copied token: its index in the sketch, or -1 if the sketch does not have it, and log(1
-    + length of the match).
+    The sketch is the list of frequent tokens whose probabilities the estimator reads. Returns a pair for each copied
+    token: its index in the sketch, or -1 if the sketch does not have it; and log(1 + length of the match).
 
     Args:
         copied: pairs of token and match length, as from `Lookup.copied`.
@@ -67,7 +71,7 @@ def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: T
                   before: Tensor | None = None) -> Tensor:
     """Compute the inputs of `SketchConfidence` for an exit: (..., 5), or (..., 12) if the previous exit ran, too.
 
-    Columns, in this order; p is a probability in the softmax over the K tokens of the sketch:
+    The sketch is a list of K frequent tokens, and p is a probability in the softmax over them. Columns, in this order:
     - Three numbers of this exit: log p of the likeliest token, log p of the second, entropy in nats.
     - Only if the previous exit ran, seven numbers: the same three numbers of the previous exit; 1 if both exits have
       the same likeliest token, else 0; the previous exit's log p of this exit's likeliest token; this exit's log p of

@@ -86,7 +86,7 @@ class ExitConfig:
                              "anew with training/run.sh, or use the version that made them")
 
     def words(self, s: int) -> int:
-        """Return how many tokens of the vocabulary exit s chooses from."""
+        """Return how many tokens of the vocabulary exit number s (0 is the lowest) chooses from."""
         return self.head_sizes[s] if self.head_sizes else self.head_size or self.vocab_size
 
     @property

@@ -15,9 +15,12 @@ from cascadeexit.text import TextDecoder, token_bytes
 
 
 class Answer:
-    """Makes the JSON of one answer.
+    """Makes the JSON objects of one answer, as dicts: `whole`, or the chunks of a stream.
+
+    The shapes are OpenAI's. A stream has, for each text, `opening`, `piece` many times and `ending`. `totals` is last.
 
     Args:
+        request: the request that is answered.
         num_segments: number of exits, plus one for the full model.
     """
 
@@ -28,12 +31,15 @@ class Answer:
         self._head = dict(id=f"{self.prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=request.model)
 
     def whole(self, texts: Sequence[Written]) -> dict:
-        """Return the answer with all texts."""
+        """Return the whole answer, with all texts of the request."""
         return self._head | dict(object=self.kind, choices=[self._choice(i, text) for i, text in enumerate(texts)],
                                  usage=usage(texts), timings=timings(texts, self._num_segments))
 
     def opening(self, i: int, echo: str) -> dict:
-        """Return the chunk before the pieces of text i. echo: the prompt, if the answer repeats it, else ""."""
+        """Return the chunk before the pieces of text number i.
+
+        echo: the prompt, if the answer repeats it; else "".
+        """
         return self._chunk(self._part(i, echo, first=True))
 
     def piece(self, i: int, piece: str) -> dict:
@@ -45,7 +51,7 @@ class Answer:
         return self._chunk(self._part(i, "") | self._end(text)) | dict(timings=timings([text], self._num_segments))
 
     def totals(self, texts: Sequence[Written]) -> dict:
-        """Return the last chunk of a stream with `include_usage`."""
+        """Return the last chunk of a stream, with the token counts. It is sent if the request has `include_usage`."""
         return self._head | dict(object=self.chunk_kind, choices=[], usage=usage(texts),
                                  timings=timings(texts, self._num_segments))
 
@@ -133,7 +139,10 @@ class CompletionAnswer(Answer):
 
 
 def usage(texts: Sequence[Written]) -> dict:
-    """Count the tokens of an answer. Drafts that the full model accepted or rejected count as predictions."""
+    """Count the tokens of an answer. Returns the dict `usage` of OpenAI's API.
+
+    Drafts that the full model accepted or rejected count as predictions.
+    """
     read, written = (sum(map(len, parts)) for parts in ([t.job.ids for t in texts], [t.token_ids for t in texts]))
     return dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written,
                 completion_tokens_details=dict(accepted_prediction_tokens=_count(texts, Status.ACCEPTED),
@@ -141,10 +150,12 @@ def usage(texts: Sequence[Written]) -> dict:
 
 
 def timings(texts: Sequence[Written], num_segments: int) -> dict:
-    """Measure an answer, in the shape of llama.cpp's server, with the share of the tokens that each exit wrote.
+    """Return the speed of an answer, as the dict `timings` of llama.cpp's server.
 
-    Times are engine time. The time of the prompt includes the first token, so `predicted_per_second` is the speed of
-    the tokens after the first one, as in `metrics.tokens_per_second`.
+    It also has `routing_share`, the share of the tokens that each exit and, last, the full model wrote, and
+    `copied_share`. Times are engine time; names that end in `_ms` are in milliseconds. The time of the prompt includes
+    the first token, so `predicted_per_second` is the speed of the tokens after the first one, as in
+    `metrics.tokens_per_second`.
     """
     finals = [final for text in texts if (final := [e for e in text.events if e.final])]
     prompt_n, predicted_n = sum(len(text.job.ids) for text in texts), sum(map(len, finals))

@@ -4,11 +4,11 @@ from pydantic import ValidationError
 
 
 class ApiError(Exception):
-    """A request cannot be answered. The message tells the caller why.
+    """Raised for a request that cannot be answered. The message tells the caller why.
 
     Attributes:
         status: HTTP status code.
-        body: the answer as plain JSON, {error: {message, type, param, code}}.
+        body: the answer as a dict {error: {message, type, param, code}}.
     """
 
     def __init__(self, message: str, status: int = 400, *, param: str | None = None, code: str | None = None,
@@ -19,7 +19,10 @@ class ApiError(Exception):
 
 
 def wrong_request(error: ValidationError) -> ApiError:
-    """Describe the first fault that pydantic found in a request: the field, what was expected, and what came."""
+    """Convert an error of pydantic to an ApiError about the first fault in the request.
+
+    The message names the field, what was expected, and what came.
+    """
     fault = error.errors(include_url=False, include_context=False)[0]
     if fault["type"] == "json_invalid":
         return ApiError(f"expected a JSON object as the body, got something else ({fault['msg']})")
@@ -37,6 +40,6 @@ def wrong_request(error: ValidationError) -> ApiError:
 
 
 def shown(value) -> str:
-    """Format a wrong value for a message, shortened."""
+    """Format a wrong value for a message: its `repr`, shortened to about 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "..."

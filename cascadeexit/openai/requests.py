@@ -93,6 +93,8 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
+    """Options of a streamed answer. `include_usage`: send the token counts in a last chunk."""
+
     include_usage: bool = False
 
 
@@ -137,8 +139,9 @@ class Request(_Body):
         """Return the settings for decoding. Raises ValueError for settings that contradict each other.
 
         Args:
-            mode: mode that the name of the model stands for; the field `mode` must not contradict it.
-            seed: used if the request has no seed.
+            mode: mode of the run. The field `mode` of the request is not read here.
+            max_new_tokens: largest number of new tokens.
+            seed: seed that is used if the request has none.
         """
         if mode is not Mode.CASCADE and self.threshold is not None:
             raise ValueError(f"threshold goes with mode cascade, got mode {mode}")
@@ -183,7 +186,7 @@ class ChatRequest(Request):
 
     @property
     def turns(self) -> list[dict[str, str]]:
-        """Return the messages as a chat template reads them. OpenAI's role `developer` is called `system` there."""
+        """The messages as a chat template reads them, [{role, content}]. The role `developer` becomes `system`."""
         return [{"role": "system" if m.role == "developer" else m.role, "content": m.content} for m in self.messages]
 
 

@@ -32,7 +32,7 @@ Visit = Callable[[WebRequest], None]
 
 
 def application(runner: Runner, visit: Visit = lambda request: None) -> Starlette:
-    """Make the web application to mount at /v1: models, chat/completions and completions.
+    """Make the web application to mount at /v1. Its routes are models, chat/completions and completions.
 
     If the environment variable CASCADEEXIT_API_KEY is set, every request must send this key as its bearer token.
 

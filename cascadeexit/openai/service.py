@@ -37,11 +37,14 @@ class Service:
                        for name, mode in [(label, Mode.VERIFIED), *((f"{label}:{mode}", mode) for mode in Mode)]}
 
     def models(self) -> dict:
-        """List all names of models."""
+        """List all names of models. Returns a dict {object: "list", data: [result of `model`]}."""
         return dict(object="list", data=list(map(self.model, self._names)))
 
     def model(self, name: str) -> dict:
-        """Describe one model. Raises ApiError for an unknown name."""
+        """Describe one model. Returns a dict {id, object, created, owned_by, root, mode}.
+
+        `root` is the model's own name, and `mode` the mode that this name means. Raises ApiError for an unknown name.
+        """
         label, mode = self._named(name)
         return dict(id=name, object="model", created=self._began, owned_by="cascadeexit", root=label, mode=mode)
 

@@ -14,7 +14,7 @@ from cascadeexit.text import TextDecoder
 
 @dataclass(frozen=True)
 class Job:
-    """The work for one prompt of a request."""
+    """The work for one prompt of a request: what to decode, and where the text stops."""
 
     ids: Sequence[int]                  # of the prompt
     config: DecodeConfig | None         # None: nothing is written
@@ -25,7 +25,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Written:
-    """The result of a job. `token_ids` are the tokens that were written, the one that ended the text included."""
+    """The result of a job. `token_ids` has all tokens that were written, also the token that ended the text."""
 
     job: Job
     text: str
@@ -39,7 +39,8 @@ class Written:
 class StoppedText:
     """Turns tokens into text up to the first stop text, which does not belong to the result.
 
-    Text that might be the beginning of a stop text is held back until this is clear. Special tokens have no text.
+    Call `push` for each token, and `flush` at the end. Text that might be the beginning of a stop text is held back
+    until this is clear. Special tokens have no text.
 
     Attributes:
         text: the text that was returned so far.
@@ -63,7 +64,7 @@ class StoppedText:
         return "" if token_id in self._special else self._grown(self._decoder.push(token_id))
 
     def flush(self) -> str:
-        """End the text. Returns the rest of it."""
+        """End the text. Returns the rest of it, which was held back; "" if a stop text was found."""
         if self.stopped:
             return ""
         rest = self._grown(self._decoder.flush()) + ("" if self.stopped else self._held)
@@ -86,7 +87,7 @@ def _beginning(text: str, stops: Sequence[str]) -> int:
 
 
 def write(runner: Runner, label: str, job: Job) -> Iterator[str | Written]:
-    """Do a job. Yields the pieces of the new text, "" where there is none yet, and at last the `Written`.
+    """Do a job. Yields pieces of the new text, which may be "", and at last the `Written`.
 
     The caller stops the job by closing this generator.
 

@@ -28,10 +28,10 @@ _VECTORS = ("AVX512BF16", "AVX512VNNI", "AVX512BW", "AVX512F", "AVX2")      # co
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the library of compiled kernels. The first call compiles them if needed.
+    """Return the library of compiled kernels. The first call compiles them if needed, which takes seconds.
 
-    If compiling or loading fails, the reason is logged and the result is None. CASCADEEXIT_KERNELS=0 in the
-    environment disables the kernels: the result is None, and nothing is logged.
+    Returns None if there is no compiler, or if compiling or loading fails; the reason is logged. Also returns None if
+    the environment variable CASCADEEXIT_KERNELS is 0, which disables the kernels; then nothing is logged.
     """
     if os.environ.get("CASCADEEXIT_KERNELS") == "0":
         return None
@@ -54,10 +54,12 @@ def find_compiler() -> str | None:
 
 
 def facts() -> dict[str, str]:
-    """Describe the kernels on this machine. Returns {fact: value}.
+    """Describe the kernels on this machine. Compiles them first if needed. Returns {fact: value}.
 
-    The facts are: the compiler, the path of the compiled library, which of the processor's vector extensions the
-    kernels use, and how many out-of-date libraries are in the cache folder.
+    The facts are: "compiler", its path or "none"; "kernels", the path of the compiled library; "vector extensions", the
+    extensions of the processor that the kernels use; "kernels out of date", how many other libraries are in the cache
+    folder. Without kernels, the second and the third fact are missing. The last one is missing if there are no other
+    libraries.
     """
     compiler, others = find_compiler(), sorted(cache_folder().glob("kernels-*.so"))
     found = {"compiler": compiler or "none"}
@@ -76,7 +78,10 @@ def facts() -> dict[str, str]:
 
 
 def why_not() -> str:
-    """Return the reason why the kernels are not available, and what to do; "" if they are available."""
+    """Return the reason why the kernels are not available, and what to do; "" if they are available.
+
+    This compiles the kernels if that was not done before, which takes seconds.
+    """
     if os.environ.get("CASCADEEXIT_KERNELS") == "0":
         return "CASCADEEXIT_KERNELS=0 disables the kernels: unset this variable"
     if library() is not None:

@@ -69,8 +69,8 @@ class CpuExits(Exits):
                         context: ctypes.Array | None = None) -> list[tuple[States, list[float], list[int]]]:
         """Draft the next tokens with separate calls of the embedding, the adapter and the head.
 
-        Arguments and result are those of `drafts`. This method is for models that `CpuDrafter` does not support, for
-        example for a model that does not tie its embedding to its head.
+        `ExitRuntime.drafts` describes the arguments and the result. This method is for models that `CpuDrafter` does
+        not support, for example for a model that does not tie its embedding to its head.
         """
         states = torch.cat([tensor_of(state) for state in carried])
         if context is not None:
@@ -105,7 +105,7 @@ class CpuAdapter:
 
     Args:
         adapter: an `ExitAdapter` or a `CarryAdapter`. Its weights are copied.
-        eight_bits: round the weights to 8 bits. Results then differ slightly from those of the bf16 weights.
+        eight_bits: round the weights to 8 bits. This changes the results slightly.
     """
 
     @staticmethod
@@ -160,13 +160,13 @@ def _rounded_adapter(gate: Tensor, down: Tensor, up: Tensor, linear: Tensor | No
 
 
 class CpuDrafter:
-    """Drafts next tokens in one C++ call, which runs embedding, adapter and head.
+    """Drafts next tokens in one C++ call, which runs embedding, adapter and head. A call of the object drafts.
 
     Args:
         embedding: the head whose weight rows are the embeddings of all tokens (V, D).
         adapter: the drafter's adapter; without a drafter, the adapter of the exit before the first layer.
-        head: the vocabulary head for the words that may be drafted.
-        ids: ids[k] is the token id of word number k of `head`; None if word numbers are token ids.
+        head: the vocabulary head for the tokens that may be drafted.
+        ids: ids[k] is the token id of logit number k of `head`; None if logit k belongs to token id k.
     """
 
     def __init__(self, embedding: CpuHead, adapter: CpuAdapter, head: CpuHead, ids: Sequence[int] | None):
@@ -218,7 +218,7 @@ class CpuConfidence:
     """Runs a `SketchConfidence` estimator and the vocabulary head that it reads, in one C++ call.
 
     Args:
-        head: the vocabulary head for the words that the estimator reads.
+        head: the vocabulary head for the frequent tokens whose probabilities the estimator reads.
         alone: the estimator's network (linear, SiLU, linear) if the previous exit did not run. This network
             reads 5 numbers.
         after: the estimator's network if the previous exit ran. This network reads 12 numbers about both exits.

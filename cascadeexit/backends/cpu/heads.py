@@ -23,10 +23,13 @@ from cascadeexit.exits.confidence import FACTS_AFTER, FACTS_ALONE
 
 
 class CpuHead:
-    """Computes fp32 logits of K words from bf16 rows (..., I). `base.VocabHead` describes the methods.
+    """Computes fp32 logits of K words (entries of the vocabulary) from bf16 rows (..., I).
+
+    `base.VocabHead` describes the methods.
 
     Args:
-        weight: (K, I) in bf16.
+        weight: (K, I) in bf16. It is copied.
+        bias: (K,); None if the head has no bias.
         eight_bits: store the weights as 8-bit integers, with one scale factor for each word. Rows are then rounded to
             16-bit integers, with one scale factor for each row. This halves the bytes and the work, but the logits are
             less exact.
@@ -79,10 +82,10 @@ class CpuHead:
         return out
 
     def argmax(self, rows: Hidden) -> list[int]:
-        """Find the likeliest word of each row (..., I). Returns one word number for each row.
+        """Find the likeliest word (entry of the vocabulary) of each row (..., I). Returns one number for each row.
 
-        If several words are equally likely, the one with the lowest number is returned. A `HeadScreen` makes this
-        faster.
+        If several words are equally likely, the one with the lowest number is returned. A head made by `screened` reads
+        half of the bytes.
         """
         rows = in_bf16(rows)
         n = prod(rows.shape[:-1])
@@ -95,12 +98,12 @@ class CpuHead:
         return [Choice(token, partial(self.logit, rows, row)) for row, token in enumerate(self.argmax(rows))]
 
     def logit(self, rows: Hidden, row: int, number: int) -> float:
-        """Compute one logit of a bf16 head. It is bitwise equal to the value in `logits`.
+        """Compute one logit. It is bitwise equal to the value in `logits`. Only for a head that is not in 8 bits.
 
         Args:
             rows: rows of hidden states (1, N, I).
-            row: number of the row among these.
-            number: number of the word.
+            row: index of the row, from 0 to N - 1.
+            number: index of the logit, from 0 to K - 1.
         """
         rows, size, of = in_bf16(rows), build.library().ce_block(), self.matrix
         first = number // size * size
@@ -127,9 +130,9 @@ class CpuHead:
         return facts
 
     def first(self, words: int) -> "CpuHead":
-        """Make a head for only the first `words` words. It shares this head's memory.
+        """Make a head for only the first `words` vocabulary entries of this head. It shares this head's memory.
 
-        words: a multiple of `WORD_BLOCK`, or K.
+        words: number of entries, a multiple of `WORD_BLOCK`, or K.
         """
         if words == self.words:
             return self
@@ -139,11 +142,11 @@ class CpuHead:
         return part
 
     def rows(self, ids: Sequence[int]) -> States:
-        """Read the rows of the weight that belong to n words. Returns (1, n, I).
+        """Read n rows of the weight (K, I). Returns them in bf16, (1, n, I).
 
-        ids: numbers of the words.
+        If the model ties its embedding to this head, these rows are the embeddings of n tokens.
 
-        If the model ties its embedding to its head, these rows are the embeddings of n token ids.
+        ids: indices of the rows, from 0 to K - 1.
 
         Raises ValueError if the weight was rounded to 8 bits.
         """
@@ -155,9 +158,9 @@ class CpuHead:
         return out
 
     def screened(self, rough: "CpuHead", exact: Tensor, ids: Tensor | None = None) -> "CpuHead":
-        """Return a copy of this head whose argmax uses a new `HeadScreen`. The copy shares this head's weights.
+        """Return a copy of this head whose `argmax` is faster, with the same results. It shares this head's weights.
 
-        The arguments are those of `HeadScreen`.
+        The copy uses a new `HeadScreen`, made from these arguments; see there.
         """
         head = copy.copy(self)
         head._screen, head._shared = HeadScreen(rough, exact, ids), True
@@ -169,12 +172,14 @@ class HeadScreen:
 
     The result does not change. Let w be the weights of a word, v the rounded weights and x a row. Then w . x differs
     from v . x by at most |w - v| |x| (Cauchy-Schwarz inequality). So only a few words can be the likeliest. Only for
-    these few are logits computed with the bf16 weights.
+    these few are logits computed with the bf16 weights. A word is an entry of the vocabulary.
+
+    The constructor only prepares the numbers for C++. `CpuHead.screened` makes a head that uses them.
 
     Args:
         rough: the 8-bit copy of the bf16 head. It may have the words in another order.
         exact: the bf16 weight (K, I) that was rounded to make `rough`.
-        ids: ids[k] is the number in the bf16 head of word number k of `rough`; None if both heads have the words in the
+        ids: word number k of `rough` is word number ids[k] of the bf16 head. None if both heads have the words in the
             same order.
     """
 

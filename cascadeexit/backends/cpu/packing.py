@@ -21,15 +21,18 @@ _MOST_OUTLIERS = 1 / 64         # a weight with a larger share of outliers stays
 
 
 class Store:
-    """Packs weights for C++ into one piece of memory. Keep the store as long as C++ may read its weights.
+    """Owns the memory of packed weights that C++ reads.
+
+    The constructor only reserves memory. `matrix` and `matrix_in_8_bits` pack a weight into this memory, and reserve
+    more if it is full. Keep the store as long as C++ may read its weights.
 
     Args:
-        weights: all weights that will be stored, in bf16 (O, I), or as 8-bit integers from `rounded`. Only their sizes
-            are read here.
+        weights: the weights that will be packed, in bf16 (O, I), or as 8-bit integers from `rounded`. The constructor
+            reads only their sizes, to reserve memory for all of them at once.
         in_12_bits: pack bf16 weights to 12 bits if possible.
 
     Attributes:
-        bytes: size in bytes of all bf16 weights that were packed so far.
+        bytes: size in bytes of all weights that `matrix` has packed so far, with their outliers but without biases.
     """
 
     def __init__(self, weights: Iterable[Tensor], *, in_12_bits: bool = False):
@@ -55,9 +58,15 @@ class Store:
         return at
 
     def matrix(self, *parts: Tensor, bias: Tensor | None = None) -> Matrix:
-        """Pack a bf16 weight (O, I). Returns a `Matrix` with the address of the packed weight.
+        """Pack a bf16 weight (O, I). Returns a `Matrix` with the addresses of the packed weight and the bias.
 
-        Several weights of the same shape become one matrix, in which the blocks of the weights alternate.
+        With `in_12_bits`, the weight is packed to 12 bits without loss. It stays in 16 bits if the kernels do not
+        support 12 bits here, or if more than 1 in 64 of its numbers are not in the code book (outliers).
+
+        Args:
+            parts: one weight, or several weights of the same shape. Several weights become one matrix, in which blocks
+                of their outputs alternate.
+            bias: bias of the outputs (O,); None if there is none.
         """
         (outputs, inputs), lib, count = parts[0].shape, build.library(), len(parts)
         parts = [part.detach().contiguous() for part in parts]
@@ -90,16 +99,19 @@ class Store:
         return at, outliers
 
     def matrix_in_8_bits(self, weight: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None) -> Matrix:
-        """Store a weight of 8-bit integers and its scale, both from `rounded`. Returns a `Matrix` with their addresses.
+        """Store a weight of 8-bit integers. Returns a `Matrix` with the addresses of the weight, scale and bias.
 
-        outputs: number of outputs, without the zeros that fill up the last block.
+        Args:
+            weight, scale: results of `rounded`.
+            outputs: number of outputs, without the zeros that fill up the last block.
+            bias: bias of the outputs (O,); None if there is none.
         """
         at = self._take(weight.nbytes)
         ctypes.memmove(at, weight.data_ptr(), weight.nbytes)
         return Matrix(at, self.floats(scale), self.floats(bias), 2 * weight.shape[1], outputs)
 
     def floats(self, values: Tensor | None) -> int | None:
-        """Store an fp32 copy of the values. Returns its address. Returns None if `values` is None."""
+        """Store an fp32 copy of the values. Returns its address; None if `values` is None."""
         if values is None:
             return None
         self._kept.append(values.detach().float().contiguous().clone())

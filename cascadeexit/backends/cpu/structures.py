@@ -15,10 +15,10 @@ class Matrix(ctypes.Structure):
 
 
 class Screen(ctypes.Structure):
-    """An 8-bit copy of a vocabulary head, which excludes most words from an argmax; see `heads.HeadScreen`.
+    """An 8-bit copy of a bf16 vocabulary head, which excludes most words from an argmax; see `heads.HeadScreen`.
 
-    `ids[k]` is the number in the bf16 head of word number k of the copy. `error` and `norm` bound the rounding
-    errors.
+    Word number k of the copy is word number `ids[k]` of the bf16 head; without `ids`, the numbers are equal. `error`
+    and `norm` bound the rounding errors.
     """
 
     _fields_ = [("rounded", Matrix), ("ids", c_void_p), ("error", c_float), ("norm", c_float)]

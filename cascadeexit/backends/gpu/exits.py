@@ -25,7 +25,7 @@ class GpuExits(Exits):
     """Runs the trained exits of a model with Triton kernels. `base.ExitRuntime` describes the methods.
 
     If passes are recorded as CUDA graphs, there are also recordings of a pass together with the exit after it. Such a
-    recording computes the exit's adapter, its confidence and its likeliest word.
+    recording computes the exit's adapter, its confidence and its likeliest token.
     """
 
     def __init__(self, bank: ExitBank, backend):
@@ -197,10 +197,11 @@ class GpuExits(Exits):
 class AskedExit(Late):
     """The output (1, D) of an exit's adapter, computed when it is first read.
 
-    If the pass below the exit is still postponed, `GpuExits.confidence` runs the pass and the exit in one recording.
+    If the pass below the exit is still postponed, `GpuExits.confidence` runs the pass and the exit in one recording
+    (CUDA graph).
 
     Attributes:
-        word: number of the exit's likeliest word in its head; None if the exit has not run in a recording.
+        word: index of the largest logit of the exit's head; None if the exit has not run in a recording.
     """
 
     __slots__ = "carried", "word"

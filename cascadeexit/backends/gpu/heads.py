@@ -16,10 +16,14 @@ _WORDS, _BLOCKS = 64, 1024      # words of one program, and blocks of words in o
 
 
 class GpuHead:
-    """Computes fp32 logits of K words from rows (..., D). `base.VocabHead` describes the methods.
+    """Computes fp32 logits of K words (entries of the vocabulary) from rows (..., D).
+
+    `base.VocabHead` describes the methods.
 
     Args:
         weight: (K, D).
+        bias: (K,); None if the head has no bias.
+        counts: the `Counts` of the model's device.
         owned: True if the weight is not shared with another head or the model.
     """
 
@@ -62,7 +66,7 @@ class GpuHead:
         return softmax_facts(self.logits, rows, copied, before)
 
     def first(self, words: int) -> "GpuHead":
-        """Make a head for only the first `words` words. It shares this head's memory."""
+        """Make a head for only the first `words` entries of the vocabulary, at most K. It shares this head's memory."""
         if words == self.words:
             return self
         bias = None if self._bias is None else self._bias[:words]
@@ -71,7 +75,7 @@ class GpuHead:
     def launch(self, rows: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Launch the projection and the argmax on contiguous rows (N, D).
 
-        Returns fp32 logits (N, K), and the number of each row's likeliest word (N,).
+        Returns fp32 logits (N, K), and the index of the largest logit of each row (N,). This does not wait for the GPU.
 
         count: how many of the first rows to compute, as a tensor (1,) in device memory; None for all rows.
         """

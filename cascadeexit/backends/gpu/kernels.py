@@ -11,10 +11,10 @@ the cache's capacity and of how a text is cut into passes:
    decoded alone or verified in a draft tree.
 
 No kernel uses atomic additions. Counts and positions are read from device memory. So a recorded launch works for every
-length of text.
+length of text. The argument `count` (1,) is the number of rows to compute. Later rows of an output are not written.
 
 Letters: N rows, T tiles of rows, D hidden size, I inputs, O outputs, H query heads, K key-value heads, G = H / K, d
-head size, C cache capacity, S splits, F inner size of the MLP, V words.
+head size, C cache capacity, S splits, F inner size of the MLP, V words (entries of the vocabulary).
 """
 
 import triton

@@ -285,7 +285,7 @@ class Passes:
     def run(self, waiting: Pass, name: Any, fill: Callable[[], None] = lambda: None) -> Any:
         """Run a postponed pass by replaying the recording `name`. Returns the result of the recording.
 
-        fill: function that writes other inputs of the recording, such as those of an exit, before the replay.
+        fill: function that writes other inputs of the recording, such as the inputs of an exit, before the replay.
         """
         self._waiting = None
         if waiting.span[0] == 0:

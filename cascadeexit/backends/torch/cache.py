@@ -83,7 +83,7 @@ class SpreadCache(TorchCache):
         return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
 
     def copy_from(self, other: "SpreadCache") -> None:
-        """Copy keys, values and lengths from `other`, a cache whose capacity is at most that of this cache."""
+        """Copy keys, values and lengths from `other`, a cache of at most this capacity and otherwise equal shape."""
         for ours, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values)):
             ours[:, :, :other.capacity] = theirs
         self.lengths = list(other.lengths)

@@ -16,10 +16,13 @@ from cascadeexit.exits.confidence import softmax_facts
 
 
 class TorchHead:
-    """Computes logits of K words from rows (..., D). `base.VocabHead` describes the methods.
+    """Computes logits of K words (entries of the vocabulary) from rows (..., D).
+
+    `base.VocabHead` describes the methods.
 
     Args:
         weight: (K, D).
+        bias: (K,); None if the head has no bias.
         row_multiple: pad the number of rows to a multiple of this, so that a row's logits do not depend on other rows.
         recorded_rows: run passes of up to this many rows as CUDA graphs; 0 records nothing.
         owned: True if the weight is not shared with another head.
@@ -49,21 +52,19 @@ class TorchHead:
         return self._project(F.pad(rows, (0, 0, 0, missing)) if missing else rows)[..., :n, :]
 
     def argmax(self, rows: Tensor) -> list[int]:
-        """Find the likeliest word of each row (..., D). Returns one word number for each row.
-
-        If several words are equally likely, the one with the lowest number is returned.
-        """
+        """Return the index of the largest logit of each row (..., D), as one list. If several are equal, the lowest."""
         return argmax(self.logits(rows).flatten(0, -2))
 
     def choices(self, rows: Tensor) -> list[Choice]:
-        """Find the likeliest word of each row (..., D). Returns one `Choice` for each row."""
+        """Find the largest logit of each row (..., D). Returns a `Choice` for each row: its index, and all logits."""
         logits = self.logits(rows).flatten(0, -2)
         return [Choice(token, row.__getitem__) for token, row in zip(argmax(logits), logits)]
 
     def likeliest(self, rows: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """Find the k likeliest words of each row (..., D), best first; see `VocabHead.likeliest`.
+        """Find the k largest logits of each row (..., D), largest first.
 
-        Returns their probabilities and their numbers, (..., min(k, K)) each.
+        Returns their probabilities and their indices, (..., min(k, K)) each. The probabilities come from the softmax
+        over all K logits at this temperature.
         """
         logits = self.logits(rows).float() / temperature
         probs, numbers = logits.softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
@@ -73,12 +74,15 @@ class TorchHead:
         """Compute the inputs of a `SketchConfidence` estimator from adapter outputs (..., D).
 
         `exits.confidence.softmax_facts` describes the arguments. Returns (..., 5) without `before`, and (..., 12) with
-        it.
+        `before`.
         """
         return softmax_facts(self._linear, rows, copied, before)        # the whole estimator may be recorded
 
     def first(self, words: int) -> "TorchHead":
-        """Make a head for only the first `words` words. It copies a packed weight, and shares any other weight."""
+        """Make a head for only the first `words` entries of the vocabulary, at most K.
+
+        The new head copies a packed weight, and shares any other weight.
+        """
         if words == self.words:
             return self
         return TorchHead(self.weight[:words], None if self._bias is None else self._bias[:words], owned=False,

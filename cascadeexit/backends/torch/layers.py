@@ -228,7 +228,7 @@ class TorchLayers:
 
 
 class UnpreparedLayers(TorchLayers):
-    """Layers for only a few passes. They skip packing weights and recording kernels, which would take longer."""
+    """Layers for only a few passes: weights are not packed and kernels not recorded, which would take longer."""
 
     prepared = False
 

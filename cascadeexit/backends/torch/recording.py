@@ -59,6 +59,8 @@ def record(function: Callable[..., Tensor], places: list[Tensor]) -> tuple[Calla
     Returns a function that replays the graph, and the tensor into which each replay writes the result.
 
     places: input tensors. Write new inputs into them before a replay.
+
+    Raises RuntimeError if the call cannot be recorded.
     """
     with torch.cuda.device(places[0].device):
         return capture(lambda: function(*places), warm_ups=3)
