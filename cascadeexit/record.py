@@ -67,14 +67,14 @@ def load(content: bytes | str) -> str:
     try:
         file = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"this file is not JSON ({error}). Choose a file that Save wrote.") from None
+        raise ValueError(f"this file is not JSON ({error}). Choose a file that “Save run (JSON)” wrote.") from None
     if not isinstance(file, dict) or not isinstance(file.get("records"), list):
         raise ValueError('this is not a recorded run: expected {"format": ..., "records": [...]}. Choose a file that '
-                         "Save wrote.")
+                         "“Save run (JSON)” wrote.")
     if file.get("format") != FORMAT:
         raise ValueError(f"this record has format {file.get('format')!r}; this page reads format {FORMAT}")
     if not 2 <= len(file["records"]) <= MAX_RECORDS:
-        raise ValueError(f"expected 2 to {MAX_RECORDS:,} entries, got {len(file['records']):,}")
+        raise ValueError(f"records should be 2 to {MAX_RECORDS:,} entries, got {len(file['records']):,}")
     for number, record in enumerate(file["records"]):
         _check(number, record)
     _check_whole(file["records"])
@@ -186,7 +186,7 @@ def _check(number: int, record) -> None:
     """
     kind = record.get("type") if isinstance(record, dict) else None
     if kind not in _FIELDS:
-        raise ValueError(f"entry {number}: expected one of the types {', '.join(_FIELDS)}, got {kind!r}")
+        raise ValueError(f"entry {number}: type should be one of {', '.join(_FIELDS)}, got {kind!r}")
     place, fields = f"entry {number} ({kind}):", dict(_FIELDS[kind])
     if kind == "token" and record.get("status") != "rejected":
         fields |= _TOKEN_TEXT

@@ -105,7 +105,7 @@ class Report:
         if s.agreement is not None:
             words.append(f"agreement {s.agreement:.1%}")
         if s.speedup is not None:
-            words.append(f"{s.speedup:.2f}x the full model's speed")
+            words.append(f"{s.speedup:.2f}× the full model's speed")
         if s.sequence is not None:
             words.append(f"{s.sequence:.0%} identical texts")
         return " · ".join(words)

@@ -391,7 +391,7 @@ def test_a_file_that_is_not_a_run_gets_a_message(page, tmp_path):
     (tmp_path / "other.json").write_text('{"format": 1, "records": [1, 2]}')
     page.set_input_files("input[type=file]", tmp_path / "other.json")
     page.wait_for_selector(".ce-status.error")
-    assert "entry 0: expected one of the types" in page.locator(".ce-status").inner_text()
+    assert "entry 0: type should be one of" in page.locator(".ce-status").inner_text()
     assert shown_ids(page, "cascade") == before
 
 

@@ -151,7 +151,7 @@ def test_the_card_explains_both_percentages_and_draws_the_lens(done):
     token(done, 20).click()
     done.wait_for_selector(".ce-candidate")
     heads = done.locator(".ce-readings thead th").all_inner_texts()
-    assert heads == ["Who", "Chance that this exit is right", "Likeliest tokens in this row, and the probability of each"]
+    assert heads == ["Who", "Chance that this exit is right", "Its likeliest tokens, and the probability of each"]
     assert re.search(r"\d+%", done.locator(".ce-chance").first.inner_text())
     rows = done.locator(".ce-readings tbody tr").count()
     labels = done.locator(".ce-lens text").all_text_contents()
@@ -182,8 +182,8 @@ def test_cards_of_exact_mode_do_not_contradict_themselves(stage, checked):
         if "had drafted" in words:
             kind = "correction"
             row = page.locator("tr", has=page.locator(".ce-part", has_text="drafted “"))
-            assert "not asked" not in row.locator(".ce-chance").inner_text()
-        elif "copied from earlier" in words or words.startswith("Copied"):
+            assert "not used" not in row.locator(".ce-chance").inner_text()
+        elif "copied from earlier" in words or words.startswith("It was copied"):
             kind = "copied"
         elif " drafted it" in words:
             kind = "accepted"
@@ -336,7 +336,7 @@ def test_moments_say_what_was_said_and_what_the_full_model_would_choose(edits):
     open_tab(edits, "Worst moments")
     assert edits.locator(".ce-moment").count() == 2
     first = edits.locator(".ce-moment").first.inner_text()
-    assert "said b 5%" in first and "full model: quite 32%" in first and "token 12" in first and "exit 4" not in first
+    assert "wrote b 5%" in first and "full model: quite 32%" in first and "token 12" in first and "exit 4" not in first
     edits.locator(".ce-moment").first.click()
     words = edits.locator(".ce-story").inner_text()
     assert "The full model would choose “quite” (32%) and gives this one 5%." in words
@@ -345,7 +345,7 @@ def test_moments_say_what_was_said_and_what_the_full_model_would_choose(edits):
 def test_an_exact_run_has_no_worst_moments(stage, checked):
     page = stage(checked).page
     open_tab(page, "Worst moments")
-    assert page.locator(".ce-moments-words").inner_text().startswith("None: the full model checked every token")
+    assert page.locator(".ce-moments-words").inner_text().startswith("Nothing to list: the full model checked")
 
 
 # -- forks ----------------------------------------------------------------------------------------------------
