@@ -201,7 +201,7 @@ def test_the_card_of_a_recorded_run_says_what_is_known(stage, fast):
     page.wait_for_selector(".ce-recorded:visible")
     token(page, 7).click()
     assert re.match(r"(Exit \d wrote it|No exit was confident)", page.locator(".ce-story").inner_text())
-    assert "A recorded run has no more than this" in page.locator(".ce-readings caption").inner_text()
+    assert "This recorded run does not have the other choices" in page.locator(".ce-readings caption").inner_text()
     assert page.locator(".ce-fork").count() == 0
 
 
