@@ -72,7 +72,7 @@ def load(content: bytes | str) -> str:
         raise ValueError('this is not a recorded run: expected {"format": ..., "records": [...]}. Choose a file that '
                          "“Save run (JSON)” wrote.")
     if file.get("format") != FORMAT:
-        raise ValueError(f"this record has format {file.get('format')!r}; this page reads format {FORMAT}")
+        raise ValueError(f"this file has format {file.get('format')!r}; this page reads format {FORMAT}")
     if not 2 <= len(file["records"]) <= MAX_RECORDS:
         raise ValueError(f"records should be 2 to {MAX_RECORDS:,} entries, got {len(file['records']):,}")
     for number, record in enumerate(file["records"]):
@@ -221,7 +221,7 @@ def _check_token(number: int, record: dict) -> None:
 
 def _check_whole_numbers(place: str, name: str, record: dict) -> None:
     if not all(_fits(i, int) for i in record.get(name) or []):
-        raise ValueError(f"{place} {name} should hold whole numbers")
+        raise ValueError(f"{place} {name} should hold whole numbers, got {record[name]!r}"[:300])
 
 
 def _check_fields(place: str, value, fields: dict) -> None:

@@ -32,7 +32,7 @@ function lensChart(answer, id, full) {
     + ours.map((point, s) => swatchText(s) + ' ' + (point ? percent(point.p) + (point.rank ? ', rank ' + point.rank : '') : 'not among its likeliest tokens')).join('; '));
   const key = make('figcaption', null, null, make('span', 'ce-lens-ours', said));
   if (other) key.append(make('span', 'ce-lens-theirs', inQuotes(full.text) + ', the full model’s choice'));
-  return make('figure', 'ce-lens-box', null, make('p', 'ce-lens-title', 'Probability after each exit. #1: its first choice'), svg, key);
+  return make('figure', 'ce-lens-box', null, make('p', 'ce-lens-title', 'Probability and rank (#) after each exit'), svg, key);
 }
 
 function lensLine(points, x, y, kind) {      // gaps where a probability is not known
