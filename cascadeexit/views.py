@@ -55,7 +55,7 @@ def _add_to_both(figure: go.Figure, speedups: list, costs: list, agreements: lis
         agreements: y of the points in both charts.
         words: beginning of the text that a point shows under the mouse.
     """
-    for row, x, form in ((1, speedups, "%{x:.2f}x"), (2, costs, "%{x:.0%} of the weights read")):
+    for row, x, form in ((1, speedups, "%{x:.2f}×"), (2, costs, "%{x:.0%} of the weights read")):
         figure.add_scatter(x=x, y=agreements, mode="markers", name=name, legendgroup=name, showlegend=row == 1,
                            hovertemplate=f"{words}%{{y:.1%}} agreement, {form}<extra></extra>", row=row, col=1,
                            **options)

@@ -268,7 +268,7 @@ def test_after_cancel_text_table_chart_and_files_agree(page, monkeypatch):
     assert shown.kind == "stopped" and shown.status.startswith("2 of 4") and "left" not in shown.status
     assert len(shown.rows) == 2 == len(json.loads(shown.files["json"].read_text())["results"])
     star = next(trace for trace in shown.figure.data if trace.name == "all prompts")
-    assert f"{star.y[0]:.1%}" in shown.status and f"{star.x[0]:.2f}x" in shown.status
+    assert f"{star.y[0]:.1%}" in shown.status and f"{star.x[0]:.2f}×" in shown.status
     points = [trace for trace in shown.figure.data if trace.name == "own" and trace.xaxis == "x"]
     assert sum(len(trace.x) for trace in points) == 2
 
