@@ -1,8 +1,8 @@
-"""The page: layout, events, link and command line. `cascadeexit.page` and `cascadeexit.endpoints` have the handlers.
+"""The web page: layout, events, link and command line. `cascadeexit.page` and `cascadeexit.endpoints` do the work.
 
     python app.py                                the bundled model on this machine
     python app.py --model my-model               any Llama-like model: a Hub id, a local folder or a GGUF file
-    python app.py --model one two --mcp          a choice of models, and the endpoints as tools for an agent
+    python app.py --model one two --mcp          a menu of two models, and the endpoints as MCP tools for an agent
 
 The same server answers OpenAI's clients at /v1 (`cascadeexit.openai`).
 """
@@ -77,7 +77,7 @@ QUIET = dict(show_progress="hidden", api_visibility="private")      # options of
 
 @dataclass(frozen=True)
 class OnePrompt:
-    """Components of the first tab."""
+    """Components of the first tab, where a visitor runs one prompt."""
 
     controls: dict[str, Component]      # what `Settings.from_controls` reads, by name
     preset: gr.Radio
@@ -100,7 +100,7 @@ class OnePrompt:
 
 @dataclass(frozen=True)
 class ManyPrompts:
-    """Components of the second tab."""
+    """Components of the second tab, where a visitor evaluates many prompts."""
 
     source: dict[str, Component]        # fields of `PromptSource`
     start: gr.Button
@@ -118,7 +118,7 @@ def make_runner(library: Library) -> Runner:
 
 
 def build_demo(runner: Runner) -> gr.Blocks:
-    """Build the page for the models of a runner."""
+    """Build the page for the models of a runner. Returns the app; start it by `launch` with `launch_options`."""
     library, page = runner.library, Page(runner)
     calibrations = {label: library.calibration(label) for label in library.labels}
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
@@ -185,15 +185,23 @@ def _has_recorded_run(library: Library) -> bool:
 
 
 def page_script() -> str:
-    """The script of the token view: the files of `SCRIPTS` in their order, in one scope."""
+    """Return the JavaScript of the token view (the panels, charts and timeline below the controls).
+
+    It is made of the files of `SCRIPTS`, joined in this order. They run as one script, so they share their names.
+    """
     return "\n".join((ASSETS / "page" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
 
 
 def token_view(page: Page, value: str) -> gr.HTML:
-    """Both texts, live numbers and charts, drawn in the browser from one growing string of JSON lines.
+    """Make the token view: a component that shows the texts, numbers and charts of a run.
 
-    The template is constant on purpose: gradio runs template values as code, and model text is not trusted.
+    The browser draws it from the component's value, one growing string of JSON lines (see `cascadeexit.stream`).
+
+    Args:
+        page: answers the questions of the browser about single tokens and layers.
+        value: the first value.
     """
+    # The template is constant on purpose: gradio runs template values as code, and model text is not trusted.
     def token_card(arguments):          # a function, since gradio cannot mark a method; it passes one argument
         return page.token_card(*_of_length(arguments, 3))
 
@@ -228,7 +236,7 @@ def _quality_range(threshold: float | None, calibration: Calibration | None) -> 
 
 def _certainty(calibration: Calibration) -> str:
     return (f"Share of tokens equal to the full model's choice, on average over prompts like the {calibration.prompts} "
-            f"that were tested ({1 - calibration.delta:.0%} confidence). For more, choose Exact: it agrees fully.")
+            f"that were tested ({1 - calibration.delta:.0%} confidence). For 100%, choose Exact.")
 
 
 def _exit_controls(shape: Shape) -> dict[str, Component]:
@@ -274,9 +282,11 @@ def _advanced_controls() -> dict[str, Component]:
     with gr.Row():
         temperature = _slider("temperature", label="Temperature",
                               info="0: always the most likely token. Higher: more random")
-        top_p = _slider("top_p", label="Top-p", info="Below 1: choose among the most likely tokens only")
+        top_p = _slider("top_p", label="Top-p", info="Below 1: choose among the most likely tokens only, those that "
+                                                "together have this probability")
         seed = gr.Number(Settings.seed, label="Seed", precision=0,
-                         info="Number that decides all random choices. Same seed, same text; Retry adds 1")
+                         info="Number that decides all random choices. The same seed gives the same text. "
+                              "Above temperature 0, “Run again, next seed” adds 1")
     return dict(chat=chat, max_new_tokens=max_new_tokens, max_draft=max_draft, tolerance=tolerance,
                 temperature=temperature, top_p=top_p, seed=seed)
 
@@ -537,9 +547,14 @@ def _for_clients(endpoint: Callable) -> Callable:
 # -- ZeroGPU --------------------------------------------------------------------------------------------------
 
 def on_zero_gpu(compute: Compute, seconds: Callable[..., int]) -> Compute:
-    """Make a generator function run in a worker process that has a GPU, for `seconds` of its arguments.
+    """Wrap a generator function so that it runs in a worker process that has a GPU of ZeroGPU.
 
-    Errors of `spaces`, such as a worker that died or a quota that is used up, become RunFailed.
+    Args:
+        compute: the generator function.
+        seconds: function that estimates, from the arguments of `compute`, how many seconds of GPU time a call needs.
+
+    Returns a generator function with the same arguments. It raises RunFailed for errors of `spaces`, such as a worker
+    that died or a quota that is used up.
     """
     on_gpu = spaces.GPU(compute, duration=seconds)
 
@@ -558,8 +573,8 @@ def on_zero_gpu(compute: Compute, seconds: Callable[..., int]) -> Compute:
 # -- start --------------------------------------------------------------------------------------------------
 
 def launch_options(demo: gr.Blocks, runner: Runner) -> dict:
-    """Options of `demo.launch`, also for tests and scripts: our theme and styles, no request to other machines, and the
-    routes of `cascadeexit.openai` for programs.
+    """Return the arguments of `demo.launch`: our theme and styles, no requests to other machines, and the routes of
+    `cascadeexit.openai` for programs.
     """
     def visit(request: Request) -> None:
         # As gradio does before it calls a function: `spaces` reads from these who asks for a GPU, and for which server.
@@ -581,7 +596,15 @@ def styles() -> list[Path]:
 
 
 def offers(models: list[str], exits: str | None) -> list[Offer]:
-    """Model menu: the models of the command line, else the bundled model with each set of exits that ships for it."""
+    """List the models for the page's menu.
+
+    These are the models of the command line, else the model of $CASCADEEXIT_MODEL. If neither is given, the list has
+    the bundled model once for each set of exits that ships for it.
+
+    Args:
+        models: Hub ids, local folders, or the bundled model's name.
+        exits: folder of trained exits; None = the exits that ship for the model.
+    """
     if models or exits or os.environ.get("CASCADEEXIT_MODEL"):
         return [Offer(hub.short_name(model or hub.DEFAULT_MODEL), model, exits)
                 for model in models or [os.environ.get("CASCADEEXIT_MODEL")]]
@@ -601,10 +624,11 @@ def main() -> None:
     parser.add_argument("--device-map", help="'auto' spreads a model that is too large for one device over all "
                         "devices, main memory and disk")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
-                        help="default: bfloat16, or float16 on a GPU that only emulates that")
+                        help="data type of the weights (default: bfloat16, or float16 on a GPU that only emulates "
+                        "bfloat16)")
     parser.add_argument("--host", help="address to serve on, 0.0.0.0 for every network (default: 127.0.0.1)")
     parser.add_argument("--mcp", action="store_true", help="offer the endpoints as MCP tools too (needs gradio[mcp])")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--port", type=int, help="port to serve on (default: the first free one from 7860)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if problem := accelerator.space_problem():

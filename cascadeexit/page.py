@@ -77,7 +77,7 @@ class PromptSource:
         if (self.pasted or "").strip():
             return prompts.read_prompts(self.pasted)
         if not self.kinds:
-            raise ValueError("Choose at least one kind of prompts, paste some, or upload a file.")
+            raise ValueError("Choose at least one kind of prompt, paste prompts, or upload a file.")
         return prompts.bundled_prompts(self.kinds, int(self.each or 1))
 
 

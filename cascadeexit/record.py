@@ -226,7 +226,7 @@ def _check_token(number: int, record: dict) -> None:
 
 def _check_whole_numbers(place: str, name: str, record: dict) -> None:
     if not all(_fits(i, int) for i in record.get(name) or []):
-        raise ValueError(f"{place} {name} should hold whole numbers")
+        raise ValueError(f"{place} {name} should hold whole numbers, got {record[name]!r}"[:300])
 
 
 def _check_fields(place: str, value, fields: dict) -> None:

@@ -7,9 +7,10 @@ without a cache. For every new token, such a loop reads the whole text again and
 This file has three such loops, with our model and our exits: `standard` (the full model alone), `cascade` and
 `self_speculation`. The tests use them as a reference.
 
-Each method runs without a cache (these loops) and with a cache (our engine). The table has two ratios for each method.
-The first ratio is the speed of the method / the speed of the loop `standard`. The second ratio is the same for a method
-without a cache. For a method with a cache, it is the speed of the method / the speed of our engine in mode `full`.
+Each method runs without a cache (these loops) and with a cache (our engine). The table has two ratios for each method:
+- `over_uncached`: speed of the method / speed of the loop `standard`.
+- `over_standard`: speed of the method / speed of the full model in the same setting. Without a cache, this is the loop
+  `standard`. With a cache, it is our engine in mode `full`.
 """
 
 import argparse
@@ -75,6 +76,7 @@ class Uncached:
         The logits are computed even if the exit is not taken.
 
         Args:
+            s: number of the exit, from 0.
             h: hidden states of the whole text at the layer of the exit (1, N, D).
             carried: the carried state (1, D).
             copied: the token that the n-gram lookup proposes, and the length of its match, from `Lookup.copied`.
@@ -87,7 +89,7 @@ class Uncached:
         return self.exits.choice(s, hidden), confidence, hidden
 
     def carried(self, prompt: list[int]) -> Tensor:
-        """Return the carried state (1, D) at the last token of the prompt. `Engine.generate` starts from the same."""
+        """Return the carried state (1, D) at the last token of the prompt, from which decoding starts."""
         return carried_states(self.top(prompt)[1])[-1:]
 
 
@@ -139,8 +141,11 @@ def cascade(engine: Engine, prompt: list[int], tokens: int, thresholds: tuple[fl
 def self_speculation(engine: Engine, prompt: list[int], tokens: int, exit: int, max_draft: int) -> list[int]:
     """Decode with self-speculation, without a cache. Returns at most `tokens` token ids.
 
-    In each round, exit `exit` drafts `max_draft` tokens, one after another. Then one pass of the full model verifies
-    them.
+    In each round, one exit drafts tokens, one after another. Then one pass of the full model verifies them.
+
+    Args:
+        exit: number of the exit that drafts, from 0.
+        max_draft: number of drafts in each round.
     """
     run, text = Uncached(engine), list(prompt)
     carried, end = run.carried(prompt), len(prompt) + tokens
@@ -173,6 +178,9 @@ def make_jobs(engine: Engine, args: argparse.Namespace) -> dict[Job, Decode]:
 
     Returns {(setting, method): function}. The setting is "uncached" (a loop of this file) or "cached" (our engine).
     Each function takes the token ids of a prompt and returns the new token ids.
+
+    Args:
+        args: `threshold`, `tokens` and `max_draft` are used, with the meaning of the command's options.
     """
     thresholds, n = (args.threshold,) * engine.num_exits, args.tokens
 
@@ -214,11 +222,14 @@ def time_jobs(jobs: dict[Job, Decode], prompts: list[list[int]]) -> tuple[dict[J
 
 
 def table_row(job: Job, speeds: dict[Job, list[float]], outputs: dict[Job, list]) -> dict:
-    """Compute the table row of one job. Speed and ratios are medians over the prompts.
+    """Compute the table row of one job, from the results of `time_jobs`.
 
-    `over_standard` is the speed relative to the standard method of the same setting ("uncached" or "cached").
-    `over_uncached` is the speed relative to the uncached standard method. `identical` is the share of the prompts for
-    which the output equals that of the cached standard method.
+    Returns a dict. Speed and ratios are medians over the prompts:
+    - `setting`, `method`: the two parts of the job.
+    - `tokens_per_second`: speed.
+    - `over_standard`: speed / speed of the method "standard" in the same setting.
+    - `over_uncached`: speed / speed of the method "standard" without a cache.
+    - `identical`: share of the prompts for which the output equals the output of the method "standard" with a cache.
     """
     setting, method = job
 

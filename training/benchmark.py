@@ -56,7 +56,7 @@ from training.provenance import provenance
 
 
 def race_all(contenders: list[Contender], prompts: list[list[int]], device: torch.device) -> None:
-    """Decode every prompt with every contender. Speeds and outputs are stored in the contenders.
+    """Decode every prompt with every contender. The results are appended to `speeds` and `outputs` of each contender.
 
     First, every contender decodes the longest prompt as a warm-up, which does not count. Compiled code and caches get
     their size from this prompt. If a contender fails in the warm-up, it is left out and its `error` says why. But
@@ -110,14 +110,18 @@ def checked_speeds(contenders: dict[str, Contender], kinds: list[str]) -> dict[s
 
 def result_row(contender: Contender, contenders: dict[str, Contender], engine: Engine, prompts: list[list[int]],
                kinds: list[str], bandwidth: float) -> dict:
-    """Compute the table row of one contender, as plain JSON: speed, ratios and sequence match.
-
-    For a mode of our engine, the row also has the `engine_figures`.
+    """Compute the table row of one contender from its speeds and outputs.
 
     Args:
         contenders: all contenders, {name: contender}. The ratios compare with some of them.
         kinds: the set of each prompt, such as "chat".
         bandwidth: read bandwidth of the memory, in bytes per second.
+
+    Returns a dict; for a mode of our engine, it also has the entries of `engine_figures`:
+    - `tokens_per_second`, `quartiles`: median of the speeds, and their first and third quartile.
+    - `over_generate`, `over_full`: speed / speed of `generate` or `full`, as `ratio` computes it.
+    - `roofline_multiple`: tokens per second x weight bytes / bandwidth. None for llama.cpp.
+    - `sequence_match`: share of the texts that are identical to the text of `full`.
     """
     full, base = contenders["full"], contenders[GENERATE]
     speed = median(contender.speeds)
@@ -134,10 +138,12 @@ def result_row(contender: Contender, contenders: dict[str, Contender], engine: E
 
 
 def engine_figures(contender: Contender, engine: Engine, prompts: list[list[int]]) -> dict:
-    """Compute the figures that only our engine reports, as plain JSON.
+    """Compute the figures that only our engine reports. `metrics.RunStats` explains them.
 
-    Agreement, depth, cost and shares are means over all tokens. `acceptance` and `tokens_per_verification` are means
-    over the prompts. Times are medians over the prompts, in milliseconds.
+    Returns a dict. Values that a mode does not have are None:
+    - `agreement`, `average_depth`, `cost`, `routing_share`, `copied_share`: means over all tokens.
+    - `acceptance`, `tokens_per_verification`: means over the prompts.
+    - `first_token_ms`, `token_ms_p50`, `token_ms_p90`, `token_ms_p99`: medians over the prompts, in milliseconds.
     """
     stats = [stats for _, stats in contender.outputs]
     tokens = [(agreement(ids, engine.full_choices(prompt, ids)), len(ids))
@@ -204,9 +210,10 @@ def record_seconds(engine: Engine) -> float | None:
 
 
 class Loaded:
-    """Loads the engine and the prompts, and measures the time and the memory that loading takes.
+    """The engine and the prompts. The constructor loads them, and measures the time and the memory that this takes.
 
     Args:
+        args: `model`, `exits` and `dtype` are used, with the meaning of the command's options.
         prompts: number of the project's prompts.
     """
 
@@ -227,12 +234,17 @@ class Loaded:
             self.grown_bytes = torch.cuda.max_memory_allocated(device)
 
     def report(self, tokens: int) -> dict:
-        """Return the time and the memory that loading took, as plain JSON.
-
-        `memory_over_need` is the memory that was taken, divided by the memory that weights, exits and KV cache need.
+        """Return the time and the memory that loading took.
 
         Args:
             tokens: new tokens per prompt. It decides the size of the KV cache.
+
+        Returns a dict. Values that are not known are None:
+        - `kernel_seconds`, `load_seconds`: time for compiling the kernels, and for loading the model and the exits.
+        - `record_seconds`: see the function `record_seconds`.
+        - `exit_bytes`, `cache_bytes`: size of the exits, and of the KV cache.
+        - `grown_bytes`: memory that was taken.
+        - `memory_over_need`: this memory / the size of weights, exits and KV cache together.
         """
         model = self.engine.model
         needed = model.weight_bytes + self.engine.exits.memory_bytes
@@ -246,7 +258,10 @@ class Loaded:
 def compare(args: argparse.Namespace) -> dict:
     """Run the benchmark without --replay: measure all contenders, and print the table.
 
-    Returns the result as plain JSON.
+    Args:
+        args: all options of the command.
+
+    Returns the result as a dict that can be saved as JSON. `rows` has a `result_row` for each contender.
     """
     loaded = Loaded(args, args.prompts)
     engine, prompts, kinds = loaded.engine, loaded.prompts, loaded.kinds
@@ -300,12 +315,13 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--tolerances", type=float, nargs="*", default=[0.3, 0.5], help="tolerances of lossy verification")
     p.add_argument("--max-draft", type=int, default=DecodeConfig.max_draft, help="draft length, at most")
     p.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp where llama_cpp is installed")
-    p.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="leave out contenders named NAME...")
-    p.add_argument("--growth", nargs="?", const="all", choices=("all", "ours"), help="also measure the time of a token "
-                   "against length; ours: without generate, which needs long to read a long context on a CPU without "
-                   "bf16 instructions")
-    p.add_argument("--check-late", action="store_true", help="also run each cascade with check_late, and compare "
-                   "speeds")
+    p.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="leave out contenders whose name begins with "
+                   "NAME")
+    p.add_argument("--growth", nargs="?", const="all", choices=("all", "ours"), help="also measure the time per token "
+                   "at several lengths; ours: without generate, which is slow at long contexts on a CPU without bf16 "
+                   "instructions")
+    p.add_argument("--check-late", action="store_true", help="also run each cascade with DecodeConfig.check_late, and "
+                   "compare the speeds")
     p.add_argument("--replay", action="store_true", help="only measure the engine, with random weights and scripted "
                    "exits")
     p.add_argument("--simulate", action="store_true", help="--replay: run nothing; count bytes and launches of a GPU")

@@ -26,12 +26,13 @@ class Budget:
     at_least: bool = True
 
     def check(self, results: dict[str, dict]) -> dict:
-        """Compare the measured figure with the target. Returns plain JSON.
-
-        `measured` and `met` are None if the figure was not measured.
+        """Compare the measured figure with the target.
 
         Args:
             results: {step name: result}.
+
+        Returns {"what": ..., "target": ..., "at_least": ..., "measured": the figure, "met": True or False}. The last
+        two are None if the figure was not measured.
         """
         try:
             measured = self.value(results)
@@ -52,10 +53,10 @@ def _failed_tests(results: dict[str, dict]) -> int | None:
 
 
 def budgets(gpu: str) -> list[Budget]:
-    """List the budgets for a GPU.
+    """Return the list of budgets for a GPU.
 
-    The target of the roofline multiple is 0.80 for an H100, else 0.75. The reason: the faster the memory of a GPU is,
-    the larger is the share of the time that kernel launches take.
+    The roofline multiple is the measured speed, relative to the speed if reading the weights took all the time. Its
+    target is 0.80 for an H100, else 0.75: on a GPU with faster memory, kernel launches take a larger share of the time.
 
     Args:
         gpu: name of the GPU, as torch gives it.

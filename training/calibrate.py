@@ -68,7 +68,7 @@ def measure(engine: Engine, prompt: Prompt, threshold: float, tokens: int) -> di
 
 def measure_all(engine: Engine, prompts: list[Prompt], thresholds: list[float], tokens: int,
                 partial: ResumableRows) -> dict[float, list[dict]]:
-    """Measure every prompt at every threshold, the highest threshold first.
+    """Measure every prompt at every threshold, the highest threshold first. New results are added to `partial`.
 
     Results that an interrupted run left in `partial` are not measured again.
 

@@ -12,8 +12,12 @@ from training.json_files import read_lines
 class RunFolder:
     """Folder of a training run, with the files `log.jsonl` and `checkpoint.pt`. Only the main process writes.
 
+    The constructor reads the checkpoint, and removes newer records from the log. `restore` then loads the checkpoint
+    into the objects that are trained.
+
     Args:
-        key: the settings that decide the result. The checkpoint stores them.
+        folder: an existing folder.
+        key: the settings that decide the result, {name: value}. The checkpoint stores them.
         resume: True continues from the checkpoint, if there is one. False starts from step 0.
         main: True in the main process.
 
@@ -40,11 +44,11 @@ class RunFolder:
                              "ones, another --out, or --no-resume to start again from the first step.")
 
     def records(self) -> list[dict]:
-        """Read all records of the log."""
+        """Return all records of the log, the oldest first. A record is {"step": ..., ...}."""
         return read_lines(self.log_file)
 
     def log(self, **record) -> None:
-        """Append a record to the log."""
+        """Append a record to the log. It must have the entry `step`. Only the main process writes."""
         if self.main:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -65,7 +69,7 @@ class RunFolder:
         return self._state["step"]
 
     def save(self, step: int, parts: dict[str, Any]) -> None:
-        """Write a checkpoint, which replaces the old one.
+        """Write a checkpoint, which replaces the old one. Only the main process writes.
 
         Args:
             step: number of steps done.

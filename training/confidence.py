@@ -3,9 +3,9 @@
     python -m training.confidence --exits runs/smollm2 --data data/policy data/text
 
 There are two kinds of estimators. `sketch`, the default, is a small MLP (`SketchConfidence`). Its inputs are facts of
-the exit's softmax over the most frequent words, and the copy of the n-gram lookup. If the previous exit ran, the same
-facts of that exit are inputs, too. So a sketch estimator needs only a small part of the vocabulary head. It is trained
-on the calibration documents, which no adapter has seen.
+the exit's softmax over the most frequent words (entries of the vocabulary), and the copy of the n-gram lookup. If the
+previous exit ran, the same facts of that exit are inputs, too. So a sketch estimator needs only a small part of the
+vocabulary head. It is trained on the calibration documents, which no adapter has seen.
 
 `mlp`, the kind of the original CascadeExit, is an MLP that reads only the adapted hidden state. It is trained in three
 steps:
@@ -147,6 +147,8 @@ class MlpEstimators:
     Args:
         calibration: numbers of the calibration documents.
         width: inner width of the estimators.
+        args: `train_rows`, `epochs`, `calibration_epochs` and `seed` are used, with the meaning of the command's
+            options.
     """
 
     def __init__(self, engine: Engine, store: FeatureStore, calibration: list[int], width: int,
@@ -181,10 +183,12 @@ class MlpEstimators:
 class SketchEstimators:
     """Trains estimators of the kind `sketch` (`SketchConfidence`).
 
-    These estimators read facts of the softmax over the most frequent words, which are the bank's `sketch_ids`.
+    These estimators read facts (such as the largest probability) of the softmax over the most frequent words of the
+    vocabulary. The bank's `sketch_ids` has the token ids of these words.
 
     Args:
         width: inner width of the estimators.
+        args: `seed` is used.
     """
 
     def __init__(self, engine: Engine, width: int, args: argparse.Namespace):
@@ -195,7 +199,7 @@ class SketchEstimators:
 
     @torch.no_grad()
     def inputs(self, rows: ExitRows, before: ExitRows | None) -> list[Tensor]:
-        """Return the inputs of the estimator for n rows, from `softmax_facts`.
+        """Return the inputs of the estimator for n rows, which `exits.confidence.softmax_facts` explains.
 
         Args:
             rows: results of the exit.
@@ -232,10 +236,13 @@ class SketchEstimators:
 
 
 def sketch_words(bank: ExitBank, store: FeatureStore, model: SegmentedModel, words: int) -> Tensor:
-    """Choose the words that sketch estimators read: the `words` most frequent ones. Returns their token ids (words,).
+    """Choose the words (entries of the vocabulary) that sketch estimators read. Returns their token ids (words,).
 
-    If the exits have a trimmed head, these are the first words of that head. So the sketch can use the memory of the
-    head.
+    These are the words that the full model chooses most often in the training documents. If the exits have a trimmed
+    head, they are the first words of that head, so that no second copy of their weights is needed.
+
+    Args:
+        words: how many words to choose.
     """
     ranked = bank.head_ids
     if ranked is None:
@@ -281,10 +288,7 @@ def baselines(calibration: ExitRows, test: ExitRows) -> dict:
 
 
 def measure(layer: int, head: nn.Module, inputs: list[Tensor], calibration: ExitRows, test: ExitRows) -> dict:
-    """Measure the estimator of one exit on test documents. Returns plain JSON with ECE, AUROC and `baselines`.
-
-    If the exit has a previous exit, the estimator reads the facts of both exits. Then `ece_alone` and `auroc_alone` are
-    the values without the previous exit.
+    """Measure the estimator of one exit on test documents.
 
     Args:
         layer: layer of the exit.
@@ -292,6 +296,13 @@ def measure(layer: int, head: nn.Module, inputs: list[Tensor], calibration: Exit
         inputs: inputs of the estimator, as from `SketchEstimators.inputs`.
         calibration: results of the exit on the calibration documents, for the baselines.
         test: results of the exit on the test documents.
+
+    Returns a dict:
+    - `layer`, `agreement`: layer of the exit, and share of the rows where its choice equals the full model's choice.
+    - `ece`, `auroc`: quality of the estimator. If there is a previous exit, the estimator reads the facts of both.
+    - `ece_alone`, `auroc_alone`: quality of the estimator without the previous exit.
+    - `bins`: {"confidence": means, "right": shares of right choices}, one number for each of the `equal_mass_bins`.
+    - `baselines`: result of the function `baselines`.
     """
     with torch.no_grad():
         alone, *beside = [head(x).sigmoid() for x in inputs]

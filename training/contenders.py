@@ -51,6 +51,8 @@ def with_transformers(reference, tokens: int, **options) -> Decode:
         reference: the transformers model.
         tokens: new tokens, at most.
         options: more arguments of `generate`.
+
+    The function takes the token ids of the prompt, and returns (ids of the new tokens, None).
     """
     def decode(ids: list[int]) -> Output:
         inputs = torch.tensor([ids], device=reference.device)
@@ -66,6 +68,8 @@ def with_engine(engine: Engine, tokens: int, mode: Mode, **options) -> Decode:
     Args:
         tokens: new tokens, at most.
         options: more fields of `DecodeConfig`.
+
+    The function takes the token ids of the prompt, and returns (ids of the new tokens, `RunStats` of the run).
     """
     config = DecodeConfig(mode=mode, max_new_tokens=tokens, **options)
 
@@ -82,6 +86,8 @@ def with_llama_cpp(gguf: Path, tokens: int, eos: frozenset[int]) -> Decode:
         gguf: file with the 4-bit weights of the model.
         tokens: new tokens, at most.
         eos: ids of the tokens that end a text.
+
+    The function takes the token ids of the prompt, and returns (ids of the new tokens, None).
     """
     from llama_cpp import Llama
 
@@ -104,6 +110,8 @@ def make_contenders(engine: Engine, reference, args: argparse.Namespace) -> list
 
     Args:
         reference: the transformers model.
+        args: `tokens`, `gguf`, `cascade_thresholds`, `check_late`, `max_draft`, `tolerances` and `skip` are used, with
+            the meaning of the options of `training.benchmark`.
     """
     n, first = args.tokens, next(layer for layer in engine.model.exit_layers if layer)
     jobs = {GENERATE: with_transformers(reference, n)}

@@ -45,9 +45,13 @@ _SETTINGS = ("seed", "temperature", "batch", "steps", "own_share", "plain_share"
 
 
 def check_settings(folder: Path, settings: dict) -> None:
-    """Check that the shards in a folder were made with these settings. A run keeps existing shards.
+    """Check that the shards in a folder were made with these settings, because a run keeps existing shards.
 
-    Raises ValueError if a setting is different.
+    Args:
+        folder: folder with the shards and their `provenance.json`.
+        settings: {name: value}.
+
+    Raises ValueError if the folder has shards and a setting is different.
     """
     old = (read_json(folder / "provenance.json") or {}).get("settings", {})
     changed = {k: (old[k], settings.get(k)) for k in old if old[k] != settings.get(k)}
@@ -57,7 +61,14 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 
 class PolicyText:
-    """Lets the model write training text, for the command `policy`. Each round writes one shard, which is a file."""
+    """Lets the model write training text, for the command `policy`.
+
+    The constructor loads the model, and reads the files of --prompts and --texts. Then each call of `write_shard`
+    writes one shard, a file with many documents.
+
+    Args:
+        args: options of the command `policy`.
+    """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -70,7 +81,7 @@ class PolicyText:
         self._known: set[tuple[int, ...]] = set()       # documents of the rounds before
 
     def settings(self) -> dict:
-        """Return all settings on which the text depends, as plain JSON."""
+        """Return all settings on which the text depends: a dict {name: value} that can be saved as JSON."""
         return {"head": self.model.head_fingerprint} | {k: getattr(self.args, k) for k in _SETTINGS} | {
             "sources": key_of(json.dumps([self.prompts, self.texts]))}
 
@@ -106,7 +117,10 @@ class PolicyText:
 
 
 def write_policy(args: argparse.Namespace) -> None:
-    """Run the command `policy`: let the model write shards of training text."""
+    """Run the command `policy`: let the model write shards of training text to the folder --out.
+
+    Raises ValueError if the folder has shards that were made with other settings.
+    """
     text = PolicyText(args)
     settings, per_round = text.settings(), args.batch * args.steps
     check_settings(args.out, settings)
@@ -137,6 +151,9 @@ def read_texts(file: Path) -> Iterator[str]:
 
 def read_dataset(args: argparse.Namespace) -> Iterator[str]:
     """Yield the documents of a Hub dataset, from its column `text`.
+
+    Args:
+        args: `dataset`, `dataset_config` and `dataset_split` are used, with the meaning of the command's options.
 
     A row is one document. Only for WikiText, whose rows are single lines, the lines of an article are joined.
 
@@ -181,7 +198,10 @@ def cut(tokenizer, texts: list[str], max_length: int, tokens: int) -> list[Docum
 
 
 def write_text(args: argparse.Namespace) -> None:
-    """Run the command `text`: tokenize existing text, and save it as one shard."""
+    """Run the command `text`: tokenize existing text, and save it as one shard in the folder --out.
+
+    Raises SystemExit if no text was given, or if no document is long enough.
+    """
     if not args.files and not args.dataset:
         raise SystemExit("nothing to read: give --files or --dataset")
     tokenizer = load_tokenizer(args.model)
@@ -211,14 +231,15 @@ def parser() -> argparse.ArgumentParser:
     policy.add_argument("--own-share", type=float, default=0.4, help="share of the conversations that the model "
                         "invents")
     policy.add_argument("--plain-share", type=float, default=0.2, help="share of the documents that continue --texts")
-    policy.add_argument("--max-prompt-chars", type=int, default=400, help="leave out longer prompts")
+    policy.add_argument("--max-prompt-chars", type=int, default=400, help="leave out longer prompts of "
+                        "--prompts")
     policy.add_argument("--batch", type=int, default=128, help="documents written at once")
-    policy.add_argument("--steps", type=int, default=384, help="cache slots per round, and so the largest length of a "
-                        "conversation")
+    policy.add_argument("--steps", type=int, default=384, help="tokens that each row of the batch writes in one round; "
+                        "a document cannot be longer")
     policy.add_argument("--temperature", type=float, default=0.8, help="temperature of sampled replies; half of the "
                         "replies are greedy")
-    policy.add_argument("--features", type=Path, help="folder in which to save also the hidden states that training "
-                        "needs: give it to training.distill --features")
+    policy.add_argument("--features", type=Path, help="also save the hidden states that training needs in this "
+                        "folder; give the same folder to training.distill --features")
     policy.add_argument("--exits", help="with --features: the exit layers, as for training.distill")
     policy.set_defaults(run=write_policy)
     text = commands.add_parser("text", help="tokenize local text")

@@ -49,10 +49,13 @@ SETTINGS = ("0.4", "0.6", "0.7", "0.8", "0.85", "0.9", "0.95", "0.97", f"{TOLERA
 
 
 def config_of(setting: str, shape: Shape, tokens: int) -> DecodeConfig:
-    """Make the config of a setting.
+    """Make the `DecodeConfig` for a setting that is given as text.
 
     Args:
-        setting: a threshold, thresholds or a tolerance, as the docstring of this module describes; or "full".
+        setting: "0.6" is the threshold of the first exit, from which the other thresholds follow (`thresholds_at`).
+            "0.9,0.8,0.8" gives the thresholds of all exits. "tolerance=0.3" is mode `verified` with this tolerance.
+            "full" is the full model.
+        shape: shape of the model, which has the number of exits and their depths.
         tokens: new tokens, at most.
 
     Raises ValueError if `setting` is none of these.
@@ -70,8 +73,9 @@ def config_of(setting: str, shape: Shape, tokens: int) -> DecodeConfig:
 def measure(engine: Engine, ids: list[int], config: DecodeConfig) -> dict:
     """Decode one prompt, and measure the text.
 
-    Returns plain JSON: number of tokens, agreement, routing share, share of copied tokens, cost, and `loop`. `loop` is
-    None if the text does not end in repetition.
+    Returns a dict with `tokens` (number of new tokens), `agreement`, `routing_share`, `copied_share` and `cost` (as in
+    `metrics.RunStats`), and `loop`. `loop` has the entries of `repetition.Loop`; it is None if the text does not end in
+    repetition.
     """
     run = engine.run(ids, config)
     stats, loop = run.stats, find_loop(run.token_ids)
@@ -82,11 +86,14 @@ def measure(engine: Engine, ids: list[int], config: DecodeConfig) -> dict:
 
 def measure_all(engine: Engine, tokenizer, prompts: list[Prompt], args: argparse.Namespace,
                 partial: ResumableRows) -> list[dict]:
-    """Decode every prompt at every setting, and measure the texts.
+    """Decode every prompt at every setting and with the full model, and measure the texts.
 
-    Results that an interrupted run left in `partial` are not measured again.
+    New results are added to `partial`. Results that an interrupted run left in `partial` are not measured again.
 
-    Returns a list with one result for each prompt and setting.
+    Args:
+        args: `tokens` and `settings` are used, with the meaning of the command's options.
+
+    Returns a list with a dict for each prompt and setting: `kind`, `prompt`, `setting`, and the entries of `measure`.
     """
     done = {(row["prompt"], row["setting"]): row for row in partial.rows}
     configs = {name: config_of(name, Shape.of(engine), args.tokens) for name in (FULL, *args.settings)}
@@ -102,12 +109,17 @@ def measure_all(engine: Engine, tokenizer, prompts: list[Prompt], args: argparse
 
 
 def summarize(rows: list[dict]) -> dict:
-    """Compute the figures of each setting over some prompts. Returns {setting: figures}.
-
-    Means are over the prompts. `every_exit` counts the prompts for which every exit produced at least one token.
+    """Compute the figures of each setting over some prompts.
 
     Args:
         rows: results of `measure_all`.
+
+    Returns {setting: figures}. The figures of a setting are a dict:
+    - `prompts`: number of prompts.
+    - `agreement`, `routing_share`, `cost`: means over the prompts. `least_agreement`: smallest agreement of a prompt.
+    - `every_exit`: number of prompts for which every exit produced at least one token.
+    - `loops`: number of texts that end in repetition. `new_loops`: the same without prompts for which the full model's
+      own text ends in repetition, too.
     """
     looping = {row["prompt"] for row in rows if row["setting"] == FULL and row["loop"]}
     summary = {}
@@ -134,7 +146,8 @@ def main() -> None:
     add_model_and_exits(p)
     add_dtype(p)
     add_prompts(p, prompts=12, tokens=Settings.max_new_tokens)
-    p.add_argument("--settings", nargs="+", default=list(SETTINGS), help="thresholds or tolerance=..., see above")
+    p.add_argument("--settings", nargs="+", default=list(SETTINGS), help="settings to measure, in the forms "
+                   "described above")
     p.add_argument("--out", type=Path, help="result file; default: assets/results/defaults.json")
     args = p.parse_args()
     out = args.out or results_file(args.model, args.exits, "defaults.json")

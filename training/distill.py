@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 4 -m training.distill ...         # several processes, on CPUs or GPUs
 
 By default the loss of an exit, in nats per token, is (1 - hard) T^2 KL(full || exit) + hard * cross-entropy, summed
-over words and averaged over tokens (Hinton et al. 2015). The base model is frozen; only the adapters and their norms
-are trained. Words outside an exit's trimmed head enter the loss, too. The loss always includes the most frequent words.
-A random sample, new at every step, represents all other words.
+over the words of the vocabulary and averaged over tokens (Hinton et al. 2015). The base model is frozen; only the
+adapters and their norms are trained. Words outside an exit's trimmed head enter the loss, too. The loss always includes
+the most frequent words. A random sample, new at every step, represents all other words.
 
 The same command continues an interrupted run from its last checkpoint. The result equals the result of an uninterrupted
 run.
@@ -60,8 +60,10 @@ class AdapterLearner:
     """Connects the adapters to the training loop, as a `training.loop.Learner`.
 
     Args:
+        bank: the exits. Training changes their adapters in place.
         head: the vocabulary head that the exits have in decoding. It decides the measured agreement.
         words: the vocabulary head that the loss uses in training.
+        args: options of the command.
     """
 
     name = "adapters"
@@ -131,8 +133,11 @@ def labels_of(features: Features, kind: str) -> Tensor:
 class StartingExits:
     """The exits of --continue-from, from which training starts. Training must not make them worse.
 
-    Agreement is measured on the calibration documents. An exit that agrees less with the full model after training than
-    before gets its old weights back.
+    The constructor copies their adapters into the bank of `learner`, and measures their agreement with the full model
+    on the calibration documents. After training, call `restore_worse`, then `copy_into`.
+
+    Args:
+        exits: the exits of --continue-from.
     """
 
     def __init__(self, exits: ExitBank, learner: AdapterLearner):
@@ -166,7 +171,10 @@ class StartingExits:
         return sorted(worse | {layer for layer in self.layers if only and layer not in only})
 
     def copy_into(self, bank: ExitBank, layers: list[int]) -> None:
-        """Change `bank`: the exit after each of these layers gets the weights that it had before training.
+        """Change `bank`: the exit after each of these layers gets exactly the weights that it has in --continue-from.
+
+        Args:
+            layers: result of `restore_worse`.
 
         If `bank` has exits after the same layers as --continue-from, it also gets the drafter of --continue-from. This
         drafter stays valid after training, because it does not depend on the adapters.
@@ -186,6 +194,9 @@ class StartingExits:
 def load_models(args: argparse.Namespace, device: str) -> tuple[SegmentedModel, ExitBank | None]:
     """Load the frozen model and the exits of --continue-from. Without --continue-from, the exits are None.
 
+    Args:
+        args: `model`, `device_map`, `exits`, `continue_from` and `only` are used, with the meaning of the options.
+
     Raises SystemExit if --only names a layer that is not in --exits. With --only, it also raises SystemExit if a layer
     of --exits has no exit in --continue-from.
     """
@@ -199,7 +210,12 @@ def load_models(args: argparse.Namespace, device: str) -> tuple[SegmentedModel, 
 
 
 def untrained_exits(model: SegmentedModel, args: argparse.Namespace) -> ExitBank:
-    """Make untrained exits with the sizes that the options give. Their adapters are in fp32, ready for training."""
+    """Make untrained exits with the sizes that the options give. Their adapters are in fp32, ready for training.
+
+    Args:
+        args: `head_size`, `width`, `adapter` and `draft_size` are used, with the meaning of the options. Entries of
+            `head_size` that exceed the vocabulary are replaced by its size.
+    """
     args.head_size = [min(size, model.vocab_size) for size in args.head_size]
     bank = ExitBank.untrained(model, width=args.width, head_size=max(args.head_size), adapter=args.adapter,
                               head_sizes=args.head_size if len(args.head_size) > 1 else (),
@@ -211,7 +227,7 @@ def untrained_exits(model: SegmentedModel, args: argparse.Namespace) -> ExitBank
 
 def choose_words(bank: ExitBank, model: SegmentedModel, store: FeatureStore,
                  args: argparse.Namespace) -> tuple[SampledHead, SampledHead]:
-    """Choose the words of the exits' head, and the words that the training loss uses. Returns two heads.
+    """Choose the words (entries of the vocabulary) of the exits' head and of the training loss. Returns two heads.
 
     The first is the exits' head: the words that the full model chooses most, or all words if `bank` has no trimmed
     head. These words are also stored in `bank`. The second is the head of the loss: the --train-words most frequent
@@ -230,9 +246,12 @@ def choose_words(bank: ExitBank, model: SegmentedModel, store: FeatureStore,
 
 
 def head_coverage(bank: ExitBank, store: FeatureStore, head: SampledHead) -> list[float]:
-    """Measure how many of the full model's choices are words that an exit has in its head.
+    """Measure which share of the full model's choices, on the test documents, each exit has in its vocabulary head.
 
-    Returns for each exit the share of such choices, on the test documents.
+    Args:
+        head: the head of the exits.
+
+    Returns a share in [0, 1] for each exit.
     """
     at = head.local[store.choices(store.measured(Split.TEST)).to(head.local.device)]
     return [((at >= 0) & (at < bank.config.words(s))).float().mean().item() for s in range(len(bank.config.layers))]
@@ -240,7 +259,9 @@ def head_coverage(bank: ExitBank, store: FeatureStore, head: SampledHead) -> lis
 
 def fitted_inputs(bank: ExitBank, model: SegmentedModel, store: FeatureStore, accelerator: Accelerator,
                   documents: int) -> AdapterInputs:
-    """Compute the normalisation of the adapters' inputs from training documents.
+    """Compute the normalisation of the adapters' inputs from training documents. Returns the `AdapterInputs`.
+
+    The adapters of `bank` are changed to read normalised inputs. All processes must call this.
 
     Args:
         documents: how many training documents are read. Each of several processes reads a part of them.
@@ -251,7 +272,12 @@ def fitted_inputs(bank: ExitBank, model: SegmentedModel, store: FeatureStore, ac
 
 
 def settings_of(bank: ExitBank, store: FeatureStore, start: ExitBank | None, args: argparse.Namespace) -> dict:
-    """Collect the settings that affect the result. A checkpoint with other settings is not continued."""
+    """Return the settings that affect the result, {name: value}. A checkpoint with other settings is not continued.
+
+    Args:
+        start: the exits of --continue-from; None without this option.
+        args: options of the command.
+    """
     return {"config": {k: v for k, v in asdict(bank.config).items() if k != "layers"},
             "layers": list(bank.config.layers), "documents": store.fingerprint(),
             "start": start.fingerprint() if start else None} | {k: getattr(args, k) for k in _SETTINGS}
@@ -279,11 +305,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--own-share", type=float, default=0.3, help="carry: share of the tokens whose carried state comes "
                    "from an exit instead of the full model")
     p.add_argument("--head-size", type=lambda text: [int(part) for part in text.split(",")], default=[16384],
-                   help="words in the exits' head: one number, 0 = all, or one for each exit (8192,8192,49152)")
-    p.add_argument("--draft-size", type=int, default=4096, help="number of these words, the most frequent ones, that "
-                   "may be drafted; 0 = all words of the first exit")
-    p.add_argument("--train-words", type=int, default=6144, help="number of the most frequent words, which the loss "
-                   "of every step includes; 0 = all words")
+                   help="words (entries of the vocabulary) in the exits' head: one number, 0 = all, or one for each "
+                   "exit (8192,8192,49152)")
+    p.add_argument("--draft-size", type=int, default=4096, help="how many words of this head may be drafted: the "
+                   "most frequent ones; 0 = all words of the first exit")
+    p.add_argument("--train-words", type=int, default=6144, help="how many of the most frequent words the loss of "
+                   "every step includes; 0 = all words")
     p.add_argument("--tail", type=int, default=4096, help="how many of the other words are sampled at each step")
     p.add_argument("--loss", choices=("kl", "tv", "hybrid"), default="kl", help="distance to the full model: KL "
                    "divergence, total variation, or a mix of both")

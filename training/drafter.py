@@ -46,7 +46,17 @@ _REPORTED = 4                   # places of a chain in reports
 
 
 class DraftRows:
-    """Inputs and labels of the drafter for a few documents, one after another: N positions, a row for each."""
+    """Inputs and labels of the drafter for a few documents, one after another. Together they have N positions.
+
+    Letters: D hidden size, E exits, n positions that `Features.wanted` selects.
+
+    Attributes:
+        h: hidden states before the first layer (N, D).
+        deep: hidden states at the other exits (N, (E - 1) D).
+        top: the full model's last hidden states after the final norm (N, D).
+        wanted: the selected positions (n,).
+        choices: token ids that the full model chooses after each position (N,).
+    """
 
     def __init__(self, features: list[Features]):
         exits, self.top, wanted, choices = (torch.cat([getattr(f, name) for f in features])
@@ -64,7 +74,10 @@ class DraftRows:
 
 
 class WhitenedDrafter:
-    """A drafter with whitened inputs, for training (see `training.inputs`). `fold` ends the whitening after training.
+    """A drafter with whitened inputs, for training (see `training.inputs`).
+
+    The constructor changes the weights of `drafter` so that it reads whitened inputs. Call `fold` after training: then
+    the drafter reads inputs that are not whitened.
 
     Args:
         documents: numbers of the documents from which the whitening is computed.
@@ -117,6 +130,7 @@ class DrafterLearner:
         words: the vocabulary head that the loss uses in training.
         training: numbers of the training documents.
         held_out: numbers of the documents on which agreement is measured.
+        args: options of the command.
     """
 
     name = "drafter"
@@ -235,9 +249,10 @@ def first_drafter(bank: ExitBank, go_on: bool) -> Drafter:
 
 
 def drafted_words(bank: ExitBank, model: SegmentedModel, tail: int) -> tuple[SampledHead, SampledHead]:
-    """Choose the words that may be drafted. Returns two heads with these words.
+    """Choose the words (entries of the vocabulary) that may be drafted. Returns two heads with these words.
 
-    The first head is for measurements. The second is for the loss: its `sample` adds `tail` other words at each step.
+    These are the first `draft_size` words of the exits' head, or with `draft_size` 0 all words of the first exit. The
+    first head is for measurements. The second is for the loss: its `sample` adds `tail` other words at each step.
     """
     config, weight = bank.config, model.head_weight.detach()
     ids = torch.arange(config.vocab_size) if bank.head_ids is None else bank.head_ids
@@ -258,7 +273,11 @@ def split_documents(store: FeatureStore) -> tuple[list[int], list[int]]:
 
 
 def settings_of(bank: ExitBank, store: FeatureStore, args: argparse.Namespace) -> dict:
-    """Collect the settings that affect the result. A checkpoint with other settings is not continued."""
+    """Return the settings that affect the result, {name: value}. A checkpoint with other settings is not continued.
+
+    Args:
+        args: options of the command.
+    """
     names = ("hard", "tail", "epochs", "batch", "lr", "fit_documents", "seed")
     return {"documents": store.fingerprint(),
             "start": bank.drafter_fingerprint() if args.go_on else bank.fingerprint()
@@ -266,7 +285,7 @@ def settings_of(bank: ExitBank, store: FeatureStore, args: argparse.Namespace) -
 
 
 def save_with_drafter(bank: ExitBank, drafter: Drafter, dtype: torch.dtype, args: argparse.Namespace) -> None:
-    """Save the exits and this drafter in the folder --out.
+    """Save the exits and this drafter in the folder --out. `bank` gets the drafter, and its adapters get `dtype`.
 
     JSON reports in --exits are copied to --out, except those that --out already has.
     """

@@ -50,7 +50,10 @@ from training.provenance import provenance, results_file
 
 
 def check_lossless(args: argparse.Namespace) -> None:
-    """Run the command `lossless`, and save its result. Raises SystemExit if tokens differ that must be equal."""
+    """Run the command `lossless`, and save and print its result.
+
+    Raises SystemExit if `verified` differs from `full`, or in fp32 if `generate` differs from `full`.
+    """
     dtype = getattr(torch, args.dtype)
     engine, tokenizer = load(args.model, args.exits, dtype=dtype)
     reference = load_model(args.model, dtype=dtype)[0] if args.reference else None
@@ -76,9 +79,16 @@ def compare_prompt(engine: Engine, ids: list[int], args: argparse.Namespace, ref
     """Decode one prompt with `full`, with `verified` in all combinations of settings, and with the reference.
 
     Args:
+        ids: token ids of the prompt.
+        args: `tokens`, `thresholds` and `max_draft` are used, with the meaning of the command's options.
         reference: transformers' model; None = decode without it.
 
-    Returns plain JSON: the number of tokens of `full`, and for each other text how many tokens differ from `full`.
+    Returns a dict:
+    - `tokens`: number of tokens of `full`.
+    - `verified`: {"threshold/draft length": {"differing": tokens that differ from `full`, "drafted": number of drafts,
+      "accepted": number of accepted drafts}}. The threshold is "own rule" for the default.
+    - `reference`, only with a reference: {"differing": tokens of `generate` that differ from `full`,
+      "first_difference": position of the first of them or None, "margin": margin at this position or None}.
     """
     full = engine.run(ids, DecodeConfig(mode=Mode.FULL, max_new_tokens=args.tokens))
     row = {"tokens": full.stats.tokens, "verified": {}}
@@ -115,9 +125,16 @@ def _margin(reference, ids: list[int]) -> float:
 
 
 def summarize_lossless(rows: list[dict]) -> dict:
-    """Add up the results of `compare_prompt` over all prompts. Returns plain JSON.
+    """Add up the results of `compare_prompt` over all prompts.
 
-    `acceptance` holds the acceptance rate of each combination of settings, under the name 'threshold/draft length'.
+    Returns a dict:
+    - `prompts`, `full_tokens`: number of prompts, and of tokens of `full`.
+    - `verified_runs`, `verified_tokens`: number of runs with `verified`, and of the tokens that were compared.
+    - `verified_differing_tokens`: number of tokens that differ.
+    - `acceptance`: {"threshold/draft length": acceptance rate}.
+    - `reference_prompts`, `reference_differing_tokens`, `reference_identical`: number of prompts that `generate` also
+      decoded, of its tokens that differ from `full`, and of its texts that are identical.
+    - `reference_margins`: margin of the full model at each first difference.
     """
     runs = list(rows[0]["verified"])
     compared = [row["reference"] for row in rows if "reference" in row]
@@ -138,22 +155,28 @@ def summarize_lossless(rows: list[dict]) -> dict:
 
 
 class Tally:
-    """Sums over the positions of texts, for each exit: top-1 hits, top-5 hits and negative log-likelihood in nats.
-
-    The last value of `nll` belongs to the full model.
+    """Sums over the positions of texts, all 0 at first. `read_document` adds to them.
 
     Args:
         readers: number of exits, plus 1 for the full model.
+
+    Attributes:
+        rows: number of positions.
+        top1, top5: number of top-1 and of top-5 hits of each exit. The last entry is not used.
+        nll: sum of the negative log-likelihoods of each exit and then of the full model, in nats.
     """
 
     def __init__(self, readers: int):
         self.rows, self.top1, self.top5, self.nll = 0, [0] * readers, [0] * readers, [0.0] * readers
 
     def report(self, layers: tuple[int, ...]) -> dict:
-        """Convert the sums to rates and perplexities, as plain JSON.
+        """Convert the sums to rates and perplexities.
 
         Args:
             layers: the layer of each exit.
+
+        Returns {"rows": number of positions, "full_perplexity": ..., "exits": [{"layer": ..., "top1": ..., "top5": ...,
+        "perplexity": ..., "perplexity_ratio": perplexity / full model's perplexity}, ...]}. Rates are in [0, 1].
         """
         perplexity = [math.exp(nll / self.rows) for nll in self.nll]
         return {"rows": self.rows, "full_perplexity": perplexity[-1],
@@ -196,13 +219,15 @@ def read_document(engine: Engine, f: Features, tallies: dict[str, Tally]) -> Non
 
 
 def windows(tokenizer, path: Path, window: int, tokens: int) -> list[Document]:
-    """Cut the first `tokens` tokens of a text file into documents of `window` tokens. The last may be shorter."""
+    """Cut the first `tokens` tokens of a text file into documents of `window` tokens. The last one may be shorter."""
     ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"][:tokens]
     return [Document(ids[a:a + window], [0] * len(ids[a:a + window])) for a in range(0, len(ids) - 1, window)]
 
 
 def texts_to_read(tokenizer, args: argparse.Namespace) -> dict[str, list[Document]]:
     """Read the texts of --text and --data. Returns {name of the text: documents}.
+
+    A text of --text has the name "folder/file". It is cut into documents by `windows`.
 
     From the folders of --data, only test documents that the model wrote are read. Together they are one text with the
     name "held-out".
@@ -222,9 +247,9 @@ def texts_to_read(tokenizer, args: argparse.Namespace) -> dict[str, list[Documen
 def measure_text(engine: Engine, name: str, documents: list[Document]) -> dict:
     """Measure all exits on one text, and print the figures.
 
-    Returns {"after_full": report, "after_exit": report}. For "after_full", the carried states come from the full model;
-    for "after_exit", they come from the exit itself. If the exits do not read the carried state, "after_exit" is
-    missing.
+    Returns {"after_full": report, "after_exit": report}, with a report of `Tally.report` each. For "after_full", the
+    carried states come from the full model; for "after_exit", they come from the exit itself. If the exits do not read
+    the carried state, "after_exit" is missing.
     """
     store = FeatureStore(engine.model, documents, Path(), budget_gb=0)
     sources = ("full", "exit") if engine.bank.adapters[0].reads_carried else ("full",)
@@ -281,13 +306,17 @@ def measure_decoding(args: argparse.Namespace) -> None:
 
 
 def decode_cascade(engine: Engine, prompts: list[list[int]], fulls: list[list[int]], config: DecodeConfig) -> dict:
-    """Decode these prompts with the cascade, and measure the texts. Returns plain JSON.
-
-    Routing share, agreement, depth and cost are means over all tokens. `positional_match` and `sequence_match` are
-    means over the prompts.
+    """Decode these prompts with the cascade, and measure the texts.
 
     Args:
+        prompts: token ids of each prompt.
         fulls: the output of `full` for each prompt, as token ids.
+        config: config of the cascade.
+
+    Returns a dict:
+    - `routing_share`, `agreement`, `average_depth`, `cost`: means over all tokens (see `metrics.RunStats`).
+    - `early`: share of the tokens that exits produced.
+    - `positional_match`, `sequence_match`: means over the prompts of the `metrics.match` with the output of `full`.
     """
     runs = [engine.run(ids, config) for ids in prompts]
     total = sum(r.stats.tokens for r in runs)
@@ -310,10 +339,12 @@ def decode_drafts(engine: Engine, prompts: list[list[int]], fulls: list[list[int
     """Decode these prompts with `verified`, and measure the texts.
 
     Args:
+        prompts: token ids of each prompt.
         fulls: the output of `full` for each prompt, as token ids.
+        config: config of mode `verified`.
 
-    Returns plain JSON: acceptance rate, tokens per verification pass, and the share of texts that are identical to
-    `full`.
+    Returns {"acceptance": accepted drafts / drafts, "tokens_per_verification": tokens per verification pass,
+    "identical": share of the texts that are identical to `full`}.
     """
     runs = [engine.run(ids, config) for ids in prompts]
     drafted, tokens = sum(r.stats.drafted for r in runs), sum(r.stats.tokens for r in runs)
@@ -329,7 +360,7 @@ def decode_drafts(engine: Engine, prompts: list[list[int]], fulls: list[list[int
 def parser() -> argparse.ArgumentParser:
     p = command_parser(__doc__)
     commands = p.add_subparsers(required=True, metavar="{exits,decode,lossless}")
-    exits = commands.add_parser("exits", help="top-1, top-5 and perplexity of each exit, teacher-forced")
+    exits = commands.add_parser("exits", help="top-1, top-5 and perplexity of each exit, on given texts")
     exits.add_argument("--text", type=Path, nargs="*", default=[], help="plain text files, such as WikiText-2's "
                        "test.txt")
     exits.add_argument("--data", type=Path, nargs="*", default=[], help="folders written by training.data; their test "
@@ -337,13 +368,14 @@ def parser() -> argparse.ArgumentParser:
     exits.add_argument("--window", type=int, default=512, help="tokens of a text that are read in one pass")
     exits.add_argument("--tokens", type=int, default=100_000, help="tokens of each text file that are read, at most")
     exits.set_defaults(run=measure_exits)
-    decode = commands.add_parser("decode", help="routing, agreement and acceptance rate of the engine, closed loop")
+    decode = commands.add_parser("decode", help="routing, agreement and acceptance rate of decoded texts")
     add_prompts(decode, prompts=20, tokens=96)
     decode.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95],
                         help="thresholds of the cascade's first exit; those of the other exits follow from it")
     decode.add_argument("--max-draft", type=int, nargs="+", default=[3, 5, 7], help="draft lengths")
     decode.set_defaults(run=measure_decoding)
-    lossless = commands.add_parser("lossless", help="verified = full = transformers' generate, token for token")
+    lossless = commands.add_parser("lossless", help="check that verified, full and transformers' generate write the "
+                                   "same tokens")
     add_dtype(lossless)
     add_prompts(lossless, prompts=50, tokens=128)
     lossless.add_argument("--reference", type=int, default=20, help="number of prompts that transformers' generate "

@@ -40,7 +40,7 @@ class Features:
 
 
 class FeatureStore:
-    """Provides the features of each document: `store[i]` are the features of document number i.
+    """Provides the features of each document: `store[i]` returns the `Features` of document number i, from 0.
 
     `prepared_store` makes a store that is ready to read. For any other store, call `prepare` and then `open` first.
 
@@ -181,14 +181,19 @@ class FeatureStore:
 
 def prepared_store(model: SegmentedModel, data: Sequence[Path], folder: Path, budget_gb: float,
                    accelerator: Accelerator | None = None) -> FeatureStore:
-    """Make a store with all documents of these data folders. Features that are missing on disk are computed.
+    """Make a store with all documents of these data folders, ready to read.
 
-    With several processes, each process computes a part, so all processes must call this.
+    Features that are missing on disk are computed and written, up to the size limit. With several processes, each
+    process computes a part, so all processes must call this.
 
     Args:
         data: folders that training.data wrote.
         folder: folder for features on disk.
-        budget_gb: disk space for features, in gigabytes.
+        budget_gb: disk space for features, in gigabytes; 0 = keep none on disk.
+        accelerator: needed with several processes.
+
+    Raises FileNotFoundError if a data folder has no shard file, and ValueError if a document has more tokens than the
+    model has positions.
     """
     store = FeatureStore(model, load_documents(data), folder, budget_gb)
     if accelerator:

@@ -32,7 +32,7 @@ _COLD = "triton"                    # folder of the kernels that the first start
 
 
 def gpu_steps(folder: Path) -> list[Step]:
-    """List the steps for a GPU. Quick and important steps come first.
+    """Return the list of steps for a GPU. Quick and important steps come first.
 
     Args:
         folder: folder in which steps may keep files.
@@ -56,7 +56,7 @@ def gpu_steps(folder: Path) -> list[Step]:
 
 
 def smoke_steps(folder: Path) -> list[Step]:
-    """List the same steps as `gpu_steps`, but for a CPU and with tiny models. fp32 replaces fp16, which needs a GPU.
+    """Return the same steps as `gpu_steps`, but for a CPU and with tiny models. fp32 replaces fp16, which needs a GPU.
 
     Args:
         folder: folder with the tiny model, in which steps may keep files.
@@ -82,7 +82,13 @@ def measure(steps: list[Step], out: Path, folder: Path, seconds: float, again: l
         seconds: time limit for all steps together.
         again: names of steps that run again although they are done.
 
-    Returns the result. Raises ValueError if `out` is a result from another GPU.
+    Returns the result, a dict that is also the content of `out`:
+    - `provenance`: how it was made, see `training.provenance`.
+    - `device`, `gpu`: "cuda" or "cpu", and the name of the GPU; None without a GPU.
+    - `steps`: {name of the step: its record, from `run_step`}.
+    - `budgets`: a dict for each budget, from `Budget.check`.
+
+    Raises ValueError if `out` is a result from another GPU.
     """
     result = opened(out)
     end = time.monotonic() + seconds
@@ -107,9 +113,10 @@ def measure(steps: list[Step], out: Path, folder: Path, seconds: float, again: l
 
 
 def opened(out: Path) -> dict:
-    """Read the result in `out`, or make a new result if there is no such file.
+    """Read the result in `out`, or make a new result without steps if there is no such file.
 
-    Raises ValueError if the file is a result from another GPU.
+    Returns the result, as `measure` does, with the provenance of this run. Raises ValueError if the file is a result
+    from another GPU.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     made = provenance(0)
@@ -136,7 +143,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--minutes", type=float, default=MINUTES, help="time for all steps of this call")
     p.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run these steps only")
     p.add_argument("--again", nargs="+", default=[], metavar="STEP", help="run these steps although they are done")
-    p.add_argument("--list", action="store_true", help="only print the steps, their limits and their commands")
+    p.add_argument("--list", action="store_true", help="only print the steps, their time limits and their "
+                   "commands")
     args = p.parse_args()
     args.folder = args.out.resolve().with_suffix(".steps")
     args.steps = (smoke_steps if args.smoke else gpu_steps)(args.folder)

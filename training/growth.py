@@ -27,8 +27,9 @@ def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5
         reference: transformers' model for `generate`; None = measure only our engine.
         max_draft: draft length of `verified`, at most.
 
-    Returns {"context": [...], "output": [...]}. Each list has one entry for each length, with milliseconds per token
-    for every mode. An entry of "context" also has three ratios, each relative to the shortest context:
+    Returns {"context": [...], "output": [...]}. Each list has a dict for each length: the length itself (`context` or
+    `output`), and milliseconds per token for `full` and `verified`, at the context lengths also for `generate`. An
+    entry of "context" also has three ratios, each relative to the shortest context:
     - `allowed`: ratio of the bytes that `full` reads per token (weights, keys and values).
     - `allowed_16_bits`: ratio of these bytes if keys and values had 16 bits. Our CPU kernels use 12 bits.
     - `times`: ratio of the measured times of `full`. The two runs follow each other directly, because the memory speed

@@ -31,11 +31,14 @@ class AdapterInputs:
 
     The normalisation depends on the kind of adapter:
     - A `carry` adapter reads its input through linear layers only. Its inputs are whitened. Its layer `linear` starts
-      as the ridge regression from the input to the full model's last hidden state.
+      as the ridge regression from the input to the full model's last hidden state. The target is this state after the
+      final norm, divided by the norm's weight.
     - A `swiglu` adapter adds its input to its output, so its inputs are only divided by a number.
 
+    An instance can be called: `inputs(s, h, carried)` returns both inputs of adapter s, normalised.
+
     Args:
-        bank: the exits. Their adapters are changed to read normalised inputs.
+        bank: the exits. The constructor changes their adapters to read normalised inputs.
         documents: numbers of the documents from which this process computes the normalisation.
         final_norm: weight of the full model's last norm (D,).
         total: function that adds up a tensor over all processes.

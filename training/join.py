@@ -48,14 +48,16 @@ def join(banks: list[ExitBank]) -> ExitBank:
 
 
 def joined_report(banks: list[ExitBank], layers: tuple[int, ...], folders: list[Path]) -> dict:
-    """Merge the `distill.json` files of the joined exits into one report, as plain JSON.
-
-    A list with a value for each exit of a bank becomes a list with a value for each of `layers`. The other entries go
-    to `parts`, which has one dict for each layer.
+    """Merge the `distill.json` files of the joined exits into one report.
 
     Args:
+        banks: the exits that were joined.
         layers: layers of the joined exits.
         folders: the folder of each bank.
+
+    Returns a dict. `untrained_agreement`, `held_out_agreement` and `held_out_agreement_after_exits` are lists with a
+    value for each of `layers`. `parts` is a list with a dict for each of `layers`: its `layer`, and the other entries
+    of the `distill.json` that its exit comes from.
     """
     reports = [json.loads((folder / "distill.json").read_text(encoding="utf-8")) for folder in folders]
     parts, merged = [], {name: [] for name in _BY_LAYER}
@@ -70,8 +72,8 @@ def joined_report(banks: list[ExitBank], layers: tuple[int, ...], folders: list[
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("exits", type=Path, nargs="+", help="folders written by training.distill; where they differ, "
-                        "the first counts")
+    parser.add_argument("exits", type=Path, nargs="+", help="folders written by training.distill; if several have an "
+                        "exit after the same layer, the first is used")
     parser.add_argument("--out", type=Path, required=True, help="folder for the joined exits")
     args = parser.parse_args()
     banks = [ExitBank.load(folder) for folder in args.exits]

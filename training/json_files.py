@@ -34,7 +34,8 @@ class ResumableRows:
     are used if the key in the file equals `key`. Else these rows are deleted.
 
     Args:
-        key: all that decides the results, such as the exits and the settings, as plain JSON.
+        path: the JSON-lines file. It is created if it does not exist.
+        key: all that decides the results, such as the exits and the settings. It must be possible to save it as JSON.
 
     Attributes:
         rows: all rows so far, without the key.

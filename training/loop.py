@@ -22,7 +22,7 @@ CHECK_DOCUMENTS = 60        # a learner's `check` reads at most so many document
 
 
 class Learner(Protocol):
-    """Interface of what the training loop trains, such as the adapters of the exits."""
+    """Interface between `train` and what it trains, such as the adapters of the exits or a drafter."""
 
     name: str
     """Name of the module in the checkpoint."""
@@ -56,7 +56,11 @@ class Learner(Protocol):
         """Format a log record as a short text for the progress bar."""
 
     def check(self) -> list[float]:
-        """Measure the agreement with the full model on held-out documents. All processes must call this."""
+        """Measure the agreement with the full model on held-out documents.
+
+        Returns shares in [0, 1], one for each part that is measured: each trained exit, or each number of drafts in a
+        row for a drafter. All processes must call this.
+        """
 
 
 def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: RunFolder, accelerator: Accelerator, *,
@@ -68,6 +72,7 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
     Args:
         plan: document numbers of each step, for all processes together.
         run: folder with the log and the checkpoint.
+        learning_rate: highest learning rate; see `optimizer_for`.
         micro_batch: number of tokens in one backward pass, at most.
         save_every: number of steps between two checkpoints.
         minutes: time limit. When it is over, the run saves a checkpoint and stops.
@@ -122,6 +127,11 @@ def optimizer_for(weights: list[Tensor], rate: float, steps: int) -> tuple[torch
     """Make an AdamW optimizer and the schedule of its learning rate.
 
     The learning rate rises linearly over the first twentieth of the steps. Then it falls to 0 along a cosine.
+
+    Args:
+        weights: the tensors to train.
+        rate: highest learning rate.
+        steps: number of steps of the whole training.
     """
     optimizer, warm_up = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01), max(1, steps // 20)
     return optimizer, LambdaLR(optimizer, lambda step: min(

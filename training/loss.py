@@ -4,7 +4,7 @@ Loss in nats: (1 - hard) * distance + hard * cross-entropy. The distance is T^2 
 (Hinton et al. 2015), total variation, or a mix of both. Losses are summed over words and over rows; callers divide by
 the number of rows.
 
-Letters: N rows (positions that `Features.wanted` selects), D hidden size, K words, E exits.
+Letters: N rows (positions that `Features.wanted` selects), D hidden size, K words (entries of the vocabulary), E exits.
 """
 
 import torch
@@ -57,7 +57,7 @@ def exit_loss(logits: Tensor, full_probs: Tensor, labels: Tensor, *, hard: float
     """Compute (loss, KL from the full model, cross-entropy), each summed over rows. Only the loss has a gradient.
 
     Args:
-        logits: the exit's logits (N, K).
+        logits: the exit's logits for K words (entries of the vocabulary) at N positions (N, K).
         full_probs: the full model's softmax at this temperature over the same words (N, K).
         labels: index of the correct word among the K words (N,). It is -1 if the correct word is none of
             the K words; the cross-entropy of this row is then 0.

@@ -53,7 +53,7 @@ def add_features(p: argparse.ArgumentParser, folder: str) -> None:
     """
     p.add_argument("--features", type=Path, help=f"folder for hidden states; default: {folder}")
     p.add_argument("--feature-gb", type=float, default=20.0, help="disk space for hidden states, in GB; what does not "
-                   "fit is computed again each time it is needed")
+                   "fit is computed again each time that it is needed")
 
 
 def add_device_map(p: argparse.ArgumentParser) -> None:
@@ -74,11 +74,11 @@ def add_loop(p: argparse.ArgumentParser, *, epochs: float, lr: float, fit_docume
         checkpoint: the folder of the checkpoint, as the help text names it.
     """
     p.add_argument("--epochs", type=float, default=epochs, help="passes over the training documents")
-    p.add_argument("--batch", type=int, default=1024, help="training rows per step, over all processes")
+    p.add_argument("--batch", type=int, default=1024, help="training rows (positions) per step, over all processes")
     p.add_argument("--micro-batch", type=int, default=8192, help="tokens in one backward pass; a step may have several")
     p.add_argument("--lr", type=float, default=lr, help="highest learning rate")
-    p.add_argument("--fit-documents", type=int, default=fit_documents, help="number of documents that set the scale of "
-                   "the rows, and the first weights where a regression gives them")
+    p.add_argument("--fit-documents", type=int, default=fit_documents, help="number of training documents from which "
+                   "the normalisation of the inputs is computed, and for some adapters also the first weights")
     p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     p.add_argument("--mixed-precision", choices=("no", "bf16"), default="bf16", help="precision of the forward passes")
     p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,

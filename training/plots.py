@@ -14,8 +14,9 @@ def loss_plot(records: Sequence[dict], layers: Sequence[int], path: Path) -> Non
     """Plot how KL to the full model and agreement change over the training steps, for each exit.
 
     Args:
-        records: records of the training log (log.jsonl).
+        records: records of the training log (log.jsonl) of `training.distill`.
         layers: the layer of each exit that was trained.
+        path: the HTML file to write.
     """
     figure = make_subplots(rows=1, cols=2, subplot_titles=("KL(full || exit), nats per token", "Top-1 agreement"))
     steps = [r for r in records if "kl" in r]
@@ -40,7 +41,8 @@ def reliability_plot(exits: Sequence[dict], path: Path) -> None:
     """Plot the share of right choices against the confidence, with a curve for each exit.
 
     Args:
-        exits: reports of the exits, as in confidence.json. Their `bins` are plotted.
+        exits: reports of the exits, from `training.confidence.measure`. Their `bins` are plotted.
+        path: the HTML file to write.
     """
     figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1], line=dict(dash="dot", color="gray"), name="perfectly calibrated"))
     for s, report in enumerate(exits):
@@ -56,6 +58,7 @@ def growth_plot(growth: dict, path: Path) -> None:
 
     Args:
         growth: result of `training.growth.growth`.
+        path: the HTML file to write.
     """
     figure = make_subplots(rows=1, cols=2, subplot_titles=("Against the context", "Against the output"))
     for col, kind in enumerate(("context", "output"), 1):

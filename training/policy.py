@@ -56,6 +56,7 @@ class Sources:
     In an empty conversation, the model invents the user turn, too.
 
     Args:
+        template: the chat template of the model.
         prompts: user turns.
         texts: passages.
         own_share: share of the conversations in which the model invents the user turn.
@@ -72,7 +73,7 @@ class Sources:
         self._shares = (plain, (1 - plain) * (own_share if prompts else 1.0))
 
     def begin(self) -> "Opening":
-        """Choose the opening of a new document at random.
+        """Choose the opening of a new document at random, and return it.
 
         Each user turn and each passage is used once. When none are left, the model invents whole conversations.
         """
@@ -99,7 +100,13 @@ class Opening:
 
 
 class Lane:
-    """One row of the batch. It holds the document that is being written, and the documents that are finished."""
+    """One row of the batch. It holds the document that is being written, and the documents that are finished.
+
+    The constructor starts the first document.
+
+    Args:
+        sources: supplies the openings of the documents.
+    """
 
     def __init__(self, sources: Sources):
         self.sources = sources
@@ -107,7 +114,10 @@ class Lane:
         self.begin(0)
 
     def begin(self, slot: int) -> None:
-        """Start a new document. Its first token gets position `slot` of the KV cache."""
+        """Start a new document. Its first token gets position `slot` of the KV cache.
+
+        Call `close` before, so that the old document is not lost.
+        """
         self.opening = self.sources.begin()
         self.start, self.document, self.forced = slot, Document(key=self.opening.key), self.opening.forced
 
@@ -137,7 +147,7 @@ class Lane:
         return token
 
     def close(self) -> None:
-        """Finish the document. It is dropped if the model chose fewer than MIN_TOKENS of its tokens."""
+        """Add the document to `finished`. It is left out if the model chose fewer than MIN_TOKENS of its tokens."""
         if sum(self.document.chosen) >= MIN_TOKENS:
             self.document.key = self.document.key or key_of(str(self.document.ids))
             self.finished.append((self.start, self.document))

@@ -17,7 +17,11 @@ _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")       # CPU flags in L
 
 
 def provenance(seed: int | None = None) -> dict:
-    """Describe this run as plain JSON: command, commit, date, seed, machine and versions. Every result file has it."""
+    """Describe this run of a command. Every result file has this description.
+
+    Returns a dict that can be saved as JSON: `command`, `commit`, `date`, `seed`, `machine` and `versions`. All values
+    are text, except `seed`, and `versions`: {name of the package: version}.
+    """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else sys.argv[0]
     return {

@@ -11,11 +11,11 @@ BINS = 15
 
 
 def equal_mass_bins(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[tuple[float, float, int]]:
-    """Sort rows by confidence, and divide them into bins with equal numbers of rows.
+    """Sort an exit's choices (rows) by confidence, and divide them into bins with equal numbers of rows.
 
     Args:
         confidence: confidence of each row (n,).
-        right: True for rows that are right (n,).
+        right: True for rows whose choice equals the full model's choice (n,).
 
     Returns three numbers for each bin: mean confidence, share of the rows that are right, and number of rows.
     """
@@ -25,9 +25,14 @@ def equal_mass_bins(confidence: Tensor, right: Tensor, bins: int = BINS) -> list
 
 
 def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
-    """Compute the mean |confidence - accuracy| over bins with equal numbers of rows, weighted by the rows of each bin.
+    """Compute the expected calibration error (ECE) of confidences, in [0, 1].
 
-    Source: Naeini et al. 2015, with bins of equal mass.
+    This is the mean of |mean confidence - share of right rows| over the `equal_mass_bins`, weighted by their numbers of
+    rows (Naeini et al. 2015, but with bins of equal numbers of rows).
+
+    Args:
+        confidence: confidence of each row (n,).
+        right: True for rows whose choice equals the full model's choice (n,).
     """
     return sum(abs(c - r) * n for c, r, n in equal_mass_bins(confidence, right, bins)) / len(confidence)
 
@@ -36,6 +41,10 @@ def auroc(score: Tensor, right: Tensor) -> float:
     """Compute the probability that a right row has a higher score than a wrong row, both chosen at random.
 
     Equal scores count half (Mann-Whitney U). Returns NaN if no row is right or no row is wrong.
+
+    Args:
+        score: score of each row (n,), such as a confidence.
+        right: True for rows that are right (n,).
     """
     values, inverse, counts = score.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()         # mean rank of equal scores, from 1
@@ -46,7 +55,12 @@ def auroc(score: Tensor, right: Tensor) -> float:
 
 
 def platt(score: Tensor, right: Tensor) -> tuple[float, float]:
-    """Fit a and b so that sigmoid(a * score + b) is the probability of a right row (Platt 1999). Returns (a, b)."""
+    """Fit a and b so that sigmoid(a * score + b) is the probability of a right row (Platt 1999). Returns (a, b).
+
+    Args:
+        score: score of each row (n,), such as the logit of a confidence.
+        right: True for rows that are right (n,).
+    """
     a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.LBFGS([a, b], max_iter=50)
 

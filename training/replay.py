@@ -53,9 +53,11 @@ SHAPES = {
 class Script:
     """Chooses the outcomes of one run at random: exits, drafts and verified tokens.
 
-    A script replaces trained weights when only the speed of the engine is measured.
+    A script replaces trained weights when only the speed of the engine is measured. Call its methods in the order of
+    decoding: each call draws the next random outcome.
 
     Args:
+        seed: decides all outcomes.
         vocab_size: size of the vocabulary from which tokens are chosen.
         tokens_per_pass: wanted mean number of tokens per verification pass. 1 if the run has no drafts.
     """
@@ -65,10 +67,10 @@ class Script:
         self.acceptance = 1 - 1 / tokens_per_pass           # of each draft on a path: a geometric series of tokens
 
     def exit(self) -> int:
-        """Choose at random which exit produces the next token, with the shares of the original CascadeExit.
+        """Choose at random which exit produces the next token, with the probabilities `PUBLISHED_ROUTING`.
 
-        Returns the number of the exit, 1 to 3, or 4 for the full model. Exit 0, before the first layer, is never
-        chosen.
+        These are the shares of the tokens that each exit of the original CascadeExit produced. Returns the number of
+        the exit, 1 to 3, or 4 for the full model. Exit 0, before the first layer, is never chosen.
         """
         return 1 + self._random.choices(range(len(PUBLISHED_ROUTING)), PUBLISHED_ROUTING)[0]
 
@@ -109,7 +111,7 @@ class ScriptedExits:
         return getattr(self._exits, name)
 
     def follow(self, script: Script) -> None:
-        """Use the outcomes of this script in the next run."""
+        """Use the outcomes of this script in the next run. Call this before each run."""
         self._script, self._wanted, self._last = script, 0, len(PUBLISHED_ROUTING)
 
     def confidence(self, s: int, hidden, copied, before=None):
@@ -143,7 +145,12 @@ class ScriptedEngine(Engine):
         self.exits = ScriptedExits(self.exits)
 
     def follow(self, seed: int, tokens_per_pass: float) -> None:
-        """Make the script of the next run. The arguments are those of `Script`."""
+        """Make the script of the next run.
+
+        Args:
+            seed: decides all outcomes of the run.
+            tokens_per_pass: wanted mean number of tokens per verification pass, 1 or more; 1 = no draft is accepted.
+        """
         self._script = Script(seed, self.model.vocab_size, tokens_per_pass)
         self.exits.follow(self._script)
 
@@ -153,7 +160,7 @@ class ScriptedEngine(Engine):
 
 
 def make_engine(shape: str, device: torch.device, backend: type | None = None) -> ScriptedEngine:
-    """Make an engine with random bf16 weights, to measure its speed.
+    """Make an engine with random bf16 weights, to measure its speed. Call its `follow` before each run.
 
     Its exits have adapters of the original CascadeExit's width, 512, and a head of 16,384 words. For small models, both
     are smaller.
@@ -180,7 +187,7 @@ def make_engine(shape: str, device: torch.device, backend: type | None = None) -
 
 
 def jobs_of(engine: Engine) -> dict[str, tuple[float, dict]]:
-    """List the runs to measure. Returns {name of the run: (tokens per verification pass, options of DecodeConfig)}."""
+    """Return the runs to measure: {name of the run: (tokens per verification pass, fields of its DecodeConfig)}."""
     verified = dict(mode=Mode.VERIFIED, max_draft=7)
     published = (None, *(0.5,) * (engine.num_exits - 1))                # the exit before the first layer only drafts
     return {"full": (1.0, dict(mode=Mode.FULL)),
@@ -224,7 +231,13 @@ def measure(shape: str | None, tokens: int, read_bandwidth: Callable, rounds: in
         read_bandwidth: function that measures the memory bandwidth of a device, in bytes per second.
         rounds: number of rounds that count.
 
-    Returns the result as plain JSON.
+    Returns a dict that can be saved as JSON:
+    - `shape`, `device`, `backend`, `tokens`: what was measured.
+    - `weight_bytes`: weight bytes that `full` reads per token. `read_bandwidth`: in bytes per second.
+    - `peak_bytes`: highest use of GPU memory; None on a CPU.
+    - `rows`: {name of the run: figures}. Some figures are: `token_ms`, the time per token in milliseconds; `bytes_ms`,
+      its limit; `over_full`, the speed-up over `full`; `allowed_by_bytes`, its limit; and `of_allowed`, which share of
+      this limit was reached.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = shape or (GPU_SHAPE if device.type == "cuda" else "smollm2-135m")
@@ -247,7 +260,7 @@ def measure(shape: str | None, tokens: int, read_bandwidth: Callable, rounds: in
 
 
 def _summary(stats: list[RunStats], full_speed: float, full_token_seconds: float) -> dict:
-    """Compute the medians over several runs of one mode, as plain JSON.
+    """Compute the medians over several runs of one mode.
 
     Args:
         full_speed: speed of `full`, in tokens per second.

@@ -37,9 +37,9 @@ def exits_folders(root: Path) -> list[Path]:
 def read_artifact(folder: Path) -> dict:
     """Read the JSON reports in a folder of shipped exits.
 
-    Returns {name of the report: report} with three more entries: `folder` is the name of the folder, `runs` lists the
-    training runs of the exits, and `drafter_runs` lists the training runs of the drafter. Both lists begin with the
-    newest run.
+    Returns {name of the report: report, or None if there is no such file} with three more entries: `folder` is the name
+    of the folder, `runs` lists the training runs of the exits, and `drafter_runs` lists the training runs of the
+    drafter. Both lists begin with the newest run.
     """
     artifact = {name: read(folder / f"{name}.json") for name in
                 ("config", "distill", "drafter", "confidence", "calibration")}

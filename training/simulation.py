@@ -69,7 +69,7 @@ class Count:
 
 
 def storage(tensor: torch.Tensor) -> int:
-    """Return a number that identifies the memory of a tensor. Views of one tensor have the same number."""
+    """Return a number that identifies the memory of a tensor. A tensor and its views have the same number."""
     return tensor.untyped_storage()._cdata
 
 
@@ -152,7 +152,7 @@ def simulated(count: Count) -> type[GpuBackend]:
 
 @contextmanager
 def counting(count: Count) -> Iterator[None]:
-    """Count all kernel launches and all PyTorch operations on `meta` tensors inside a `with` block."""
+    """Context manager: inside the `with` block, add kernel launches and operations on `meta` tensors to `count`."""
     from cascadeexit.backends.gpu import launches
 
     launches._listeners.append(count.launched)
@@ -166,11 +166,14 @@ def counting(count: Count) -> Iterator[None]:
 def simulate(shape: str, tokens: int) -> dict:
     """Count bytes, kernels and replays per token for each run in `replay.jobs_of`, and estimate the time per token.
 
-    Returns plain JSON. Raises ValueError if Triton is not installed.
-
     Args:
         shape: name of the model's shape in `replay.SHAPES`.
         tokens: new tokens per run.
+
+    Returns {"shape": ..., "tokens": ..., "assumed": `ASSUMED`, "rows": {name of the run: row}}. A row has `bytes`,
+    `kernels` and `replays` per token, and `expected_ms`: {GPU: estimated milliseconds per token}.
+
+    Raises ValueError if Triton is not installed.
     """
     if importlib.util.find_spec("triton") is None:
         raise ValueError("--simulate needs the package triton: pip install triton")
@@ -202,10 +205,12 @@ def _counted(engine, count: Count, job: tuple[float, dict], tokens: int, per_lay
 
 
 def expected_seconds(row: dict, bandwidth: float) -> float:
-    """Estimate the seconds per token from the bytes, kernels and replays per token.
+    """Estimate the seconds per token: bytes / bandwidth + kernels x time of a kernel + replays x time of a replay.
+
+    The two times are the assumptions in `ASSUMED`. A replay is one start of a recorded CUDA graph.
 
     Args:
-        row: {"bytes": ..., "kernels": ..., "replays": ...}, per token.
+        row: {"bytes": bytes read, "kernels": kernels started, "replays": graphs started}, each per token.
         bandwidth: memory bandwidth in bytes per second.
     """
     return (row["bytes"] / bandwidth + row["kernels"] * ASSUMED["kernel_seconds"]

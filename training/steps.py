@@ -27,9 +27,10 @@ _GRACE_SECONDS = 5                      # between asking a process to end and en
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a long measurement.
+    """One step of a long measurement: a command with a time limit. `run_step` runs it.
 
     Attributes:
+        name: name of the step, from which the names of its files are made.
         command: arguments for Python. `RESULT` in an argument is replaced by the path of the result file, which holds
             JSON, or JUnit XML from pytest. A command without `RESULT` must print its result as JSON.
         limit: seconds after which the step is ended.
@@ -54,8 +55,12 @@ def run_step(step: Step, folder: Path, seconds: float) -> dict:
             interruption.
         seconds: time limit. The shorter one of this limit and the limit of the step counts.
 
-    Returns the record of the step as plain JSON: status, seconds, limit, command and result. The result is None if the
-    step has no result. The record of a step that failed or timed out also has `output`, the last lines of its output.
+    Returns the record of the step, a dict that can be saved as JSON:
+    - `status`: "done", "failed" or "timed out". A step without a result counts as failed.
+    - `seconds`, `limit`: time that the step took, and its time limit.
+    - `command`: the command as text.
+    - `result`: the result that the step wrote or printed; None if there is none.
+    - `output`, if the status is not "done": list of the last lines of its output.
     """
     name = step.name.replace(" ", "-").replace(",", "")
     result, printed = folder / f"{name}.json", folder / f"{name}.log"

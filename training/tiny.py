@@ -17,7 +17,10 @@ TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if ad
 
 
 def make_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on `text`. `<s>` is token 0, `</s>` is token 1."""
+    """Train a byte-level BPE tokenizer on `text`. Returns a tokenizer in which `<s>` is token 0 and `</s>` is token 1.
+
+    It has at most `vocab_size` tokens, and a chat template.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.train_from_iterator([text], trainers.BpeTrainer(

@@ -39,10 +39,13 @@ LABEL = "model"
 
 @dataclass
 class Visit:
-    """Result of one visitor's run. Times are in seconds since the visitor sent the prompt.
+    """Result of one visitor's run.
 
-    `tokens` counts the new tokens of all texts in the run: the text with exits, and the full model's text. `error` is
-    empty if nothing failed.
+    Attributes:
+        first_token_seconds: time from sending the prompt to the first token of any text. None if there was no token.
+        seconds: time from sending the prompt to the end of the run.
+        tokens: number of new tokens of both texts: the text with exits, and the full model's text.
+        error: message of the error; "" if nothing failed.
     """
 
     first_token_seconds: float | None = None
@@ -54,7 +57,8 @@ class Visit:
 class WatchedRunner(Runner):
     """A runner that also records the first-token time, the number of tokens and the error of each visitor.
 
-    These go to `visits.current`, the `Visit` of the current thread.
+    Before a thread calls `race`, it must set `visits.current` to a new `Visit`, which gets these values, and
+    `visits.started` to the `time.perf_counter()` at which the prompt was sent.
     """
 
     visits = threading.local()
@@ -80,6 +84,7 @@ def visit(page: Page, number: int, tokens: int) -> Visit:
     """Send one visitor's prompt to the page, and wait for the end of the run. Returns the visitor's result.
 
     Args:
+        page: a page whose runner is a `WatchedRunner`.
         number: number of the visitor. It decides the prompt and the mode: `cascade` if even, `verified` if odd.
         tokens: new tokens of each text, at most.
     """
@@ -108,7 +113,20 @@ def memory_bytes() -> int | None:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Load a model, run all visitors at the same time, and return the result as plain JSON."""
+    """Load a model, and measure runs of many visitors at the same time. A thread of this process plays each visitor.
+
+    Args:
+        args: `model`, `exits`, `dtype`, `visitors` and `tokens` are used, with the meaning of the command's options.
+
+    Returns a dict that can be saved as JSON. Times are in seconds, memory is in bytes:
+    - `provenance`, `model`, `dtype`, `device`, `backend`, `notice`, `visitors`, `tokens`: what was measured.
+    - `start_seconds`: time for loading the model. `record_seconds` and `self_check_seconds` are the parts of it for
+      recording CUDA graphs and for the self-check; None if there was no such part.
+    - `first_token_seconds`, `seconds`: {"median": ..., "worst": ...} over the visitors, as in `Visit`.
+    - `written`: number of new tokens of all runs. `errors`: messages of the runs that failed.
+    - `memory_before`, `memory_after`: `memory_bytes` before and after all runs. `peak_bytes`: highest use of GPU
+      memory; None without a GPU.
+    """
     library, started = Library([Offer(LABEL, args.model, args.exits)], dtype=args.dtype), time.perf_counter()
     engine, _ = library.get(LABEL)
     start_seconds = time.perf_counter() - started
@@ -133,8 +151,8 @@ def parse_args() -> argparse.Namespace:
     p = command_parser(__doc__)
     add_model_and_exits(p)
     add_dtype(p)
-    p.add_argument("--visitors", type=int, default=20, help="runs at the same time")
-    p.add_argument("--tokens", type=int, default=64, help="new tokens of each side of a run")
+    p.add_argument("--visitors", type=int, default=20, help="number of visitors, who all run a prompt at the same time")
+    p.add_argument("--tokens", type=int, default=64, help="new tokens of each text, at most")
     p.add_argument("--out", type=Path, help="also write the JSON to this file")
     return p.parse_args()
 

@@ -1,4 +1,7 @@
-"""The words that an exit is trained on: the most frequent ones, and a random sample that represents the rest."""
+"""Choose the words on which an exit is trained: the most frequent ones, and a random sample of the others.
+
+A word is an entry of the vocabulary, which a token id names.
+"""
 
 import math
 
@@ -22,7 +25,7 @@ def frequent_tokens(choices: Tensor, vocab_size: int, always: frozenset[int]) ->
 class SampledHead:
     """A part of the frozen vocabulary head: the rows of some fixed words, and a random sample of the other rows.
 
-    Letters: V size of the vocabulary, K fixed words, D hidden size.
+    A word is an entry of the vocabulary. Letters: V size of the vocabulary, K fixed words, D hidden size.
 
     Args:
         weight: the whole vocabulary head (V, D).

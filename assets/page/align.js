@@ -291,7 +291,7 @@ function toggleBox(text, on, changed) {
 function buildCompareBar() {
   parts.compareWords = make('span', 'ce-compare-words');
   parts.compareWith = make('select', 'ce-compare-with');
-  parts.compareWith.setAttribute('aria-label', 'Which text is compared with the full model’s');
+  parts.compareWith.setAttribute('aria-label', 'Text to compare with the full model’s text');
   parts.compareWith.addEventListener('change', () => { compare.side = parts.compareWith.value; compare.at = -1; compareNow(); });
   const back = button('ce-small', '‹', () => stepDifference(-1)), forth = button('ce-small', '›', () => stepDifference(1));
   back.setAttribute('aria-label', 'Previous difference');

@@ -16,7 +16,7 @@ async function askServer() {
   if (alive.failed < 2 || !document.body.classList.contains('ce-running')) return;
   alive.failed = 0;
   waiting(false);
-  status('The server does not answer. The text so far is kept. Try Run again in a while.', 'error');
+  status('The server does not answer. The text so far is kept. Wait a minute, then press Run.', 'error');
 }
 
 setInterval(() => {

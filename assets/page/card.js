@@ -180,8 +180,8 @@ function fillCard() {
     parts.card.append(make('div', 'ce-card-body', null, table, chart));
     if (answer) readAnswer(answer, table, chart, actions);
     else if (mayAsk(side)) ask(table, chart, actions);
-    else table.caption.textContent = replaying() ? 'A recorded run has no more than this. Run the prompt here to see what each exit would have written.'
-      : 'What each exit would have written is known when the run is over.';
+    else table.caption.textContent = replaying() ? 'This recorded run does not have the other choices of the exits. Run the prompt here to see them.'
+      : 'When the run is over, this table shows what each exit would have written.';
   }
   parts.card.append(actions);
   if (!card.pinned) parts.card.append(make('p', 'ce-card-hint', 'Click the token to keep this card open.'));
@@ -192,12 +192,12 @@ const mayAsk = side => !replaying() && (side.end || sides.cascade.end);
 // What happened, in sentences that hold in every mode.
 function story(side, record, i) {
   const words = [], draft = rejectedDraft(side, i), fresh = i >= side.start;
-  if (!fresh) words.push('Kept from “' + (sides[side.of] || side).title + '”.');
+  if (!fresh) words.push('This token is the same as in “' + (sides[side.of] || side).title + '”.');
   if (side.of && i === side.start) return 'You chose this token. The text goes on from here with the same settings.';
   if (side.name === FULL || side.mode === FULL) words.push('The full model wrote it, with all ' + model.layers + ' layers.');
   else if (side.mode === 'verified') words.push(verifiedStory(side, record, draft));
   else if (isLast(record.exit)) words.push('No exit was confident enough, so the full model wrote it, with all ' + model.layers + ' layers.');
-  else if (record.exit === COPIED) words.push('Copied from earlier in the text.');
+  else if (record.exit === COPIED) words.push('It was copied from earlier in the text.');
   else words.push(exitName(record.exit) + ' wrote it ' + exitPlace(record.exit) + (model.exits[record.exit].layer ? ' of ' + model.layers : '') + '.');
   if (side.name !== FULL) words.push(choiceStory(side, record, i));
   return words.filter(Boolean).join(' ');
@@ -205,7 +205,7 @@ function story(side, record, i) {
 
 function verifiedStory(side, record, draft) {
   const verdict = side.tolerance ? 'accepted it' : 'agreed';
-  if (record.status === 'accepted') return (record.exit === COPIED ? 'Copied from earlier in the text as a draft.' : exitName(record.exit) + ' drafted it.')
+  if (record.status === 'accepted') return (record.exit === COPIED ? 'It was copied from earlier in the text as a draft.' : exitName(record.exit) + ' drafted it.')
     + ' The full model checked it and ' + verdict + '.';
   if (draft) return (draft.exit === COPIED ? 'The draft here was ' + inQuotes(draft.text) + ', copied from earlier in the text.' : exitName(draft.exit) + ' had drafted ' + inQuotes(draft.text) + ' here.')
     + ' The full model rejected it and wrote this token instead.';
@@ -222,7 +222,7 @@ function choiceStory(side, record, i) {
 }
 
 function draftStory(node, draft) {
-  const by = draft && draft.exit !== COPIED ? exitName(draft.exit) + ' drafted it.' : 'A draft, copied from earlier in the text.';
+  const by = draft && draft.exit !== COPIED ? exitName(draft.exit) + ' drafted it.' : 'This draft was copied from earlier in the text.';
   return node.classList.contains('rejected') ? by + ' The full model rejected it.' : by + ' The full model has not checked it yet.';
 }
 
@@ -270,11 +270,11 @@ function readings(side, record, i) {
   const thresholds = side.thresholds || run.thresholds, draft = rejectedDraft(side, i), used = (draft || record).conf || [];
   const table = make('table', 'ce-readings'), body = make('tbody');
   table.append(make('caption'), make('thead', null, null, make('tr', null, null, make('th', null, 'Who'),
-    make('th', null, 'Chance that this exit is right'), make('th', null, 'Likeliest tokens in this row, and the probability of each'))), body);
+    make('th', null, 'Chance that this exit is right'), make('th', null, 'Its likeliest tokens, and the probability of each'))), body);
   table.querySelectorAll('thead th').forEach(cell => cell.setAttribute('scope', 'col'));
   for (let s = 0; s <= model.exits.length; s++) {
     const known = !missing(used[s]), needed = thresholds && thresholds[s];
-    const words = isLast(s) ? '' : known ? percent(used[s]) + (missing(needed) ? '' : ', needs ' + percent(needed)) : 'not asked';
+    const words = isLast(s) ? '' : known ? percent(used[s]) + (missing(needed) ? '' : ', needs ' + percent(needed)) : 'not used';
     const part = draft && draft.exit === s ? 'drafted ' + inQuotes(draft.text) : s !== record.exit ? ''
       : side.mode === 'verified' && !isLast(s) ? 'drafted it' : 'wrote it';
     const who = make('th', null, null, swatch(s));
@@ -302,7 +302,7 @@ function readAnswer(answer, table, chart, actions) {
   const offer = forkOffer(side, i, full.id !== id ? full : answer.readings.flatMap(r => r.top).find(c => c.id !== id));
   answer.readings.forEach((reading, s) => {
     const [, chance, top] = table.tBodies[0].rows[s].cells;
-    if (!isLast(s) && chance.textContent === 'not asked') put(chance, percent(reading.confidence) + ', not asked');
+    if (!isLast(s) && chance.textContent === 'not used') put(chance, percent(reading.confidence) + ', not used');
     top.replaceChildren(...reading.top.slice(0, isLast(s) ? 5 : 3).map(c => candidate(c, c.id === id, offer)));
   });
   chart.replaceChildren(lensChart(answer, id, full));

@@ -418,9 +418,9 @@ function drawCharts() {
   plots.forEach((p, n) => sizes[n] && p.draw(length, ...sizes[n]));
   const [routing, agreement, confidence, times] = plots, names = exitSides();
   put(routing.heading, shownSide().mode === 'verified' ? 'Who drafted the tokens' : 'Who wrote the tokens');
-  put(routing.now, 'of the last ' + RECENT);
+  put(routing.now, 'last ' + RECENT + ' tokens');
   drawPicker(names);
-  put(agreement.now, sampled ? 'not defined for sampled text' : agreementWords(names));
+  put(agreement.now, sampled ? 'not measured above temperature 0' : agreementWords(names));
   put(confidence.now, 'crosses: full model differs');
   if (times.keyOf !== order.join()) {
     times.keyOf = order.join();

@@ -6,7 +6,7 @@ function buildDock() {
   dock.tabs = [];
   dock.list = make('div', 'ce-tabs');
   dock.list.setAttribute('role', 'tablist');
-  dock.list.setAttribute('aria-label', 'Look at this run');
+  dock.list.setAttribute('aria-label', 'Views of this run');
   dock.body = make('div', 'ce-dock-body');
   dock.list.addEventListener('keydown', event => {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key], all = dock.tabs.filter(tab => !tab.head.hidden);

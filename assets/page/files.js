@@ -3,9 +3,9 @@
 const FORMATS = [
   ['Save run (JSON)', 'Everything. “Replay a saved run” in Settings plays it again.', () => save('run.json', 'application/json', runFile())],
   ['Save tokens (CSV)', 'One row for each token: exit, confidence, time, the full model’s choice.', () => save('tokens.csv', 'text/csv', table())],
-  ['Save trace (JSON)', 'Every pass on a time axis. Open it at ui.perfetto.dev.', () => save('trace.json', 'application/json', traceFile())],
+  ['Save trace (JSON)', 'Every pass of the model on a time axis. Open the file at ui.perfetto.dev.', () => save('trace.json', 'application/json', traceFile())],
   ['Save picture (SVG)', 'Both texts with colours and numbers, for a paper.', () => save('tokens.svg', 'image/svg+xml', pictureFile())],
-  ['Save picture (PNG)', 'The same picture as pixels, for a post.', savePixels],
+  ['Save picture (PNG)', 'The same picture as an image of fixed size, for a post.', savePixels],
 ];
 
 function files() {

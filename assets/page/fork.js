@@ -86,7 +86,7 @@ function judgeFork(name) {
   const share = same / Math.max(1, ours.length, theirs.length), first = blocks.find(b => b.same);
   const start = inQuotes(side.records[side.start].text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (side.start + 1) + ': ';
   put(part.aside, start + (share >= 0.9 ? 'it hardly mattered. ' : share >= 0.5 ? 'part of the text changed. ' : 'it changed the text. ')
-    + percent(share) + ' of what follows is as in ' + before.title + '.');
+    + percent(share) + ' of what follows is the same as in ' + before.title + '.');
   part.aside.title = first && same ? 'The texts are alike again from token ' + (side.start + 2 + first.a0) + ' on, for ' + (first.a1 - first.a0) + ' tokens.' : '';
 }
 

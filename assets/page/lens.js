@@ -29,10 +29,10 @@ function lensChart(answer, id, full) {
   });
   const said = inQuotes(card.node.textContent);
   svg.setAttribute('aria-label', 'Probability of ' + said + ' after each exit: '
-    + ours.map((point, s) => swatchText(s) + ' ' + (point ? percent(point.p) + (point.rank ? ', rank ' + point.rank : '') : 'not among its likeliest')).join('; '));
+    + ours.map((point, s) => swatchText(s) + ' ' + (point ? percent(point.p) + (point.rank ? ', rank ' + point.rank : '') : 'not among its likeliest tokens')).join('; '));
   const key = make('figcaption', null, null, make('span', 'ce-lens-ours', said));
   if (other) key.append(make('span', 'ce-lens-theirs', inQuotes(full.text) + ', the full model’s choice'));
-  return make('figure', 'ce-lens-box', null, make('p', 'ce-lens-title', 'Probability by exit; # is the rank'), svg, key);
+  return make('figure', 'ce-lens-box', null, make('p', 'ce-lens-title', 'Probability and rank (#) after each exit'), svg, key);
 }
 
 function lensLine(points, x, y, kind) {      // gaps where a probability is not known

@@ -21,14 +21,14 @@ function layerMap() {
   back.addEventListener('click', () => load(Math.max(0, start - WINDOW)));
   forth.addEventListener('click', () => load(start + WINDOW));
   const box = make('div', 'ce-map', null,
-    make('p', 'ce-sub', 'Each column is a position of the left text, each row an exit. Stronger colour: higher confidence. Bold: the same token as the full model’s. Bar below: this exit wrote the token.'),
+    make('p', 'ce-sub', 'Each column is a position in the left text, and each row is an exit. Stronger colour: higher confidence. Bold: the same token as the full model’s. Bar below: this exit wrote the token.'),
     make('p', 'ce-map-bar', null, back, forth, place), scroll);
   let shown = null;
   return { box, open() {
     if (!run || !sides.cascade.end || replaying() || shown === run.run) return;
     shown = run.run;
     load(0);
-  }, forget() { shown = null; table.replaceChildren(); put(place, 'Known when a live run is over.'); } };
+  }, forget() { shown = null; table.replaceChildren(); put(place, 'This table appears when a run that was made here is over.'); } };
 }
 
 function drawMap(table, map) {

@@ -24,16 +24,16 @@ function drawMoments() {
   moments.list.replaceChildren(...moments.shown.map(momentRow));
   const sampled = run && run.greedy === false, n = moments.shown.length;
   put(moments.words, !run || !names.length ? 'The tokens that the full model would not have chosen are listed here when the run is over.'
-    : n ? 'The ' + (n === 1 ? 'token' : n + ' tokens') + ' where the exits cost most. Press n and p to step through them.'
-    : sampled ? 'With sampling there is no single right token, so nothing is listed.'
-    : names.every(name => isExact(sides[name])) ? 'None: the full model checked every token, so the text is its own.'
-    : 'None: the full model would have chosen every token that the exits wrote.');
+    : n ? (n === 1 ? 'The token where the full model preferred another token.' : 'The ' + n + ' tokens where the full model most preferred another token.') + ' Press n for the next one, p for the previous one.'
+    : sampled ? 'Nothing to list: above temperature 0, tokens are chosen at random, so there is no single right token.'
+    : names.every(name => isExact(sides[name])) ? 'Nothing to list: the full model checked every token, so this is exactly the text that it writes alone.'
+    : 'Nothing to list: the full model would have chosen every token that the exits wrote.');
 }
 
 function momentRow(moment, k) {
   const side = sides[moment.side], record = side.records[moment.i];
   const said = moment.said ?? record.text, go = button('ce-moment', null, () => goToMoment(k));
-  go.append(make('span', 'ce-moment-rank', String(k + 1)), swatch(record.exit), make('span', 'ce-moment-said', null, 'said ', momentWord(said), momentShare(moment.p_said)));
+  go.append(make('span', 'ce-moment-rank', String(k + 1)), swatch(record.exit), make('span', 'ce-moment-said', null, 'wrote ', momentWord(said), momentShare(moment.p_said)));
   go.append(make('span', 'ce-moment-full', null, ...moment.full === undefined ? ['the full model would choose another token'] : ['full model: ', momentWord(moment.full), momentShare(moment.p_full)]));
   const context = make('span', 'ce-moment-context', null, '… ' + momentContext(side, moment.i - 7, moment.i), make('b', null, side.nodes[moment.i].textContent), momentContext(side, moment.i + 1, moment.i + 5) + ' …');
   go.append(context, make('span', 'ce-moment-place', 'token ' + (moment.i + 1) + (exitSides().length > 1 ? ', ' + side.title : '')));

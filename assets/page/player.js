@@ -184,7 +184,7 @@ function playerBar() {
   bar.setAttribute('role', 'group');
   bar.setAttribute('aria-label', 'Play this run again');
   const back = button('ce-small', '‹', () => stepBy(-1)), forth = button('ce-small', '›', () => stepBy(1));
-  for (const [step, words] of [[back, 'One pass back'], [forth, 'One pass on']]) {
+  for (const [step, words] of [[back, 'One pass back'], [forth, 'One pass forward']]) {
     step.title = words;
     step.setAttribute('aria-label', words);
   }
@@ -211,7 +211,7 @@ function drawPlayer() {
   bar.hidden = !playable();
   if (bar.hidden) return;
   put(go, playing() ? 'Pause' : 'Play');
-  go.title = (playing() ? 'Pause' : player.atEnd ? 'Play this run again' : 'Play on') + ' (space)';
+  go.title = (playing() ? 'Pause' : player.atEnd ? 'Play this run again' : 'Continue') + ' (space)';
   back.disabled = player.clock <= 0;
   forth.disabled = player.atEnd;
   const share = length ? player.clock / length : 1;

@@ -168,12 +168,12 @@ function drawStrip() {
 function drawNumbers(side, stats) {
   const { versus, end } = side, sampled = run && run.greedy === false, loops = end && end.loops;
   put(parts.speed, versus && !missing(versus.speedup) ? versus.speedup.toFixed(1) + '×' : '–');
-  const reason = loops ? ['easy to guess, see right', ''] : side.spread ? spreadWords(side.spread) : slowReason(side, stats);
+  const reason = loops ? ['repeated text is easy to predict', ''] : side.spread ? spreadWords(side.spread) : slowReason(side, stats);
   note('speed', ...reason);
   put(parts.cost, stats ? percent(stats.cost) : '–');
   const so = agreementSoFar(side), share = end && !missing(end.agreement) ? end.agreement : so && so.share;
   put(parts.agreement, sampled || missing(share) ? '–' : percent(share, share > 0.99 && share < 1 ? 1 : 0));
-  note('agreement', sampled ? 'not defined for sampled text' : end ? '' : so ? 'of ' + so.judged + ' tokens checked so far' : '');
+  note('agreement', sampled ? 'not measured above temperature 0' : end ? '' : so ? 'of ' + so.judged + ' tokens checked so far' : '');
   for (const name of ['speed', 'agreement']) parts[name].classList.toggle('aside', Boolean(loops));
   parts.loop.hidden = !loops;
   if (loops) {
@@ -208,7 +208,7 @@ function slowReason(side, stats) {
   if (!stats || !side.versus || missing(side.versus.speedup) || side.versus.n < 16 || side.versus.speedup >= 0.95) return [''];
   const early = 1 - stats.routing_share[model.exits.length];
   return !model.trained ? ['slower: exits are untrained', 'These exits were not trained for this model, so they are rarely confident and often wrong. Computing them costs more than they save.']
-    : side.mode === 'verified' ? ['slower: few drafts are right', 'Drafting costs time, and here the full model accepts too few drafts to win it back.']
-    : early < 0.3 ? ['slower: few tokens stop early', 'Only ' + percent(early) + ' of the tokens stopped early. That does not pay for computing the exits.']
+    : side.mode === 'verified' ? ['slower: few drafts are right', 'Drafting costs time, and here the full model accepts too few drafts to make up for it.']
+    : early < 0.3 ? ['slower: few tokens stop early', 'Only ' + percent(early) + ' of the tokens stopped early. That saves less time than computing the exits costs.']
     : ['slower: the exits do not pay here', 'On this machine and for this model, computing the exits costs more time than the skipped layers save.'];
 }

@@ -41,8 +41,8 @@ function buildTimeline() {
   view.plot = make('div', 'ce-time-plot', null, view.canvas, view.axis, view.above, view.mark, view.light, view.cursor, view.tip);
   view.plot.tabIndex = 0;
   view.plot.setAttribute('role', 'group');
-  view.plot.setAttribute('aria-label', 'Timeline of the passes. Left and right choose a pass, up and down a text, plus and '
-    + 'minus zoom, F shows the whole run, Enter goes to the moment, space plays.');
+  view.plot.setAttribute('aria-label', 'Timeline of the passes. The left and right keys choose a pass. The up and down keys choose a text. '
+    + 'Plus zooms in, minus zooms out. F shows the whole run. Enter goes to the moment of the chosen pass. Space plays the run.');
   view.pane = make('section', 'ce-pass');
   view.pane.setAttribute('aria-label', 'The chosen pass');
   view.pane.hidden = true;
@@ -192,7 +192,7 @@ function drawKey(lanes) {
   const item = (kind, words) => make('span', null, null, make('i', 'ce-time-swatch ' + kind), words);
   timeline.nodes.key.replaceChildren(...(timeline.detailed
     ? [item('e1', 'one position'), ...cascade ? [item('many', '×n: skipped layers catch up on n positions')] : [],
-      ...verified ? [item('checking', '×n: n drafts and tokens checked at once')] : []]
+      ...verified ? [item('checking', '×n: n positions checked at once')] : []]
     : [...cascade ? [item('e1', 'height: layers that ran'), item('striped', 'skipped layers catch up')] : [],
       ...verified ? [item('e1', 'accepted drafts'), item('hollow', 'rejected'), item('own', 'full model’s token')] : []]));
 }

@@ -8,7 +8,7 @@ const inMs = seconds => number(1000 * seconds, 1000 * seconds < 10 ? 2 : 1) + ' 
 
 function passWords(pass) {
   if (isChoice(pass)) return 'this text begins with a token that you chose';
-  const time = (readsPrompt(pass) ? 'with the reading of the text before: ' : '') + inMs(pass.end - pass.start), words = [];
+  const time = inMs(pass.end - pass.start) + (readsPrompt(pass) ? ', including the reading of the text before it' : ''), words = [];
   if (isVerified(pass.lane)) {
     const drafts = draftCount(pass), accepted = acceptedOf(pass).length;
     words.push(drafts ? accepted + ' of ' + drafts + (drafts === 1 ? ' draft accepted' : ' drafts accepted') : 'nothing drafted');
@@ -34,7 +34,7 @@ function showPass(pass) {
   pane.replaceChildren(head, make('p', 'ce-pass-words', passWords(pass)));
   if (isVerified(pass.lane) && draftCount(pass)) pane.append(draftTree(pass));
   else if (ran.length) pane.append(ranTable(ran));
-  else if (!isVerified(pass.lane)) pane.append(make('p', 'ce-pass-words', 'This file does not say which layers ran.'));
+  else if (!isVerified(pass.lane) && !isChoice(pass)) pane.append(make('p', 'ce-pass-words', 'This saved run does not say which layers ran.'));
 }
 
 function ranTable(ran) {                     // neighbouring segments of as many positions on one line
@@ -115,9 +115,9 @@ function edgeOf(node) {
 function pillOf(node) {
   const pill = drawn('g', { class: 'ce-pill ' + node.kind + (node.kind === 'root' || node.kind === 'own' ? '' : ' ' + colourClass(node.exit)) });
   const title = drawn('title'), text = drawn('text', { x: node.x + node.w / 2, y: node.y + 4 });
-  title.textContent = quoted(node.whole) + (node.kind === 'root' ? ': the text so far' : node.kind === 'own' ? ': the full model’s own token'
-    : ': drafted by ' + (node.exit === COPIED ? 'copying from earlier in the text' : exitName(node.exit)) + ', ' + node.kind
-    + (missing(node.p) ? '' : ', chance ' + percent(node.p, 1)));
+  title.textContent = quoted(node.whole) + (node.kind === 'root' ? ': the last token before this pass' : node.kind === 'own' ? ': the full model’s own token'
+    : ': ' + (node.exit === COPIED ? 'copied from earlier in the text' : 'drafted by ' + exitName(node.exit)) + ', ' + (node.kind === 'waiting' ? 'not checked yet' : node.kind)
+    + (missing(node.p) ? '' : ', estimated probability that it follows ' + percent(node.p, 1)));
   text.textContent = node.text;
   pill.append(drawn('rect', { x: node.x, y: node.y - 9.5, width: node.w, height: 19, rx: 5 }), text, title);
   return pill;

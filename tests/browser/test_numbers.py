@@ -323,14 +323,14 @@ def test_a_text_that_repeats_itself_takes_the_headline_back(draw):
     size = "value => parseFloat(getComputedStyle(value).fontSize)"
     values = page.locator(".ce-value")
     assert values.nth(0).inner_text() == "2.4×" and values.nth(0).evaluate(size) < values.nth(2).evaluate(size)
-    assert "easy to guess" in tile(page, "Speed")
+    assert "easy to predict" in tile(page, "Speed")
 
 
 def test_sampled_text_has_no_agreement(draw):
     page = draw(begun(greedy=False) + written([0] * 30) + written([2] * 30, "full") + numbers()
                 + ended(agreement=None, differs=[]))
-    assert "–" in tile(page, "Agreement") and "not defined for sampled text" in tile(page, "Agreement")
-    assert page.locator(".ce-plot-agreement .ce-now").inner_text() == "not defined for sampled text"
+    assert "–" in tile(page, "Agreement") and "not measured above temperature 0" in tile(page, "Agreement")
+    assert page.locator(".ce-plot-agreement .ce-now").inner_text() == "not measured above temperature 0"
     assert page.locator(".differs").count() == 0
 
 

@@ -183,8 +183,8 @@ def test_cards_of_exact_mode_do_not_contradict_themselves(stage, checked):
         if "had drafted" in words:
             kind = "correction"
             row = page.locator("tr", has=page.locator(".ce-part", has_text="drafted “"))
-            assert "not asked" not in row.locator(".ce-chance").inner_text()
-        elif "copied from earlier" in words or words.startswith("Copied"):
+            assert "not used" not in row.locator(".ce-chance").inner_text()
+        elif "copied from earlier" in words or words.startswith("It was copied"):
             kind = "copied"
         elif " drafted it" in words:
             kind = "accepted"
@@ -202,7 +202,7 @@ def test_the_card_of_a_recorded_run_says_what_is_known(stage, fast):
     page.wait_for_selector(".ce-recorded:visible")
     token(page, 7).click()
     assert re.match(r"(Exit \d wrote it|No exit was confident)", page.locator(".ce-story").inner_text())
-    assert "A recorded run has no more than this" in page.locator(".ce-readings caption").inner_text()
+    assert "This recorded run does not have the other choices" in page.locator(".ce-readings caption").inner_text()
     assert page.locator(".ce-fork").count() == 0
 
 
@@ -337,7 +337,7 @@ def test_moments_say_what_was_said_and_what_the_full_model_would_choose(edits):
     open_tab(edits, "Worst moments")
     assert edits.locator(".ce-moment").count() == 2
     first = edits.locator(".ce-moment").first.inner_text()
-    assert "said b 5%" in first and "full model: quite 32%" in first and "token 12" in first and "exit 4" not in first
+    assert "wrote b 5%" in first and "full model: quite 32%" in first and "token 12" in first and "exit 4" not in first
     edits.locator(".ce-moment").first.click()
     words = edits.locator(".ce-story").inner_text()
     assert "The full model would choose “quite” (32%) and gives this one 5%." in words
@@ -346,7 +346,7 @@ def test_moments_say_what_was_said_and_what_the_full_model_would_choose(edits):
 def test_an_exact_run_has_no_worst_moments(stage, checked):
     page = stage(checked).page
     open_tab(page, "Worst moments")
-    assert page.locator(".ce-moments-words").inner_text().startswith("None: the full model checked every token")
+    assert page.locator(".ce-moments-words").inner_text().startswith("Nothing to list: the full model checked")
 
 
 # -- forks ----------------------------------------------------------------------------------------------------

@@ -203,8 +203,8 @@ def test_play_pause_step_and_speed(replay):
     expected = sum(r["t"] <= 0.5 * length(run) for r in tokens(run, "full"))
     assert page.locator(".ce-text[data-side=full] .t").count() == expected
     before = page.locator(".ce-clock").inner_text()
-    page.get_by_role("button", name="One pass on").click()
-    page.get_by_role("button", name="One pass on").click()
+    page.get_by_role("button", name="One pass forward").click()
+    page.get_by_role("button", name="One pass forward").click()
     page.wait_for_timeout(400)
     after = page.locator(".ce-text .t").count()
     assert page.locator(".ce-clock").inner_text() > before
