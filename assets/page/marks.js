@@ -54,7 +54,7 @@ function hoverPass(pass) {
   if (dock.open === 'time') placeMarks();
 }
 
-function choosePass(pass, how = {}) {        // how.card: also open the card of the token that ends it
+function choosePass(pass) {
   timeline.chosen = pass;
   lightTokens();
   showPass(pass);
@@ -62,9 +62,12 @@ function choosePass(pass, how = {}) {        // how.card: also open the card of 
   keepInView(pass.start, pass.end);
   drawTimelineSoon();
   const last = pass.wrote[pass.wrote.length - 1], name = pass.lane.name;
-  if (!last || !sides[name] || !sides[name].nodes[last.i]) return;
-  reveal(name, last.i);
-  if (how.card && !narrow()) openCard(sides[name].nodes[last.i], name, true);
+  if (last && sides[name] && sides[name].nodes[last.i]) reveal(name, last.i);
+}
+
+function leavePass() {
+  choosePass(null);
+  timeline.nodes.plot.focus({ preventScroll: true });
 }
 
 function goToPass(pass) { if (playable()) { pause(); seek(pass.lane.from + pass.end); } }
@@ -144,8 +147,7 @@ function listenToTimeline(plot) {
     if (moved || scrubbed || event.type === 'pointercancel') return;
     const pass = passUnder(place);
     if (pass && !player.atEnd) goToPass(pass);
-    choosePass(pass, { card: true });
-    if (!pass) closeCard();
+    choosePass(pass);
   };
   plot.addEventListener('pointerup', released);
   plot.addEventListener('pointercancel', released);
@@ -171,7 +173,7 @@ function timelineKey(event) {
     Home: () => stepPass(-Infinity), End: () => stepPass(Infinity),
     '+': () => zoomTimeline(0.5), '=': () => zoomTimeline(0.5), '-': () => zoomTimeline(2), w: () => zoomTimeline(0.5), s: () => zoomTimeline(2),
     a: () => panTimeline(-0.25), d: () => panTimeline(0.25), f: () => zoomTimeline(FIT), 0: () => zoomTimeline(FIT),
-    Enter: () => timeline.chosen && goToPass(timeline.chosen), Escape: () => { choosePass(null); closeCard(); } };
+    Enter: () => timeline.chosen && goToPass(timeline.chosen), Escape: () => card ? closeCard() : choosePass(null) };
   const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!action) return;
   event.preventDefault();

@@ -46,6 +46,11 @@ function buildTimeline() {
   view.pane = make('section', 'ce-pass');
   view.pane.setAttribute('aria-label', 'The chosen pass');
   view.pane.hidden = true;
+  view.pane.addEventListener('keydown', event => {
+    if (event.key !== 'Escape') return;
+    event.stopPropagation();
+    if (card) closeCard(); else leavePass();
+  });
   view.empty = make('p', 'ce-time-empty', 'Press Run: each pass of the model appears here as a block in time.');
   new ResizeObserver(() => drawTimeline()).observe(view.plot);
   listenToTimeline(view.plot);
