@@ -21,17 +21,22 @@ function placeMarks() {
   placeOver(timeline.nodes.mark, timeline.chosen);
 }
 
-// The moment of the player. A fork has a clock of its own, which begins where the player's stood when it was made.
+// The lanes that the player plays: a fork has a clock of its own, which begins where the player's stood when it was made.
+function playedBoxes() {
+  const forks = timeline.boxes.filter(box => box.lane.fork && player.clock > box.lane.from);
+  return player.atEnd || !forks.length ? timeline.boxes.filter(box => !box.lane.fork) : forks.slice(-1);
+}
+
+const playhead = () => player.atEnd || !timeline.boxes.length ? null : player.clock - playedBoxes()[0].lane.from;
+
 function placeCursor() {
-  const { cursor } = timeline.nodes, clock = player.atEnd ? Infinity : player.clock;
-  const own = timeline.boxes.filter(box => !box.lane.fork), forks = timeline.boxes.filter(box => box.lane.fork && clock > box.lane.from);
-  const current = player.atEnd || !forks.length ? own : forks.slice(-1);
+  const { cursor } = timeline.nodes, clock = player.atEnd ? Infinity : player.clock, current = playedBoxes();
   for (const box of timeline.boxes) {
     const x = Math.max(gutter(), Math.min(plotWidth(), xOf(clock - box.lane.from)));
     box.later.hidden = player.atEnd;
     if (!player.atEnd) { box.later.style.left = x + 'px'; box.later.style.width = plotWidth() - x + 'px'; }
   }
-  const moment = player.atEnd ? timeLength() : clock - current[0].lane.from;
+  const moment = player.atEnd ? timeLength() : playhead();
   cursor.hidden = !playable() || moment < timeline.from - 1e-9 || moment > timeline.to + 1e-9;
   if (cursor.hidden) return;
   cursor.style.transform = 'translateX(' + Math.min(plotWidth() - 1, xOf(moment)) + 'px)';

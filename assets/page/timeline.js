@@ -73,10 +73,11 @@ function viewTime(from, to) {
   drawTimelineSoon();
 }
 
-function zoomTimeline(factor, at = null) {   // around a moment: the pointer's, else the chosen pass's, else the middle
+function zoomTimeline(factor, at = null) {   // around a moment: the pointer's, else the chosen pass's, else the player's, else the middle
   if (factor === FIT) return viewTime(0, timeLength());
   const { from, to, chosen } = timeline;
-  const middle = at !== null ? at : chosen && chosen.end > from && chosen.start < to ? (chosen.start + chosen.end) / 2 : (from + to) / 2;
+  const seen = [at, chosen && (chosen.start + chosen.end) / 2, playhead()].find(moment => !missing(moment) && moment >= from && moment <= to);
+  const middle = missing(seen) ? (from + to) / 2 : seen;
   viewTime(middle - (middle - from) * factor, middle + (to - middle) * factor);
 }
 
@@ -195,11 +196,13 @@ function drawKey(lanes) {
   if (timeline.nodes.key.dataset.names === names) return;
   timeline.nodes.key.dataset.names = names;
   const item = (kind, words) => make('span', null, null, make('i', 'ce-time-swatch ' + kind), words);
+  const n = model.exits.length, bands = model.exits.map((_, exit) => `var(--ce-${colourClass(exit)}) ${100 * exit / n}% ${100 * (exit + 1) / n}%`);
+  timeline.nodes.key.style.setProperty('--bands', `linear-gradient(90deg, ${bands})`);
   timeline.nodes.key.replaceChildren(...(timeline.detailed
-    ? [item('e1', 'one position'), ...cascade ? [item('many', '×n: skipped layers catch up on n positions')] : [],
+    ? [item('colours', 'one position'), ...cascade ? [item('many', '×n: skipped layers catch up on n positions')] : [],
       ...verified ? [item('checking', '×n: n drafts and tokens checked at once')] : []]
-    : [...cascade ? [item('e1', 'height: layers that ran'), item('striped', 'skipped layers catch up')] : [],
-      ...verified ? [item('e1', 'accepted drafts'), item('hollow', 'rejected'), item('own', 'full model’s token')] : []]));
+    : [...cascade ? [item('colours', 'height: layers that ran'), item('striped', 'skipped layers catch up')] : [],
+      ...verified ? [item('colours', 'accepted drafts'), item('hollow', 'rejected'), item('own', 'full model’s token')] : []]));
 }
 
 feature({

@@ -29,12 +29,12 @@ function showPass(pass) {
   const go = button('ce-small', 'Go to this moment', () => goToPass(pass));
   const close = button('ce-small ce-pass-close', '×', leavePass);
   close.setAttribute('aria-label', 'Close the pass');
-  const title = isVerified(pass.lane) || !pass.wrote.length ? make('b', null, passTitle(pass))
+  const title = draftCount(pass) || !pass.wrote.length ? make('b', null, passTitle(pass))
     : opensCard(button('ce-pass-token', passTitle(pass)), pass, pass.wrote[0]);
   const head = make('header', null, null, title, go, close);
   const ran = pass.steps.flatMap(step => step.ran);
   pane.replaceChildren(head, make('p', 'ce-pass-words', passWords(pass)));
-  if (isVerified(pass.lane) && draftCount(pass)) pane.append(draftTree(pass));
+  if (draftCount(pass)) pane.append(draftTree(pass));
   else if (ran.length) pane.append(ranTable(ran));
   else if (!isVerified(pass.lane)) pane.append(make('p', 'ce-pass-words', 'This file does not say which layers ran.'));
 }

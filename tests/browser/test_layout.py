@@ -74,5 +74,6 @@ def test_every_setting_has_the_width_of_the_drawer(open_page, url, size):
     for words, left, right, hidden in parts:
         assert drawer["x"] <= left and right <= drawer["x"] + drawer["width"], words
         assert hidden <= 1, words
-    blocks = page.locator("#ce-settings .form > .block:visible").evaluate_all("all => all.map(node => node.clientWidth)")
+    blocks = page.locator("#ce-settings .form > .block:visible").evaluate_all(
+        "all => all.map(node => node.clientWidth)")
     assert min(blocks) >= 0.85 * min(400, size[0]), "one column"

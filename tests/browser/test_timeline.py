@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 import app
+from cascadeexit.stream import colours
 from tests.browser.handmade import EXACT, THREE, TWO, handmade_run
 from tests.browser.server import serve
 from tests.browser.test_access import violations
@@ -193,8 +194,12 @@ def test_zoom_and_pan_by_wheel_drag_and_keys(replay):
     page.keyboard.press("f")
     expect(fit).to_be_disabled()
     assert ticks.all_inner_texts() == whole
+    seek(page, 0.2)
+    page.locator(".ce-time-plot").focus()
+    cursor = page.locator(".ce-time-cursor").bounding_box()["x"]
     page.keyboard.press("+")
     expect(fit).to_be_enabled()
+    assert page.locator(".ce-time-cursor").bounding_box()["x"] == pytest.approx(cursor, abs=2), "zoomed at the cursor"
     page.keyboard.press("-")
     expect(fit).to_be_disabled()
 
@@ -315,8 +320,9 @@ def test_tokens_of_the_tree_open_their_cards(replay):
     run = handmade_run(EXACT, 60)
     page = replay(run)
     tree = next(r for r in records(run) if r["type"] == "tree" and r["i"] and sum(d[5] for d in r["drafts"]) >= 2)
+    wrote = f"accepted · wrote {1 + sum(d[5] for d in tree['drafts'])} tokens"
     page.locator(".ce-time-plot").focus()
-    while f"accepted · wrote {1 + sum(d[5] for d in tree['drafts'])} tokens" not in page.locator(".ce-pass").inner_text():
+    while wrote not in page.locator(".ce-pass").inner_text():
         page.keyboard.press("ArrowRight")
     buttons = page.locator(".ce-tree .ce-pill[role=button]")
     lit = page.eval_on_selector_all(".t.lit", "all => all.map(t => t.dataset.i)")
@@ -331,6 +337,16 @@ def test_tokens_of_the_tree_open_their_cards(replay):
     page.keyboard.press("Escape")
     page.keyboard.press("Escape")
     assert page.locator(".ce-pass").is_hidden()
+
+
+def test_the_legend_has_the_colours_of_all_exits(replay):
+    page = replay(handmade_run(EXACT, 40))
+    swatch = page.locator(".ce-time-swatch").first.evaluate("node => getComputedStyle(node).backgroundImage")
+    for exit in (0, 1, 2, 3):
+        red, green, blue = (int(colours(4)[exit][k:k + 2], 16) for k in (1, 3, 5))
+        assert f"rgb({red}, {green}, {blue})" in swatch
+    rejected = page.locator(".ce-time-swatch.hollow").evaluate("node => getComputedStyle(node).backgroundColor")
+    assert rejected.endswith("0.22)"), "pale, as rejected drafts are drawn"
 
 
 def test_old_files_show_their_times_and_exits(replay):
