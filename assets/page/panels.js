@@ -165,9 +165,9 @@ function drawPanel(name) {
 
 // With more than two texts, the strip has the numbers of the first, so each header has the most important ones of its own.
 function comparison(side) {
-  const { versus, end } = side, so = agreementSoFar(side), agreement = end ? end.agreement : so && so.share;
+  const { end } = side, speed = speedOf(side), so = agreementSoFar(side), agreement = end ? end.agreement : so && so.share;
   if (end && end.loops) return [];                               // the flag beside the title has it
-  return [...versus && !missing(versus.speedup) && !side.of ? [versus.speedup.toFixed(1) + '× the speed'] : [],
+  return [...!missing(speed) && !side.of ? [speed.toFixed(1) + '× the speed'] : [],
     ...side.name === FULL || missing(agreement) || run.greedy === false ? [] : [percent(agreement) + ' agreement']];
 }
 

@@ -196,8 +196,8 @@ function drawKey(lanes) {
   if (timeline.nodes.key.dataset.names === names) return;
   timeline.nodes.key.dataset.names = names;
   const item = (kind, words) => make('span', null, null, make('i', 'ce-time-swatch ' + kind), words);
-  const n = model.exits.length, bands = model.exits.map((_, exit) => `var(--ce-${colourClass(exit)}) ${100 * exit / n}% ${100 * (exit + 1) / n}%`);
-  timeline.nodes.key.style.setProperty('--bands', `linear-gradient(90deg, ${bands})`);
+  const of = timelineColours().of, shades = [...model.exits.keys(), ...verified && !cascade ? [COPIED] : []].map(of), n = shades.length;
+  timeline.nodes.key.style.setProperty('--bands', `linear-gradient(90deg, ${shades.map((shade, k) => `${shade} ${100 * k / n}% ${100 * (k + 1) / n}%`)})`);
   timeline.nodes.key.replaceChildren(...(timeline.detailed
     ? [item('colours', 'one position'), ...cascade ? [item('many', '×n: skipped layers catch up on n positions')] : [],
       ...verified ? [item('checking', '×n: n drafts and tokens checked at once')] : []]
