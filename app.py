@@ -241,14 +241,12 @@ def _certainty(calibration: Calibration) -> str:
 
 def _exit_controls(shape: Shape) -> dict[str, Component]:
     """A slider for each exit, and a menu to choose or disable one."""
-    with gr.Row():
-        menu = gr.Dropdown(label="Which exit writes tokens", elem_id="ce-force", min_width=220, **_exit_menu(shape))
-        gr.HTML("<p>Confidence that each exit needs to write a token. Lower is faster, higher is closer to the full"
-                " model, 1 disables the exit. Exact mode ignores these values unless the menu says “Disable exit”.</p>",
-                elem_id="ce-hint", apply_default_css=False, min_width=220)
-    with gr.Row():
-        sliders = {name: _slider(name, value=value, min_width=200, **_exit_slider(s, shape))
-                   for s, (name, value) in enumerate(zip(THRESHOLDS, thresholds_at(DEFAULT_THRESHOLD, shape)))}
+    menu = gr.Dropdown(label="Which exit writes tokens", elem_id="ce-force", **_exit_menu(shape))
+    gr.HTML("<p>Confidence that each exit needs to write a token. Lower is faster, higher is closer to the full"
+            " model, 1 disables the exit. Exact mode ignores these values unless the menu says “Disable exit”.</p>",
+            elem_id="ce-hint", apply_default_css=False)
+    sliders = {name: _slider(name, value=value, **_exit_slider(s, shape))
+               for s, (name, value) in enumerate(zip(THRESHOLDS, thresholds_at(DEFAULT_THRESHOLD, shape)))}
     return dict(exit_choice=menu) | sliders
 
 
@@ -270,23 +268,21 @@ def _exit_slider(s: int, shape: Shape) -> dict:
 
 def _advanced_controls() -> dict[str, Component]:
     """The other settings, by name."""
-    with gr.Row():
-        chat = gr.Checkbox(Settings.chat, label="Chat",
-                           info="Off: the model continues your text instead of answering it")
-        max_new_tokens = _slider("max_new_tokens", label="Maximum length, tokens")
-        max_draft = _slider("max_draft", label="Draft length",
-                            info="Exact mode: at most this many tokens are drafted for one pass of the full model")
-        tolerance = _slider("tolerance", label="Tolerance",
-                            info="Exact mode: above 0, a draft is also accepted when the full model finds it nearly as "
-                                 "likely as its own choice. The text may then differ from the full model's.")
-    with gr.Row():
-        temperature = _slider("temperature", label="Temperature",
-                              info="0: always the most likely token. Higher: more random")
-        top_p = _slider("top_p", label="Top-p", info="Below 1: choose among the most likely tokens only, those that "
-                                                "together have this probability")
-        seed = gr.Number(Settings.seed, label="Seed", precision=0,
-                         info="Number that decides all random choices. The same seed gives the same text. "
-                              "Above temperature 0, “Run again, next seed” adds 1")
+    chat = gr.Checkbox(Settings.chat, label="Chat",
+                       info="Off: the model continues your text instead of answering it")
+    max_new_tokens = _slider("max_new_tokens", label="Maximum length, tokens")
+    max_draft = _slider("max_draft", label="Draft length",
+                        info="Exact mode: at most this many tokens are drafted for one pass of the full model")
+    tolerance = _slider("tolerance", label="Tolerance",
+                        info="Exact mode: above 0, a draft is also accepted when the full model finds it nearly as "
+                             "likely as its own choice. The text may then differ from the full model's.")
+    temperature = _slider("temperature", label="Temperature",
+                          info="0: always the most likely token. Higher: more random")
+    top_p = _slider("top_p", label="Top-p", info="Below 1: choose among the most likely tokens only, those that "
+                                                 "together have this probability")
+    seed = gr.Number(Settings.seed, label="Seed", precision=0,
+                     info="Number that decides all random choices. The same seed gives the same text. "
+                          "Above temperature 0, “Run again, next seed” adds 1")
     return dict(chat=chat, max_new_tokens=max_new_tokens, max_draft=max_draft, tolerance=tolerance,
                 temperature=temperature, top_p=top_p, seed=seed)
 

@@ -161,7 +161,7 @@ function drawCompareBar() {
   if (!found) return put(parts.compareWords, run ? 'Comparing…' : 'Run a prompt to compare the texts.');
   const same = found.blocks.reduce((n, b) => n + (b.same ? b.a1 - b.a0 : 0), 0), all = Math.max(found.n, found.m), count = found.blocks.filter(b => !b.same).length;
   put(parts.compareWords, count === 0 ? 'No differences' + (found.whole ? ': the texts are identical.' : ' so far.')
-    : count + (count === 1 ? ' difference' : ' differences') + ' · ' + percent(same / Math.max(1, found.whole ? all : Math.min(found.n, found.m))) + ' of the tokens are equal');
+    : count + (count === 1 ? ' stretch differs' : ' stretches differ') + ' · ' + percent(same / Math.max(1, found.whole ? all : Math.min(found.n, found.m))) + ' of the tokens are equal');
   parts.compareSteps.hidden = count === 0;
 }
 

@@ -27,7 +27,10 @@ function listen(text, name) {
     if (card && event.relatedTarget && !text.contains(event.relatedTarget) && !parts.card.contains(event.relatedTarget)) closeCard();
   });
   text.addEventListener('keydown', event => {
-    if (event.key === 'Escape') return closeCard();
+    if (event.key === 'Escape') {
+      if (card) closeCard(); else if (timeline.chosen) choosePass(null);
+      return;
+    }
     if ((event.key === 'Enter' || event.key === ' ') && card && event.target === text) {
       event.preventDefault();
       return parts.card.querySelector('button').focus();

@@ -22,7 +22,7 @@ const TERMS = {
   agreement: 'Share of the tokens that the full model would choose too, given the same text before them.',
   'weights read': 'Weights read from memory for each token, as a share of what the full model reads. Reading weights takes most of the time.',
   match: 'Share of the positions at which both texts have the same token. It falls after the first difference.',
-  speed: 'Speed compared with the full model on the same machine, in the same run.',
+  speed: 'Tokens per second after the first token, compared with the full model on the same machine, in the same run.',
 };
 
 function term(name, text = name) {

@@ -25,7 +25,21 @@ function forkOffer(side, i, choice) {
   return { node: make('div', 'ce-fork-row', null, go, hint), choose(to) { choose(to); go.focus(); }, open: !reason };
 }
 
+// The fork that continues a text from this position with this token, if there is one.
+const forkOf = (name, i, id) => forks().find(fork => sides[fork].of === name && sides[fork].at === i && sides[fork].id === id);
+
+function showFork(name) {
+  const { box } = parts[name], at = sides[name].start;
+  if (narrow()) box.scrollIntoView({ block: 'nearest' });
+  else parts.panels.scrollTo({ left: box.offsetLeft - parts.panels.offsetLeft - 40 });
+  unfold(name, at);
+  reveal(name, at);
+  flash(sides[name].nodes[at]);
+}
+
 function askFork(name, i, choice) {
+  const there = forkOf(name, i, choice.id);
+  if (there) { closeCard(); return showFork(there); }
   if (whyNoFork()) return;
   closeCard();
   asked = { run: run.run, forks: forks().length };
@@ -56,9 +70,7 @@ function markFork(record) {
   part.box.querySelector('header').append(part.close);
   put(part.aside, inQuotes(record.text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (record.at + 1) + ' of ' + before.title + '.');
   part.aside.hidden = false;
-  reveal(record.side, record.at - 1);
-  if (narrow()) part.box.scrollIntoView({ block: 'nearest' });
-  else parts.panels.scrollTo({ left: part.box.offsetLeft - parts.panels.offsetLeft - 40 });
+  showFork(record.side);
 }
 
 function closeFork(name) {
@@ -84,8 +96,10 @@ function judgeFork(name) {
   const ours = side.records.slice(side.start + 1).map(r => r.id), theirs = before.records.slice(side.start + 1).map(r => r.id);
   const blocks = alignIds(ours, theirs), same = blocks.filter(b => b.same).reduce((n, b) => n + b.a1 - b.a0, 0);
   const share = same / Math.max(1, ours.length, theirs.length), first = blocks.find(b => b.same);
+  const effect = share >= 0.9 ? 'hardly mattered' : share >= 0.5 ? 'changed part of the text' : 'changed the text';
+  side.verdict = effect + ', ' + percent(share);
   const start = inQuotes(side.records[side.start].text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (side.start + 1) + ': ';
-  put(part.aside, start + (share >= 0.9 ? 'it hardly mattered. ' : share >= 0.5 ? 'part of the text changed. ' : 'it changed the text. ')
+  put(part.aside, start + 'it ' + effect + '. '
     + percent(share) + ' of what follows is the same as in ' + before.title + '.');
   part.aside.title = first && same ? 'The texts are alike again from token ' + (side.start + 2 + first.a0) + ' on, for ' + (first.a1 - first.a0) + ' tokens.' : '';
 }

@@ -21,17 +21,22 @@ function placeMarks() {
   placeOver(timeline.nodes.mark, timeline.chosen);
 }
 
-// The moment of the player. A fork has a clock of its own, which begins where the player's stood when it was made.
+// The lanes that the player plays: a fork has a clock of its own, which begins where the player's stood when it was made.
+function playedBoxes() {
+  const forks = timeline.boxes.filter(box => box.lane.fork && player.clock > box.lane.from);
+  return player.atEnd || !forks.length ? timeline.boxes.filter(box => !box.lane.fork) : forks.slice(-1);
+}
+
+const playhead = () => player.atEnd || !timeline.boxes.length ? null : player.clock - playedBoxes()[0].lane.from;
+
 function placeCursor() {
-  const { cursor } = timeline.nodes, clock = player.atEnd ? Infinity : player.clock;
-  const own = timeline.boxes.filter(box => !box.lane.fork), forks = timeline.boxes.filter(box => box.lane.fork && clock > box.lane.from);
-  const current = player.atEnd || !forks.length ? own : forks.slice(-1);
+  const { cursor } = timeline.nodes, clock = player.atEnd ? Infinity : player.clock, current = playedBoxes();
   for (const box of timeline.boxes) {
     const x = Math.max(gutter(), Math.min(plotWidth(), xOf(clock - box.lane.from)));
     box.later.hidden = player.atEnd;
     if (!player.atEnd) { box.later.style.left = x + 'px'; box.later.style.width = plotWidth() - x + 'px'; }
   }
-  const moment = player.atEnd ? timeLength() : clock - current[0].lane.from;
+  const moment = player.atEnd ? timeLength() : playhead();
   cursor.hidden = !playable() || moment < timeline.from - 1e-9 || moment > timeline.to + 1e-9;
   if (cursor.hidden) return;
   cursor.style.transform = 'translateX(' + Math.min(plotWidth() - 1, xOf(moment)) + 'px)';
@@ -54,7 +59,7 @@ function hoverPass(pass) {
   if (dock.open === 'time') placeMarks();
 }
 
-function choosePass(pass, how = {}) {        // how.card: also open the card of the token that ends it
+function choosePass(pass) {
   timeline.chosen = pass;
   lightTokens();
   showPass(pass);
@@ -62,9 +67,12 @@ function choosePass(pass, how = {}) {        // how.card: also open the card of 
   keepInView(pass.start, pass.end);
   drawTimelineSoon();
   const last = pass.wrote[pass.wrote.length - 1], name = pass.lane.name;
-  if (!last || !sides[name] || !sides[name].nodes[last.i]) return;
-  reveal(name, last.i);
-  if (how.card && !narrow()) openCard(sides[name].nodes[last.i], name, true);
+  if (last && sides[name] && sides[name].nodes[last.i]) reveal(name, last.i);
+}
+
+function leavePass() {
+  choosePass(null);
+  timeline.nodes.plot.focus({ preventScroll: true });
 }
 
 function goToPass(pass) { if (playable()) { pause(); seek(pass.lane.from + pass.end); } }
@@ -144,8 +152,7 @@ function listenToTimeline(plot) {
     if (moved || scrubbed || event.type === 'pointercancel') return;
     const pass = passUnder(place);
     if (pass && !player.atEnd) goToPass(pass);
-    choosePass(pass, { card: true });
-    if (!pass) closeCard();
+    choosePass(pass);
   };
   plot.addEventListener('pointerup', released);
   plot.addEventListener('pointercancel', released);
@@ -171,7 +178,7 @@ function timelineKey(event) {
     Home: () => stepPass(-Infinity), End: () => stepPass(Infinity),
     '+': () => zoomTimeline(0.5), '=': () => zoomTimeline(0.5), '-': () => zoomTimeline(2), w: () => zoomTimeline(0.5), s: () => zoomTimeline(2),
     a: () => panTimeline(-0.25), d: () => panTimeline(0.25), f: () => zoomTimeline(FIT), 0: () => zoomTimeline(FIT),
-    Enter: () => timeline.chosen && goToPass(timeline.chosen), Escape: () => { choosePass(null); closeCard(); } };
+    Enter: () => timeline.chosen && goToPass(timeline.chosen), Escape: () => card ? closeCard() : choosePass(null) };
   const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!action) return;
   event.preventDefault();

@@ -28,7 +28,8 @@ function buildPanel(name, kept = []) {
   text.dataset.side = name;
   text.dataset.hint = full ? 'The same model without exits answers here, for comparison.'
     : 'Press Run. Each token appears in the colour of the exit that wrote it.';
-  const facts = make('p', 'ce-facts');
+  const facts = make('p', 'ce-facts'), loop = make('span', 'ce-flag ce-panel-loop');
+  loop.hidden = true;
   const mini = make('div', 'ce-mini'), aside = make('p', 'ce-aside');
   aside.hidden = true;
   const rejected = button('ce-toggle', '', () => {
@@ -40,8 +41,8 @@ function buildPanel(name, kept = []) {
   const title = make('h3', null, side.title);
   title.title = panelNote(side);
   const box = make('section', 'ce-panel' + (full ? ' full' : ''), null, 
-    make('header', null, null, title, facts, rejected, ...full ? differenceButtons() : [], copy), mini, aside, text);
-  parts[name] = { box, title, text, facts, rejected, copy, mini, aside };
+    make('header', null, null, title, loop, facts, rejected, ...full ? differenceButtons() : [], copy), mini, aside, text);
+  parts[name] = { box, title, loop, text, facts, rejected, copy, mini, aside };
   const after = full ? null : parts.panels.querySelector('.ce-panel.full');
   parts.panels.insertBefore(box, after);
   parts.panels.dataset.count = parts.panels.children.length;
@@ -150,6 +151,7 @@ function writeRejected(side, record) {
 function drawPanel(name) {
   const side = sides[name], stats = side.stats, part = parts[name];
   drawRejected(name);
+  drawLoop(side, part.loop);
   if (!stats) return;
   drawRouting(side, part.mini);
   const words = [...order.length > 2 ? comparison(side) : [], number(stats.tokens_per_second) + ' tokens/s', stats.tokens + ' tokens'];
@@ -163,9 +165,19 @@ function drawPanel(name) {
 
 // With more than two texts, the strip has the numbers of the first, so each header has the most important ones of its own.
 function comparison(side) {
-  const { versus, end } = side, so = agreementSoFar(side), agreement = end ? end.agreement : so && so.share;
-  return [...versus && !missing(versus.speedup) && !side.of ? [versus.speedup.toFixed(1) + '× the speed'] : [],
+  const { end } = side, speed = speedOf(side), so = agreementSoFar(side), agreement = end ? end.agreement : so && so.share;
+  if (end && end.loops) return [];                               // the flag beside the title has it
+  return [...!missing(speed) && !side.of ? [speed.toFixed(1) + '× the speed'] : [],
     ...side.name === FULL || missing(agreement) || run.greedy === false ? [] : [percent(agreement) + ' agreement']];
+}
+
+// With two texts, the strip says that the first one repeats itself.
+function drawLoop(side, flag) {
+  const loops = order.length > 2 && side.end && side.end.loops, { agreement } = side.end || {};
+  flag.hidden = !loops;
+  if (!loops) return;
+  put(flag, 'repeats from token ' + (loops.start + 1) + ' on');
+  flag.title = loopWords(loops) + (missing(agreement) ? '' : ' Here the agreement is ' + percent(agreement) + '.');
 }
 
 function drawRouting(side, bar) {             // which exit wrote how much of this text

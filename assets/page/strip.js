@@ -68,7 +68,7 @@ function measureButton() {
     status('Measuring the speed again…', 'busy');
     control('ce-measure').click();
   });
-  parts.measure.title = 'Runs this prompt three more times, 64 tokens each, and shows the lowest and the highest speed';
+  parts.measure.title = 'Runs this prompt three more times, 64 tokens each, and shows the median of their speeds';
   parts.measure.hidden = true;
   return parts.measure;
 }
@@ -167,8 +167,9 @@ function drawStrip() {
 
 function drawNumbers(side, stats) {
   const { versus, end } = side, sampled = run && run.greedy === false, loops = end && end.loops;
-  put(parts.speed, versus && !missing(versus.speedup) ? versus.speedup.toFixed(1) + '×' : '–');
-  const reason = loops ? ['repeated text is easy to predict', ''] : side.spread ? spreadWords(side.spread) : slowReason(side, stats);
+  const speed = speedOf(side);
+  put(parts.speed, missing(speed) ? '–' : speed.toFixed(1) + '×');
+  const reason = loops ? ['repeated text is easy to predict', ''] : side.spread ? spreadWords(side) : slowReason(side, stats);
   note('speed', ...reason);
   put(parts.cost, stats ? percent(stats.cost) : '–');
   const so = agreementSoFar(side), share = end && !missing(end.agreement) ? end.agreement : so && so.share;
@@ -178,7 +179,7 @@ function drawNumbers(side, stats) {
   parts.loop.hidden = !loops;
   if (loops) {
     put(parts.loop, 'The text repeats itself from token ' + (loops.start + 1) + ' on');
-    parts.loop.title = 'The same ' + loops.period + ' tokens are written again and again. Such text is easy to predict: its speed and agreement say little about other texts.';
+    parts.loop.title = loopWords(loops);
   }
   const match = end || versus;
   put(parts.same, match ? percent(match.positional) : '–');
@@ -196,11 +197,20 @@ function drawNumbers(side, stats) {
   parts.measure.hidden = !(live && versus && !side.spread && !loops && control('ce-measure'));
 }
 
-function spreadWords({ speedups, tokens }) {
+const loopWords = ({ period }) => 'The same ' + period + ' tokens are written again and again. Such text is easy to predict: its speed and agreement say little about other texts.';
+
+// The speed of the run, or what its repeats say: their median.
+function speedOf({ versus, spread }) {
+  const all = spread ? [...spread.speedups].sort((a, b) => a - b) : [], half = all.length >> 1;
+  if (all.length) return all.length % 2 ? all[half] : (all[half - 1] + all[half]) / 2;
+  return versus ? versus.speedup : null;
+}
+
+function spreadWords({ versus, spread: { speedups, tokens } }) {
   if (!speedups.length) return ['could not be measured again', ''];
-  const [least, most] = [Math.min(...speedups), Math.max(...speedups)].map(x => x.toFixed(1));
-  return [(least === most ? least : least + ' to ' + most) + '× in ' + speedups.length + ' repeats', 'Each repeat wrote up to ' + tokens + ' tokens: '
-    + speedups.map(x => x.toFixed(2) + '×').join(', ')];
+  const [least, most] = [Math.min(...speedups), Math.max(...speedups)].map(x => x.toFixed(1)), n = speedups.length;
+  return [(least === most ? least : least + ' to ' + most) + '× in ' + n + (n === 1 ? ' repeat' : ' repeats') + ' of the first ' + tokens + ' tokens',
+    'Repeats: ' + speedups.map(x => x.toFixed(2) + '×').join(', ') + '. The number above is their median. The run itself: ' + number(versus.speedup, 2) + '×.'];
 }
 
 // Why a run with exits is slower than the full model: words, and more words on hover.

@@ -46,6 +46,11 @@ function buildTimeline() {
   view.pane = make('section', 'ce-pass');
   view.pane.setAttribute('aria-label', 'The chosen pass');
   view.pane.hidden = true;
+  view.pane.addEventListener('keydown', event => {
+    if (event.key !== 'Escape') return;
+    event.stopPropagation();
+    if (card) closeCard(); else leavePass();
+  });
   view.empty = make('p', 'ce-time-empty', 'Press Run: each pass of the model appears here as a block in time.');
   new ResizeObserver(() => drawTimeline()).observe(view.plot);
   listenToTimeline(view.plot);
@@ -68,10 +73,11 @@ function viewTime(from, to) {
   drawTimelineSoon();
 }
 
-function zoomTimeline(factor, at = null) {   // around a moment: the pointer's, else the chosen pass's, else the middle
+function zoomTimeline(factor, at = null) {   // around a moment: the pointer's, else the chosen pass's, else the player's, else the middle
   if (factor === FIT) return viewTime(0, timeLength());
   const { from, to, chosen } = timeline;
-  const middle = at !== null ? at : chosen && chosen.end > from && chosen.start < to ? (chosen.start + chosen.end) / 2 : (from + to) / 2;
+  const seen = [at, chosen && (chosen.start + chosen.end) / 2, playhead()].find(moment => !missing(moment) && moment >= from && moment <= to);
+  const middle = missing(seen) ? (from + to) / 2 : seen;
   viewTime(middle - (middle - from) * factor, middle + (to - middle) * factor);
 }
 
@@ -190,11 +196,13 @@ function drawKey(lanes) {
   if (timeline.nodes.key.dataset.names === names) return;
   timeline.nodes.key.dataset.names = names;
   const item = (kind, words) => make('span', null, null, make('i', 'ce-time-swatch ' + kind), words);
+  const of = timelineColours().of, shades = [...model.exits.keys(), ...verified && !cascade ? [COPIED] : []].map(of), n = shades.length;
+  timeline.nodes.key.style.setProperty('--bands', `linear-gradient(90deg, ${shades.map((shade, k) => `${shade} ${100 * k / n}% ${100 * (k + 1) / n}%`)})`);
   timeline.nodes.key.replaceChildren(...(timeline.detailed
-    ? [item('e1', 'one position'), ...cascade ? [item('many', '×n: skipped layers catch up on n positions')] : [],
-      ...verified ? [item('checking', '×n: n positions checked at once')] : []]
-    : [...cascade ? [item('e1', 'height: layers that ran'), item('striped', 'skipped layers catch up')] : [],
-      ...verified ? [item('e1', 'accepted drafts'), item('hollow', 'rejected'), item('own', 'full model’s token')] : []]));
+    ? [item('colours', 'one position'), ...cascade ? [item('many', '×n: skipped layers catch up on n positions')] : [],
+      ...verified ? [item('checking', '×n: n drafts and tokens checked at once')] : []]
+    : [...cascade ? [item('colours', 'height: layers that ran'), item('striped', 'skipped layers catch up')] : [],
+      ...verified ? [item('colours', 'accepted drafts'), item('hollow', 'rejected'), item('own', 'full model’s token')] : []]));
 }
 
 feature({

@@ -22,19 +22,27 @@ function passWords(pass) {
 }
 
 function showPass(pass) {
-  const { pane, plot } = timeline.nodes || {};
+  const { pane } = timeline.nodes || {};
   if (!pane) return;
   pane.hidden = !pass;
   if (!pass) return pane.replaceChildren();
   const go = button('ce-small', 'Go to this moment', () => goToPass(pass));
-  const close = button('ce-small ce-pass-close', '×', () => { choosePass(null); plot.focus({ preventScroll: true }); });
+  const close = button('ce-small ce-pass-close', '×', leavePass);
   close.setAttribute('aria-label', 'Close the pass');
-  const head = make('header', null, null, make('b', null, passTitle(pass)), go, close);
+  const title = draftCount(pass) || !pass.wrote.length ? make('b', null, passTitle(pass))
+    : opensCard(button('ce-pass-token', passTitle(pass)), pass, pass.wrote[0]);
+  const head = make('header', null, null, title, go, close);
   const ran = pass.steps.flatMap(step => step.ran);
   pane.replaceChildren(head, make('p', 'ce-pass-words', passWords(pass)));
-  if (isVerified(pass.lane) && draftCount(pass)) pane.append(draftTree(pass));
+  if (draftCount(pass)) pane.append(draftTree(pass));
   else if (ran.length) pane.append(ranTable(ran));
   else if (!isVerified(pass.lane) && !isChoice(pass)) pane.append(make('p', 'ce-pass-words', 'This saved run does not say which layers ran.'));
+}
+
+// A node of the pane that opens the card of a token that the pass wrote.
+function opensCard(node, pass, record) {
+  node.addEventListener('click', () => lookAt(pass.lane.name, record.i));
+  return node;
 }
 
 function ranTable(ran) {                     // neighbouring segments of as many positions on one line
@@ -56,11 +64,11 @@ function draftTree(pass) {
   const drafts = draftsOf(pass), nodes = plannedTree(pass, drafts);
   const wide = Math.max(...nodes.map(node => node.x + node.w)) + 4, tall = (1 + Math.max(...nodes.map(node => node.row))) * LEVEL + 4;
   const accepted = drafts.filter(d => d.accepted).length;
-  const picture = drawn('svg', { class: 'ce-tree', width: wide, height: tall, viewBox: `0 0 ${wide} ${tall}`, role: 'img',
+  const picture = drawn('svg', { class: 'ce-tree', width: wide, height: tall, viewBox: `0 0 ${wide} ${tall}`, role: 'group',
     'aria-label': 'Draft tree: ' + drafts.map(d => quoted(d.text) + (missing(d.p) ? '' : ' ' + percent(d.p)) + (d.accepted ? ' accepted' : '')).join(', ')
       + (pass.own ? '. The full model’s own token: ' + quoted(pass.own.text) : '') });
   for (const node of nodes) if (node.from) picture.append(...edgeOf(node));
-  for (const node of nodes) picture.append(pillOf(node));
+  for (const node of nodes) picture.append(node.record ? pillButton(node, pass) : pillOf(node));
   const box = make('div', 'ce-tree-scroll', null, picture);
   box.tabIndex = 0;
   box.setAttribute('role', 'region');
@@ -76,9 +84,10 @@ function plannedTree(pass, drafts) {
   const root = node(before ? before.textContent : 'prompt', 'root', { depth: 0, children: [] });
   const all = drafts.map(d => node(d.text, d.accepted ? 'accepted' : d.accepted === false || pass.own ? 'rejected' : 'waiting', { p: d.p, exit: d.exit, children: [] }));
   all.forEach((n, k) => { n.from = all[drafts[k].parent] || root; n.from.children.push(n); n.depth = n.from.depth + 1; });
-  const last = all.filter(n => n.kind === 'accepted').pop() || root;
+  const path = all.filter(n => n.kind === 'accepted'), last = path[path.length - 1] || root;
+  acceptedOf(pass).forEach((record, k) => { if (path[k]) path[k].record = record; });
   if (pass.own) {
-    const own = node(pass.own.text, 'own', { from: last, depth: last.depth + 1, children: [], exit: model.exits.length });
+    const own = node(pass.own.text, 'own', { from: last, depth: last.depth + 1, children: [], exit: model.exits.length, record: pass.own });
     last.children.unshift(own);
     all.push(own);
   }
@@ -120,5 +129,18 @@ function pillOf(node) {
     + (missing(node.p) ? '' : ', estimated probability that it follows ' + percent(node.p, 1)));
   text.textContent = node.text;
   pill.append(drawn('rect', { x: node.x, y: node.y - 9.5, width: node.w, height: 19, rx: 5 }), text, title);
+  return pill;
+}
+
+function pillButton(node, pass) {            // of a token that stands in the text
+  const pill = opensCard(pillOf(node), pass, node.record);
+  pill.setAttribute('role', 'button');
+  pill.setAttribute('tabindex', '0');
+  pill.addEventListener('keydown', event => {
+    if (event.key !== 'Enter' && event.key !== ' ') return;
+    event.preventDefault();
+    event.stopPropagation();
+    lookAt(pass.lane.name, node.record.i);
+  });
   return pill;
 }

@@ -3,6 +3,7 @@
 import pytest
 
 import app
+from tests.browser.driving import open_settings
 from tests.browser.server import serve
 
 pytestmark = pytest.mark.browser
@@ -59,3 +60,20 @@ def test_a_phone_shows_run_and_then_numbers_before_texts(open_page, url):
     run, strip, text = (box(page, selector) for selector in ("#ce-run", ".ce-legend", ".ce-text"))
     assert run["width"] > 0.9 * width and page.get_by_role("tab", name="Many prompts").is_visible()
     assert run["y"] + run["height"] <= height and strip["y"] + strip["height"] <= text["y"]
+
+
+def test_every_setting_has_the_width_of_the_drawer(open_page, url, size):
+    page = open_page(url, *size)
+    open_settings(page)
+    drawer = box(page, "#ce-settings")
+    parts = page.locator("#ce-settings :is(.block, label, input):visible").evaluate_all(
+        """all => all.filter(node => node.getBoundingClientRect().width > 1).map(node => {
+            const box = node.getBoundingClientRect(), text = node.querySelector('.label-text, span');
+            return [node.innerText, box.left, box.right, text ? text.scrollWidth - text.clientWidth : 0]; })""")
+    assert len(parts) > 20
+    for words, left, right, hidden in parts:
+        assert drawer["x"] <= left and right <= drawer["x"] + drawer["width"], words
+        assert hidden <= 1, words
+    blocks = page.locator("#ce-settings .form > .block:visible").evaluate_all(
+        "all => all.map(node => node.clientWidth)")
+    assert min(blocks) >= 0.85 * min(400, size[0]), "one column"

@@ -326,6 +326,33 @@ def test_a_text_that_repeats_itself_takes_the_headline_back(draw):
     assert "easy to predict" in tile(page, "Speed")
 
 
+def test_each_text_says_that_it_repeats_itself(draw):
+    sides = [dict(name=name, title=name, mode="cascade", thresholds=[0.5, 0.5], tolerance=0)
+             for name in ("cascade", "second")]
+    run = begun(sides=[*sides, dict(name="full", title="Full model", mode="full", thresholds=None, tolerance=0)])
+    page = draw(run + "".join(written([0] * 30, side) for side in ("cascade", "second", "full")) + numbers()
+                + ended() + ended(side="second", agreement=0.984, loops=dict(start=9, period=4, share=0.6)))
+    flags = page.locator(".ce-panel-loop")
+    assert [flag.is_visible() for flag in flags.all()] == [False, True, False]
+    assert flags.nth(1).inner_text() == "repeats from token 10 on" and "98%" in flags.nth(1).get_attribute("title")
+    facts = page.locator(".ce-facts").all_inner_texts()
+    assert "99% agreement" in facts[0] and "agreement" not in facts[1]
+
+
+def test_the_median_of_the_repeats_is_the_headline(draw):
+    page = draw(begun() + written([0] * 30) + written([2] * 30, "full") + numbers(1.8) + ended())
+    assert "1.8×" in tile(page, "Speed")
+    page.evaluate("line => window.give(line)",
+                  write_line("spread", side="cascade", speedups=[1.61, 1.42, 1.46], tokens=64))
+    page.evaluate(FRAMES)
+    words = tile(page, "Speed")
+    assert "1.5×" in words and "1.4 to 1.6× in 3 repeats of the first 64 tokens" in words
+    title = page.locator(".ce-tile .ce-note span").first.get_attribute("title")
+    assert "The run itself: 1.80×" in title
+    note = page.locator(".ce-tile .ce-note").first
+    assert note.evaluate("node => node.scrollWidth <= node.clientWidth"), "nothing is cut"
+
+
 def test_sampled_text_has_no_agreement(draw):
     page = draw(begun(greedy=False) + written([0] * 30) + written([2] * 30, "full") + numbers()
                 + ended(agreement=None, differs=[]))

@@ -254,7 +254,7 @@ def test_differences_are_marked_and_the_rest_can_be_folded(edits):
     assert marks == [*[["cascade", False, i] for i in (10, 11)], *[["cascade", True, i] for i in (37, 38)],
                      *[["full", False, i] for i in (10, 11)], *[["full", True, i] for i in (25, 26, 27)]]
     assert token(page, 10).evaluate("t => getComputedStyle(t).borderTopWidth") == "2px"
-    assert page.locator(".ce-compare-words").inner_text().startswith("3 differences · 92% of the tokens are equal")
+    assert page.locator(".ce-compare-words").inner_text().startswith("3 stretches differ · 92% of the tokens are equal")
     assert page.locator(".t.split").evaluate_all("all => all.map(t => +t.dataset.i)") == [10, 10]
     visible = f".ce-text[data-side=cascade] {FINAL}:visible"
     page.get_by_label("Only differences").check()
@@ -343,6 +343,37 @@ def test_moments_say_what_was_said_and_what_the_full_model_would_choose(edits):
     assert "The full model would choose “quite” (32%) and gives this one 5%." in words
 
 
+def test_a_tried_moment_keeps_its_place_and_says_whether_it_mattered(stage):
+    opened = stage()
+    opened.run(**RUN)
+    page = opened.page
+    open_tab(page, "Worst moments")
+    rows = page.locator(".ce-moments li")
+    columns = ".ce-moment > :not(.ce-moment-context)"
+    before = page.locator(columns).all_inner_texts()
+    page.locator(".ce-moment").nth(2).click()
+    page.keyboard.press("Escape")
+    rows.nth(2).get_by_role("button", name="Try").click()
+    page.wait_for_selector(".ce-text[data-side=fork1] .forked")
+    page.wait_for_selector(".ce-status.done")
+    assert page.locator(columns).all_inner_texts() == before, "the main run alone, in the same order"
+    assert page.locator(".ce-moment").nth(2).get_attribute("aria-current") == "true"
+    verdict = re.fullmatch(r"(hardly mattered|changed (part of )?the text), (\d+%)", rows.nth(2).locator(
+        ".ce-moment-verdict").inner_text())
+    aside = page.locator(".ce-forked .ce-aside").inner_text()
+    assert f"it {verdict[1]}." in aside and verdict[3] in aside
+    rows.nth(2).get_by_role("button", name="Show Fork 1").click()
+    assert page.locator(".ce-panel").count() == 3, "no second fork of the same choice"
+    choice = page.get_by_label("Text whose worst moments")
+    assert choice.locator("option").all_inner_texts()[1] == "Fork 1"
+    choice.select_option("fork1")
+    listed = page.locator(".ce-moment-place").all_inner_texts()
+    start = page.locator(".ce-text[data-side=fork1] .kept").count()
+    assert all(int(place.split()[1]) > start + 1 for place in listed)
+    choice.select_option("cascade")
+    assert page.locator(columns).all_inner_texts() == before
+
+
 def test_an_exact_run_has_no_worst_moments(stage, checked):
     page = stage(checked).page
     open_tab(page, "Worst moments")
@@ -387,6 +418,10 @@ def test_at_most_three_forks_are_shown(stage):
         done.locator(".ce-fork").click()
         done.wait_for_selector(f".ce-text[data-side=fork{number}] .forked")
         done.wait_for_selector(".ce-status.done")
+    panels = done.locator(".ce-panels")
+    assert panels.evaluate("node => node.scrollWidth > node.clientWidth")
+    style = panels.evaluate("node => getComputedStyle(node, '::-webkit-scrollbar').height")
+    assert style == "10px", "a scroll bar that is always seen"
     token(done, 5).click()
     done.wait_for_selector(".ce-fork")
     assert done.locator(".ce-fork").is_disabled()

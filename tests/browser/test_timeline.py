@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 import app
+from cascadeexit.stream import colours
 from tests.browser.handmade import EXACT, THREE, TWO, handmade_run
 from tests.browser.server import serve
 from tests.browser.test_access import violations
@@ -149,14 +150,22 @@ def test_the_keyboard_links_text_and_timeline(replay):
     assert page.locator(".ce-pass").is_hidden() and page.locator(".t.lit").count() == 0
 
 
-def test_a_click_opens_the_token_and_a_double_click_goes_there(replay):
+def test_a_click_opens_the_pass_and_its_title_the_token(replay):
     run = handmade_run(TWO, 40)
     page = replay(run)
-    share = middle(run, "cascade", 20)
-    page.mouse.click(*point(page, share, 0))
-    expect(page.locator(".ce-card")).to_be_visible()
+    card, pane = page.locator(".ce-card"), page.locator(".ce-pass")
+    page.mouse.click(*point(page, middle(run, "cascade", 20), 0))
+    expect(pane).to_be_visible()
+    assert card.is_hidden() and page.locator(".t.lit").get_attribute("data-i") == "20"
+    pane.get_by_role("button", name="Token 21").click()
+    expect(card).to_be_visible()
     assert page.locator(".t.chosen").get_attribute("data-i") == "20"
     assert status(page) == DONE, "the run stays at its end"
+    page.keyboard.press("Escape")
+    assert card.is_hidden() and pane.is_visible(), "Escape closes the top layer only"
+    page.keyboard.press("Escape")
+    assert pane.is_hidden() and page.locator(".ce-time-mark").is_hidden()
+    page.mouse.click(*point(page, middle(run, "cascade", 20), 0))
     page.locator(".ce-pass").get_by_role("button", name="Go to this moment").click()
     expect(page.locator(".ce-status").first).to_have_text("Paused")
     assert page.locator(CASCADE).count() == 21 and page.locator(CASCADE + ".lit").get_attribute("data-i") == "20"
@@ -185,8 +194,12 @@ def test_zoom_and_pan_by_wheel_drag_and_keys(replay):
     page.keyboard.press("f")
     expect(fit).to_be_disabled()
     assert ticks.all_inner_texts() == whole
+    seek(page, 0.2)
+    page.locator(".ce-time-plot").focus()
+    cursor = page.locator(".ce-time-cursor").bounding_box()["x"]
     page.keyboard.press("+")
     expect(fit).to_be_enabled()
+    assert page.locator(".ce-time-cursor").bounding_box()["x"] == pytest.approx(cursor, abs=2), "zoomed at the cursor"
     page.keyboard.press("-")
     expect(fit).to_be_disabled()
 
@@ -301,6 +314,39 @@ def test_the_draft_tree_shows_probabilities_and_the_accepted_path(replay, theme)
     assert widths == pytest.approx([0.8 + 4 * d[3] for d in accepted], abs=0.02)
     lit = page.eval_on_selector_all(".t.lit", "all => all.length")
     assert lit == len(accepted) + 1
+
+
+def test_tokens_of_the_tree_open_their_cards(replay):
+    run = handmade_run(EXACT, 60)
+    page = replay(run)
+    tree = next(r for r in records(run) if r["type"] == "tree" and r["i"] and sum(d[5] for d in r["drafts"]) >= 2)
+    wrote = f"accepted · wrote {1 + sum(d[5] for d in tree['drafts'])} tokens"
+    page.locator(".ce-time-plot").focus()
+    while wrote not in page.locator(".ce-pass").inner_text():
+        page.keyboard.press("ArrowRight")
+    buttons = page.locator(".ce-tree .ce-pill[role=button]")
+    lit = page.eval_on_selector_all(".t.lit", "all => all.map(t => t.dataset.i)")
+    assert buttons.count() == len(lit), "what the pass wrote; rejected drafts are no tokens of the text"
+    assert page.locator(".ce-card").is_hidden(), "nothing covers the tree"
+    buttons.nth(0).focus()
+    page.keyboard.press("Enter")
+    assert page.locator(".t.chosen").get_attribute("data-i") in lit
+    page.keyboard.press("Escape")
+    buttons.last.click()
+    assert page.locator(".t.chosen").get_attribute("data-i") in lit
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    assert page.locator(".ce-pass").is_hidden()
+
+
+def test_the_legend_has_the_colours_of_all_exits(replay):
+    page = replay(handmade_run(EXACT, 40))
+    swatch = page.locator(".ce-time-swatch").first.evaluate("node => getComputedStyle(node).backgroundImage")
+    for exit in (0, 1, 2, 3):
+        red, green, blue = (int(colours(4)[exit][k:k + 2], 16) for k in (1, 3, 5))
+        assert f"rgb({red}, {green}, {blue})" in swatch
+    rejected = page.locator(".ce-time-swatch.hollow").evaluate("node => getComputedStyle(node).backgroundColor")
+    assert rejected.endswith("0.22)"), "pale, as rejected drafts are drawn"
 
 
 def test_old_files_show_their_times_and_exits(replay):
