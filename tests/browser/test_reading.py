@@ -1,5 +1,7 @@
 """Reading a run closely, in headless Chromium: the token card, differences, worst moments and forks."""
 
+import csv
+import io
 import random
 import re
 
@@ -376,6 +378,57 @@ def test_a_fork_continues_from_the_chosen_token_beside_the_first_text(stage, tin
     done.get_by_role("button", name="Close Fork 1").click()
     assert done.locator(".ce-panel").count() == 2
     assert shown_ids(done, "cascade") == before
+
+
+def saved(page, button: str, folder) -> str:
+    open_tab(page, "Save")
+    with page.expect_download() as download:
+        page.get_by_role("button", name=button).click()
+    download.value.save_as(folder / download.value.suggested_filename)
+    return (folder / download.value.suggested_filename).read_text(encoding="utf-8")
+
+
+def table(page, folder) -> list[dict[str, str]]:
+    return [*csv.DictReader(io.StringIO(saved(page, "Save tokens", folder), newline=""))]
+
+
+def test_the_table_judges_a_fork_by_its_own_text(stage, tiny, tmp_path):
+    opened, (engine, tokenizer) = stage(), tiny
+    opened.run(**RUN)
+    page = opened.page
+    token(page, 20).click()
+    page.locator("button.ce-candidate").first.click()
+    page.locator(".ce-fork").click()
+    page.wait_for_selector(".ce-text[data-side=fork1] .forked")
+    page.wait_for_selector(".ce-status.done")
+    rows, prompt = table(page, tmp_path), visitor_token_ids(tokenizer, SKY, chat=True)
+    for side in ("cascade", "fork1"):
+        own = [row for row in rows if row["side"] == side]
+        ids = [int(row["token"]) for row in own]
+        assert [row["number"] for row in own] == [str(i + 1) for i in range(len(own))]
+        choices = engine.full_choices(prompt, ids)
+        for row, choice in zip(own, choices):
+            if row["agrees"]:
+                assert row["agrees"] == ("yes" if int(row["token"]) == choice else "no"), row
+            if row["full_choice"]:
+                assert int(row["full_choice"]) == choice, row
+        assert {"yes", "no"} <= {row["agrees"] for row in own[21:]}
+        marked = page.eval_on_selector_all(f".ce-text[data-side={side}] {FINAL}",
+                                           "all => all.filter(t => t.classList.contains('differs')).map(t => +t.dataset.i)")
+        assert marked == [i for i, row in enumerate(own) if row["agrees"] == "no" and (side, i) != ("fork1", 20)]
+
+
+def test_files_hold_the_whole_run_while_the_player_is_paused(stage, fast, tmp_path):
+    page = stage(fast).page
+    whole = [saved(page, name, tmp_path) for name in ("Save tokens", "Save picture (SVG)", "Save trace", "Save run")]
+    page.evaluate("""() => { const range = document.querySelector('.ce-player input'); range.value = 0.4;
+        range.dispatchEvent(new Event('input', {bubbles: true})); }""")
+    page.wait_for_timeout(300)
+    shown = len(shown_ids(page, "cascade"))
+    assert 0 < shown < 60
+    paused = [saved(page, name, tmp_path) for name in ("Save tokens", "Save picture (SVG)", "Save trace", "Save run")]
+    assert paused == whole and len(shown_ids(page, "cascade")) == shown
+    assert page.locator(".ce-status").inner_text() == "Paused"
 
 
 def test_at_most_three_forks_are_shown(stage):
