@@ -135,7 +135,7 @@ function drawStrip() {
   put(parts.model, run && run.settings && run.settings.model || model.model);
   if (run) put(parts.caption.childNodes[2], run.mode === 'verified' ? ' drafted each ' : ' wrote each ');
   put(parts.catchUp, !run ? '' : run.mode !== 'verified' ? 'Skipped layers catch up later.'
-    : side.tolerance ? 'The full model checks every draft, with tolerance ' + side.tolerance + '.' : 'The full model checks every draft.');
+    : 'The full model checks every draft' + (side.tolerance ? ', with tolerance ' + side.tolerance : '') + (stats && stats.drafted && !missing(stats.acceptance) ? ': ' + acceptedWords(stats) : '') + '.');
   drawNumbers(side, stats);
 }
 
@@ -147,7 +147,7 @@ function drawNumbers(side, stats) {
   put(parts.cost, stats ? percent(stats.cost) : '–');
   const so = agreementSoFar(side), share = end && !missing(end.agreement) ? end.agreement : so && so.share;
   put(parts.agreement, sampled || missing(share) ? '–' : percent(share, share > 0.99 && share < 1 ? 1 : 0));
-  note('agreement', sampled ? 'not defined for sampled text' : end ? '' : so ? 'of ' + so.judged + ' tokens checked so far' : '');
+  note('agreement', ...sampled ? ['not defined for sampled text'] : end ? exitsAlone(side) : so ? ['of ' + so.judged + ' tokens checked so far'] : ['']);
   for (const name of ['speed', 'agreement']) parts[name].classList.toggle('aside', Boolean(loops));
   parts.loop.hidden = !loops;
   if (loops) {
@@ -175,6 +175,15 @@ function spreadWords({ speedups, tokens }) {
   const [least, most] = [Math.min(...speedups), Math.max(...speedups)].map(x => x.toFixed(1));
   return [(least === most ? least : least + ' to ' + most) + '× in ' + speedups.length + ' repeats', 'Each repeat wrote up to ' + tokens + ' tokens: '
     + speedups.map(x => x.toFixed(2) + '×').join(', ')];
+}
+
+// The full model agrees with its own tokens by construction, so a text of many of them says little about the exits.
+function exitsAlone(side) {
+  const theirs = side.records.filter((r, i) => i >= decodedFrom(side) && !isLast(r.exit));
+  if (side.mode !== 'cascade' || !theirs.length || theirs.length === side.records.length) return [''];
+  const share = theirs.filter(r => agrees(side, r.i)).length / theirs.length;
+  return ['exits alone: ' + percent(share), 'The full model would also choose ' + percent(share) + ' of the ' + theirs.length
+    + ' tokens that exits wrote. The others are its own, so they always agree.'];
 }
 
 // Why a run with exits is slower than the full model: words, and more words on hover.

@@ -413,8 +413,8 @@ def test_the_table_judges_a_fork_by_its_own_text(stage, tiny, tmp_path):
             if row["full_choice"]:
                 assert int(row["full_choice"]) == choice, row
         assert {"yes", "no"} <= {row["agrees"] for row in own[21:]}
-        marked = page.eval_on_selector_all(f".ce-text[data-side={side}] {FINAL}",
-                                           "all => all.filter(t => t.classList.contains('differs')).map(t => +t.dataset.i)")
+        marks = page.locator(f".ce-text[data-side={side}] {FINAL}.differs")
+        marked = [int(i) for i in marks.evaluate_all("all => all.map(t => t.dataset.i)")]
         assert marked == [i for i, row in enumerate(own) if row["agrees"] == "no" and (side, i) != ("fork1", 20)]
 
 
@@ -429,6 +429,35 @@ def test_files_hold_the_whole_run_while_the_player_is_paused(stage, fast, tmp_pa
     paused = [saved(page, name, tmp_path) for name in ("Save tokens", "Save picture (SVG)", "Save trace", "Save run")]
     assert paused == whole and len(shown_ids(page, "cascade")) == shown
     assert page.locator(".ce-status").inner_text() == "Paused"
+
+
+@pytest.mark.parametrize("mode", ["cascade", "verified"])
+def test_numbers_of_a_paused_run_are_those_of_its_text(stage, fast, checked, mode):
+    page = stage(fast if mode == "cascade" else checked).page
+    end = page.locator(".ce-legend").inner_text()
+    for share in (0.3, 0.7, 0.5):
+        page.evaluate("""share => { const range = document.querySelector('.ce-player input'); range.value = share;
+            range.dispatchEvent(new Event('input', {bubbles: true})); }""", share)
+        page.wait_for_timeout(300)
+        ids = {side: shown_ids(page, side) for side in SIDES}
+        for side in SIDES:
+            facts = page.locator(".ce-panel", has=page.locator(f".ce-text[data-side={side}]")).locator(".ce-facts")
+            assert f" {len(ids[side])} tokens" in facts.inner_text()
+        counts = page.locator(".ce-count").evaluate_all("all => all.map(c => parseInt(c.title))")
+        assert sum(counts) == len(ids["cascade"]) < 60
+        n = min(len(ids[side]) for side in SIDES)
+        same = sum(a == b for a, b in zip(*(ids[side] for side in SIDES)))
+        assert f"{100 * same / n + 1e-9:.0f}%" in page.locator(".ce-tile", has_text="Match").inner_text()
+        if mode == "verified":
+            assert re.search(r"per check · \d+ ms per check", page.locator(".ce-facts").first.inner_text())
+            passes = page.locator(".ce-catch-up").inner_text()
+            accepted = page.locator(f".ce-text[data-side=cascade] {FINAL}:not(.ef)").count()
+            assert f": {accepted} of " in passes, passes
+    page.keyboard.press("Escape")
+    page.evaluate("""() => { const range = document.querySelector('.ce-player input'); range.value = 1;
+        range.dispatchEvent(new Event('input', {bubbles: true})); }""")
+    page.wait_for_timeout(300)
+    assert page.locator(".ce-legend").inner_text() == end
 
 
 def test_at_most_three_forks_are_shown(stage):
