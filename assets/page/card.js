@@ -273,9 +273,9 @@ function readings(side, record, i) {
     make('th', null, 'Chance that this exit is right'), make('th', null, 'Likeliest tokens in this row, and the probability of each'))), body);
   table.querySelectorAll('thead th').forEach(cell => cell.setAttribute('scope', 'col'));
   for (let s = 0; s <= model.exits.length; s++) {
-    const known = !missing(used[s]), needed = thresholds && thresholds[s];
-    const words = isLast(s) ? '' : known ? percent(used[s]) + (missing(needed) ? '' : ', needs ' + percent(needed)) : 'not asked';
     const wrote = draft || record, drafter = wrote.exit === s && !isLast(s) && draftedBy(side, s) !== exitName(s);
+    const known = !drafter && !missing(used[s]), needed = thresholds && thresholds[s];
+    const words = isLast(s) ? '' : known ? percent(used[s]) + (missing(needed) ? '' : ', needs ' + percent(needed)) : 'not asked';
     const part = drafter ? '' : draft && draft.exit === s ? 'drafted ' + inQuotes(draft.text) : s !== record.exit ? ''
       : side.mode === 'verified' && !isLast(s) ? 'drafted it' : 'wrote it';
     const who = make('th', null, null, swatch(s));

@@ -152,8 +152,9 @@ function drawPanel(name) {
   drawRejected(name);
   if (!stats) return;
   drawRouting(side, part.mini);
-  const words = [...order.length > 2 ? comparison(side) : [], number(stats.tokens_per_second) + ' tokens/s', stats.tokens + ' tokens'];
-  if (stats.tokens_per_verification) words.push(stats.tokens_per_verification.toFixed(1) + ' tokens per check', ...checkTime(stats));
+  const words = [...order.length > 2 ? comparison(side) : [], number(stats.tokens_per_second) + ' tokens/s',
+    ...stats.tokens_per_verification ? [stats.tokens_per_verification.toFixed(1) + ' tokens per check'] : [], stats.tokens + ' tokens'];
+  if (stats.tokens_per_verification) words.push(...checkTime(stats));
   else if (!missing(stats.token_seconds_p50))
     words.push('median ' + milliseconds(stats.token_seconds_p50) + ', p90 ' + milliseconds(stats.token_seconds_p90));
   put(part.facts, words.join(' · '));
@@ -192,8 +193,8 @@ function drawRejected(name) {
   const side = sides[name], node = parts[name].rejected, on = root.classList.contains('ce-show-rejected');
   node.hidden = side.rejected === 0;
   node.setAttribute('aria-pressed', String(on));
-  node.title = 'The likeliest draft at each place, where it was rejected. Each pass of the timeline shows all of its drafts.';
-  put(node, (on ? 'Hide ' : 'Show ') + side.rejected + ' rejected');
+  node.title = side.rejected + ' rejected drafts: the likeliest one at each place. Each pass of the timeline shows all of its drafts.';
+  put(node, (on ? 'Hide' : 'Show') + ' rejected');
 }
 
 // Scroll a token into the middle of its text, without moving the page.

@@ -135,7 +135,7 @@ function drawStrip() {
   put(parts.model, run && run.settings && run.settings.model || model.model);
   if (run) put(parts.caption.childNodes[2], run.mode === 'verified' ? ' drafted each ' : ' wrote each ');
   put(parts.catchUp, !run ? '' : run.mode !== 'verified' ? 'Skipped layers catch up later.'
-    : 'The full model checks every draft' + (side.tolerance ? ', with tolerance ' + side.tolerance : '') + (stats && stats.drafted && !missing(stats.acceptance) ? ': ' + acceptedWords(stats) : '') + '.');
+    : side.tolerance ? 'The full model checks every draft, with tolerance ' + side.tolerance + '.' : 'The full model checks every draft.');
   drawNumbers(side, stats);
 }
 
@@ -147,7 +147,8 @@ function drawNumbers(side, stats) {
   put(parts.cost, stats ? percent(stats.cost) : '–');
   const so = agreementSoFar(side), share = end && !missing(end.agreement) ? end.agreement : so && so.share;
   put(parts.agreement, sampled || missing(share) ? '–' : percent(share, share > 0.99 && share < 1 ? 1 : 0));
-  note('agreement', ...sampled ? ['not defined for sampled text'] : end ? exitsAlone(side) : so ? ['of ' + so.judged + ' tokens checked so far'] : ['']);
+  note('agreement', ...stats && !missing(stats.acceptance) ? [acceptedWords(stats), 'Of all drafts, also those on branches of the draft tree that the text did not take']
+    : sampled ? ['not defined for sampled text'] : end ? exitsAlone(side) : so ? ['of ' + so.judged + ' tokens checked so far'] : ['']);
   for (const name of ['speed', 'agreement']) parts[name].classList.toggle('aside', Boolean(loops));
   parts.loop.hidden = !loops;
   if (loops) {
