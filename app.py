@@ -59,9 +59,9 @@ from cascadeexit.shape import Shape, exit_name  # noqa: E402
 TRACE = ASSETS / "traces" / "sky.json"          # a recorded run: it plays until a visitor's first own run
 MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
-SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "strip", "dock", "card", "lens", "fork",
-           "charts", "timeline", "blocks", "layers", "marks", "tree", "moments", "align", "map", "picture", "files",
-           "tour", "alive", "main")
+SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "moment", "strip", "dock", "card", "lens",
+           "fork", "charts", "timeline", "blocks", "layers", "marks", "tree", "moments", "align", "map", "picture",
+           "files", "tour", "alive", "main")
 FORK_OVER = "() => { document.dispatchEvent(new Event('ce-fork-over')); }"      # assets/page/fork.js listens
 CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits

@@ -39,6 +39,7 @@ class SideText:
         events: all events. They include `chosen`, and drafts that the page does not show.
         final: the final events.
         unwritten: spans of events that the page does not show. They are added to the next event that it shows.
+        unread: bytes of weights read since the last final event, which the next final token is charged with.
         closed: True if nothing more will be added.
     """
 
@@ -52,6 +53,7 @@ class SideText:
         self.events: list[TokenEvent] = []
         self.final: list[TokenEvent] = []
         self.unwritten: tuple[Span, ...] = ()
+        self.unread = 0
         self.closed = False
         self._draft_decoder: TextDecoder | None = None  # a copy of `decoder` that has also decoded the drafts
         self._shown: dict[int, int] = {}                # position -> token, of the draft tree's path that is shown

@@ -10,8 +10,9 @@ of the texts of the run. These are the types of records and their fields; {...} 
     reading  side, read, total: `read` of the `total` tokens before the text were read so far
     token    side, i (position), id, status (emitted, draft, accepted, rejected).
              All but rejected tokens have: text; exit (0 is the first exit, -1 means copied from earlier in the text);
-             t (engine time in seconds); conf (confidence of each exit, null if it was not computed); read (weights
-             read, as a multiple of what the full model reads for one token).
+             t (engine time in seconds); conf (confidence of each exit, null if it was not computed).
+             Final tokens (emitted or accepted) have: read (weights read since the final token before, also for drafts
+             and rejected drafts, as a multiple of what the full model reads for one token).
              Some tokens have: ms (milliseconds since the token before); ran [[first, end, rows]] (since the event
              before, segments first to end - 1 ran for this number of positions); special (true for a special token);
              bytes (hexadecimal, for a part of a character); part (true if a later token completes the character)
@@ -124,6 +125,7 @@ class TokenStream:
         else:
             side.events.append(event)
             side.unwritten += event.spans
+            side.unread += event.weight_bytes
         if event.checked:
             self._write("checked", side=name, i=event.index - len(event.checked), ids=list(event.checked))
         if tree:
@@ -136,12 +138,14 @@ class TokenStream:
     def _write_token(self, side: SideText, event: TokenEvent) -> None:
         record = dict(side=side.side.name, i=event.index, id=event.token_id, status=event.status, text=side.add(event))
         spans, side.unwritten = side.unwritten + event.spans, ()
+        side.unread += event.weight_bytes
         if event.status is Status.REJECTED:
             del record["text"]
             side.unwritten = spans          # of a pass without accepted drafts: its last event brings them
         else:
-            record |= dict(exit=event.exit, t=event.seconds, conf=event.confidences, ran=spans,
-                           read=event.weight_bytes / self._costs.full_token_bytes)
+            record |= dict(exit=event.exit, t=event.seconds, conf=event.confidences, ran=spans)
+        if event.final:                     # the first final token of a pass is charged with its drafts, too
+            record["read"], side.unread = side.unread / self._costs.full_token_bytes, 0
         if event.final and event.index > side.start:
             record["ms"] = 1000 * metrics.token_seconds(side.final[-2:])[0]
         if event.token_id in self._special:

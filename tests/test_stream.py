@@ -163,6 +163,22 @@ def test_work_of_events_that_are_not_shown_goes_with_the_next_one(tokenizer):
     assert [r.get("ran") for r in records(stream, "token")] == [[[0, 1, 1]], None, [[0, 1, 2], [0, 4, 3]]]
 
 
+@pytest.mark.parametrize("mode, options", [("full", {}), ("cascade", {}),
+                                           ("verified", dict(max_draft=7, thresholds=None)),
+                                           ("verified", dict(max_draft=7, thresholds=0.3)),
+                                           ("verified", dict(max_draft=3, tolerance=0.5))])
+def test_the_weights_of_every_pass_are_charged_to_its_first_final_token(tokenizer, mode, options):
+    stream = run_stream(tiny_engine(seed=2), tokenizer, mode, **options)
+    tokens = [r for r in records(stream, "token") if r["side"] == CASCADE]
+    final = [r for r in tokens if r["status"] in ("emitted", "accepted")]
+    cost = [r for r in records(stream, "stats") if r["side"] == CASCADE][-1]["cost"]
+    assert sum(r["read"] for r in final) / len(final) == pytest.approx(cost, abs=1e-4)
+    assert not any("read" in r for r in tokens if r not in final)
+    for before, after in zip(final[1:], final[2:]):
+        same_pass = mode == "verified" and before["status"] == "accepted"
+        assert (after["read"] == 0) == same_pass
+
+
 def test_a_tree_is_recorded_when_its_pass_is_judged(tokenizer):
     stream = TokenStream(tiny_engine(), tokenizer, SIDES, [5])
     tree = [(0, 10, -1, 0.61234567), (1, 11, 0, 0.5), (1, 12, 0, 0.25), (2, 11, 2, None), (0, 12, -1, 0.125)]

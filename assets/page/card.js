@@ -173,7 +173,7 @@ function fillCard() {
   const head = make('div', 'ce-card-head', null,
     make('p', 'ce-card-text', visible(text) || (record && record.part ? 'part of a character' : 'empty')),
     make('span', 'ce-card-place', 'token ' + (i + 1) + ' · ' + side.title), close);
-  const said = make('p', 'ce-story', record ? story(side, record, i) : draftStory(node, draft));
+  const said = make('p', 'ce-story', record ? story(side, record, i) : draftStory(side, node, draft));
   said.setAttribute('role', 'status');
   parts.card.replaceChildren(head, said, make('p', 'ce-card-facts', factsOf(side, record || draft, node)));
   if (!record) return;
@@ -208,9 +208,9 @@ function story(side, record, i) {
 
 function verifiedStory(side, record, draft) {
   const verdict = side.tolerance ? 'accepted it' : 'agreed';
-  if (record.status === 'accepted') return (record.exit === COPIED ? 'It was copied from earlier in the text as a draft.' : exitName(record.exit) + ' drafted it.')
+  if (record.status === 'accepted') return (record.exit === COPIED ? 'It was copied from earlier in the text as a draft.' : draftedBy(side, record.exit) + ' drafted it.')
     + ' The full model checked it and ' + verdict + '.';
-  if (draft) return (draft.exit === COPIED ? 'The draft here was ' + inQuotes(draft.text) + ', copied from earlier in the text.' : exitName(draft.exit) + ' had drafted ' + inQuotes(draft.text) + ' here.')
+  if (draft) return (draft.exit === COPIED ? 'The draft here was ' + inQuotes(draft.text) + ', copied from earlier in the text.' : draftedBy(side, draft.exit) + ' had drafted ' + inQuotes(draft.text) + ' here.')
     + ' The full model rejected it and wrote this token instead.';
   return 'The full model wrote it. There was no draft for this place.';
 }
@@ -224,8 +224,8 @@ function choiceStory(side, record, i) {
   return side.nodes[i].classList.contains('differs') ? 'The full model would choose another token here.' : '';
 }
 
-function draftStory(node, draft) {
-  const by = draft && draft.exit !== COPIED ? exitName(draft.exit) + ' drafted it.' : 'This draft was copied from earlier in the text.';
+function draftStory(side, node, draft) {
+  const by = draft && draft.exit !== COPIED ? draftedBy(side, draft.exit) + ' drafted it.' : 'This draft was copied from earlier in the text.';
   return node.classList.contains('rejected') ? by + ' The full model rejected it.' : by + ' The full model has not checked it yet.';
 }
 
@@ -276,9 +276,10 @@ function readings(side, record, i) {
     make('th', null, 'Chance that this exit is right'), make('th', null, 'Its likeliest tokens, and the probability of each'))), body);
   table.querySelectorAll('thead th').forEach(cell => cell.setAttribute('scope', 'col'));
   for (let s = 0; s <= model.exits.length; s++) {
-    const known = !missing(used[s]), needed = thresholds && thresholds[s];
+    const wrote = draft || record, drafter = wrote.exit === s && !isLast(s) && draftedBy(side, s) !== exitName(s);
+    const known = !drafter && !missing(used[s]), needed = thresholds && thresholds[s];
     const words = isLast(s) ? '' : known ? percent(used[s]) + (missing(needed) ? '' : ', needs ' + percent(needed)) : 'not used';
-    const part = draft && draft.exit === s ? 'drafted ' + inQuotes(draft.text) : s !== record.exit ? ''
+    const part = drafter ? '' : draft && draft.exit === s ? 'drafted ' + inQuotes(draft.text) : s !== record.exit ? ''
       : side.mode === 'verified' && !isLast(s) ? 'drafted it' : 'wrote it';
     const who = make('th', null, null, swatch(s));
     who.setAttribute('scope', 'row');
@@ -315,5 +316,5 @@ function readAnswer(answer, table, chart, actions) {
 function candidate(choice, same, offer) {
   const word = offer && !same && offer.open ? button('ce-candidate', visible(choice.text), () => offer.choose(choice)) : make('span', 'ce-candidate' + (same ? ' same' : ''), visible(choice.text));
   if (word.type === 'button') word.title = 'Choose ' + inQuotes(choice.text) + ' to continue with';
-  return make('span', 'ce-choice', null, word, ' ' + percent(choice.p));
+  return make('span', 'ce-choice', null, word, ' ' + likely(choice.p));
 }

@@ -195,11 +195,14 @@ function tellRouting(i) {
 
 // -- agreement -----------------------------------------------------------------------------------------------------------------
 
+// A fork begins with the token that the visitor chose, which nobody judges.
+const decodedFrom = side => side.start + (side.of ? 1 : 0);
+
 // Would the full model choose this token too? true, false, or undefined while that is not known. In a greedy run its own
 // tokens need no check, and neither do the drafts that it accepted as its own choice.
 function agrees(side, i) {
   const record = side.records[i];
-  if (!record || run.greedy === false || i < side.start) return undefined;
+  if (!record || run.greedy === false || i < decodedFrom(side)) return undefined;
   if (side.end) return !(side.wrong || (side.wrong = new Set(side.end.differs))).has(i);
   if (i in side.choices) return side.choices[i] === record.id;
   return isLast(record.exit) || isExact(side) ? true : undefined;
@@ -210,7 +213,7 @@ function agrees(side, i) {
 function verdicts(side) {
   const list = [];
   let told = Boolean(side.end) || isExact(side);
-  for (let i = side.start; i < side.records.length; i++) {
+  for (let i = decodedFrom(side); i < side.records.length; i++) {
     const verdict = agrees(side, i);
     if (verdict === undefined) break;
     told = told || !isLast(side.records[i].exit);
@@ -230,7 +233,7 @@ const sideColour = name => name === FULL ? 'ce-of-full' : 'ce-of-' + exitSides()
 function measureAgreement() {                 // once for each drawing: moving share, judged positions and mismatches of each side
   judging = {};
   for (const name of exitSides()) {
-    const list = verdicts(sides[name]), start = sides[name].start, points = [], wrong = [];
+    const list = verdicts(sides[name]), start = decodedFrom(sides[name]), points = [], wrong = [];
     let same = 0, recent = 0, least = 1;
     list.forEach((verdict, n) => {
       same += verdict;
@@ -261,7 +264,7 @@ function paintAgreement(p) {
 
 function tellAgreement(i) {
   return Object.entries(judging).map(([name, { points }]) => {
-    const verdict = agrees(sides[name], i), point = points[i - sides[name].start];
+    const verdict = agrees(sides[name], i), point = points[i - decodedFrom(sides[name])];
     const words = verdict === undefined ? 'not checked yet' : verdict ? 'the full model agrees' : 'the full model would choose another token';
     return [verdict === false ? 'ce-of-wrong' : sideColour(name), (exitSides().length > 1 ? shortTitle(name) + ': ' : '') + words
       + (point ? ', last ' + RECENT + ': ' + percent(point[1]) : '')];

@@ -13,6 +13,8 @@ const exitPlace = exit => isLast(exit) ? 'all ' + model.layers + ' layers'
 const swatchText = exit => isLast(exit) ? 'full model' : exit === COPIED ? 'copied' : 'exit ' + (exit + 1);
 const swatch = exit => make('span', 'ce-swatch t ' + colourClass(exit), swatchText(exit));
 const writers = () => [...model.exits.keys(), model.exits.length, COPIED];
+// Exact mode drafts with the drafter, unless thresholds let the exits draft.
+const draftedBy = (side, exit) => exit !== COPIED && side.mode === 'verified' && (side.thresholds || [0]).every(missing) ? 'The drafter' : exitName(exit);
 const isExact = side => side.mode === 'verified' && !side.tolerance;
 
 // Words that a visitor may not know. `term` makes a node that explains one on hover, focus and tap.

@@ -2,16 +2,26 @@
 
 const FORMATS = [
   ['Save run (JSON)', 'Everything. “Replay a saved run” in Settings plays it again.', () => save('run.json', 'application/json', runFile())],
-  ['Save tokens (CSV)', 'One row for each token: exit, confidence, time, the full model’s choice.', () => save('tokens.csv', 'text/csv', table())],
+  ['Save tokens (CSV)', 'One row for each token: exit, confidence, time, the full model’s choice. Numbers count from 1, positions from 0.', () => save('tokens.csv', 'text/csv', table())],
   ['Save trace (JSON)', 'Every pass of the model on a time axis. Open the file at ui.perfetto.dev.', () => save('trace.json', 'application/json', traceFile())],
   ['Save picture (SVG)', 'Both texts with colours and numbers, for a paper.', () => save('tokens.svg', 'image/svg+xml', pictureFile())],
   ['Save picture (PNG)', 'The same picture as an image of fixed size, for a post.', savePixels],
 ];
 
 function files() {
-  parts.saves = FORMATS.map(([title, , action]) => button('ce-small', title, action));
+  parts.saves = FORMATS.map(([title, , action]) => button('ce-small', title, () => fromTheEnd(action)));
   return make('div', 'ce-files', null, ...FORMATS.map(([, words], n) =>
     make('div', 'ce-file', null, parts.saves[n], make('p', null, words))));
+}
+
+// Files hold the whole run, also while the player shows an earlier moment, to which it returns.
+function fromTheEnd(action) {
+  if (player.atEnd) return action();
+  const back = player.clock, on = playing();
+  pause();
+  seekToEnd();
+  action();
+  if (on) play(back); else seek(back);
 }
 
 function save(name, type, content) {
@@ -29,17 +39,23 @@ const runFile = () => JSON.stringify({ format: model.format, records: recorded()
 
 // The full model's choice at a position, and whether the token equals it: '' where that is not known.
 function choiceAt(side, i) {
+  if (i < side.start) return choiceAt(sides[side.of], i);
+  const said = side.records[i].id, chosen = side.of && i === side.start;            // by a visitor, after the same text
+  if (chosen) {
+    const [id] = choiceAt(sides[side.of], i);
+    return [id, id === '' ? '' : id === said ? 'yes' : 'no'];
+  }
   const same = side.name === FULL ? undefined : agrees(side, i);
-  const id = side.choices[i] ?? (same ? side.records[i].id : '');
-  return [id, same === undefined ? '' : same ? 'yes' : 'no'];
+  const moment = side.end && (side.end.moments || []).find(m => m.i === i) || {};
+  return [side.choices[i] ?? moment.id ?? (same ? said : ''), same === undefined ? '' : same ? 'yes' : 'no'];
 }
 
 function table() {
-  const rows = [['side', 'position', 'token', 'text', 'exit', 'layer', 'status', 'confidence', 'milliseconds', 'weights_read', 'full_choice', 'agrees', 'seconds', 'same_position']];
+  const rows = [['side', 'number', 'position', 'token', 'text', 'exit', 'layer', 'status', 'confidence', 'milliseconds', 'weights_read', 'full_choice', 'agrees', 'seconds', 'same_position']];
   const theirs = sides[FULL].records;
   for (const name of order) sides[name].records.forEach((r, i) => {
     const node = sides[name].nodes[i], twin = name !== FULL && theirs[i];
-    rows.push([name, i, r.id, node.textContent, isLast(r.exit) ? 'full' : r.exit === COPIED ? 'copied' : r.exit + 1, isLast(r.exit) ? model.layers : r.exit === COPIED ? 0 : model.exits[r.exit].layer,
+    rows.push([name, i + 1, i, r.id, node.textContent, isLast(r.exit) ? 'full' : r.exit === COPIED ? 'copied' : r.exit + 1, isLast(r.exit) ? model.layers : r.exit === COPIED ? 0 : model.exits[r.exit].layer,
       r.status, r.conf[r.exit] ?? '', r.ms ?? '', r.read ?? '', ...choiceAt(sides[name], i), r.t ?? '', twin ? twin.id === r.id ? 'yes' : 'no' : '']);
   });
   return rows.map(row => row.map(cell).join(',')).join('\r\n') + '\r\n';
@@ -66,15 +82,18 @@ function traceEvents() {
       ts: micro(lane.from + start), dur: Math.max(0, micro(lane.from + end) - micro(lane.from + start)), args });
     for (const pass of lane.passes) {
       slice(sliceTitle(pass), pass.start, pass.end, sliceFacts(pass));
-      if (pass.steps.length > 1) for (const step of pass.steps)
-        slice(step.draft ? 'Draft' : 'Check', step.start, step.end, { ran: sliceSpans(step.ran) });
+      const steps = pass.steps.filter(step => step.draft || step.ran.length);           // else: verdicts of one check
+      if (steps.length > 1) for (const step of steps)
+        slice(stepTitle(pass, step), step.start, step.end, step.ran.length ? { ran: sliceSpans(step.ran) } : {});
     }
   });
   return events;
 }
 
-const sliceTitle = pass => readsPrompt(pass) ? 'Read the prompt, first token' : draftCount(pass) ? 'Check ' + draftCount(pass) + ' drafts'
+const sliceTitle = pass => readsPrompt(pass) ? 'Read the prompt, first token' : draftCount(pass) ? 'Check ' + draftCount(pass) + (draftCount(pass) === 1 ? ' draft' : ' drafts')
   : pass.wrote.length ? exitName(pass.wrote[pass.wrote.length - 1].exit) : 'Stopped';
+// The first step of a text also has the reading of the text before.
+const stepTitle = (pass, step) => step === pass.steps[0] && readsPrompt(pass) ? 'Read the prompt' + (step.draft ? ', draft' : '') : step.draft ? 'Draft' : 'Check';
 const sliceSpans = ran => ran.map(([first, end, rows]) => ({ segments: [first, end - 1], layers: layerRange(first, end), rows }));
 
 function sliceFacts(pass) {
@@ -92,5 +111,5 @@ const traceFile = () => JSON.stringify({ traceEvents: traceEvents(), displayTime
 
 feature({
   build() { addTab('files', 'Save', files()); },
-  draw() { for (const node of parts.saves) node.disabled = !run || !order.some(name => sides[name].tokens); },
+  draw() { for (const node of parts.saves) node.disabled = !run || !records.some(record => record.type === 'token'); },
 });

@@ -15,6 +15,7 @@ function build() {
 
 function draw() {
   dirty = false;
+  measureMoment();
   order.forEach(drawPanel);
   drawStrip();
   each('draw');

@@ -25,18 +25,20 @@ function layerMap() {
     make('p', 'ce-map-bar', null, back, forth, place), scroll);
   let shown = null;
   return { box, open() {
-    if (!run || !sides.cascade.end || replaying() || shown === run.run) return;
+    if (!run || replaying() || shown === run.run || !isOver()) return;
     shown = run.run;
     load(0);
-  }, forget() { shown = null; table.replaceChildren(); put(place, 'This table appears when a run that was made here is over.'); } };
+  }, forget() { if (run && shown === run.run) return; shown = null; table.replaceChildren(); put(place, 'This table appears when a run that was made here is over.'); } };
 }
 
+const isOver = () => records.some(record => record.type === 'end' && record.side === 'cascade');
+
 function drawMap(table, map) {
-  const rows = [];
+  const rows = [], written = readPasses().get('cascade').at;            // also of tokens after the player's moment
   for (let s = model.exits.length; s >= 0; s--) {
     const row = make('tr', null, null, make('th', null, null, swatch(s)));
     map.columns.forEach((column, c) => {
-      const choice = column[s], record = sides.cascade.records[map.start + c];
+      const choice = column[s], record = written[map.start + c] && written[map.start + c].wrote.find(r => r.i === map.start + c);
       const cell = make('td', colourClass(s) + (choice.id === column[column.length - 1].id ? ' same' : '') + (record && record.exit === s ? ' left' : ''), visible(choice.text));
       cell.style.setProperty('--p', Math.round(100 * choice.p) + '%');
       cell.title = visible(choice.text) + ' · ' + percent(choice.p) + (isLast(s) ? ' probability' : ' confidence') + (record && record.exit === s ? ' · wrote the token' : '');

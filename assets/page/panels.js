@@ -154,14 +154,23 @@ function drawPanel(name) {
   drawLoop(side, part.loop);
   if (!stats) return;
   drawRouting(side, part.mini);
-  const words = [...order.length > 2 ? comparison(side) : [], number(stats.tokens_per_second) + ' tokens/s', stats.tokens + ' tokens'];
-  if (!missing(stats.token_seconds_p50))
+  const words = [...order.length > 2 ? comparison(side) : [], number(stats.tokens_per_second) + ' tokens/s',
+    ...stats.tokens_per_verification ? [stats.tokens_per_verification.toFixed(1) + ' tokens per check'] : [], stats.tokens + ' tokens'];
+  if (stats.tokens_per_verification) words.push(...checkTime(stats));
+  else if (!missing(stats.token_seconds_p50))
     words.push('median ' + milliseconds(stats.token_seconds_p50) + ', p90 ' + milliseconds(stats.token_seconds_p90));
-  if (stats.tokens_per_verification) words.push(stats.tokens_per_verification.toFixed(1) + ' tokens per check');
   put(part.facts, words.join(' · '));
   part.facts.title = 'First token after ' + milliseconds(stats.first_token_seconds) + '; all in ' + number(stats.seconds, 2) + ' s'
-    + (missing(stats.acceptance) ? '' : '; ' + percent(stats.acceptance) + ' of the drafts were accepted');
+    + (missing(stats.acceptance) ? '' : '; ' + acceptedWords(stats));
 }
+
+// Tokens come in bursts: the time between two of them says nothing where one check brings several.
+function checkTime({ tokens, tokens_per_second: speed, tokens_per_verification: burst }) {
+  const checks = tokens / burst - 1;          // without the first, whose time is that of the first token
+  return speed && checks > 0.5 ? [milliseconds((tokens - 1) / speed / checks) + ' per check'] : [];
+}
+
+const acceptedWords = ({ drafted, acceptance }) => Math.round(acceptance * drafted) + ' of ' + drafted + ' drafts accepted (' + percent(acceptance) + ')';
 
 // With more than two texts, the strip has the numbers of the first, so each header has the most important ones of its own.
 function comparison(side) {
@@ -196,7 +205,8 @@ function drawRejected(name) {
   const side = sides[name], node = parts[name].rejected, on = root.classList.contains('ce-show-rejected');
   node.hidden = side.rejected === 0;
   node.setAttribute('aria-pressed', String(on));
-  put(node, (on ? 'Hide ' : 'Show ') + side.rejected + ' rejected draft' + (side.rejected === 1 ? '' : 's'));
+  node.title = side.rejected + ' rejected drafts: the likeliest one at each place. Each pass of the timeline shows all of its drafts.';
+  put(node, (on ? 'Hide' : 'Show') + ' rejected');
 }
 
 // Scroll a token into the middle of its text, without moving the page.

@@ -70,9 +70,12 @@ function settingWords() {                          // the run's own settings, in
   const side = sides[exitSides()[0]];
   const list = side.mode === 'verified' ? ['Exact mode' + (side.tolerance ? ' with tolerance ' + side.tolerance : '')] : ['Early exits'];
   if (side.mode !== 'verified' && side.thresholds) list.push('exits need a confidence of ' + side.thresholds.map(t => missing(t) || t >= 1 ? 'off' : percent(t)).join(', '));
-  list.push(run.greedy === false ? 'sampled' : 'greedy', 'up to ' + run.max_new_tokens + ' tokens');
+  list.push(run.greedy === false ? sampledWords(run.settings || {}) : 'greedy', 'up to ' + run.max_new_tokens + ' tokens');
   return list.join(' · ');
 }
+
+const sampledWords = ({ temperature, top_p: p, seed }) => missing(temperature) ? 'sampled'
+  : 'sampled with temperature ' + temperature + ', top-p ' + p + ', seed ' + seed;
 
 function pictureHeadline() {
   const side = sides[exitSides()[0]], { stats, versus, end } = side, list = [];
@@ -112,7 +115,7 @@ function picture() {
   const top = y, layouts = names.map(name => laidOut(sides[name], column));
   names.forEach((name, n) => {
     const left = margin + n * (column + gap), { pieces } = layouts[n], first = top + 44;
-    add(drawn('line', { x1: left, x2: left + column, y1: top, y2: top, stroke: PAPER.rule }), pictureText(left, top + 20, printable(sides[name].title), { bold: true, size: 14 }));
+    add(drawn('line', { x1: left, x2: left + column, y1: top, y2: top, stroke: PAPER.rule }), pictureText(left, top + 20, pictureTitle(sides[name], column), { bold: true, size: 14 }));
     for (const { x, row, width: wide, text, token } of pieces) {
       const at = first + row * line, fill = name === FULL ? null : paperColour(token.exit);
       if (fill) add(drawn('rect', { x: (left + x).toFixed(2), y: at - 16, width: wide.toFixed(2), height: 21, rx: 2, fill }));
@@ -130,6 +133,12 @@ function picture() {
   svg.setAttributeNS('http://www.w3.org/XML/1998/namespace', 'xml:space', 'preserve');
   svg.firstChild.textContent = printable('CascadeExit: ' + model.model + (prompt ? ', ' + prompt : ''));
   return { svg, width, height };
+}
+
+// A fork also has the token with which it begins.
+function pictureTitle(side, width) {
+  const title = !side.of ? side.title : side.title + ': ' + inQuotes(side.records[side.start].text) + ' instead of ' + inQuotes(side.instead);
+  return clippedTo(printable(title), width, { bold: true });
 }
 
 const paperColour = exit => isLast(exit) ? null : exit === COPIED ? '#f2c4d8' : model.colours[Math.min(exit, 5)];

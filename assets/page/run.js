@@ -29,7 +29,7 @@ function resetShown() {                      // the player shows the same record
 
 function newSide(description) {
   return { tolerance: 0, ...description, nodes: [], records: [], events: [], times: [], choices: [], pending: new Map(),
-    corrected: new Set(), stats: null, versus: null, end: null, tokens: 0, rejected: 0, start: description.at || 0 };
+    corrected: new Set(), stats: null, versus: null, end: null, wrong: null, spread: null, tokens: 0, rejected: 0, start: description.at || 0 };
 }
 
 // -- reading the value -------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ function readEnd(record) {
   const side = sides[record.side || 'cascade'];
   side.end = record;
   const wrong = new Set(record.differs || []);
-  side.nodes.forEach((node, i) => node && node.classList.toggle('differs', wrong.has(i)));
+  side.nodes.forEach((node, i) => node && i >= side.start && node.classList.toggle('differs', wrong.has(i)));
   dirty = true;
   if (exitSides().every(name => sides[name].end)) over(overWords(), 'done');
 }

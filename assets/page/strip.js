@@ -174,7 +174,8 @@ function drawNumbers(side, stats) {
   put(parts.cost, stats ? percent(stats.cost) : '–');
   const so = agreementSoFar(side), share = end && !missing(end.agreement) ? end.agreement : so && so.share;
   put(parts.agreement, sampled || missing(share) ? '–' : percent(share, share > 0.99 && share < 1 ? 1 : 0));
-  note('agreement', sampled ? 'not measured above temperature 0' : end ? '' : so ? 'of ' + so.judged + ' tokens checked so far' : '');
+  note('agreement', ...stats && !missing(stats.acceptance) ? [acceptedWords(stats), 'Of all drafts, also those on branches of the draft tree that the text did not take']
+    : sampled ? ['not measured above temperature 0'] : end ? exitsAlone(side) : so ? ['of ' + so.judged + ' tokens checked so far'] : ['']);
   for (const name of ['speed', 'agreement']) parts[name].classList.toggle('aside', Boolean(loops));
   parts.loop.hidden = !loops;
   if (loops) {
@@ -211,6 +212,15 @@ function spreadWords({ versus, spread: { speedups, tokens } }) {
   const [least, most] = [Math.min(...speedups), Math.max(...speedups)].map(x => x.toFixed(1)), n = speedups.length;
   return [(least === most ? least : least + ' to ' + most) + '× in ' + n + (n === 1 ? ' repeat' : ' repeats') + ' of the first ' + tokens + ' tokens',
     'Repeats: ' + speedups.map(x => x.toFixed(2) + '×').join(', ') + '. The number above is their median. The run itself: ' + number(versus.speedup, 2) + '×.'];
+}
+
+// The full model agrees with its own tokens by construction, so a text of many of them says little about the exits.
+function exitsAlone(side) {
+  const theirs = side.records.filter((r, i) => i >= decodedFrom(side) && !isLast(r.exit));
+  if (side.mode !== 'cascade' || !theirs.length || theirs.length === side.records.length) return [''];
+  const share = theirs.filter(r => agrees(side, r.i)).length / theirs.length;
+  return ['exits alone: ' + percent(share), 'The full model would also choose ' + percent(share) + ' of the ' + theirs.length
+    + ' tokens that exits wrote. The others are its own, so they always agree.'];
 }
 
 // Why a run with exits is slower than the full model: words, and more words on hover.

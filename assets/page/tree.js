@@ -65,10 +65,11 @@ function draftTree(pass) {
   const wide = Math.max(...nodes.map(node => node.x + node.w)) + 4, tall = (1 + Math.max(...nodes.map(node => node.row))) * LEVEL + 4;
   const accepted = drafts.filter(d => d.accepted).length;
   const picture = drawn('svg', { class: 'ce-tree', width: wide, height: tall, viewBox: `0 0 ${wide} ${tall}`, role: 'group',
-    'aria-label': 'Draft tree: ' + drafts.map(d => quoted(d.text) + (missing(d.p) ? '' : ' ' + percent(d.p)) + (d.accepted ? ' accepted' : '')).join(', ')
+    'aria-label': 'Draft tree: ' + drafts.map(d => quoted(d.text) + (missing(d.p) ? '' : ' ' + likely(d.p)) + (d.accepted ? ' accepted' : '')).join(', ')
       + (pass.own ? '. The full model’s own token: ' + quoted(pass.own.text) : '') });
   for (const node of nodes) if (node.from) picture.append(...edgeOf(node));
-  for (const node of nodes) picture.append(node.record ? pillButton(node, pass) : pillOf(node));
+  const side = sides[pass.lane.name] || pass.lane;
+  for (const node of nodes) picture.append(node.record ? pillButton(node, pass, side) : pillOf(node, side));
   const box = make('div', 'ce-tree-scroll', null, picture);
   box.tabIndex = 0;
   box.setAttribute('role', 'region');
@@ -114,26 +115,26 @@ function edgeOf(node) {
   const x = node.from.x + node.from.w, { y } = node.from, to = node.x, bend = (to - x) / 2, straight = node.y === y;
   const path = drawn('path', { class: 'ce-edge ' + node.kind, 'stroke-width': missing(node.p) ? 1.5 : (0.8 + 4 * node.p).toFixed(2),
     d: straight ? `M${x} ${y}H${to}` : `M${x} ${y}C${x + bend} ${y} ${x + bend * 0.6} ${node.y} ${to} ${node.y}` });
-  const words = node.kind === 'own' ? 'full' : missing(node.p) ? '' : percent(node.p);
+  const words = node.kind === 'own' ? 'full' : missing(node.p) ? '' : likely(node.p);
   if (!words) return [path];
   const label = drawn('text', { class: 'ce-edge-p', x: to - 5, y: node.y - 4 });
   label.textContent = words;
   return [path, label];
 }
 
-function pillOf(node) {
+function pillOf(node, side) {
   const pill = drawn('g', { class: 'ce-pill ' + node.kind + (node.kind === 'root' || node.kind === 'own' ? '' : ' ' + colourClass(node.exit)) });
   const title = drawn('title'), text = drawn('text', { x: node.x + node.w / 2, y: node.y + 4 });
   title.textContent = quoted(node.whole) + (node.kind === 'root' ? ': the last token before this pass' : node.kind === 'own' ? ': the full model’s own token'
-    : ': ' + (node.exit === COPIED ? 'copied from earlier in the text' : 'drafted by ' + exitName(node.exit)) + ', ' + (node.kind === 'waiting' ? 'not checked yet' : node.kind)
-    + (missing(node.p) ? '' : ', estimated probability that it follows ' + percent(node.p, 1)));
+    : ': ' + (node.exit === COPIED ? 'copied from earlier in the text' : 'drafted by ' + draftedBy(side, node.exit).replace('The', 'the')) + ', ' + (node.kind === 'waiting' ? 'not checked yet' : node.kind)
+    + (missing(node.p) ? '' : ', estimated probability that it follows ' + likely(node.p)));
   text.textContent = node.text;
   pill.append(drawn('rect', { x: node.x, y: node.y - 9.5, width: node.w, height: 19, rx: 5 }), text, title);
   return pill;
 }
 
-function pillButton(node, pass) {            // of a token that stands in the text
-  const pill = opensCard(pillOf(node), pass, node.record);
+function pillButton(node, pass, side) {            // of a token that stands in the text
+  const pill = opensCard(pillOf(node, side), pass, node.record);
   pill.setAttribute('role', 'button');
   pill.setAttribute('tabindex', '0');
   pill.addEventListener('keydown', event => {

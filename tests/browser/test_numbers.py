@@ -316,6 +316,13 @@ def test_agreement_counts_only_what_was_checked(draw):
     assert page.locator(".ce-text[data-side=cascade] .differs").count() == 1
 
 
+def test_agreement_also_counts_the_exits_alone(draw):
+    page = draw(begun() + written([0, 2, 1, 2, 0, 2]) + numbers() + ended(agreement=5 / 6, differs=[2]))
+    assert "83%" in tile(page, "Agreement") and "exits alone: 67%" in tile(page, "Agreement")
+    page = draw(begun() + written([0, 1, 0]) + numbers() + ended(agreement=1.0, differs=[]))
+    assert "full model would choose the same" in tile(page, "Agreement")
+
+
 def test_a_text_that_repeats_itself_takes_the_headline_back(draw):
     page = draw(begun() + written([0] * 30) + written([2] * 30, "full") + numbers(2.4)
                 + ended(loops=dict(start=9, period=4, share=0.6)))
@@ -486,6 +493,11 @@ def test_the_trace_holds_every_pass(visit, tmp_path, mode):
         assert all({"exits", "rows", "accepted"} <= {*e["args"]} for e in slices)
         if mode == "verified" and side == "cascade":
             assert any(e["args"].get("drafted", 0) > 1 and e["args"]["accepted"] for e in slices)
+            assert all(e["args"]["weights_read"] > 0 for e in slices), "each pass reads weights"
+            steps = [e for e in events if e["ph"] == "X" and e["tid"] == tid and "rows" not in e["args"]]
+            assert {e["name"] for e in steps if e["ts"] == 0} <= {"Read the prompt", "Read the prompt, draft"}
+            assert {e["name"] for e in steps if e["ts"] > 0} == {"Draft", "Check"}
+            assert all(e["args"].get("ran") for e in steps if e["name"] == "Check")
             assert page.locator(".ce-text .accepted").count() == 0 and len(slices) < len(shown_ids(page, side))
 
 

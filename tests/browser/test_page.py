@@ -130,7 +130,7 @@ def test_exact_mode_proves_that_it_is_identical(page, tiny):
     assert page.locator(".ce-text .draft").count() == 0
     rejected = page.locator(".ce-text .rejected")
     assert rejected.count() > 0 and not rejected.first.is_visible()
-    page.get_by_role("button", name="rejected draft").click()
+    page.get_by_role("button", name="Show rejected").click()
     assert rejected.first.is_visible()
 
 

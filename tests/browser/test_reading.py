@@ -1,5 +1,7 @@
 """Reading a run closely, in headless Chromium: the token card, differences, worst moments and forks."""
 
+import csv
+import io
 import random
 import re
 
@@ -407,6 +409,86 @@ def test_a_fork_continues_from_the_chosen_token_beside_the_first_text(stage, tin
     done.get_by_role("button", name="Close Fork 1").click()
     assert done.locator(".ce-panel").count() == 2
     assert shown_ids(done, "cascade") == before
+
+
+def saved(page, button: str, folder) -> str:
+    open_tab(page, "Save")
+    with page.expect_download() as download:
+        page.get_by_role("button", name=button).click()
+    download.value.save_as(folder / download.value.suggested_filename)
+    return (folder / download.value.suggested_filename).read_text(encoding="utf-8")
+
+
+def table(page, folder) -> list[dict[str, str]]:
+    return [*csv.DictReader(io.StringIO(saved(page, "Save tokens", folder), newline=""))]
+
+
+def test_the_table_judges_a_fork_by_its_own_text(stage, tiny, tmp_path):
+    opened, (engine, tokenizer) = stage(), tiny
+    opened.run(**RUN)
+    page = opened.page
+    token(page, 20).click()
+    page.locator("button.ce-candidate").first.click()
+    page.locator(".ce-fork").click()
+    page.wait_for_selector(".ce-text[data-side=fork1] .forked")
+    page.wait_for_selector(".ce-status.done")
+    rows, prompt = table(page, tmp_path), visitor_token_ids(tokenizer, SKY, chat=True)
+    for side in ("cascade", "fork1"):
+        own = [row for row in rows if row["side"] == side]
+        ids = [int(row["token"]) for row in own]
+        assert [row["number"] for row in own] == [str(i + 1) for i in range(len(own))]
+        choices = engine.full_choices(prompt, ids)
+        for row, choice in zip(own, choices):
+            if row["agrees"]:
+                assert row["agrees"] == ("yes" if int(row["token"]) == choice else "no"), row
+            if row["full_choice"]:
+                assert int(row["full_choice"]) == choice, row
+        assert {"yes", "no"} <= {row["agrees"] for row in own[21:]}
+        marks = page.locator(f".ce-text[data-side={side}] {FINAL}.differs")
+        marked = [int(i) for i in marks.evaluate_all("all => all.map(t => t.dataset.i)")]
+        assert marked == [i for i, row in enumerate(own) if row["agrees"] == "no" and (side, i) != ("fork1", 20)]
+
+
+def test_files_hold_the_whole_run_while_the_player_is_paused(stage, fast, tmp_path):
+    page = stage(fast).page
+    whole = [saved(page, name, tmp_path) for name in ("Save tokens", "Save picture (SVG)", "Save trace", "Save run")]
+    page.evaluate("""() => { const range = document.querySelector('.ce-player input'); range.value = 0.4;
+        range.dispatchEvent(new Event('input', {bubbles: true})); }""")
+    page.wait_for_timeout(300)
+    shown = len(shown_ids(page, "cascade"))
+    assert 0 < shown < 60
+    paused = [saved(page, name, tmp_path) for name in ("Save tokens", "Save picture (SVG)", "Save trace", "Save run")]
+    assert paused == whole and len(shown_ids(page, "cascade")) == shown
+    assert page.locator(".ce-status").inner_text() == "Paused"
+
+
+@pytest.mark.parametrize("mode", ["cascade", "verified"])
+def test_numbers_of_a_paused_run_are_those_of_its_text(stage, fast, checked, mode):
+    page = stage(fast if mode == "cascade" else checked).page
+    end = page.locator(".ce-legend").inner_text()
+    for share in (0.3, 0.7, 0.5):
+        page.evaluate("""share => { const range = document.querySelector('.ce-player input'); range.value = share;
+            range.dispatchEvent(new Event('input', {bubbles: true})); }""", share)
+        page.wait_for_timeout(300)
+        ids = {side: shown_ids(page, side) for side in SIDES}
+        for side in SIDES:
+            facts = page.locator(".ce-panel", has=page.locator(f".ce-text[data-side={side}]")).locator(".ce-facts")
+            assert f" {len(ids[side])} tokens" in facts.inner_text()
+        counts = page.locator(".ce-count").evaluate_all("all => all.map(c => parseInt(c.title))")
+        assert sum(counts) == len(ids["cascade"]) < 60
+        n = min(len(ids[side]) for side in SIDES)
+        same = sum(a == b for a, b in zip(*(ids[side] for side in SIDES)))
+        assert f"{100 * same / n + 1e-9:.0f}%" in page.locator(".ce-tile", has_text="Match").inner_text()
+        if mode == "verified":
+            assert re.search(r"per check · \d+ tokens · \d+ ms per check", page.locator(".ce-facts").first.inner_text())
+            accepted = page.locator(f".ce-text[data-side=cascade] {FINAL}:not(.ef)").count()
+            tile = page.locator(".ce-tile", has_text="Agreement").inner_text()
+            assert re.search(rf"\b{accepted} of \d+ drafts accepted", tile), tile
+    page.keyboard.press("Escape")
+    page.evaluate("""() => { const range = document.querySelector('.ce-player input'); range.value = 1;
+        range.dispatchEvent(new Event('input', {bubbles: true})); }""")
+    page.wait_for_timeout(300)
+    assert page.locator(".ce-legend").inner_text() == end
 
 
 def test_at_most_three_forks_are_shown(stage):
