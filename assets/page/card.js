@@ -190,7 +190,7 @@ function fillCard() {
   if (!card.pinned) parts.card.append(make('p', 'ce-card-hint', 'Click the token to keep this card open.'));
 }
 
-const mayAsk = side => !replaying() && (side.end || sides.cascade.end);
+const mayAsk = side => !replaying() && Boolean(side.end || isOver());
 
 // What happened, in sentences that hold in every mode.
 function story(side, record, i) {

@@ -484,7 +484,11 @@ def test_numbers_of_a_paused_run_are_those_of_its_text(stage, fast, checked, mod
             accepted = page.locator(f".ce-text[data-side=cascade] {FINAL}:not(.ef)").count()
             tile = page.locator(".ce-tile", has_text="Agreement").inner_text()
             assert re.search(rf"\b{accepted} of \d+ drafts accepted", tile), tile
+    token(page, 3).click()
+    page.wait_for_selector(".ce-card-lens svg")                # the run is over, so its cards are known
     page.keyboard.press("Escape")
+    open_tab(page, "Layers")
+    assert "when a live run is over" not in page.locator(".ce-map-bar").inner_text()
     page.evaluate("""() => { const range = document.querySelector('.ce-player input'); range.value = 1;
         range.dispatchEvent(new Event('input', {bubbles: true})); }""")
     page.wait_for_timeout(300)
