@@ -131,11 +131,11 @@ class Engine:
 
     @torch.inference_mode()
     def read_opening(self, token_ids: Sequence[int]) -> None:
-        """Compute the opening, the tokens with which many prompts begin, once for all later runs.
+        """Prefill a prefix that many prompts share, the opening, and keep its KV cache for all later runs.
 
-        A later run whose prompt begins with these tokens starts after them. Its result is the same as without an
-        opening. Nothing is kept if `token_ids` is empty, or on a backend whose results depend on the number of rows in
-        a pass.
+        A later run whose prompt begins with `token_ids` starts after them. Its result is the same as without an
+        opening. A second call replaces the opening. Nothing is kept if `token_ids` is empty, or on a backend whose
+        results depend on the number of rows in a pass.
 
         Raises ValueError for token ids outside the vocabulary, such as ids from another model's tokenizer.
         """

@@ -38,7 +38,10 @@ class Lookup:
         return len(self._text)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Add tokens that have become final to the index."""
+        """Append tokens to the indexed text. Only final tokens may be added, never drafts that may still be rejected.
+
+        tokens: the new token ids. They follow directly after the tokens that were added before.
+        """
         for token in tokens:
             for n in _LENGTHS:
                 if len(self._text) >= n:

@@ -1,4 +1,4 @@
-"""Scoring: finds how likely the full model finds every token of a finished text.
+"""Scoring: computes the full model's log probability of every token of a finished text.
 
 The text is read once more, in passes as in decoding, so the numbers are those of decoding. Logarithms are computed
 from logits, because a probability below 1e-45 would be rounded to 0.

@@ -31,9 +31,9 @@ class Shape:
 
 
 def exit_name(s: int, shape: Shape) -> str:
-    """Return a name of segment s for visitors, such as "Exit 2 (after layer 9 of 30)".
+    """Return the page's name for exit s, counted from 0: for s = 1, for example, "Exit 2 (after layer 9 of 30)".
 
-    The name of the last segment is "Full model".
+    If s is the number of exits, the name is "Full model".
     """
     if s == shape.num_exits:
         return "Full model"

@@ -234,9 +234,12 @@ class TokenStream:
         return [moment for moment in found if moment["i"] >= side.start][:MOMENTS]
 
     def fork(self, side: Side, of: str, chosen: TokenEvent) -> None:
-        """Add a side that continues the text of the side `of` after one token was replaced.
+        """Add a fork: a new text that copies another text of the run up to one token, replaces it, and goes on.
 
-        chosen: event of the new token, at its position in the text.
+        Args:
+            side: the new text.
+            of: name of the text that is copied.
+            chosen: event of the new token, at its position in the text.
         """
         before = self.sides[of].ids[:chosen.index]
         self.sides[side.name] = SideText(self._tokenizer, side, self.prompt_ids, of, before, chosen)

@@ -234,17 +234,18 @@ class Loaded:
             self.grown_bytes = torch.cuda.max_memory_allocated(device)
 
     def report(self, tokens: int) -> dict:
-        """Return the time and the memory that loading took.
+        """Return how long loading took, and how much memory the loaded model needs.
 
         Args:
             tokens: new tokens per prompt. It decides the size of the KV cache.
 
         Returns a dict. Values that are not known are None:
         - `kernel_seconds`, `load_seconds`: time for compiling the kernels, and for loading the model and the exits.
-        - `record_seconds`: see the function `record_seconds`.
+        - `record_seconds`: time for recording the passes as CUDA graphs.
         - `exit_bytes`, `cache_bytes`: size of the exits, and of the KV cache.
-        - `grown_bytes`: memory that was taken.
-        - `memory_over_need`: this memory / the size of weights, exits and KV cache together.
+        - `grown_bytes`: on a GPU, the largest amount of allocated memory during a first short run. On a CPU, the growth
+          of this process's main memory during loading and that run.
+        - `memory_over_need`: `grown_bytes` / the size of weights, exits and KV cache together.
         """
         model = self.engine.model
         needed = model.weight_bytes + self.engine.exits.memory_bytes

@@ -100,12 +100,12 @@ class Opening:
 
 
 class Lane:
-    """One row of the batch. It holds the document that is being written, and the documents that are finished.
+    """One row of the batch in which the model writes documents, one after another.
 
-    The constructor starts the first document.
+    It holds the unfinished document and the finished ones. The constructor starts the first document.
 
     Args:
-        sources: supplies the openings of the documents.
+        sources: supplies the first tokens of each document, its opening.
     """
 
     def __init__(self, sources: Sources):

@@ -38,13 +38,13 @@ def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = BI
 
 
 def auroc(score: Tensor, right: Tensor) -> float:
-    """Compute the probability that a right row has a higher score than a wrong row, both chosen at random.
+    """Compute the probability that a right choice has a higher score than a wrong one, both picked at random.
 
-    Equal scores count half (Mann-Whitney U). Returns NaN if no row is right or no row is wrong.
+    Equal scores count half (Mann-Whitney U). Returns NaN if no choice is right or none is wrong.
 
     Args:
-        score: score of each row (n,), such as a confidence.
-        right: True for rows that are right (n,).
+        score: score of each choice (n,), such as a confidence.
+        right: True for choices that equal the full model's choice (n,).
     """
     values, inverse, counts = score.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()         # mean rank of equal scores, from 1
@@ -55,11 +55,13 @@ def auroc(score: Tensor, right: Tensor) -> float:
 
 
 def platt(score: Tensor, right: Tensor) -> tuple[float, float]:
-    """Fit a and b so that sigmoid(a * score + b) is the probability of a right row (Platt 1999). Returns (a, b).
+    """Fit Platt scaling (Platt 1999): sigmoid(a * score + b) estimates the probability that an exit's choice is right.
 
     Args:
-        score: score of each row (n,), such as the logit of a confidence.
-        right: True for rows that are right (n,).
+        score: score of each choice (n,), such as the logit of a confidence.
+        right: True for choices that equal the full model's choice (n,).
+
+    Returns (a, b).
     """
     a, b = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.LBFGS([a, b], max_iter=50)

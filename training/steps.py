@@ -57,7 +57,7 @@ def run_step(step: Step, folder: Path, seconds: float) -> dict:
 
     Returns the record of the step, a dict that can be saved as JSON:
     - `status`: "done", "failed" or "timed out". A step without a result counts as failed.
-    - `seconds`, `limit`: time that the step took, and its time limit.
+    - `seconds`, `limit`: time that the step took, and the step's own time limit.
     - `command`: the command as text.
     - `result`: the result that the step wrote or printed; None if there is none.
     - `output`, if the status is not "done": list of the last lines of its output.

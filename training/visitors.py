@@ -4,8 +4,8 @@
 
 Every visitor is a thread that sends one of the project's prompts to the same `Page`. All visitors start at the same
 moment. The result has the seconds to the first token and to the end of a run (median and worst), the errors, and the
-memory before and after. It also has the start-up time, and the parts of it that were measured alone: the self-check and
-the recording of CUDA graphs. The exit status is 1 if a run failed.
+memory before and after. It also has the start-up time and two parts of it: the self-check (a comparison of the backend
+with the `torch` backend) and the recording of CUDA graphs. The exit status is 1 if a run failed.
 """
 
 import argparse

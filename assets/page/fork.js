@@ -101,7 +101,9 @@ function judgeFork(name) {
   const start = inQuotes(side.records[side.start].text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (side.start + 1) + ': ';
   put(part.aside, start + 'it ' + effect + '. '
     + percent(share) + ' of what follows is the same as in ' + before.title + '.');
-  part.aside.title = first && same ? 'The texts are alike again from token ' + (side.start + 2 + first.a0) + ' on, for ' + (first.a1 - first.a0) + ' tokens.' : '';
+  const at = side.start + 2 + first?.a0, long = first && first.a1 - first.a0;
+  part.aside.title = !first || !same ? '' : long === 1 ? 'Token ' + at + ' is the same in both texts.'
+    : 'From token ' + at + ', the next ' + long + ' tokens are the same in both texts.';
 }
 
 feature({

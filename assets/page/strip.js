@@ -208,7 +208,7 @@ function speedOf({ versus, spread }) {
 }
 
 function spreadWords({ versus, spread: { speedups, tokens } }) {
-  if (!speedups.length) return ['could not be measured again', ''];
+  if (!speedups.length) return ['measuring again failed; try once more', ''];
   const [least, most] = [Math.min(...speedups), Math.max(...speedups)].map(x => x.toFixed(1)), n = speedups.length;
   return [(least === most ? least : least + ' to ' + most) + '× in ' + n + (n === 1 ? ' repeat' : ' repeats') + ' of the first ' + tokens + ' tokens',
     'Repeats: ' + speedups.map(x => x.toFixed(2) + '×').join(', ') + '. The number above is their median. The run itself: ' + number(versus.speedup, 2) + '×.'];
@@ -230,5 +230,5 @@ function slowReason(side, stats) {
   return !model.trained ? ['slower: exits are untrained', 'These exits were not trained for this model, so they are rarely confident and often wrong. Computing them costs more than they save.']
     : side.mode === 'verified' ? ['slower: few drafts are right', 'Drafting costs time, and here the full model accepts too few drafts to make up for it.']
     : early < 0.3 ? ['slower: few tokens stop early', 'Only ' + percent(early) + ' of the tokens stopped early. That saves less time than computing the exits costs.']
-    : ['slower: the exits do not pay here', 'On this machine and for this model, computing the exits costs more time than the skipped layers save.'];
+    : ['slower: the exits cost more than they save', 'On this machine and for this model, computing the exits costs more time than the skipped layers save.'];
 }

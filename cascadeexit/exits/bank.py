@@ -47,16 +47,17 @@ class ExitBank(nn.Module, ModelHubMixin, library_name="cascadeexit", tags=["earl
                model_card_template=_CARD):
     """All trained parts of one model's exits: adapters, confidence estimators, drafter and lists of token ids.
 
-    `load` reads trained exits, and `untrained` makes new ones for a model. The constructor alone makes exits that do
-    not know the model's final norm. An `Engine` prepares the bank for decoding.
+    `load` reads trained exits, and `untrained` makes new ones for a model. The constructor alone leaves
+    the norms of the adapters at 1; `untrained` copies the model's final norm into them. An `Engine` prepares the bank
+    for decoding.
 
     Attributes:
         config: sizes and kinds of these parts.
         adapters: one for each exit, from the shallowest.
         confidence_heads: one estimator for each exit; None if the confidence is the largest softmax probability.
         drafter: the network that drafts; None if the exit before the first layer drafts.
-        head_ids: token ids of the trimmed head, the most frequent first; None if the exits choose from the whole
-            vocabulary.
+        head_ids: token ids of the trimmed head, which has only the most frequent tokens, the most frequent first; None
+            if the exits choose from the whole vocabulary.
         sketch_ids: ids of the tokens whose logits the `SketchConfidence` estimators read; None without such
             estimators.
         calibration: measured thresholds of these exits; None if they were not calibrated.

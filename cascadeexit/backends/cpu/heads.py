@@ -2,7 +2,7 @@
 
 With a `HeadScreen`, the argmax of a bf16 head reads only half of the bytes.
 
-Letters: N rows, I inputs (the hidden size), K words.
+Letters: N rows, I inputs (the hidden size), K words (entries of the vocabulary).
 """
 
 import copy

@@ -40,7 +40,7 @@ class Stack(ctypes.Structure):
 
 
 class Adapter(ctypes.Structure):
-    """Weights of an exit's adapter. If it has no linear layer, `linear` is an empty matrix."""
+    """Weights of an exit's adapter. `linear` is empty for the kind `swiglu`, which has no such layer."""
 
     _fields_ = [("linear", Matrix), ("gate_down", Matrix), ("up", Matrix), ("norm", c_void_p), ("eps", c_float),
                 ("column_scale", c_void_p)]

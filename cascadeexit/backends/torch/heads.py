@@ -45,7 +45,7 @@ class TorchHead:
         return self._linear.weight.detach()
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Compute logits: rows (..., N, D) -> (..., N, K)."""
+        """Compute the logits of all K words of this head: rows (..., N, D) -> (..., N, K)."""
         n = rows.shape[-2]
         missing = -n % self._shape["row_multiple"]
         rows = rows.to(self._device)
