@@ -258,8 +258,8 @@ class ExitRuntime(Protocol):
             context: result of `context`; None without a drafter.
 
         Returns three values for each token: the output of the drafter, or of that exit's adapter (1, D), which is the
-        carried state of the next token; the probabilities of the k likeliest next tokens, best first; and their token ids. The probabilities come from
-        the softmax over all tokens that may be drafted.
+        carried state of the next token; the probabilities of the k likeliest next tokens, best first; and their
+        token ids. The probabilities come from the softmax over all tokens that may be drafted.
         """
 
     def try_bytes(self, s: int) -> int:
