@@ -100,7 +100,7 @@ class Library:
         as fast as `full`.
         """
         if self.ready(label):
-            found = self._held[label][0].payoff
+            found = self.get(label)[0].payoff
             return Mode.CASCADE if found is None or any(found.paying) else Mode.VERIFIED
         return Mode.CASCADE if self.shapes[label].trained else Mode.VERIFIED
 

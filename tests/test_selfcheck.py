@@ -121,7 +121,7 @@ def test_loading_falls_back_to_torch_and_says_why(folder, wrong, caplog):
     engine, _ = hub.load(str(folder), dtype="float32", device="cpu", progress=lines.append)
     assert engine.model.backend.name == "torch" and engine.self_check.backend == "toy"
     assert engine.notice.startswith("The model runs on the slower torch backend because the toy backend failed")
-    assert lines[-1] == engine.notice and engine.notice in caplog.text
+    assert engine.notice in lines and engine.notice in caplog.text
     full = engine.run([5, 6, 7], DecodeConfig(mode="full", max_new_tokens=12)).token_ids
     assert engine.run([5, 6, 7], DecodeConfig(mode="verified", max_new_tokens=12)).token_ids == full
 

@@ -95,7 +95,7 @@ def visit(page: Page, number: int, tokens: int) -> Visit:
     seen, started = Visit(), time.perf_counter()
     WatchedRunner.visits.current, WatchedRunner.visits.started = seen, started
     for frame in page.respond(settings):
-        if frame.notice and not seen.error:
+        if frame.notice and not seen.error and '"type":"error"' in (frame.stream or ""):
             seen.error = frame.notice.message
     seen.seconds = time.perf_counter() - started
     if not seen.tokens and not seen.error:

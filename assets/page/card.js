@@ -273,7 +273,7 @@ function readings(side, record, i) {
   const thresholds = side.thresholds || run.thresholds, draft = rejectedDraft(side, i), used = (draft || record).conf || [];
   const table = make('table', 'ce-readings'), body = make('tbody');
   table.append(make('caption'), make('thead', null, null, make('tr', null, null, make('th', null, 'Who'),
-    make('th', null, 'Chance that this exit is right'), make('th', null, 'Its likeliest tokens, and the probability of each'))), body);
+    make('th', null, 'Chance that this exit is right'), make('th', null, 'Likeliest tokens in this row, and the probability of each'))), body);
   table.querySelectorAll('thead th').forEach(cell => cell.setAttribute('scope', 'col'));
   for (let s = 0; s <= model.exits.length; s++) {
     const wrote = draft || record, drafter = wrote.exit === s && !isLast(s) && draftedBy(side, s) !== exitName(s);

@@ -30,7 +30,7 @@ document.addEventListener('keydown', event => {
 
 // A prompt that was changed after its run: the texts below are still those of the old one.
 function comparePrompt() {
-  if (!run || !finished || !run.settings || document.body.classList.contains('ce-running')) return;
+  if (!run || !finished || !player.atEnd || !run.settings || document.body.classList.contains('ce-running')) return;
   const field = document.querySelector('#ce-prompt textarea');
   if (field.value.trim() !== (run.settings.prompt || '').trim()) status('These texts answer the earlier prompt. Press Run.');
   else if (parts.status.className.trim() === 'ce-status') status(overWords(), 'done');

@@ -403,7 +403,7 @@ def test_a_fork_continues_from_the_chosen_token_beside_the_first_text(stage, tin
     assert shown_ids(done, "cascade") == before
     assert done.locator(".ce-text[data-side=fork1] .kept").count() == 20
     assert done.locator(".forked").evaluate("t => getComputedStyle(t).textDecorationLine") == "underline"
-    assert "of what follows is as in" in done.locator(".ce-forked .ce-aside").inner_text()
+    assert "of what follows is the same as in" in done.locator(".ce-forked .ce-aside").inner_text()
     panels = [box(panel) for panel in done.locator(".ce-panel").all()]
     assert len(panels) == 3 and panels[0][2] <= panels[1][0] and panels[1][2] <= panels[2][0]
     done.get_by_role("button", name="Close Fork 1").click()
