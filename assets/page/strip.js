@@ -230,5 +230,5 @@ function slowReason(side, stats) {
   return !model.trained ? ['slower: exits are untrained', 'These exits were not trained for this model, so they are rarely confident and often wrong. Computing them costs more than they save.']
     : side.mode === 'verified' ? ['slower: few drafts are right', 'Drafting costs time, and here the full model accepts too few drafts to make up for it.']
     : early < 0.3 ? ['slower: few tokens stop early', 'Only ' + percent(early) + ' of the tokens stopped early. That saves less time than computing the exits costs.']
-    : ['slower: the exits cost more than they save', 'On this machine and for this model, computing the exits costs more time than the skipped layers save.'];
+    : ['slower: exits save too little', 'On this machine and for this model, computing the exits costs more time than the skipped layers save.'];
 }

@@ -47,7 +47,7 @@ def test_run_texts_and_charts_are_in_one_screen(open_page, url):
     page = open_page(url, width, height)
     page.wait_for_selector(".ce-text .t")
     run, strip, charts = (box(page, selector) for selector in ("#ce-run", ".ce-legend", ".ce-plots"))
-    assert run["y"] + run["height"] < strip["y"] + strip["height"] <= box(page, ".ce-text .t")["y"]
+    assert run["y"] + run["height"] < strip["y"] + strip["height"] <= box(page, ".ce-text")["y"]
     for side in ("cascade", "full"):
         assert box(page, f".ce-text[data-side={side}]")["y"] <= 300
     assert charts["y"] + charts["height"] <= height
