@@ -10,7 +10,8 @@ from cascadeexit.events import Span
 
 @dataclass(frozen=True)
 class Costs:
-    """What the full model costs per token, and how deep each segment ends. Statistics of a run are relative to this."""
+    """Costs of the full model per token, and the depth at which each segment ends. A run's statistics are relative to
+    these."""
 
     full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head
     depths: tuple[float, ...]           # share of the layers below each segment's end; the last is 1.0

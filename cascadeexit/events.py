@@ -8,7 +8,7 @@ COPIED = -1     # exit of a token that was copied from earlier in the text and a
 
 
 class Status(StrEnum):
-    """What happened to a token, or to a prompt, at the moment of a `TokenEvent`."""
+    """Status of a `TokenEvent`: it names what happened to the token, or to the prompt, at this moment."""
 
     READING = "reading"      # a chunk of a long prompt was read; this says nothing about the generated text
     EMITTED = "emitted"      # final at once: tokens of full and cascade, corrections and bonus tokens of verified

@@ -37,9 +37,9 @@ MARGIN = 2                  # a cost may exceed its estimate or its gain by this
 TOKEN, HEAD, ASK, DRAFT = "token", "head", "ask", "draft"       # pieces of work; some have a number beside it
 
 # Minutes for training the shipped exits with 2,000,000 tokens on 2 CPU cores (AMD EPYC), from LOG.md of 2026-11-26 and
-# 2026-11-27: 375 tokens/s for writing the text, 60 minutes for the exits after layers 9, 17, 24, and 47 for the exit
-# before the first layer and after layer 17. The drafter, the
-# confidence estimators and the calibration come on top. Another model needs time in proportion to its weights.
+# 2026-11-27: 375 tokens/s for writing the text, 60 minutes for the exits after layers 9, 17, 24, and 47 for the exits
+# before the first layer and after layer 17. The drafter, the confidence estimators and the calibration come on top.
+# Another model needs time in proportion to its weights.
 TRAINING_MINUTES = 2_000_000 / 375 / 60 + 60 + 47
 TRAINED_BYTES = 269e6       # weights of the model for which this was measured
 

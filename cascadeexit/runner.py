@@ -12,7 +12,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -53,7 +53,7 @@ class RunFailed(RuntimeError):
 
 
 class Check(StrEnum):
-    """What a race computes about each text that exits wrote, after all texts are decoded."""
+    """A kind of check: it names the results that a race computes for each text after the last token."""
 
     NOTHING = "nothing"
     CHOICES = "choices"             # what the full model would have chosen at each position
@@ -236,15 +236,8 @@ def _inspected(engine: Engine, tasks: dict[str, Task], texts: dict[str, list[Tok
 
     texts: {name of the side: events of its text}.
     """
-    inspections, next_progress = {}, time.monotonic() + PROGRESS_SECONDS
-    for side, events in texts.items():
-        for found in inspecting(engine, tasks[side].ids, events):
-            if isinstance(found, Inspection):
-                inspections[side] = found
-            elif time.monotonic() >= next_progress:
-                next_progress = time.monotonic() + PROGRESS_SECONDS
-                yield Batch(progress=(len(inspections) + found) / len(texts))
-    yield Batch(inspections=inspections, choices={side: found.full_choices for side, found in inspections.items()})
+    found = yield from _results({side: inspecting(engine, tasks[side].ids, events) for side, events in texts.items()})
+    yield Batch(inspections=found, choices={side: inspection.full_choices for side, inspection in found.items()})
 
 
 def _scored(engine: Engine, tasks: dict[str, Task], texts: dict[str, list[TokenEvent]]) -> Iterator[Batch]:
@@ -252,14 +245,25 @@ def _scored(engine: Engine, tasks: dict[str, Task], texts: dict[str, list[TokenE
 
     texts: {name of the side: events of its text}.
     """
-    scores, next_progress = {}, time.monotonic() + PROGRESS_SECONDS
+    checks = {}
     for side, events in texts.items():
         ids = tasks[side].ids
         written = [*ids, *(e.token_id for e in events if e.final)]
-        for found in scoring(engine, written, 1 if tasks[side].whole else len(ids)):
-            if isinstance(found, Scores):
-                scores[side] = found
+        checks[side] = scoring(engine, written, 1 if tasks[side].whole else len(ids))
+    yield Batch(scores=(yield from _results(checks)))
+
+
+def _results(checks: dict[str, Iterator]) -> Generator[Batch, None, dict]:
+    """Run the checks of several texts. Yields batches with the progress. Returns {name of the side: result}.
+
+    checks: {name of the side: iterator that yields the share of the text that was read, and at last the result}.
+    """
+    results, next_progress = {}, time.monotonic() + PROGRESS_SECONDS
+    for side, check in checks.items():
+        for found in check:
+            if isinstance(found, (Inspection, Scores)):
+                results[side] = found
             elif time.monotonic() >= next_progress:
                 next_progress = time.monotonic() + PROGRESS_SECONDS
-                yield Batch(progress=(len(scores) + found) / len(texts))
-    yield Batch(scores=scores)
+                yield Batch(progress=(len(results) + found) / len(checks))
+    return results

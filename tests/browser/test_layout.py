@@ -1,4 +1,4 @@
-"""Where things stand: results in the first screen, and nothing moves while the page loads."""
+"""The layout of the page: results stand in the first screen, and nothing moves while the page loads."""
 
 import pytest
 
