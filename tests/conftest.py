@@ -22,12 +22,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With -n: the recipe's tests run in one process, since they share files; so do the tests of a browser file."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Lots(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return nodeid.split("::")[0] if nodeid.startswith(("tests/test_recipe.py", "tests/browser/")) else nodeid
+    """With -n: tests are given to the processes by `tests.lots`."""
+    from tests.lots import Lots
 
     config.option.loadscopereorder = False          # else the largest lot, the pages, would come first
     return Lots(config, log)
