@@ -102,9 +102,10 @@ class Engine:
     def thresholds(self, config: DecodeConfig) -> tuple[float | None, ...]:
         """Return the confidence threshold of each exit, or None for an exit that is disabled.
 
-        All are None in mode `full`, and in mode `verified` without thresholds in the config. An exit that does not pay
-        on this machine (`payoff`) is disabled unless the config asks for it with thresholds. With a target
-        disagreement, the exits are disabled only if none of them pays, because they were calibrated together.
+        All are None in mode `full`, and in mode `verified` without thresholds in the config. An exit that costs
+        more time than it saves on this machine (`payoff`) is disabled unless the config asks for it with thresholds.
+        With a target disagreement, either all exits are disabled or none, because they were calibrated together: all
+        if none saves time.
 
         Raises ValueError if the config has a wrong number of thresholds, or if it has a target disagreement and these
         exits were never calibrated.

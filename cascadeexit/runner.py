@@ -1,6 +1,7 @@
 """Runner: does all decoding for the page, its evaluation and its endpoints, in this process or in a worker with a GPU.
 
-Races wait for each other: two of them never use one device at the same time, whoever asked for them.
+A race decodes the texts of one run in turns, on one device. Races wait for each other: two of them never use a device
+at the same time, whoever asked for them.
 
 On ZeroGPU, a Space has a GPU only while a decorated function runs, and this function runs in a forked process.
 Therefore one generator function does all computing (`Runner._compute`). It takes tasks, and it yields batches of events
@@ -53,7 +54,7 @@ class RunFailed(RuntimeError):
 
 
 class Check(StrEnum):
-    """A kind of check: it names the results that a race computes for each text after the last token."""
+    """What `Runner.race` computes about each text after all decoding has ended."""
 
     NOTHING = "nothing"
     CHOICES = "choices"             # what the full model would have chosen at each position

@@ -67,7 +67,7 @@ class SideText:
 
     @property
     def start(self) -> int:
-        """Position of the first token that the engine decoded for this text; 0 if this is no fork."""
+        """Position of the first token that the engine decoded: in a fork the one after the visitor's token, else 0."""
         return len(self.before) + (self.chosen is not None)
 
     @property

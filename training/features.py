@@ -160,7 +160,7 @@ class FeatureStore:
         return [i for i, d in enumerate(self.documents) if d.split == split and (any(d.chosen) or not policy_only)]
 
     def measured(self, split: Split) -> list[int]:
-        """Return the numbers of those documents in a split with which exits are measured.
+        """Return the numbers (indices) of the documents of a split on which exits are measured.
 
         If the split has documents that the model wrote, only these are used. Else all its documents are used.
         """

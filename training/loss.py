@@ -1,8 +1,8 @@
 """The loss of an exit: its distance to the full model, plus a cross-entropy.
 
-Loss in nats: (1 - hard) * distance + hard * cross-entropy. The distance is T^2 KL(full || exit) at temperature T
-(Hinton et al. 2015), total variation, or a mix of both. Losses are summed over words and over rows; callers divide by
-the number of rows.
+Loss in nats: (1 - hard) * distance + hard * cross-entropy with the label; `hard` is a weight in [0, 1]. The
+distance is T^2 KL(full || exit) at temperature T (Hinton et al. 2015), total variation, or a mix of both. Losses are
+summed over words and over rows; callers divide by the number of rows.
 
 Letters: N rows (positions that `Features.wanted` selects), D hidden size, K words (entries of the vocabulary), E exits.
 """

@@ -247,7 +247,7 @@ function factsOf(side, record, node) {
   const words = [], bytes = bytesOf(record, node.textContent);
   if (record && record.ms !== undefined) words.push(number(record.ms) + ' ms after the token before');
   if (record && record.read !== undefined) words.push(record.read < 0.0005
-    ? 'no weights read for it alone: it came out of the same pass as the token before'
+    ? 'no extra weights read: the model computed it together with the token before'
     : 'read ' + percent(record.read) + ' of the weights that the full model reads for a token'
       + (side.mode === 'verified' ? ' (for all tokens of its pass)' : ''));
   words.push('id ' + node.dataset.id);

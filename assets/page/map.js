@@ -21,7 +21,7 @@ function layerMap() {
   back.addEventListener('click', () => load(Math.max(0, start - WINDOW)));
   forth.addEventListener('click', () => load(start + WINDOW));
   const box = make('div', 'ce-map', null,
-    make('p', 'ce-sub', 'Each column is a position in the left text, and each row is an exit. Stronger colour: higher confidence. Bold: the same token as the full model’s. Bar below: this exit wrote the token.'),
+    make('p', 'ce-sub', 'Columns: positions in the left text. Rows: exits; top row: the full model. Stronger colour: surer. Bold: the full model would choose it here, too. Bar below: this row wrote the token.'),
     make('p', 'ce-map-bar', null, back, forth, place), scroll);
   let shown = null;
   return { box, open() {

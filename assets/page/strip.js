@@ -169,7 +169,7 @@ function drawNumbers(side, stats) {
   const { versus, end } = side, sampled = run && run.greedy === false, loops = end && end.loops;
   const speed = speedOf(side);
   put(parts.speed, missing(speed) ? '–' : speed.toFixed(1) + '×');
-  const reason = loops ? ['repeated text is easy to predict', ''] : side.spread ? spreadWords(side) : slowReason(side, stats);
+  const reason = loops ? ['high because the text repeats', ''] : side.spread ? spreadWords(side) : slowReason(side, stats);
   note('speed', ...reason);
   put(parts.cost, stats ? percent(stats.cost) : '–');
   const so = agreementSoFar(side), share = end && !missing(end.agreement) ? end.agreement : so && so.share;

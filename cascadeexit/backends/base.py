@@ -13,7 +13,7 @@ rows.
 
 A word is an entry of the vocabulary. An exit's head may have only the most frequent words.
 
-Letters: N rows in a pass, D hidden size, K words of a head, B texts of a batch, E exits except the first.
+Letters: N rows in a pass, D hidden size, K words of a head, B texts of a batch, E exits, not counting the first.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,6 @@
 """GpuExits: runs adapters, confidence estimators and the drafter with the help of our Triton kernels.
 
-Letters: N rows, D hidden size, F inner size of an adapter, E exits except the first.
+Letters: N rows, D hidden size.
 """
 
 import logging

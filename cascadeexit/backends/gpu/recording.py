@@ -254,7 +254,7 @@ class Passes:
         return rows.index_select(0, self.places.count - 1)
 
     def record_top(self, segments: int, after: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Make one more recording of each pass that ends with the last segment: followed by the work of `after`.
+        """Record each pass that ends with the last segment once more, this time followed by a call of `after`.
 
         `AskedTop` replays these recordings.
 
