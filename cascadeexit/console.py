@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from cascadeexit.terminal import print_tokens, summary
 
 EXTRAS = {"app": ("gradio", "plotly"), "train": ("datasets", "jinja2", "plotly", "tqdm")}       # their packages
 STEPS = ("data", "distill", "drafter", "confidence", "evaluate", "calibrate")       # of training/run.sh, in its order
+_PIPE_CLOSED = 141      # exit status, as shells report it
 _WRONG_INPUT = (hub.ModelUnavailable, ValueError, OSError)
 
 _ABOUT = """Make a language model faster: easy tokens leave at early exits, and the full model can verify each of them.
@@ -86,11 +86,12 @@ def run(words: list[str]) -> None:
     doctor.add_model_options(parser)
     args = parser.parse_args(words)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # end quietly when `| head` has read enough
     sys.stdout.reconfigure(errors="replace")                # a terminal may lack characters that a model writes
     try:
         _answer(args)
+    except BrokenPipeError:                                 # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python's last flush would fail, too
+        raise SystemExit(_PIPE_CLOSED) from None
     except _WRONG_INPUT as error:
         raise SystemExit(f"cascadeexit run: {error}") from error
     except KeyboardInterrupt:

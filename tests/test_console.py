@@ -1,6 +1,8 @@
 """The command `cascadeexit`: what it prints, and what it says about wrong input."""
 
 import io
+import os
+import signal
 import sys
 
 import pytest
@@ -40,6 +42,16 @@ def test_run_reads_a_prompt_from_the_standard_input(tiny, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     console.main(["run", "-", "--max-new-tokens", "5"])
     assert capsys.readouterr().out == text_of(*tiny, "hello", DecodeConfig(mode="verified", max_new_tokens=5)) + "\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no such signal here")
+def test_run_ends_quietly_when_its_reader_has_read_enough(tiny, monkeypatch):
+    before, (reader, writer) = signal.getsignal(signal.SIGPIPE), os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as closed, pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr(sys, "stdout", closed)
+        console.main(["run", "hello", "--max-new-tokens", "5"])
+    assert ended.value.code == 141 and signal.getsignal(signal.SIGPIPE) == before     # else a server here would die
 
 
 def test_run_colours_each_token_by_its_exit(tiny, capsys):
