@@ -51,6 +51,7 @@ from cascadeexit.page import (  # noqa: E402
     retried,
     threshold_for,
 )
+from cascadeexit.payoff import QUICK_GPU_MINUTES, QUICK_MINUTES  # noqa: E402
 from cascadeexit.report import COLUMNS  # noqa: E402
 from cascadeexit.runner import Compute, RunFailed, Runner  # noqa: E402
 from cascadeexit.settings import DEFAULT_THRESHOLD, PRESETS, THRESHOLDS, Settings, thresholds_at  # noqa: E402
@@ -76,6 +77,15 @@ QUIET = dict(show_progress="hidden", api_visibility="private")      # options of
 
 
 @dataclass(frozen=True)
+class TrainingPanel:
+    """Components of the settings with which the owner of the machine trains exits."""
+
+    start: gr.Button
+    cancel: gr.Button
+    status: gr.HTML
+
+
+@dataclass(frozen=True)
 class OnePrompt:
     """Components of the first tab, where a visitor runs one prompt."""
 
@@ -92,6 +102,7 @@ class OnePrompt:
     current: gr.State                   # id of the run that began last
     link: gr.Button
     upload: gr.UploadButton
+    training: TrainingPanel | None      # only where the owner allows training
 
     @property
     def exit_controls(self) -> list[Component]:
@@ -117,8 +128,11 @@ def make_runner(library: Library) -> Runner:
     return Runner(library, on_zero_gpu if ZERO_GPU else None, AT_ONCE["concurrency_limit"])
 
 
-def build_demo(runner: Runner) -> gr.Blocks:
-    """Build the page for the models of a runner. Returns the app; start it by `launch` with `launch_options`."""
+def build_demo(runner: Runner, allow_training: bool = False) -> gr.Blocks:
+    """Build the page for the models of a runner. Returns the app; start it by `launch` with `launch_options`.
+
+    allow_training: True adds a button to the settings that trains exits for the chosen model on this machine.
+    """
     library, page = runner.library, Page(runner)
     calibrations = {label: library.calibration(label) for label in library.labels}
     with gr.Blocks(title="CascadeExit", analytics_enabled=False) as demo:
@@ -126,11 +140,13 @@ def build_demo(runner: Runner) -> gr.Blocks:
                 " or always use every layer.</p>", elem_id="ce-title", apply_default_css=False)
         with gr.Tabs(elem_id="ce-pages"):
             with gr.Tab("One prompt", elem_id="ce-one"):
-                one = _one_prompt(page, calibrations[library.labels[0]])
+                one = _one_prompt(page, calibrations[library.labels[0]], allow_training)
             with gr.Tab("Many prompts", elem_id="ce-many"):
                 many = _many_prompts()
         _connect_runs(page, one)
         _connect_settings(library, calibrations, one)
+        if one.training:
+            _connect_training(library, calibrations, one)
         _connect_many(page, one, many)
         _connect_address(demo, library, calibrations, one)
         _add_endpoints(Endpoints(runner))
@@ -138,7 +154,7 @@ def build_demo(runner: Runner) -> gr.Blocks:
     return demo.queue(max_size=20, api_open=False)
 
 
-def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
+def _one_prompt(page: Page, calibration: Calibration | None, allow_training: bool) -> OnePrompt:
     library, label = page.library, page.library.labels[0]
     shape = library.shapes[label]
     with gr.Row(elem_id="ce-bar"):
@@ -173,10 +189,11 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
             link = gr.Button("Copy a link to these settings", size="sm", scale=0, elem_id="ce-link")
             upload = gr.UploadButton("Replay a saved run", size="sm", scale=0, file_types=[".json"],
                                      elem_id="ce-replay")
+        training = training_panel() if allow_training else None
     view = token_view(page, replayed(TRACE) if _has_recorded_run(library) else stream.model_line(shape))
     measure = gr.Button("Measure again", elem_id="ce-measure")      # clicked by the token view's own button
     return OnePrompt(controls, preset, quality, run, stop, retry, clear, queue, view, measure, gr.State(""), link,
-                     upload)
+                     upload, training)
 
 
 def _has_recorded_run(library: Library) -> bool:
@@ -292,6 +309,18 @@ def _slider(name: str, **options) -> gr.Slider:
     """Make the slider of a setting, with its limits and its default."""
     low, high, step = settings.limits("thresholds" if name in THRESHOLDS else name)
     return gr.Slider(low, high, options.pop("value", getattr(Settings, name, None)), step=step, buttons=[], **options)
+
+
+def training_panel() -> TrainingPanel:
+    """Make the part of the settings in which the owner of this machine trains exits for the chosen model."""
+    gr.HTML(f"<h3>Train exits for this model</h3><p>The model writes its own training text, then exits, drafter and "
+            f"confidence estimators are trained and calibrated: about {QUICK_MINUTES} minutes on a CPU, "
+            f"{QUICK_GPU_MINUTES} on a GPU. Other runs wait until then. Cancel keeps what is done.</p>",
+            elem_id="ce-train-words", apply_default_css=False)
+    with gr.Row():
+        start = gr.Button("Train exits", size="sm", scale=0, elem_id="ce-train")
+        cancel = gr.Button("Cancel", size="sm", scale=0, elem_id="ce-train-cancel")
+    return TrainingPanel(start, cancel, gr.HTML("<span></span>", elem_id="ce-train-status", apply_default_css=False))
 
 
 def _many_prompts() -> ManyPrompts:
@@ -422,10 +451,6 @@ def _connect_settings(library: Library, calibrations: dict[str, Calibration | No
     """Let the model menu, the presets and the quality slider set the exit controls."""
     model, thresholds = one.controls["model"], [one.controls[name] for name in THRESHOLDS]
 
-    def fit(label: str) -> dict:
-        return (_fitted_exit_controls(one, library.shapes[label]) | {one.controls["mode"]: library.first_mode(label)}
-                | _fitted_quality_controls(one, DEFAULT_THRESHOLD, calibrations[label]))
-
     def set_preset(threshold: float, label: str) -> dict:
         quality = _fitted_quality_controls(one, threshold, calibrations[label])[one.quality]
         return dict(zip(thresholds, thresholds_at(threshold, library.shapes[label]))) | {one.quality: quality}
@@ -436,10 +461,49 @@ def _connect_settings(library: Library, calibrations: dict[str, Calibration | No
 
     # Keep the last of several quick moves; Gradio would drop it while an earlier one is being answered.
     last = dict(QUIET, queue=False, trigger_mode="always_last")
-    model.input(fit, model, [*one.exit_controls, one.controls["mode"], one.preset, one.quality], **last)
+    model.input(partial(_fitted_controls, library, calibrations, one), model, _fitted_outputs(one), **last)
     one.preset.input(set_preset, [one.preset, model], [*thresholds, one.quality], **last)
     one.quality.input(set_quality, [one.quality, model], [*thresholds, one.preset], **last)
     gr.on([slider.input for slider in thresholds], None, None, one.preset, js="() => null", **QUIET)
+
+
+def _fitted_controls(library: Library, calibrations: dict[str, Calibration | None], one: OnePrompt, label: str) -> dict:
+    """Updates that make the controls those of the model with this label, with default values."""
+    return (_fitted_exit_controls(one, library.shapes[label]) | {one.controls["mode"]: library.first_mode(label)}
+            | _fitted_quality_controls(one, DEFAULT_THRESHOLD, calibrations[label]))
+
+
+def _fitted_outputs(one: OnePrompt) -> list[Component]:
+    return [*one.exit_controls, one.controls["mode"], one.preset, one.quality]
+
+
+def _connect_training(library: Library, calibrations: dict[str, Calibration | None], one: OnePrompt) -> None:
+    """Connect the training panel. After a training, the page offers the model with its new exits."""
+    from training import quick  # here: only owners who allow training need its packages
+
+    panel, model = one.training, one.controls["model"]
+
+    def train(label: str) -> Iterator[dict]:
+        steps = quick.trained_exits(library.source(label))
+        with closing(steps):
+            try:
+                while True:
+                    progress = next(steps)
+                    yield {panel.status: _status_html(f"{progress.part}, {progress.done:.0%} of the time", "")}
+            except StopIteration as end:
+                exits, words = end.value
+            except (OSError, ValueError, hub.ModelUnavailable) as error:
+                yield {panel.status: _status_html(str(error), "error")}
+                return
+        library.use_exits(label, exits)
+        calibrations[label] = library.calibration(label)
+        yield (_fitted_controls(library, calibrations, one, label)
+               | {one.view: stream.model_line(library.shapes[label], label), panel.status: _status_html(words, "")})
+
+    # In the queue of the runs: training and decoding would slow each other down.
+    running = panel.start.click(train, model, [panel.status, one.view, *_fitted_outputs(one)], **_turns(panel.status))
+    panel.cancel.click(lambda: _status_html("Cancelled. “Train exits” continues where it stopped.", ""), None,
+                       panel.status, cancels=[running], queue=False, **QUIET)
 
 
 def _fitted_exit_controls(one: OnePrompt, shape: Shape, chosen: dict | None = None) -> dict:
@@ -625,12 +689,16 @@ def main() -> None:
                         "bfloat16)")
     parser.add_argument("--host", help="address to serve on, 0.0.0.0 for every network (default: 127.0.0.1)")
     parser.add_argument("--mcp", action="store_true", help="offer the endpoints as MCP tools too (needs gradio[mcp])")
+    parser.add_argument("--allow-training", action="store_true", help="let everybody who can open the page train exits "
+                        "for its models on this machine (a button in the settings)")
     parser.add_argument("--port", type=int, help="port to serve on (default: the first free one from 7860)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if problem := accelerator.space_problem():
         raise SystemExit(f"app.py: {problem}")
     log = partial(print, flush=True)
+    if args.allow_training and ZERO_GPU:
+        raise SystemExit("app.py: --allow-training needs a machine of your own, not ZeroGPU")
     if ZERO_GPU and spaces is None:
         raise SystemExit("app.py: on ZeroGPU the package `spaces` is needed: add it to requirements.txt")
     try:
@@ -639,7 +707,7 @@ def main() -> None:
         if ZERO_GPU:
             library.load_all(log)               # in this thread and before the launch, which moves weights to disk
         runner = make_runner(library)
-        demo = build_demo(runner)
+        demo = build_demo(runner, args.allow_training)
         demo.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True,
                     mcp_server=args.mcp, **launch_options(demo, runner))
         log(f"Open {demo.local_url} (a recorded run plays there until your first one)")

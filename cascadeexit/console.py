@@ -20,7 +20,7 @@ from cascadeexit.shape import Shape
 from cascadeexit.terminal import print_tokens, summary
 
 EXTRAS = {"app": ("gradio", "plotly"), "train": ("datasets", "jinja2", "plotly", "tqdm")}       # their packages
-STEPS = ("data", "distill", "drafter", "confidence", "evaluate", "calibrate")       # of training/run.sh, in its order
+STEPS = ("quick", "data", "distill", "drafter", "confidence", "evaluate", "calibrate")      # modules of `training`
 _PIPE_CLOSED = 141      # exit status, as shells report it
 _WRONG_INPUT = (hub.ModelUnavailable, ValueError, OSError)
 
@@ -41,9 +41,10 @@ exit that produced it; tokens of the full model keep the terminal's colour."""
 _TRAIN = f"""Train exits for a model: training text that the model writes, adapters, drafter, confidence estimators,
 evaluation, calibration. If the command is interrupted, start it again: it continues.
 
+    cascadeexit train quick --model ./my-llama              useful exits in a quarter of an hour
     cascadeexit train --model ./my-llama --out runs/my-llama
     cascadeexit train --smoke                 a tiny random model on a CPU, in about a minute
-    cascadeexit train STEP [option ...]       one step of it; STEP --help has its options
+    cascadeexit train STEP [option ...]       quick, or one step; STEP --help has its options
 
 STEP is one of {', '.join(STEPS)}."""
 

@@ -6,10 +6,11 @@ Only one model at a time is in memory. After `load_all`, all of them are in memo
 import gc
 import itertools
 import logging
+import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -131,6 +132,22 @@ class Library:
                 _warm_up(engine)
                 self._held[label] = engine, tokenizer
             return self._held[label]
+
+    def source(self, label: str) -> str:
+        """Return what `hub.load` gets for the model with this label: a Hub id, a folder, a file or the bundled name."""
+        return self._offers[label].model or os.environ.get("CASCADEEXIT_MODEL") or hub.DEFAULT_MODEL
+
+    def use_exits(self, label: str, exits: Path) -> None:
+        """Offer the model with this label with other exits from now on. It is loaded anew when it is needed.
+
+        exits: folder of trained exits. Raises the error of `hub.describe` if they are not exits of this model.
+        """
+        offer = replace(self._offers[label], exits=exits)
+        shape = hub.describe(offer.model, exits)
+        with self._lock:
+            self._offers[label], self.shapes[label] = offer, shape
+            self._held.pop(label, None)
+            self._fingerprints.pop(label, None)
 
     def load_all(self, progress: hub.Progress | None = None) -> None:
         """Load all models and keep them in memory, so that this process can be forked and its forks can run the models.

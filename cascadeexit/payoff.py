@@ -36,12 +36,7 @@ MARGIN = 2                  # a cost may exceed its estimate or its gain by this
 
 TOKEN, HEAD, ASK, DRAFT = "token", "head", "ask", "draft"       # pieces of work; some have a number beside it
 
-# Minutes for training the shipped exits with 2,000,000 tokens on 2 CPU cores (AMD EPYC), from LOG.md of 2026-11-26 and
-# 2026-11-27: 375 tokens/s for writing the text, 60 minutes for the exits after layers 9, 17, 24, and 47 for the exits
-# before the first layer and after layer 17. The drafter, the confidence estimators and the calibration come on top.
-# Another model needs time in proportion to its weights.
-TRAINING_MINUTES = 2_000_000 / 375 / 60 + 60 + 47
-TRAINED_BYTES = 269e6       # weights of the model for which this was measured
+QUICK_MINUTES, QUICK_GPU_MINUTES = 15, 5        # that `training.quick` takes, on a CPU and on a GPU
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,6 @@ class Payoff:
     draft_seconds: float | None     # one call of the drafter; None if nothing drafts but n-gram lookup
     row_share: float                # time of one more row in a verification pass, in units of a one-row pass
     row_factor: float               # factor for the backend's `row_cost`: above 1 where rows are dear
-    training_minutes: float         # estimated time for training exits of this model on 2 CPU cores
 
     @property
     def paying(self) -> tuple[bool, ...]:
@@ -94,8 +88,8 @@ class Payoff:
         """Return sentences for users about what is switched off. [] if everything pays."""
         if not self.shape.trained:
             return [f"Early exits are switched off: they are not trained for this model, so they would only cost time. "
-                    f"Exact mode with n-gram drafts stays on. Train exits first: {self.command()} (at least "
-                    f"{_duration(self.training_minutes)} on 2 CPU cores, less on a GPU)."]
+                    f"Exact mode with n-gram drafts stays on. Train exits first: {self.command()} (about "
+                    f"{QUICK_MINUTES} minutes on a CPU, {QUICK_GPU_MINUTES} on a GPU)."]
         found = [f"{exit_name(s, self.shape)} is switched off on this machine: asking it takes {_ms(exit.asked)} and "
                  f"saves {_ms(exit.saved)} when it is taken."
                  for s, exit in enumerate(self.exits) if not self.paying[s]]
@@ -106,7 +100,7 @@ class Payoff:
 
     def command(self) -> str:
         """Return the shell command that trains exits for this model."""
-        return f"MODEL={shlex.quote(self.model)} OUT=runs/{self.shape.name} training/run.sh"
+        return f"python -m training.quick --model {shlex.quote(self.model)}"
 
 
 @torch.inference_mode()
@@ -142,9 +136,7 @@ def _measured(engine: Engine, model: str) -> Payoff:
     skipped = (token - head) * (1 - min(max(row, 0.0), 1.0))
     times = tuple(ExitTime(took[ASK, s], skipped * (1 - depth) + head - took[HEAD, s])
                   for s, depth in enumerate(engine.exit_depths))
-    minutes = TRAINING_MINUTES * engine.model.weight_bytes / TRAINED_BYTES
-    return Payoff(Shape.of(engine), model, time.perf_counter() - began, token, times, took.get(DRAFT), row, factor,
-                  minutes)
+    return Payoff(Shape.of(engine), model, time.perf_counter() - began, token, times, took.get(DRAFT), row, factor)
 
 
 class _Work:
@@ -215,7 +207,3 @@ def _seconds(work: Callable[[], None], synchronize: Callable[[], None]) -> float
 
 def _ms(seconds: float) -> str:
     return f"{1000 * max(seconds, 0):.1f} ms"
-
-
-def _duration(minutes: float) -> str:
-    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"

@@ -17,7 +17,7 @@ PROMPT = [5, 6, 7] * 4
 TRAINED = Shape("tiny", 6, (0, 3, 5), True)
 FAST = Payoff(TRAINED, "./tiny", seconds=0.1, token_seconds=1.0,
               exits=(ExitTime(0.1, 0.9), ExitTime(0.1, 0.5), ExitTime(0.1, 0.4)), draft_seconds=0.1, row_share=0.1,
-              row_factor=1.0, training_minutes=90)
+              row_factor=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_untrained_exits_are_never_asked_and_the_message_says_how_to_train(engin
     assert verified.token_ids == full.token_ids
     assert not any(event.exit == 0 for event in verified.events), "the untrained drafter was called"
     message, = engine.payoff.sentences()
-    assert "Train exits first: MODEL='./a tiny model' OUT=runs/" in message and "minutes on 2 CPU cores" in message
+    assert "Train exits first: python -m training.quick --model './a tiny model' (about 15 minutes on a CPU" in message
 
 
 def test_an_exit_that_is_asked_for_is_used(engine):

@@ -290,6 +290,25 @@ def test_the_loop_stops_with_a_checkpoint_when_its_time_is_over(tmp_path, accele
     assert (tmp_path / "checkpoint.pt").exists()
 
 
+def test_a_plan_is_cut_to_the_steps_that_fit_and_stays_cut_after_a_kill(tmp_path, accelerator):
+    _, store = bank_and_store("carry", tmp_path)
+
+    def fit(folder, steps: int, minutes: float, save_every: int = 3) -> tuple[Line, RunFolder, int]:
+        folder.mkdir(exist_ok=True)
+        learner, run = Line(), RunFolder(folder, {}, resume=True, main=True)
+        plan = [[i % 20] for i in range(steps)]
+        return learner, run, train(learner, store, plan, run, accelerator, learning_rate=0.1, micro_batch=20,
+                                   save_every=save_every, fit_minutes=minutes)
+
+    learner, run, steps = fit(tmp_path / "short", 500, minutes=1e-9)
+    assert steps == 6 and learner.steps == list(range(6)), "the first five were timed; then one more, at least"
+    rates = [record["lr"] for record in run.records() if "lr" in record]
+    assert rates[-1] == pytest.approx(0, abs=1e-9) and "held_out_agreement" in run.records()[-1]
+    again, _, steps = fit(tmp_path / "short", 500, minutes=60)
+    assert steps == 6 and again.steps == [], "the checkpoint knows that these steps were all"
+    assert fit(tmp_path / "long", 8, minutes=60)[2] == 8, "never more than planned"
+
+
 def test_a_checkpoint_of_other_settings_is_refused_unless_the_run_starts_again(tmp_path):
     RunFolder(tmp_path, {"lr": 1}, resume=True, main=True).save(3, {"line": Line().module})
     with pytest.raises(SystemExit, match=r"other settings, \(old, new\): {'lr': \(1, 2\)}"):
@@ -479,7 +498,7 @@ def test_provenance_shortens_private_paths(argument, shown, monkeypatch):
 
 @pytest.mark.parametrize("command", ["distill", "drafter", "data policy", "data text", "confidence", "calibrate",
                                      "defaults", "join", "evaluate exits", "evaluate decode", "evaluate lossless",
-                                     "baselines", "benchmark", "gpu", "visitors"])
+                                     "baselines", "benchmark", "gpu", "quick", "visitors"])
 def test_every_option_is_explained(command, monkeypatch, capsys):
     declared, add = {}, argparse.ArgumentParser.add_argument
 

@@ -13,7 +13,10 @@ bound of the expected loss on prompts like these (Learn then Test with Hoeffding
 continues an interrupted run.
 """
 
+import argparse
+import math
 import random
+import time
 from dataclasses import asdict
 
 from tqdm import tqdm
@@ -67,33 +70,48 @@ def measure(engine: Engine, prompt: Prompt, threshold: float, tokens: int) -> di
 
 
 def measure_all(engine: Engine, prompts: list[Prompt], thresholds: list[float], tokens: int,
-                partial: ResumableRows) -> dict[float, list[dict]]:
-    """Measure every prompt at every threshold, the highest threshold first. New results are added to `partial`.
+                partial: ResumableRows, minutes: float = math.inf) -> dict[float, list[dict]]:
+    """Measure prompt after prompt, each at every threshold. New results are added to `partial`.
 
     Results that an interrupted run left in `partial` are not measured again.
 
-    Returns {threshold: results of `measure`, one for each prompt}.
+    Args:
+        minutes: time limit. When it is over, no further prompt is begun, but at least one is measured.
+
+    Returns {threshold: results of `measure`, one for each prompt that was measured}.
     """
     done = {(row["threshold"], *row["prompt"]): row for row in partial.rows}
-    wanted = [(t, prompt) for t in sorted(thresholds, reverse=True) for prompt in prompts]
-    for threshold, prompt in tqdm(wanted, unit="run", desc="calibrate"):
-        if (threshold, *prompt) not in done:
-            row = {"threshold": threshold, "prompt": prompt} | measure(engine, prompt, threshold, tokens)
-            done[threshold, *prompt] = row
-            partial.append(row)
-    return {t: [done[t, *prompt] for prompt in prompts] for t in thresholds}
+    measured, end = [], time.monotonic() + 60 * minutes
+    with tqdm(total=len(prompts) * len(thresholds), unit="run", desc="calibrate") as bar:
+        for prompt in prompts:
+            if measured and time.monotonic() > end:
+                bar.write(f"stopped by --minutes after {len(measured)} of {len(prompts)} prompts")
+                break
+            for threshold in thresholds:
+                if (threshold, *prompt) not in done:
+                    row = {"threshold": threshold, "prompt": prompt} | measure(engine, prompt, threshold, tokens)
+                    done[threshold, *prompt] = row
+                    partial.append(row)
+                bar.update()
+            measured.append(prompt)
+    return {t: [done[t, *prompt] for prompt in measured] for t in thresholds}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = command_parser(__doc__)
+    add_exits_and_data(p, exits="exits folder with trained estimators")
+    p.add_argument("--prompts", type=int, default=300, help="number of prompts, at most; more make tighter bounds")
+    p.add_argument("--tokens", type=int, default=64, help="new tokens per prompt")
+    p.add_argument("--thresholds", type=float, nargs="+", default=[0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4],
+                        help="thresholds of the first exit; those of the other exits follow from it")
+    p.add_argument("--minutes", type=float, default=math.inf, help="begin no further prompt after this long")
+    p.add_argument("--delta", type=float, default=0.1, help="probability that the bound does not hold")
+    add_seed(p, help="decides which prompts are measured")
+    return p
 
 
 def main() -> None:
-    parser = command_parser(__doc__)
-    add_exits_and_data(parser, exits="exits folder with trained estimators")
-    parser.add_argument("--prompts", type=int, default=300, help="number of prompts, at most; more make tighter bounds")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4],
-                        help="thresholds of the first exit; those of the other exits follow from it")
-    parser.add_argument("--delta", type=float, default=0.1, help="probability that the bound does not hold")
-    add_seed(parser, help="decides which prompts are measured")
-    args = parser.parse_args()
+    args = parser().parse_args()
     engine, _ = load(args.model or read_config(args.exits).base_model, args.exits)
     prompts = prompts_of(load_documents(args.data), args.prompts, args.seed)
     if not prompts:
@@ -101,7 +119,7 @@ def main() -> None:
                          "documents is a test document)")
     exits = engine.bank.fingerprint()
     partial = ResumableRows(args.exits / "calibration.partial.jsonl", key=[exits, args.tokens])
-    rows = measure_all(engine, prompts, args.thresholds, args.tokens, partial)
+    rows = measure_all(engine, prompts, args.thresholds, args.tokens, partial, args.minutes)
     calibration = Calibration.of({t: [row["loss"] for row in of] for t, of in rows.items()},
                                  {t: sum(row["cost"] for row in of) / len(of) for t, of in rows.items()},
                                  exits=exits, tokens=args.tokens, delta=args.delta)

@@ -21,6 +21,7 @@ import json
 import math
 import random
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from cascadeexit.hub import exit_layers, load_model, load_tokenizer
 from cascadeexit.model import SegmentedModel
 from training.command import run_command
-from training.documents import Document, key_of, load_shard, save_shard
+from training.documents import Document, Split, held_out_key, key_of, load_shard, save_shard, split_of
 from training.features import FeatureStore
 from training.json_files import read_json, save_json
 from training.options import add_model, add_seed, command_parser
@@ -77,6 +78,8 @@ class PolicyText:
         self.model, self.template = SegmentedModel(base, exits, name=self.name), ChatTemplate(tokenizer)
         prompts = [json.loads(line)["prompt"] for file in args.prompts for line in open(file, encoding="utf-8")]
         self.prompts = sorted({p.strip() for p in prompts if len(p) <= args.max_prompt_chars})
+        if args.held_out:
+            self.prompts = [p for p in self.prompts if split_of(key_of(p)) == Split.TEST]
         self.texts = sorted({t.strip() for file in args.texts for t in read_texts(file) if len(t) >= 80})
         self._known: set[tuple[int, ...]] = set()       # documents of the rounds before
 
@@ -101,6 +104,9 @@ class PolicyText:
         torch.manual_seed(sources.rng.randrange(2**31))
         lanes = [Lane(sources) for _ in range(args.batch)]
         documents, features = write_round(self.model, lanes, args.steps, args.temperature, bar, bool(args.features))
+        if args.held_out:
+            for document in documents:
+                document.key = held_out_key(document.key)
         new = [i for i, d in enumerate(documents) if self._is_new(d)]
         documents = [documents[i] for i in new]
         if new and features:
@@ -126,10 +132,15 @@ def write_policy(args: argparse.Namespace) -> None:
     check_settings(args.out, settings)
     save_json(args.out / "provenance.json", provenance(args.seed) | {
         "model": text.name, "prompts": len(text.prompts), "texts": len(text.texts), "settings": settings})
-    rounds = -(-args.tokens // per_round)
+    rounds, began, longest = -(-args.tokens // per_round), time.monotonic(), 0.0
     with tqdm(total=rounds * per_round, unit="token", unit_scale=True, smoothing=0.05) as bar:
         for index in range(rounds):
+            started = time.monotonic()
+            if index and started - began + longest > 60 * args.minutes:
+                bar.write(f"stopped by --minutes after {index} of {rounds} rounds")
+                break
             text.write_shard(index, bar)
+            longest = max(longest, time.monotonic() - started)
 
 
 # -- local text -------------------------------------------------------------------------------------------------------
@@ -238,6 +249,10 @@ def parser() -> argparse.ArgumentParser:
                         "a document cannot be longer")
     policy.add_argument("--temperature", type=float, default=0.8, help="temperature of sampled replies; half of the "
                         "replies are greedy")
+    policy.add_argument("--held-out", action="store_true", help="write test documents only: user turns of --prompts "
+                        "that no training document answers, and invented ones. training.calibrate takes them as --data")
+    policy.add_argument("--minutes", type=float, default=math.inf, help="begin no round that would end after this "
+                        "long; at least one round is written")
     policy.add_argument("--features", type=Path, help="also save the hidden states that training needs in this "
                         "folder; give the same folder to training.distill --features")
     policy.add_argument("--exits", help="with --features: the exit layers, as for training.distill")

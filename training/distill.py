@@ -356,7 +356,8 @@ def main() -> None:
     settings = settings_of(bank, store, old, args)
     run = RunFolder(args.out, settings, args.resume, accelerator.is_main_process)
     steps = train(learner, store, learner.plan(), run, accelerator, learning_rate=args.lr,
-                  micro_batch=args.micro_batch, save_every=args.save_every, minutes=args.minutes)
+                  micro_batch=args.micro_batch, save_every=args.save_every, minutes=args.minutes,
+                  fit_minutes=args.fit_minutes)
     stays = start.restore_worse() if start else []
     trained, after_exits = (learner.agreement(held_out, own_share) for own_share in (0.0, 1.0))
     if accelerator.is_main_process:

@@ -33,11 +33,18 @@ class Document:
 
     @property
     def split(self) -> "Split":
-        """Split of this document: 1 in 25 is for tests, 2 in 25 are for calibration, the rest are for training.
+        """Split of this document: that of its key, so documents from the same prompt are always in the same split."""
+        return split_of(self.key)
 
-        The key decides, so documents from the same prompt are always in the same split.
-        """
-        return {0: Split.TEST, 1: Split.CALIBRATION, 2: Split.CALIBRATION}.get(self.key % 25, Split.TRAIN)
+
+def split_of(key: int) -> Split:
+    """Return the split of the documents with this key: 1 in 25 is for tests, 2 in 25 are for calibration."""
+    return {0: Split.TEST, 1: Split.CALIBRATION, 2: Split.CALIBRATION}.get(key % 25, Split.TRAIN)
+
+
+def held_out_key(key: int) -> int:
+    """Return a key near this one whose documents are test documents."""
+    return key - key % 25
 
 
 def key_of(content: str) -> int:

@@ -335,7 +335,7 @@ def main() -> None:
     before, settings = learner.agreement(held_out), settings_of(bank, store, args)
     run = RunFolder(work, settings, args.resume, accelerator.is_main_process)
     steps = train(learner, store, learner.plan(), run, accelerator, learning_rate=args.lr,
-                  micro_batch=args.micro_batch, save_every=args.save_every)
+                  micro_batch=args.micro_batch, save_every=args.save_every, fit_minutes=args.fit_minutes)
     after = learner.agreement(held_out)
     if accelerator.is_main_process:
         inputs.fold()

@@ -19,6 +19,7 @@ from training.checkpoint import RunFolder
 from training.features import FeatureStore
 
 CHECK_DOCUMENTS = 60        # a learner's `check` reads at most so many documents
+_TIMED_STEPS = 5            # steps from which the time of a step is known
 
 
 class Learner(Protocol):
@@ -49,7 +50,7 @@ class Learner(Protocol):
         """Convert the results of a step to a log record, {name: value}.
 
         Args:
-            means: sums of `gradients` over all processes, divided by the number of rows of the step.
+            means: what `gradients` returned, summed over all processes and divided by the number of rows of the step.
         """
 
     def progress(self, record: dict) -> str:
@@ -64,7 +65,8 @@ class Learner(Protocol):
 
 
 def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: RunFolder, accelerator: Accelerator, *,
-          learning_rate: float, micro_batch: int, save_every: int, minutes: float = math.inf) -> int:
+          learning_rate: float, micro_batch: int, save_every: int, minutes: float = math.inf,
+          fit_minutes: float = math.inf) -> int:
     """Train the weights of a learner in place.
 
     A run that has a checkpoint continues from it. The result equals the result of a run without an interruption.
@@ -76,6 +78,8 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
         micro_batch: number of tokens in one backward pass, at most.
         save_every: number of steps between two checkpoints.
         minutes: time limit. When it is over, the run saves a checkpoint and stops.
+        fit_minutes: time for the whole training. The first steps are timed, and the plan is cut to as many steps as
+            the time allows; the learning rate then falls to 0 over these steps. An interrupted run keeps the number.
 
     Returns the total number of steps done, including those before an interruption.
     """
@@ -87,10 +91,15 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
     if world > 1:
         broadcast([weight.data for weight in learner.weights])      # first weights on several GPUs may differ slightly
     mine = [documents[rank::world] for documents in plan]
-    started, tokens = time.perf_counter(), 0
-    bar = tqdm(range(first, len(plan)), initial=first, total=len(plan), unit="step", desc=learner.name,
+    rate, started, tokens = schedule.lr_lambdas[0], time.perf_counter(), 0
+    bar = tqdm(range(first, len(plan)), initial=first, total=rate.steps, unit="step", desc=learner.name,
                disable=not main)
     for step in bar:
+        if step == _TIMED_STEPS and not first:
+            rate.steps = _steps_that_fit(time.perf_counter() - started, fit_minutes, len(plan), accelerator)
+            bar.total = rate.steps
+        if step == rate.steps:
+            break
         if _is_late(started, minutes, accelerator):
             bar.write(f"stopped by --minutes at step {step} of {len(plan)}; the same command continues")
             run.save(step, saved)
@@ -106,13 +115,29 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
         tokens += rows
         speed = tokens / (time.perf_counter() - started)
         bar.set_postfix_str(f"{learner.progress(record)}, {speed:.0f} tokens/s")
-        if (step + 1) % save_every == 0 or step + 1 == len(plan):
+        if (step + 1) % save_every == 0 or step + 1 == rate.steps:
             run.save(step + 1, saved)
             rates = learner.check()
             run.log(step=step + 1, held_out_agreement=rates)
             if main:
-                bar.write(f"step {step + 1}: held-out agreement " + " / ".join(f"{rate:.1%}" for rate in rates))
-    return len(plan)
+                bar.write(f"step {step + 1}: held-out agreement " + " / ".join(f"{share:.1%}" for share in rates))
+    return rate.steps
+
+
+def _steps_that_fit(seconds: float, fit_minutes: float, planned: int, accelerator: Accelerator) -> int:
+    """Return how many steps to train: as many as the time allows, at most the planned ones.
+
+    The clock of the main process decides, so that all processes train the same number of steps.
+
+    Args:
+        seconds: time that the first `_TIMED_STEPS` steps took.
+        fit_minutes: time for the whole training; `math.inf` = all planned steps.
+    """
+    if math.isinf(fit_minutes):
+        return planned
+    fit = _TIMED_STEPS * fit_minutes * 60 / seconds if accelerator.is_main_process else 0.0
+    fit = accelerator.reduce(torch.tensor(fit, device=accelerator.device)).item()
+    return min(planned, max(int(fit), _TIMED_STEPS + 1))
 
 
 def _is_late(started: float, minutes: float, accelerator: Accelerator) -> bool:
@@ -133,9 +158,19 @@ def optimizer_for(weights: list[Tensor], rate: float, steps: int) -> tuple[torch
         rate: highest learning rate.
         steps: number of steps of the whole training.
     """
-    optimizer, warm_up = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01), max(1, steps // 20)
-    return optimizer, LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))
+    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    return optimizer, LambdaLR(optimizer, WarmUpAndCosine(steps))
+
+
+class WarmUpAndCosine:
+    """Share of the highest learning rate at each step. It is a class, so that checkpoints hold its `steps`."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def __call__(self, step: int) -> float:
+        warm_up = max(1, self.steps // 20)
+        return min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(1, step / self.steps))))
 
 
 def update(weights: list[Tensor], optimizer: torch.optim.Optimizer, schedule: LambdaLR,

@@ -83,7 +83,7 @@ def _wait(command: list[str], output, limit: float, environment: dict[str, str])
     """Run a command until it ends or reaches the limit, in seconds. Returns its status: done, failed or timed out."""
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
                                stderr=subprocess.STDOUT, start_new_session=True)
-    with _ended(process):
+    with ended(process):
         try:
             return DONE if process.wait(limit) == 0 else FAILED
         except subprocess.TimeoutExpired:
@@ -91,7 +91,7 @@ def _wait(command: list[str], output, limit: float, environment: dict[str, str])
 
 
 @contextlib.contextmanager
-def _ended(process: subprocess.Popen) -> Iterator[None]:
+def ended(process: subprocess.Popen) -> Iterator[None]:
     """Context manager: at the end of the `with` block, end the process and all processes that it started.
 
     This also happens after an error or Ctrl-C.

@@ -23,13 +23,13 @@ def serve(engine, tokenizer):
 
 
 @contextmanager
-def serve_library(library: Library) -> Iterator[str]:
-    """Serve the app around a library; yields its address."""
+def serve_library(library: Library, **options) -> Iterator[str]:
+    """Serve the app around a library; yields its address. The options are those of `app.build_demo`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     runner = app.make_runner(library)
-    demo = app.build_demo(runner)
+    demo = app.build_demo(runner, **options)
     demo.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True,
                 **app.launch_options(demo, runner))
     try:
