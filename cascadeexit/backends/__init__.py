@@ -36,8 +36,8 @@ def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None)
         wanted: the name of a backend, or a backend class. None takes the first backend in `BACKENDS` that can run this
             model on this machine.
 
-    Raises ValueError if the name is unknown, or if the backend that `wanted` asks for cannot run this model on this
-    machine. Raises Unusable if that backend supports the model, but making the backend fails.
+    Raises ValueError if the name is unknown, or if the wanted backend cannot run this model on this machine. Raises
+    Unusable if `fits` of the wanted backend is True, but its constructor fails.
     """
     if wanted is None:
         for kind in BACKENDS.values():
@@ -56,7 +56,7 @@ def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None)
     if not kind.fits(base):
         weights = outer_weights(base)
         raise ValueError(f"the backend '{kind.name}' cannot run this model here ({weights.dtype} on {weights.device}): "
-                         "leave the choice open, or use 'torch'")
+                         "name no backend, or 'torch'")
     return kind(base, tuple(bounds))
 
 

@@ -25,7 +25,7 @@ from cascadeexit.backends.cache import KVCache
 
 
 class Unusable(RuntimeError):
-    """Raised if a backend's `fits` returned True for a model, but making the backend fails on this machine.
+    """Raised by the constructor of a backend: `fits` is True, but this machine cannot run the model after all.
 
     `backends.make` then tries the next backend, unless the caller asked for the failed backend.
     """
@@ -49,8 +49,8 @@ class Rows(Protocol):
 class Choice:
     """The likeliest token for one row of hidden states, and the logits of all tokens of the head.
 
-    `choice.token` is the index of the largest logit, which is the token id in a head for the whole vocabulary.
-    `choice[t]` returns logit number t. Some backends compute this logit only when it is read.
+    `choice.token` is the index of the largest logit. If the head has the whole vocabulary, this index is the token id.
+    `choice[t]` returns the logit with index t. Some backends compute this logit only when it is read.
     """
 
     __slots__ = "token", "_logit"
@@ -91,8 +91,9 @@ class LayerStack(Protocol):
     def run(self, segments: range, rows: Rows, cache: KVCache, parents: Sequence[int] | None = None) -> list[Rows]:
         """Run the next N positions of one text through consecutive segments: rows (1, N, D).
 
-        The pass writes the keys and values of all rows to the cache, and adds N to the length of each of these layers.
-        Returns a list with the rows after each segment, (1, N, D) each. A segment without layers returns its input.
+        The pass writes the keys and values of all rows to the cache. It adds N to the cache's length for each layer of
+        these segments. Returns a list with the rows after each segment, (1, N, D) each. A segment without layers
+        returns its input.
 
         Args:
             segments: numbers of the segments, ascending without gaps.
@@ -124,7 +125,8 @@ class LayerStack(Protocol):
     def keep(self, cache: KVCache, start: int, path: Sequence[int]) -> None:
         """Keep one path of a draft tree in the cache, and remove the other rows of the tree.
 
-        The tree was run through all segments. Afterwards every layer has start + len(path) positions.
+        Call this after `run` has taken the tree through all segments. After this call, every layer has
+        start + len(path) positions.
 
         Args:
             start: number of positions that were in the cache before the tree.
@@ -177,8 +179,8 @@ class VocabHead(Protocol):
     def likeliest(self, rows: Rows, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Find the k likeliest words of each row (..., D), best first.
 
-        Returns their probabilities and their numbers, (..., min(k, K)) each. The probabilities come from the softmax
-        over all K words at this temperature.
+        Returns their probabilities and their word numbers, (..., min(k, K)) each. The probabilities come from the
+        softmax over all K words at this temperature.
         """
 
     def softmax_facts(self, rows: Tensor, copied: Tensor, before: Tensor | None = None) -> Tensor:
@@ -230,7 +232,7 @@ class ExitRuntime(Protocol):
         Args:
             hidden: outputs of the adapter of exit s (N, D).
             copied: for each row, a pair from `Lookup.copied`: the token that n-gram lookup copies, and the length of
-                its match.
+                the match in tokens.
             before: adapter outputs of the previous exit for the same tokens (N, D); None if that exit did not run.
         """
 
@@ -257,9 +259,9 @@ class ExitRuntime(Protocol):
             temperature: temperature of the softmax, above 0.
             context: result of `context`; None without a drafter.
 
-        Returns three values for each token: the output of the drafter, or of that exit's adapter (1, D), which is the
-        carried state of the next token; the probabilities of the k likeliest next tokens, best first; and their
-        token ids. The probabilities come from the softmax over all tokens that may be drafted.
+        Returns three values for each token. The first is the carried state of the next token (1, D): the output of the
+        drafter or, without a drafter, of that exit's adapter. The others are the probabilities of the k likeliest next
+        tokens, best first, and their token ids. The softmax runs over all tokens that may be drafted.
         """
 
     def try_bytes(self, s: int) -> int:

@@ -14,9 +14,10 @@ from cascadeexit.exits.config import WORD_BLOCK
 class Exits:
     """Makes the vocabulary heads of a bank's exits on one backend, and counts the bytes of weights that exits read.
 
-    A subclass adds the methods of `base.ExitRuntime` that run adapters, estimators and the drafter. If the bank has a
-    trimmed head (a head for only the most frequent tokens), each exit and the drafter read the first rows of its
-    weight. `SketchConfidence` estimators do so, too, if their tokens are the first tokens of the trimmed head.
+    A subclass adds the methods of `base.ExitRuntime` that run adapters, estimators and the drafter. The bank may have a
+    trimmed head, a head for only the most frequent tokens. Then the heads of the exits and of the drafter are parts of
+    it: the first rows of its weight. So is the head of `SketchConfidence` estimators, if its tokens are the first
+    tokens of the trimmed head.
 
     Args:
         bank: the trained exits of the model.
@@ -48,7 +49,8 @@ class Exits:
     def _sketch_head(self, backend, weight: Tensor) -> VocabHead | None:
         """Return the vocabulary head that `SketchConfidence` estimators read; None if the bank has none of them.
 
-        If its words are the first words of the trimmed head, `first` of the trimmed head makes it.
+        If the estimators' words are the first words of the trimmed head, the result is a part of the trimmed head; see
+        `VocabHead.first`.
         """
         ids, words = self._bank.sketch_ids, self._bank.head_ids
         if ids is None:

@@ -101,7 +101,7 @@ def bring_outer_weights(base) -> None:
 class LayerWeights:
     """Weights of one decoder layer. A weight is None if the model type does not have it.
 
-    D is the hidden size, H the number of query heads, K of key-value heads, d the head size, F the MLP's inner size.
+    Letters: D hidden size, H query heads, K key-value heads, d head size, F inner size of the MLP.
     """
 
     attention_norm: Tensor      # (D,)

@@ -58,8 +58,8 @@ def facts() -> dict[str, str]:
 
     The facts are: "compiler", its path or "none"; "kernels", the path of the compiled library; "vector extensions", the
     extensions of the processor that the kernels use; "kernels out of date", how many other libraries are in the cache
-    folder. Without kernels, the second and the third fact are missing. The last one is missing if there are no other
-    libraries.
+    folder. If there are no kernels, "kernels" and "vector extensions" are missing. If there are no other libraries,
+    "kernels out of date" is missing.
     """
     compiler, others = find_compiler(), sorted(cache_folder().glob("kernels-*.so"))
     found = {"compiler": compiler or "none"}

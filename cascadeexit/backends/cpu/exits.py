@@ -141,8 +141,8 @@ def _rounded_adapter(gate: Tensor, down: Tensor, up: Tensor, linear: Tensor | No
     the inputs (I,).
 
     An input with large values has small weights, which rounding would lose. So each column of weights is divided by a
-    power of 2 near its magnitude before it is rounded. C++ multiplies the column's input by the same power of 2, which
-    is its scale. For the columns of `up`, the rows of `down` are multiplied by it instead.
+    power of 2 near its magnitude before it is rounded. This power of 2 is the scale of the column's input: C++
+    multiplies the input by it. The inputs of `up` come from `down`, so here the rows of `down` are multiplied instead.
     """
     gate, down, up = gate.detach().float(), down.detach().float(), up.detach().float()
     whole = [] if linear is None else [linear.detach().float()]
@@ -160,7 +160,7 @@ def _rounded_adapter(gate: Tensor, down: Tensor, up: Tensor, linear: Tensor | No
 
 
 class CpuDrafter:
-    """Drafts next tokens in one C++ call, which runs embedding, adapter and head. A call of the object drafts.
+    """Function object that drafts next tokens. One C++ call runs embedding, adapter and head.
 
     Args:
         embedding: the head whose weight rows are the embeddings of all tokens (V, D).
@@ -219,9 +219,9 @@ class CpuConfidence:
 
     Args:
         head: the vocabulary head for the frequent tokens whose probabilities the estimator reads.
-        alone: the estimator's network (linear, SiLU, linear) if the previous exit did not run. This network
-            reads 5 numbers.
-        after: the estimator's network if the previous exit ran. This network reads 12 numbers about both exits.
+        alone: the estimator's network (linear, SiLU, linear) for tokens at which the previous exit did not run. This
+            network has 5 inputs.
+        after: the network for tokens at which the previous exit ran. It has 12 inputs, which describe both exits.
     """
 
     def __init__(self, head: CpuHead, alone: nn.Sequential, after: nn.Sequential):

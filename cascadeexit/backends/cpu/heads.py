@@ -82,10 +82,10 @@ class CpuHead:
         return out
 
     def argmax(self, rows: Hidden) -> list[int]:
-        """Find the likeliest word (entry of the vocabulary) of each row (..., I). Returns one number for each row.
+        """Find the likeliest word (entry of the vocabulary) of each row (..., I).
 
-        If several words are equally likely, the one with the lowest number is returned. A head made by `screened` reads
-        half of the bytes.
+        Returns the word's number for each row; if several words are equally likely, the lowest number. A head made by
+        `screened` reads half of the bytes.
         """
         rows = in_bf16(rows)
         n = prod(rows.shape[:-1])
@@ -171,10 +171,11 @@ class HeadScreen:
     """Makes the argmax of a bf16 head read half of the bytes: an 8-bit copy of the head first excludes most words.
 
     The result does not change. Let w be the weights of a word, v the rounded weights and x a row. Then w . x differs
-    from v . x by at most |w - v| |x| (Cauchy-Schwarz inequality). So only a few words can be the likeliest. Only for
-    these few are logits computed with the bf16 weights. A word is an entry of the vocabulary.
+    from v . x by at most |w - v| |x| (Cauchy-Schwarz inequality). So only a few words can be the likeliest, and only
+    their logits are computed with the bf16 weights. A word is an entry of the vocabulary.
 
-    The constructor only prepares the numbers for C++. `CpuHead.screened` makes a head that uses them.
+    The constructor only computes the bounds of the rounding errors for C++. `CpuHead.screened` makes a head that uses
+    them.
 
     Args:
         rough: the 8-bit copy of the bf16 head. It may have the words in another order.

@@ -1,9 +1,8 @@
 """CpuLayers: the decoder layers of a Llama-like model in C++.
 
-Weights are bf16. They are packed to 12 bits each, without loss, if the kernels read this format on this processor. The
-numbers of the KV cache are rounded to 12 bits each. A row's result does not depend on the other rows of its pass. So
-passes need no padding. The rows of a pass may also be the branches of a draft tree, or belong to different texts of a
-batch.
+Weights are bf16. They are packed to 12 bits each, without loss, if the kernels read this format on this processor. Each
+element of the KV cache is rounded to 12 bits. A row's result does not depend on the other rows of its pass. So passes
+need no padding. The rows of a pass may also be the branches of a draft tree, or belong to different texts of a batch.
 
 Letters: N rows, D hidden size, B texts of a batch, d head size, I inputs, O outputs.
 """
@@ -176,10 +175,10 @@ def _stops(bounds: tuple[int, ...]) -> ctypes.Array:
 
 
 def _by_group(groups: int, *parts: Tensor | None) -> Tensor | None:
-    """Concatenate the weights (O, I) or biases (O,) of queries, keys and values. They are ordered by key-value head.
+    """Concatenate the weights (O, I) or biases (O,) of queries, keys and values, grouped by key-value head.
 
-    For each key-value head, the result holds the weights of its query heads, of its key, and of its value. One thread
-    projects these together, and then computes their attention. Returns None if the parts are None.
+    The result has one group after another: the weights of a key-value head's queries, then of its key, then of its
+    value. One thread projects a group, and then computes its attention. Returns None if the parts are None.
 
     Args:
         groups: number of key-value heads.

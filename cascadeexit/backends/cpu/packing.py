@@ -61,7 +61,7 @@ class Store:
         """Pack a bf16 weight (O, I). Returns a `Matrix` with the addresses of the packed weight and the bias.
 
         With `in_12_bits`, the weight is packed to 12 bits without loss. It stays in 16 bits if the kernels do not
-        support 12 bits here, or if more than 1 in 64 of its numbers are not in the code book (outliers).
+        support 12 bits here, or if more than 1 in 64 of its elements are outliers (not in the code book).
 
         Args:
             parts: one weight, or several weights of the same shape. Several weights become one matrix, in which blocks
@@ -134,8 +134,8 @@ def scale_of(weight: Tensor) -> Tensor:
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round a weight (O, I) to 8-bit integers, in the layout of the C++ kernels.
 
-    The layout has blocks of B outputs, and in each block pairs of inputs, so I must be even. The last block is filled
-    up with zeros. Returns the integers (blocks, I / 2, 2 B) and the scale of each output (blocks * B,).
+    The layout has blocks of B outputs, and the last block is filled up with zeros. A block is stored by pairs of
+    inputs, so I must be even. Returns the integers (blocks, I / 2, 2 B) and the scale of each output (blocks * B,).
     """
     parts, scales, size = [], [], build.library().ce_block()
     for block in weight.detach().split(size):

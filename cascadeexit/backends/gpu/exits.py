@@ -82,7 +82,7 @@ class GpuExits(Exits):
 
     def _ask(self, s: int, asked: "AskedExit", copied: Sequence[tuple[int, int]],
              before: Hidden | None) -> float | None:
-        """Run the postponed pass below exit s and the exit in one recording. Returns the exit's confidence.
+        """Run exit s, and the postponed pass below it, in one recording. Returns the exit's confidence.
 
         Returns None if the pass has already run, or if there is no such recording.
         """
@@ -148,7 +148,8 @@ class GpuExits(Exits):
                  count: Tensor) -> tuple[Tensor, Tensor]:
         """Draft the k likeliest next tokens after each of N tokens.
 
-        Returns the adapter's outputs (N, D); and for each token k probabilities, followed by k token ids (N, 2 k).
+        Returns two tensors: the adapter's outputs (N, D), and (N, 2 k) with each token's k probabilities followed by
+        the k token ids.
 
         Args:
             states: carried states of the tokens (N, D).
@@ -179,8 +180,8 @@ class GpuExits(Exits):
                        context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Replay the recording of `_drafted` for N tokens and their carried states (N, D).
 
-        Returns the adapter's outputs (N, D); and for each token k probabilities, followed by k token ids (N, 2 k). Here
-        k is the number that was recorded, `_most_drafts`.
+        Returns two tensors: the adapter's outputs (N, D), and (N, 2 k) with each token's k probabilities followed by
+        the k token ids. Here k is `_most_drafts`, the number for which the call was recorded.
         """
         n = len(tokens)
         with self._passes.turn:

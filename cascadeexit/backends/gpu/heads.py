@@ -49,7 +49,7 @@ class GpuHead:
         return [Choice(token, row.__getitem__) for token, row in zip(tokens, logits)]
 
     def _asked(self, rows: Hidden) -> tuple[Tensor, list[int]]:
-        """Compute the logits of all N rows (N, K), and the number of each row's likeliest word.
+        """Compute the logits of all rows (N, K). Returns them, and a list with the index of each row's largest logit.
 
         If the rows come from a postponed pass, one recording may run this pass and the head together.
         """

@@ -131,8 +131,8 @@ def attend(queries, cache, layer, partial, sums, count, positions, lanes, paths,
     step for each row. One loop does all steps. A step for a single row reads the keys that row `one` sees. Then only
     the query rows in `mine` keep the result of the step.
 
-    Writes to `partial` the sums of values (T, K, parts, S, 16, d), without the division of the softmax. Writes to
-    `sums` the largest score and the sum of the weights (T, K, parts, S, 16, 2).
+    Writes the weighted sums of values to `partial` (T, K, parts, S, 16, d). They are not yet divided by the sum of the
+    softmax weights. Writes the largest score and the sum of the weights to `sums` (T, K, parts, S, 16, 2).
 
     Grid: (K * parts, S, T).
     """

@@ -179,7 +179,7 @@ class GpuLayers:
         return rms_norm(flat, self._norm_weight, self._shape.norm_eps, count).view(rows.shape)
 
     def record_top(self, head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:
-        """Make one more recording of each pass that ends with the last segment: with the final norm and the head.
+        """Record each pass that ends with the last segment once more, this time with the final norm and the head.
 
         Returns True if this backend records passes. Raises Unusable if CUDA graphs cannot be recorded on this device.
 

@@ -41,7 +41,7 @@ class Places:
 
     @classmethod
     def over(cls, buffer: Tensor, rows: int, tile: int = ROWS) -> "Places":
-        """Make places whose tensors are views of an existing buffer, which has `size(rows, tile)` numbers."""
+        """Make places whose tensors are views of an existing buffer of `size(rows, tile)` int64 elements."""
         parts = buffer[_CACHE:].view(torch.int32)[:sum(_sizes(rows, tile))]
         count, positions, slots, lanes, tokens, paths, firsts, begins = parts.split(_sizes(rows, tile))
         paths = paths.view(-1, ROWS)

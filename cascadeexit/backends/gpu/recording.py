@@ -72,7 +72,8 @@ class Late:
     Args:
         find: function that computes the rows.
         source: the pass that the rows come from; None for embeddings.
-        ends: `source` if these rows were taken after the last segment and end with the last row of the pass; else None.
+        ends: `source` if these rows come from after the last segment of the pass, and their last row is the last row of
+            the pass; else None.
     """
 
     __slots__ = "shape", "source", "ends", "found", "_find"

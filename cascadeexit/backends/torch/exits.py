@@ -18,7 +18,7 @@ class TorchExits(Exits):
     """Runs the trained exits of a model in PyTorch. `base.ExitRuntime` describes the methods.
 
     Args:
-        recorded: if True, an exit runs on a single row as a CUDA graph. This needs CUDA.
+        recorded: if True, calls of an exit with a single row run as CUDA graphs. This needs CUDA.
     """
 
     def __init__(self, bank: ExitBank, backend, *, recorded: bool = False):

@@ -52,11 +52,11 @@ class TorchHead:
         return self._project(F.pad(rows, (0, 0, 0, missing)) if missing else rows)[..., :n, :]
 
     def argmax(self, rows: Tensor) -> list[int]:
-        """Return the index of the largest logit of each row (..., D), as one list. If several are equal, the lowest."""
+        """Return the index of the largest logit of each row (..., D), as a list. Of equal logits, the first counts."""
         return argmax(self.logits(rows).flatten(0, -2))
 
     def choices(self, rows: Tensor) -> list[Choice]:
-        """Find the largest logit of each row (..., D). Returns a `Choice` for each row: its index, and all logits."""
+        """Return a `Choice` for each row (..., D): the index of the row's largest logit, and all logits of the row."""
         logits = self.logits(rows).flatten(0, -2)
         return [Choice(token, row.__getitem__) for token, row in zip(argmax(logits), logits)]
 

@@ -1,9 +1,9 @@
 """TorchLayers: transformers' own decoder layers, run in segments on any device.
 
 With PyTorch's kernels, a row's result depends on the number of rows in its pass. Two rules still make results bitwise
-equal: every pass is padded to a multiple of a fixed number of rows (the row bucket), and attention covers the same
-masked buffer. Decoding and verification passes follow both rules. On CUDA, each segment is recorded as a CUDA graph
-once for each cache.
+equal: every pass is padded to a multiple of a fixed number of rows (the row bucket), and attention always covers the
+whole buffer of the cache, with a mask. Decoding and verification passes follow both rules. On CUDA, each segment is
+recorded as a CUDA graph once for each cache.
 
 Letters: B texts, N rows in the pass, D hidden size, C cache capacity.
 """
@@ -228,7 +228,10 @@ class TorchLayers:
 
 
 class UnpreparedLayers(TorchLayers):
-    """Layers for only a few passes: weights are not packed and kernels not recorded, which would take longer."""
+    """Layers for only a few passes.
+
+    Weights are not packed and kernels are not recorded, because that would take longer than it saves.
+    """
 
     prepared = False
 
