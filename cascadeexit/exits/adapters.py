@@ -75,8 +75,8 @@ class CarryAdapter(nn.Module):
 
     Formula: norm(linear x + up(silu(gate x) * down x)). Shapes: h (..., D), carried (..., D) -> (..., D). A new adapter
     is untrained and returns norm(h). If the exit's token is taken, the output is the next carried state. EAGLE (Li et
-    al. 2024) also passes on the last deep state. This adapter combines that state with h, the newest token's state at
-    the layer of the exit.
+    al. 2024) also passes a deep layer's state on to the next token. This adapter combines such a state (`carried`) with
+    h, the newest token's state at the layer of the exit.
     """
 
     reads_carried = True
@@ -104,7 +104,7 @@ class Drafter(nn.Module):
     """The network that drafts tokens. It is a `carry` adapter before the first layer that also reads a context.
 
     The context is computed from hidden states at E exits, all except the one before the first layer. These states are
-    taken at the position that produced the newest confirmed token, and stand side by side (..., E D). All drafts of a
+    taken at the position that produced the newest confirmed token, and are concatenated (..., E D). All drafts of a
     pass use the same context. `drafter.context(states)` computes it: (..., E D) -> (..., D). EAGLE-3 (Li et al. 2025)
     found that states of several depths tell more about later tokens than the last state alone.
 

@@ -56,7 +56,7 @@ class ExitBank(nn.Module, ModelHubMixin, library_name="cascadeexit", tags=["earl
         adapters: one for each exit, from the shallowest.
         confidence_heads: one estimator for each exit; None if the confidence is the largest softmax probability.
         drafter: the network that drafts; None if the exit before the first layer drafts.
-        head_ids: token ids of the trimmed head, which has only the most frequent tokens, the most frequent first; None
+        head_ids: token ids of the trimmed head, a head for only the most frequent tokens, in order of frequency. None
             if the exits choose from the whole vocabulary.
         sketch_ids: ids of the tokens whose logits the `SketchConfidence` estimators read; None without such
             estimators.

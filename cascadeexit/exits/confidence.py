@@ -1,9 +1,9 @@
 """Confidence estimators: compute the probability that an exit chooses the same token as the full model.
 
 There are two kinds. `ConfidenceHead`, the estimator of the original CascadeExit, reads the adapted hidden state.
-`SketchConfidence` reads a few numbers. Some of them describe the exit's softmax over a few frequent tokens, which is
-called the sketch. The other numbers tell how well the copied token of n-gram lookup fits. An estimator does not need
-the exit's projection onto the whole vocabulary. Only the exit that is taken computes this projection.
+`SketchConfidence` reads a few numbers. Some of them describe the exit's softmax over a short list of frequent tokens.
+This list is called the sketch. The other numbers tell how well the copied token of n-gram lookup fits. An estimator
+does not need the exit's projection onto the whole vocabulary. Only the exit that is taken computes this projection.
 
 Letters: N rows, D hidden size, K tokens of the sketch.
 """
@@ -76,7 +76,7 @@ def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: T
     - Only if the previous exit ran, seven numbers: the same three numbers of the previous exit; 1 if both exits have
       the same likeliest token, else 0; the previous exit's log p of this exit's likeliest token; this exit's log p of
       the previous exit's likeliest token; the cosine of the adapted rows of both exits. The two log p before the cosine
-      are raised to at least -15.
+      are clamped: values below -15 become -15.
     - Two numbers of n-gram lookup: log(1 + match length) if the copied token is this exit's likeliest token, else 0;
       then log(1 + match length) if it is not, else 0.
 
@@ -101,7 +101,8 @@ def softmax_facts(project: Callable[[Tensor], Tensor], hidden: Tensor, copied: T
 def _of_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Compute log probabilities and three numbers that describe them, from logits (..., K).
 
-    Returns log probabilities (..., K), and log p of the two likeliest tokens and the entropy in nats (..., 3).
+    Returns two tensors: the log probabilities (..., K), and (..., 3) with log p of the likeliest token, log p of the
+    second, and the entropy in nats.
     """
     log_p = logits.float().log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1, keepdim=True)

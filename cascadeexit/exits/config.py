@@ -71,12 +71,13 @@ class ExitConfig:
             raise ValueError(f"head_size must be at most {self.vocab_size}, the vocabulary; got {self.head_size}")
         if self.head_sizes and (len(self.head_sizes) != len(self.layers) or max(self.head_sizes) != self.head_size
                                 or any(n < 1 or n % WORD_BLOCK and n != self.head_size for n in self.head_sizes)):
-            raise ValueError(f"head_sizes must have a number for each of {len(self.layers)} exits, multiples of "
-                             f"{WORD_BLOCK} up to head_size, {self.head_size}; got {self.head_sizes}")
+            raise ValueError(f"head_sizes must have a number for each of {len(self.layers)} exits, each a multiple of "
+                             f"{WORD_BLOCK} or head_size itself, and the largest must be head_size, "
+                             f"{self.head_size}; got {self.head_sizes}")
         most = self.words(0) if self.head_size else 0
         if not 0 <= self.draft_size <= most or self.draft_size % WORD_BLOCK:
-            raise ValueError(f"draft_size must be a multiple of {WORD_BLOCK} and at most {most}, the first exit's "
-                             f"trimmed words; got {self.draft_size}")
+            raise ValueError(f"draft_size must be a multiple of {WORD_BLOCK} and at most {most}, the number of "
+                             f"tokens in the first exit's trimmed head; got {self.draft_size}")
         if self.drafter_width and (self.layers[:1] != (0,) or len(self.layers) < 2):
             raise ValueError(f"a drafter needs an exit before the first layer and a deeper one, got {self.layers}")
         if not all(a < b for a, b in zip((-1, *self.layers), (*self.layers, self.num_layers), strict=True)):
