@@ -119,14 +119,14 @@ class CompletionAnswer(Answer):
                     top_logprobs=tops, text_offset=self._offsets(text, echoed))
 
     def _top(self, token_id: int, logprob: float, ids: Sequence[int], logprobs: Sequence[float]) -> dict[str, float]:
-        """Return the log probabilities of the likeliest tokens and of the token of the text, by the tokens' texts."""
+        """Return {a token's text: its log probability} for the likeliest tokens and for the token in the text."""
         found = {}
         for token, value in [*list(zip(ids, logprobs))[:self.request.logprobs], (token_id, logprob)]:
             found.setdefault(self._tokenizer.decode([token]), value)    # of two tokens with one text, the likelier
         return found
 
     def _offsets(self, text: Written, echoed: Sequence[int]) -> list[int]:
-        """Return for each token where it begins in the text of the answer."""
+        """Return for each token the index of its first character in the text of the answer."""
         special, decoder, ends = set(self._tokenizer.all_special_ids), TextDecoder(self._tokenizer), [0]
         for token in echoed:
             ends.append(ends[-1] + len(decoder.push(token)))
@@ -152,10 +152,10 @@ def usage(texts: Sequence[Written]) -> dict:
 def timings(texts: Sequence[Written], num_segments: int) -> dict:
     """Return the speed of an answer, as the dict `timings` of llama.cpp's server.
 
-    It also has `routing_share`, the share of the tokens that each exit and, last, the full model wrote, and
-    `copied_share`. Times are engine time; names that end in `_ms` are in milliseconds. The time of the prompt includes
-    the first token, so `predicted_per_second` is the speed of the tokens after the first one, as in
-    `metrics.tokens_per_second`.
+    The dict has two more entries, which are shares of the tokens. `routing_share` lists the share of each exit and,
+    last, of the full model. `copied_share` is the share of n-gram lookup. Times are engine time; names that end in
+    `_ms` are in milliseconds. The time of the prompt includes the first token, so `predicted_per_second` is the speed
+    of the tokens after the first one, as in `metrics.tokens_per_second`.
     """
     finals = [final for text in texts if (final := [e for e in text.events if e.final])]
     prompt_n, predicted_n = sum(len(text.job.ids) for text in texts), sum(map(len, finals))

@@ -1,4 +1,4 @@
-"""ApiError: a request that gets no answer, with the error object that OpenAI's clients read."""
+"""ApiError: the error for a request that cannot be answered. It has the error object that OpenAI's clients read."""
 
 from pydantic import ValidationError
 
@@ -8,7 +8,7 @@ class ApiError(Exception):
 
     Attributes:
         status: HTTP status code.
-        body: the answer as a dict {error: {message, type, param, code}}.
+        body: JSON body of the HTTP response, as a dict {error: {message, type, param, code}}.
     """
 
     def __init__(self, message: str, status: int = 400, *, param: str | None = None, code: str | None = None,

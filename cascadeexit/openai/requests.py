@@ -77,7 +77,7 @@ def _prompts(value: Any) -> Any:
 
 
 def _is_ids(value: Any) -> bool:
-    """Return True for a list of token ids, which is not empty. Ids beyond 64 bits are of no tokenizer."""
+    """Return True for a list of at least one token id. Integers beyond 64 bits are not accepted as token ids."""
     return isinstance(value, list) and bool(value) and all(type(i) is int and abs(i) < 2**63 for i in value)
 
 
@@ -106,10 +106,10 @@ class Message(_Body):
 
 
 class Request(_Body):
-    """Fields that both kinds of requests share. Each has the meaning that it has at OpenAI.
+    """Fields that both kinds of requests share. Most have the meaning that they have at OpenAI.
 
-    The last five are our own. A client sends them beside the others (`extra_body` of the client `openai`), and they
-    have the meaning of the fields of `DecodeConfig`.
+    Five fields are our own: `mode`, `threshold`, `target_disagreement`, `tolerance` and `max_draft`. They mean what
+    they mean in `DecodeConfig`. A client sends them beside the other fields (`extra_body` of the client `openai`).
     """
 
     model: str
@@ -176,7 +176,7 @@ class ChatRequest(Request):
 
     @property
     def length(self) -> int | None:
-        """Largest number of new tokens that the caller wants; None for no wish."""
+        """Largest number of new tokens; None if the request does not limit it."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property

@@ -80,7 +80,10 @@ async def _body(request: WebRequest) -> bytes:
 
 
 async def _answer(request: WebRequest, moments: Iterator[Moment]) -> Response:
-    """Answer a request with the moments of `Service.answer`: whole, or as a stream of server-sent events."""
+    """Answer a request: with one JSON object, or with a stream of server-sent events.
+
+    moments: what `Service.answer` yields for this request.
+    """
     steps = _steps(request, moments)
     try:
         async for answer in steps:
@@ -98,7 +101,7 @@ async def _answer(request: WebRequest, moments: Iterator[Moment]) -> Response:
 
 
 async def _steps(request: WebRequest, moments: Iterator[Moment]) -> AsyncIterator[Moment]:
-    """Yield the moments, each computed in a thread. Ends the run at once when the client leaves."""
+    """Yield the items of `moments`, each computed in a thread. If the client leaves, end the run at once."""
     try:
         while not await request.is_disconnected():
             moment = await run_in_threadpool(next, moments, moments)
@@ -132,7 +135,7 @@ async def _stream(answer: Answer, steps: AsyncIterator[Moment]) -> AsyncIterator
 
 
 def _chunk(answer: Answer, i: int, news: Job | str | Written) -> dict | None:
-    """Return the chunk that tells a client about one moment of text i; None for nothing new."""
+    """Return the chunk of the stream for one item (i, news) of `Service.answer`; None for an empty piece of text."""
     if isinstance(news, Job):
         return answer.opening(i, news.echo or "")
     if isinstance(news, Written):
@@ -145,7 +148,7 @@ def _event(data: dict) -> str:
 
 
 def _failure(error: Exception) -> ApiError:
-    """Turn any error of a run into the one that the client reads."""
+    """Convert any error of a run to the ApiError that the client gets."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, (RunFailed, ModelUnavailable)):

@@ -43,23 +43,25 @@ class Service:
     def model(self, name: str) -> dict:
         """Describe one model. Returns a dict {id, object, created, owned_by, root, mode}.
 
-        `root` is the model's own name, and `mode` the mode that this name means. Raises ApiError for an unknown name.
+        `root` is the model's own name, and `mode` is the mode that `name` selects. Raises ApiError for an unknown name.
         """
         label, mode = self._named(name)
         return dict(id=name, object="model", created=self._began, owned_by="cascadeexit", root=label, mode=mode)
 
     def answer(self, kind: type[Request], body: bytes) -> Iterator[Moment]:
-        """Answer a request. Closing this generator ends its run.
+        """Answer a request. Closing this generator ends the run.
 
-        Yields None several times, while the request waits and its model is loaded; then the `Answer`, when the request
-        was checked. Then, for each prompt, yields (its index, its `Job`), (index, piece of the text) many times, and
-        (index, `Written`).
+        Yields, in this order:
+        - None several times, while the request waits and its model is loaded.
+        - The `Answer`, when the request was checked.
+        - For each prompt: (index of the prompt, its `Job`), then many times (index, piece of the text), then (index,
+          `Written`).
 
         Args:
             kind: the shape of the request.
             body: the request as JSON.
 
-        Raises ApiError before the `Answer` for a request that cannot be answered, and the errors of `write` after it.
+        If the request cannot be answered, raises ApiError before the `Answer`. Later, raises the errors of `write`.
         """
         with self._place():
             try:

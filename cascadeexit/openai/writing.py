@@ -20,7 +20,7 @@ class Job:
     config: DecodeConfig | None         # None: nothing is written
     stops: Sequence[str] = ()
     echo: str | None = None             # the prompt as text, if the answer repeats it
-    scored: bool = False                # True: find how likely the full model finds each token
+    scored: bool = False                # True: also compute each token's log probability by the full model
 
 
 @dataclass(frozen=True)
