@@ -58,7 +58,7 @@ class Calibration:
             costs: {threshold: the mean cost, as in `Point.cost`}.
             exits: fingerprint of the exits.
             tokens: largest number of tokens in the reply to one prompt.
-            delta: probability that a certified bound may be wrong.
+            delta: largest probability, in (0, 1), that a certified bound is wrong.
         """
         points, at_most = [], 0.0
         for threshold in sorted(losses, reverse=True):
@@ -115,7 +115,7 @@ def upper_bound(mean: float, n: int, delta: float) -> float:
 
     Args:
         mean, n: mean and number of the measured losses, each in [0, 1].
-        delta: probability that the bound may be wrong.
+        delta: largest probability, in (0, 1), that the bound is wrong.
     """
     low, high = mean, 1.0
     for _ in range(50):

@@ -38,14 +38,14 @@ class DecodeConfig:
     gives the thresholds for this target."""
     only_paying: bool = False
     """True: an exit that costs more time than it saves on this machine (`Engine.payoff`) is disabled, although it has a
-    threshold. Without thresholds, this is always so."""
+    threshold. Without thresholds in the config, such an exit is always disabled."""
     tolerance: float = 0.0
     """Only in verified mode at temperature 0: a draft is also accepted if its probability by the full model is at least
     (1 - tolerance) times the probability of the full model's own choice. 0 is lossless."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
-    """Sample only from the fewest likeliest tokens whose probabilities add up to at least this, in (0, 1]."""
+    """Sample only from the smallest set of likeliest tokens whose probabilities sum to at least this, in (0, 1]."""
     seed: int = 0
     """Seed of the random numbers for sampling. The same seed and settings give the same text."""
     ignore_eos: bool = False

@@ -48,7 +48,8 @@ class Engine:
         model: the frozen model.
         bank: the exits as a plain module, with their config and calibration.
         exits: the same exits ready to run on the model's backend (`backends.base.ExitRuntime`).
-        costs: what greedy `full` reads for each token. A greedy run's `cost` is relative to it.
+        costs: how many bytes of weights greedy `full` reads for each token (`Costs`). A greedy run's `cost` is relative
+            to this number.
         self_check: result of the self-check at load (`cascadeexit.selfcheck.SelfCheck`); None if there was no
             self-check.
         payoff: which exits and drafts save time on this machine (`cascadeexit.payoff.Payoff`); None if that was not
@@ -95,8 +96,8 @@ class Engine:
                              f"positions; {self.model.name} has {self.model.max_positions}. Shorten one of them.")
         most = self.model.layers.max_rows
         if config.max_draft >= most:
-            raise ValueError(f"max_draft must be below {most} on this device (one pass of that many rows verifies the "
-                             f"drafts), got {config.max_draft}")
+            raise ValueError(f"max_draft must be below {most} on this device (a pass has at most that many rows: the "
+                             f"newest token and its drafts), got {config.max_draft}")
         self.thresholds(config)
 
     def thresholds(self, config: DecodeConfig) -> tuple[float | None, ...]:
@@ -104,8 +105,8 @@ class Engine:
 
         All are None in mode `full`, and in mode `verified` without thresholds in the config. An exit that costs
         more time than it saves on this machine (`payoff`) is disabled unless the config asks for it with thresholds.
-        With a target disagreement, either all exits are disabled or none, because they were calibrated together: all
-        if none saves time.
+        With a target disagreement, all exits are disabled if none of them saves time, or if no measured threshold meets
+        the target. Otherwise none is disabled, because the exits were calibrated together.
 
         Raises ValueError if the config has a wrong number of thresholds, or if it has a target disagreement and these
         exits were never calibrated.
@@ -192,8 +193,8 @@ class Engine:
     def generate(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Iterator[TokenEvent]:
         """Generate a text. Yields a TokenEvent for each token, as soon as it is decoded.
 
-        In verified mode, drafts and rejections are events, too. A long prompt is read in chunks, and each chunk but the
-        last gives an event with `Status.READING`.
+        In verified mode, drafts and rejections are events, too. A long prompt is read in chunks. Each chunk except the
+        last one gives an event with `Status.READING`.
 
         Raises ValueError for bad input at the call, before the first event.
         """
@@ -293,11 +294,11 @@ class Engine:
 
         Args:
             rows: the rows of a pass after the last layer (1, N, D).
-            judged: number of rows, counted from the last, that predict a token that is not final yet.
+            judged: number of rows at the end of `rows` that predict a token that is not final yet.
             check_late: also compute the full model's choices at the earlier rows.
 
-        Returns three values: the judged rows after the final norm (1, judged, D); for each judged row a choice (greedy)
-        or logits (V,) (sampled); and the full model's choices at the earlier rows, or [] without `check_late`.
+        Returns three values: the judged rows after the final norm (1, judged, D); for each judged row, a `Choice` if
+        greedy, or logits (V,) if sampled; and the full model's choices at the earlier rows, or [] without `check_late`.
         """
         n, most = rows.shape[1], self.model.layers.max_rows
         together = min(n, most) if check_late else judged           # rows do not depend on each other up to `most`
@@ -380,7 +381,7 @@ def _judge(drafts: Sequence[Draft], verdicts: Sequence[Choice | torch.Tensor], s
     """Accept drafts one after another, as long as the full model's choice is among the drafts at that position.
 
     Args:
-        verdicts: the full model's choice or logits for the newest token of the text, and then for each draft.
+        verdicts: the full model's choice or logits after the newest token of the text, and then after each draft.
         confirmed: length of the text before the drafts.
         ended: function that returns True if the text is complete. Its arguments are the length of the text and its
             newest token.

@@ -30,7 +30,7 @@ def gguf_name(model: str) -> str:
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """Number of layers and number of weights of the model in a GGUF file, read from the head of the file."""
+    """Number of layers and number of weights of the model in a GGUF file, read from the file's header."""
 
     layers: int
     weights: int
@@ -56,9 +56,9 @@ def gguf_path(model: str, token: str | None = None) -> Path:
 
 
 def read_facts(path: Path) -> GgufFacts:
-    """Read the head of a GGUF file, and check that the file is complete and that its model type is supported.
+    """Read the header of a GGUF file. Checks that the file is complete and that its model type is supported.
 
-    Raises ModelUnavailable for a file that is damaged or no GGUF file, and ValueError for another type of model.
+    Raises ModelUnavailable if the file is damaged or is no GGUF file, and ValueError for an unsupported model type.
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":

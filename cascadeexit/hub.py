@@ -77,7 +77,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
     if max(opening, default=0) < engine.model.vocab_size:
         engine.read_opening(opening)
     else:
-        log.warning("The chat template of %s uses token ids that the model does not have: use it with chat off.", name)
+        log.warning("The chat template of %s uses token ids that the model does not have: use the model with chat off.",
+                    name)
     if measure and compute:
         engine.payoff = payoff.measure(engine, model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL)
         for sentence in engine.payoff.sentences():
@@ -337,8 +338,8 @@ def _torch_dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype must be a torch dtype or the name of one, such as 'bfloat16', got {dtype!r}")
     if found is torch.float16 and place.type == "cpu":
-        raise ValueError("float16 is for GPUs: on a CPU, verified is not tested to equal full in it. Use bfloat16 or "
-                         "float32.")
+        raise ValueError("float16 is for GPUs: on a CPU, it is not tested that verified equals full in float16. Use "
+                         "bfloat16 or float32.")
     return found
 
 

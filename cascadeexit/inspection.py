@@ -173,7 +173,7 @@ def _read(engine: Engine, hidden: list[Tensor], copied: list[tuple[int, int]], n
 
 
 def likeliest(logits: Tensor, top: int) -> Tensor:
-    """Return the column numbers of the `top` highest logits in each row: (n, K) -> (n, top), the highest first."""
+    """Return the column indices of the `top` highest logits in each row: (n, K) -> (n, top), the highest first."""
     # Equal logits are common in bf16: decoding takes the first of them, so it leads here too.
     first = logits.argmax(-1, keepdim=True)
     return logits.scatter(1, first, torch.inf).topk(top, dim=-1).indices

@@ -97,8 +97,8 @@ class Library:
     def first_mode(self, label: str) -> Mode:
         """Return the mode with which the page opens for the model with this label, without loading the model.
 
-        It is `cascade`. It is `verified` if no exit saves time (`Payoff.paying`), because `cascade` would then only be
-        as fast as `full`.
+        The mode is `cascade` if any exit saves time (`Payoff.paying`). Otherwise it is `verified`, because `cascade`
+        would only be as fast as `full`. If the model is not in memory, trained exits count as saving time.
         """
         if self.ready(label):
             found = self.get(label)[0].payoff
@@ -138,9 +138,11 @@ class Library:
         return self._offers[label].model or os.environ.get("CASCADEEXIT_MODEL") or hub.DEFAULT_MODEL
 
     def use_exits(self, label: str, exits: Path) -> None:
-        """Offer the model with this label with other exits from now on. It is loaded anew when it is needed.
+        """Use other exits for the model with this label from now on. The model is loaded anew when it is needed.
 
-        exits: folder of trained exits. Raises the error of `hub.describe` if they are not exits of this model.
+        exits: folder of trained exits.
+
+        Raises the errors of `hub.describe` for these exits.
         """
         offer = replace(self._offers[label], exits=exits)
         shape = hub.describe(offer.model, exits)

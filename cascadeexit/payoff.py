@@ -1,10 +1,10 @@
 """Payoff: measures at load which exits, which drafter and which drafts save time with this model on this machine.
 
-What does not pay is switched off, so that no mode is slower than `full`. The texts of `full` and `verified` never
-depend on it. A measurement takes about a second: one token of the full model, verification passes of several rows, one
-question to each exit, and one call of the drafter. Untrained exits never pay, because no token of theirs can be
-trusted; so for them the decision does not depend on the clock. For trained ones, `MARGIN` keeps the decision the same
-from load to load unless a cost is close to what it saves.
+Exits and drafts that do not save time are switched off, so that no mode is slower than `full`. This never changes the
+texts of `full` and `verified`. A measurement takes about a second. It times one token of the full model, verification
+passes of several rows, one run of each exit's adapter and estimator, and one call of the drafter. Untrained exits are
+always switched off, because their tokens cannot be trusted. For trained exits, `MARGIN` keeps the decision the same
+from load to load, unless a cost is close to the largest cost that still pays.
 """
 
 import math
@@ -75,7 +75,7 @@ class Payoff:
 
     @property
     def paying(self) -> tuple[bool, ...]:
-        """For each exit, True if mode `cascade` saves time by asking it."""
+        """For each exit, True if mode `cascade` saves time by running it."""
         return tuple(self.shape.trained and exit.pays(TAKEN) for exit in self.exits)
 
     @property
@@ -90,8 +90,8 @@ class Payoff:
             return [f"Early exits are switched off: they are not trained for this model, so they would only cost time. "
                     f"Exact mode with n-gram drafts stays on. Train exits first: {self.command()} (about "
                     f"{QUICK_MINUTES} minutes on a CPU, {QUICK_GPU_MINUTES} on a GPU)."]
-        found = [f"{exit_name(s, self.shape)} is switched off on this machine: asking it takes {_ms(exit.asked)} and "
-                 f"saves {_ms(exit.saved)} when it is taken."
+        found = [f"{exit_name(s, self.shape)} is switched off on this machine: running it takes {_ms(exit.asked)}, and "
+                 f"a token that it writes saves {_ms(exit.saved)}."
                  for s, exit in enumerate(self.exits) if not self.paying[s]]
         if self.draft_seconds is not None and not self.drafter_pays:
             found.append(f"The drafter is switched off on this machine: a call takes {_ms(self.draft_seconds)}, and a "
@@ -109,8 +109,8 @@ def measure(engine: Engine, model: str) -> Payoff:
 
     The engine does not change; the caller stores the result in `Engine.payoff`.
 
-    If something trained seems not to pay, it is measured again, up to `ATTEMPTS` times, since other work on the machine
-    may have disturbed the measurement. The result in which most pays counts.
+    If a trained exit or drafter seems not to pay, everything is measured again, up to `ATTEMPTS` times in all, because
+    other work on the machine may have disturbed the measurement. The result that switches off the fewest parts counts.
 
     model: name of the model as it was given to `hub.load`, for the command that trains exits.
     """
@@ -151,7 +151,7 @@ class _Work:
         self._hidden = [self._exits.hidden(s, rows[:, -1], self._carried) for s, rows in enumerate(self._after[:-1])]
 
     def verify(self, rows: int) -> None:
-        """Run a pass of the full model over so many more tokens, and forget them again."""
+        """Run a pass of the full model over `rows` more tokens, and then remove them from the sequence."""
         start = len(self._stairs.tokens)
         self._stairs.tokens += self._ids[:rows]
         self.verdict(self._stairs.run(range(self._model.num_segments))[-1])
@@ -177,13 +177,14 @@ def _fastest(pieces: Mapping[Hashable, Callable[[], None]], synchronize: Callabl
              end: float) -> dict[Hashable, float]:
     """Time pieces of work in turns. Returns for each piece the seconds that its fastest run took.
 
-    In turns, because other work on the machine then slows down all pieces alike. A short piece runs several times in
-    each turn, because a single interruption is many times as long. The first turn is not timed: it does one-time work.
+    Pieces take turns, so that other work on the machine slows down all of them alike. A short piece runs several times
+    in each turn, because one interruption lasts many times as long as the piece. The first turn does one-time work and
+    is not timed.
 
     Args:
         pieces: {name of the piece: function}.
         synchronize: waits until the device has finished all work.
-        end: moment after which no turn begins, as `time.perf_counter` counts. A few turns are always made.
+        end: time of `time.perf_counter`, in seconds, after which no turn begins. `LEAST_TURNS` turns are always timed.
     """
     took = dict.fromkeys(pieces, math.inf)
     for turn in range(1 + MOST_TURNS):

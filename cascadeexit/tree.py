@@ -52,7 +52,7 @@ class DraftTree:
             drafter reads some of them. [] if there was no prefill.
         eos_ids: token ids after which nothing is drafted.
         limit: largest number of drafts in a tree.
-        end: largest length of the text, prompt included; no draft is made beyond it. None for no such limit.
+        end: largest length of the text in tokens, prompt included. No draft is made beyond it. None: no such limit.
         use_drafter: False if only n-gram lookup drafts.
         row_factor: factor for the backend's `row_cost`, for a machine on which rows cost more than the backend expects.
     """
@@ -197,7 +197,7 @@ class DraftTree:
         """Return the factor by which the drafter's probabilities at this depth of the tree are multiplied.
 
         It is the number of accepted drafts at this depth so far in this text, divided by the number that was expected.
-        While only few drafts were judged, a prior of at most 1 counts more.
+        While only few drafts were judged, the factor stays near a prior, which is at most 1.
         """
         trust = _DECAY ** depth
         if depth < len(self._accepted):
@@ -227,7 +227,7 @@ class DraftTree:
 
 
 def _end(text: Sequence[int], node: _Node) -> list[int]:
-    """Return the last `LONGEST_MATCH` tokens of the text after continuing it with the drafts up to this node."""
+    """Return the last `LONGEST_MATCH` tokens of the text and the drafts that follow it, up to this node."""
     path = []
     while node.parent is not None:
         path.append(node.token)
