@@ -4,7 +4,7 @@
     python app.py --model my-model               any Llama-like model: a Hub id, a local folder or a GGUF file
     python app.py --model one two --mcp          a menu of two models, and the endpoints as MCP tools for an agent
 
-The same server answers OpenAI's clients at /v1 (`cascadeexit.openai`).
+The server also offers OpenAI's API at /v1 (`cascadeexit.openai`).
 """
 
 import argparse
@@ -124,7 +124,7 @@ class ManyPrompts:
 
 
 def make_runner(library: Library) -> Runner:
-    """Make what runs these models, for the page and for programs."""
+    """Make the runner of these models. The page and the endpoints for programs share it."""
     return Runner(library, on_zero_gpu if ZERO_GPU else None, AT_ONCE["concurrency_limit"])
 
 
@@ -197,7 +197,7 @@ def _one_prompt(page: Page, calibration: Calibration | None, allow_training: boo
 
 
 def _has_recorded_run(library: Library) -> bool:
-    """True where the recorded run, which plays until a visitor's first own run, is one of this model."""
+    """Return True if the recorded run, which plays until a visitor's first run, was made with the first model."""
     return TRACE.exists() and library.shapes[library.labels[0]].name == hub.DEFAULT_MODEL
 
 
@@ -237,13 +237,16 @@ def _of_length(arguments, n: int) -> list:
 
 
 def _quality_slider(calibration: Calibration | None) -> gr.Slider:
-    """Make the slider of the wanted agreement, which sets all thresholds; shown for calibrated exits."""
+    """Make the slider of the wanted agreement. It sets all thresholds. Only calibrated exits have this slider."""
     return gr.Slider(**_quality_range(DEFAULT_THRESHOLD, calibration), step=1, label="Wanted agreement, %", buttons=[],
                      elem_id="ce-quality")
 
 
 def _quality_range(threshold: float | None, calibration: Calibration | None) -> dict:
-    """Return the ends, the position at a threshold and the words of the quality slider; hidden without calibration."""
+    """Return arguments of the quality slider: its ends, its info text, and its value for the first exit's threshold.
+
+    If `threshold` is None, the slider keeps its value. Without a calibration, it is hidden.
+    """
     if not calibration:
         return dict(minimum=0, maximum=100, visible=False)
     stops = quality_stops(calibration)
@@ -257,11 +260,11 @@ def _certainty(calibration: Calibration) -> str:
 
 
 def _exit_controls(shape: Shape) -> dict[str, Component]:
-    """A slider for each exit, and a menu to choose or disable one."""
+    """Make a threshold slider for each exit, and a menu to choose or disable an exit. Returns them by name."""
     menu = gr.Dropdown(label="Which exit writes tokens", elem_id="ce-force", **_exit_menu(shape))
     gr.HTML("<p>Confidence that each exit needs to write a token. Lower is faster, higher is closer to the full"
-            " model, 1 disables the exit. “Always exit …” in the menu ignores these values. So does Exact mode,"
-            " except when the menu disables an exit.</p>",
+            " model, 1 disables the exit. “Always exit …” in the menu ignores these values. Exact mode"
+            " uses them only if the menu disables an exit.</p>",
             elem_id="ce-hint", apply_default_css=False)
     sliders = {name: _slider(name, value=value, **_exit_slider(s, shape))
                for s, (name, value) in enumerate(zip(THRESHOLDS, thresholds_at(DEFAULT_THRESHOLD, shape)))}
@@ -269,23 +272,23 @@ def _exit_controls(shape: Shape) -> dict[str, Component]:
 
 
 def _beside_menu(shape: Shape) -> dict:
-    """Choices and value of the menu of the third panel."""
+    """Return the choices and the value of the menu of the third panel."""
     choices = [(choice or "None", choice) for choice in settings.beside_choices(shape)]
     return dict(value=Settings.beside, choices=choices)
 
 
 def _exit_menu(shape: Shape) -> dict:
-    """Choice and value of the exit menu for a model."""
+    """Return the choices and the value of the exit menu of a model."""
     return dict(value=settings.FIRST_CONFIDENT, choices=list(settings.exit_choices(shape).items()))
 
 
 def _exit_slider(s: int, shape: Shape) -> dict:
-    """Label of the threshold slider of exit s; hidden when the model has fewer exits."""
+    """Return the label of the threshold slider of exit s. The slider is hidden if the model has no such exit."""
     return dict(visible=s < shape.num_exits, label=exit_name(min(s, shape.num_exits), shape))
 
 
 def _advanced_controls() -> dict[str, Component]:
-    """The other settings, by name."""
+    """Make the controls of the other settings. Returns them by name."""
     chat = gr.Checkbox(Settings.chat, label="Chat",
                        info="Off: the model continues your text instead of answering it")
     max_new_tokens = _slider("max_new_tokens", label="Maximum length, tokens")
@@ -315,7 +318,7 @@ def training_panel() -> TrainingPanel:
     """Make the part of the settings in which the owner of this machine trains exits for the chosen model."""
     gr.HTML(f"<h3>Train exits for this model</h3><p>The model writes its own training text, then exits, drafter and "
             f"confidence estimators are trained and calibrated: about {QUICK_MINUTES} minutes on a CPU, "
-            f"{QUICK_GPU_MINUTES} on a GPU. Other runs wait until then. Cancel keeps what is done.</p>",
+            f"{QUICK_GPU_MINUTES} on a GPU. Other runs wait until this ends. Cancel keeps what is done.</p>",
             elem_id="ce-train-words", apply_default_css=False)
     with gr.Row():
         start = gr.Button("Train exits", size="sm", scale=0, elem_id="ce-train")
@@ -352,7 +355,7 @@ def _many_prompts() -> ManyPrompts:
 
 
 def _shown(one: OnePrompt, frame: Frame) -> dict:
-    """Updates for one moment of a run."""
+    """Return the updates of components for one change of the page during a run."""
     if frame.notice:
         _warn(frame.notice)
     changes = {}
@@ -364,7 +367,7 @@ def _shown(one: OnePrompt, frame: Frame) -> dict:
 
 
 def _shown_progress(many: ManyPrompts, progress: Progress) -> dict:
-    """Updates for one moment of an evaluation."""
+    """Return the updates of components for one change of the evaluation tab."""
     changes = {}
     if progress.status is not None:
         changes[many.status] = _status_html(progress.status, progress.kind)
@@ -391,7 +394,9 @@ def _status_html(text: str, kind: str) -> str:
 
 
 def _turns(place: Component) -> dict:
-    """Return options of an event that runs a model. All share one queue: two runs never use one device at once.
+    """Return options of an event that runs a model.
+
+    All such events share one queue, so two runs never use one device at the same time.
 
     place: where gradio shows the place in the queue.
     """
@@ -468,7 +473,7 @@ def _connect_settings(library: Library, calibrations: dict[str, Calibration | No
 
 
 def _fitted_controls(library: Library, calibrations: dict[str, Calibration | None], one: OnePrompt, label: str) -> dict:
-    """Updates that make the controls those of the model with this label, with default values."""
+    """Return updates that fit the controls to the model with this label, with default values."""
     return (_fitted_exit_controls(one, library.shapes[label]) | {one.controls["mode"]: library.first_mode(label)}
             | _fitted_quality_controls(one, DEFAULT_THRESHOLD, calibrations[label]))
 
@@ -489,7 +494,8 @@ def _connect_training(library: Library, calibrations: dict[str, Calibration | No
             try:
                 while True:
                     progress = next(steps)
-                    yield {panel.status: _status_html(f"{progress.part}, {progress.done:.0%} of the time", "")}
+                    yield {panel.status: _status_html(f"{progress.part}; {progress.done:.0%} of the whole training is "
+                                                       "done", "")}
             except StopIteration as end:
                 exits, words = end.value
             except (OSError, ValueError, hub.ModelUnavailable) as error:
@@ -507,7 +513,7 @@ def _connect_training(library: Library, calibrations: dict[str, Calibration | No
 
 
 def _fitted_exit_controls(one: OnePrompt, shape: Shape, chosen: dict | None = None) -> dict:
-    """Updates that make the exit controls those of a model, with default or chosen values (by name)."""
+    """Return updates that fit the exit controls to a model. `chosen` has values, by name, that replace the defaults."""
     values = dict(zip(THRESHOLDS, thresholds_at(DEFAULT_THRESHOLD, shape))) | (chosen or {})
     menu = gr.update(**_exit_menu(shape) | {"value": values.get("exit_choice", settings.FIRST_CONFIDENT)})
     beside = gr.update(**_beside_menu(shape) | {"value": values.get("beside", Settings.beside)})
@@ -516,9 +522,9 @@ def _fitted_exit_controls(one: OnePrompt, shape: Shape, chosen: dict | None = No
 
 
 def _fitted_quality_controls(one: OnePrompt, threshold: float | None, calibration: Calibration | None) -> dict:
-    """Updates of presets and quality slider.
+    """Return updates of the presets and of the quality slider.
 
-    threshold: the first exit's, when all others follow from it (`thresholds_at`); else None.
+    threshold: threshold of the first exit if all others follow from it (`thresholds_at`); else None.
     """
     preset = threshold if threshold in PRESETS.values() else None
     return {one.preset: gr.update(value=preset), one.quality: gr.update(**_quality_range(threshold, calibration))}

@@ -1,4 +1,4 @@
-"""Console: the command `cascadeexit`, which is also `python -m cascadeexit`. It has four commands of its own."""
+"""Console: the command `cascadeexit`, which is also `python -m cascadeexit`. It has four subcommands (`COMMANDS`)."""
 
 import argparse
 import importlib
@@ -19,7 +19,7 @@ from cascadeexit.prompts import token_ids
 from cascadeexit.shape import Shape
 from cascadeexit.terminal import print_tokens, summary
 
-EXTRAS = {"app": ("gradio", "plotly"), "train": ("datasets", "jinja2", "plotly", "tqdm")}       # their packages
+EXTRAS = {"app": ("gradio", "plotly"), "train": ("datasets", "jinja2", "plotly", "tqdm")}       # {extra: its packages}
 STEPS = ("quick", "data", "distill", "drafter", "confidence", "evaluate", "calibrate")      # modules of `training`
 _PIPE_CLOSED = 141      # exit status, as shells report it
 _WRONG_INPUT = (hub.ModelUnavailable, ValueError, OSError)
@@ -70,8 +70,8 @@ def run(words: list[str]) -> None:
     parser = _parser("cascadeexit run", _RUN)
     parser.add_argument("prompt", help="the user's turn; - reads it from the standard input")
     parser.add_argument("--mode", choices=[mode.value for mode in Mode], default=Mode.VERIFIED.value,
-                        help="verified: the full model's own text; cascade: earlier exits, the text may differ; full: "
-                        "no exits (default: %(default)s)")
+                        help="verified: the full model's own text; cascade: tokens leave at early exits, the text may "
+                        "differ; full: no exits (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest text (default: %(default)s)")
     parser.add_argument("--threshold", type=float, help="confidence from which the first exit is taken; deeper exits "
                         "need more (default: the default of the mode)")
@@ -167,7 +167,7 @@ def _colored(wanted: bool | None, stream) -> bool:
 
 
 def _need(command: str, extra: str) -> None:
-    """End the program with a message if packages of an extra are not installed."""
+    """End the program with a message if packages of this extra (a key of `EXTRAS`) are not installed."""
     missing = [package for package in EXTRAS[extra] if importlib.util.find_spec(package) is None]
     if missing:
         raise SystemExit(f"cascadeexit {command}: {' and '.join(missing)} missing: run "

@@ -3,7 +3,7 @@
     model.generate(**inputs, custom_generate=cascadeexit.generate, max_new_tokens=64, do_sample=False)
 
 transformers prepares the prompt, the config and the stopping criteria. The engine chooses the tokens. transformers 5.24
-does not give a function its `streamer`, so bind it, too:
+does not pass `streamer` on to the function, so bind it, too:
 
     model.generate(**inputs, streamer=streamer, custom_generate=partial(cascadeexit.generate, streamer=streamer))
 """
@@ -66,14 +66,14 @@ def generate(model, input_ids: Tensor, logits_processor: LogitsProcessorList, st
     Returns the prompt and the new tokens (1, T + new), or a `GenerateDecoderOnlyOutput` with them if the generation
     config asks for a dict.
 
-    The first call for a model freezes it, makes an engine with its exits, and keeps the engine on the model, until
-    `exits` change. Load the model anew if you change its weights.
+    The first call for a model freezes the model, makes an engine with these exits, and keeps the engine on the model.
+    A call with other `exits` makes a new engine. Load the model anew if you change its weights.
 
     Args:
         model: a transformers *ForCausalLM of a supported type. `model.generate` passes it, like all arguments up to
             `streamer`.
         input_ids: the prompt, (1, T).
-        exits: a folder of trained exits; default the exits shipped for this model, else untrained exits.
+        exits: a folder of trained exits; None = the exits shipped for this model, else untrained exits.
         mode: 'verified', 'cascade' or 'full'. In `verified`, the greedy text equals the full model's text.
         thresholds: confidence from which the first exit is taken, as in `DecodeConfig`.
         seed: seed of the sampling, if do_sample is True. transformers samples other tokens with the same seed.

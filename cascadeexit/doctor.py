@@ -129,7 +129,7 @@ def _examine_check(report: Report, check: SelfCheck | None, notice: str) -> None
 
 def _examine_payoff(report: Report, found: Payoff) -> None:
     report.facts["one token of full"] = f"{1000 * found.token_seconds:.1f} ms"
-    report.facts["asking exits"] = ", ".join(f"{1000 * exit.asked:.2f} ms" for exit in found.exits)
+    report.facts["asking each exit"] = ", ".join(f"{1000 * exit.asked:.2f} ms" for exit in found.exits)
     report.facts["switched off"] = " ".join(found.sentences()) or "nothing: all exits and drafts pay here"
 
 

@@ -43,14 +43,15 @@ class TokenEvent:
     status: Status
     seconds: float                              # engine time since the run began: prefill included, waiting excluded
     weight_bytes: int                           # weight bytes read since the previous event, prefill excluded
-    spans: tuple[Span, ...] = ()                # passes since the previous event, in order, prefill excluded. More than
-                                                # one row: cascade computes layers that exits skipped, verified drafts
-    parent: int = -1                            # DRAFT: number of the draft that it follows, counted in the order of
-                                                # this pass's DRAFT events; -1: the newest token of the text
+    spans: tuple[Span, ...] = ()                # passes since the previous event, in order, prefill excluded. In
+                                                # cascade, a pass has several rows if it computes layers that exits
+                                                # skipped; in verified, if it verifies drafts
+    parent: int = -1                            # DRAFT: index of the draft that it follows, among the DRAFT events of
+                                                # this pass; -1: it follows the newest token of the text
     probability: float | None = None            # DRAFT: estimated probability that it follows its parent, in [0, 1]
-    checked: tuple[int, ...] = ()               # the full model's choices, oldest first, at the positions before this
-                                                # one that exits wrote since the last check; they end at index - 1.
-                                                # Only with `DecodeConfig.check_late`
+    checked: tuple[int, ...] = ()               # the full model's choices, oldest first, at the positions that exits
+                                                # wrote since the last check. The last position is index - 1. () unless
+                                                # `DecodeConfig.check_late` is True
 
     @property
     def final(self) -> bool:

@@ -54,7 +54,7 @@ class Frame:
     """A change of the page during a run. A field that is None leaves its part of the page unchanged."""
 
     stream: str | None = None       # value of the token view (`cascadeexit.stream`)
-    run: str | None = None          # id of the run that begins, which `analyse` and `fork` ask for
+    run: str | None = None          # id of the run that begins, an argument of `analyse` and `fork`
     notice: Notice | None = None
 
 
@@ -66,7 +66,7 @@ class PromptSource:
     """
 
     kinds: Sequence[str] = ()
-    each: int | None = None         # bundled prompts of each kind
+    each: int | None = None         # number of bundled prompts of each kind
     pasted: str | None = None
     file: str | None = None
 
@@ -287,7 +287,7 @@ class Page:
 
 
 def _notice(engine: Engine, mode: Mode) -> Notice | None:
-    """Make the notice for a run in this mode: why it is slow, or what is switched off. None if there is none."""
+    """Make the notice for a run in this mode: why it is slow, or what is switched off. None if neither is true."""
     if engine.notice:
         return Notice("Slower than usual", engine.notice)
     off = engine.payoff.sentences() if engine.payoff and mode is Mode.CASCADE else []
@@ -396,7 +396,7 @@ def quality_stops(calibration: Calibration) -> list[int]:
     """Return the positions of the quality slider at which the thresholds change, in percent, ascending.
 
     The first and the last position are the ends of the slider. Below the first position, the lowest measured threshold
-    would stay in force. Above the last one, no threshold is certified, and only the mode verified reaches such an
+    would still be used. Above the last one, no threshold is certified, and only the mode verified reaches such an
     agreement. Between two positions, the slider has the threshold of the higher one.
     `percent_at(threshold_for(percent))` is this higher position.
     """

@@ -1,6 +1,6 @@
 """Prompts: reads sets of prompts that are bundled, pasted or uploaded, and converts prompts to token ids.
 
-Pasted text and files are not trusted. They are read within limits, and an error says why one is refused.
+Pasted text and files are not trusted. They are read within limits. If one is refused, the error says why.
 """
 
 import csv

@@ -1,7 +1,7 @@
 """Runner: does all decoding for the page, its evaluation and its endpoints, in this process or in a worker with a GPU.
 
 A race decodes the texts of one run in turns, on one device. Races wait for each other: two of them never use a device
-at the same time, whoever asked for them.
+at the same time, also if one is for the page and the other for a program.
 
 On ZeroGPU, a Space has a GPU only while a decorated function runs, and this function runs in a forked process.
 Therefore one generator function does all computing (`Runner._compute`). It takes tasks, and it yields batches of events
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 BATCH_SECONDS = 0.02            # least time between two batches: a third of a frame, and the longest wait after Stop
 PROGRESS_SECONDS = 0.25         # least time between two reports of progress
 START_SECONDS = 10              # until a new worker has the weights on the GPU
-TOKEN_SECONDS = 0.02            # a token, until a run of the model was measured
+TOKEN_SECONDS = 0.02            # estimated time of a token before any run of the model was measured
 MARGIN = 2                      # a worker is ended after its duration, so ask for more than the last run took
 WAITING = "Waiting for another run to end…"
 
@@ -58,7 +58,7 @@ class Check(StrEnum):
 
     NOTHING = "nothing"
     CHOICES = "choices"             # what the full model would have chosen at each position
-    INSPECTION = "inspection"       # that, and the candidates of every exit
+    INSPECTION = "inspection"       # the same, and the likeliest tokens of every exit
     SCORES = "scores"               # how likely the full model finds each token
 
 
@@ -90,7 +90,7 @@ class Batch:
     """
 
     events: Sequence[tuple[str, TokenEvent]] = ()
-    over: bool = False                          # with the last events
+    over: bool = False                          # True in the batch with the last events
     progress: float | None = None               # share of the texts that was read again
     choices: Mapping[str, Sequence[int]] = field(default_factory=dict)          # of the full model, by side
     inspections: Mapping[str, Inspection] = field(default_factory=dict)         # by side
@@ -114,9 +114,9 @@ class Runner:
         self._token_seconds: dict[str, float] = {}      # of the latest run of each model
 
     def load(self, label: str) -> Iterator[str]:
-        """Load the model with this label if it is not in memory, when no race runs. Yields lines about the progress.
+        """If the model with this label is not in memory, load it as soon as no race runs.
 
-        Raises the errors of `Library.load`.
+        Yields lines of text about the progress. Raises the errors of `Library.load`.
         """
         if self.library.ready(label):
             return
@@ -137,7 +137,7 @@ class Runner:
                 its text is checked.
             check: what to compute after the race about the text of each side except `FULL`.
 
-        Raises ValueError at the call if a run cannot work. The iterator raises RunFailed if a run breaks off.
+        Raises ValueError at the call if the engine cannot do a task. The iterator raises RunFailed if a run breaks off.
         """
         engine, _ = self.library.get(label)
         tasks = {side: replace(task, ids=list(map(int, task.ids))) for side, task in tasks.items()}

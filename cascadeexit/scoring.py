@@ -33,7 +33,7 @@ class Scores:
 
 @torch.inference_mode()
 def scoring(engine: Engine, token_ids: Sequence[int], start: int, top: int = TOP) -> Iterator[float | Scores]:
-    """Read a text, and score its tokens from position `start` on, each after the text before it.
+    """Read a text, and compute the log probability of each token from position `start` on, given the text before it.
 
     After each pass, yields the share of the text that was read so far, in [0, 1]. At the end, yields the `Scores`.
 

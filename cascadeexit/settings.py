@@ -61,9 +61,9 @@ class Settings:
     seed: int = _setting(0, "seed", "seed")
     exit_choice: int = _setting(FIRST_CONFIDENT, "exit", "force")
     """Which exits write tokens. `FIRST_CONFIDENT`: for each token, the first exit that is confident enough. 0 or more:
-    always the exit with this number. Less than `FIRST_CONFIDENT`: one exit is disabled (`disabling`)."""
+    always the exit with this index. Less than `FIRST_CONFIDENT`: one exit is disabled (`disabling`)."""
     thresholds: tuple[float, ...] = _setting((), "t", "thresholds", Limits(0, DISABLED, 0.01))
-    """Confidence from which an exit is taken, one number for each exit. Numbers beyond the last exit are ignored."""
+    """Confidence from which an exit is taken, one value for each exit. Values beyond the last exit are ignored."""
     beside: str = _setting("", "beside", "beside")
     """What the third panel shows, one of `beside_choices`. "" means that there is no third panel."""
 

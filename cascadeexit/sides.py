@@ -11,7 +11,7 @@ from cascadeexit.text import TextDecoder
 MAX_FORKS = 20              # of one run
 CASCADE, SECOND, FULL = "cascade", "second", "full"
 FORKS = tuple(f"fork{n}" for n in range(1, MAX_FORKS + 1))
-NAMES = (CASCADE, SECOND, FULL, *FORKS)     # every name; its place stands for it on the wire, so only append
+NAMES = (CASCADE, SECOND, FULL, *FORKS)     # all names; lines of a stream hold a name's index, so only append
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SideText:
         events: all events. They include `chosen`, and drafts that the page does not show.
         final: the final events.
         unwritten: spans of events that the page does not show. They are added to the next event that it shows.
-        unread: bytes of weights read since the last final event, which the next final token is charged with.
+        unread: bytes of weights read since the last final event. They count as read for the next final token.
         closed: True if nothing more will be added.
     """
 

@@ -11,10 +11,10 @@ of the texts of the run. These are the types of records and their fields; {...} 
     token    side, i (position), id, status (emitted, draft, accepted, rejected).
              All but rejected tokens have: text; exit (0 is the first exit, -1 means copied from earlier in the text);
              t (engine time in seconds); conf (confidence of each exit, null if it was not computed).
-             Final tokens (emitted or accepted) have: read (weights read since the final token before, also for drafts
-             and rejected drafts, as a multiple of what the full model reads for one token).
+             Final tokens (emitted or accepted) have: read (weights read since the final token before, drafting and
+             verification included; 1 is what the full model reads for one token).
              Some tokens have: ms (milliseconds since the token before); ran [[first, end, rows]] (since the event
-             before, segments first to end - 1 ran for this number of positions); special (true for a special token);
+             before, the segments `first` to `end` - 1 ran for `rows` positions); special (true for a special token);
              bytes (hexadecimal, for a part of a character); part (true if a later token completes the character)
     checked  side, i, ids: the full model's choices at positions i, i + 1, ..., which were computed together with layers
              that exits had skipped
@@ -35,7 +35,7 @@ of the texts of the run. These are the types of records and their fields; {...} 
              If tokens are sampled, differs and moments are []
     fork     side, of, at, id, text, title: a new side that continues side `of`. The text before position `at` is that
              of side `of`. The token at position `at` is the one that the visitor chose; it has this id and text
-    spread   side, speedups, tokens: speed-ups of short repeats of the run, of at most this number of tokens
+    spread   side, speedups, tokens: the speed-up in each short repeat of the run; a repeat has at most `tokens` tokens
     stopped  the visitor stopped the run; its texts may still be checked afterwards
     error    message
 
@@ -62,7 +62,7 @@ from cascadeexit.wire import expand, write_line
 
 FORMAT = 1                                  # of the stream; a reader refuses what it does not know
 FRAME_SECONDS, STATS_SECONDS = 0.07, 0.5    # shorter intervals look the same and cost time and bytes
-MOMENTS = 20                                # worst ones of a text
+MOMENTS = 20                                # largest number of `moments` in the record `end`
 ROLLING = 32                                # positions in the moving match rate
 
 # One ramp from light to dark, after ColorBrewer's YlGnBu, so that colour reads as depth, also for colour-blind readers.

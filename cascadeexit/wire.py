@@ -8,8 +8,8 @@ values in this order. Nulls at its end are left out:
     side           index in `SIDES`, the names of the texts that a run can have
     status         index in `STATUSES`
     t              in microseconds
-    conf           each confidence in 1/100,000, -1 for null; one number n instead of a list means n times null
-    read           in 1/100,000
+    conf           each confidence x 100,000, -1 for null; one number n instead of a list means n times null
+    read           x 100,000
     ms             in microseconds
     ran            [first, end, rows, first, end, rows, ...]
     special, part  1 or null
@@ -42,7 +42,7 @@ def write_line(type: str, **record) -> str:
 
 
 def expand(line: str) -> dict:
-    """Convert a line that `write_line` made back to its record. Returns {name of a field: value}, with "type".
+    """Convert a line from `write_line` back to its record. Returns {name of a field: value}, with "type".
 
     Raises ValueError for a line that is not JSON.
     """

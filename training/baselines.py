@@ -9,8 +9,8 @@ This file has three such loops, with our model and our exits: `standard` (the fu
 
 Each method runs without a cache (these loops) and with a cache (our engine). The table has two ratios for each method:
 - `over_uncached`: speed of the method / speed of the loop `standard`.
-- `over_standard`: speed of the method / speed of the full model in the same setting. Without a cache, this is the loop
-  `standard`. With a cache, it is our engine in mode `full`.
+- `over_standard`: speed of the method / speed of the full model. Both run without a cache, or both with a cache. The
+  full model is the loop `standard` without a cache, and our engine in mode `full` with a cache.
 """
 
 import argparse
@@ -62,8 +62,8 @@ class Uncached:
     def top(self, text: list[int]) -> tuple[Tensor, Tensor]:
         """Run the full model over a text.
 
-        Returns the full model's first choice of the next token at every position, a tensor (N,), and the hidden states
-        after the final norm, a tensor (N, D).
+        Returns the id of the token that the full model chooses after every position, a tensor (N,), and the hidden
+        states after the final norm, a tensor (N, D).
         """
         *_, h = self.segments(text)
         normed = self.layers.norm(h)
@@ -145,7 +145,7 @@ def self_speculation(engine: Engine, prompt: list[int], tokens: int, exit: int, 
 
     Args:
         exit: number of the exit that drafts, from 0.
-        max_draft: number of drafts in each round.
+        max_draft: number of drafted tokens in each round.
     """
     run, text = Uncached(engine), list(prompt)
     carried, end = run.carried(prompt), len(prompt) + tokens

@@ -17,10 +17,10 @@ prefill. If our engine uses its own kernels, it reads the opening of the chat te
 loaded. llama.cpp reuses the beginning that a prompt has in common with the prompt before.
 
 The table also shows the quality. Agreement is the share of tokens that the full model would have chosen after the same
-text. Sequence match is the share of texts that are identical to the text of `full`. The roofline multiple is tokens per
-second x weight bytes / read bandwidth. For our engine, the weight bytes are those that `full` reads for a token. For
-transformers, they are all weights. The bandwidth is measured before and after the contenders run, and the higher value
-counts.
+text. Sequence match is the share of texts that are identical to the text of `full`, which is our engine without exits.
+The roofline multiple is tokens per second x weight bytes / read bandwidth. For our engine, the weight bytes are those
+that `full` reads for a token. For transformers, they are all weights. The bandwidth is measured before and after the
+contenders run, and the higher value counts.
 
 --growth also measures how the time per token grows with the length of context and output. --check-late also runs every
 cascade with `DecodeConfig.check_late`, and reports its speed / the speed of the same cascade without this option. The
@@ -117,7 +117,7 @@ def result_row(contender: Contender, contenders: dict[str, Contender], engine: E
         kinds: the set of each prompt, such as "chat".
         bandwidth: read bandwidth of the memory, in bytes per second.
 
-    Returns a dict; for a mode of our engine, it also has the entries of `engine_figures`:
+    Returns a dict with these entries and, for a mode of our engine, the entries of `engine_figures`:
     - `tokens_per_second`, `quartiles`: median of the speeds, and their first and third quartile.
     - `over_generate`, `over_full`: speed / speed of `generate` or `full`, as `ratio` computes it.
     - `roofline_multiple`: tokens per second x weight bytes / bandwidth. None for llama.cpp.
@@ -214,7 +214,7 @@ class Loaded:
 
     Args:
         args: `model`, `exits` and `dtype` are used, with the meaning of the command's options.
-        prompts: number of the project's prompts.
+        prompts: how many of the project's prompts are used.
     """
 
     def __init__(self, args: argparse.Namespace, prompts: int):
@@ -290,7 +290,7 @@ def compare(args: argparse.Namespace) -> dict:
     if args.check_late:
         result["checked_late"] = checked_speeds(contenders, kinds)
         for name, speed in result["checked_late"].items():
-            print(f"{name}{CHECKED}: {speed:.3f}x the speed without")
+            print(f"{name}{CHECKED}: {speed:.3f}x the speed without this check")
     for name, error in failed.items():
         print(f"left out: {name}: {error}")
     if args.growth:
@@ -308,7 +308,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--quick", action="store_true", help="8 prompts of 64 tokens: a minute or two on a CPU")
     add_model_and_exits(p)
     add_dtype(p)
-    p.add_argument("--prompts", type=int, help="number of the project's prompts; default: 50, or 8 with --quick")
+    p.add_argument("--prompts", type=int, help="how many of the project's prompts to decode; default: 50, or 8 with "
+                   "--quick")
     p.add_argument("--tokens", type=int, help="new tokens per prompt; default: 128, or 64 with --quick")
     p.add_argument("--cascade-thresholds", type=thresholds, nargs="+", default=[0.8, 0.6, 0.4], metavar="T",
                    help="thresholds of the first exit, from which the others follow; or thresholds of all exits, "
@@ -319,14 +320,16 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="leave out contenders whose name begins with "
                    "NAME")
     p.add_argument("--growth", nargs="?", const="all", choices=("all", "ours"), help="also measure the time per token "
-                   "at several lengths; ours: without generate, which is slow at long contexts on a CPU without bf16 "
-                   "instructions")
+                   "at several lengths; ours: leave out transformers' generate, which is slow at long contexts on a "
+                   "CPU without bf16 instructions")
     p.add_argument("--check-late", action="store_true", help="also run each cascade with DecodeConfig.check_late, and "
                    "compare the speeds")
     p.add_argument("--replay", action="store_true", help="only measure the engine, with random weights and scripted "
                    "exits")
-    p.add_argument("--simulate", action="store_true", help="--replay: run nothing; count bytes and launches of a GPU")
-    p.add_argument("--shape", choices=replay.SHAPES, help="--replay: shape of the model; default by device")
+    p.add_argument("--simulate", action="store_true", help="with --replay: only count the bytes and kernel "
+                   "launches of a GPU, without running them")
+    p.add_argument("--shape", choices=replay.SHAPES, help="with --replay: shape of the model; the default "
+                   "depends on the device")
     p.add_argument("--out", type=Path, help="also write the JSON to this file, and with --growth a plot beside it")
     args = p.parse_args()
     args.prompts = args.prompts or (8 if args.quick else 50)

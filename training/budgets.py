@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from training.contenders import STATIC_CACHE
 
-MINUTES = 25                    # that the whole measurement may take
+MINUTES = 25                    # time limit of the whole measurement
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ def _failed_tests(results: dict[str, dict]) -> int | None:
 def budgets(gpu: str) -> list[Budget]:
     """Return the list of budgets for a GPU.
 
-    The roofline multiple is the measured speed, relative to the speed if reading the weights took all the time. Its
-    target is 0.80 for an H100, else 0.75: on a GPU with faster memory, kernel launches take a larger share of the time.
+    The roofline multiple is the measured speed / the speed that is possible if a token takes only the time to read the
+    weights. Its target is 0.80 for an H100, else 0.75: on a GPU with faster memory, kernel launches take a larger share
+    of the time.
 
     Args:
         gpu: name of the GPU, as torch gives it.

@@ -40,8 +40,8 @@ class RunFolder:
             old["config"] = {"head_sizes": (), "drafter_width": 0} | old["config"]
         changed = {k: (old.get(k), self.key.get(k)) for k in old | self.key if old.get(k) != self.key.get(k)}
         if changed:
-            raise SystemExit(f"{self.checkpoint} was made with other settings, (old, new): {changed}. Give the same "
-                             "ones, another --out, or --no-resume to start again from the first step.")
+            raise SystemExit(f"{self.checkpoint} was made with other settings, (old, new): {changed}. Give the old "
+                             "settings, another --out, or --no-resume to start again from the first step.")
 
     def records(self) -> list[dict]:
         """Return all records of the log, the oldest first. A record is {"step": ..., ...}."""

@@ -3,9 +3,9 @@
     python -m training.confidence --exits runs/smollm2 --data data/policy data/text
 
 There are two kinds of estimators. `sketch`, the default, is a small MLP (`SketchConfidence`). Its inputs are facts of
-the exit's softmax over the most frequent words (entries of the vocabulary), and the copy of the n-gram lookup. If the
-previous exit ran, the same facts of that exit are inputs, too. So a sketch estimator needs only a small part of the
-vocabulary head. It is trained on the calibration documents, which no adapter has seen.
+the exit's softmax over the most frequent words (entries of the vocabulary), and whether n-gram lookup proposes the same
+word as the exit. If the previous exit ran, the facts of its softmax are inputs, too. So a sketch estimator needs only a
+small part of the vocabulary head. It is trained on the calibration documents, which no adapter has seen.
 
 `mlp`, the kind of the original CascadeExit, is an MLP that reads only the adapted hidden state. It is trained in three
 steps:
@@ -61,10 +61,10 @@ class ExitRows:
 
     hidden: Tensor      # (n, D) adapted hidden state
     copied: Tensor      # (n, 2) what the n-gram lookup proposes, from `read_copies`
-    right: Tensor       # (n,) whether its choice is the full model's
-    softmax: Tensor     # (n,) largest probability of its head
+    right: Tensor       # (n,) True if the exit's choice equals the full model's choice
+    softmax: Tensor     # (n,) largest probability in the softmax over the exit's head
     margin: Tensor      # (n,) largest minus second largest probability
-    entropy: Tensor     # (n,) of its head, in nats
+    entropy: Tensor     # (n,) entropy of this softmax, in nats
 
 
 @functools.cache                            # the same for every exit
@@ -82,10 +82,10 @@ def copied_along(ids: tuple[int, ...]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def exit_rows(engine: Engine, s: int, store: FeatureStore, documents: list[int], part: str) -> ExitRows:
-    """Run exit s at the positions that `Features.wanted` selects. The results are in main memory.
+    """Run exit s at the positions that `Features.wanted` selects. The returned tensors are in main memory.
 
     Args:
-        documents: numbers of the documents that have these positions.
+        documents: indices of the documents that have these positions.
         part: name of the documents, for the progress bar.
     """
     parts, device, exits, words = [], engine.model.device, engine.exits, engine.bank.head_ids
@@ -145,7 +145,7 @@ class MlpEstimators:
     """Trains estimators of the kind `mlp` (`ConfidenceHead`). The docstring of this module describes the three steps.
 
     Args:
-        calibration: numbers of the calibration documents.
+        calibration: indices of the calibration documents.
         width: inner width of the estimators.
         args: `train_rows`, `epochs`, `calibration_epochs` and `seed` are used, with the meaning of the command's
             options.
@@ -199,14 +199,14 @@ class SketchEstimators:
 
     @torch.no_grad()
     def inputs(self, rows: ExitRows, before: ExitRows | None) -> list[Tensor]:
-        """Return the inputs of the estimator for n rows, which `exits.confidence.softmax_facts` explains.
+        """Return the inputs of the estimator for n rows. `exits.confidence.softmax_facts` explains these inputs.
 
         Args:
-            rows: results of the exit.
-            before: results of the previous exit at the same positions. None for the first exit.
+            rows: the n rows of this exit.
+            before: the rows of the previous exit at the same positions. None for the first exit.
 
         Returns a list. The first tensor (n, 5) has the facts of this exit alone. If `before` is given, a second tensor
-        (n, 12) also has the facts of the previous exit.
+        (n, 12) has the facts of both exits.
         """
         parts = list(zip(rows.hidden.split(_FACT_ROWS), rows.copied.split(_FACT_ROWS)))
         alone = torch.cat([self._facts(*part) for part in parts])
@@ -222,8 +222,8 @@ class SketchEstimators:
         """Train the estimator of exit s on calibration documents, and return it.
 
         Args:
-            rows: results of exit s.
-            before: results of the previous exit at the same positions. None for the first exit.
+            rows: the rows of exit s.
+            before: the rows of the previous exit at the same positions. None for the first exit.
         """
         head = SketchConfidence(self.width)
         for net, x in zip((head.alone, head.after), self.inputs(rows, before)):
@@ -251,10 +251,10 @@ def sketch_words(bank: ExitBank, store: FeatureStore, model: SegmentedModel, wor
 
 
 def first_rows(store: FeatureStore, limit: int) -> list[int]:
-    """Return the numbers of the first training documents: as many as are needed for `limit` rows.
+    """Return the indices of the first training documents: as many documents as are needed for `limit` rows.
 
     A row is a position that `Features.wanted` selects. If all training documents together have fewer rows than `limit`,
-    the numbers of all training documents are returned.
+    the indices of all training documents are returned.
     """
     documents, taken = [], 0
     for i in store.of(Split.TRAIN):
@@ -271,8 +271,8 @@ def baselines(calibration: ExitRows, test: ExitRows) -> dict:
     """Measure three simple confidences: largest probability, margin and exp(-entropy). They need all logits of an exit.
 
     Args:
-        calibration: results of the exit on the calibration documents, for fitting Platt scaling.
-        test: results of the exit on the test documents, for measuring the confidences.
+        calibration: rows of the exit on the calibration documents, for fitting Platt scaling.
+        test: rows of the exit on the test documents, for measuring the confidences.
 
     Returns {name of a confidence: {"auroc": AUROC, "ece": ECE, "ece_calibrated": ECE after Platt scaling}}.
     """
@@ -294,12 +294,12 @@ def measure(layer: int, head: nn.Module, inputs: list[Tensor], calibration: Exit
         layer: layer of the exit.
         head: the estimator.
         inputs: inputs of the estimator, as from `SketchEstimators.inputs`.
-        calibration: results of the exit on the calibration documents, for the baselines.
-        test: results of the exit on the test documents.
+        calibration: rows of the exit on the calibration documents, for the baselines.
+        test: rows of the exit on the test documents.
 
     Returns a dict:
     - `layer`, `agreement`: layer of the exit, and share of the rows where its choice equals the full model's choice.
-    - `ece`, `auroc`: quality of the estimator. If there is a previous exit, the estimator reads the facts of both.
+    - `ece`, `auroc`: quality of the estimator, which reads the facts of this exit and of the previous exit, if any.
     - `ece_alone`, `auroc_alone`: quality of the estimator without the previous exit.
     - `bins`: {"confidence": means, "right": shares of right choices}, one number for each of the `equal_mass_bins`.
     - `baselines`: result of the function `baselines`.
@@ -316,7 +316,7 @@ def measure(layer: int, head: nn.Module, inputs: list[Tensor], calibration: Exit
 
 
 def held_out_documents(store: FeatureStore) -> tuple[list[int], list[int]]:
-    """Return the numbers of the calibration documents, and the numbers of the test documents.
+    """Return the indices of the calibration documents, and the indices of the test documents.
 
     Raises SystemExit if there are fewer than 4 calibration documents, or no test documents.
     """
@@ -338,7 +338,8 @@ def parse_args() -> argparse.Namespace:
     add_features(p, "EXITS/features")
     p.add_argument("--kind", choices=("sketch", "mlp"), default="sketch", help="kind of estimator; mlp is the "
                    "published one")
-    p.add_argument("--words", type=int, default=2048, help="sketch: how many of the most frequent words it reads")
+    p.add_argument("--words", type=int, default=2048, help="sketch: how many of the most frequent words an estimator "
+                   "reads")
     p.add_argument("--width", type=int, help="inner width; default: 48, or 256 for mlp as published")
     p.add_argument("--epochs", type=int, default=4, help="mlp: passes over the training rows in step 1")
     p.add_argument("--calibration-epochs", type=int, default=12, help="mlp: passes over the calibration rows in step "

@@ -29,7 +29,7 @@ class Contender:
     decode: Decode
     speeds: list[float] = field(default_factory=list)               # tokens/s, prefill included
     outputs: list[Output] = field(default_factory=list)
-    error: str = ""                                                 # why it cannot run here; "" where it can
+    error: str = ""                                                 # why the contender failed; "" if it did not
 
     def warm_up(self, ids: list[int], needed: bool) -> None:
         """Decode a prompt without storing speed or output.

@@ -57,8 +57,8 @@ def check_settings(folder: Path, settings: dict) -> None:
     old = (read_json(folder / "provenance.json") or {}).get("settings", {})
     changed = {k: (old[k], settings.get(k)) for k in old if old[k] != settings.get(k)}
     if changed and any(folder.glob("shard-*.safetensors")):
-        raise ValueError(f"{folder} holds text of other settings, (old, new): {changed}. Give the same ones, or "
-                         "another --out.")
+        raise ValueError(f"{folder} holds text of other settings, (old, new): {changed}. Give the old settings, "
+                         "or another --out.")
 
 
 class PolicyText:
@@ -89,7 +89,7 @@ class PolicyText:
             "sources": key_of(json.dumps([self.prompts, self.texts]))}
 
     def write_shard(self, index: int, bar: tqdm) -> None:
-        """Let the model write the shard number `index`. A shard that exists is kept.
+        """Let the model write shard number `index`. If the file of this shard exists, it is kept unchanged.
 
         Args:
             bar: progress bar, which counts tokens.
@@ -239,8 +239,8 @@ def parser() -> argparse.ArgumentParser:
     policy.add_argument("--prompts", type=Path, nargs="*", default=[], help='JSONL files with rows {"prompt": ...}')
     policy.add_argument("--texts", type=Path, nargs="*", default=[], help="text files; the model continues passages of "
                         "them")
-    policy.add_argument("--own-share", type=float, default=0.4, help="share of the conversations that the model "
-                        "invents")
+    policy.add_argument("--own-share", type=float, default=0.4, help="share of the conversations in which the model "
+                        "also invents the user's turn")
     policy.add_argument("--plain-share", type=float, default=0.2, help="share of the documents that continue --texts")
     policy.add_argument("--max-prompt-chars", type=int, default=400, help="leave out longer prompts of "
                         "--prompts")
@@ -249,10 +249,11 @@ def parser() -> argparse.ArgumentParser:
                         "a document cannot be longer")
     policy.add_argument("--temperature", type=float, default=0.8, help="temperature of sampled replies; half of the "
                         "replies are greedy")
-    policy.add_argument("--held-out", action="store_true", help="write test documents only: user turns of --prompts "
-                        "that no training document answers, and invented ones. training.calibrate takes them as --data")
-    policy.add_argument("--minutes", type=float, default=math.inf, help="begin no round that would end after this "
-                        "long; at least one round is written")
+    policy.add_argument("--held-out", action="store_true", help="write only test documents: answers to user turns of "
+                        "--prompts that no training document answers, and invented conversations. Give their folder to "
+                        "training.calibrate --data")
+    policy.add_argument("--minutes", type=float, default=math.inf, help="time limit: begin no round that would end "
+                        "later; at least one round is written")
     policy.add_argument("--features", type=Path, help="also save the hidden states that training needs in this "
                         "folder; give the same folder to training.distill --features")
     policy.add_argument("--exits", help="with --features: the exit layers, as for training.distill")

@@ -5,9 +5,10 @@
     torchrun --nproc-per-node 4 -m training.distill ...         # several processes, on CPUs or GPUs
 
 By default the loss of an exit, in nats per token, is (1 - hard) T^2 KL(full || exit) + hard * cross-entropy, summed
-over the words of the vocabulary and averaged over tokens (Hinton et al. 2015). The base model is frozen; only the
-adapters and their norms are trained. Words outside an exit's trimmed head enter the loss, too. The loss always includes
-the most frequent words. A random sample, new at every step, represents all other words.
+over the words of the vocabulary and averaged over tokens (Hinton et al. 2015). `hard` is the option --hard, and T is
+--temperature. The base model is frozen; only the adapters and their norms are trained. The loss also includes words
+that are not in the exit's trimmed head. It always includes the most frequent words. A random sample, new at every step,
+represents all other words.
 
 The same command continues an interrupted run from its last checkpoint. The result equals the result of an uninterrupted
 run.
@@ -204,8 +205,8 @@ def load_models(args: argparse.Namespace, device: str) -> tuple[SegmentedModel, 
     layers = exit_layers(args.exits, base.config.num_hidden_layers)
     exits = ExitBank.load(args.continue_from) if args.continue_from else None
     if args.only and not (set(args.only) <= set(layers) <= set(exits.config.layers if exits else ())):
-        raise SystemExit(f"--only {args.only} must name some of --exits {list(layers)}, and --continue-from must have "
-                         "all of these: the exits that are not trained are taken from it")
+        raise SystemExit(f"--only {args.only} must name layers of --exits {list(layers)}, and --continue-from must "
+                         "have an exit after each of these layers: the exits that are not trained are taken from it")
     return SegmentedModel(base, layers, name=name), exits
 
 
@@ -246,7 +247,7 @@ def choose_words(bank: ExitBank, model: SegmentedModel, store: FeatureStore,
 
 
 def head_coverage(bank: ExitBank, store: FeatureStore, head: SampledHead) -> list[float]:
-    """Measure which share of the full model's choices, on the test documents, each exit has in its vocabulary head.
+    """Measure, on the test documents, which share of the full model's choices is in the vocabulary head of each exit.
 
     Args:
         head: the head of the exits.
@@ -293,8 +294,9 @@ def parser() -> argparse.ArgumentParser:
     add_model(p)
     add_data(p)
     p.add_argument("--out", type=Path, required=True, help="folder for the exits, the log and the checkpoint")
-    p.add_argument("--continue-from", type=Path, help="exits folder to start from. Layers that it lacks start "
-                   "untrained. An exit that agrees less on the calibration documents in the end keeps its old weights")
+    p.add_argument("--continue-from", type=Path, help="exits folder to start from. Exits that it lacks start "
+                   "untrained. An exit that agrees less with the full model after training, on the calibration "
+                   "documents, gets its old weights back")
     p.add_argument("--only", type=lambda text: sorted({int(part) for part in text.split(",")}), default=[],
                    help="with --continue-from: layers of the exits to train (0,24); the other exits do not change")
     p.add_argument("--exits", help="exit layers (0,9,17,24; 0 is before the first layer) or shares of the depth "
@@ -302,8 +304,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--adapter", choices=tuple(ADAPTERS), default="carry", help="kind of adapter; swiglu is the "
                    "published one")
     p.add_argument("--width", type=int, default=512, help="inner width of the adapters")
-    p.add_argument("--own-share", type=float, default=0.3, help="carry: share of the tokens whose carried state comes "
-                   "from an exit instead of the full model")
+    p.add_argument("--own-share", type=float, default=0.3, help="for carry adapters: share of the tokens whose carried "
+                   "state comes from an exit instead of the full model")
     p.add_argument("--head-size", type=lambda text: [int(part) for part in text.split(",")], default=[16384],
                    help="words (entries of the vocabulary) in the exits' head: one number, 0 = all, or one for each "
                    "exit (8192,8192,49152)")
@@ -347,8 +349,8 @@ def main() -> None:
     coverage, held_out = head_coverage(bank, store, head), store.measured(Split.TEST)
     rows = sum(map(store.rows, store.of(Split.TRAIN)))
     accelerator.print(f"{len(store)} documents, {rows} training rows; the features of {store.kept} documents are kept "
-                      f"on disk; the exits' heads cover {' / '.join(f'{c:.2%}' for c in coverage)} of the held-out "
-                      "choices")
+                      f"on disk; the exits' heads contain {' / '.join(f'{c:.2%}' for c in coverage)} of the full "
+                      "model's choices in test documents")
     untrained = agreement(bank, plain_inputs, store, held_out, head, accelerator)
     inputs = fitted_inputs(bank, model, store, accelerator, args.fit_documents)
     learner = AdapterLearner(bank, inputs, store, head, words, accelerator, args)

@@ -33,7 +33,7 @@ class Document:
 
     @property
     def split(self) -> "Split":
-        """Split of this document: that of its key, so documents from the same prompt are always in the same split."""
+        """Split of this document. Its key decides it, so documents from the same prompt are always in one split."""
         return split_of(self.key)
 
 
@@ -43,7 +43,7 @@ def split_of(key: int) -> Split:
 
 
 def held_out_key(key: int) -> int:
-    """Return a key near this one whose documents are test documents."""
+    """Return a key of the test split: the largest one that is not above this key."""
     return key - key % 25
 
 

@@ -41,8 +41,8 @@ from training.options import add_exits_and_data, add_features, add_loop, command
 from training.provenance import provenance
 from training.vocabulary import SampledHead
 
-_SHARES = (1.0, 0.5, 0.3)       # of the rows, trained at each place of a chain: few chains get that long
-_REPORTED = 4                   # places of a chain in reports
+_SHARES = (1.0, 0.5, 0.3)       # share of the rows that are trained after 0, 1, 2 drafts: few chains get that long
+_REPORTED = 4                   # agreement is reported after 0, 1, 2 and 3 drafts
 
 
 class DraftRows:
@@ -80,7 +80,7 @@ class WhitenedDrafter:
     the drafter reads inputs that are not whitened.
 
     Args:
-        documents: numbers of the documents from which the whitening is computed.
+        documents: indices of the documents from which the whitening is computed.
     """
 
     def __init__(self, drafter: Drafter, store: FeatureStore, documents: list[int]):
@@ -110,8 +110,8 @@ class WhitenedDrafter:
         """Run the drafter at every position, after chains of 0, 1, ... drafts.
 
         Returns a list of `length` tensors (N, D) with the drafter's output at each position. For tensor 0, the drafter
-        reads the carried states of the full model. For tensor i, the carried state of a position is the row of the
-        position before in tensor i - 1.
+        reads the carried states of the full model. For tensor i, the carried state at position j is row j - 1 of tensor
+        i - 1.
         """
         context = F.linear(rows.deep, self.drafter.context.weight @ self.deep.T)
         out, carried = [], rows.back(rows.top, 1)
@@ -128,8 +128,8 @@ class DrafterLearner:
     Args:
         head: vocabulary head of the words that may be drafted. It decides the measured agreement.
         words: the vocabulary head that the loss uses in training.
-        training: numbers of the training documents.
-        held_out: numbers of the documents on which agreement is measured.
+        training: indices of the training documents.
+        held_out: indices of the documents on which agreement is measured.
         args: options of the command.
     """
 
@@ -261,7 +261,7 @@ def drafted_words(bank: ExitBank, model: SegmentedModel, tail: int) -> tuple[Sam
 
 
 def split_documents(store: FeatureStore) -> tuple[list[int], list[int]]:
-    """Return the numbers of the training documents and of the test documents. Only text that the model wrote is used.
+    """Return the indices of the training documents and of the test documents. Only text that the model wrote is used.
 
     Raises ValueError if either list is empty.
     """
@@ -346,7 +346,7 @@ def main() -> None:
             "processes": accelerator.num_processes, "rows": sum(map(store.rows, training)),
             "held_out_rows": sum(map(store.rows, held_out)), "held_out_agreement_before": before,
             "held_out_agreement": after})
-        print("held-out agreement after 0, 1, ... drafts in a row, before -> after: "
+        print("held-out agreement after 0, 1, ... drafts in a row, before -> after training: "
               + ", ".join(f"{b:.1%} -> {a:.1%}" for b, a in zip(before, after)))
     accelerator.end_training()
 

@@ -72,7 +72,8 @@ def check_lossless(args: argparse.Namespace) -> None:
     partial.finish()
     print(json.dumps(summary, indent=2))
     if summary["verified_differing_tokens"] or (dtype == torch.float32 and summary["reference_differing_tokens"]):
-        raise SystemExit("verified is not lossless here: tokens differ (the result file has the numbers)")
+        raise SystemExit("verified, or transformers' generate in fp32, wrote other tokens than full: the result file "
+                         "says how many")
 
 
 def compare_prompt(engine: Engine, ids: list[int], args: argparse.Namespace, reference) -> dict:
@@ -132,8 +133,8 @@ def summarize_lossless(rows: list[dict]) -> dict:
     - `verified_runs`, `verified_tokens`: number of runs with `verified`, and of the tokens that were compared.
     - `verified_differing_tokens`: number of tokens that differ.
     - `acceptance`: {"threshold/draft length": acceptance rate}.
-    - `reference_prompts`, `reference_differing_tokens`, `reference_identical`: number of prompts that `generate` also
-      decoded, of its tokens that differ from `full`, and of its texts that are identical.
+    - `reference_prompts`: number of prompts that `generate` also decoded. `reference_differing_tokens`,
+      `reference_identical`: number of its tokens that differ from `full`, and of its texts that are identical.
     - `reference_margins`: margin of the full model at each first difference.
     """
     runs = list(rows[0]["verified"])
@@ -247,7 +248,7 @@ def texts_to_read(tokenizer, args: argparse.Namespace) -> dict[str, list[Documen
 def measure_text(engine: Engine, name: str, documents: list[Document]) -> dict:
     """Measure all exits on one text, and print the figures.
 
-    Returns {"after_full": report, "after_exit": report}, with a report of `Tally.report` each. For "after_full", the
+    Returns {"after_full": report, "after_exit": report}. `Tally.report` describes a report. For "after_full", the
     carried states come from the full model; for "after_exit", they come from the exit itself. If the exits do not read
     the carried state, "after_exit" is missing.
     """
@@ -259,8 +260,8 @@ def measure_text(engine: Engine, name: str, documents: list[Document]) -> dict:
     reports = {source: tally.report(engine.model.exit_layers) for source, tally in tallies.items()}
     for source, report in reports.items():
         for row in report["exits"]:
-            print(f"{name}, after {source}: layer {row['layer']}: top-1 {row['top1']:.1%}, top-5 {row['top5']:.1%}, "
-                  f"perplexity {row['perplexity']:.2f} = {row['perplexity_ratio']:.2f}x")
+            print(f"{name}, carried state from {source}: layer {row['layer']}: top-1 {row['top1']:.1%}, "
+                  f"top-5 {row['top5']:.1%}, perplexity {row['perplexity']:.2f} = {row['perplexity_ratio']:.2f}x")
     return {f"after_{source}": report for source, report in reports.items()}
 
 
@@ -381,7 +382,8 @@ def parser() -> argparse.ArgumentParser:
     lossless.add_argument("--reference", type=int, default=20, help="number of prompts that transformers' generate "
                           "also decodes")
     lossless.add_argument("--thresholds", type=lambda text: None if text == "own" else float(text), nargs="+",
-                          default=[0, 0.3, 0.6, 0.9, None], help="thresholds; own means the default, a draft tree")
+                          default=[0, 0.3, 0.6, 0.9, None], help="thresholds; own: the default of verified, which "
+                          "drafts a tree")
     lossless.add_argument("--max-draft", type=int, nargs="+", default=[1, 3, 7], help="draft lengths")
     lossless.set_defaults(run=check_lossless)
     for command in (exits, decode, lossless):

@@ -35,7 +35,7 @@ class Features:
     ids: Tensor         # (T,) token ids
     exits: Tensor       # (T, E, D) hidden state after each exit's layer
     top: Tensor         # (T, D) last hidden state after the final norm: what the full model's head reads
-    choices: Tensor     # (T,) the full model's first choice of the next token
+    choices: Tensor     # (T,) id of the token that the full model chooses after each position
     wanted: Tensor      # (T,) True at the positions used in training
 
 
@@ -85,7 +85,7 @@ class FeatureStore:
         """Compute the features that are missing on disk, up to the size limit, and write them.
 
         Args:
-            rank: number of this process. Each process computes a part.
+            rank: index of this process. Each process computes a part.
             world: number of processes.
         """
         missing = [c for c in self._chunks[rank::world] if not self._path(c).exists()]
@@ -136,8 +136,8 @@ class FeatureStore:
         """Return the full model's choices at the n positions that `Features.wanted` selects, as token ids (n,).
 
         Args:
-            numbers: numbers of the documents. They are read in this order.
-            limit: number of choices that is enough. When n reaches it, the other documents are not read.
+            numbers: indices of the documents. They are read in this order.
+            limit: when n reaches this number, no further documents are read.
         """
         parts, total = [], 0
         for i in numbers:
@@ -149,18 +149,18 @@ class FeatureStore:
         return torch.cat(parts).long() if parts else torch.zeros(0, dtype=torch.long)
 
     def fingerprint(self) -> str:
-        """Return a hash of the tokens of all documents, in order."""
+        """Return a hash of all documents, in order: their tokens, and which of these the model chose."""
         digest = hashlib.blake2b(digest_size=8)
         for d in self.documents:
             digest.update(repr((d.ids, d.chosen)).encode())
         return digest.hexdigest()
 
     def of(self, split: Split, policy_only: bool = False) -> list[int]:
-        """Return the numbers of a split's documents. `policy_only` leaves out text that the model did not write."""
+        """Return the indices of a split's documents. `policy_only` leaves out text that the model did not write."""
         return [i for i, d in enumerate(self.documents) if d.split == split and (any(d.chosen) or not policy_only)]
 
     def measured(self, split: Split) -> list[int]:
-        """Return the numbers (indices) of the documents of a split on which exits are measured.
+        """Return the indices of the documents of a split on which exits are measured.
 
         If the split has documents that the model wrote, only these are used. Else all its documents are used.
         """

@@ -39,11 +39,11 @@ def adapted_states(bank: ExitBank, inputs: Inputs, features: list[Features], own
     Args:
         inputs: function that normalises the inputs of adapters, such as `training.inputs.AdapterInputs`.
         features: features of the documents.
-        own_share: share of the positions that get the carried state of an exit instead of the full model's. This exit
-            is chosen at random for each position. But the exit before the first layer gets only its own carried states
-            in this share, because it drafts whole chains.
+        own_share: share of the positions where an exit reads the carried state of an exit instead of the full model's.
+            The exit that this state comes from is chosen at random for each position. The exit before the first layer
+            is different: it reads only its own states there, because it drafts whole chains.
         max_chain: largest number of consecutive tokens that come from an exit.
-        exits: numbers of the exits to run; None = all.
+        exits: indices of the exits to run; None = all.
 
     Returns a tensor (n, D) for each of these exits.
     """
@@ -70,7 +70,7 @@ def mixed_carried_states(bank: ExitBank, inputs: Inputs, h: Tensor, full: Tensor
                          max_chain: int) -> Tensor:
     """Compute carried states for n positions (n, D). Some come from the full model, a random share from exits.
 
-    A state from an exit is computed as if this exit had produced the last tokens in a row (a chain). About half of the
+    A state from an exit is computed as if this exit had produced the newest tokens, called a chain. About half of the
     chains have one token, a quarter have two, and so on, up to `max_chain`. If the adapters do not read the carried
     state, all states come from the full model.
 
@@ -80,7 +80,7 @@ def mixed_carried_states(bank: ExitBank, inputs: Inputs, h: Tensor, full: Tensor
         places: for each of the N positions, its index in its document (N,).
         rows: the positions for which carried states are returned (n,).
         own_share: share of these positions that get the state of an exit.
-        sources: numbers of the exits from which states may come. One of them is chosen at random for each position.
+        sources: indices of the exits from which states may come. One of them is chosen at random for each position.
     """
     carried = full[rows].float()
     if not own_share or not bank.adapters[0].reads_carried:
@@ -106,11 +106,11 @@ def agreement(bank: ExitBank, inputs: Inputs, store: FeatureStore, documents: li
     Each process reads a part of the documents, so all processes must call this.
 
     Args:
-        documents: numbers of the documents.
+        documents: indices of the documents.
         head: the vocabulary head of the exits.
         own_share: share of the positions that get the carried state of an exit, as if this exit had
             produced the newest token.
-        exits: numbers of the exits to measure; None = all.
+        exits: indices of the exits to measure; None = all.
     """
     exits = list(range(len(bank.adapters))) if exits is None else exits
     sums = torch.zeros(len(exits) + 1, dtype=torch.float64, device=accelerator.device)      # and the rows

@@ -27,7 +27,7 @@ from training.provenance import provenance
 from training.steps import DONE, RESULT, Step, run_step
 
 _LEAST_SECONDS = 5                  # with less time left, no step is started
-_SMOKE_LIMIT = 300                  # of each step in the smoke form: a busy CPU imports slowly
+_SMOKE_LIMIT = 300                  # seconds for each step with --smoke: a busy CPU imports slowly
 _COLD = "triton"                    # folder of the kernels that the first start compiles
 
 

@@ -19,9 +19,9 @@ CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024)
 def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5) -> dict:
     """Measure milliseconds per token at several lengths of the context and of the output.
 
-    At each context length, 32 tokens are decoded. The context is a text that the model wrote at temperature 1; in a
-    text that repeats itself, many drafts would be copied. The end-of-sequence token does not end a text. Each round
-    measures every length once. All figures are medians over the rounds.
+    At each context length, 32 tokens are decoded. The context is a text that the model wrote at temperature 1, because
+    many drafts would be copied from a text that repeats itself. The end-of-sequence token does not end a text. Each
+    round measures every length once. All figures are medians over the rounds.
 
     Args:
         reference: transformers' model for `generate`; None = measure only our engine.

@@ -39,7 +39,7 @@ class AdapterInputs:
 
     Args:
         bank: the exits. The constructor changes their adapters to read normalised inputs.
-        documents: numbers of the documents from which this process computes the normalisation.
+        documents: indices of the documents from which this process computes the normalisation.
         final_norm: weight of the full model's last norm (D,).
         total: function that adds up a tensor over all processes.
     """
@@ -56,8 +56,8 @@ class AdapterInputs:
                    total: Callable[[Tensor], Tensor]) -> float:
         """Return the number by which the hidden states at exit s are divided. Adapter s is changed to suit such inputs.
 
-        The number is the mean root mean square of the hidden states, rounded to a power of two, so that dividing bf16
-        values by it is exact.
+        The number is the root mean square of a document's hidden states, averaged over the documents. It is rounded to
+        a power of two, so that dividing bf16 values by it is exact.
         """
         rms = [store[i].exits[:, s].float().pow(2).mean().sqrt().item() for i in documents]
         added, number = total(torch.tensor([sum(rms), len(rms)], device=final_norm.device)).tolist()
@@ -127,7 +127,7 @@ class AdapterInputs:
 
 
 def _transform(adapter: torch.nn.Module, change: Tensor) -> None:
-    """Change a `carry` adapter so that for an input x it returns what it returned for x M before.
+    """Change a `carry` adapter: after this, its output for an input x is what its output for x M was before.
 
     Args:
         change: the matrix M (2 D, 2 D).

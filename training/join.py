@@ -73,7 +73,7 @@ def joined_report(banks: list[ExitBank], layers: tuple[int, ...], folders: list[
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("exits", type=Path, nargs="+", help="folders written by training.distill; if several have an "
-                        "exit after the same layer, the first is used")
+                        "exit after the same layer, the exit of the first such folder is used")
     parser.add_argument("--out", type=Path, required=True, help="folder for the joined exits")
     args = parser.parse_args()
     banks = [ExitBank.load(folder) for folder in args.exits]

@@ -39,7 +39,7 @@ class Learner(Protocol):
         `Features.wanted` selects.
 
         Args:
-            step: number of this step. This number and the number of the process decide all random choices.
+            step: index of this step. This index and the index of the process decide all random choices.
             parts: the micro-batches of this process, each a list of document numbers.
             rows: number of rows of the step, over all processes.
 
@@ -79,7 +79,7 @@ def train(learner: Learner, store: FeatureStore, plan: list[list[int]], run: Run
         save_every: number of steps between two checkpoints.
         minutes: time limit. When it is over, the run saves a checkpoint and stops.
         fit_minutes: time for the whole training. The first steps are timed, and the plan is cut to as many steps as
-            the time allows; the learning rate then falls to 0 over these steps. An interrupted run keeps the number.
+            the time allows. The learning rate falls to 0 over these steps. A continued run keeps this number of steps.
 
     Returns the total number of steps done, including those before an interruption.
     """
@@ -163,7 +163,10 @@ def optimizer_for(weights: list[Tensor], rate: float, steps: int) -> tuple[torch
 
 
 class WarmUpAndCosine:
-    """Share of the highest learning rate at each step. It is a class, so that checkpoints hold its `steps`."""
+    """Computes the learning rate of each step, as a share of the highest one.
+
+    This is a class and not a function, so that checkpoints store its `steps`.
+    """
 
     def __init__(self, steps: int):
         self.steps = steps

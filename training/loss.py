@@ -58,7 +58,7 @@ def exit_loss(logits: Tensor, full_probs: Tensor, labels: Tensor, *, hard: float
 
     Args:
         logits: the exit's logits for K words (entries of the vocabulary) at N positions (N, K).
-        full_probs: the full model's softmax at this temperature over the same words (N, K).
+        full_probs: the full model's softmax over the same words, at `temperature` (N, K).
         labels: index of the correct word among the K words (N,). It is -1 if the correct word is none of
             the K words; the cross-entropy of this row is then 0.
         hard: weight of the cross-entropy. The distance has the weight 1 - hard.

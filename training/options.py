@@ -75,8 +75,8 @@ def add_loop(p: argparse.ArgumentParser, *, epochs: float, lr: float, fit_docume
         checkpoint: the folder of the checkpoint, as the help text names it.
     """
     p.add_argument("--epochs", type=float, default=epochs, help="passes over the training documents")
-    p.add_argument("--fit-minutes", type=float, default=math.inf, help="train as many steps as fit into this time, at "
-                   "most --epochs; the first steps are timed")
+    p.add_argument("--fit-minutes", type=float, default=math.inf, help="train as many steps as fit into this time, but "
+                   "no more than --epochs needs; the first steps are timed")
     p.add_argument("--batch", type=int, default=1024, help="training rows (positions) per step, over all processes")
     p.add_argument("--micro-batch", type=int, default=8192, help="tokens in one backward pass; a step may have several")
     p.add_argument("--lr", type=float, default=lr, help="highest learning rate")

@@ -49,7 +49,7 @@ def reliability_plot(exits: Sequence[dict], path: Path) -> None:
         figure.add_scatter(x=report["bins"]["confidence"], y=report["bins"]["right"], mode="lines+markers",
                            name=f"exit {report['layer']}, ECE {report['ece']:.1%}",
                            line_color=_COLOURS[s % len(_COLOURS)])
-    figure.update_layout(xaxis_title="confidence", yaxis_title="share that is right", width=620, height=560)
+    figure.update_layout(xaxis_title="confidence", yaxis_title="share of right choices", width=620, height=560)
     _write(figure, path)
 
 
@@ -60,7 +60,7 @@ def growth_plot(growth: dict, path: Path) -> None:
         growth: result of `training.growth.growth`.
         path: the HTML file to write.
     """
-    figure = make_subplots(rows=1, cols=2, subplot_titles=("Against the context", "Against the output"))
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("Against the context length", "Against the output length"))
     for col, kind in enumerate(("context", "output"), 1):
         entries = growth[kind]
         others = (kind, "allowed", "allowed_16_bits", "times")

@@ -147,7 +147,7 @@ class Lane:
         return token
 
     def close(self) -> None:
-        """Add the document to `finished`. It is left out if the model chose fewer than MIN_TOKENS of its tokens."""
+        """Add the document to `finished`, unless the model chose fewer than MIN_TOKENS of its tokens."""
         if sum(self.document.chosen) >= MIN_TOKENS:
             self.document.key = self.document.key or key_of(str(self.document.ids))
             self.finished.append((self.start, self.document))

@@ -1,14 +1,14 @@
-"""Quick exits: from a model that has none to trained exits, a drafter, estimators and a calibration, in stated time.
+"""Quick exits: train exits, a drafter and estimators for a model that has none, and calibrate them, in a given time.
 
     python -m training.quick --model Qwen/Qwen2.5-Coder-0.5B-Instruct
     python -m training.quick --model my-model.gguf --out runs/my-model --minutes 30
     python -m training.quick --model my-model --prompts questions.jsonl      # user turns like those of your users
 
 It takes 15 minutes on a CPU and 5 on a GPU, or as long as --minutes says. The parts are the commands of the full recipe
-(training/run.sh), each with a share of the time. The model writes conversations while the hidden states of the same
+(training/run.sh), each with a share of the time. The model writes conversations, and the hidden states of the same
 passes are kept. The exits start as ridge regressions on whitened hidden states, and are trained for as many steps as
-fit. A drafter and confidence estimators follow, then a calibration on prompts of its own, and at the end the speed of
-each mode on these prompts.
+the time allows. Then a drafter and confidence estimators are trained. At the end, other prompts, which were not used in
+training, serve to calibrate the exits and to measure the speed of each mode.
 
 If the command is interrupted, start it again: it continues. The exits are in OUT/exits, for `--exits` of the page and
 of the other commands. The full recipe can go on from there with more text:
@@ -44,8 +44,8 @@ from training.provenance import provenance
 from training.steps import ROOT, ended
 
 STATE = "quick.json"            # in --out: settings, the parts that are done, and what they took
-_START = 0.15                   # minutes in which the process of a part starts; a later part makes up for an error
-_LAST_LINES = 12                # of a part that failed
+_START = 0.15                   # minutes that the process of a part takes to start; later parts correct an error
+_LAST_LINES = 12                # lines of output that are shown for a part that failed
 _MEASURED_PROMPTS, _MEASURED_TOKENS = 6, 64
 
 
@@ -54,10 +54,10 @@ class Part:
     """One command of the recipe.
 
     Attributes:
-        name: what the user reads while it runs.
-        share: its share of the time of all parts.
-        command: function of the minutes that it may take once its process has started. Returns the words after
-            `python -m`.
+        name: name that the user sees while the part runs.
+        share: share of the whole time that the part gets, in [0, 1].
+        command: function that takes the time limit in minutes, without the start of the process. It returns the words
+            of the command after `python -m`.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the training is: the part that runs, and the share of the whole time, in [0, 1]."""
+    """Progress of the training: name of the part that runs, and share of the whole training that is done, in [0, 1]."""
 
     part: str
     done: float
@@ -114,7 +114,7 @@ def _exits(args: argparse.Namespace) -> list[str]:
 
 
 class Quick:
-    """A training run in a folder. `run` does the parts that are not done; `speeds` measures what came out.
+    """A training run in a folder. `run` runs the parts that are not done. `speeds` measures the trained exits.
 
     Args:
         args: options of the command.
@@ -129,13 +129,13 @@ class Quick:
         self.state = read_json(args.out / STATE) or {"settings": settings, "parts": {}}
         changed = {k: (old, settings[k]) for k, old in self.state["settings"].items() if settings[k] != old}
         if changed:
-            raise ValueError(f"{args.out} holds a training with other settings, (old, new): {changed}. Give the same "
-                             "ones, or another --out.")
+            raise ValueError(f"{args.out} holds a training with other settings, (old, new): {changed}. Give the old "
+                             "settings, or another --out.")
 
     def run(self) -> Iterator[Progress]:
-        """Do the parts that are not done, each in a process of its own. Yields the progress about once a second.
+        """Run the parts that are not done, each in a process of its own. Yields the progress about once a second.
 
-        Raises ValueError with the last lines of its output if a part fails.
+        Raises ValueError if a part fails. The message has the last lines of the part's output.
         """
         self.args.out.mkdir(parents=True, exist_ok=True)
         done, left = 0.0, 60 * self.args.minutes - sum(p["seconds"] for p in self.state["parts"].values())
@@ -150,11 +150,11 @@ class Quick:
             yield Progress(part.name, done)
 
     def _do(self, part: Part, minutes: float, record: dict) -> Iterator[float]:
-        """Run one part. Yields the share of its time that has passed, and writes the state when it ends, however.
+        """Run one part. Yields the share of its time that has passed. Writes the state at the end, also after an error.
 
         Args:
             minutes: time for the part, the start of its process included.
-            record: its entry in the state.
+            record: the part's entry in the state; this function updates it.
         """
         began, before = time.monotonic(), record["seconds"]
         words = part.command(max(minutes - _START, 0.05))
@@ -178,19 +178,22 @@ class Quick:
             save_json(self.args.out / STATE, self.state)
 
     def sentence(self, result: dict) -> str:
-        """Put the result of `speeds` into words, with the command that uses the exits."""
-        kept = ("on average at most 10% of its tokens differ, certified" if result["certified"] else "not certified")
+        """Describe the result of `speeds` in words, with the command that starts the page with these exits."""
+        kept = ("certified: on average at most 10% of its tokens differ" if result["certified"] else "not certified")
         return (f"Trained in {result['minutes']:.1f} minutes. Speed over the full model: verified "
                 f"{result['verified']:.2f}x (the same text for {result['same']:.0%} of {_MEASURED_PROMPTS} prompts), "
-                f"cascade {result['cascade']:.2f}x ({kept}). The next start takes them with: python app.py --model "
+                f"cascade {result['cascade']:.2f}x ({kept}). Use these exits with: python app.py --model "
                 f"{shlex.quote(self.args.model)} --exits {shlex.quote(str(self.args.exits_folder))}")
 
     def speeds(self) -> dict:
         """Measure the speed of each mode on the held-out prompts, and save it in OUT/exits/quick.json.
 
-        Returns a dict that can be saved as JSON: `full`, `verified` and `cascade`, each the speed over that of `full`
-        (median over the prompts); `full_tokens_per_second`; `same`, the share of the prompts for which the text of
-        `verified` is that of `full`; and `minutes`, the time that the training took.
+        Returns a dict that can be saved as JSON:
+        - `full`, `verified`, `cascade`: speed of the mode / speed of `full`, as medians over the prompts.
+        - `full_tokens_per_second`: speed of `full`.
+        - `same`: share of the prompts for which `verified` and `full` wrote the same text.
+        - `certified`: True if the calibration certifies that at most 10% of the tokens of `cascade` differ.
+        - `minutes`: time that the training took.
         """
         engine, _ = load(self.args.model, self.args.exits_folder)
         prompts = prompts_of(load_documents([self.args.out / "held-out"]), 10**6, self.args.seed)
@@ -215,9 +218,10 @@ def trained_exits(model: str) -> Iterator[Progress]:
 
 
 def measured(engine: Engine, prompts: list[tuple[int, ...]], tokens: int) -> dict:
-    """Decode the prompts with `full`, `verified` and `cascade` in turns. Returns what `Quick.speeds` describes.
+    """Decode the prompts with `full`, `verified` and `cascade` in turns, and compare their speeds.
 
-    `cascade` keeps its disagreement below 10% where the calibration certifies that, and else has its default threshold.
+    If the calibration certifies a disagreement of at most 10%, `cascade` decodes with this target. Else it has its
+    default threshold. Returns the dict that `Quick.speeds` describes, without `minutes`.
 
     Args:
         prompts: token ids of each prompt.
@@ -246,7 +250,7 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--exits", help="exit layers or shares of the depth (default: 0,0.3,0.57,0.8)")
     p.add_argument("--width", type=int, default=512, help="inner width of the adapters (default: %(default)s)")
     p.add_argument("--prompts", type=Path, nargs="*", default=[], help='JSONL files with rows {"prompt": ...} that the '
-                   "model answers; without them it invents all conversations")
+                   "model answers; without such files it invents all conversations")
     p.add_argument("--texts", type=Path, nargs="*", default=[], help="text files; the model continues passages of them")
     p.add_argument("--batch", type=int, default=48, help="documents written at once (default: %(default)s)")
     p.add_argument("--length", type=int, default=256, help="longest document, in tokens (default: %(default)s)")

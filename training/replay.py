@@ -32,7 +32,7 @@ MEASURED = Path(__file__).parents[1] / "assets" / "results" / "benchmark-cpu.jso
 BETTER_DRAFTER = 3.0                            # tokens of a verification pass, for comparison
 BRANCHES = 4                                    # drafts after each token
 PUBLISHED_ROUTING = (0.651, 0.245, 0.075, 0.029)
-GPU_SHAPE = "llama-3.2-3b"                      # that of the published figures
+GPU_SHAPE = "llama-3.2-3b"                      # shape of the model in the published figures
 PROMPT = list(range(2, 34))
 PUBLISHED_TOKENS_PER_SECOND = 35.3              # the published cascade, on an A100
 # Sizes of the model, and its exits: one before the first layer, which only drafts, then the published three.

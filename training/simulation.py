@@ -1,8 +1,8 @@
 """Simulation: count on a CPU what the `gpu` backend would do on a GPU, and estimate the time per token.
 
 The engine runs `training.replay` with tensors on the `meta` device, which have a shape but no numbers. Drafts, passes,
-catch-up and exits follow the same scripts as in a replay on a GPU, so every kernel launch is known. The estimated time
-of a token is
+catch-up (passes through layers that exits skipped) and exits follow the same scripts as in a replay on a GPU, so every
+kernel launch is known. The estimated time of a token is
 
     bytes / bandwidth + kernels x time of a kernel + replays x time of a replay
 
@@ -26,8 +26,8 @@ from training import replay
 # parameters in a CUDA graph; that of a replay is a guess: a launch, an answer, and Python between two answers.
 ASSUMED = {"bandwidth": {"H100": 0.9 * 3.35e12, "H200": 0.9 * 4.8e12}, "kernel_seconds": 2e-6,
            "replay_seconds": 60e-6}
-_TILES = {"qkv_heads": 0, "attend": 2, "combine": 0, "linear": 0, "gated": 0}       # in which place of a kernel's grid
-_MOST_PASSES = 4                # of one catch-up; as `_CATCH_UP_ROWS` of the backend says
+_TILES = {"qkv_heads": 0, "attend": 2, "combine": 0, "linear": 0, "gated": 0}   # index of the tiles in a kernel's grid
+_MOST_PASSES = 4                # passes of one catch-up, from `_CATCH_UP_ROWS` of the backend
 _NO_KERNEL = ("empty", "new_empty")             # PyTorch operations that only allocate
 
 
@@ -36,7 +36,8 @@ class Count:
     """Counts the work of one run: weight and KV cache bytes that kernels read, kernels, and starts of CUDA graphs.
 
     Attributes:
-        weights: the results of `storage` for all weights. Other tensors that a kernel reads do not count as bytes.
+        weights: identifiers of the memory of all weights, from the function `storage`. Only the bytes of these weights,
+            and of keys and values, are counted.
         context_bytes: bytes of keys and values that the attention of one layer reads, as a mean over the run.
         bytes: bytes read so far.
         kernels: kernels started so far.

@@ -53,7 +53,7 @@ def run_step(step: Step, folder: Path, seconds: float) -> dict:
     Args:
         folder: folder for the files of the step: its result, its output, and what it needs to continue after an
             interruption.
-        seconds: time limit. The shorter one of this limit and the limit of the step counts.
+        seconds: time limit. If the limit of the step is shorter, that one applies.
 
     Returns the record of the step, a dict that can be saved as JSON:
     - `status`: "done", "failed" or "timed out". A step without a result counts as failed.

@@ -77,7 +77,7 @@ def test_a_training_that_is_cancelled_is_ended(open_page, url, monkeypatch):
     page = open_page(url)
     open_settings(page)
     page.click("#ce-train")
-    page.get_by_text("training exits, 50% of the time").wait_for()
+    page.get_by_text("training exits; 50% of the whole training is done").wait_for()
     page.click("#ce-train-cancel")
     page.get_by_text("continues where it stopped").wait_for()
     page.wait_for_timeout(300)
