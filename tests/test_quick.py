@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from cascadeexit import console, load
+from cascadeexit.examples import EXAMPLES
+from cascadeexit.prompts import bundled_prompts
 from training import quick
 from training.calibrate import prompts_of
 from training.documents import Split, load_documents
+from training.questions import questions
 from training.quick import Part, Quick, parse_args, parts_of
 from training.tiny import TEXT, make_model, make_tokenizer
 
@@ -41,6 +44,13 @@ def test_every_part_is_a_command_with_options_that_it_knows(model, tmp_path, mon
         monkeypatch.setattr(sys, "argv", [module, *words])
         args = command.parser().parse_args() if hasattr(command, "parser") else command.parse_args()
         assert str(args.model) == str(model)
+
+
+def test_no_question_is_one_of_the_prompts_that_measure():
+    asked = questions()
+    assert len(asked) == len(set(asked)) > 1000
+    assert not set(asked) & {prompt.text for prompt in bundled_prompts()} and not set(asked) & set(EXAMPLES.values())
+    assert questions(1) != asked and sorted(questions(1)) == sorted(asked)
 
 
 def take(monkeypatch, *commands: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ of the other commands. The full recipe can go on from there with more text:
 
 import argparse
 import contextlib
+import json
 import re
 import shlex
 import statistics
@@ -41,8 +42,10 @@ from training.documents import load_documents
 from training.json_files import read_json, save_json
 from training.options import add_model, add_seed, command_parser
 from training.provenance import provenance
+from training.questions import questions
 from training.steps import ROOT, ended
 
+QUESTIONS = "questions.jsonl"   # in --out: user turns of `training.questions`
 STATE = "quick.json"            # in --out: settings, the parts that are done, and what they took
 _START = 0.15                   # minutes that the process of a part takes to start; later parts correct an error
 _LAST_LINES = 12                # lines of output that are shown for a part that failed
@@ -79,19 +82,20 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     data, held_out, exits, features = (str(out / name) for name in ("data", "held-out", "exits", "features"))
     model, store = ["--model", args.model], ["--features", features]
     made = ["--exits", exits, *model]
-    write = ["training.data", "policy", *model, *seed, *_files("--prompts", args.prompts),
-             *_files("--texts", args.texts)]
+    prompts = args.prompts or [out / QUESTIONS]
+    write = ["training.data", "policy", *model, *seed, *_files("--prompts", prompts), *_files("--texts", args.texts)]
     batch = ["--batch", str(args.batch)]
     # Rows of a step: few, because there are few rows, and each step must count.
     train = ["--batch", "768", "--data", data, *seed, *store]
     return [
         Part("preparing the model", 0.02, lambda minutes: [
             "cascadeexit", "run", "Hello", "--max-new-tokens", "1", *model]),
-        Part("writing text", 0.38, lambda minutes: [
+        Part("writing text", 0.34, lambda minutes: [
             *write, "--out", data, *batch, "--steps", str(args.length), "--tokens", "100000000",
             "--minutes", f"{minutes:.3f}", *store, *_exits(args)]),
         Part("writing prompts", 0.03, lambda minutes: [
-            *write, "--out", held_out, *batch, "--steps", "160", "--tokens", "1", "--held-out"]),
+            *write, "--out", held_out, *batch, "--steps", "160", "--tokens", "1", "--held-out",
+            "--own-share", "0", "--plain-share", "0"]),
         Part("training exits", 0.24, lambda minutes: [
             "training.distill", *model, *train, "--out", exits, "--epochs", "6", "--fit-minutes", f"{minutes:.3f}",
             "--width", str(args.width), *_exits(args), "--fit-documents", "100000"]),
@@ -99,9 +103,9 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
             "training.drafter", *made, *train, "--epochs", "4", "--fit-minutes", f"{minutes:.3f}"]),
         Part("training estimators", 0.04, lambda minutes: ["training.confidence", *made, "--data", data, *seed,
                                                            *store]),
-        Part("calibrating", 0.12, lambda minutes: [
-            "training.calibrate", *made, "--data", held_out, *seed, "--tokens", "48", "--minutes", f"{minutes:.3f}",
-            "--thresholds", "0.95", "0.85", "0.7", "0.5"]),
+        Part("calibrating", 0.16, lambda minutes: [
+            "training.calibrate", *made, "--data", held_out, *seed, "--tokens", "32", "--minutes", f"{minutes:.3f}",
+            "--thresholds", "0.9", "0.75", "0.55"]),
     ]
 
 
@@ -138,6 +142,8 @@ class Quick:
         Raises ValueError if a part fails. The message has the last lines of the part's output.
         """
         self.args.out.mkdir(parents=True, exist_ok=True)
+        rows = "".join(json.dumps({"prompt": turn}) + "\n" for turn in questions(self.args.seed))
+        (self.args.out / QUESTIONS).write_text(rows, encoding="utf-8")
         done, left = 0.0, 60 * self.args.minutes - sum(p["seconds"] for p in self.state["parts"].values())
         for number, part in enumerate(self.parts):
             record = self.state["parts"].setdefault(part.name, {"seconds": 0.0, "done": False})
@@ -250,7 +256,7 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--exits", help="exit layers or shares of the depth (default: 0,0.3,0.57,0.8)")
     p.add_argument("--width", type=int, default=512, help="inner width of the adapters (default: %(default)s)")
     p.add_argument("--prompts", type=Path, nargs="*", default=[], help='JSONL files with rows {"prompt": ...} that the '
-                   "model answers; without such files it invents all conversations")
+                   "model answers; without such files it answers plain questions, and invents others")
     p.add_argument("--texts", type=Path, nargs="*", default=[], help="text files; the model continues passages of them")
     p.add_argument("--batch", type=int, default=48, help="documents written at once (default: %(default)s)")
     p.add_argument("--length", type=int, default=256, help="longest document, in tokens (default: %(default)s)")
