@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -193,7 +194,7 @@ def describe(model: str | None = None, exits: str | Path | None = None) -> Shape
     model = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL
     name = short_name(model)
     folder = find_exits(name, exits)
-    if folder is not None and model == DEFAULT_MODEL:           # its weights may not be here yet
+    if folder is not None and not exits and (model == DEFAULT_MODEL or _on_hub(model)):     # it may not be here yet
         config = read_config(folder)
         return Shape(name, config.num_layers, config.layers, config.trained)
     if is_gguf(model):                                          # it may not be converted yet
@@ -204,6 +205,24 @@ def describe(model: str | None = None, exits: str | Path | None = None) -> Shape
         return Shape(name, layers, default_exit_layers(layers), False)
     config = read_config(folder)
     return Shape(name, layers, config.layers, config.trained)
+
+
+def available(model: str) -> bool:
+    """Return True if a model of the Hugging Face Hub can be had: it is in the Hub's cache, or the Hub answers.
+
+    Waits at most about two seconds for the Hub.
+    """
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return True
+    try:
+        HfApi().model_info(model, timeout=2)
+    except (HTTPError, HfHubHTTPError, OSError):
+        return False
+    return True
+
+
+def _on_hub(model: str) -> bool:
+    return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
 def short_name(source: str) -> str:
@@ -269,7 +288,7 @@ def find_exits(name: str, exits: str | Path | None = None) -> Path | None:
     Exits on the Hub are downloaded. Raises FileNotFoundError if the given folder holds no exits, and ModelUnavailable
     if the download fails.
     """
-    if isinstance(exits, str) and _HUB_ID.fullmatch(exits) and not Path(exits).exists():
+    if isinstance(exits, str) and _on_hub(exits):
         exits = _downloaded(exits)
     folder = Path(exits) if exits else _SHIPPED_EXITS / name
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]

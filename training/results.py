@@ -29,9 +29,9 @@ def read(path: Path) -> dict | None:
 
 
 def exits_folders(root: Path) -> list[Path]:
-    """List the folders of the shipped exits. The folder of the default exits comes first."""
-    shipped = root / "assets" / "exits"
-    return [shipped / DEFAULT_MODEL, *sorted(shipped.glob(f"{DEFAULT_MODEL}-*"))]
+    """List the folders of the shipped exits: the default exits, other exits of the same model, then other models."""
+    folders = sorted(path.parent for path in (root / "assets" / "exits").glob("*/config.json"))
+    return sorted(folders, key=lambda folder: (folder.name != DEFAULT_MODEL, DEFAULT_MODEL not in folder.name))
 
 
 def read_artifact(folder: Path) -> dict:
@@ -42,7 +42,7 @@ def read_artifact(folder: Path) -> dict:
     drafter. Both lists begin with the newest run.
     """
     artifact = {name: read(folder / f"{name}.json") for name in
-                ("config", "distill", "drafter", "confidence", "calibration")}
+                ("about", "config", "distill", "drafter", "confidence", "calibration")}
     return artifact | {"folder": folder.name, "runs": training_runs(artifact["distill"]),
                        "drafter_runs": drafter_runs(artifact["drafter"])}
 
