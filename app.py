@@ -263,8 +263,8 @@ def _exit_controls(shape: Shape) -> dict[str, Component]:
     """Make a threshold slider for each exit, and a menu to choose or disable an exit. Returns them by name."""
     menu = gr.Dropdown(label="Which exit writes tokens", elem_id="ce-force", **_exit_menu(shape))
     gr.HTML("<p>Confidence that each exit needs to write a token. Lower is faster, higher is closer to the full"
-            " model, 1 disables the exit. “Always exit …” in the menu ignores these values. Exact mode"
-            " uses them only if the menu disables an exit.</p>",
+            " model, 1 disables the exit. “Always exit …” in the menu ignores these values. So does Exact"
+            " mode, unless the menu disables an exit.</p>",
             elem_id="ce-hint", apply_default_css=False)
     sliders = {name: _slider(name, value=value, **_exit_slider(s, shape))
                for s, (name, value) in enumerate(zip(THRESHOLDS, thresholds_at(DEFAULT_THRESHOLD, shape)))}
@@ -632,7 +632,7 @@ def on_zero_gpu(compute: Compute, seconds: Callable[..., int]) -> Compute:
         except gr.Error as error:
             reason = str(error.message)
             if error.title == WORKER_DIED:
-                reason = f"The process that ran the model on the GPU broke off ({reason}). Run the prompt again."
+                reason = f"The process that ran the model on the GPU ended unexpectedly ({reason}). Run the prompt again."
             raise RunFailed(error.title, reason) from error
     return call
 

@@ -119,8 +119,9 @@ class KeptRun:
         return found.card(self.tokenizer, i)
 
     def map(self, side, start, count) -> dict | None:
-        """Return the first choices at `count` positions of a side's text, from `start` on, as `Inspection.map` does.
+        """Return the first choice of each exit and of the full model at `count` positions of a side's text.
 
+        `start` is the first of these positions. `Inspection.map` describes the dict.
         At most MAP_COLUMNS positions are returned. Returns None if the side was not inspected.
         """
         found = self.inspections.get(side) if isinstance(side, str) else None

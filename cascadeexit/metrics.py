@@ -72,7 +72,7 @@ def routing_share(events: Sequence[TokenEvent], num_segments: int) -> tuple[floa
 
     Segment s ends at exit s, and the last segment at the last layer. All shares are 0 if there are no tokens.
 
-    events: events of a run. Only emitted and accepted tokens count as final.
+    events: events of a run. Tokens that were emitted or accepted count as final.
     """
     final = [e for e in events if e.final]
     return tuple(sum(e.exit == s for e in final) / max(1, len(final)) for s in range(num_segments))
@@ -81,7 +81,7 @@ def routing_share(events: Sequence[TokenEvent], num_segments: int) -> tuple[floa
 def copied_share(events: Sequence[TokenEvent]) -> float:
     """Compute the share of the final tokens that were copied by n-gram lookup, in [0, 1]; 0 if there are no tokens.
 
-    events: events of a run. Only emitted and accepted tokens count as final.
+    events: events of a run. Tokens that were emitted or accepted count as final.
     """
     final = [e for e in events if e.final]
     return sum(e.exit == COPIED for e in final) / max(1, len(final))

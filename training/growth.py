@@ -19,8 +19,8 @@ CONTEXTS, OUTPUTS = (128, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024)
 def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5) -> dict:
     """Measure milliseconds per token at several lengths of the context and of the output.
 
-    At each context length, 32 tokens are decoded. The context is a text that the model wrote at temperature 1, because
-    many drafts would be copied from a text that repeats itself. The end-of-sequence token does not end a text. Each
+    At each context length, 32 tokens are decoded. The model writes the context at temperature 1: a greedy text often
+    repeats itself, and then too many drafts are copied from it. The end-of-sequence token does not end a text. Each
     round measures every length once. All figures are medians over the rounds.
 
     Args:
@@ -32,8 +32,8 @@ def growth(engine: Engine, reference, tokenizer, max_draft: int, rounds: int = 5
     entry of "context" also has three ratios, each relative to the shortest context:
     - `allowed`: ratio of the bytes that `full` reads per token (weights, keys and values).
     - `allowed_16_bits`: ratio of these bytes if keys and values had 16 bits. Our CPU kernels use 12 bits.
-    - `times`: ratio of the measured times of `full`. The two runs follow each other directly, because the memory speed
-      of a shared machine varies.
+    - `times`: ratio of the measured times of `full`. The shortest context is measured again right after each length,
+      because the memory speed of a shared machine varies.
     """
     model = engine.model
     longest = min(max(CONTEXTS), model.max_positions - 64)

@@ -38,8 +38,8 @@ def provenance(seed: int | None = None) -> dict:
 def results_file(model: str, exits: Path | None, name: str) -> Path:
     """Return the path of the result file `name` in assets/results.
 
-    Raises ValueError unless this is a result of the shipped model and its shipped exits, in a checkout. Other results
-    need --out.
+    Raises ValueError, whose message asks for --out, if the model is not the shipped one, if `exits` names other exits,
+    or if this is not a git checkout.
     """
     root = Path(__file__).parents[1]
     if not (root / "pyproject.toml").is_file():

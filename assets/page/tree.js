@@ -7,7 +7,7 @@ const quoted = text => '“' + visible(text) + '”';
 const inMs = seconds => number(1000 * seconds, 1000 * seconds < 10 ? 2 : 1) + ' ms';
 
 function passWords(pass) {
-  if (isChoice(pass)) return 'this text begins with a token that you chose';
+  if (isChoice(pass)) return 'you chose this token; the text goes on from here';
   const time = inMs(pass.end - pass.start) + (readsPrompt(pass) ? ', including the reading of the text before it' : ''), words = [];
   if (isVerified(pass.lane)) {
     const drafts = draftCount(pass), accepted = acceptedOf(pass).length;

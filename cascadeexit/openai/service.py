@@ -28,7 +28,7 @@ Moment = None | Answer | tuple[int, Job | str | Written]
 
 
 class Service:
-    """Answers requests with the models of a runner. It takes turns with everything else that uses this runner."""
+    """Answers requests with the models of a runner. Its requests and the page's runs wait for each other."""
 
     def __init__(self, runner: Runner):
         self._runner, self._places = runner, threading.BoundedSemaphore(MAX_OPEN)

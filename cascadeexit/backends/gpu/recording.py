@@ -136,7 +136,8 @@ def joined(parts: Sequence[Hidden]) -> Hidden:
     """Concatenate several pieces of rows, (1, n, D) each. Returns (1, N, D), where N is the sum of all n.
 
     This runs no postponed pass: if a piece waits for its pass, the result is `Late`. If the last piece ends with the
-    last row of its pass, the result does, too. So one recording can still run this pass and the exit after it.
+    last row of its pass, `Late.ends` of the result is that pass. So one recording can run the pass and the exit after
+    it.
     """
     parts = [part if isinstance(part, Late) and part.waits else tensor_of(part) for part in parts]
     late = next((part for part in reversed(parts) if isinstance(part, Late)), None)
