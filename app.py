@@ -632,7 +632,7 @@ def on_zero_gpu(compute: Compute, seconds: Callable[..., int]) -> Compute:
         except gr.Error as error:
             reason = str(error.message)
             if error.title == WORKER_DIED:
-                reason = f"The process that ran the model on the GPU ended unexpectedly ({reason}). Run the prompt again."
+                reason = f"The process that ran the model on the GPU ended early ({reason}). Run the prompt again."
             raise RunFailed(error.title, reason) from error
     return call
 

@@ -121,8 +121,8 @@ class KeptRun:
     def map(self, side, start, count) -> dict | None:
         """Return the first choice of each exit and of the full model at `count` positions of a side's text.
 
-        `start` is the first of these positions. `Inspection.map` describes the dict.
-        At most MAP_COLUMNS positions are returned. Returns None if the side was not inspected.
+        `start` is the first of these positions. `Inspection.map` describes the dict. At most MAP_COLUMNS positions are
+        returned. Returns None if the side was not inspected.
         """
         found = self.inspections.get(side) if isinstance(side, str) else None
         if found is None or not (_whole(start) and _whole(count)):
