@@ -12,7 +12,7 @@ from training import results
 ASSETS = results.ROOT / "assets"
 RESULT_FILES = [path.relative_to(results.ROOT) for path in sorted((ASSETS / "results").glob("*.json"))]
 REPORTS = [path.relative_to(results.ROOT) for folder in results.exits_folders(results.ROOT)
-           for path in sorted(folder.glob("*.json"))]
+           for path in sorted(folder.glob("*.json")) if path.name != "about.json"]      # words, no numbers
 MEASURED = r"\d+(\.\d+)?\s?(x\b|%|tokens/s|GB/s|ms\b)"          # 1.55x, 90%, 4.7 ms
 
 
