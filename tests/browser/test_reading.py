@@ -543,6 +543,18 @@ def test_code_is_written_in_a_font_of_fixed_width(stage, fast):
     opened.show_records([records[0], dict(records[1], run="code"), *text])
     fonts = [token(opened.page, i).evaluate("t => getComputedStyle(t).fontFamily") for i in range(len(text))]
     assert [i for i, font in enumerate(fonts) if "monospace" in font] == list(range(5, 18))
+    # The same text in exact mode: drafted in advance, once rejected, and then accepted.
+    drafted = []
+    for n in range(0, len(text), 7):
+        wrong = dict(text[n], id=99, text="\n", status="draft")
+        drafted += [wrong, dict(type="token", side="cascade", i=n, id=99, status="rejected"),
+                    *(dict(t, status="draft") for t in text[n:n + 7]),
+                    *(dict(t, status="accepted") for t in text[n:n + 7])]
+    opened.show_records([records[0], dict(records[1], run="exact", mode="verified"), *drafted,
+                         *(dict(t, side="full") for t in text)])
+    for side in SIDES:
+        shown = [token(opened.page, i, side).evaluate("t => getComputedStyle(t).fontFamily") for i in range(len(text))]
+        assert shown == fonts, side
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
