@@ -160,8 +160,10 @@ function drawCompareBar() {
   parts.compareWith.value = compared();
   if (!found) return put(parts.compareWords, run ? 'Comparing…' : 'Run a prompt to compare the texts.');
   const same = found.blocks.reduce((n, b) => n + (b.same ? b.a1 - b.a0 : 0), 0), all = Math.max(found.n, found.m), count = found.blocks.filter(b => !b.same).length;
+  const lined = same / Math.max(1, found.whole ? all : Math.min(found.n, found.m)), match = matchOf(sides[compared()]);
   put(parts.compareWords, count === 0 ? 'No differences' + (found.whole ? ': the texts are identical.' : ' so far.')
-    : count + (count === 1 ? ' stretch differs' : ' stretches differ') + ' · ' + percent(same / Math.max(1, found.whole ? all : Math.min(found.n, found.m))) + ' of the tokens are equal');
+    : count + (count === 1 ? ' stretch differs' : ' stretches differ') + ' · ' + percent(lined) + ' of the tokens are equal when lined up'
+      + (match && !missing(match.positional) ? ', ' + percent(match.positional) + ' at the same position' : ''));
   parts.compareSteps.hidden = count === 0;
 }
 

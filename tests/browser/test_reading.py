@@ -256,7 +256,9 @@ def test_differences_are_marked_and_the_rest_can_be_folded(edits):
     assert marks == [*[["cascade", False, i] for i in (10, 11)], *[["cascade", True, i] for i in (37, 38)],
                      *[["full", False, i] for i in (10, 11)], *[["full", True, i] for i in (25, 26, 27)]]
     assert token(page, 10).evaluate("t => getComputedStyle(t).borderTopWidth") == "2px"
-    assert page.locator(".ce-compare-words").inner_text().startswith("3 stretches differ · 92% of the tokens are equal")
+    place = page.locator(".ce-tile", has_text="Same position").locator(".ce-value").inner_text()
+    words = page.locator(".ce-compare-words").inner_text()
+    assert words == f"3 stretches differ · 92% of the tokens are equal when lined up, {place} at the same position"
     assert page.locator(".t.split").evaluate_all("all => all.map(t => +t.dataset.i)") == [10, 10]
     visible = f".ce-text[data-side=cascade] {FINAL}:visible"
     page.get_by_label("Only differences").check()
@@ -478,7 +480,7 @@ def test_numbers_of_a_paused_run_are_those_of_its_text(stage, fast, checked, mod
         assert sum(counts) == len(ids["cascade"]) < 60
         n = min(len(ids[side]) for side in SIDES)
         same = sum(a == b for a, b in zip(*(ids[side] for side in SIDES)))
-        assert f"{100 * same / n + 1e-9:.0f}%" in page.locator(".ce-tile", has_text="Match").inner_text()
+        assert f"{100 * same / n + 1e-9:.0f}%" in page.locator(".ce-tile", has_text="Same position").inner_text()
         if mode == "verified":
             assert re.search(r"per check · \d+ tokens · \d+ ms per check", page.locator(".ce-facts").first.inner_text())
             accepted = page.locator(f".ce-text[data-side=cascade] {FINAL}:not(.ef)").count()
