@@ -2,7 +2,7 @@
 // arrow keys pin it.
 
 const REST = 150;                            // milliseconds until a pointer rests
-let card;                                    // {node, name (of the side), i, pinned}, or null
+let card;                                    // {node, name (of the side), i, pinned, twin (the same place in the other text)}, or null
 let resting;                                 // timer of the pointer
 
 function listen(text, name) {
@@ -83,7 +83,7 @@ function openCard(node, name, pinned) {
   if (card && card.node === node && card.pinned === pinned) return;
   const grew = card && card.node === node;                      // a card that is pinned keeps its content
   if (!grew) closeCard();
-  card = { node, name, i: +node.dataset.i, pinned, answer: grew ? card.answer : null };
+  card = { node, name, i: +node.dataset.i, pinned, answer: grew ? card.answer : null, twin: grew ? card.twin : null };
   node.classList.add('chosen');
   fillCard();
   parts.card.classList.toggle('pinned', pinned);
@@ -114,16 +114,16 @@ function placeCard(opening = false) {
   if (narrow()) return placeSheet(opening);
   document.body.style.paddingBottom = '';
   box.style.maxHeight = 'none';
-  const token = [...card.node.getClientRects()], size = box.getBoundingClientRect();
+  const token = [...card.node.getClientRects()], twin = twinInSight(), size = box.getBoundingClientRect();
   if (!token.length) return closeCard();
-  const top = Math.min(...token.map(r => r.top)), bottom = Math.max(...token.map(r => r.bottom));
+  const top = Math.min(...[...token, ...twin].map(r => r.top)), bottom = Math.max(...[...token, ...twin].map(r => r.bottom));
   const left = Math.min(...token.map(r => r.left)), right = Math.max(...token.map(r => r.right));
   const above = top - 2 * MARGIN, below = innerHeight - bottom - 2 * MARGIN;
   const wide = document.documentElement.clientWidth;
   let x = Math.max(MARGIN, Math.min(left - 14, wide - size.width - MARGIN)), y;
   if (size.height <= below) y = bottom + MARGIN;
   else if (size.height <= above) y = top - size.height - MARGIN;
-  else if (right + MARGIN + size.width + MARGIN <= wide || left - 2 * MARGIN - size.width >= 0) {     // beside it
+  else if (!twin.length && (right + MARGIN + size.width + MARGIN <= wide || left - 2 * MARGIN - size.width >= 0)) {     // beside it
     x = right + MARGIN + size.width + MARGIN <= wide ? right + MARGIN : left - MARGIN - size.width;
     y = Math.max(MARGIN, Math.min(top - 40, innerHeight - size.height - MARGIN));
     box.style.maxHeight = innerHeight - 2 * MARGIN + 'px';
@@ -134,6 +134,20 @@ function placeCard(opening = false) {
   }
   box.style.left = x + 'px';
   box.style.top = y + 'px';
+}
+
+// Also leave the same place in the other text free.
+function keepFree(twin) {
+  if (!card) return;
+  card.twin = twin;
+  placeCard(true);
+}
+
+function twinInSight() {
+  const { twin } = card, text = twin && twin.closest('.ce-text');
+  if (!text) return [];
+  const frame = text.getBoundingClientRect();
+  return [...twin.getClientRects()].filter(r => r.bottom > frame.top && r.top < frame.bottom);
 }
 
 // On a phone the card is a sheet at the bottom of the screen. The page moves up so that the token stays in sight.

@@ -96,6 +96,7 @@ function alongside(name, i) {
     const to = Math.min(across(aligned.get(name).blocks, i), sides[FULL].nodes.length - 1);
     unfold(FULL, to);
     reveal(FULL, to);
+    keepFree(sides[FULL].nodes[to]);
   }
 }
 

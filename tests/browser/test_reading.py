@@ -277,13 +277,22 @@ def test_differences_are_marked_and_the_rest_can_be_folded(edits):
     assert token(page, 10).evaluate("t => getComputedStyle(t).borderTopWidth") == "0px"
 
 
-def test_the_first_difference_comes_into_view(edits):
-    edits.evaluate("""document.querySelectorAll('.ce-text').forEach(x => {
-        x.style.height = '60px'; x.scrollTop = 9e9; })""")
+@pytest.mark.parametrize("size", [DESKTOP, dict(width=1024, height=700), PHONE], ids=["desktop", "small", "phone"])
+def test_the_first_difference_comes_into_view_in_both_texts(edits, size):
+    edits.set_viewport_size(size)
+    edits.evaluate("document.querySelectorAll('.ce-text').forEach(x => { x.scrollTop = 9e9; })")
     edits.get_by_role("button", name="Show the first difference").click()
+    card = edits.locator(".ce-card")
+    assert card.is_visible() == (size is not PHONE), "no room for it on a phone"
+    if size is not PHONE:
+        edits.wait_for_function("document.querySelector('.ce-card-body')")
+        edits.wait_for_timeout(300)             # its table has come, and it has its place
+    strip = box(edits.locator(".ce-strip"))
     for side in SIDES:
         text, split = (box(edits.locator(f".ce-text[data-side={side}]{rest}")) for rest in ("", " .split"))
         assert text[1] <= split[1] and split[3] <= text[3]
+        assert strip[3] <= split[1] and split[3] <= size["height"], "not on the screen"
+        assert size is PHONE or not overlap(box(card), split), "covered by the card"
 
 
 def test_texts_scroll_together_by_their_alignment(edits):
