@@ -192,6 +192,7 @@ function fillCard() {
   parts.card.replaceChildren(head, said, make('p', 'ce-card-facts', factsOf(side, record || draft, node)));
   if (!record) return;
   const chart = make('div', 'ce-card-lens'), actions = make('div', 'ce-card-actions');
+  if (name === FULL && run) actions.append(continueOffer(i));
   if (name !== FULL && run) {
     const table = readings(side, record, i);
     parts.card.append(make('div', 'ce-card-body', null, table, chart));
@@ -208,16 +209,23 @@ const mayAsk = side => !replaying() && Boolean(side.end || isOver());
 
 // What happened, in sentences that hold in every mode.
 function story(side, record, i) {
-  const words = [], draft = rejectedDraft(side, i), fresh = i >= side.start;
+  const words = [], draft = rejectedDraft(side, i), fresh = i >= side.start, fullWrote = writtenIn(side, i).name === FULL;
   if (!fresh) words.push('This token is the same as in “' + (sides[side.of] || side).title + '”.');
-  if (side.of && i === side.start) return 'You chose this token. The text goes on from here with the same settings.';
-  if (side.name === FULL || side.mode === FULL) words.push('The full model wrote it, with all ' + model.layers + ' layers.');
+  if (side.of && i === side.start) return side.of === FULL ? 'The full model’s text ends with this token. From here on, it goes on with ' + settingsName() + '.'
+    : 'You chose this token. The text goes on from here with the same settings.';
+  if (fullWrote || side.mode === FULL) words.push('The full model wrote it, with all ' + model.layers + ' layers.');
   else if (side.mode === 'verified') words.push(verifiedStory(side, record, draft));
   else if (isLast(record.exit)) words.push('No exit was confident enough, so the full model wrote it, with all ' + model.layers + ' layers.');
   else if (record.exit === COPIED) words.push('It was copied from earlier in the text.');
-  else words.push(exitName(record.exit) + ' wrote it ' + exitPlace(record.exit) + (model.exits[record.exit].layer ? ' of ' + model.layers : '') + '.');
-  if (side.name !== FULL) words.push(choiceStory(side, record, i));
+  else words.push(exitName(record.exit) + ' wrote it ' + exitPlace(record.exit) + ' of ' + model.layers + '.');
+  if (!fullWrote) words.push(choiceStory(side, record, i));
   return words.filter(Boolean).join(' ');
+}
+
+// The text in which a token was written: in a fork, what stands before its first token comes from another text.
+function writtenIn(side, i) {
+  while (sides[side.of] && i < side.start) side = sides[side.of];
+  return side;
 }
 
 function verifiedStory(side, record, draft) {

@@ -422,6 +422,36 @@ def test_a_fork_continues_from_the_chosen_token_beside_the_first_text(stage, tin
     assert shown_ids(done, "cascade") == before
 
 
+def test_the_full_text_goes_on_with_the_settings_of_the_first_one(stage, tiny):
+    opened, (engine, tokenizer) = stage(), tiny
+    opened.run(**RUN)
+    page = opened.page
+    before = shown_ids(page, "full")
+    token(page, 20, "full").click()
+    page.get_by_role("button", name="Continue from here with the settings of “Own thresholds”").click()
+    page.wait_for_selector(".ce-text[data-side=fork1] .forked")
+    page.wait_for_selector(".ce-status.done")
+    ids = shown_ids(page, "fork1")
+    config = DecodeConfig(mode="cascade", max_new_tokens=60 - 21, thresholds=THRESHOLDS[:engine.num_exits])
+    prompt = visitor_token_ids(tokenizer, SKY, chat=True)
+    assert ids[:21] == before[:21]
+    assert ids[21:] == engine.run([*prompt, *ids[:21]], config).token_ids != before[21:]
+    assert shown_ids(page, "full") == before
+    assert page.locator(".ce-forked .ce-aside").inner_text().startswith(
+        "The full model’s text up to token 21, then the settings of “Own thresholds”: it ")
+    for i, words in ((5, "This token is the same as in “Full model”. The full model wrote it"),
+                     (20, "The full model’s text ends with this token."), (21, "")):
+        token(page, i, "fork1").click()
+        page.wait_for_selector(".ce-candidate")
+        assert page.locator(".ce-story").inner_text().startswith(words), i
+        page.keyboard.press("Escape")
+    page.get_by_role("button", name="Differences", exact=True).click()
+    page.get_by_label("Text to compare").select_option("fork1")
+    page.get_by_role("button", name="Show the first difference").click()
+    first = next(i for i, (a, b) in enumerate(zip(ids, before)) if a != b)
+    assert page.locator(".t.chosen").get_attribute("data-i") == str(first)
+
+
 def saved(page, button: str, folder) -> str:
     open_tab(page, "Save")
     with page.expect_download() as download:
