@@ -198,7 +198,7 @@ function fillCard() {
     parts.card.append(make('div', 'ce-card-body', null, table, chart));
     if (answer) readAnswer(answer, table, chart, actions);
     else if (mayAsk(side)) ask(table, chart, actions);
-    else table.caption.textContent = replaying() ? 'This recorded run does not have the other choices of the exits. Run the prompt here to see them.'
+    else table.caption.textContent = replaying() ? 'This recorded run does not have the other choices of the exits. Press Run: then this card shows them, and you can continue the text with one of them.'
       : 'When the run is over, this table shows what each exit would have written.';
   }
   parts.card.append(actions);

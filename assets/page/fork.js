@@ -7,7 +7,7 @@ const forks = () => order.filter(name => sides[name].of);
 const isRunning = () => document.body.classList.contains('ce-running');
 
 function whyNoFork() {                       // '' where a fork can begin
-  if (replaying()) return 'A recorded run cannot be continued. Run the prompt here first.';
+  if (replaying()) return 'A recorded run cannot be continued. Press Run: when your own run is over, you can continue it with other tokens.';
   if (!finished || isRunning()) return 'The text can be continued when the run is over.';
   if (forks().length >= MAX_SHOWN) return 'Close one of the ' + MAX_SHOWN + ' continued texts first.';
   return '';

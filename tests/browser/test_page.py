@@ -320,8 +320,9 @@ def test_what_the_full_model_would_not_choose_is_marked(page, tiny):
 
 
 def test_the_layer_map_shows_what_each_exit_would_have_written(page, tiny):
-    run_to_end(page)
     open_tab(page, "Layers")
+    assert page.locator(".ce-tabpanel-layers").inner_text().startswith("Press Run: when the run is over, this table")
+    run_to_end(page)
     page.wait_for_selector(".ce-map-table td")
     assert page.locator(".ce-map-table tr").count() == 4 and page.locator(".ce-map-table td").count() == 4 * 48
     assert page.locator(".ce-map-table td.left").count() == 48, "one exit writes each token"

@@ -204,8 +204,18 @@ def test_the_card_of_a_recorded_run_says_what_is_known(stage, fast):
     page.wait_for_selector(".ce-recorded:visible")
     token(page, 7).click()
     assert re.match(r"(Exit \d wrote it|No exit was confident)", page.locator(".ce-story").inner_text())
-    assert "This recorded run does not have the other choices" in page.locator(".ce-readings caption").inner_text()
+    caption = page.locator(".ce-readings caption").inner_text()
+    assert "This recorded run does not have the other choices" in caption and "Press Run" in caption
     assert page.locator(".ce-fork").count() == 0
+    token(page, 7, "full").click()
+    assert page.locator(".ce-fork").is_disabled() and "Press Run" in page.locator(".ce-fork-row").inner_text()
+    page.keyboard.press("Escape")
+    open_tab(page, "Worst moments")
+    assert page.get_by_role("button", name="Try").first.is_disabled()
+    assert "A recorded run cannot be continued. Press Run" in page.locator(".ce-moments-words").inner_text()
+    open_tab(page, "Layers")
+    words = page.locator(".ce-tabpanel-layers").inner_text()
+    assert words.startswith("A recorded run has no table of layers. Press Run") and len(words.splitlines()) == 1
 
 
 # -- differences ----------------------------------------------------------------------------------------------
