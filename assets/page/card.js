@@ -291,6 +291,8 @@ const inQuotes = text => '“' + plain(text) + '”';
 
 // -- what each exit would have written -------------------------------------------------------------------------------------
 
+const NOT_COMPUTED = 'not computed';         // the token was written without this exit
+
 function readings(side, record, i) {
   const thresholds = side.thresholds || run.thresholds, draft = rejectedDraft(side, i), used = (draft || record).conf || [];
   const table = make('table', 'ce-readings'), body = make('tbody');
@@ -300,7 +302,7 @@ function readings(side, record, i) {
   for (let s = 0; s <= model.exits.length; s++) {
     const wrote = draft || record, drafter = wrote.exit === s && !isLast(s) && draftedBy(side, s) !== exitName(s);
     const known = !drafter && !missing(used[s]), needed = thresholds && thresholds[s];
-    const words = isLast(s) ? '' : known ? percent(used[s]) + (missing(needed) ? '' : ', needs ' + percent(needed)) : 'not used';
+    const words = isLast(s) ? '' : known ? percent(used[s]) + (missing(needed) ? '' : ', needs ' + percent(needed)) : NOT_COMPUTED;
     const part = drafter ? '' : draft && draft.exit === s ? 'drafted ' + inQuotes(draft.text) : s !== record.exit ? ''
       : side.mode === 'verified' && !isLast(s) ? 'drafted it' : 'wrote it';
     const who = make('th', null, null, swatch(s));
@@ -326,11 +328,16 @@ async function ask(table, chart, actions) {
 function readAnswer(answer, table, chart, actions) {
   const { name, i } = card, side = sides[name], id = side.records[i].id, full = answer.readings[answer.readings.length - 1].top[0];
   const offer = forkOffer(side, i, full.id !== id ? full : answer.readings.flatMap(r => r.top).find(c => c.id !== id));
+  let late = false;
   answer.readings.forEach((reading, s) => {
     const [, chance, top] = table.tBodies[0].rows[s].cells;
-    if (!isLast(s) && chance.textContent === 'not used') put(chance, percent(reading.confidence) + ', not used');
+    if (!isLast(s) && chance.textContent === NOT_COMPUTED) {
+      put(chance, percent(reading.confidence) + ', computed afterwards');
+      late = true;
+    }
     top.replaceChildren(...reading.top.slice(0, isLast(s) ? 5 : 3).map(c => candidate(c, c.id === id, offer)));
   });
+  put(table.caption, late ? '“Computed afterwards”: the run did not need this exit here.' : '');
   chart.replaceChildren(lensChart(answer, id, full));
   actions.replaceChildren(...offer ? [offer.node] : []);
 }

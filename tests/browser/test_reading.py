@@ -163,6 +163,18 @@ def test_the_card_explains_both_percentages_and_draws_the_lens(done):
     assert done.locator(".ce-lens").get_attribute("aria-label").startswith("Probability of “")
 
 
+def test_the_card_says_which_exits_the_run_did_not_need(done):
+    first = token(done, 0)
+    exits = done.eval_on_selector_all(f".ce-text[data-side=cascade] {FINAL}", "all => all.map(t => t.className)")
+    first = next(i for i, name in enumerate(exits) if " e0" in name)
+    token(done, first).click()
+    done.wait_for_selector(".ce-candidate")
+    chances = done.locator(".ce-chance").all_inner_texts()
+    assert "needs" in chances[0]
+    assert all(re.fullmatch(r"\d+%, computed afterwards", words) for words in chances[1:3])
+    assert "the run did not need this exit" in done.locator(".ce-readings caption").inner_text()
+
+
 def test_the_keyboard_opens_the_card_and_reaches_its_buttons(done):
     done.locator(".ce-text[data-side=cascade]").focus()
     done.keyboard.press("ArrowRight")
@@ -185,7 +197,7 @@ def test_cards_of_exact_mode_do_not_contradict_themselves(stage, checked):
         if "had drafted" in words:
             kind = "correction"
             row = page.locator("tr", has=page.locator(".ce-part", has_text="drafted “"))
-            assert "not used" not in row.locator(".ce-chance").inner_text()
+            assert "comput" not in row.locator(".ce-chance").inner_text()
         elif "copied from earlier" in words or words.startswith("It was copied"):
             kind = "copied"
         elif " drafted it" in words:
