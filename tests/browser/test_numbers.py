@@ -549,6 +549,14 @@ def test_a_first_visit_is_led_in_three_steps(visit, theme, width, height):
     page.wait_for_selector(".ce-tour")
     for step in ("1 of 3", "2 of 3", "3 of 3"):
         assert page.locator(".ce-tour-count").inner_text() == step
+        if step == "1 of 3":
+            places, texts = page.locator(".ce-tour p").inner_text(), [box(page, f".ce-text[data-side={side}]")
+                                                                      for side in ("cascade", "full")]
+            if texts[0]["x"] < texts[1]["x"]:
+                assert "On the left" in places and "On the right" in places
+            else:
+                assert "In the upper one" in places and "In the lower one" in places and "left" not in places
+                assert texts[0]["y"] < texts[1]["y"]
         page.wait_for_timeout(100)
         own, run = box(page, ".ce-tour"), box(page, "#ce-run")
         assert not overlap(own, run), "Run stays free"
