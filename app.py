@@ -308,7 +308,7 @@ def _many_prompts() -> ManyPrompts:
                        file_types=[".txt", ".jsonl", ".csv"], elem_id="ce-prompt-file")
     with gr.Row(elem_id="ce-many-actions"):
         start = gr.Button("Evaluate", variant="primary", scale=0, elem_id="ce-evaluate")
-        cancel = gr.Button("Cancel", scale=0, elem_id="ce-cancel")
+        cancel = gr.Button("Cancel", scale=0, interactive=False, elem_id="ce-cancel")
         files = dict(json=gr.DownloadButton("Save all (JSON)", scale=0, interactive=False),
                      csv=gr.DownloadButton("Save table (CSV)", scale=0, interactive=False))
     status = gr.HTML("<span></span>", elem_id="ce-many-status", apply_default_css=False)
@@ -339,6 +339,7 @@ def _shown_progress(many: ManyPrompts, progress: Progress) -> dict:
     changes = {}
     if progress.status is not None:
         changes[many.status] = _status_html(progress.status, progress.kind)
+        changes[many.cancel] = gr.Button(interactive=progress.kind == "busy")
     if progress.rows is not None:
         changes[many.table] = progress.rows
     if progress.figure is not None:
@@ -469,9 +470,12 @@ def _connect_many(page: Page, one: OnePrompt, many: ManyPrompts) -> None:
             yield from map(partial(_shown_progress, many), moments)
 
     inputs = many.source | one.controls
-    outputs = [many.status, many.table, many.chart, *many.files.values(), many.report]
-    running = many.start.click(evaluate_many, list(inputs.values()), outputs, **_turns(many.status))
-    many.cancel.click(lambda: None, cancels=[running], queue=False, **QUIET).then(
+    outputs = [many.status, many.table, many.chart, many.cancel, *many.files.values(), many.report]
+    # At once: an evaluation that waits for its turn can be cancelled, too.
+    begun = many.start.click(lambda: gr.Button(interactive=True), None, many.cancel, queue=False, **QUIET)
+    running = begun.then(evaluate_many, list(inputs.values()), outputs, **_turns(many.status))
+    many.cancel.click(lambda: gr.Button(interactive=False), None, many.cancel, cancels=[running], queue=False,
+                      **QUIET).then(
         lambda report: _shown_progress(many, page.cancelled(report)), many.report, outputs, queue=False, **QUIET)
 
 
