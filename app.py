@@ -61,7 +61,7 @@ MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text,
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
 SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "moment", "strip", "dock", "card", "lens",
            "fork", "charts", "timeline", "blocks", "layers", "marks", "tree", "moments", "align", "map", "picture",
-           "files", "tour", "alive", "main")
+           "files", "tour", "alive", "examples", "main")
 FORK_OVER = "() => { document.dispatchEvent(new Event('ce-fork-over')); }"      # assets/page/fork.js listens
 CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
@@ -152,6 +152,7 @@ def _one_prompt(page: Page, calibration: Calibration | None) -> OnePrompt:
     with gr.Row(elem_id="ce-choices"):
         gr.Examples([[text] for text in EXAMPLES.values()], prompt, label="Examples",
                     elem_id="ce-examples", example_labels=list(EXAMPLES))
+        gr.Button("More ›", size="sm", scale=0, min_width=64, elem_id="ce-more")
         queue = gr.HTML("<span></span>", elem_id="ce-queue", apply_default_css=False)
         preset = gr.Radio(list(PRESETS.items()), value=DEFAULT_THRESHOLD, label="How confident must an exit be?",
                           container=False, elem_id="ce-preset", scale=0, min_width=250)
