@@ -41,7 +41,7 @@ function buildPanel(name, kept = []) {
   const title = make('h3', null, side.title);
   title.title = panelNote(side);
   const box = make('section', 'ce-panel' + (full ? ' full' : ''), null, 
-    make('header', null, null, title, loop, facts, rejected, ...full ? differenceButtons() : [], copy), mini, aside, text);
+    make('header', null, null, title, loop, rejected, ...full ? differenceButtons() : [], copy), mini, aside, text, facts);
   parts[name] = { box, title, loop, text, facts, rejected, copy, mini, aside };
   const after = full ? null : parts.panels.querySelector('.ce-panel.full');
   parts.panels.insertBefore(box, after);
