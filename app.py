@@ -62,7 +62,7 @@ MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text,
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
 SCRIPTS = ("dom", "exits", "wire", "run", "panels", "passes", "player", "moment", "strip", "dock", "card", "lens",
            "fork", "charts", "timeline", "blocks", "layers", "marks", "tree", "moments", "align", "map", "picture",
-           "files", "tour", "alive", "main")
+           "files", "tour", "alive", "examples", "main")
 FORK_OVER = "() => { document.dispatchEvent(new Event('ce-fork-over')); }"      # assets/page/fork.js listens
 CLOSE_SETTINGS = "() => { document.body.classList.remove('ce-settings-open'); }"
 MAX_UPLOAD = 10_000_000         # bytes of any upload; readers of single kinds of files have smaller limits
@@ -168,6 +168,7 @@ def _one_prompt(page: Page, calibration: Calibration | None, allow_training: boo
     with gr.Row(elem_id="ce-choices"):
         gr.Examples([[text] for text in EXAMPLES.values()], prompt, label="Examples",
                     elem_id="ce-examples", example_labels=list(EXAMPLES))
+        gr.Button("More ›", size="sm", scale=0, min_width=64, elem_id="ce-more")
         queue = gr.HTML("<span></span>", elem_id="ce-queue", apply_default_css=False)
         preset = gr.Radio(list(PRESETS.items()), value=DEFAULT_THRESHOLD, label="How confident must an exit be?",
                           container=False, elem_id="ce-preset", scale=0, min_width=250)
@@ -340,7 +341,7 @@ def _many_prompts() -> ManyPrompts:
                        file_types=[".txt", ".jsonl", ".csv"], elem_id="ce-prompt-file")
     with gr.Row(elem_id="ce-many-actions"):
         start = gr.Button("Evaluate", variant="primary", scale=0, elem_id="ce-evaluate")
-        cancel = gr.Button("Cancel", scale=0, elem_id="ce-cancel")
+        cancel = gr.Button("Cancel", scale=0, interactive=False, elem_id="ce-cancel")
         files = dict(json=gr.DownloadButton("Save all (JSON)", scale=0, interactive=False),
                      csv=gr.DownloadButton("Save table (CSV)", scale=0, interactive=False))
     status = gr.HTML("<span></span>", elem_id="ce-many-status", apply_default_css=False)
@@ -371,6 +372,7 @@ def _shown_progress(many: ManyPrompts, progress: Progress) -> dict:
     changes = {}
     if progress.status is not None:
         changes[many.status] = _status_html(progress.status, progress.kind)
+        changes[many.cancel] = gr.Button(interactive=progress.kind == "busy")
     if progress.rows is not None:
         changes[many.table] = progress.rows
     if progress.figure is not None:
@@ -539,9 +541,12 @@ def _connect_many(page: Page, one: OnePrompt, many: ManyPrompts) -> None:
             yield from map(partial(_shown_progress, many), moments)
 
     inputs = many.source | one.controls
-    outputs = [many.status, many.table, many.chart, *many.files.values(), many.report]
-    running = many.start.click(evaluate_many, list(inputs.values()), outputs, **_turns(many.status))
-    many.cancel.click(lambda: None, cancels=[running], queue=False, **QUIET).then(
+    outputs = [many.status, many.table, many.chart, many.cancel, *many.files.values(), many.report]
+    # At once: an evaluation that waits for its turn can be cancelled, too.
+    begun = many.start.click(lambda: gr.Button(interactive=True), None, many.cancel, queue=False, **QUIET)
+    running = begun.then(evaluate_many, list(inputs.values()), outputs, **_turns(many.status))
+    many.cancel.click(lambda: gr.Button(interactive=False), None, many.cancel, cancels=[running], queue=False,
+                      **QUIET).then(
         lambda report: _shown_progress(many, page.cancelled(report)), many.report, outputs, queue=False, **QUIET)
 
 

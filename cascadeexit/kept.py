@@ -2,15 +2,16 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Generic, TypeVar
 
+from cascadeexit.config import DecodeConfig
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.inspection import Inspection
 from cascadeexit.runner import Task
-from cascadeexit.sides import FORKS, FULL, Side
+from cascadeexit.sides import CASCADE, FORKS, FULL, Side
 from cascadeexit.stream import TokenStream
 
 MAP_COLUMNS = 64            # most positions of the layer map in one answer
@@ -63,24 +64,28 @@ class KeptRun:
         {} if an inspection was started and did not end, for example because a visitor stopped it.
         """
         return {} if self.checking else {
-            name: Task([*text.prompt_ids, *text.before], events=text.final)
+            name: self._task(text.of or name, len(text.before), text.final)
             for name, text in self.stream.sides.items()
             if name != FULL and name not in self.inspections and text.final}
 
     def fork(self, side, at, token_id) -> tuple[Side, Task]:
         """Plan a fork: a new side that continues another side's text after one token was replaced.
 
+        The fork has the settings of the side that it continues. If it continues the full model's text, it has those of
+        the first side, and the token at `at` may stay as it is.
+
         Args:
             side: name of the side to continue.
             at: position of the token to replace.
             token_id: the token to put there.
 
-        Returns the new side and the task that decodes it. Raises ValueError with the reason if this fork is not
-        possible.
+        Returns the new side and the task that decodes it. The last event of the task is the token at `at`. Raises
+        ValueError with the reason if this fork is not possible.
         """
-        text = self.stream.sides[side] if isinstance(side, str) and side in self.inspections else None
+        settings = CASCADE if side == FULL else side
+        text = self.stream.sides[side] if isinstance(side, str) and settings in self.inspections else None
         if text is None or not (_whole(at) and _whole(token_id)) or not 0 <= at < len(text.ids):
-            raise ValueError("There is no such token in a text that exits wrote and the full model checked.")
+            raise ValueError("There is no such token in a text of this run, or the texts were not checked yet.")
         number = sum(name in FORKS for name in self.stream.sides)
         if number == len(FORKS):
             raise ValueError(f"This run already has {number} forks. Run it again to make more.")
@@ -91,21 +96,41 @@ class KeptRun:
             raise ValueError("The text is as long as it may be. Choose a larger maximum length and run it again.")
         exits = self.stream.shape.num_exits
         chosen = TokenEvent(at, token_id, exits, (None,) * exits, Status.EMITTED, 0.0, 0)
-        config = replace(text.side.config, max_new_tokens=left)
+        config = replace(self.stream.sides[settings].side.config, max_new_tokens=left)
         return (Side(FORKS[number], f"Fork {number + 1}, from token {at + 1}", config),
-                Task([*text.prompt_ids, *text.ids[:at]], config, [chosen]))
+                self._task(side, at, [chosen], config))
+
+    def _task(self, of: str, at: int, events: Sequence[TokenEvent], config: DecodeConfig | None = None) -> Task:
+        """Return the task that decodes a text with `config` and then inspects it. None: the text is only inspected.
+
+        A task inspects the text after its prompt. The beginning of a fork was inspected with the side that it
+        continues, so it counts as prompt. The full model's text is never inspected, so a fork of it is inspected as a
+        whole.
+
+        Args:
+            of: name of the side that a fork continues; for other texts, the side itself.
+            at: position of the first of `events`; 0 if this is no fork.
+            events: final events of the text from there on. In a fork, the first one is the token that the visitor
+                chose.
+        """
+        text = self.stream.sides[of]
+        if of == FULL:
+            return Task(text.prompt_ids, config, [*text.final[:at], *events])
+        return Task([*text.prompt_ids, *text.ids[:at]], config, events)
 
     def inspected(self, name: str, inspection: Inspection) -> None:
         """Keep the inspection of a side, and write the side's `end` record to the stream.
 
         inspection: the inspection of this side's final tokens. In a fork, they begin with the token that the visitor
             chose. The inspection of the earlier tokens is taken from the side that the fork continues, and the two are
-            joined before they are kept.
+            joined before they are kept. In a fork of the full model's text, `inspection` has the earlier tokens, too.
         """
-        text = self.stream.sides[name]
-        self.stream.end(name, inspection)
-        if text.before:
-            inspection = _joined(self.inspections[text.of], inspection, len(text.before))
+        text, own = self.stream.sides[name], inspection
+        if text.of == FULL:
+            own = _sliced(inspection, len(text.before))
+        elif text.before:
+            inspection = _joined(_sliced(self.inspections[text.of], 0, len(text.before)), own)
+        self.stream.end(name, own)
         self.inspections[name] = inspection
 
     def card(self, side, i) -> dict | None:
@@ -153,6 +178,11 @@ def _whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _joined(before: Inspection, own: Inspection, n: int) -> Inspection:
-    """Make one inspection from the first n positions of the inspection `before` and all positions of `own`."""
-    return Inspection(*(getattr(before, f.name)[:n] + getattr(own, f.name) for f in fields(Inspection)))
+def _sliced(inspection: Inspection, start: int, stop: int | None = None) -> Inspection:
+    """Return the inspection of positions `start` to `stop` - 1; None: to the end."""
+    return Inspection(*(getattr(inspection, f.name)[start:stop] for f in fields(Inspection)))
+
+
+def _joined(before: Inspection, after: Inspection) -> Inspection:
+    """Make one inspection of two that follow each other."""
+    return Inspection(*(getattr(before, f.name) + getattr(after, f.name) for f in fields(Inspection)))

@@ -142,7 +142,8 @@ class Page:
         """Continue one text of a finished run after replacing one of its tokens. Yields the changes of the page.
 
         A side is one of the texts of a run. The continuation becomes a new side of the run. It is decoded with the
-        settings of the side that it continues. Then its text is checked. The arguments may be any JSON.
+        settings of the side that it continues, or of the first side if it continues the full model's text. Then its
+        text is checked. The arguments may be any JSON.
 
         Args:
             run: id of the run.
@@ -158,7 +159,7 @@ class Page:
                 fork, task = kept.fork(side, at, token_id)
                 yield from self._loading(kept)
                 contest = self._runner.race(kept.label, {fork.name: task}, Check.INSPECTION)
-                kept.stream.fork(fork, side, task.events[0])
+                kept.stream.fork(fork, side, task.events[-1])
                 yield Frame(kept.stream.text)
                 yield from _grown(kept, contest)
         except UNAVAILABLE as error:

@@ -8,7 +8,7 @@ import json
 import re
 
 from cascadeexit.events import COPIED
-from cascadeexit.sides import CASCADE, FORKS, FULL, NAMES, SECOND
+from cascadeexit.sides import CASCADE, FORKS, FULL, SECOND
 from cascadeexit.stream import FORMAT
 from cascadeexit.wire import STATUSES, expand, write_line
 
@@ -144,8 +144,8 @@ def _check_place(number: int, record: dict, exits: int, written: dict[str, int])
     if kind == "stats":
         _check_numbers(f"entry {number}: routing_share", record["routing_share"], exits + 1)
     if kind == "fork":
-        if record["side"] not in FORKS or record["side"] in written or record["of"] in (FULL, *{*NAMES} - {*written}):
-            raise ValueError(f"{place}: a new fork should continue a side with exits, got {record['side']!r} of "
+        if record["side"] not in FORKS or record["side"] in written or record["of"] not in written:
+            raise ValueError(f"{place}: a new fork should continue a side of this run, got {record['side']!r} of "
                              f"{record['of']!r}"[:300])
         if not 0 <= record["at"] < written[record["of"]]:
             raise ValueError(f"{place}: {written[record['of']]} tokens come before it, so it cannot begin at "

@@ -37,6 +37,6 @@ def exit_name(s: int, shape: Shape) -> str:
     """
     if s == shape.num_exits:
         return "Full model"
-    if shape.exit_layers[s] == 0:
-        return f"Exit {s + 1} (before the {shape.num_layers} layers)"
-    return f"Exit {s + 1} (after layer {shape.exit_layers[s]} of {shape.num_layers})"
+    layer = shape.exit_layers[s]
+    place = f"after layer {layer}" if layer else "before layer 1"
+    return f"Exit {s + 1} ({place} of {shape.num_layers})"

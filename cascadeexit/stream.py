@@ -34,7 +34,8 @@ of the texts of the run. These are the types of records and their fields; {...} 
              loops {start, period, share} if the text ends in a loop, else null.
              If tokens are sampled, differs and moments are []
     fork     side, of, at, id, text, title: a new side that continues side `of`. The text before position `at` is that
-             of side `of`. The token at position `at` is the one that the visitor chose; it has this id and text
+             of side `of`. The token at position `at` is the one that the visitor chose; it has this id and text. The
+             settings are those of side `of`, or those of the first side if `of` is the full model's text
     spread   side, speedups, tokens: the speed-up in each short repeat of the run; a repeat has at most `tokens` tokens
     stopped  the visitor stopped the run; its texts may still be checked afterwards
     error    message

@@ -233,8 +233,30 @@ def test_a_fork_of_a_fork_is_saved_and_loaded(page):
     assert [expand(line) for line in loaded.splitlines()] == [r for r in found if r["type"] != "status"]
 
 
+@pytest.mark.parametrize("at", [0, 7])
+@pytest.mark.parametrize("mode", ["cascade", "verified"])
+def test_the_full_text_continues_with_the_settings_of_the_first_side(page, engine, at, mode):
+    found = records(list(page.respond(Settings(**vars(SETTINGS) | dict(mode=mode)))))
+    run, theirs = found[1]["run"], [r["id"] for r in final(found, "full")]
+    found = records(list(page.fork(run, "full", at, theirs[at])))
+    fork, own = of(found, "fork")[0], final(found, "fork1")
+    assert (fork["of"], fork["at"], fork["id"]) == ("full", at, theirs[at])
+    config = DecodeConfig(mode=mode, thresholds=[0.5] * 3 if mode == "cascade" else None, max_new_tokens=39 - at)
+    wanted = engine.run([*IDS, *theirs[:at + 1]], config)
+    assert [r["id"] for r in own] == [theirs[at], *wanted.token_ids]
+    choices = inspect(engine, [*IDS, *theirs[:at + 1]], wanted.events).full_choices
+    differs = [at + 1 + i for i, (a, b) in enumerate(zip(wanted.token_ids, choices)) if a != b]
+    assert of(found, "end", "fork1")[0]["differs"] == differs
+    assert page.layer_map(run, "fork1", 0, 64)["total"] == at + len(own), "its beginning was inspected, too"
+    assert page.token_card(run, "fork1", 0)["readings"][-1]["top"][0]["id"] == theirs[0]
+    _, _, found = _fork(page, found, at + 2, "fork1")
+    assert of(found, "end", "fork2") and page.token_card(run, "fork2", 0)
+    assert [expand(line) for line in record.load(record.dump(_text(page, run))).splitlines()] == [
+        r for r in found if r["type"] != "status"]
+
+
 @pytest.mark.parametrize("change, reason", [
-    (dict(run="gone"), "no longer keeps this run"), (dict(side="full"), "no such token"),
+    (dict(run="gone"), "no longer keeps this run"), (dict(side="full", at=40), "no such token"),
     (dict(side=[]), "no such token"), (dict(at=40), "no such token"), (dict(at=-1), "no such token"),
     (dict(at=True), "no such token"),
     (dict(token_id="x"), "no such token"), (dict(token_id=10**6), "must be in 0..96"),

@@ -90,13 +90,14 @@ END = dict(type="end", side="cascade", positional=0.5, sequence=None, agreement=
     dict(i=1, id=2, said="a", full="b", p_said=0.1, p_full=0.4)], loops=dict(start=3, period=4, share=0.5))
 
 
-@pytest.mark.parametrize("entry", [FORK, TREE, CHECKED, READING, END], ids=lambda entry: entry["type"])
+@pytest.mark.parametrize("entry", [FORK, FORK | dict(of="full"), TREE, CHECKED, READING, END],
+                         ids=lambda entry: entry["type"])
 def test_every_type_is_read_back(stream, entry):
     assert record.load(appended(stream, entry)) == stream + write_line(**entry)
 
 
 @pytest.mark.parametrize("entry, change, reason", [
-    (FORK, dict(of="full"), "should continue a side with exits"), (FORK, dict(of="fork2"), "should continue a side"),
+    (FORK, dict(of="second"), "should continue a side of this run"), (FORK, dict(of="fork2"), "should continue a side"),
     (FORK, dict(of=[]), "of should be text"), (FORK, dict(side="cascade"), "should continue a side"),
     (FORK, dict(side="fork99"), "should continue a side"), (FORK, dict(at=-1), "cannot begin at -1"),
     (FORK, dict(at=60), "cannot begin at 60"), (FORK, dict(title=None), "title should be text"),

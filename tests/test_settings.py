@@ -15,7 +15,7 @@ from cascadeexit.settings import (
     query_name,
     thresholds_at,
 )
-from cascadeexit.shape import Shape
+from cascadeexit.shape import Shape, exit_name
 
 SHAPE = Shape("m", 6, (2, 3, 5), True)
 SLIDERS = (0.5, 0.6, 1.0, 0.7)          # one more than the model has exits
@@ -26,6 +26,12 @@ def test_thresholds_rise_with_depth_and_only_the_end_of_the_slider_disables_exit
     assert thresholds_at(0.5, shape)[:4] == [0.5, 0.65, 0.79, 0.9]
     assert thresholds_at(0.99, shape)[:4] == [0.99] * 4 and thresholds_at(DISABLED, shape) == [DISABLED] * MAX_EXITS
     assert len(thresholds_at(0.3, Shape("m", 30, (9, 24), True))) == MAX_EXITS
+
+
+def test_an_exit_is_named_by_its_place():
+    shape = Shape("m", 30, (0, 9), True)
+    assert [exit_name(s, shape) for s in range(3)] == ["Exit 1 (before layer 1 of 30)", "Exit 2 (after layer 9 of 30)",
+                                                       "Full model"]
 
 
 def test_thresholds_that_follow_from_the_first_are_recognised():

@@ -103,16 +103,28 @@ function markSplit() {
   parts.firstDifference.hidden = (places.get(compared()) ?? -1) < 0;
 }
 
+// Show the place in both texts. The card of the token leaves both free; on a phone there is no room for it.
 function showFirstDifference(withCard = true) {
   const name = compared(), i = firstDifference(name);
   if (i < 0) return;
-  for (const one of [name, FULL]) {
+  const [ours, theirs] = [name, FULL].map(one => {
     const at = Math.min(i, sides[one].nodes.length - 1);
     unfold(one, at);
     reveal(one, at);
     flash(sides[one].nodes[at]);
-  }
-  if (withCard && sides[name].nodes[i]) openCard(sides[name].nodes[i], name, true);
+    return sides[one].nodes[at];
+  });
+  if (narrow()) { closeCard(); return showBoth(ours, theirs); }
+  if (!withCard || !sides[name].nodes[i]) return;
+  openCard(ours, name, true);
+  keepFree(theirs);
+}
+
+// Move the page so that two tokens stand in the middle between the strip and the lower edge of the screen.
+function showBoth(one, other) {
+  const [a, b] = [one, other].map(node => node.getBoundingClientRect()), strip = parts.legend.getBoundingClientRect();
+  const free = Math.max(0, Math.min(strip.height, innerHeight / 2));
+  scrollBy({ top: (Math.min(a.top, b.top) + Math.max(a.bottom, b.bottom)) / 2 - (free + innerHeight) / 2, behavior: 'instant' });
 }
 
 function flash(node) {
@@ -160,8 +172,10 @@ function drawCompareBar() {
   parts.compareWith.value = compared();
   if (!found) return put(parts.compareWords, run ? 'Comparing…' : 'Run a prompt to compare the texts.');
   const same = found.blocks.reduce((n, b) => n + (b.same ? b.a1 - b.a0 : 0), 0), all = Math.max(found.n, found.m), count = found.blocks.filter(b => !b.same).length;
+  const lined = same / Math.max(1, found.whole ? all : Math.min(found.n, found.m)), match = matchOf(sides[compared()]);
   put(parts.compareWords, count === 0 ? 'No differences' + (found.whole ? ': the texts are identical.' : ' so far.')
-    : count + (count === 1 ? ' stretch differs' : ' stretches differ') + ' · ' + percent(same / Math.max(1, found.whole ? all : Math.min(found.n, found.m))) + ' of the tokens are equal');
+    : count + (count === 1 ? ' stretch differs' : ' stretches differ') + ' · ' + percent(lined) + ' of the tokens are equal when lined up'
+      + (match && !missing(match.positional) ? ', ' + percent(match.positional) + ' at the same position' : ''));
   parts.compareSteps.hidden = count === 0;
 }
 

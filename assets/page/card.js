@@ -2,7 +2,7 @@
 // arrow keys pin it.
 
 const REST = 150;                            // milliseconds until a pointer rests
-let card;                                    // {node, name (of the side), i, pinned}, or null
+let card;                                    // {node, name (of the side), i, pinned, twin (the same place in the other text)}, or null
 let resting;                                 // timer of the pointer
 
 function listen(text, name) {
@@ -83,7 +83,7 @@ function openCard(node, name, pinned) {
   if (card && card.node === node && card.pinned === pinned) return;
   const grew = card && card.node === node;                      // a card that is pinned keeps its content
   if (!grew) closeCard();
-  card = { node, name, i: +node.dataset.i, pinned, answer: grew ? card.answer : null };
+  card = { node, name, i: +node.dataset.i, pinned, answer: grew ? card.answer : null, twin: grew ? card.twin : null };
   node.classList.add('chosen');
   fillCard();
   parts.card.classList.toggle('pinned', pinned);
@@ -114,16 +114,16 @@ function placeCard(opening = false) {
   if (narrow()) return placeSheet(opening);
   document.body.style.paddingBottom = '';
   box.style.maxHeight = 'none';
-  const token = [...card.node.getClientRects()], size = box.getBoundingClientRect();
+  const token = [...card.node.getClientRects()], twin = twinInSight(), size = box.getBoundingClientRect();
   if (!token.length) return closeCard();
-  const top = Math.min(...token.map(r => r.top)), bottom = Math.max(...token.map(r => r.bottom));
+  const top = Math.min(...[...token, ...twin].map(r => r.top)), bottom = Math.max(...[...token, ...twin].map(r => r.bottom));
   const left = Math.min(...token.map(r => r.left)), right = Math.max(...token.map(r => r.right));
   const above = top - 2 * MARGIN, below = innerHeight - bottom - 2 * MARGIN;
   const wide = document.documentElement.clientWidth;
   let x = Math.max(MARGIN, Math.min(left - 14, wide - size.width - MARGIN)), y;
   if (size.height <= below) y = bottom + MARGIN;
   else if (size.height <= above) y = top - size.height - MARGIN;
-  else if (right + MARGIN + size.width + MARGIN <= wide || left - 2 * MARGIN - size.width >= 0) {     // beside it
+  else if (!twin.length && (right + MARGIN + size.width + MARGIN <= wide || left - 2 * MARGIN - size.width >= 0)) {     // beside it
     x = right + MARGIN + size.width + MARGIN <= wide ? right + MARGIN : left - MARGIN - size.width;
     y = Math.max(MARGIN, Math.min(top - 40, innerHeight - size.height - MARGIN));
     box.style.maxHeight = innerHeight - 2 * MARGIN + 'px';
@@ -134,6 +134,20 @@ function placeCard(opening = false) {
   }
   box.style.left = x + 'px';
   box.style.top = y + 'px';
+}
+
+// Also leave the same place in the other text free.
+function keepFree(twin) {
+  if (!card) return;
+  card.twin = twin;
+  placeCard(true);
+}
+
+function twinInSight() {
+  const { twin } = card, text = twin && twin.closest('.ce-text');
+  if (!text) return [];
+  const frame = text.getBoundingClientRect();
+  return [...twin.getClientRects()].filter(r => r.bottom > frame.top && r.top < frame.bottom);
 }
 
 // On a phone the card is a sheet at the bottom of the screen. The page moves up so that the token stays in sight.
@@ -178,12 +192,13 @@ function fillCard() {
   parts.card.replaceChildren(head, said, make('p', 'ce-card-facts', factsOf(side, record || draft, node)));
   if (!record) return;
   const chart = make('div', 'ce-card-lens'), actions = make('div', 'ce-card-actions');
+  if (name === FULL && run) actions.append(continueOffer(i));
   if (name !== FULL && run) {
     const table = readings(side, record, i);
     parts.card.append(make('div', 'ce-card-body', null, table, chart));
     if (answer) readAnswer(answer, table, chart, actions);
     else if (mayAsk(side)) ask(table, chart, actions);
-    else table.caption.textContent = replaying() ? 'This recorded run does not have the other choices of the exits. Run the prompt here to see them.'
+    else table.caption.textContent = replaying() ? 'This recorded run does not have the other choices of the exits. Press Run: then this card shows them, and you can continue the text with one of them.'
       : 'When the run is over, this table shows what each exit would have written.';
   }
   parts.card.append(actions);
@@ -194,16 +209,23 @@ const mayAsk = side => !replaying() && Boolean(side.end || isOver());
 
 // What happened, in sentences that hold in every mode.
 function story(side, record, i) {
-  const words = [], draft = rejectedDraft(side, i), fresh = i >= side.start;
+  const words = [], draft = rejectedDraft(side, i), fresh = i >= side.start, fullWrote = writtenIn(side, i).name === FULL;
   if (!fresh) words.push('This token is the same as in “' + (sides[side.of] || side).title + '”.');
-  if (side.of && i === side.start) return 'You chose this token. The text goes on from here with the same settings.';
-  if (side.name === FULL || side.mode === FULL) words.push('The full model wrote it, with all ' + model.layers + ' layers.');
+  if (side.of && i === side.start) return side.of === FULL ? 'The full model’s text ends with this token. From here on, it goes on with ' + settingsName() + '.'
+    : 'You chose this token. The text goes on from here with the same settings.';
+  if (fullWrote || side.mode === FULL) words.push('The full model wrote it, with all ' + model.layers + ' layers.');
   else if (side.mode === 'verified') words.push(verifiedStory(side, record, draft));
   else if (isLast(record.exit)) words.push('No exit was confident enough, so the full model wrote it, with all ' + model.layers + ' layers.');
   else if (record.exit === COPIED) words.push('It was copied from earlier in the text.');
-  else words.push(exitName(record.exit) + ' wrote it ' + exitPlace(record.exit) + (model.exits[record.exit].layer ? ' of ' + model.layers : '') + '.');
-  if (side.name !== FULL) words.push(choiceStory(side, record, i));
+  else words.push(exitName(record.exit) + ' wrote it ' + exitPlace(record.exit) + ' of ' + model.layers + '.');
+  if (!fullWrote) words.push(choiceStory(side, record, i));
   return words.filter(Boolean).join(' ');
+}
+
+// The text in which a token was written: in a fork, what stands before its first token comes from another text.
+function writtenIn(side, i) {
+  while (sides[side.of] && i < side.start) side = sides[side.of];
+  return side;
 }
 
 function verifiedStory(side, record, draft) {
@@ -269,6 +291,8 @@ const inQuotes = text => '“' + plain(text) + '”';
 
 // -- what each exit would have written -------------------------------------------------------------------------------------
 
+const NOT_COMPUTED = 'not computed';         // the token was written without this exit
+
 function readings(side, record, i) {
   const thresholds = side.thresholds || run.thresholds, draft = rejectedDraft(side, i), used = (draft || record).conf || [];
   const table = make('table', 'ce-readings'), body = make('tbody');
@@ -278,7 +302,7 @@ function readings(side, record, i) {
   for (let s = 0; s <= model.exits.length; s++) {
     const wrote = draft || record, drafter = wrote.exit === s && !isLast(s) && draftedBy(side, s) !== exitName(s);
     const known = !drafter && !missing(used[s]), needed = thresholds && thresholds[s];
-    const words = isLast(s) ? '' : known ? percent(used[s]) + (missing(needed) ? '' : ', needs ' + percent(needed)) : 'not used';
+    const words = isLast(s) ? '' : known ? percent(used[s]) + (missing(needed) ? '' : ', needs ' + percent(needed)) : NOT_COMPUTED;
     const part = drafter ? '' : draft && draft.exit === s ? 'drafted ' + inQuotes(draft.text) : s !== record.exit ? ''
       : side.mode === 'verified' && !isLast(s) ? 'drafted it' : 'wrote it';
     const who = make('th', null, null, swatch(s));
@@ -304,11 +328,16 @@ async function ask(table, chart, actions) {
 function readAnswer(answer, table, chart, actions) {
   const { name, i } = card, side = sides[name], id = side.records[i].id, full = answer.readings[answer.readings.length - 1].top[0];
   const offer = forkOffer(side, i, full.id !== id ? full : answer.readings.flatMap(r => r.top).find(c => c.id !== id));
+  let late = false;
   answer.readings.forEach((reading, s) => {
     const [, chance, top] = table.tBodies[0].rows[s].cells;
-    if (!isLast(s) && chance.textContent === 'not used') put(chance, percent(reading.confidence) + ', not used');
+    if (!isLast(s) && chance.textContent === NOT_COMPUTED) {
+      put(chance, percent(reading.confidence) + ', computed afterwards');
+      late = true;
+    }
     top.replaceChildren(...reading.top.slice(0, isLast(s) ? 5 : 3).map(c => candidate(c, c.id === id, offer)));
   });
+  put(table.caption, late ? '“Computed afterwards”: the run did not need this exit here.' : '');
   chart.replaceChildren(lensChart(answer, id, full));
   actions.replaceChildren(...offer ? [offer.node] : []);
 }

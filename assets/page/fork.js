@@ -7,7 +7,7 @@ const forks = () => order.filter(name => sides[name].of);
 const isRunning = () => document.body.classList.contains('ce-running');
 
 function whyNoFork() {                       // '' where a fork can begin
-  if (replaying()) return 'A recorded run cannot be continued. Run the prompt here first.';
+  if (replaying()) return 'A recorded run cannot be continued. Press Run: when your own run is over, you can continue it with other tokens.';
   if (!finished || isRunning()) return 'The text can be continued when the run is over.';
   if (forks().length >= MAX_SHOWN) return 'Close one of the ' + MAX_SHOWN + ' continued texts first.';
   return '';
@@ -15,15 +15,25 @@ function whyNoFork() {                       // '' where a fork can begin
 
 // The button of the card. `choose` puts another candidate on it.
 function forkOffer(side, i, choice) {
-  if (!choice || side.name === FULL || i < side.start) return null;
+  if (!choice || i < side.start) return null;
   const reason = whyNoFork(), words = make('b'), go = button('ce-small ce-fork', null, () => askFork(side.name, i, go.choice));
   go.append('Continue with ', words, ' instead');
   go.disabled = Boolean(reason);
   const choose = to => { go.choice = to; put(words, inQuotes(to.text)); };
   choose(choice);
-  const hint = make('span', 'ce-card-hint', reason || 'Or choose another token above.');
-  return { node: make('div', 'ce-fork-row', null, go, hint), choose(to) { choose(to); go.focus(); }, open: !reason };
+  return { node: forkRow(go, reason || 'Or choose another token above.'), choose(to) { choose(to); go.focus(); }, open: !reason };
 }
+
+// The full model's text goes on after one of its tokens with the settings of the first text.
+function continueOffer(i) {
+  const { id, text } = sides[FULL].records[i], reason = whyNoFork();
+  const go = button('ce-small ce-fork', 'Continue from here with ' + settingsName(), () => askFork(FULL, i, { id, text }));
+  go.disabled = Boolean(reason);
+  return forkRow(go, reason || 'Up to this token, the new text is the full model’s.');
+}
+
+const forkRow = (go, words) => make('div', 'ce-fork-row', null, go, make('span', 'ce-card-hint', words));
+const settingsName = () => 'the settings of “' + sides.cascade.title + '”';
 
 // The fork that continues a text from this position with this token, if there is one.
 const forkOf = (name, i, id) => forks().find(fork => sides[fork].of === name && sides[fork].at === i && sides[fork].id === id);
@@ -68,10 +78,14 @@ function markFork(record) {
   part.close = button('ce-toggle ce-close-fork', 'Close', () => closeFork(record.side));
   part.close.setAttribute('aria-label', 'Close ' + side.title);
   part.box.querySelector('header').append(part.close);
-  put(part.aside, inQuotes(record.text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (record.at + 1) + ' of ' + before.title + '.');
+  put(part.aside, forkWords(side) + '.');
   part.aside.hidden = false;
   showFork(record.side);
 }
+
+// What is other in a fork than in the text that it left.
+const forkWords = side => side.of === FULL ? 'The full model’s text up to token ' + (side.at + 1) + ', then ' + settingsName()
+  : inQuotes(side.text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (side.at + 1) + ' of ' + sides[side.of].title;
 
 function closeFork(name) {
   if (isRunning() || !sides[name]) return;
@@ -98,8 +112,7 @@ function judgeFork(name) {
   const share = same / Math.max(1, ours.length, theirs.length), first = blocks.find(b => b.same);
   const effect = share >= 0.9 ? 'hardly mattered' : share >= 0.5 ? 'changed part of the text' : 'changed the text';
   side.verdict = effect + ', ' + percent(share);
-  const start = inQuotes(side.records[side.start].text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (side.start + 1) + ': ';
-  put(part.aside, start + 'it ' + effect + '. '
+  put(part.aside, forkWords(side) + ': it ' + effect + '. '
     + percent(share) + ' of what follows is the same as in ' + before.title + '.');
   const at = side.start + 2 + first?.a0, long = first && first.a1 - first.a0;
   part.aside.title = !first || !same ? '' : long === 1 ? 'Token ' + at + ' is the same in both texts.'

@@ -20,15 +20,24 @@ function layerMap() {
   };
   back.addEventListener('click', () => load(Math.max(0, start - WINDOW)));
   forth.addEventListener('click', () => load(start + WINDOW));
-  const box = make('div', 'ce-map', null,
-    make('p', 'ce-sub', 'Columns: positions in the left text. Rows: exits; top row: the full model. Stronger colour: surer. Bold: the full model would choose it here, too. Bar below: this row wrote the token.'),
-    make('p', 'ce-map-bar', null, back, forth, place), scroll);
+  const key = make('p', 'ce-sub', 'Columns: positions in the first text. Rows: exits; top row: the full model. Stronger colour: surer. Bold: the full model would choose it here, too. Bar below: this row wrote the token.');
+  const box = make('div', 'ce-map', null, key, make('p', 'ce-map-bar', null, back, forth, place), scroll);
   let shown = null;
   return { box, open() {
-    if (!run || replaying() || shown === run.run || !isOver()) return;
+    const reason = whyNoMap();
+    for (const node of [key, back, forth, scroll]) node.hidden = Boolean(reason);
+    if (reason) put(place, reason);
+    if (reason || shown === run.run) return;
     shown = run.run;
+    put(place, 'Loading…');
     load(0);
-  }, forget() { if (run && shown === run.run) return; shown = null; table.replaceChildren(); put(place, 'This table appears when a run that was made here is over.'); } };
+  }, forget() { if (run && shown === run.run) return; shown = null; table.replaceChildren(); } };
+}
+
+function whyNoMap() {                        // '' where there is a table
+  return replaying() ? 'A recorded run has no table of layers. Press Run: when your own run is over, this table shows what every exit would have written.'
+    : !run ? 'Press Run: when the run is over, this table shows what every exit would have written.'
+    : isOver() ? '' : 'When the run is over, this table shows what every exit would have written.';
 }
 
 const isOver = () => records.some(record => record.type === 'end' && record.side === 'cascade');

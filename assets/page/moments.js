@@ -29,10 +29,11 @@ function drawMoments() {
   moments.shown = names.flatMap(worst).sort((a, b) => (b.p_full - b.p_said || 0) - (a.p_full - a.p_said || 0));
   moments.list.replaceChildren(...moments.shown.map(momentRow));
   markMoment(at);
-  const sampled = run && run.greedy === false, n = moments.shown.length;
+  const sampled = run && run.greedy === false, n = moments.shown.length, reason = n ? whyNoFork() : '';
   put(moments.words, !run || !names.length ? 'The tokens that the full model would not have chosen are listed here when the run is over.'
-    : n === 1 ? 'The only token that the full model would not have chosen.'
-    : n ? 'The ' + n + ' tokens where the full model most clearly preferred another one, the clearest first. Press n for the next one, p for the previous one.'
+    : n ? (n === 1 ? 'The only token that the full model would not have chosen.'
+      : 'The ' + n + ' tokens where the full model most clearly preferred another one, the clearest first. Press n for the next one, p for the previous one.')
+      + (reason ? ' ' + reason : '')
     : sampled ? 'Nothing to list: above temperature 0, tokens are chosen at random, so there is no single right token.'
     : names.every(name => isExact(sides[name])) ? 'Nothing to list: the full model checked every token, so this is exactly the text that it writes alone.'
     : 'Nothing to list: the full model would have chosen every token that the exits wrote.');
@@ -96,6 +97,7 @@ function alongside(name, i) {
     const to = Math.min(across(aligned.get(name).blocks, i), sides[FULL].nodes.length - 1);
     unfold(FULL, to);
     reveal(FULL, to);
+    keepFree(sides[FULL].nodes[to]);
   }
 }
 

@@ -41,7 +41,7 @@ function buildPanel(name, kept = []) {
   const title = make('h3', null, side.title);
   title.title = panelNote(side);
   const box = make('section', 'ce-panel' + (full ? ' full' : ''), null, 
-    make('header', null, null, title, loop, facts, rejected, ...full ? differenceButtons() : [], copy), mini, aside, text);
+    make('header', null, null, title, loop, rejected, ...full ? differenceButtons() : [], copy), mini, aside, text, facts);
   parts[name] = { box, title, loop, text, facts, rejected, copy, mini, aside };
   const after = full ? null : parts.panels.querySelector('.ce-panel.full');
   parts.panels.insertBefore(box, after);
@@ -83,21 +83,19 @@ async function copyText(text, node) {
 // -- paragraphs ----------------------------------------------------------------------------------------------------------
 
 function newParagraph(side, text) {
-  if (side.paragraph && lastLine(side).trimStart().startsWith('```')) {     // a fence begins or ends a block of code
-    if (side.code || !side.paragraph.textContent.trimEnd().includes('\n')) side.paragraph.classList.add('code');
+  const lines = side.paragraph ? linesOf(side.paragraph) : [''];
+  if (lines[lines.length - 1].trimStart().startsWith('```')) {   // a fence begins or ends a block of code
+    if (side.code || lines.length === 1) side.paragraph.classList.add('code');
     side.code = !side.code;
   }
   side.paragraph = make('div', 'ce-par' + (side.code ? ' code' : ''));
   text.append(side.paragraph);
 }
 
-function lastLine(side) {                    // of the final tokens, without the newline that has just ended it
-  let line = '';
-  for (let i = side.nodes.length - 1; i >= 0 && !line.includes('\n'); i--) {
-    const token = side.nodes[i] ? side.nodes[i].textContent : '';
-    line = (i === side.nodes.length - 1 ? token.replace(/\n+$/, '') : token) + line;
-  }
-  return line.slice(line.lastIndexOf('\n') + 1);
+// The lines of a paragraph whose last newline has just been written. Drafts and rejected drafts are no part of the text.
+function linesOf(paragraph) {
+  const written = paragraph.querySelectorAll(':scope > .t:not(.draft, .rejected)');
+  return Array.from(written, node => node.textContent).join('').replace(/\n+$/, '').split('\n');
 }
 
 function endParagraph(side, text, node) {                       // after a final token that ends a line

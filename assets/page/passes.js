@@ -23,7 +23,7 @@ const passReaders = {
     for (const side of record.sides || TWO_SIDES(record.mode)) addLane(side);
   },
   fork(record) {
-    const of = work.lanes.get(record.of), full = work.lanes.get(FULL);
+    const of = work.lanes.get(settingsOf(record)), full = work.lanes.get(FULL);
     addLane({ name: record.side, mode: of.mode, title: record.title, from: work.now, fork: true });
     if (full && work.lanes.delete(FULL)) work.lanes.set(FULL, full);            // the full model stands last
   },

@@ -104,8 +104,12 @@ function readRun(record) {
   status('Reading the prompt…', 'busy');
 }
 
+// The side whose settings a fork has: the full model's text goes on with those of the first one.
+const settingsOf = fork => fork.of === FULL ? 'cascade' : fork.of;
+
 function readFork(record) {
-  addSide({ ...sides[record.of], ...record, name: record.side });
+  const { mode, thresholds, tolerance } = sides[settingsOf(record)];
+  addSide({ mode, thresholds, tolerance, ...record, name: record.side });
   const side = sides[record.side], before = sides[record.of];
   for (let i = 0; i < record.at; i++) {
     side.records[i] = before.records[i];

@@ -45,15 +45,14 @@ function numbers() {
   parts.offer.hidden = true;
   const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'times the full model', measureButton()),
     tile('agreement', 'Agreement', 'full model would choose the same'),
-    tile('cost', 'Weights read', 'of the full model’s, per token'), tile('same', 'Match', 'same token, same place'));
+    tile('cost', 'Weights read', 'of the full model’s, per token'), tile('same', 'Same position', 'same token in both texts'));
   return make('div', 'ce-verdict', null, tiles, parts.loop, parts.badge, parts.offer, parts.status);
 }
 
 function tile(name, label, note, more) {
   const value = make('dd', 'ce-value', '–'), words = make('span', null, note), line = make('dd', 'ce-note', null, words, ...(more ? [' ', more] : []));
   parts[name] = value; parts[name + 'Note'] = words; words.dataset.note = note;
-  const key = { Speed: 'speed', Agreement: 'agreement', 'Weights read': 'weights read', Match: 'match' }[label];
-  return make('div', 'ce-tile', null, make('dt', null, null, term(key, label)), value, line);
+  return make('div', 'ce-tile', null, make('dt', null, null, term(label.toLowerCase(), label)), value, line);
 }
 
 function note(name, text, title = '') {
@@ -182,7 +181,7 @@ function drawNumbers(side, stats) {
     put(parts.loop, 'The text repeats itself from token ' + (loops.start + 1) + ' on');
     parts.loop.title = loopWords(loops);
   }
-  const match = end || versus;
+  const match = matchOf(side);
   put(parts.same, match ? percent(match.positional) : '–');
   note('same', !match ? '' : missing(match.first_divergence) ? end ? 'identical texts' : 'no difference so far'
     : match.first_divergence === 0 ? 'differs from the first token on' : 'identical for ' + match.first_divergence + ' token' + (match.first_divergence === 1 ? '' : 's'));
@@ -197,6 +196,8 @@ function drawNumbers(side, stats) {
   parts.offer.hidden = !(live && run.mode !== 'verified');
   parts.measure.hidden = !(live && versus && !side.spread && !loops && control('ce-measure'));
 }
+
+const matchOf = side => side.end || side.versus;                // the comparison with the full model's text, position by position
 
 const loopWords = ({ period }) => 'The same ' + period + ' tokens are written again and again. Such text is easy to predict: its speed and agreement say little about other texts.';
 

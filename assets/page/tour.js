@@ -4,14 +4,15 @@
 const TOUR_KEY = 'cascadeexit.tour';
 const STEPS = [
   { at: () => parts && parts.panels, title: 'One prompt, answered twice',
-    text: () => 'The same model writes both texts. On the left it may stop early, at an exit after some of its layers. On the right it always uses all ' + model.layers + ' layers.' },
+    text: () => 'The same model writes both texts. ' + (narrow() ? 'In the upper one' : 'On the left') + ' it may stop early, at an exit after some of its layers. '
+      + (narrow() ? 'In the lower one' : 'On the right') + ' it always uses all ' + model.layers + ' layers.' },
   { at: () => parts && parts.keys, under: () => parts.legend, title: 'Colour: how early a token was ready',
-    text: () => 'Light colours are early exits, darker ones are later. No colour: all layers were needed. An orange line under a token: the full model would choose another one.' },
+    text: () => 'Light colours are early exits, darker ones are later. No colour: all layers were needed. A token with an orange underline: the full model would choose another one.' },
   { at: () => control('ce-mode'), title: 'Do you need the exact text?',
     text: () => '“Exact” gives the full model’s own text: the exits only draft, and the full model checks every token.', action: ['Try Exact', runExact] },
 ];
 
-const tour = { step: -1, box: null, over: false };
+const tour = { step: -1, box: null, words: null, over: false };
 
 function tourSeen() {                         // storage may be blocked, as in some frames and private windows
   try { return localStorage.getItem(TOUR_KEY) === 'done'; } catch { return tour.over; }
@@ -44,7 +45,8 @@ function showStep(n) {
   const next = button('ce-tour-next', last ? 'Got it' : 'Next', () => showStep(n + 1));
   const more = step.action ? [button('ce-tour-action', step.action[0], () => { endTour(); step.action[1](); })] : [];
   skip.hidden = last;
-  tour.box.replaceChildren(title, make('p', null, step.text()),
+  tour.words = make('p', null, step.text());
+  tour.box.replaceChildren(title, tour.words,
     make('div', 'ce-tour-foot', null, make('span', 'ce-tour-count', (n + 1) + ' of ' + STEPS.length), skip, ...more, next));
   if (focused) next.focus();
   placeTour();
@@ -64,6 +66,7 @@ function placeTour() {
   const anchor = STEPS[tour.step].at();
   ring(anchor);
   if (!anchor) return;
+  put(tour.words, STEPS[tour.step].text());    // the texts stand beside or above each other
   const step = STEPS[tour.step], at = (step.under ? step.under() : anchor).getBoundingClientRect(), own = tour.box.getBoundingClientRect(), run = control('ce-run') || control('ce-stop');
   const style = tour.box.style;
   tour.box.classList.toggle('low', narrow());

@@ -1,6 +1,7 @@
 """Budgets of the page: no lost tokens in long or hidden runs, few updates, no long tasks, visitors take turns."""
 
 import time
+from argparse import Namespace
 
 import pytest
 from playwright.sync_api import expect
@@ -9,6 +10,7 @@ from cascadeexit.config import DecodeConfig
 from cascadeexit.prompts import visitor_token_ids
 from cascadeexit.settings import DEFAULT_THRESHOLD, thresholds_at
 from cascadeexit.shape import Shape
+from tests.browser import frames
 from tests.browser.driving import choose_exact, close_settings, open_settings, run_to_end, set_number
 from tests.browser.reading import FINAL, SKY, shown_ids
 
@@ -90,6 +92,14 @@ def test_a_long_run_loses_no_token_and_stays_light(page, tiny, monkeypatch, mode
     nodes = page.evaluate("""() => document.evaluate('count(//*[contains(@class, "ce-text")]//node())', document, null,
         XPathResult.NUMBER_TYPE).numberValue""")
     assert nodes <= 4 * 2 * LONG
+
+
+def test_frames_and_bytes_of_a_run_are_measured(chromium, tiny_url):
+    result = frames.measure(chromium, tiny_url, Namespace(prompt=SKY, tokens=40, exact=True))
+    assert result["tokens"] == dict(cascade=40, full=40) and result["frames"] > 3
+    assert 0 < result["p50"] <= result["p95"] <= result["max"]
+    assert 2_000 < result["bytes"] < 2_000_000
+    assert [frames.quantile([3, 1, 2, 4], share) for share in (0.5, 0.75, 0.95, 1)] == [2, 3, 4, 4]
 
 
 def test_the_first_token_appears_without_delay(page, tiny, monkeypatch):

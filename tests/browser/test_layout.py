@@ -77,3 +77,30 @@ def test_every_setting_has_the_width_of_the_drawer(open_page, url, size):
     blocks = page.locator("#ce-settings .form > .block:visible").evaluate_all(
         "all => all.map(node => node.clientWidth)")
     assert min(blocks) >= 0.85 * min(400, size[0]), "one column"
+
+
+def test_the_row_of_examples_says_that_it_goes_on(open_page, url, size):
+    page = open_page(url, *size)
+    row, more = page.locator("#ce-examples .gallery[data-fade]"), page.get_by_role("button", name="More")
+    names = [*app.EXAMPLES]
+    last = row.get_by_role("button", name=names[-1])
+
+    def seen(example) -> bool:
+        left, width = (example.bounding_box()[k] for k in ("x", "width"))
+        frame = row.bounding_box()
+        return left >= frame["x"] - 1 and left + width <= frame["x"] + frame["width"] + 1
+
+    more.wait_for()
+    assert row.locator("button").count() == len(names) and not seen(last)
+    mask = "row => getComputedStyle(row).maskImage"
+    assert "gradient" in row.evaluate(mask), "a fade where it is cut"
+    more.focus()
+    for _ in names:
+        if seen(last):
+            break
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(600)              # it scrolls smoothly
+    assert seen(last) and row.evaluate(mask) == "none"
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(600)
+    assert seen(row.locator("button").first) and not seen(last), "and back"

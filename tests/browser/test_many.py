@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+from playwright.sync_api import expect
 
 pytestmark = pytest.mark.browser
 
@@ -23,9 +24,11 @@ def many(page):
 
 
 def test_pasted_prompts_are_evaluated_and_saved(many, tmp_path):
+    assert many.input_value("#ce-pasted textarea") == "" and many.locator("#ce-cancel").is_disabled()
     many.fill("#ce-pasted textarea", "hi there\n<img src=x onerror=alert(1)>\n" + "sky " * 300)
     many.click("#ce-evaluate")
     many.wait_for_selector("#ce-many-status .ce-status.done")
+    expect(many.locator("#ce-cancel")).to_be_disabled()
     status = many.locator("#ce-many-status").inner_text()
     assert "3 of 3 prompts" in status and "1 could not run" in status and "agreement" in status
     assert many.locator("#ce-results img").count() == 0
@@ -51,6 +54,7 @@ def test_a_bad_set_gets_a_message(many):
     many.click("#ce-evaluate")
     many.wait_for_selector("#ce-many-status .ce-status.error")
     assert "line 1: expected a text" in many.locator("#ce-many-status").inner_text()
+    expect(many.locator("#ce-cancel")).to_be_disabled()
 
 
 def test_cancelling_keeps_the_results_so_far(many, tiny, monkeypatch):
@@ -77,4 +81,4 @@ def test_cancelling_keeps_the_results_so_far(many, tiny, monkeypatch):
     assert " left" not in status, "no time is left when nothing runs"
     assert not [text for text in many.evaluate("window.statuses") if "Error" in text]
     assert "prompt 1" in many.locator("#ce-results").inner_text()
-    assert many.get_by_text("Save table (CSV)").is_enabled()
+    assert many.get_by_text("Save table (CSV)").is_enabled() and many.locator("#ce-cancel").is_disabled()

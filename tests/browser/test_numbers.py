@@ -270,11 +270,12 @@ def written(exits, side="cascade") -> str:
     return "".join(token(side, i, exit) for i, exit in enumerate(exits))
 
 
-def numbers(speedup=2.0, n=30, shares=(0.5, 0.2, 0.3)) -> str:
-    lines = "".join(write_line("stats", side=side, seconds=1.0, done=True, tokens=n, routing_share=list(shares),
-                               copied_share=0, cost=0.5, tokens_per_second=100.0, acceptance=None,
-                               tokens_per_verification=None, first_token_seconds=0.1, token_seconds_p50=0.01,
-                               token_seconds_p90=0.01, token_seconds_p99=0.01) for side in ("cascade", "full"))
+def numbers(speedup=2.0, n=30, shares=(0.5, 0.2, 0.3), **stats) -> str:
+    lines = "".join(write_line("stats", **dict(
+        side=side, seconds=1.0, done=True, tokens=n, routing_share=list(shares), copied_share=0, cost=0.5,
+        tokens_per_second=100.0, acceptance=None, tokens_per_verification=None, first_token_seconds=0.1,
+        token_seconds_p50=0.01, token_seconds_p90=0.01, token_seconds_p99=0.01) | stats)
+                    for side in ("cascade", "full"))
     return lines + write_line("versus", side="cascade", n=n, speedup=speedup, positional=0.5, rolling=0.5,
                               first_divergence=5)
 
@@ -302,6 +303,50 @@ def draw(stage):
 
 def tile(page, name: str) -> str:
     return page.locator(".ce-tile", has=page.locator("dt", has_text=name)).inner_text()
+
+
+CUT = """() => [...document.querySelectorAll('.ce-strip *, .ce-panel header *, .ce-facts')].filter(node => {
+    const own = node.getBoundingClientRect(), panel = node.closest('.ce-panel'), style = getComputedStyle(node);
+    const frame = panel ? panel.getBoundingClientRect() : {left: 0, right: innerWidth};
+    return own.width && !node.closest('.ce-share') && style.position !== 'absolute'
+        && (own.left < frame.left - 1 || own.right > frame.right + 1
+            || style.overflowX !== 'visible' && node.scrollWidth > node.clientWidth + 1); })
+    .map(node => node.className + ': ' + node.textContent)"""
+
+
+def cut_off(page) -> list[str]:
+    """Parts of the strip and of the headers of the texts whose words are not wholly to be seen."""
+    return page.evaluate(CUT)
+
+
+LONG_STATS = dict(tokens=1000, tokens_per_second=1234.5, drafted=2345, acceptance=0.4321, tokens_per_verification=2.5)
+LONG_RUNS = dict(
+    cascade=begun() + written([0] * 30 + [2]) + written([2] * 30, "full") + numbers(0.91, shares=(0.1, 0.0, 0.9))
+    + ended(positional=0.1234, first_divergence=123),
+    repeats=begun() + written([0] * 30) + written([2] * 30, "full") + numbers() + ended()
+    + write_line("spread", side="cascade", speedups=[1.6, 1.4, 1.5], tokens=64),
+    loops=begun() + written([0] * 30) + written([2] * 30, "full") + numbers(12.34)
+    + ended(loops=dict(start=999, period=4, share=0.6)),
+    sampled=begun(greedy=False) + written([0] * 30) + written([2] * 30, "full") + numbers()
+    + ended(agreement=None, differs=[]),
+    exact=begun("verified") + written([0] * 30) + written([2] * 30, "full") + numbers(**LONG_STATS)
+    + ended(identical=True, first_divergence=None, positional=1.0, sequence=True),
+    tolerance=begun("verified", tolerance=0.65) + written([0, -1] * 15) + written([2] * 30, "full")
+    + numbers(**LONG_STATS) + ended())
+
+
+@pytest.mark.parametrize("width", [1280, 1024, 360])
+def test_no_number_of_the_strip_and_the_headers_is_cut_off(draw, stage, width):
+    try:
+        stage.set_viewport_size({"width": width, "height": 800})
+        for name, run in LONG_RUNS.items():
+            page = draw(run)
+            assert cut_off(page) == [], name
+            page.evaluate("line => give(line)", write_line("error", message="Something went wrong. " * 4))
+            assert cut_off(page) == [], name + ", with a long status"
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+    finally:
+        stage.set_viewport_size({"width": 1280, "height": 800})
 
 
 def test_agreement_counts_only_what_was_checked(draw):
@@ -356,8 +401,7 @@ def test_the_median_of_the_repeats_is_the_headline(draw):
     assert "1.5×" in words and "1.4 to 1.6× in 3 repeats of the first 64 tokens" in words
     title = page.locator(".ce-tile .ce-note span").first.get_attribute("title")
     assert "The run itself: 1.80×" in title
-    note = page.locator(".ce-tile .ce-note").first
-    assert note.evaluate("node => node.scrollWidth <= node.clientWidth"), "nothing is cut"
+    assert cut_off(page) == []
 
 
 def test_sampled_text_has_no_agreement(draw):
@@ -385,8 +429,7 @@ def test_a_slower_run_says_why(draw, mode, trained, shares, words):
     page = draw(begun(mode, MODEL | dict(trained=trained)) + written([0] * 30) + written([2] * 30, "full")
                 + numbers(0.91, shares=shares) + ended())
     assert "0.9×" in tile(page, "Speed") and words in tile(page, "Speed")
-    note = page.locator(".ce-tile .ce-note").first
-    assert note.evaluate("note => note.scrollWidth <= note.clientWidth"), "nothing of it is cut off"
+    assert cut_off(page) == []
 
 
 def test_the_legend_says_who_drafted_and_that_layers_catch_up(draw):
@@ -549,6 +592,14 @@ def test_a_first_visit_is_led_in_three_steps(visit, theme, width, height):
     page.wait_for_selector(".ce-tour")
     for step in ("1 of 3", "2 of 3", "3 of 3"):
         assert page.locator(".ce-tour-count").inner_text() == step
+        if step == "1 of 3":
+            places, texts = page.locator(".ce-tour p").inner_text(), [box(page, f".ce-text[data-side={side}]")
+                                                                      for side in ("cascade", "full")]
+            if texts[0]["x"] < texts[1]["x"]:
+                assert "On the left" in places and "On the right" in places
+            else:
+                assert "In the upper one" in places and "In the lower one" in places and "left" not in places
+                assert texts[0]["y"] < texts[1]["y"]
         page.wait_for_timeout(100)
         own, run = box(page, ".ce-tour"), box(page, "#ce-run")
         assert not overlap(own, run), "Run stays free"

@@ -302,6 +302,11 @@ def test_a_button_leads_to_the_first_difference(page):
         t = box.querySelector('.split').getBoundingClientRect(); return t.top >= b.top && t.bottom <= b.bottom; })""")
     assert inside == [True, True]
     assert page.locator(".t.chosen.split").count() == 1 and page.locator(".ce-card").is_visible()
+    page.wait_for_selector(".ce-candidate")
+    covered = page.eval_on_selector_all(".t.split", """all => all.map(t => { const b = t.getBoundingClientRect(),
+        card = document.querySelector('.ce-card').getBoundingClientRect();
+        return b.left < card.right && card.left < b.right && b.top < card.bottom && card.top < b.bottom; })""")
+    assert covered == [False, False]
 
 
 def test_what_the_full_model_would_not_choose_is_marked(page, tiny):
@@ -315,8 +320,9 @@ def test_what_the_full_model_would_not_choose_is_marked(page, tiny):
 
 
 def test_the_layer_map_shows_what_each_exit_would_have_written(page, tiny):
-    run_to_end(page)
     open_tab(page, "Layers")
+    assert page.locator(".ce-tabpanel-layers").inner_text().startswith("Press Run: when the run is over, this table")
+    run_to_end(page)
     page.wait_for_selector(".ce-map-table td")
     assert page.locator(".ce-map-table tr").count() == 4 and page.locator(".ce-map-table td").count() == 4 * 48
     assert page.locator(".ce-map-table td.left").count() == 48, "one exit writes each token"

@@ -163,6 +163,18 @@ def test_the_card_explains_both_percentages_and_draws_the_lens(done):
     assert done.locator(".ce-lens").get_attribute("aria-label").startswith("Probability of “")
 
 
+def test_the_card_says_which_exits_the_run_did_not_need(done):
+    first = token(done, 0)
+    exits = done.eval_on_selector_all(f".ce-text[data-side=cascade] {FINAL}", "all => all.map(t => t.className)")
+    first = next(i for i, name in enumerate(exits) if " e0" in name)
+    token(done, first).click()
+    done.wait_for_selector(".ce-candidate")
+    chances = done.locator(".ce-chance").all_inner_texts()
+    assert "needs" in chances[0]
+    assert all(re.fullmatch(r"\d+%, computed afterwards", words) for words in chances[1:3])
+    assert "the run did not need this exit" in done.locator(".ce-readings caption").inner_text()
+
+
 def test_the_keyboard_opens_the_card_and_reaches_its_buttons(done):
     done.locator(".ce-text[data-side=cascade]").focus()
     done.keyboard.press("ArrowRight")
@@ -185,7 +197,7 @@ def test_cards_of_exact_mode_do_not_contradict_themselves(stage, checked):
         if "had drafted" in words:
             kind = "correction"
             row = page.locator("tr", has=page.locator(".ce-part", has_text="drafted “"))
-            assert "not used" not in row.locator(".ce-chance").inner_text()
+            assert "comput" not in row.locator(".ce-chance").inner_text()
         elif "copied from earlier" in words or words.startswith("It was copied"):
             kind = "copied"
         elif " drafted it" in words:
@@ -204,8 +216,18 @@ def test_the_card_of_a_recorded_run_says_what_is_known(stage, fast):
     page.wait_for_selector(".ce-recorded:visible")
     token(page, 7).click()
     assert re.match(r"(Exit \d wrote it|No exit was confident)", page.locator(".ce-story").inner_text())
-    assert "This recorded run does not have the other choices" in page.locator(".ce-readings caption").inner_text()
+    caption = page.locator(".ce-readings caption").inner_text()
+    assert "This recorded run does not have the other choices" in caption and "Press Run" in caption
     assert page.locator(".ce-fork").count() == 0
+    token(page, 7, "full").click()
+    assert page.locator(".ce-fork").is_disabled() and "Press Run" in page.locator(".ce-fork-row").inner_text()
+    page.keyboard.press("Escape")
+    open_tab(page, "Worst moments")
+    assert page.get_by_role("button", name="Try").first.is_disabled()
+    assert "A recorded run cannot be continued. Press Run" in page.locator(".ce-moments-words").inner_text()
+    open_tab(page, "Layers")
+    words = page.locator(".ce-tabpanel-layers").inner_text()
+    assert words.startswith("A recorded run has no table of layers. Press Run") and len(words.splitlines()) == 1
 
 
 # -- differences ----------------------------------------------------------------------------------------------
@@ -256,7 +278,9 @@ def test_differences_are_marked_and_the_rest_can_be_folded(edits):
     assert marks == [*[["cascade", False, i] for i in (10, 11)], *[["cascade", True, i] for i in (37, 38)],
                      *[["full", False, i] for i in (10, 11)], *[["full", True, i] for i in (25, 26, 27)]]
     assert token(page, 10).evaluate("t => getComputedStyle(t).borderTopWidth") == "2px"
-    assert page.locator(".ce-compare-words").inner_text().startswith("3 stretches differ · 92% of the tokens are equal")
+    place = page.locator(".ce-tile", has_text="Same position").locator(".ce-value").inner_text()
+    words = page.locator(".ce-compare-words").inner_text()
+    assert words == f"3 stretches differ · 92% of the tokens are equal when lined up, {place} at the same position"
     assert page.locator(".t.split").evaluate_all("all => all.map(t => +t.dataset.i)") == [10, 10]
     visible = f".ce-text[data-side=cascade] {FINAL}:visible"
     page.get_by_label("Only differences").check()
@@ -275,13 +299,22 @@ def test_differences_are_marked_and_the_rest_can_be_folded(edits):
     assert token(page, 10).evaluate("t => getComputedStyle(t).borderTopWidth") == "0px"
 
 
-def test_the_first_difference_comes_into_view(edits):
-    edits.evaluate("""document.querySelectorAll('.ce-text').forEach(x => {
-        x.style.height = '60px'; x.scrollTop = 9e9; })""")
+@pytest.mark.parametrize("size", [DESKTOP, dict(width=1024, height=700), PHONE], ids=["desktop", "small", "phone"])
+def test_the_first_difference_comes_into_view_in_both_texts(edits, size):
+    edits.set_viewport_size(size)
+    edits.evaluate("document.querySelectorAll('.ce-text').forEach(x => { x.scrollTop = 9e9; })")
     edits.get_by_role("button", name="Show the first difference").click()
+    card = edits.locator(".ce-card")
+    assert card.is_visible() == (size is not PHONE), "no room for it on a phone"
+    if size is not PHONE:
+        edits.wait_for_function("document.querySelector('.ce-card-body')")
+        edits.wait_for_timeout(300)             # its table has come, and it has its place
+    strip = box(edits.locator(".ce-strip"))
     for side in SIDES:
         text, split = (box(edits.locator(f".ce-text[data-side={side}]{rest}")) for rest in ("", " .split"))
         assert text[1] <= split[1] and split[3] <= text[3]
+        assert strip[3] <= split[1] and split[3] <= size["height"], "not on the screen"
+        assert size is PHONE or not overlap(box(card), split), "covered by the card"
 
 
 def test_texts_scroll_together_by_their_alignment(edits):
@@ -411,6 +444,36 @@ def test_a_fork_continues_from_the_chosen_token_beside_the_first_text(stage, tin
     assert shown_ids(done, "cascade") == before
 
 
+def test_the_full_text_goes_on_with_the_settings_of_the_first_one(stage, tiny):
+    opened, (engine, tokenizer) = stage(), tiny
+    opened.run(**RUN)
+    page = opened.page
+    before = shown_ids(page, "full")
+    token(page, 20, "full").click()
+    page.get_by_role("button", name="Continue from here with the settings of “Own thresholds”").click()
+    page.wait_for_selector(".ce-text[data-side=fork1] .forked")
+    page.wait_for_selector(".ce-status.done")
+    ids = shown_ids(page, "fork1")
+    config = DecodeConfig(mode="cascade", max_new_tokens=60 - 21, thresholds=THRESHOLDS[:engine.num_exits])
+    prompt = visitor_token_ids(tokenizer, SKY, chat=True)
+    assert ids[:21] == before[:21]
+    assert ids[21:] == engine.run([*prompt, *ids[:21]], config).token_ids != before[21:]
+    assert shown_ids(page, "full") == before
+    assert page.locator(".ce-forked .ce-aside").inner_text().startswith(
+        "The full model’s text up to token 21, then the settings of “Own thresholds”: it ")
+    for i, words in ((5, "This token is the same as in “Full model”. The full model wrote it"),
+                     (20, "The full model’s text ends with this token."), (21, "")):
+        token(page, i, "fork1").click()
+        page.wait_for_selector(".ce-candidate")
+        assert page.locator(".ce-story").inner_text().startswith(words), i
+        page.keyboard.press("Escape")
+    page.get_by_role("button", name="Differences", exact=True).click()
+    page.get_by_label("Text to compare").select_option("fork1")
+    page.get_by_role("button", name="Show the first difference").click()
+    first = next(i for i, (a, b) in enumerate(zip(ids, before)) if a != b)
+    assert page.locator(".t.chosen").get_attribute("data-i") == str(first)
+
+
 def saved(page, button: str, folder) -> str:
     open_tab(page, "Save")
     with page.expect_download() as download:
@@ -478,7 +541,7 @@ def test_numbers_of_a_paused_run_are_those_of_its_text(stage, fast, checked, mod
         assert sum(counts) == len(ids["cascade"]) < 60
         n = min(len(ids[side]) for side in SIDES)
         same = sum(a == b for a, b in zip(*(ids[side] for side in SIDES)))
-        assert f"{100 * same / n + 1e-9:.0f}%" in page.locator(".ce-tile", has_text="Match").inner_text()
+        assert f"{100 * same / n + 1e-9:.0f}%" in page.locator(".ce-tile", has_text="Same position").inner_text()
         if mode == "verified":
             assert re.search(r"per check · \d+ tokens · \d+ ms per check", page.locator(".ce-facts").first.inner_text())
             accepted = page.locator(f".ce-text[data-side=cascade] {FINAL}:not(.ef)").count()
@@ -543,6 +606,18 @@ def test_code_is_written_in_a_font_of_fixed_width(stage, fast):
     opened.show_records([records[0], dict(records[1], run="code"), *text])
     fonts = [token(opened.page, i).evaluate("t => getComputedStyle(t).fontFamily") for i in range(len(text))]
     assert [i for i, font in enumerate(fonts) if "monospace" in font] == list(range(5, 18))
+    # The same text in exact mode: drafted in advance, once rejected, and then accepted.
+    drafted = []
+    for n in range(0, len(text), 7):
+        wrong = dict(text[n], id=99, text="\n", status="draft")
+        drafted += [wrong, dict(type="token", side="cascade", i=n, id=99, status="rejected"),
+                    *(dict(t, status="draft") for t in text[n:n + 7]),
+                    *(dict(t, status="accepted") for t in text[n:n + 7])]
+    opened.show_records([records[0], dict(records[1], run="exact", mode="verified"), *drafted,
+                         *(dict(t, side="full") for t in text)])
+    for side in SIDES:
+        shown = [token(opened.page, i, side).evaluate("t => getComputedStyle(t).fontFamily") for i in range(len(text))]
+        assert shown == fonts, side
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

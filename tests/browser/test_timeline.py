@@ -349,6 +349,18 @@ def test_the_legend_has_the_colours_of_all_exits(replay):
     assert rejected.endswith("0.22)"), "pale, as rejected drafts are drawn"
 
 
+def test_the_exit_before_all_layers_has_one_name(replay):
+    run = handmade_run(TWO, 30)
+    page = replay(run)
+    assert page.locator(".ce-key").first.inner_text().split("\n")[:2] == ["exit 1", "before layer 1"]
+    page.locator(CASCADE).nth(next(r["i"] for r in tokens(run, "cascade") if r["exit"] == 0 and r["i"])).click()
+    assert page.locator(".ce-story").inner_text().startswith("Exit 1 wrote it before layer 1 of 30.")
+    assert "Exit 1, before layer 1" in page.locator(".ce-pass").inner_text()
+    page.keyboard.press("Escape")
+    page.locator(".ce-caption .ce-term").first.hover()
+    assert "before the first layer, or after some" in page.locator(".ce-caption .ce-tip").first.inner_text()
+
+
 def test_old_files_show_their_times_and_exits(replay):
     run = handmade_run(TWO, 30, spans=False)
     page = replay(run)
