@@ -11,7 +11,7 @@ CORE = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only modules before it in this list. A package's own name means its __init__.
 ORDER = """
-    values events costs folders lookup prompts examples calibration config
+    values events costs folders lookup prompts examples artifact calibration config
     exits.adapters exits.confidence exits.config exits.bank exits
     backends.memory backends.graphs backends.cache backends.base backends.weights backends.exits
     backends.torch.recording backends.torch.linear backends.torch.attention backends.torch.cache
