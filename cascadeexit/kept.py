@@ -121,10 +121,11 @@ class KeptRun:
     def map(self, side, start, count) -> dict | None:
         """Return the first choices at `count` positions of a side's text, from `start` on, as `Inspection.map` does.
 
-        At most MAP_COLUMNS positions are returned. Returns None if the side was not inspected.
+        At most MAP_COLUMNS positions are returned. Returns None if the side was not inspected, or if its text ends
+        before `start`.
         """
         found = self.inspections.get(side) if isinstance(side, str) else None
-        if found is None or not (_whole(start) and _whole(count)):
+        if found is None or not (_whole(start) and _whole(count)) or start >= len(found.token_ids):
             return None
         return found.map(self.tokenizer, max(0, start), min(max(1, count), MAP_COLUMNS))
 
