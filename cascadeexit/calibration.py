@@ -10,11 +10,15 @@ ends at the first threshold that fails. Therefore the bound also holds for the t
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self
 
+from cascadeexit.artifact import check_keys, read_object
+from cascadeexit.values import number, shown, whole
+
 CALIBRATION_FILE = "calibration.json"
+MOST_POINTS, MOST_COST = 10_000, 1_000
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,37 @@ class Calibration:
         path = folder / CALIBRATION_FILE
         if not path.is_file():
             return None
+        content = read_object(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(content["exits"], content["prompts"], content["tokens"], content["delta"],
-                       tuple(Point(**point) for point in content["points"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no calibration: {error!r}. Write it with python -m training.calibrate, or "
-                             "delete it.") from error
+            check_keys(content, [f.name for f in fields(cls)], None)
+            if not isinstance(content["exits"], str):
+                raise ValueError(f"exits must be text, got {shown(content['exits'])}")
+            return cls(content["exits"], whole("prompts", content["prompts"], 1, 10**9),
+                       whole("tokens", content["tokens"], 1, 10**9), number("delta", content["delta"], 0, 1),
+                       _points(content["points"]))
+        except ValueError as error:
+            raise ValueError(f"{path} holds no calibration: {error}. Write it with python -m training.calibrate, or "
+                             "delete it.") from None
+
+
+def _points(found) -> tuple[Point, ...]:
+    """Check the points of a calibration file, and return them. Raises ValueError for a wrong one."""
+    if not isinstance(found, list) or not 1 <= len(found) <= MOST_POINTS:
+        raise ValueError(f"points must be a list of 1 to {MOST_POINTS:,} objects, got {shown(found)}")
+    points = tuple(_point(i, point) for i, point in enumerate(found))
+    if any(a.threshold <= b.threshold for a, b in zip(points, points[1:])):
+        raise ValueError("the thresholds of points must descend")
+    return points
+
+
+def _point(i: int, found) -> Point:
+    """Check point number i of a calibration file, and return it. Raises ValueError for a wrong one."""
+    if not isinstance(found, dict):
+        raise ValueError(f"points[{i}] must be an object, got {shown(found)}")
+    names = [f.name for f in fields(Point)]
+    check_keys(found, names)
+    return Point(**{name: number(f"{name} of points[{i}]", found[name], 0, MOST_COST if name == "cost" else 1)
+                    for name in names})
 
 
 def p_value(mean: float, n: int, risk: float) -> float:

@@ -1,11 +1,14 @@
 """DecodeConfig: the settings for decoding one text, and the threshold that each exit gets from them."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from numbers import Real
+
+from cascadeexit.values import flag, number, shown, whole
 
 CASCADE_THRESHOLD = 0.6
+MOST_TOKENS, MOST_DRAFTS = 10_000_000, 1_000        # largest `max_new_tokens` and `max_draft` of any model
 _LEAST_TEMPERATURE = 1e-3       # below it logits overflow
 
 
@@ -56,35 +59,40 @@ class DecodeConfig:
     head reads more rows. `python -m training.benchmark --check-late` measures the cost."""
 
     def __post_init__(self):
-        try:
-            object.__setattr__(self, "mode", Mode(self.mode))
-        except ValueError:
-            raise ValueError(f"mode must be one of {', '.join(Mode)}, got '{self.mode}'") from None
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.max_draft < 1:
-            raise ValueError(f"max_draft must be at least 1, got {self.max_draft}")
-        if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < math.inf:
+        checked = dict(mode=_mode(self.mode), thresholds=_thresholds(self.thresholds),
+                       max_new_tokens=whole("max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS),
+                       max_draft=whole("max_draft", self.max_draft, 1, MOST_DRAFTS),
+                       seed=whole("seed", self.seed, -2**63, 2**63 - 1))
+        checked |= {name: number(name, getattr(self, name)) for name in ("tolerance", "temperature", "top_p")}
+        checked |= {name: flag(name, getattr(self, name)) for name in ("only_paying", "ignore_eos", "check_late")}
+        if self.target_disagreement is not None:
+            checked["target_disagreement"] = number("target_disagreement", self.target_disagreement)
+        for name, value in checked.items():     # the caller's values may be numpy's, which overflow
+            object.__setattr__(self, name, value)
+        self._check_ranges()
+        self._check_together()
+
+    def _check_ranges(self) -> None:
+        if self.temperature != 0 and self.temperature < _LEAST_TEMPERATURE:
             raise ValueError(f"temperature must be 0 (greedy) or a number from {_LEAST_TEMPERATURE} on, got "
                              f"{self.temperature}")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}")
+        if self.target_disagreement is not None and not 0 < self.target_disagreement < 1:
+            raise ValueError(f"target_disagreement must be in (0, 1), got {self.target_disagreement}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    def _check_together(self) -> None:
         if self.tolerance and (self.mode is not Mode.VERIFIED or self.temperature):
             raise ValueError("tolerance goes with mode verified and temperature 0: other modes do not use it")
         if self.check_late and self.mode is not Mode.CASCADE:
             raise ValueError("check_late goes with mode cascade: in other modes the full model reads every position "
                              "anyway")
-        if self.target_disagreement is not None:
-            if not 0 < self.target_disagreement < 1:
-                raise ValueError(f"target_disagreement must be in (0, 1), got {self.target_disagreement}")
-            if self.mode is not Mode.CASCADE or self.temperature or self.thresholds is not None:
-                raise ValueError("target_disagreement goes with mode cascade, temperature 0 and no thresholds: it was "
-                                 "calibrated for these")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        each = [self.thresholds] if isinstance(self.thresholds, (int, float)) else list(self.thresholds or ())
-        if any(t is not None and not 0 <= t <= 1 for t in each):
-            raise ValueError(f"thresholds must be in [0, 1] or None, got {self.thresholds}")
+        if self.target_disagreement is not None and (
+                self.mode is not Mode.CASCADE or self.temperature or self.thresholds is not None):
+            raise ValueError("target_disagreement goes with mode cascade, temperature 0 and no thresholds: it was "
+                             "calibrated for these")
 
     def threshold_per_exit(self, depths: Sequence[float]) -> tuple[float | None, ...]:
         """Return the confidence threshold of each exit, or None for an exit that is disabled.
@@ -98,11 +106,30 @@ class DecodeConfig:
         wanted = CASCADE_THRESHOLD if self.thresholds is None and self.mode is Mode.CASCADE else self.thresholds
         if wanted is None:
             return (None,) * len(depths)
-        if isinstance(wanted, (int, float)):
+        if isinstance(wanted, float):
             return graded_thresholds(wanted, depths)
         if len(wanted) != len(depths):
             raise ValueError(f"this model has {len(depths)} exits, got {len(wanted)} thresholds")
         return tuple(wanted)
+
+
+def _mode(value) -> Mode:
+    try:
+        return Mode(value)
+    except ValueError:
+        raise ValueError(f"mode must be one of {', '.join(Mode)}, got {shown(value)}") from None
+
+
+def _thresholds(value) -> float | Sequence[float | None] | None:
+    """Check `DecodeConfig.thresholds`, and return it with Python's own numbers. A list stays a list."""
+    if value is None:
+        return None
+    if isinstance(value, Real):
+        return number("thresholds", value, 0, 1)
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ValueError(f"thresholds must be a number or a list of numbers, got {shown(value)}")
+    each = [None if t is None else number("each of thresholds", t, 0, 1) for t in value]
+    return each if isinstance(value, list) else tuple(each)
 
 
 def graded_thresholds(first: float, depths: Sequence[float]) -> tuple[float, ...]:

@@ -19,6 +19,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from cascadeexit.values import first_line
+
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 
@@ -113,8 +115,3 @@ def disk_full(error: Exception | str) -> bool:
     Errors from Rust libraries and from pip have no error number, so their message is searched, too.
     """
     return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-
-
-def first_line(error: Exception) -> str:
-    """Return the type of an error and the first line of its message, such as "KeyError: 'vocab_size'"."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

@@ -15,6 +15,7 @@ from cascadeexit.hub import ModelUnavailable
 from cascadeexit.runner import Check, Runner, Task
 from cascadeexit.settings import DISABLED, Settings
 from cascadeexit.sides import CASCADE, FULL
+from cascadeexit.values import flag, number, shown
 
 MAX_DRAFT = DecodeConfig.max_draft
 
@@ -132,14 +133,18 @@ class Endpoints:
         and more. If a prompt could not run, error has the reason.
         """
         if not isinstance(texts, list) or not 1 <= len(texts) <= prompts.MAX_PROMPTS:
-            raise BadRequest(f"texts should be a list of 1 to {prompts.MAX_PROMPTS} prompts")
+            got = f"{len(texts):,} prompts" if isinstance(texts, list) else shown(texts)
+            raise BadRequest(f"texts should be a list of 1 to {prompts.MAX_PROMPTS} prompts, got {got}")
+        wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise BadRequest(f"texts[{wrong}] should be text, got {shown(texts[wrong])}")
         settings = Settings(model=model, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
-                            tolerance=tolerance)
+                            tolerance=tolerance, chat=chat)
         label, config, _, _ = self._prepare(settings, threshold, target_disagreement, with_prompt=False)
         _, tokenizer = self._library.get(label)
         results = list(evaluation.evaluate(
             self._runner, label, partial(prompts.visitor_token_ids, tokenizer, chat=chat),
-            [prompts.Prompt(prompts.OWN, str(text)) for text in texts], config,
+            [prompts.Prompt(prompts.OWN, text) for text in texts], config,
             partial(tokenizer.decode, skip_special_tokens=True)))
         return dict(summary=asdict(evaluation.summarize_results(results)), results=[asdict(r) for r in results])
 
@@ -159,9 +164,10 @@ class Endpoints:
         """
         try:
             labels = self._library.labels
-            label = settings.model or labels[0]
+            label = labels[0] if settings.model in ("", None) else settings.model
             if label not in labels:
-                raise ValueError(f"model '{label}' is not offered here; /models lists {', '.join(labels)}")
+                raise ValueError(f"model should be a name that /models lists, got {shown(label)}")
+            flag("chat", settings.chat)
             for _ in self._runner.load(label):
                 pass
             engine, tokenizer = self._library.get(label)
@@ -170,7 +176,7 @@ class Endpoints:
             ids = prompts.visitor_token_ids(tokenizer, settings.prompt, settings.chat) if with_prompt else []
             engine.check(ids if with_prompt else [0], config)       # token 0 stands for any prompt
             return label, config, full, ids
-        except (TypeError, ValueError, OverflowError, ModelUnavailable) as error:
+        except (ValueError, ModelUnavailable) as error:
             raise BadRequest(str(error)) from None
 
 
@@ -180,8 +186,8 @@ def _thresholds(engine: Engine, settings: Settings, first: float, target: float)
     If `target` is above 0, the calibration of the exits gives the thresholds. Otherwise they are computed from `first`,
     the threshold of the first exit.
     """
-    if not target:
-        return graded_thresholds(first, engine.exit_depths)
+    if not number("target_disagreement", target, 0, 1):
+        return graded_thresholds(number("threshold", first, 0, 1), engine.exit_depths)
     calibrated = engine.thresholds(DecodeConfig(mode=settings.mode, temperature=settings.temperature,
                                                 target_disagreement=target))
     return tuple(DISABLED if t is None else t for t in calibrated)

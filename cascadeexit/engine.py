@@ -21,7 +21,7 @@ from cascadeexit.drafting import Draft, DraftSource, ExitDrafts
 from cascadeexit.events import Status, TokenEvent
 from cascadeexit.exits import ExitBank
 from cascadeexit.metrics import RunStats, summarize
-from cascadeexit.model import SegmentedModel
+from cascadeexit.model import SegmentedModel, token_ids
 from cascadeexit.sampling import Sampler
 from cascadeexit.staircase import Staircase
 from cascadeexit.tree import DraftTree
@@ -198,7 +198,7 @@ class Engine:
 
         Raises ValueError for bad input at the call, before the first event.
         """
-        prompt_ids = list(map(int, prompt_ids))
+        prompt_ids = token_ids(prompt_ids)
         self.check(prompt_ids, config)
         return self._timed(prompt_ids, config)
 

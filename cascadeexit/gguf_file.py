@@ -10,9 +10,10 @@ from pathlib import Path
 from gguf import GGUFReader
 from huggingface_hub import hf_hub_download
 
-from cascadeexit.conversion import ModelUnavailable, Progress, convert, disk_full, first_line, made_once, no_space
+from cascadeexit.conversion import ModelUnavailable, Progress, convert, disk_full, made_once, no_space
 from cascadeexit.folders import cache_folder
 from cascadeexit.model import SUPPORTED
+from cascadeexit.values import first_line
 
 ENDING = ".gguf"
 BYTES_PER_WEIGHT = 2       # of bf16

@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +21,15 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from cascadeexit import payoff, selfcheck
+from cascadeexit.artifact import check_finite
 from cascadeexit.backends import REFERENCE, reference
 from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.weights import bring_outer_weights
 from cascadeexit.bundled import DEFAULT_MODEL, bundled_model
-from cascadeexit.conversion import ModelUnavailable, Progress, disk_full, first_line
+from cascadeexit.conversion import ModelUnavailable, Progress, disk_full
 from cascadeexit.engine import Engine
 from cascadeexit.exits import CONFIG_FILE, WEIGHTS_FILE, ExitBank, download, read_config
 from cascadeexit.folders import assets_folder
@@ -36,6 +37,7 @@ from cascadeexit.gguf_file import converted, gguf_name, gguf_path, is_gguf, read
 from cascadeexit.model import SUPPORTED, SegmentedModel, check_supported
 from cascadeexit.prompts import opening_ids
 from cascadeexit.shape import Shape
+from cascadeexit.values import first_line, shown
 
 log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -74,7 +76,7 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
     base, tokenizer, name = load_model(model, device=device, dtype=dtype, progress=progress, device_map=device_map)
     engine = attach(base, name, exits, backend=backend, progress=progress, self_check=self_check and compute)
     del base                                    # the backend keeps what it needs
-    opening = opening_ids(tokenizer) if compute else []
+    opening = _opening(tokenizer, name) if compute else []
     if max(opening, default=0) < engine.model.vocab_size:
         engine.read_opening(opening)
     else:
@@ -86,6 +88,18 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
             (progress or log.info)(sentence)
     give_back()
     return engine, tokenizer
+
+
+def _opening(tokenizer, name: str) -> list[int]:
+    """Return the token ids with which every chat with this model begins. Raises ValueError for a wrong chat template.
+
+    name: short name of the model, for the message.
+    """
+    try:
+        return opening_ids(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{error}. Correct or remove the template of {name}: the file chat_template.jinja, or the key "
+                         "chat_template in tokenizer_config.json.") from error
 
 
 def attach(base, name: str, exits: str | Path | None = None, *, backend: str | None = None,
@@ -150,7 +164,8 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
         device_map: as in transformers; it replaces `device`. 'auto' spreads a model over several devices, main memory
             and disk.
 
-    Raises ModelUnavailable if the model cannot be loaded, and ValueError for an unsupported model or device.
+    Raises ModelUnavailable if the model cannot be loaded, and ValueError for an unsupported model or device, and for
+    weights that are not numbers.
     """
     model, place = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL, find_device(device)
     dtype = _torch_dtype(dtype, place)
@@ -158,16 +173,29 @@ def load_model(model: str | None = None, *, device: str | None = None, dtype: to
     hub = dict(token=token, trust_remote_code=False)    # if unset, transformers asks on the console
     read_model_config(model, source, hub)
     try:
-        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa",
-                                                    device_map=device_map, **hub)
+        base, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa",
+                                                           device_map=device_map, output_loading_info=True, **hub)
     except Exception as error:      # the readers of these files raise errors of many kinds, KeyError and Rust's too
         raise _explained(model, source, error) from error
+    _check_complete(source, found["missing_keys"])
     tokenizer = load_tokenizer(model, progress=progress, token=token)
     if device_map:
         bring_outer_weights(base)
     else:
         base = base.to(place)
+    check_finite(source, base.named_parameters())
     return base.eval().requires_grad_(False), tokenizer, short_name(source)
+
+
+def _check_complete(source: str, missing: Collection[str]) -> None:
+    """Raise ModelUnavailable if the files of a model lack tensors: transformers fills these with random numbers.
+
+    missing: names of the tensors that were not found.
+    """
+    if missing:
+        first, more = sorted(missing)[0], f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelUnavailable(f"the model in {source} is not complete: the weights '{first}'{more} are missing. "
+                               "Download it again, or save it again with save_pretrained.")
 
 
 def load_tokenizer(model: str, *, progress: Progress | None = None, token: str | None = None):
@@ -372,17 +400,32 @@ def read_model_config(model: str, source: str, hub: dict):
         source: folder or Hub id to load from.
         hub: options for the Hub, such as `token`.
 
-    Raises ValueError for an unsupported model, and ModelUnavailable if the config cannot be loaded.
+    Raises ValueError for an unsupported or quantised model, and ModelUnavailable if the config cannot be loaded.
     """
     try:
         config = AutoConfig.from_pretrained(source, **hub)
-    except ValueError as error:     # no model type, one that transformers does not know, or one with code of its own
+    except ValueError as error:
+        if _model_type(source, hub) in SUPPORTED:       # a value of the config is wrong
+            raise _explained(model, source, error) from error
+        # No model type, one that transformers does not know, or one with code of its own.
         raise ValueError(f"{model} is not supported: its config.json describes none of the model types "
                          f"{', '.join(SUPPORTED)} ({first_line(error)})") from error
     except Exception as error:
         raise _explained(model, source, error) from error
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise ValueError(f"{model} is quantised ({shown(method)}), which is not supported. Give the model with its "
+                         "original weights, or a GGUF file of it.")
     check_supported(config)
     return config
+
+
+def _model_type(source: str, hub: dict) -> str | None:
+    """Return the model type that a config.json names, although the config may be wrong; None if it names none."""
+    try:
+        return PreTrainedConfig.get_config_dict(source, **hub)[0].get("model_type")
+    except Exception:               # of transformers, of many kinds
+        return None
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------

@@ -147,10 +147,10 @@ class KeptRun:
         """Return the first choice of each exit and of the full model at `count` positions of a side's text.
 
         `start` is the first of these positions. `Inspection.map` describes the dict. At most MAP_COLUMNS positions are
-        returned. Returns None if the side was not inspected.
+        returned. Returns None if the side was not inspected, or if its text ends before `start`.
         """
         found = self.inspections.get(side) if isinstance(side, str) else None
-        if found is None or not (_whole(start) and _whole(count)):
+        if found is None or not (_whole(start) and _whole(count)) or start >= len(found.token_ids):
             return None
         return found.map(self.tokenizer, max(0, start), min(max(1, count), MAP_COLUMNS))
 

@@ -8,8 +8,9 @@ Letters: D hidden size, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -17,12 +18,16 @@ from torch import Tensor
 from cascadeexit import backends
 from cascadeexit.backends.base import Backend
 from cascadeexit.backends.weights import DecoderShape, is_spread, outer_weights
+from cascadeexit.values import shown, whole
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3")
 _GEMMA = ("most of its layers use sliding-window attention, and its two kinds of layers rotate positions by different "
           "angles")
 _REFUSED = {"gemma3": _GEMMA, "gemma3_text": _GEMMA}        # types for which the reason is known
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+# Largest sizes of a config. A config with a size far above them would occupy the machine for minutes before it fails.
+_LARGEST = dict(num_hidden_layers=1_000, hidden_size=65_536, intermediate_size=1_048_576, num_attention_heads=4_096,
+                num_key_value_heads=4_096, head_dim=4_096, vocab_size=4_194_304)
 
 
 def check_supported(config) -> None:
@@ -41,6 +46,9 @@ def check_supported(config) -> None:
     if sliding or (kind in ("mistral", "phi3") and getattr(config, "sliding_window", None)):
         raise ValueError(f"this {kind} model uses sliding-window attention, which is not supported: its layers would "
                          "need masks of different widths. Pick one with full attention in every layer.")
+    for name, most in _LARGEST.items():
+        if getattr(config, name, None) is not None:
+            whole(f"{name} in the config of the model", getattr(config, name), 1, most)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in _STATIC_ROPE:
         raise ValueError(f"rotary embedding type '{rope}' is not supported: its angles change with the length of the "
@@ -132,21 +140,46 @@ class SegmentedModel:
         return hashlib.sha256(weight.view(torch.uint8).numpy()).hexdigest()
 
     def check_prompt(self, ids: Sequence[int]) -> None:
-        """Raise ValueError for an empty prompt and for token ids outside the vocabulary."""
+        """Raise ValueError for an empty prompt, and for what `check_ids` refuses."""
         if len(ids) == 0:
             raise ValueError("the prompt is empty: give at least one token")
         self.check_ids(ids)
 
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Raise ValueError for token ids outside the vocabulary. With such ids, kernels would read invalid memory."""
-        bad = [i for i in ids if not 0 <= i < self.vocab_size]
+        """Raise ValueError for token ids outside the vocabulary, and for values that are not whole numbers.
+
+        With such ids, kernels would read invalid memory.
+        """
+        bad = [i for i in ids if not _is_whole(i) or not 0 <= i < self.vocab_size]
         if bad:
-            raise ValueError(f"token ids must be in 0..{self.vocab_size - 1}, got {bad[:5]}")
+            raise ValueError(f"token ids must be in 0..{self.vocab_size - 1}, got {shown(bad[:5])}")
+
+
+def token_ids(ids: Iterable[int]) -> list[int]:
+    """Return token ids as a list of Python's own whole numbers. Arrays and tensors of one dimension are accepted.
+
+    Raises ValueError for text and bytes, and for values that are not whole numbers: 1.5 and True would else become 1.
+    """
+    if isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Iterable):
+        raise ValueError(f"token ids must be a list of whole numbers, got {shown(ids)}: encode text with the tokenizer")
+    each = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    bad = [i for i in each if not _is_whole(i)]
+    if bad:
+        raise ValueError(f"token ids must be whole numbers, got {shown(bad[:5])}")
+    return list(map(int, each))
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _eos_ids(base) -> frozenset[int]:
-    """Return the ids of the tokens that end a text. The set may be empty."""
+    """Return the ids of the tokens that end a text. The set may be empty.
+
+    Raises ValueError for anything but a whole number, a list of them, or None.
+    """
     ids = base.generation_config.eos_token_id
     if ids is None:
         ids = base.config.eos_token_id
-    return frozenset(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    each = ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+    return frozenset(whole("eos_token_id", i, -1, 2**31) for i in each)

@@ -29,6 +29,7 @@ from cascadeexit.stream import (
     replay_line,
     status_line,
 )
+from cascadeexit.values import as_whole, whole
 
 log = logging.getLogger("cascadeexit.page")
 ASSETS = assets_folder()
@@ -78,7 +79,8 @@ class PromptSource:
             return prompts.read_prompts(self.pasted)
         if not self.kinds:
             raise ValueError("Choose at least one kind of prompt, paste prompts, or upload a file.")
-        return prompts.bundled_prompts(self.kinds, int(self.each or 1))
+        each = whole("the number of prompts of each kind", as_whole(self.each or 1), 1, prompts.MAX_PROMPTS)
+        return prompts.bundled_prompts(self.kinds, each)
 
 
 class Page:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascadeexit.folders import assets_folder
+from cascadeexit.values import first_line, shown
 
 MAX_BYTES = 1_000_000               # of a file or of pasted text
 MAX_PROMPTS = 200
@@ -83,9 +84,12 @@ def conversation_ids(tokenizer, messages: Sequence[dict[str, str]]) -> list[int]
 
     messages: the turns so far, [{role, content}]; a role is "system", "user" or "assistant".
 
-    Raises the error of the template if it refuses these turns. The tokenizer must have a template.
+    Raises ValueError if the template refuses these turns, or is wrong. The tokenizer must have a template.
     """
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except Exception as error:      # a template is a program: it raises errors of many kinds
+        raise ValueError(f"the chat template of this model cannot write these turns ({first_line(error)})") from error
 
 
 def visitor_token_ids(tokenizer, prompt: str | None, chat: bool) -> list[int]:
@@ -94,7 +98,7 @@ def visitor_token_ids(tokenizer, prompt: str | None, chat: bool) -> list[int]:
     Raises ValueError with a message for the visitor if the prompt is not text, is empty, or is too long.
     """
     if not isinstance(prompt or "", str):
-        raise ValueError("The prompt should be text.")
+        raise ValueError(f"The prompt should be text, got {shown(prompt)}.")
     prompt = (prompt or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # no lone surrogates
     if not prompt.strip():
         raise ValueError("Please write a prompt first.")
@@ -120,7 +124,7 @@ def bundled_prompts(kinds: Sequence[str] | None = None, each: int | None = None)
     content = json.loads(_PROMPTS_FILE.read_text(encoding="utf-8"))
     unknown = [kind for kind in kinds or () if kind not in content]
     if unknown:
-        raise ValueError(f"no bundled prompts of kind {', '.join(map(repr, unknown))}; there are {', '.join(content)}")
+        raise ValueError(f"no bundled prompts of kind {shown(unknown[0])}; there are {', '.join(content)}")
     chosen = {kind: content[kind][:each] for kind in (content if kinds is None else kinds)}
     longest = max(map(len, chosen.values()), default=0)
     return [Prompt(kind, texts[i]) for i in range(longest) for kind, texts in chosen.items() if i < len(texts)]
@@ -146,7 +150,7 @@ def _from_jsonl(content: str) -> Iterator[tuple[int, Prompt]]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise ValueError(f'line {number}: expected a JSON object such as {{"prompt": "..."}}, got {_quoted(line)}: '
+            raise ValueError(f'line {number}: expected a JSON object such as {{"prompt": "..."}}, got {shown(line)}: '
                              "correct the line, or name the file .txt if it holds plain prompts")
         yield number, _from_row(row, _PROMPT_FIELDS, number)
 
@@ -169,7 +173,7 @@ def _from_csv(content: str) -> Iterator[tuple[int, Prompt]]:
             header = [cell.strip().lower() for cell in cells]
             if header.count("prompt") != 1:
                 raise ValueError(f"line {line}: expected a header with one column prompt, got "
-                                 f"{_quoted(','.join(cells))}: name the column, and put commas between columns")
+                                 f"{shown(','.join(cells))}: name the column, and put commas between columns")
         elif any(cell.strip() for cell in cells[len(header):]):
             # Usually a comma inside a prompt: the rest of the prompt would be lost silently.
             raise ValueError(f"line {line}: expected one cell per column, {len(header)} in all, got {len(cells)}: "
@@ -188,18 +192,18 @@ def _from_row(row: dict, names: Sequence[str], line: int) -> Prompt:
     text, kind = (next((row[name] for name in known if row.get(name) is not None), None)
                   for known in (names, _KIND_FIELDS))
     if not isinstance(text, str) or not text.strip():
-        got = "none" if text is None else _quoted(text)
+        got = "none" if text is None else shown(text)
         raise ValueError(f"line {line}: expected a text under {' or '.join(names)}, got {got}: "
                          "write the prompt, or leave the line out")
     if kind is not None and not isinstance(kind, str):
-        raise ValueError(f"line {line}: expected a word as its kind, got {_quoted(kind)}: put it in quotes")
+        raise ValueError(f"line {line}: expected a word as its kind, got {shown(kind)}: put it in quotes")
     return Prompt((kind or "").strip() or OWN, text)
 
 
 def _reader_of(path: Path) -> Callable[[str], Iterator[tuple[int, Prompt]]]:
     readers = {".txt": _from_text, ".jsonl": _from_jsonl, ".csv": _from_csv}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"expected a file that ends in {', '.join(readers)}, got {_quoted(path.name)}: "
+        raise ValueError(f"expected a file that ends in {', '.join(readers)}, got {shown(path.name)}: "
                          "save it as one of them")
     return readers[path.suffix.lower()]
 
@@ -207,12 +211,12 @@ def _reader_of(path: Path) -> Callable[[str], Iterator[tuple[int, Prompt]]]:
 def _file_text(path: Path) -> str:
     try:
         if not path.is_file():                      # reading a pipe or a device might never end
-            raise ValueError(f"expected a file, got {_quoted(path.name)}, which is not a file: choose another")
+            raise ValueError(f"expected a file, got {shown(path.name)}, which is not a file: choose another")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         _check_size(path.stat().st_size if len(content) > MAX_BYTES else 0)
     except OSError as error:
-        raise ValueError(f"expected a file that can be read, got {_quoted(path.name)} ({error.strerror}): "
+        raise ValueError(f"expected a file that can be read, got {shown(path.name)} ({error.strerror}): "
                          "choose another") from None
     try:
         return content.decode("utf-8-sig")          # spreadsheet programs write a byte order mark
@@ -246,10 +250,3 @@ def _lines(content: str) -> Iterator[tuple[int, str]]:
 def _line_at(content: str, position: int) -> int:
     """Return the number, from 1, of the line that holds the character at this position."""
     return 1 + len(_LINE_END.findall(content[:position]))
-
-
-def _quoted(value) -> str:
-    """Format a value for an error message. Text is shortened, and its control characters are escaped."""
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    return repr(value[:60]) + "..." * (len(value) > 60) if isinstance(value, str) else json.dumps(value)

@@ -10,6 +10,7 @@ import re
 from cascadeexit.events import COPIED
 from cascadeexit.sides import CASCADE, FORKS, FULL, SECOND
 from cascadeexit.stream import FORMAT
+from cascadeexit.values import shown
 from cascadeexit.wire import STATUSES, expand, write_line
 
 MAX_BYTES, MAX_RECORDS = 8_000_000, 60_000
@@ -75,7 +76,7 @@ def load(content: bytes | str) -> str:
     if not isinstance(file, dict) or not isinstance(file.get("records"), list):
         raise ValueError('this is not a recorded run: expected {"format": ..., "records": [...]}. ' + _CHOOSE)
     if file.get("format") != FORMAT:
-        raise ValueError(f"this file has format {file.get('format')!r}; this page reads format {FORMAT}")
+        raise ValueError(f"this file has format {shown(file.get('format'))}; this page reads format {FORMAT}")
     if not 2 <= len(file["records"]) <= MAX_RECORDS:
         raise ValueError(f"records should have 2 to {MAX_RECORDS:,} entries, got {len(file['records']):,}")
     for number, record in enumerate(file["records"]):
@@ -119,7 +120,7 @@ def _side_names(run: dict, exits: int) -> list[str]:
         _check_numbers("entry 1 (run): a side's thresholds", side["thresholds"], exits)
     names = [side["name"] for side in sides]
     if names not in ([CASCADE, FULL], [CASCADE, SECOND, FULL]):
-        raise ValueError(f"entry 1 (run): sides should be {CASCADE}, perhaps {SECOND}, and {FULL}, got {names}"[:300])
+        raise ValueError(f"entry 1 (run): sides should be {CASCADE}, perhaps {SECOND}, and {FULL}, got {shown(names)}")
     return names
 
 
@@ -138,21 +139,21 @@ def _check_place(number: int, record: dict, exits: int, written: dict[str, int])
                              f"{record['exit']}")
         _check_numbers(f"entry {number}: conf", record["conf"], exits)
         if not all(c is None or 0 <= c <= 1 for c in record["conf"]):
-            raise ValueError(f"{place}: conf should hold numbers from 0 to 1, got {record['conf']!r}"[:300])
+            raise ValueError(f"{place}: conf should hold numbers from 0 to 1, got {shown(record['conf'])}")
     if kind == "run":
         _check_numbers(f"entry {number}: thresholds", record["thresholds"], exits)
     if kind == "stats":
         _check_numbers(f"entry {number}: routing_share", record["routing_share"], exits + 1)
     if kind == "fork":
         if record["side"] not in FORKS or record["side"] in written or record["of"] not in written:
-            raise ValueError(f"{place}: a new fork should continue a side of this run, got {record['side']!r} of "
-                             f"{record['of']!r}"[:300])
+            raise ValueError(f"{place}: a new fork should continue a side of this run, got {shown(record['side'])} of "
+                             f"{shown(record['of'])}")
         if not 0 <= record["at"] < written[record["of"]]:
             raise ValueError(f"{place}: {written[record['of']]} tokens come before it, so it cannot begin at "
                              f"{record['at']}")
         written[record["side"]] = record["at"]
     if "side" in {**_FIELDS[kind], **_OPTIONAL.get(kind, {})} and record.get("side", CASCADE) not in written:
-        raise ValueError(f"entry {number}: side should be one of {', '.join(written)}, got {record['side']!r}"[:300])
+        raise ValueError(f"entry {number}: side should be one of {', '.join(written)}, got {shown(record['side'])}")
     if kind == "tree":
         _check_drafts(place, record["drafts"], exits)
     if kind not in ("token", "text", "checked", "tree"):
@@ -174,12 +175,12 @@ def _check_drafts(place: str, drafts: list, exits: int) -> None:
         fits = isinstance(draft, list) and len(draft) == 6 and all(
             map(_fits, draft, (int, str, int, (*_NUMBER, type(None)), int, bool)))
         if not fits or not -1 <= draft[2] < n or not COPIED <= draft[4] <= exits:
-            raise ValueError(f"{place}: a draft should be [id, text, parent, p, exit, accepted], got {draft!r}"[:300])
+            raise ValueError(f"{place}: a draft should be [id, text, parent, p, exit, accepted], got {shown(draft)}")
 
 
 def _check_numbers(place: str, values: list, length: int) -> None:
     if len(values) != length or not all(v is None or _fits(v, _NUMBER) for v in values):
-        raise ValueError(f"{place} should be {length} numbers, got {values!r}"[:300])
+        raise ValueError(f"{place} should be {length} numbers, got {shown(values)}")
 
 
 def _check(number: int, record) -> None:
@@ -188,10 +189,10 @@ def _check(number: int, record) -> None:
     number: index of the record in its file.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"entry {number} should be an object, got {record!r}"[:300])
+        raise ValueError(f"entry {number} should be an object, got {shown(record)}")
     kind = record.get("type")
     if not isinstance(kind, str) or kind not in _FIELDS:
-        raise ValueError(f"entry {number}: type should be one of {', '.join(_FIELDS)}, got {kind!r}"[:300])
+        raise ValueError(f"entry {number}: type should be one of {', '.join(_FIELDS)}, got {shown(kind)}")
     place, fields = f"entry {number} ({kind}):", dict(_FIELDS[kind])
     if kind == "token" and record.get("status") != "rejected":
         fields |= _TOKEN_TEXT
@@ -216,17 +217,17 @@ def _check_token(number: int, record: dict) -> None:
     place = f"entry {number} (token):"
     if record["status"] not in STATUSES:
         raise ValueError(f"entry {number}: status should be one of {', '.join(STATUSES)}, got "
-                         f"{record['status']!r}"[:300])
+                         f"{shown(record['status'])}")
     for span in record.get("ran") or []:
         if not (isinstance(span, list) and len(span) == 3 and all(_fits(n, int) for n in span)):
-            raise ValueError(f"{place} ran should hold [first, end, rows], got {span!r}"[:300])
+            raise ValueError(f"{place} ran should hold [first, end, rows], got {shown(span)}")
     if not re.fullmatch("([0-9a-f]{2})+", record.get("bytes") or "00"):
-        raise ValueError(f"{place} bytes should be hexadecimal digits, got {record['bytes']!r}"[:300])
+        raise ValueError(f"{place} bytes should be hexadecimal digits, got {shown(record['bytes'])}")
 
 
 def _check_whole_numbers(place: str, name: str, record: dict) -> None:
     if not all(_fits(i, int) for i in record.get(name) or []):
-        raise ValueError(f"{place} {name} should hold whole numbers, got {record[name]!r}"[:300])
+        raise ValueError(f"{place} {name} should hold whole numbers, got {shown(record[name])}")
 
 
 def _check_fields(place: str, value, fields: dict) -> None:
@@ -237,10 +238,10 @@ def _check_fields(place: str, value, fields: dict) -> None:
         fields: {name of a field: its type}.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"{place} fields should be an object, got {value!r}"[:300])
+        raise ValueError(f"{place} fields should be an object, got {shown(value)}")
     for name, wanted in fields.items():
         if not _fits(value.get(name), wanted):
-            raise ValueError(f"{place} {name} should be {_name(wanted)}, got {value.get(name)!r}"[:300])
+            raise ValueError(f"{place} {name} should be {_name(wanted)}, got {shown(value.get(name))}")
 
 
 def _fits(value, wanted) -> bool:

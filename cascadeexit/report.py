@@ -1,8 +1,10 @@
 """Report: what the page shows of an evaluation of many prompts, while it runs and after a visitor cancelled it."""
 
 import json
+import shutil
 import tempfile
 import uuid
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +50,7 @@ class Report:
     curve: Sequence[dict]
     results: list[Result] = field(default_factory=list)
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="cascadeexit-")))
+    _folder: Path | None = None
 
     @property
     def done(self) -> bool:
@@ -79,12 +81,15 @@ class Report:
     def _files(self) -> dict[str, Path] | None:
         """Write the results so far to a JSON file and a CSV file. Returns {'json': path, 'csv': path}.
 
-        Returns None if there are no results.
+        Returns None if there are no results. The files are deleted with this report.
         """
         if not self.results:
             return None
         contents = dict(json=evaluation.results_json(self.results, self.config, self.label),
                         csv=evaluation.results_csv(self.results))
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="cascadeexit-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         files = {kind: self._folder / f"evaluation.{kind}" for kind in contents}
         for kind, path in files.items():
             path.write_text(contents[kind], encoding="utf-8")

@@ -26,6 +26,7 @@ from cascadeexit.engine import Engine
 from cascadeexit.events import TokenEvent
 from cascadeexit.inspection import Inspection, inspecting
 from cascadeexit.library import Library
+from cascadeexit.model import token_ids
 from cascadeexit.race import race
 from cascadeexit.scoring import Scores, scoring
 from cascadeexit.sides import FULL
@@ -140,7 +141,7 @@ class Runner:
         Raises ValueError at the call if the engine cannot do a task. The iterator raises RunFailed if a run breaks off.
         """
         engine, _ = self.library.get(label)
-        tasks = {side: replace(task, ids=list(map(int, task.ids))) for side, task in tasks.items()}
+        tasks = {side: replace(task, ids=token_ids(task.ids)) for side, task in tasks.items()}
         for task in tasks.values():
             if task.config:
                 engine.check(task.read_ids, task.config)

@@ -14,10 +14,12 @@ from cascadeexit.config import CASCADE_THRESHOLD, DecodeConfig, Mode, graded_thr
 from cascadeexit.prompts import MAX_PROMPT_CHARACTERS
 from cascadeexit.shape import Shape
 from cascadeexit.sides import CASCADE, FULL, SECOND, Side
+from cascadeexit.values import as_whole, number, shown, whole
 
 DISABLED = 1.0              # threshold at the end of a slider: the exit is never taken
 MAX_EXITS = 6               # threshold sliders on the page
 THRESHOLDS = tuple(f"threshold_{s + 1}" for s in range(MAX_EXITS))
+LARGEST_WHOLE = 2**53 - 1   # largest whole number in JavaScript
 FIRST_CONFIDENT = -1        # exit choice: the first exit whose confidence reaches its threshold
 
 
@@ -81,17 +83,21 @@ class Settings:
 
         Raises ValueError with a message for the visitor.
         """
-        try:
-            shared = dict(max_new_tokens=int(self.max_new_tokens), temperature=self.temperature, top_p=self.top_p,
-                          seed=int(self.seed or 0) % 2**63)
-            return (DecodeConfig(mode=self.mode, max_draft=int(self.max_draft), thresholds=self._thresholds(num_exits),
-                                 only_paying=self.exit_choice < 0,
-                                 tolerance=self.tolerance if self.mode == Mode.VERIFIED else 0, **shared),
-                    DecodeConfig(mode=Mode.FULL, **shared))
-        except TypeError:
-            raise ValueError("A setting is empty: give it a value.") from None
-        except OverflowError:
-            raise ValueError("A setting is too large: give it a smaller value.") from None
+        seed = 0 if self.seed is None else whole("seed", as_whole(self.seed), -2**63, 2**63 - 1)
+        tolerance = number("tolerance", self._filled("tolerance"), 0, 1)
+        shared = dict(max_new_tokens=as_whole(self._filled("max_new_tokens")), temperature=self._filled("temperature"),
+                      top_p=self._filled("top_p"), seed=seed % 2**63)
+        return (DecodeConfig(mode=self.mode, max_draft=as_whole(self._filled("max_draft")),
+                             thresholds=self._thresholds(num_exits), only_paying=self._choice() < 0,
+                             tolerance=tolerance if self.mode == Mode.VERIFIED else 0, **shared),
+                DecodeConfig(mode=Mode.FULL, **shared))
+
+    def _filled(self, name: str):
+        """Return the field with this name. Raises ValueError with a message for the visitor if it is None."""
+        return _given(name, getattr(self, name))
+
+    def _choice(self) -> int:
+        return whole("exit_choice", as_whole(self._filled("exit_choice")), disabling(MAX_EXITS), MAX_EXITS)
 
     def sides(self, shape: Shape) -> list[Side]:
         """Return a `Side` for each text that the page shows in a run, in the order of the panels.
@@ -113,7 +119,7 @@ class Settings:
         """
         choices = beside_choices(shape)
         if self.beside not in choices:
-            raise ValueError(f"'{self.beside}' cannot be shown beside the full model; choose one of "
+            raise ValueError(f"{shown(self.beside)} cannot be shown beside the full model; choose one of "
                              f"{', '.join(choices[1:])}.")
         if self.beside == EXACT:
             return replace(self, mode=Mode.VERIFIED, exit_choice=FIRST_CONFIDENT, tolerance=0.0)
@@ -137,16 +143,24 @@ class Settings:
 
         Returns None instead of a list if the run uses the default of its mode.
         """
-        if self.exit_choice >= 0:
-            return [0.0 if s == self.exit_choice else None for s in range(num_exits)]
-        if self.exit_choice == FIRST_CONFIDENT and self.mode == Mode.VERIFIED:
+        choice = self._choice()
+        if choice >= 0:
+            return [0.0 if s == choice else None for s in range(num_exits)]
+        if choice == FIRST_CONFIDENT and self.mode == Mode.VERIFIED:
             return None         # thresholds never change a verified text: the engine drafts where it saves time
-        wanted = [None if t >= DISABLED else t for t in self.thresholds[:num_exits]]
-        return [None if self.exit_choice == disabling(s) else t for s, t in enumerate(wanted)]
+        given = [number("each threshold", _given("each threshold", t)) for t in self.thresholds[:num_exits]]
+        return [None if t >= DISABLED or choice == disabling(s) else t for s, t in enumerate(given)]
 
     def record(self) -> dict:
         """Return the settings that a recorded run stores, {key: value}. A key is the `record` name of a setting."""
         return {f.metadata["record"]: getattr(self, f.name) for f in fields(self) if f.metadata["record"]}
+
+
+def _given(name: str, value):
+    """Return the value of a setting. Raises ValueError with a message for the visitor if its control is empty."""
+    if value is None:
+        raise ValueError(f"A setting is empty: give {name} a value.")
+    return value
 
 
 def limits(name: str) -> Limits | None:
@@ -181,11 +195,13 @@ def from_query(query: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[st
             if text in menus[name]:
                 found[name] = menus[name][text]
         elif isinstance(_default(name), str):
-            found[name] = text[:MAX_PROMPT_CHARACTERS]
+            if len(text) <= MAX_PROMPT_CHARACTERS:
+                found[name] = text
         elif isinstance(_default(name), bool):
-            found[name] = text == "true"
-        elif (number := _number(text, limits("thresholds" if name in THRESHOLDS else name))) is not None:
-            found[name] = number
+            if text in ("true", "false"):
+                found[name] = text == "true"
+        elif (value := _number(text, limits("thresholds" if name in THRESHOLDS else name))) is not None:
+            found[name] = value
     return found
 
 
@@ -204,20 +220,19 @@ def _default(control: str):
 
 
 def _number(text: str, limits: Limits | None) -> float | int | None:
-    """Convert text to a number within limits. Returns None if the text is not a number.
+    """Convert text to a number within limits. Returns None for any other text, and for a number beyond the limits.
 
-    A number beyond a limit becomes this limit. The result is whole if the step is 1 or if there are no limits.
+    The result is whole if the step is 1 or if there are no limits. Without limits, the number must be one that a
+    browser can hold exactly.
     """
+    low, high, step = limits or (-LARGEST_WHOLE, LARGEST_WHOLE, 1)
     try:
-        number = float(text)
-        if not math.isfinite(number):
-            return None
-        if limits is None:
-            return int(number)
-        number = min(max(number, limits.low), limits.high)
-        return int(number) if limits.step == 1 else number
+        found = float(text)
     except ValueError:
         return None
+    if not low <= found <= high:            # NaN, too
+        return None
+    return int(found) if step == 1 else found
 
 
 _FIELDS = {f.name: f for f in fields(Settings)}

@@ -78,6 +78,26 @@ def test_a_calibration_applies_only_to_the_exits_it_was_made_with(tmp_path, capl
         ExitBank.load(tmp_path)
 
 
+POINT = dict(threshold=0.8, disagreement=0.01, at_most=0.05, cost=0.9)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"exits": 5}, "exits must be text, got 5"), ({"prompts": "many"}, "prompts must be a whole number"),
+    ({"tokens": 6.5}, "tokens must be a whole number"), ({"delta": float("nan")}, "delta must be a number"),
+    ({"points": {}}, "points must be a list"), ({"points": []}, "points must be a list of 1 to"),
+    ({"points": [5]}, r"points\[0\] must be an object, got 5"), ({"points": [{}]}, "the key 'threshold' is missing"),
+    ({"points": [POINT | {"at_most": "0.1"}]}, r"at_most of points\[0\] must be a number from 0 to 1, got '0.1'"),
+    ({"points": [POINT | {"cost": -1}]}, "cost of points"), ({"points": [POINT | {"x": 1}]}, "the key 'x' is unknown"),
+    ({"points": [POINT, POINT]}, "must descend")])
+def test_a_damaged_calibration_is_refused_with_file_and_key(tmp_path, change, words):
+    content = dict(exits="", prompts=9, tokens=64, delta=0.1, points=[POINT])
+    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(content))
+    assert Calibration.load(tmp_path).points[0].at_most == 0.05
+    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match=f"{CALIBRATION_FILE} holds no calibration: .*{words}.*training.calibrate"):
+        Calibration.load(tmp_path)
+
+
 def test_prompts_are_the_text_before_the_last_reply_of_test_documents():
     assert prompt_of(Document([1, 2, 3, 4, 5], [0, 1, 0, 1, 1])) == (1, 2, 3)
     documents = [Document([i % 7 + 1, 2, 9], [0, 0, 1], key) for i, key in enumerate(range(0, 25 * 20, 25))]

@@ -4,6 +4,7 @@ import itertools
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -477,20 +478,40 @@ def test_runs_may_interleave(engine):
     ([5], {"thresholds": (0.5, 0.5)}, "3 exits"),
     ([5], {"mode": "verified", "max_draft": 32}, "max_draft"),
     ([5], {"mode": "cascade", "max_draft": 10**9}, "max_draft"),
+    ([5], {"mode": "full", "max_new_tokens": 10**9}, "max_new_tokens"),
+    ([1.5], {}, r"whole numbers, got \[1.5\]"),
+    ([5, True], {}, r"whole numbers, got \[True\]"),
+    ([None], {}, "whole numbers"),
+    (["12"], {}, "whole numbers"),
+    ([[5]], {}, "whole numbers"),
+    ("12", {}, "encode text with the tokenizer"),
+    (b"ab", {}, "encode text with the tokenizer"),
+    (5, {}, "must be a list"),
+    (torch.tensor([[5, 6]]), {}, "whole numbers"),
+    (np.array([1.5]), {}, "whole numbers"),
 ])
 def test_bad_input_is_refused_before_any_work(engine, prompt, config, message):
     with pytest.raises(ValueError, match=message):
         engine.generate(prompt, DecodeConfig(**config))
 
 
+def test_arrays_and_tensors_of_token_ids_are_prompts(engine):
+    config = DecodeConfig(max_new_tokens=8)
+    expected = engine.run([5, 6, 7], config).token_ids
+    for prompt in ((5, 6, 7), np.array([5, 6, 7], np.int8), [np.int64(i) for i in (5, 6, 7)], torch.tensor([5, 6, 7]),
+                   iter([5, 6, 7])):
+        assert engine.run(prompt, config).token_ids == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bad", [-1, 97, 2**40])
+@pytest.mark.parametrize("bad", [-1, 97, 2**40, 1.5, "5"])
 def test_token_ids_outside_the_vocabulary_are_refused_wherever_a_text_enters(dtype, bad):
     """Kernels read a row of the embedding for each id: another id would be another's memory."""
     engine = tiny_engine("llama-tied", dtype=dtype)
     run = engine.run([5, 6], DecodeConfig(mode="full", max_new_tokens=3))
     wrong = [replace(run.events[0], token_id=bad), *run.events[1:]]
-    for call in (lambda: engine.generate([5, bad], DecodeConfig()), lambda: engine.read_opening([5, bad]),
+    for call in (*[lambda: engine.generate([5, bad], DecodeConfig())] * isinstance(bad, int),
+                 lambda: engine.read_opening([5, bad]),
                  lambda: engine.full_choices([5, bad], [6]), lambda: engine.full_choices([5], [bad, 6]),
                  lambda: inspect(engine, [5, bad], run.events), lambda: inspect(engine, [5], wrong)):
         with pytest.raises(ValueError, match=r"token ids must be in 0\.\.96"):
@@ -505,10 +526,37 @@ def test_token_ids_outside_the_vocabulary_are_refused_wherever_a_text_enters(dty
     {"temperature": float("inf")}, {"temperature": 1e-40}, {"top_p": 0}, {"thresholds": 1.5},
     {"tolerance": 1}, {"tolerance": 0.3}, {"mode": "verified", "tolerance": 0.3, "temperature": 1},
     {"mode": "full", "check_late": True}, {"mode": "verified", "check_late": True},
+    *({name: value} for name in ("max_new_tokens", "max_draft", "seed")
+      for value in (None, True, 5.0, "5", float("nan"), float("inf"), [5], 10**30)),
+    *({name: value} for name in ("temperature", "top_p", "tolerance", "target_disagreement", "thresholds")
+      for value in (True, "0.5", float("nan"), float("inf"), -float("inf"), 10**400)),
+    {"max_draft": 1_001, "mode": "full"}, {"max_new_tokens": 10**8}, {"seed": 2**64}, {"temperature": 1e-38},
+    {"temperature": None}, {"top_p": None}, {"tolerance": None}, {"thresholds": [0.5, float("nan")]},
+    {"thresholds": b"5"}, {"thresholds": ["0.5"]}, {"thresholds": [True]},
+    {"ignore_eos": 1}, {"check_late": "no"}, {"only_paying": None}, {"mode": []}, {"mode": None},
 ])
 def test_contradictory_configs_are_refused(config):
     with pytest.raises(ValueError):
         DecodeConfig(**config)
+
+
+def test_numbers_of_numpy_become_pythons_own():
+    given = dict(max_new_tokens=np.int8(100), max_draft=np.uint8(7), seed=np.int64(3), temperature=np.float32(0.5),
+                 top_p=np.float64(0.9), thresholds=np.float32(0.5))
+    config = DecodeConfig(**given)
+    assert {name: type(getattr(config, name)) for name in given} == dict(
+        max_new_tokens=int, max_draft=int, seed=int, temperature=float, top_p=float, thresholds=float)
+    assert config == DecodeConfig(max_new_tokens=100, max_draft=7, seed=3, temperature=0.5, top_p=0.9, thresholds=0.5)
+    assert DecodeConfig(thresholds=np.array([0.5, 0.25])).thresholds == (0.5, 0.25)
+    assert DecodeConfig(thresholds=[None, np.float32(0.5)]).thresholds == [None, 0.5]
+
+
+@pytest.mark.parametrize("config", [{"mode": "w" * 10**6}, {"seed": "s" * 10**6}, {"thresholds": ["t" * 10**6]},
+                                    {"max_draft": 10**5000}, {"temperature": ["x"] * 10**5}])
+def test_the_message_about_a_long_value_is_short_and_names_the_field(config):
+    with pytest.raises(ValueError, match=[*config][0]) as caught:
+        DecodeConfig(**config)
+    assert len(str(caught.value)) <= 300 and "\n" not in str(caught.value)
 
 
 def test_the_longest_run_that_fits_is_right():

@@ -2,14 +2,17 @@
 
 import json
 import logging
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cascadeexit.backends.torch.linear import can_pack
 from cascadeexit.config import DecodeConfig
 from cascadeexit.engine import Engine
 from cascadeexit.exits import ADAPTERS, ExitBank, ExitConfig
+from cascadeexit.exits import bank as bank_module
 from cascadeexit.lookup import NOTHING_COPIED
 from cascadeexit.model import SegmentedModel
 from tests.tiny_models import EXIT_LAYERS, tiny_base, tiny_engine
@@ -151,15 +154,98 @@ def test_a_missing_file_is_named(tmp_path):
         ExitBank.load(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"format": 99}, {"layers": [5, 3]}, {"confidence": "guess"}, {"colour": "red"},
-                                    {"width": 9}, {"adapter": "magic"}, {"confidence": "sketch"}, {"sketch_size": 5},
-                                    {"head_size": 98}])
-def test_a_config_that_does_not_fit_is_refused(tmp_path, change):
-    tiny_engine().bank.save(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError):
-        ExitBank.load(tmp_path)
+def saved(folder, **shape):
+    """Save exits with every part that can be: a trimmed head, a sketch and a drafter. Returns their config, as a dict.
+    """
+    shape = dict(adapter="carry", confidence="sketch", sketch_size=30, head_size=64, head_sizes=(32, 64, 64),
+                 layers=(0, 2, 5), drafter_width=8) | shape
+    tiny_engine(**shape).bank.save(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def refused(folder) -> str:
+    """Return the message with which these exits are refused: one sentence or two, without a line break."""
+    with pytest.raises(ValueError) as caught:
+        ExitBank.load(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300 + len(str(folder))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"format": 99}, "format 99"), ({"layers": [0, 5, 3]}, "exit layers must ascend"),
+    ({"confidence": "guess"}, "got 'guess'"),
+    ({"colour": "red"}, "the key 'colour' is unknown"), ({"k" * 9999: 1}, "is unknown"),
+    ({"adapter": "magic"}, "got 'magic'"),
+    ({"adapter": ["carry"]}, "adapter must be text, got ['carry']"), ({"sketch_size": 0}, "sketch_size must be above"),
+    ({"confidence": "mlp"}, "sketch_size"), ({"head_size": 98}, "head_size must be at most 97"),
+    ({"width": "8"}, "width must be a whole number from 1 to 65,536, got '8'"), ({"width": 8.0}, "width must be"),
+    ({"width": True}, "width must be"), ({"width": 10**9}, "width must be"), ({"hidden_size": -1}, "hidden_size must"),
+    ({"num_layers": 10**6}, "num_layers must be"), ({"vocab_size": 10**9}, "vocab_size must be"),
+    ({"vocab_size": None}, "vocab_size must be"), ({"layers": "025"}, "layers must be a list"),
+    ({"layers": [0.5]}, "each of layers must be"), ({"layers": {}}, "layers must be"), ({"layers": []}, "at least one"),
+    ({"layers": list(range(10**5))}, "layers must be"), ({"head_sizes": [32, 64]}, "head_sizes must have a number for"),
+    ({"head_sizes": ["a"] * 3}, "each of head_sizes must be"), ({"head_sizes": 5}, "head_sizes must be a list"),
+    ({"norm_eps": "small"}, "norm_eps must be a number from 0 to 1, got 'small'"), ({"norm_eps": -1}, "norm_eps must"),
+    ({"norm_eps": float("nan")}, "norm_eps must be"), ({"trained": 1}, "trained must be true or false, got 1"),
+    ({"base_model": 5}, "base_model must be text, got 5"), ({"head_fingerprint": None}, "head_fingerprint must be"),
+    ({"drafter_width": -8}, "drafter_width must be"), ({"draft_size": 7}, "draft_size must be a multiple of 32"),
+])
+def test_a_config_that_does_not_fit_is_refused_with_file_and_key(tmp_path, change, words):
+    config = saved(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    message = refused(tmp_path)
+    assert words in message and str(tmp_path / "config.json") in message
+
+
+@pytest.mark.parametrize("key", ["base_model", "hidden_size", "num_layers", "vocab_size", "layers"])
+def test_a_missing_key_is_named(tmp_path, key):
+    config = saved(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name != key}))
+    assert f"the key '{key}' is missing" in refused(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "is not JSON"), (b"{", "is not JSON"), (b"\xff\xfe{}", "is not JSON"), (b"[" * 10**5, "is not JSON"),
+    (b"[1]", "must hold a JSON object, got [1]"), (b"null", "must hold a JSON object"), (POINTER, "Git LFS pointer"),
+    (b"{}", "the key 'base_model' is missing")])
+def test_a_broken_config_is_refused_by_name(tmp_path, content, words):
+    saved(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    message = refused(tmp_path)
+    assert words in message and str(tmp_path / "config.json") in message
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop("adapters.0.up.weight"), "has no tensor 'adapters.0.up.weight'"),
+    (lambda t: t.pop("head_ids"), "has no tensor 'head_ids'"), (lambda t: t.clear(), "has no tensor"),
+    (lambda t: t.update(extra=torch.zeros(1)), "a tensor that the config does not know: 'extra'"),
+    (lambda t: t.update(head_ids=t["head_ids"][:3]), "'head_ids' must have the shape (64,), which the config gives"),
+    (lambda t: t.update(head_ids=t["head_ids"].float()), "'head_ids' must have one of the types I64, I32, got F32"),
+    (lambda t: t.update({"adapters.1.norm.weight": torch.ones(32, dtype=torch.int64)}), "got I64"),
+    (lambda t: t["adapters.2.gate.weight"].fill_(float("nan")), "'adapters.2.gate.weight' hold NaN or infinity"),
+    (lambda t: t["confidence_heads.0.alone.0.bias"][:1].fill_(float("inf")), "'confidence_heads.0.alone.0.bias'"),
+    (lambda t: t["drafter.context.weight"][0, :1].fill_(-float("inf")), "'drafter.context.weight' hold NaN"),
+])
+def test_weights_that_do_not_fit_are_refused_with_file_and_tensor(tmp_path, change, words):
+    saved(tmp_path)
+    path = tmp_path / "exits.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    message = refused(tmp_path)
+    assert words in message and str(path) in message
+
+
+def test_weights_of_another_size_are_refused_before_memory_is_allocated(tmp_path, monkeypatch):
+    config = saved(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(hidden_size=65_536, width=65_536)))
+    monkeypatch.setattr(bank_module, "load_file", lambda path: pytest.fail("weights were read"))
+    began = time.perf_counter()
+    assert "must have the shape" in refused(tmp_path)
+    assert time.perf_counter() - began < 2, "17 GB for each matrix would take longer"
 
 
 @pytest.mark.parametrize("name", ["head_ids", "sketch_ids"])
@@ -169,17 +255,22 @@ def test_words_outside_the_vocabulary_are_refused(tmp_path, name, bad):
     bank = tiny_engine(adapter="carry", confidence="sketch", sketch_size=30, head_size=60).bank
     getattr(bank, name)[3] = bad
     bank.save(tmp_path)
-    with pytest.raises(ValueError, match=rf"{name} must be token ids in 0\.\.96, got \[{bad}\]"):
+    with pytest.raises(ValueError, match=rf"exits.safetensors: {name} must be token ids in 0\.\.96, got \[{bad}\]"):
         ExitBank.load(tmp_path)
 
 
-@pytest.mark.parametrize("keep", [0, 0.5], ids=["empty", "half"])
+@pytest.mark.parametrize("keep", [0, 0.02, 0.5, 0.999])
 def test_a_truncated_weights_file_is_refused_by_name(tmp_path, keep):
-    tiny_engine().bank.save(tmp_path)
+    saved(tmp_path)
     content = (tmp_path / "exits.safetensors").read_bytes()
     (tmp_path / "exits.safetensors").write_bytes(content[:int(keep * len(content))])
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        ExitBank.load(tmp_path)
+    assert f"{tmp_path / 'exits.safetensors'} is not a complete safetensors file" in refused(tmp_path)
+
+
+def test_a_pointer_instead_of_weights_is_called_a_pointer(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "exits.safetensors").write_bytes(POINTER)
+    assert "exits.safetensors is a Git LFS pointer" in refused(tmp_path)
 
 
 def test_a_bank_without_exits_is_refused():

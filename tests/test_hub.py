@@ -3,8 +3,10 @@
 import errno
 import importlib
 import json
+import re
 import subprocess
 import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
@@ -152,6 +155,89 @@ def test_a_damaged_folder_is_called_damaged_and_not_offline(folder, file, text):
     with pytest.raises(ModelUnavailable, match="missing or damaged") as caught:
         hub.load(str(folder), device="cpu")
     assert str(folder) in str(caught.value) and "Hub" not in str(caught.value)
+
+
+def changed(folder, file: str, **change) -> None:
+    """Change keys of a JSON file of a model."""
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def refused(folder, kind: type[Exception] = ValueError) -> str:
+    """Return the message with which this model is refused; it has one line of limited length."""
+    with pytest.raises(kind) as caught:
+        hub.load(str(folder), device="cpu", dtype=torch.float32)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 600 + len(str(folder))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.3.mlp.up_proj.weight"])
+@pytest.mark.parametrize("renamed", [True, False])
+def test_a_model_without_one_of_its_tensors_is_refused_by_name(folder, name, renamed):
+    """Transformers would run it with random numbers in their place."""
+    tensors = load_file(folder / "model.safetensors")
+    tensor = tensors.pop(name)
+    save_file(tensors | ({f"old.{name}": tensor} if renamed else {}), folder / "model.safetensors", {"format": "pt"})
+    assert f"the weights '{name}' are missing" in refused(folder, ModelUnavailable)
+
+
+def test_all_missing_tensors_are_counted(folder):
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    assert re.search(r"the weights '[\w.]+' and \d+ more are missing", refused(folder, ModelUnavailable))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_are_no_numbers_are_refused_by_name(folder, bad, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["model.layers.3.mlp.up_proj.weight"][5, 7] = bad
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "'model.layers.3.mlp.up_proj.weight' hold NaN or infinity" in refused(folder)
+
+
+@pytest.mark.parametrize("quantised, words", [
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "is quantised ('gptq')"),
+    ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "is quantised ('awq')"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "is quantised ('bitsandbytes')"),
+    ({"quant_method": "fp8"}, "is quantised ('fp8')")], ids=lambda value: str(value)[17:22])
+def test_a_quantised_model_is_called_quantised(folder, quantised, words):
+    changed(folder, "config.json", quantization_config=quantised)
+    message = refused(folder)
+    assert words in message and "damaged" not in message and "GGUF" in message
+
+
+@pytest.mark.parametrize("change", [dict(num_hidden_layers=10**6), dict(head_dim=10**6), dict(vocab_size=10**9),
+                                    dict(hidden_size=10**7, num_attention_heads=4), dict(intermediate_size=10**8)])
+def test_sizes_that_no_model_has_are_refused_at_once(folder, change):
+    changed(folder, "config.json", layer_types=None, **change)
+    began = time.perf_counter()
+    assert f"{[*change][0]} in the config of the model must be a whole number from 1 to" in refused(folder)
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("change", [dict(num_hidden_layers="six"), dict(hidden_size=None), dict(vocab_size=-1),
+                                    dict(num_attention_heads=5), dict(rope_parameters=7), dict(hidden_size=[32])])
+def test_a_config_of_a_supported_type_with_wrong_values_is_not_called_unsupported(folder, change):
+    changed(folder, "config.json", **change)
+    assert "is not supported" not in refused(folder, (ValueError, ModelUnavailable))
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ids", [[[1]], "1", 1.5, {"a": 1}])
+def test_end_tokens_of_a_wrong_shape_are_refused(folder, file, ids):
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    changed(folder, file, eos_token_id=ids)
+    refused(folder, (ValueError, ModelUnavailable))
+
+
+@pytest.mark.parametrize("template, reason", [
+    ("{% if %}", "TemplateSyntaxError"), ("{{ nothing.here }}", "UndefinedError"), ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ raise_exception('no users') }}", "no users"), ("{{ messages + 1 }}", "TypeError")])
+def test_a_chat_template_that_fails_is_named(folder, template, reason):
+    (folder / "chat_template.jinja").write_text(template)
+    message = refused(folder)
+    assert reason in message and "chat_template.jinja" in message and "tiny-llama" in message
 
 
 def test_a_damaged_bundled_model_is_to_be_deleted(converting):

@@ -11,7 +11,7 @@ CORE = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only modules before it in this list. A package's own name means its __init__.
 ORDER = """
-    events costs folders lookup prompts examples calibration config
+    values events costs folders lookup prompts examples artifact calibration config
     exits.adapters exits.confidence exits.config exits.bank exits
     backends.memory backends.graphs backends.cache backends.base backends.weights backends.exits
     backends.torch.recording backends.torch.linear backends.torch.attention backends.torch.cache
@@ -22,14 +22,14 @@ ORDER = """
     backends.gpu.heads backends.gpu.exits backends.gpu backends
     sampling model carry staircase drafting tree metrics engine race inspection scoring shape
     repetition machine text sides wire stream record conversion bundled gguf_file accelerator selfcheck payoff hub
-    custom_generate library turns runner spread evaluation views report settings kept page endpoints
+    custom_generate library turns runner spread evaluation views report settings kept page endpoints uploads
     openai.errors openai.requests openai.writing openai.answers openai.service openai.routes openai doctor
     terminal console __main__
 """.split()
 # Each outside library, and the modules that may import it.
 DOORS = {"transformers": ("hub", "conversion", "custom_generate", "backends.torch."), "plotly": ("views",),
          "gguf": ("gguf_file",), "ctypes": ("backends.",), "triton": ("backends.",), "gradio": (), "spaces": (),
-         "training": (), "app": (), "pydantic": ("openai.",), "starlette": ("openai.",), "openai": ()}
+         "training": (), "app": (), "pydantic": ("openai.",), "starlette": ("openai.", "uploads"), "openai": ()}
 
 
 def name_of(path: Path) -> str:

@@ -1,5 +1,7 @@
 """CPU kernels: results equal those of transformers and torch, and a row does not depend on other rows."""
 
+import ctypes
+import os
 from ctypes import byref
 from pathlib import Path
 
@@ -404,6 +406,28 @@ def test_a_failing_compiler_is_logged(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(build, "FLAGS", ("--no-such-flag",))
     assert build.library.__wrapped__() is None and "could not be built" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:len(content) // 2], lambda content: b"",
+                                    lambda content: content[:-9], lambda content: content[:9] + b"x" + content[10:]],
+                         ids=["half", "empty", "end", "byte"])
+def test_a_damaged_library_is_built_again_before_it_is_loaded(monkeypatch, tmp_path, damage):
+    """A library that is cut off kills the process that loads it, at every start."""
+    compiler = build.find_compiler()
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "kernels.cpp").write_text('extern "C" int ce_answer() { return 42; }')
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "src")
+    monkeypatch.setenv("CASCADEEXIT_CACHE", str(tmp_path / "cache"))
+    left = tmp_path / "cache" / "kernels-work-old"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    path = build._build(compiler)
+    whole, date = path.read_bytes(), path.stat().st_mtime_ns
+    assert build._build(compiler) == path and path.stat().st_mtime_ns == date, "built once"
+    path.unlink()           # a new file, since this process may still run the old one
+    path.write_bytes(damage(whole))
+    assert ctypes.CDLL(str(build._build(compiler))).ce_answer() == 42
+    assert [found.name for found in path.parent.iterdir()] == [path.name], "what killed compilers left is deleted"
 
 
 def test_fp32_stays_with_pytorch():

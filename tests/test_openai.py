@@ -274,6 +274,17 @@ def test_what_is_not_a_request_gets_the_same_kind_of_error(url):
         assert answer.status_code == status and answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("wrong", [
+    dict(model="m" * 10**5), dict(mode="w" * 10**5), dict(temperature="t" * 10**5), dict(messages="m" * 10**5),
+    dict(messages=[{"role": "r" * 10**5, "content": "x"}]), dict(messages=[{"role": "user", "content": ["c" * 10**5]}]),
+    dict(stop={"s": "t" * 10**5}), dict(n="n" * 10**5), dict(tools=["t" * 10**5]), dict(seed="1"),
+    dict(threshold=[1]), dict(max_draft=10**9), dict(stream="yes"), dict(stream_options=5), dict(logprobs="l" * 10**5)])
+def test_every_refusal_is_short_and_repeats_no_long_value(url, wrong):
+    answer = httpx.post(f"{url}v1/chat/completions", content=json.dumps(dict(model=NAME, messages=TURNS) | wrong))
+    assert answer.status_code in (400, 404) and 0 < len(answer.json()["error"]["message"]) <= 300
+    assert len(httpx.get(f"{url}v1/{'a' * 10**4}").json()["error"]["message"]) <= 300
+
+
 def test_harmless_fields_are_accepted(client):
     chat(client, user="me", metadata={"a": "b"}, store=True, n=1, max_tokens=2, response_format={"type": "text"},
          presence_penalty=0, parallel_tool_calls=None, extra_body=dict(unknown=1, tools=None))

@@ -1,5 +1,6 @@
 """Handlers of the page without a browser: runs of several sides, Stop, forks, and evaluations that are cancelled."""
 
+import gc
 import json
 
 import pytest
@@ -116,6 +117,14 @@ def test_a_run_has_three_sides_where_a_preset_stands_beside(page, engine):
 @pytest.mark.parametrize("arguments", [("x", "cascade", 0), ([], {}, None), (None, None, None)])
 def test_cards_of_unknown_tokens_are_none(page, arguments):
     assert page.token_card(*arguments) is None and page.layer_map(*arguments, 5) is None
+
+
+@pytest.mark.parametrize("start, count, columns", [(-2**64, 2**64, 40), (0, -5, 1), (39, 2**63, 1)])
+def test_a_map_has_only_columns_that_are_there(page, start, count, columns):
+    run = records(list(page.respond(SETTINGS)))[1]["run"]
+    assert len(page.layer_map(run, "cascade", start, count)["columns"]) == columns
+    for beyond in (40, 2**64):
+        assert page.layer_map(run, "cascade", beyond, count) is None
 
 
 @pytest.mark.parametrize("side, i", [("cascade", -1), ("cascade", 40), ("cascade", True), ("left", 0), ([], 0),
@@ -319,6 +328,24 @@ def test_after_cancel_text_table_chart_and_files_agree(page, monkeypatch):
     assert f"{star.y[0]:.1%}" in shown.status and f"{star.x[0]:.2f}×" in shown.status
     points = [trace for trace in shown.figure.data if trace.name == "own" and trace.xaxis == "x"]
     assert sum(len(trace.x) for trace in points) == 2
+
+
+def test_the_files_of_an_evaluation_are_deleted_when_it_is_no_longer_kept(page, monkeypatch):
+    monkeypatch.setattr(page._reports, "_most", 1)
+    folders = []
+    for _ in range(2):
+        progress = [p for p in page.evaluate(PromptSource(pasted="one"), SETTINGS) if p.files][-1]
+        folders.append(progress.files["json"].parent)
+        assert {path.name for path in folders[-1].iterdir()} == {"evaluation.json", "evaluation.csv"}
+        del progress
+        gc.collect()
+    assert not folders[0].exists() and folders[1].exists()
+
+
+@pytest.mark.parametrize("each", ["many", 10**9, -1, [2], 1.5])
+def test_a_wrong_number_of_prompts_gets_a_message(page, each):
+    shown = list(page.evaluate(PromptSource(kinds=("code",), each=each), SETTINGS))[-1]
+    assert shown.kind == "error" and "the number of prompts of each kind must be a whole number" in shown.status
 
 
 def test_cancel_changes_nothing_when_no_evaluation_runs(page):

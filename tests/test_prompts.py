@@ -12,7 +12,9 @@ from cascadeexit.prompts import (
     Prompt,
     bundled_prompts,
     read_prompts,
+    visitor_token_ids,
 )
+from tests.tiny_text import tiny_tokenizer
 
 
 def own(*texts: str) -> list[Prompt]:
@@ -75,8 +77,8 @@ def test_values_at_the_limits_are_allowed():
     ('{"prompt": "a", "kind": "' + "k" * 41 + '"}', f"at most {MAX_KIND_CHARACTERS} characters, got 41: shorten it"),
     ('{"prompt": "a", "kind": 5}', "line 1: expected a word as its kind, got 5: put it in quotes"),
     ('{"prompt": "a"}\n\n{"prompt": 5}', "line 3: expected a text under prompt or text or instruction, got 5: write"),
-    ('{"prompt": [1]}', "got a list: write the prompt"), ('{"prompt": {}}', "got an object: write the prompt"),
-    ('{"prompt": ' + "[" * 400 + "]" * 400 + "}", "got a list: write the prompt"),
+    ('{"prompt": [1]}', r"got \[1\]: write the prompt"), ('{"prompt": {}}', "got {}: write the prompt"),
+    ('{"prompt": ' + "[" * 400 + "]" * 400 + "}", r"got \[\[\[\[\[...\]\]\]\]\]: write the prompt"),
     ('{"question": "a"}', "line 1: expected a text under prompt or text or instruction, got none: write the prompt"),
     ('{"prompt": " "}', "got ' ': write the prompt, or leave the line out"),
 ])
@@ -134,6 +136,23 @@ def test_a_file_without_read_permission_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "open", refuse)
     with pytest.raises(ValueError, match=r"can be read, got 'a.txt' \(Permission denied\): choose another"):
         read_prompts(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("template, reason", [
+    ("{% if %}", "TemplateSyntaxError"), ("{{ nothing.here }}", "UndefinedError"), ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ raise_exception('no users') }}", "no users"), ("{{ messages + 1 }}", "TypeError")])
+def test_a_chat_template_that_fails_gets_one_sentence(template, reason):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=rf"the chat template of this model cannot write these turns \(.*{reason}"):
+        visitor_token_ids(tokenizer, "hi", True)
+    assert visitor_token_ids(tokenizer, "hi", False)
+
+
+@pytest.mark.parametrize("prompt", [5, ["hi"], {"a": "b" * 9999}, True])
+def test_a_prompt_that_is_not_text_is_refused(prompt):
+    with pytest.raises(ValueError, match="The prompt should be text, got .{1,70}$"):
+        visitor_token_ids(tiny_tokenizer(), prompt, False)
 
 
 def test_kinds_of_bundled_prompts_alternate():

@@ -77,6 +77,18 @@ def test_a_wrong_entry_is_named(stream, change, reason):
         record.load(changed(stream, **change))
 
 
+@pytest.mark.parametrize("change", [
+    {"format": "f" * 10**6}, {"records__3": ["x" * 10**6]}, {"records__3__type": "t" * 10**6},
+    {"records__2__text": ["x" * 10**6]}, {"records__2__side": "s" * 10**6}, {"records__2__status": "s" * 10**6},
+    {"records__2__bytes": "z" * 10**6}, {"records__2__conf": ["c" * 10**6]}, {"records__2__ran": [["r" * 10**6]]},
+    {"records__1__sides__0__name": "n" * 10**6}, {"records__1__thresholds": ["t" * 10**6]},
+    {"records__3__type": []}, {"records__3__type": {}}, {"records__2__id": 10**400}])
+def test_a_long_value_is_not_repeated_in_the_message(stream, change):
+    with pytest.raises(ValueError) as caught:
+        record.load(changed(stream, **change))
+    assert len(str(caught.value)) <= 300 and "\n" not in str(caught.value)
+
+
 def appended(stream: str, *records: dict) -> str:
     file = json.loads(record.dump(stream))
     return json.dumps(file | dict(records=[*file["records"], *records]))

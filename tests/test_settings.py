@@ -60,9 +60,9 @@ def test_verified_mode_keeps_its_own_thresholds_and_the_tolerance():
     assert config.thresholds is None and config.tolerance == 0.3 and full.tolerance == 0
 
 
-@pytest.mark.parametrize("name", ["max_new_tokens", "max_draft", "temperature", "top_p"])
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_draft", "temperature", "top_p", "tolerance"])
 def test_an_erased_value_is_refused_with_a_message(name):
-    with pytest.raises(ValueError, match="A setting is empty"):
+    with pytest.raises(ValueError, match=f"A setting is empty: give {name} a value"):
         Settings(**{name: None}, thresholds=SLIDERS).decode_configs(3)
 
 
@@ -89,13 +89,37 @@ def test_every_setting_is_read_from_the_address():
 @pytest.mark.parametrize("query", [
     {"model": "other"}, {"mode": "warp"}, {"mode": "full"}, {"n": "many"}, {"temp": "1e999"}, {"temp": "nan"},
     {"t": "a,b"}, {"t": ""}, {"exit": "77"}, {"exit": "-5"}, {"seed": "nan"}, {"seed": "inf"}, {"unknown": "1"},
-    {"beside": "me"}])
-def test_what_does_not_fit_in_an_address_is_left_out(query):
+    {"beside": "me"}, {"chat": "maybe"}, {"tol": "nan"}, {"top_p": "nan"}, {"t": "nan,nan,nan,nan"}, {"n": "5000"},
+    {"n": "-1"}, {"n": "9" * 5000}, {"top_p": "0"}, {"t": "2,x,-1"}, {"seed": "99999999999999999999"},
+    {"seed": "1e300"}, {"p": "a" * 20_001}, {"temp": "2.05"}, {"drafts": "1e9"}, {"model": "a" * 10**5}])
+def test_what_does_not_fit_in_an_address_leaves_the_control_as_it_was(query):
     assert from_query(query, {"a": SHAPE}) == {}
 
 
-def test_numbers_of_an_address_are_held_within_limits():
-    found = from_query({"n": "5000", "top_p": "0", "t": "2,x,-1", "p": "a" * 30_000, "seed": "-3.5"}, {"a": SHAPE})
-    assert found["max_new_tokens"] == limits("max_new_tokens").high and found["top_p"] == limits("top_p").low
-    assert (found["threshold_1"], found["threshold_3"]) == (1, 0) and "threshold_2" not in found
-    assert len(found["prompt"]) == 20_000 and found["seed"] == -3
+def test_numbers_at_the_limits_of_an_address_are_read():
+    limit = limits("max_new_tokens").high
+    found = from_query({"n": str(limit), "t": "1,x,0", "p": "a" * 20_000, "seed": "-3.5"}, {"a": SHAPE})
+    assert found == dict(max_new_tokens=limit, threshold_1=1, threshold_3=0, prompt="a" * 20_000, seed=-3)
+    assert from_query({"seed": str(2**53 - 1)}, {"a": SHAPE}) == dict(seed=2**53 - 1)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("max_new_tokens", "many"), ("max_new_tokens", 7.5), ("max_new_tokens", True), ("max_draft", 10**9),
+    ("temperature", float("nan")), ("temperature", "hot"), ("top_p", [1]), ("seed", "x"), ("seed", float("inf")),
+    ("seed", 10**30), ("exit_choice", "x"), ("exit_choice", 99), ("mode", "w" * 10**5), ("mode", []), ("mode", None)],
+    ids=lambda value: str(value)[:20])
+def test_a_wrong_value_gets_one_short_sentence_with_its_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be .* got ") as caught:
+        Settings(**{"thresholds": SLIDERS, name: value}).decode_configs(3)
+    assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize("threshold", ["x", float("nan"), -1, True, [0.5]])
+def test_a_wrong_threshold_is_named(threshold):
+    with pytest.raises(ValueError, match="^each (of thresholds|threshold) must be .* got "):
+        Settings(thresholds=(0.5, threshold, 0.5)).decode_configs(3)
+
+
+def test_whole_numbers_that_a_browser_sends_as_floats_are_whole():
+    config, _ = Settings(max_new_tokens=40.0, max_draft=5.0, seed=3.0, thresholds=SLIDERS).decode_configs(3)
+    assert (config.max_new_tokens, config.max_draft, config.seed) == (40, 5, 3)

@@ -322,7 +322,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    bank = load_exits(args)
+    bank, earlier = load_exits(args), read_json(args.exits / "drafter.json") if args.go_on else None
     base, _, name = load_model(args.model or bank.config.base_model, device=str(accelerator.device))
     model = SegmentedModel(base, bank.config.layers, name=name)
     del base                                    # the backend keeps what it needs
@@ -341,7 +341,7 @@ def main() -> None:
         inputs.fold()
         save_with_drafter(bank, drafter, model.dtype, args)
         save_json(args.out / "drafter.json", {
-            "went_on_from": read_json(args.exits / "drafter.json") if args.go_on else None,
+            "went_on_from": earlier,
             "provenance": provenance(args.seed), "settings": settings, "data_note": args.data_note, "steps": steps,
             "processes": accelerator.num_processes, "rows": sum(map(store.rows, training)),
             "held_out_rows": sum(map(store.rows, held_out)), "held_out_agreement_before": before,

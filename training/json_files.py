@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from cascadeexit.artifact import read_object
+
 
 def save_json(path: Path, content: dict) -> None:
     """Write a JSON file. An older file is replaced only when the new file is complete."""
@@ -14,8 +16,8 @@ def save_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """Read a JSON file. Returns None if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """Read a JSON file. Returns None if there is no such file, and raises ValueError for a damaged one."""
+    return read_object(path) if path.exists() else None
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -14,10 +14,10 @@ from typing import Self
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cascadeexit.artifact import check_finite, check_tensors
 from cascadeexit.calibration import Calibration
 from cascadeexit.exits.adapters import ADAPTERS, Drafter
 from cascadeexit.exits.confidence import ConfidenceHead, SketchConfidence
@@ -162,15 +162,19 @@ class ExitBank(nn.Module, ModelHubMixin, library_name="cascadeexit", tags=["earl
     def load(cls, folder: str | Path) -> Self:
         """Read exits that `save` wrote, with their calibration if there is one.
 
-        Raises FileNotFoundError if a file is missing, and ValueError if files are damaged or do not fit together.
+        Raises FileNotFoundError if a file is missing, and ValueError if files are damaged or do not fit together. The
+        message names the file and, if there is one, the key or the tensor. Shapes are compared before memory is
+        allocated for them.
         """
         folder = Path(folder)
-        try:
-            bank = cls(read_config(folder))
-            bank.load_state_dict(load_file(folder / WEIGHTS_FILE))
-            bank._check_words()
-        except (TypeError, RuntimeError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no exits that this version can read: {error}") from error
+        config, path = read_config(folder), Path(folder) / WEIGHTS_FILE
+        with torch.device("meta"):          # shapes without memory: a wrong config may ask for any amount of it
+            wanted = cls(config).state_dict()
+        check_tensors(path, wanted)
+        bank = cls(config)
+        bank.load_state_dict(load_file(path))
+        check_finite(path, bank.named_parameters())
+        bank._check_words(path)
         bank.calibration = Calibration.load(folder)
         if bank.calibration and bank.calibration.exits != bank.fingerprint():
             log.warning("The calibration in %s belongs to other exits and is ignored: run python -m "
@@ -198,13 +202,13 @@ class ExitBank(nn.Module, ModelHubMixin, library_name="cascadeexit", tags=["earl
         return cls.load(download(model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
                                  local_files_only=local_files_only, token=token))
 
-    def _check_words(self) -> None:
-        """Raise ValueError if `head_ids` or `sketch_ids` has a token id outside the vocabulary."""
+    def _check_words(self, path: Path) -> None:
+        """Raise ValueError if `head_ids` or `sketch_ids` has a token id outside the vocabulary. `path`: their file."""
         for name in ("head_ids", "sketch_ids"):
             ids = getattr(self, name)
             bad = [] if ids is None else ids[(ids < 0) | (ids >= self.config.vocab_size)].tolist()
             if bad:
-                raise ValueError(f"{name} must be token ids in 0..{self.config.vocab_size - 1}, got {bad[:5]}: "
+                raise ValueError(f"{path}: {name} must be token ids in 0..{self.config.vocab_size - 1}, got {bad[:5]}: "
                                  "the file is damaged, or belongs to another model")
 
 

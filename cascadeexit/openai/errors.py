@@ -2,6 +2,8 @@
 
 from pydantic import ValidationError
 
+from cascadeexit.values import shown
+
 
 class ApiError(Exception):
     """Raised for a request that cannot be answered. The message tells the caller why.
@@ -37,9 +39,3 @@ def wrong_request(error: ValidationError) -> ApiError:
     if fault["type"] != "value_error":
         message = f"{message.replace('Input should be', 'expected')}, got {shown(fault['input'])}"
     return ApiError(f"{param}: {message}", param=param)
-
-
-def shown(value) -> str:
-    """Format a wrong value for a message: its `repr`, shortened to about 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

@@ -10,9 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cascadeexit.config import DecodeConfig, Mode
-from cascadeexit.openai.errors import shown
 from cascadeexit.prompts import MAX_PROMPT_CHARACTERS, MAX_PROMPTS
 from cascadeexit.scoring import TOP
+from cascadeexit.values import shown
 
 DEFAULT_TOKENS, MAX_TOKENS = 1024, 4096     # new tokens of one text: of a chat that names no number, and of any
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 1000

@@ -23,6 +23,7 @@ from cascadeexit.openai.service import Moment, Service
 from cascadeexit.openai.writing import Job, Written
 from cascadeexit.prompts import MAX_BYTES
 from cascadeexit.runner import RunFailed, Runner
+from cascadeexit.values import shown
 
 log = logging.getLogger("cascadeexit.openai")
 COMMENT_SECONDS = 10        # a stream without news sends a comment this often, so that no proxy closes it
@@ -160,8 +161,8 @@ def _failure(error: Exception) -> ApiError:
 
 
 def _no_route(request: WebRequest, error: HTTPException) -> ApiError:
-    return ApiError(f"expected an address and a method that this server offers, got {request.method} "
-                    f"{request.url.path}", error.status_code)
+    return ApiError(f"expected an address and a method that this server offers, got "
+                    f"{shown(f'{request.method} {request.url.path}')}", error.status_code)
 
 
 def _refusal(error: ApiError) -> JSONResponse:

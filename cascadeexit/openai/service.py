@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from jinja2 import TemplateError
 from pydantic import ValidationError
 
 from cascadeexit.config import DecodeConfig, Mode
@@ -20,6 +19,7 @@ from cascadeexit.openai.writing import Job, Written, write
 from cascadeexit.prompts import conversation_ids
 from cascadeexit.runner import Runner
 from cascadeexit.text import TextDecoder
+from cascadeexit.values import shown
 
 MAX_OPEN = 20           # requests that run or wait
 ANSWERS: dict[type[Request], type[Answer]] = {ChatRequest: ChatAnswer, CompletionRequest: CompletionAnswer}
@@ -77,7 +77,7 @@ class Service:
                 yield None
             try:
                 jobs = self._jobs(label, request.mode or mode, request)
-            except (ValueError, TemplateError) as error:
+            except ValueError as error:
                 raise ApiError(str(error)) from None
             engine, tokenizer = self._runner.library.get(label)
             yield ANSWERS[kind](request, tokenizer, engine.num_exits + 1)
@@ -101,7 +101,7 @@ class Service:
     def _named(self, name: str) -> tuple[str, Mode]:
         """Return the library's label of a model, and the mode that its name stands for."""
         if name not in self._names:
-            raise ApiError(f"model: expected a name that /v1/models lists, got {name!r:.100}", 404, param="model",
+            raise ApiError(f"model: expected a name that /v1/models lists, got {shown(name)}", 404, param="model",
                            code="model_not_found")
         return self._names[name]
 

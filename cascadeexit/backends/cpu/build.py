@@ -1,7 +1,7 @@
 """Build: compiles the C++ kernels once, with this machine's compiler and for its processor.
 
 The compiled library is kept in the cache folder. Its file name contains a hash of the sources, the flags, the compiler
-and the processor.
+and the processor. Its last bytes are the SHA-256 of all others, which is checked before the library is loaded.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("src")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+COMPILE_SECONDS = 300       # longest time of a compiler
+_WORK = "kernels-work-"     # begin of the names of folders in which compilers work
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _VECTORS = ("AVX512BF16", "AVX512VNNI", "AVX512BW", "AVX512F", "AVX2")      # compiler macros that src/*.h asks for
 
 
@@ -108,16 +112,40 @@ def kernels_file(compiler: str) -> Path:
 
 
 def _build(compiler: str) -> Path:
-    """Compile the library if its file does not exist. Returns its path."""
+    """Compile the library if its file does not exist or is damaged. Returns its path."""
     path = kernels_file(compiler)
-    if not path.exists():
+    if not _is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:    # two processes at once: the last one wins
+        _remove_stale(path.parent)
+        with tempfile.TemporaryDirectory(prefix=_WORK, dir=path.parent) as folder:  # two at once: the last one wins
             made = Path(folder) / "kernels.so"
             subprocess.run([compiler, *FLAGS, "-o", str(made), str(SOURCES / "kernels.cpp")], check=True,
-                           capture_output=True, text=True, timeout=300)
+                           capture_output=True, text=True, timeout=COMPILE_SECONDS)
+            content = made.read_bytes()
+            made.write_bytes(content + hashlib.sha256(content).digest())    # loaders ignore what follows the library
             os.replace(made, path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Return True if the file ends in the SHA-256 of all bytes before it, as `_build` writes it.
+
+    A library that is cut off, for example because the disk was full, kills the process that loads it.
+    """
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+
+
+def _remove_stale(folder: Path) -> None:
+    """Delete the folders of compilers that were killed. A folder that may still be in use is kept."""
+    for work in folder.glob(f"{_WORK}*"):
+        try:
+            if time.time() - work.stat().st_mtime > 2 * COMPILE_SECONDS:
+                shutil.rmtree(work, ignore_errors=True)
+        except OSError:                 # another process was faster
+            continue
 
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
