@@ -55,7 +55,7 @@ _ROW_COST = 0.02                # a tile of 16 rows costs about what one of them
 class Scratch:
     """Memory for the intermediate results of one layer's kernels, for N rows and at most S splits of attention.
 
-    `kernels.attend` explains `parts`.
+    In the shapes, `parts` is the number of groups of 16 query rows in a tile; see `kernels.attend`.
     """
 
     queries: Tensor     # (N, H d)
