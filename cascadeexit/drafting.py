@@ -135,8 +135,8 @@ class ExitDrafts:
 def worth_running(s: int, thresholds: Sequence[float | None], last: float | None) -> bool:
     """Return True if exit s should run.
 
-    An exit does not run if it is disabled, or if `last` is more than 0.3 below the threshold of exit s. The deepest
-    exit runs even after a low `last`.
+    An exit should not run if it is disabled, or if the exit that ran before it had a confidence (`last`) more than 0.3
+    below this exit's threshold. The deepest exit runs even after a low `last`.
 
     Args:
         s: number of the exit; for len(thresholds), the result is False.

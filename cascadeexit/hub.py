@@ -64,8 +64,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         self_check: compare the backend with the `torch` backend. If they differ, the engine runs on `torch` instead,
             and the reason goes to `Engine.notice` and to `progress`. `Engine.self_check` has the result of the
             comparison.
-        measure: measure for about a second which exits and drafts save time on this machine. The others are then
-            switched off (`Engine.payoff`). False uses all of them.
+        measure: measure for about a second which exits and drafts save time on this machine, and switch off those
+            that do not (`Engine.payoff`). False uses all exits and drafts.
         compute: False for a process that will be forked. The model is then loaded, but no layer runs.
 
     Raises ModelUnavailable if the model cannot be loaded; ValueError for an unsupported model, for exits of another
@@ -189,7 +189,7 @@ def load_tokenizer(model: str, *, progress: Progress | None = None, token: str |
 def describe(model: str | None = None, exits: str | Path | None = None) -> Shape:
     """Return the name, the size and the exits of the model that `load` would load, without reading weights.
 
-    Raises the same errors as `load`, but only those that the config files show.
+    Raises those errors of `load` that can be detected from the config files.
     """
     model = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL
     name = short_name(model)
@@ -208,9 +208,11 @@ def describe(model: str | None = None, exits: str | Path | None = None) -> Shape
 
 
 def available(model: str) -> bool:
-    """Return True if a model of the Hugging Face Hub can be had: it is in the Hub's cache, or the Hub answers.
+    """Return True if a model of the Hugging Face Hub is in the Hub's cache on this machine, or can be downloaded.
 
-    Waits at most about two seconds for the Hub.
+    A download counts as possible if the Hub describes the model within about two seconds.
+
+    model: id of the model, such as owner/name.
     """
     if isinstance(try_to_load_from_cache(model, "config.json"), str):
         return True

@@ -202,7 +202,7 @@ class TokenStream:
         self.add_stats(names)
 
     def end(self, name: str, inspection: Inspection) -> None:
-        """Append the agreement of a side's text with the full model, and its match with the full model's own text.
+        """Append a side's `end` record: how its text compares with the full model's choices and the full model's text.
 
         inspection: inspection of the side's final tokens. It has the full model's choice at each position.
         """

@@ -108,8 +108,8 @@ class Message(_Body):
 class Request(_Body):
     """Fields that both kinds of requests share. Most have the meaning that they have at OpenAI.
 
-    Five fields are our own: `mode`, `threshold`, `target_disagreement`, `tolerance` and `max_draft`. They mean what
-    they mean in `DecodeConfig`. A client sends them beside the other fields (`extra_body` of the client `openai`).
+    Five fields are our own: `mode`, `threshold`, `target_disagreement`, `tolerance` and `max_draft`. `DecodeConfig`
+    explains these five. A client sends them beside the other fields (`extra_body` of the client `openai`).
     """
 
     model: str
