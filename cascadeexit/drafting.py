@@ -73,8 +73,8 @@ class ExitDrafts:
         thresholds: for each exit, the confidence from which it is taken; None for an exit that is disabled.
         choose: function that returns the token that an exit chooses. Its arguments are the number of the exit and the
             hidden state after the adapter of the exit (1, D).
-        ended: function that returns True if the text is complete. Its arguments are the length of the text and its
-            newest token.
+        ended: function that returns True if the text is complete. Its arguments are the length of the text in tokens
+            and the newest token.
         limit: largest number of drafts in a round; None in cascade mode, where these tokens are final and not drafts.
     """
 

@@ -310,10 +310,10 @@ def _downloaded(repo_id: str) -> Path:
 
 
 def default_exit_layers(num_layers: int) -> tuple[int, ...]:
-    """Return layers for exits at 30, 57 and 80% of the depth, as in the original CascadeExit.
+    """Return the number of layers below each exit, for exits at 30, 57 and 80% of the depth.
 
-    A shallow model may get fewer than three exits. Raises ValueError for a model of one layer, because an exit needs a
-    layer below it and a layer above it.
+    The original CascadeExit has its exits at these depths. A shallow model may get fewer than three exits. Raises
+    ValueError for a model of one layer, because an exit needs a layer below it and a layer above it.
     """
     if num_layers < 2:
         raise ValueError(f"a model of {num_layers} layer has no place for an exit: at least 2 are needed")
@@ -322,10 +322,10 @@ def default_exit_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
-    """Convert text to exit layers.
+    """Convert text to exit layers: the number of layers below each exit.
 
     The text holds layers, such as '8,16,22', or shares of the depth, such as '0.3,0.57,0.8'. None gives 0 and the
-    default layers. The exit at 0 is before the first layer, so it drafts in nearly no time.
+    `default_exit_layers`. The exit at 0 is before the first layer, so it drafts in nearly no time.
 
     Raises ValueError for text that does not hold numbers.
     """

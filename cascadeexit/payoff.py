@@ -59,7 +59,7 @@ class ExitTime:
 
 @dataclass(frozen=True)
 class Payoff:
-    """Which exits and drafts save time on this machine, and the times that were measured to find this out.
+    """Result of `measure`: times on this machine, and the decision which exits and drafts save time.
 
     The times are in seconds. `paying` and `drafter_pays` have the decisions, and `sentences` explains them to users.
     """

@@ -273,7 +273,9 @@ class TokenStream:
 def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> Iterator[str]:
     """Add the events of a race to a stream. Yields the stream's text for the page.
 
-    Yields at the first event, and then at the first event after each `FRAME_SECONDS`.
+    Yields at the first event. Later it yields at an event if `FRAME_SECONDS` have passed since the last yield.
+
+    contest: events of the race, as (name of the side, event).
     """
     next_frame, names = 0.0, {}
     next_stats = time.monotonic() + STATS_SECONDS

@@ -311,7 +311,7 @@ class Backend(Protocol):
         """
 
     def exits(self, bank) -> ExitRuntime:
-        """Make the exit runtime for an `ExitBank`. The caller has called the bank's `prepare` with this model."""
+        """Make the exit runtime for an `ExitBank`. Before this call, `ExitBank.prepare` was called with this model."""
 
     def without_gradients(self, function: Callable) -> Callable:
         """Wrap a function or generator function so that it records no gradients. The wrapper costs little time."""
