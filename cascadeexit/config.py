@@ -13,7 +13,7 @@ _LEAST_TEMPERATURE = 1e-3       # below it logits overflow
 
 
 class Mode(StrEnum):
-    """How a text is decoded: by the full model, by exits, or by drafts that the full model verifies."""
+    """Mode of decoding a text: by the full model, by exits, or by drafts that the full model verifies."""
 
     FULL = "full"           # every token from the last layer
     CASCADE = "cascade"     # every token from the first exit that is confident enough

@@ -112,6 +112,6 @@ def no_space(folder: Path, disk_bytes: int) -> ModelUnavailable:
 def disk_full(error: Exception | str) -> bool:
     """Return True if a full disk caused this error.
 
-    Errors from Rust libraries and from pip have no error number, so their message is searched, too.
+    Errors from Rust libraries and from pip have no error number, so they are recognised by their message.
     """
     return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)

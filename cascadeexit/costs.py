@@ -10,8 +10,10 @@ from cascadeexit.events import Span
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of the full model per token, and the depth at which each segment ends. A run's statistics are relative to
-    these."""
+    """Bytes of weights that the full model reads per token, and the depth at which each segment ends.
+
+    `metrics.summarize` computes a run's `cost` and `average_depth` from these numbers.
+    """
 
     full_token_bytes: int               # weight bytes that one token of `full` reads: layers and head
     depths: tuple[float, ...]           # share of the layers below each segment's end; the last is 1.0

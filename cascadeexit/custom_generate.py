@@ -3,7 +3,7 @@
     model.generate(**inputs, custom_generate=cascadeexit.generate, max_new_tokens=64, do_sample=False)
 
 transformers prepares the prompt, the config and the stopping criteria. The engine chooses the tokens. transformers 5.24
-does not pass `streamer` on to the function, so bind it, too:
+does not pass `streamer` on to `cascadeexit.generate`. So bind `streamer` to this function as well:
 
     model.generate(**inputs, streamer=streamer, custom_generate=partial(cascadeexit.generate, streamer=streamer))
 """

@@ -73,8 +73,8 @@ class ExitDrafts:
         thresholds: for each exit, the confidence from which it is taken; None for an exit that is disabled.
         choose: function that returns the token that an exit chooses. Its arguments are the number of the exit and the
             hidden state after the adapter of the exit (1, D).
-        ended: function that returns True if the text is complete. Its arguments are the length of the text and its
-            newest token.
+        ended: function that returns True if the text is complete. Its arguments are the length of the text in tokens
+            and the newest token.
         limit: largest number of drafts in a round; None in cascade mode, where these tokens are final and not drafts.
     """
 
@@ -135,8 +135,8 @@ class ExitDrafts:
 def worth_running(s: int, thresholds: Sequence[float | None], last: float | None) -> bool:
     """Return True if exit s should run.
 
-    An exit does not run if it is disabled, or if `last` is more than 0.3 below the threshold of exit s. The deepest
-    exit runs even after a low `last`.
+    An exit should not run if it is disabled, or if the exit that ran before it had a confidence (`last`) more than 0.3
+    below this exit's threshold. The deepest exit runs even after a low `last`.
 
     Args:
         s: number of the exit; for len(thresholds), the result is False.

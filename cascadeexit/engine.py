@@ -53,7 +53,7 @@ class Engine:
         self_check: result of the self-check at load (`cascadeexit.selfcheck.SelfCheck`); None if there was no
             self-check.
         payoff: which exits and drafts save time on this machine (`cascadeexit.payoff.Payoff`); None if that was not
-            measured. Then all of them are used.
+            measured. Without this measurement, all exits and drafts are used.
         notice: a message for users, such as the reason why this engine runs on another backend; "" if there is no
             message.
     """
@@ -106,7 +106,7 @@ class Engine:
         All are None in mode `full`, and in mode `verified` without thresholds in the config. An exit that costs
         more time than it saves on this machine (`payoff`) is disabled unless the config asks for it with thresholds.
         With a target disagreement, all exits are disabled if none of them saves time, or if no measured threshold meets
-        the target. Otherwise none is disabled, because the exits were calibrated together.
+        the target. Otherwise even an exit that saves no time stays enabled, because all were calibrated together.
 
         Raises ValueError if the config has a wrong number of thresholds, or if it has a target disagreement and these
         exits were never calibrated.
@@ -193,8 +193,8 @@ class Engine:
     def generate(self, prompt_ids: Sequence[int], config: DecodeConfig) -> Iterator[TokenEvent]:
         """Generate a text. Yields a TokenEvent for each token, as soon as it is decoded.
 
-        In verified mode, drafts and rejections are events, too. A long prompt is read in chunks. Each chunk except the
-        last one gives an event with `Status.READING`.
+        In verified mode, each draft and each rejection also gives an event. A long prompt is read in chunks. Each chunk
+        except the last one gives an event with `Status.READING`.
 
         Raises ValueError for bad input at the call, before the first event.
         """

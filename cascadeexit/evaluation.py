@@ -1,6 +1,6 @@
 """Evaluation: decodes prompts with exits and with the full model, compares both, and writes results as JSON or CSV.
 
-A prompt that cannot run has a result, too. This result holds the error.
+If a prompt cannot run, its result holds the error.
 """
 
 import csv
@@ -57,7 +57,8 @@ class Result:
 class Summary:
     """Summary of the results of several prompts. The fields have the meaning and the units of `Result`.
 
-    The comments say how the numbers of the prompts are combined. A number that was measured for no prompt is None.
+    The comment beside a field says how it combines the numbers of the prompts. A number that was measured for no prompt
+    is None.
     """
 
     prompts: int                                    # number of prompts, failed ones included
@@ -85,11 +86,11 @@ def evaluate(runner: Runner, label: str, encode: Callable[[str], list[int]], pro
              ) -> Iterator[Result | None]:
     """Decode each prompt with `config` and with the full model. Yields one Result per prompt, in order.
 
-    The two runs of a prompt take turns (`race`), so that both speeds are measured under the same conditions.
+    A prompt's run with `config` and its run of the full model take turns (`race`), so that their speeds are comparable.
 
     A prompt cannot run if it is empty or too long, if `encode` refuses it with a ValueError, or if its run fails with
     RunFailed. The Result of such a prompt holds the error, and the evaluation goes on. Closing the generator also ends
-    the two runs of the current prompt.
+    the runs of the current prompt.
 
     Args:
         label: name of a model in the runner's library; the model must be loaded.
@@ -98,7 +99,7 @@ def evaluate(runner: Runner, label: str, encode: Callable[[str], list[int]], pro
         pauses: also yield None after every batch of events. The caller can then close the generator in the middle of a
             prompt.
 
-    Raises ValueError at the call, before the first Result, if the config does not suit this engine.
+    Raises ValueError at the call, before the first Result, if the config does not suit the model's engine.
     """
     engine, _ = runner.library.get(label)
     engine.check([0], replace(config, max_new_tokens=1))    # token 0 stands for any prompt: only the config can fail

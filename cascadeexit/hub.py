@@ -66,8 +66,8 @@ def load(model: str | None = None, exits: str | Path | None = None, *, device: s
         self_check: compare the backend with the `torch` backend. If they differ, the engine runs on `torch` instead,
             and the reason goes to `Engine.notice` and to `progress`. `Engine.self_check` has the result of the
             comparison.
-        measure: measure for about a second which exits and drafts save time on this machine. The others are then
-            switched off (`Engine.payoff`). False uses all of them.
+        measure: measure for about a second which exits and drafts save time on this machine, and switch off those
+            that do not (`Engine.payoff`). False uses all exits and drafts.
         compute: False for a process that will be forked. The model is then loaded, but no layer runs.
 
     Raises ModelUnavailable if the model cannot be loaded; ValueError for an unsupported model, for exits of another
@@ -217,7 +217,7 @@ def load_tokenizer(model: str, *, progress: Progress | None = None, token: str |
 def describe(model: str | None = None, exits: str | Path | None = None) -> Shape:
     """Return the name, the size and the exits of the model that `load` would load, without reading weights.
 
-    Raises the same errors as `load`, but only those that the config files show.
+    Raises those errors of `load` that can be detected from the config files.
     """
     model = model or os.environ.get("CASCADEEXIT_MODEL") or DEFAULT_MODEL
     name = short_name(model)
@@ -236,9 +236,11 @@ def describe(model: str | None = None, exits: str | Path | None = None) -> Shape
 
 
 def available(model: str) -> bool:
-    """Return True if a model of the Hugging Face Hub can be had: it is in the Hub's cache, or the Hub answers.
+    """Return True if a model of the Hugging Face Hub is in the Hub's cache on this machine, or can be downloaded.
 
-    Waits at most about two seconds for the Hub.
+    A download counts as possible if the Hub describes the model within about two seconds.
+
+    model: id of the model, such as owner/name.
     """
     if isinstance(try_to_load_from_cache(model, "config.json"), str):
         return True
@@ -336,10 +338,10 @@ def _downloaded(repo_id: str) -> Path:
 
 
 def default_exit_layers(num_layers: int) -> tuple[int, ...]:
-    """Return layers for exits at 30, 57 and 80% of the depth, as in the original CascadeExit.
+    """Return the number of layers below each exit, for exits at 30, 57 and 80% of the depth.
 
-    A shallow model may get fewer than three exits. Raises ValueError for a model of one layer, because an exit needs a
-    layer below it and a layer above it.
+    The original CascadeExit has its exits at these depths. A shallow model may get fewer than three exits. Raises
+    ValueError for a model of one layer, because an exit needs a layer below it and a layer above it.
     """
     if num_layers < 2:
         raise ValueError(f"a model of {num_layers} layer has no place for an exit: at least 2 are needed")
@@ -348,10 +350,10 @@ def default_exit_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def exit_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
-    """Convert text to exit layers.
+    """Convert text to exit layers: the number of layers below each exit.
 
     The text holds layers, such as '8,16,22', or shares of the depth, such as '0.3,0.57,0.8'. None gives 0 and the
-    default layers. The exit at 0 is before the first layer, so it drafts in nearly no time.
+    `default_exit_layers`. The exit at 0 is before the first layer, so it drafts in nearly no time.
 
     Raises ValueError for text that does not hold numbers.
     """

@@ -34,15 +34,15 @@ class Inspection:
 
     @property
     def full_choices(self) -> list[int]:
-        """The full model's first choice at each position, after the text before it."""
+        """Token id that the full model finds likeliest at each position, given the text before this position."""
         return [readings[-1][0] for readings in self.token_ids]
 
     def card(self, tokenizer, i: int) -> dict:
         """Return the likeliest tokens of each exit and of the full model at position i.
 
         The result is a dict {readings: [{confidence, top: [{id, text, p}]}], lens: [{p, rank}]}. Both lists have an
-        entry for each exit and, last, for the full model. `top` holds the K likeliest tokens. In `lens`, `p` and `rank`
-        are the probability and the rank of the token that was written, as in the fields `written` and `ranks`.
+        entry for each exit and, last, for the full model. `top` holds the K likeliest tokens with their probabilities
+        `p`. In `lens`, `p` and `rank` describe the written token: its probability and its rank (`written` and `ranks`).
         """
         return {"readings": [{"confidence": self._confidence(i, s), "top": [
             {"id": token, "text": tokenizer.decode([token]), "p": round(p, 4)}
@@ -51,11 +51,11 @@ class Inspection:
             "lens": [{"p": round(p, 4), "rank": rank} for p, rank in zip(self.written[i], self.ranks[i])]}
 
     def map(self, tokenizer, start: int, count: int) -> dict:
-        """Return the first choice of each exit and of the full model at several positions.
+        """Return a map of a part of the text: the likeliest token of each exit and of the full model at each position.
 
         The result is a dict {start, total, columns: [[{id, text, p}, ...], ...]}. There is a column for each of up to
-        `count` positions from `start` on. A column has an entry for each exit and, last, for the full model. `p` is the
-        confidence of the exit; for the full model, it is the probability of its first choice. `total` is N.
+        `count` positions from `start` on. A column has an entry for each exit and, last, for the full model. `p` is an
+        exit's confidence, or the probability of the full model's likeliest token. `total` is N.
         """
         stop = min(start + count, len(self.token_ids))
         return {"start": start, "total": len(self.token_ids), "columns": [

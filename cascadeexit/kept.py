@@ -121,9 +121,10 @@ class KeptRun:
     def inspected(self, name: str, inspection: Inspection) -> None:
         """Keep the inspection of a side, and write the side's `end` record to the stream.
 
-        inspection: the inspection of this side's final tokens. In a fork, they begin with the token that the visitor
-            chose. The inspection of the earlier tokens is taken from the side that the fork continues, and the two are
-            joined before they are kept. In a fork of the full model's text, `inspection` has the earlier tokens, too.
+        inspection: the inspection of this side's final tokens. In a fork, these tokens begin with the one that the
+            visitor chose. The inspection of earlier tokens is taken from the side that the fork continues, and the two
+            are joined before they are kept. In a fork of the full model's text, `inspection` has the earlier tokens,
+            too.
         """
         text, own = self.stream.sides[name], inspection
         if text.of == FULL:
@@ -134,9 +135,9 @@ class KeptRun:
         self.inspections[name] = inspection
 
     def card(self, side, i) -> dict | None:
-        """Return the likeliest tokens at position i of a side's text, as `Inspection.card` does.
+        """Return the likeliest tokens of each exit and of the full model at position i of a side's text.
 
-        Returns None if the side was not inspected or has no such position.
+        `Inspection.card` describes the dict. Returns None if the side was not inspected or has no such position.
         """
         found = self.inspections.get(side) if isinstance(side, str) else None
         if found is None or not _whole(i) or not 0 <= i < len(found.token_ids):
@@ -144,10 +145,15 @@ class KeptRun:
         return found.card(self.tokenizer, i)
 
     def map(self, side, start, count) -> dict | None:
-        """Return the first choice of each exit and of the full model at `count` positions of a side's text.
+        """Return the likeliest token of each exit and of the full model at each position in a part of a side's text.
 
-        `start` is the first of these positions. `Inspection.map` describes the dict. At most MAP_COLUMNS positions are
-        returned. Returns None if the side was not inspected, or if its text ends before `start`.
+        `Inspection.map` describes the dict. Returns None if the side was not inspected, or if its text
+        ends before `start`.
+
+        Args:
+            side: name of the side.
+            start: first position.
+            count: number of positions. At most MAP_COLUMNS positions are returned.
         """
         found = self.inspections.get(side) if isinstance(side, str) else None
         if found is None or not (_whole(start) and _whole(count)) or start >= len(found.token_ids):

@@ -1,7 +1,7 @@
 """Lookup: copies tokens from earlier in the text by n-grams. Copies serve as drafts.
 
 If the newest tokens also occur earlier in the text (prompt included), the token that followed them there is copied
-(prompt lookup: Saxena 2023). Confidence estimators read copies, too. The probability that a copy is right is estimated
+(prompt lookup: Saxena 2023). Confidence estimators also read copies. The probability that a copy is right is estimated
 from earlier copies in this text after n-grams of the same length: it is the share of these copies that were accepted.
 """
 

@@ -124,7 +124,12 @@ def agreement(token_ids: Sequence[int], full_choices: Sequence[int]) -> float | 
 
 
 def match(token_ids: Sequence[int], full_ids: Sequence[int]) -> Match:
-    """Compare a text with the full model's own output for the same prompt."""
+    """Compare a text with the full model's own output for the same prompt.
+
+    Args:
+        token_ids: the tokens of the text, without the prompt.
+        full_ids: the tokens of the full model's output.
+    """
     same = [a == b for a, b in zip(token_ids, full_ids)]
     longest = max(len(token_ids), len(full_ids))
     first = next((i for i, equal in enumerate(same) if not equal), len(same) if len(same) < longest else None)

@@ -252,9 +252,9 @@ class Page:
     # The browser calls the next two, so their arguments may be any JSON.
 
     def token_card(self, run, side, i) -> dict | None:
-        """Return the likeliest tokens at one position of a text, as `Inspection.card` does.
+        """Return the likeliest tokens of each exit and of the full model at one position of a text.
 
-        Returns None if the text was not checked, or if the run is no longer kept.
+        `Inspection.card` describes the dict. Returns None if the text was not checked, or if the run is no longer kept.
 
         Args:
             run: id of the run.
@@ -265,9 +265,9 @@ class Page:
         return kept.card(side, i) if kept else None
 
     def layer_map(self, run, side, start, count) -> dict | None:
-        """Return the choices of every exit and of the full model in a part of a text, as `Inspection.map` does.
+        """Return the likeliest token of each exit and of the full model at each position in a part of a text.
 
-        Returns None if the text was not checked, or if the run is no longer kept.
+        `Inspection.map` describes the dict. Returns None if the text was not checked, or if the run is no longer kept.
 
         Args:
             run: id of the run.
@@ -362,8 +362,8 @@ def replay_upload(path: str) -> Frame:
 def retried(seed, temperature) -> tuple[int, Notice | None]:
     """Return the seed for another run of the same prompt, and a notice or None.
 
-    Above temperature 0, the seed is one higher, so that the text can be another one. At temperature 0, the seed stays,
-    and the notice tells the visitor that the text will be the same.
+    Above temperature 0, returns `seed` + 1, so that the text can differ. At temperature 0, returns the same seed, and
+    the notice tells the visitor that the text will be the same.
     """
     if temperature:
         return int(seed or 0) + 1, None

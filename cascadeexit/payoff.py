@@ -59,7 +59,7 @@ class ExitTime:
 
 @dataclass(frozen=True)
 class Payoff:
-    """Which exits and drafts save time on this machine, and the times that were measured to find this out.
+    """Result of `measure`: times on this machine, and the decision which exits and drafts save time.
 
     The times are in seconds. `paying` and `drafter_pays` have the decisions, and `sentences` explains them to users.
     """
@@ -109,8 +109,8 @@ def measure(engine: Engine, model: str) -> Payoff:
 
     The engine does not change; the caller stores the result in `Engine.payoff`.
 
-    If a trained exit or drafter seems not to pay, everything is measured again, up to `ATTEMPTS` times in all, because
-    other work on the machine may have disturbed the measurement. The result that switches off the fewest parts counts.
+    If a trained exit or drafter seems not to pay, everything is measured again, because other work on the machine may
+    have disturbed the measurement. Of at most `ATTEMPTS` results, the one that switches off the fewest parts counts.
 
     model: name of the model as it was given to `hub.load`, for the command that trains exits.
     """

@@ -25,8 +25,8 @@ def find_loop(token_ids: Sequence[int]) -> Loop | None:
     """Find the loop in which a text ends. Returns None if the text does not end in a loop.
 
     The period of a loop is the length of the repeated passage in tokens, at most 256. A text ends in a loop if
-    two things are true: the passage stands at the end at least 2.25 times in a row, without any change, and each of the
-    last 24 tokens equals the token one period before it.
+    two things are true. First, the passage stands at the end at least 2.25 times in a row, without any change. Second,
+    each of the last 24 tokens equals the token one period before it.
 
     Reasons for this rule, from greedy texts of the bundled model:
 

@@ -55,7 +55,7 @@ class RunFailed(RuntimeError):
 
 
 class Check(StrEnum):
-    """What `Runner.race` computes about each text after all decoding has ended."""
+    """Selects what `Runner.race` computes about each text after all decoding has ended."""
 
     NOTHING = "nothing"
     CHOICES = "choices"             # what the full model would have chosen at each position
@@ -102,9 +102,9 @@ class Runner:
     """Decodes with the models of a library.
 
     Args:
-        on_gpu: function that moves decoding to a worker with a GPU. Its two arguments are a generator function that
-            decodes, and a function that estimates, from the same arguments, how many seconds this takes. It returns a
-            generator function that decodes in the worker. None: decoding runs in this process.
+        on_gpu: function that moves decoding to a worker with a GPU; None decodes in this process. It gets a generator
+            function that decodes, and a function with the same parameters that estimates the seconds of a call. It
+            returns a generator function that decodes in the worker.
         at_once: number of races that may run at the same time. More than one only if each has a GPU of its own.
     """
 
@@ -223,9 +223,7 @@ class Runner:
 def events_of(batches: Iterator[Batch]) -> Iterator[tuple[str, TokenEvent]]:
     """Yield the events of a race as (name of the side, event), and stop after the last event.
 
-    batches: result of `Runner.race`.
-
-    After that, `batches` still yields the results of the check.
+    batches: result of `Runner.race`. After the last event, it still yields the results of the check.
     """
     for batch in batches:
         yield from batch.events

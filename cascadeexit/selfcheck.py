@@ -5,8 +5,8 @@ compiled or tuned for other machines can be wrong on this machine without an err
 
 First, the tested backend runs random tokens in two passes: a prompt, and a verification pass after it. Then the `torch`
 backend computes the same parts: embedding, each segment, final norm and head. The input of each part is what the tested
-backend computed before this part, so errors do not add up. Rows and logits must be within `TOLERANCES`. Last, a short
-text of `verified` must equal the text of `full`.
+backend computed before this part, so errors do not add up. `TOLERANCES` limits how far the rows and logits of the two
+backends may differ. Last, a short text of `verified` must equal the text of `full`.
 
 A large model would take long. So after `SECONDS` seconds no further segment is compared, and the texts end early. The
 first segment, the head and a text of at least `LEAST_TOKENS` tokens are always compared.

@@ -254,7 +254,10 @@ def exit_choices(shape: Shape) -> dict[str, int]:
 
 
 def beside_choices(shape: Shape) -> list[str]:
-    """Return what the third panel can show: "" (nothing), each preset, exact text, or the text of one exit alone."""
+    """Return the menu of the page's third panel, a list of texts.
+
+    The choices are "" (no third panel), the name of each preset, `EXACT`, and for each exit "Always exit 1" and so on.
+    """
     return ["", *PRESETS, EXACT, *(words for words, value in exit_choices(shape).items() if value >= 0)]
 
 

@@ -109,7 +109,7 @@ class SideText:
     def add(self, event: TokenEvent) -> str:
         """Add an event that the page shows. Returns the text that its token adds, or "" for a rejected draft.
 
-        The text of a draft can still change.
+        When a draft is accepted, its text may differ from the text that was returned for the draft.
         """
         self.events.append(event)
         if event.final:

@@ -20,7 +20,7 @@ def speedups(runner: Runner, label: str, tasks: Mapping[str, Task]) -> Iterator[
 
     Args:
         label: name of the model in the runner's library.
-        tasks: {name of the side: its task}.
+        tasks: the tasks of `CASCADE` and `FULL`, {name of the side: its task}.
 
     Raises ValueError and RunFailed as `Runner.race` does.
     """

@@ -43,7 +43,7 @@ class Staircase:
         return self.cache.length(self.model.bounds[s])
 
     def lowest(self) -> int:
-        """Return the number of the first segment at which positions wait."""
+        """Return the number of the first segment at which positions wait. At least one position must wait."""
         if self.filled(0) < len(self.tokens):
             return 0
         return next(s for s, rows in enumerate(self.waiting) if rows is not None)

@@ -203,7 +203,7 @@ class TokenStream:
         self.add_stats(names)
 
     def end(self, name: str, inspection: Inspection) -> None:
-        """Append the agreement of a side's text with the full model, and its match with the full model's own text.
+        """Append a side's `end` record: how its text compares with the full model's choices and the full model's text.
 
         inspection: inspection of the side's final tokens. It has the full model's choice at each position.
         """
@@ -274,7 +274,9 @@ class TokenStream:
 def frames(stream: TokenStream, contest: Iterable[tuple[str, TokenEvent]]) -> Iterator[str]:
     """Add the events of a race to a stream. Yields the stream's text for the page.
 
-    Yields at the first event, and then at the first event after each `FRAME_SECONDS`.
+    Yields at the first event. Later it yields at an event if `FRAME_SECONDS` have passed since the last yield.
+
+    contest: events of the race, as (name of the side, event).
     """
     next_frame, names = 0.0, {}
     next_stats = time.monotonic() + STATS_SECONDS

@@ -8,9 +8,10 @@ BROKEN = "\ufffd"           # how decoders show an incomplete or invalid UTF-8 s
 class TextDecoder:
     """Decodes token ids to text, one token at a time.
 
-    The pieces together equal the text that the tokenizer decodes from all tokens at once. A token that ends inside a
-    character gives "". The token that completes the character gives the character. One exception: tokenizers with byte
-    fallback change a character if invalid bytes follow it, and a piece that was already returned is not corrected.
+    The pieces that `push` and `flush` return, joined, are the text that the tokenizer decodes from all tokens at once.
+    A token that ends inside a character gives "". The token that completes the character gives the character. One
+    exception: tokenizers with byte fallback change a character if invalid bytes follow it, and a piece that was already
+    returned is not corrected.
     """
 
     def __init__(self, tokenizer):
@@ -24,7 +25,7 @@ class TextDecoder:
         return bool(self._held)
 
     def push(self, token_id: int) -> str:
-        """Decode the next token. Returns the text that it adds; "" if it ends inside a character."""
+        """Decode the next token. Returns the text that the token adds; "" if the token ends inside a character."""
         # Lists are replaced, never changed in place: a shallow copy of a decoder can decode drafts.
         self._held = [*self._held, token_id]
         piece = self._pending()
@@ -36,7 +37,8 @@ class TextDecoder:
     def flush(self) -> str:
         """End the text. Returns what the tokenizer shows for an incomplete last character; "" if there is none.
 
-        This is usually U+FFFD. Call it once, after the last token: the tokens of that character are dropped.
+        The incomplete character is usually shown as U+FFFD. Call `flush` once, after the last token: it drops the
+        tokens of this character.
         """
         piece, self._held = self._pending() if self._held else "", []
         return piece

@@ -16,7 +16,10 @@ class Turns:
         self._at_once, self._queue, self._changed = at_once, [], Condition()
 
     def join(self) -> "Turn":
-        """Add a run at the end of the queue, and return its turn. Leave the `with` block of the turn to remove it."""
+        """Add a run at the end of the queue, and return its `Turn`.
+
+        Use the turn in a `with` block. At the end of the block, the run leaves the queue.
+        """
         turn = Turn(self)
         with self._changed:
             self._queue.append(turn)
@@ -33,13 +36,16 @@ class Turns:
 
 
 class Turn:
-    """Place of one run in the queue, for a `with` block. Any thread may wait for it, and any thread may leave."""
+    """Place of one run in the queue, for a `with` block. At the end of the block, the run leaves the queue.
+
+    The run may join, wait and leave in different threads.
+    """
 
     def __init__(self, turns: Turns):
         self._turns = turns
 
     def wait(self) -> bool:
-        """Wait for at most `WAIT_SECONDS`. Returns True as soon as this run may use the model."""
+        """Wait until this run may use the model, and return True. Returns False if `WAIT_SECONDS` are over before."""
         return self._turns._wait(self)
 
     def __enter__(self) -> Self:

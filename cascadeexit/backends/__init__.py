@@ -61,7 +61,10 @@ def make(base, bounds: Sequence[int], wanted: str | type[Backend] | None = None)
 
 
 def why_not(base) -> dict[str, str]:
-    """Return {backend name: reason} for all backends that cannot run this model on this machine."""
+    """Return {backend name: reason} for all backends that cannot run a model on this machine.
+
+    base: the model, a transformers *ForCausalLM.
+    """
     return {name: getattr(kind, "why_not", lambda _: "it does not fit this model or machine")(base)
             for name, kind in BACKENDS.items() if not kind.fits(base)}
 
@@ -77,7 +80,7 @@ def facts(name: str) -> dict[str, str]:
 
 
 def reference(base, bounds: Sequence[int]) -> Backend:
-    """Make a `torch` backend for checking another backend in a few passes. It shares its weights with `base`.
+    """Make a `torch` backend that shares the weights of `base`, for checking another backend in a few passes.
 
     Args:
         base: a transformers *ForCausalLM.

@@ -5,11 +5,11 @@ heads (`VocabHead`) and its runtime of trained exits (`ExitRuntime`). Code outsi
 kernels run. `cache.py` and `exits.py` in this folder hold the code that all backends share.
 
 A pass computes one or more rows together. A row is the hidden state of one token. Every backend guarantees that a row's
-result does not depend on the other rows of its pass, on its position among these rows, on the cache's capacity, or on
-the decoding mode. Therefore the mode `verified` gives exactly the text of the mode `full`. If `row_multiple` is 1, the
-guarantee holds for passes of any size. Otherwise the guarantee holds only for the layers, the final norm and the full
-model's head, and only in passes of at most `max_rows` rows. Such passes are padded to a multiple of `row_multiple`
-rows.
+result does not depend on the other rows of its pass, or on its position among these rows. The cache's capacity and the
+decoding mode do not change a row's result either. Therefore the mode `verified` gives exactly the text of the mode
+`full`. If `row_multiple` is 1, the guarantee holds for passes of any size. Otherwise the guarantee holds only for the
+layers, the final norm and the full model's head, and only in passes of at most `max_rows` rows. Such passes are padded
+to a multiple of `row_multiple` rows.
 
 A word is an entry of the vocabulary. An exit's head may have only the most frequent words.
 
@@ -47,7 +47,7 @@ class Rows(Protocol):
 
 
 class Choice:
-    """The likeliest token for one row of hidden states, and the logits of all tokens of the head.
+    """A vocabulary head's result for one row of hidden states: the likeliest token, and the logits of all tokens.
 
     `choice.token` is the index of the largest logit. If the head has the whole vocabulary, this index is the token id.
     `choice[t]` returns the logit with index t. Some backends compute this logit only when it is read.
@@ -81,8 +81,8 @@ class LayerStack(Protocol):
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Make an empty KV cache for `batch` texts of equal length.
 
-        capacity: minimum number of positions for each text. Padding rows are written to the cache, too. So the caller
-            adds positions for the padding of the last pass; see `row_multiple`.
+        capacity: minimum number of positions for each text. The caller includes positions for the padding rows of the
+            last pass (see `row_multiple`), because padding rows are also written to the cache.
         """
 
     def release(self, cache: KVCache) -> None:
@@ -294,7 +294,7 @@ class Backend(Protocol):
 
     @classmethod
     def build(cls) -> None:
-        """Prepare this machine once, for example compile kernels. If this was not called, `fits` prepares it."""
+        """Prepare this machine once, for example compile kernels. If `build` was never called, `fits` prepares it."""
 
     @classmethod
     def fits(cls, base) -> bool:
@@ -307,11 +307,11 @@ class Backend(Protocol):
     def vocab_head(self, weight: Tensor, *, rounded: bool = False) -> VocabHead:
         """Make a vocabulary head from a weight (K, D).
 
-        rounded: allow the backend to round the weight to 8 bits, if results need not be exact.
+        rounded: allow the backend to round the weight to 8 bits. The logits may then be less exact.
         """
 
     def exits(self, bank) -> ExitRuntime:
-        """Make the exit runtime for an `ExitBank`. The caller has called the bank's `prepare` with this model."""
+        """Make the exit runtime for an `ExitBank`. Before this call, `ExitBank.prepare` was called with this model."""
 
     def without_gradients(self, function: Callable) -> Callable:
         """Wrap a function or generator function so that it records no gradients. The wrapper costs little time."""

@@ -16,8 +16,8 @@ class Exits:
 
     A subclass adds the methods of `base.ExitRuntime` that run adapters, estimators and the drafter. The bank may have a
     trimmed head, a head for only the most frequent tokens. Then the heads of the exits and of the drafter are parts of
-    it: the first rows of its weight. So is the head of `SketchConfidence` estimators, if its tokens are the first
-    tokens of the trimmed head.
+    the trimmed head: the first rows of its weight. The head of `SketchConfidence` estimators is also such a part if its
+    tokens are the first tokens of the trimmed head.
 
     Args:
         bank: the trained exits of the model.

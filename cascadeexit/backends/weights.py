@@ -1,7 +1,7 @@
 """Weights: find the weights of a transformers decoder of a supported type.
 
 Only this module and the `torch` backend depend on the names that transformers gives to these weights. The `torch`
-backend does so because it runs transformers' own modules. The decoder layers of the types in `PLAIN` have the same
+backend needs them because it runs transformers' own modules. The decoder layers of the types in `PLAIN` have the same
 parts: RMSNorm, grouped-query attention with rotary embedding, RMSNorm, and a SwiGLU MLP. In Qwen2, queries, keys and
 values also have biases. In Qwen3, queries and keys also have norms. Other supported types run on the `torch` backend
 only: Phi-3 has fused projections, OLMo 2 has its norms after attention and MLP, and SmolLM3 has layers without rotary

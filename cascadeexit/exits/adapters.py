@@ -16,7 +16,8 @@ from torch import Tensor, nn
 class Adapter(Protocol):
     """Interface that each kind of adapter has. An adapter is an nn.Module, made from (hidden_size, width, norm_eps).
 
-    It turns the hidden state at an exit's layer into a state that a vocabulary head can read.
+    It turns the hidden state at an exit's layer into a state that a vocabulary head can read. `width` is the number of
+    outputs of its layers `gate` and `down`.
     """
 
     reads_carried: bool

@@ -42,7 +42,7 @@ class SketchConfidence(nn.Module):
 
     The sigmoid of a logit is the probability that the exit and the full model choose the same token. The input is
     (..., 5), or (..., 12) if the previous exit ran for the same token. The 7 additional numbers describe the previous
-    exit and compare both exits, because two exits that agree are right more often.
+    exit, and compare it with this exit: if two exits agree, they are right more often.
     """
 
     def __init__(self, width: int):

@@ -1,7 +1,7 @@
 """Requests: the bodies that /v1/chat/completions and /v1/completions accept, checked by pydantic.
 
 A field that is null counts as not sent. Fields that no class here names are ignored, such as `user`, `metadata` and
-`store`. A field that would change the text in a way that is not offered is refused (`_UNSUPPORTED`).
+`store`. A field that asks for an unsupported change of the text is refused (`_UNSUPPORTED`).
 """
 
 from collections.abc import Callable, Mapping
@@ -106,10 +106,10 @@ class Message(_Body):
 
 
 class Request(_Body):
-    """Fields that both kinds of requests share. Most have the meaning that they have at OpenAI.
+    """Fields that a `ChatRequest` and a `CompletionRequest` share. Most have the same meaning as in OpenAI's API.
 
-    Five fields are our own: `mode`, `threshold`, `target_disagreement`, `tolerance` and `max_draft`. They mean what
-    they mean in `DecodeConfig`. A client sends them beside the other fields (`extra_body` of the client `openai`).
+    Five fields are our own: `mode`, `threshold`, `target_disagreement`, `tolerance` and `max_draft`. `DecodeConfig`
+    explains these five. A client sends them beside the other fields (`extra_body` of the client `openai`).
     """
 
     model: str

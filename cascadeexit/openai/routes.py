@@ -37,7 +37,8 @@ def application(runner: Runner, visit: Visit = lambda request: None) -> Starlett
 
     If the environment variable CASCADEEXIT_API_KEY is set, every request must send this key as its bearer token.
 
-    visit: called at the beginning of each request, in the context in which its model will run.
+    visit: function that is called with each web request before it is answered. Context variables that it sets also hold
+        while the model runs.
     """
     service, key = Service(runner), os.environ.get("CASCADEEXIT_API_KEY", "")
 

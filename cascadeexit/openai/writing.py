@@ -87,7 +87,7 @@ def _beginning(text: str, stops: Sequence[str]) -> int:
 
 
 def write(runner: Runner, label: str, job: Job) -> Iterator[str | Written]:
-    """Do a job. Yields pieces of the new text, which may be "", and at last the `Written`.
+    """Decode the prompt of a job. Yields pieces of the new text, which may be "", and at last the `Written`.
 
     The caller stops the job by closing this generator.
 

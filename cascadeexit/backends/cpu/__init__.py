@@ -2,8 +2,8 @@
 
 In passes of few rows, PyTorch's matrix kernels use only a quarter of the memory bandwidth, and starting them takes as
 long as running them. One call of our kernels runs rows through whole segments, and uses most of the memory bandwidth.
-This machine's C++ compiler builds the kernels once, in seconds. Models in fp32 run on the `torch` backend. So do all
-models on a machine without a compiler.
+This machine's C++ compiler builds the kernels once, in seconds. Models in fp32 run on the `torch` backend. On a machine
+without a compiler, all models run on the `torch` backend.
 """
 
 from collections.abc import Callable

@@ -84,7 +84,7 @@ def facts() -> dict[str, str]:
 def why_not() -> str:
     """Return the reason why the kernels are not available, and what to do; "" if they are available.
 
-    This compiles the kernels if that was not done before, which takes seconds.
+    Compiles the kernels first if needed, which takes seconds.
     """
     if os.environ.get("CASCADEEXIT_KERNELS") == "0":
         return "CASCADEEXIT_KERNELS=0 disables the kernels: unset this variable"

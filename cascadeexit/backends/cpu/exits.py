@@ -67,7 +67,7 @@ class CpuExits(Exits):
 
     def drafts_by_parts(self, tokens: Sequence[int], carried: Sequence[Hidden], k: int, temperature: float,
                         context: ctypes.Array | None = None) -> list[tuple[States, list[float], list[int]]]:
-        """Draft the next tokens with separate calls of the embedding, the adapter and the head.
+        """Draft the next tokens with separate calls for the embedding, the adapter and the vocabulary head.
 
         `ExitRuntime.drafts` describes the arguments and the result. This method is for models that `CpuDrafter` does
         not support, for example for a model that does not tie its embedding to its head.
@@ -189,7 +189,10 @@ class CpuDrafter:
 
 
 class CpuContext:
-    """Computes the drafter's context in C++, with a linear layer whose weight (D, E D) is rounded to 8 bits."""
+    """Computes the drafter's context in C++; see `ExitRuntime.context`.
+
+    weight: weight (D, E D) of the linear layer that computes the context. It is copied and rounded to 8 bits.
+    """
 
     def __init__(self, weight: Tensor):
         weight = weight.detach().float()

@@ -53,7 +53,7 @@ class CpuHead:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes of weights one call of `argmax` reads.
+        """Number of bytes of weights that one call of `argmax` reads.
 
         With a `HeadScreen`, only the bytes of the screen's 8-bit head count. `argmax` also reads a few rows of the
         bf16 weight, which are not counted.
@@ -84,8 +84,8 @@ class CpuHead:
     def argmax(self, rows: Hidden) -> list[int]:
         """Find the likeliest word (entry of the vocabulary) of each row (..., I).
 
-        Returns the word's number for each row; if several words are equally likely, the lowest number. A head made by
-        `screened` reads half of the bytes.
+        Returns the word's number for each row; if several words are equally likely, the lowest number. For a head that
+        `screened` made, this call reads half as many bytes.
         """
         rows = in_bf16(rows)
         n = prod(rows.shape[:-1])
@@ -160,7 +160,7 @@ class CpuHead:
     def screened(self, rough: "CpuHead", exact: Tensor, ids: Tensor | None = None) -> "CpuHead":
         """Return a copy of this head whose `argmax` is faster, with the same results. It shares this head's weights.
 
-        The copy uses a new `HeadScreen`, made from these arguments; see there.
+        The copy uses a new `HeadScreen`. The class `HeadScreen` explains the arguments.
         """
         head = copy.copy(self)
         head._screen, head._shared = HeadScreen(rough, exact, ids), True

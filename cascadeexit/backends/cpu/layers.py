@@ -45,8 +45,8 @@ class CpuLayers:
     Args:
         base: a transformers *ForCausalLM for which `CpuBackend.fits` is True. Its weights are copied.
         bounds: layer numbers at which segments begin and end.
-        head: the model's vocabulary head. If the model ties its embedding to its head, embeddings are read from
-            this head, too.
+        head: the model's vocabulary head. If the model ties its embedding to its head, embeddings are also read
+            from this head.
     """
 
     row_multiple, max_rows, supports_trees = 1, 32, True

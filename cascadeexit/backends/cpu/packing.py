@@ -148,5 +148,8 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def column_scale(weight: Tensor) -> Tensor:
-    """Compute the power of 2 nearest to the root mean square of each column of a weight: (O, I) -> (I,)."""
+    """Compute the power of 2 nearest to the root mean square of each column of a weight: (O, I) -> (I,).
+
+    Each column is divided by its number before the weight is rounded. Otherwise rounding would lose small columns.
+    """
     return weight.square().mean(0).clamp(min=1e-30).sqrt().log2().round().exp2()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class States:
-    """Rows of bf16 hidden states (..., D) that C++ reads and writes. A part shares the memory of the whole."""
+    """Rows of bf16 hidden states (..., D) that C++ reads and writes. `part` selects rows without copying them."""
 
     __slots__ = "shape", "_memory", "_offset"
 
@@ -59,7 +59,7 @@ def tensor_of(rows: Hidden) -> Tensor:
 
 
 def like(rows: Hidden) -> Hidden:
-    """Allocate new rows of the same shape and type (`States` or tensor). Their values are arbitrary."""
+    """Allocate new rows with the shape and the type (`States` or tensor) of `rows`. Their values are arbitrary."""
     return States(rows.shape) if isinstance(rows, States) else torch.empty_like(rows)
 
 

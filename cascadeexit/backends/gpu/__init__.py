@@ -36,7 +36,7 @@ class GpuBackend:
 
     @classmethod
     def build(cls) -> None:
-        """Do nothing. Triton compiles each kernel when it is first used, and keeps it on disk."""
+        """Do nothing. Triton compiles each kernel at its first use, and keeps the compiled kernel on disk."""
 
     @classmethod
     def fits(cls, base) -> bool:

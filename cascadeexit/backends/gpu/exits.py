@@ -24,8 +24,8 @@ _DRAFTS = "drafts"              # name of the recording of a level of drafts
 class GpuExits(Exits):
     """Runs the trained exits of a model with Triton kernels. `base.ExitRuntime` describes the methods.
 
-    If passes are recorded as CUDA graphs, there are also recordings of a pass together with the exit after it. Such a
-    recording computes the exit's adapter, its confidence and its likeliest token.
+    If passes are recorded as CUDA graphs, the constructor also records each pass together with the exit after it. Such
+    a recording runs the pass, and then the exit's adapter, its confidence estimator and its vocabulary head.
     """
 
     def __init__(self, bank: ExitBank, backend):
@@ -200,6 +200,11 @@ class AskedExit(Late):
 
     If the pass below the exit is still postponed, `GpuExits.confidence` runs the pass and the exit in one recording
     (CUDA graph).
+
+    Args:
+        adapter: the adapter of the exit.
+        rows: the hidden state at the exit's layer (1, D).
+        carried: the carried state (1, D).
 
     Attributes:
         word: index of the largest logit of the exit's head; None if the exit has not run in a recording.

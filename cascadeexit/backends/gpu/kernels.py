@@ -128,8 +128,8 @@ def attend(queries, cache, layer, partial, sums, count, positions, lanes, paths,
     path of row r. A position before firsts[tile] is in the slot with the same number.
 
     A block of positions that ends before firsts[tile] is computed in one step for all rows. Every later block takes one
-    step for each row. One loop does all steps. A step for a single row reads the keys that row `one` sees. Then only
-    the query rows in `mine` keep the result of the step.
+    step for each row. One loop does all steps. A step for a single row reads only the keys that this row (`one`) sees,
+    and only the query rows of this row (`mine`) keep the result.
 
     Writes the weighted sums of values to `partial` (T, K, parts, S, 16, d). They are not yet divided by the sum of the
     softmax weights. Writes the largest score and the sum of the weights to `sums` (T, K, parts, S, 16, 2).
@@ -187,8 +187,8 @@ def combine(partial, sums, out, count, positions, H, K, S, parts, d, TILE: tl.co
             WIDTH: tl.constexpr):
     """Combine the results of `attend` over all splits, in ascending order, for one query head and one tile of 16 rows.
 
-    Writes the attention outputs `out` (N, H, d). This is a kernel of its own. Otherwise each program of the output
-    projection would have to repeat this work.
+    Writes the attention outputs `out` (N, H, d). This work has a kernel of its own. As a part of the output projection,
+    it would be repeated in each program of the projection.
 
     Grid: (T, H).
     """
@@ -220,7 +220,7 @@ def linear(x, weight, bias, residual, y, count, inputs, outputs, BIAS: tl.conste
            RESIDUAL: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK: tl.constexpr):
     """Multiply rows x (N, I) by a weight (O, I), and add a bias (O,) and a residual (N, O). Writes y (N, O).
 
-    BIAS and RESIDUAL tell which of the two exist. `residual` and `y` may be the same tensor.
+    No bias is added if BIAS is False, and no residual if RESIDUAL is False. `residual` and `y` may be one tensor.
 
     Grid: (T, blocks of outputs).
     """

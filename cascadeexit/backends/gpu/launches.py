@@ -49,14 +49,14 @@ def output_block(outputs: int) -> int:
 
 
 def input_block(inputs: int, most: int) -> int:
-    """Return how many inputs one step of a product reads: a power of 2 from 16 to `most`."""
+    """Return how many inputs one step of a product reads: `power_of_2(inputs)`, but at most `most`."""
     return min(most, power_of_2(inputs))
 
 
 def shrink(dtype: torch.dtype) -> float:
     """Return the factor by which kernels multiply rows that are not normalized yet: 2^-6 for fp16, else 1.
 
-    Without it, products of these rows and the norm's weight could exceed 65504, the largest fp16 number.
+    Without this factor, products of these rows and the norm's weight could exceed 65504, the largest fp16 number.
     """
     return 2.0 ** -6 if dtype == torch.float16 else 1.0
 

@@ -55,7 +55,7 @@ _ROW_COST = 0.02                # a tile of 16 rows costs about what one of them
 class Scratch:
     """Memory for the intermediate results of one layer's kernels, for N rows and at most S splits of attention.
 
-    `kernels.attend` explains `parts`.
+    In the shapes, `parts` is the number of groups of 16 query rows in a tile; see `kernels.attend`.
     """
 
     queries: Tensor     # (N, H d)
@@ -287,6 +287,12 @@ class GpuLayers:
 
         Returns a list with the rows (N, D) before each of the layers bounds[1:]. Only the values in `x` and `at` change
         from pass to pass. So the launches may be recorded.
+
+        Args:
+            bounds: layer numbers, ascending.
+            x: rows (N, D) before layer bounds[0].
+            at: places of the rows.
+            scratch: memory from `self.scratch`; None if there is no layer to launch.
         """
         passed = []
         for first, end in zip(bounds, bounds[1:]):

@@ -53,7 +53,7 @@ class Places:
         return _CACHE + -(-sum(_sizes(rows, tile)) // 2)
 
     def of(self, cache: KVCache) -> "Places":
-        """Write the addresses and sizes of this cache into the buffer. Returns this object."""
+        """Make these places refer to a cache: write its addresses and sizes into the buffer. Returns this object."""
         self.cache.copy_(torch.tensor([cache.keys.data_ptr(), cache.values.data_ptr(), cache.capacity,
                                        cache.keys[0].numel()]))
         return self

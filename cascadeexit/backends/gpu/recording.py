@@ -72,8 +72,8 @@ class Late:
     Args:
         find: function that computes the rows.
         source: the pass that the rows come from; None for embeddings.
-        ends: `source` if these rows come from after the last segment of the pass, and their last row is the last row of
-            the pass; else None.
+        ends: None, except for rows after the last segment of the pass whose last row is the last row of the pass. For
+            them, `ends` is `source`.
     """
 
     __slots__ = "shape", "source", "ends", "found", "_find"
@@ -95,7 +95,7 @@ class Late:
     def tensor(self) -> Tensor:
         """Return the rows as a tensor of the same shape. If they are not computed yet, compute them now.
 
-        This runs their pass if it is still postponed.
+        If the pass of these rows is still postponed, it runs now.
         """
         if self.found is None:
             self.keep(self._find())
@@ -268,7 +268,7 @@ class Passes:
             self.record_span((first, segments), (first, "top"), after)
 
     def put_off(self, span: tuple[int, int], rows: Hidden, places: Places, cache: KVCache) -> list[Late]:
-        """Postpone a pass. If an earlier pass is still postponed, run that one first.
+        """Postpone a pass. If an earlier pass is still postponed, first run the earlier pass.
 
         Returns the new pass's rows after each segment, (1, N, D) each, as `Late` rows.
         """
@@ -287,7 +287,8 @@ class Passes:
     def run(self, waiting: Pass, name: Any, fill: Callable[[], None] = lambda: None) -> Any:
         """Run a postponed pass by replaying the recording `name`. Returns the result of the recording.
 
-        fill: function that writes other inputs of the recording, such as the inputs of an exit, before the replay.
+        fill: function that is called before the replay. It writes those inputs of the recording that are not inputs of
+            the pass, such as the inputs of an exit.
         """
         self._waiting = None
         if waiting.span[0] == 0:

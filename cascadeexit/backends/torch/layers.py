@@ -39,10 +39,10 @@ _CPU_ROWS, _CPU_MAX_ROWS = 4, 32        # every multiple of 4 rows up to 40 agre
 class TorchLayers:
     """Runs the layers of a transformers model in segments. `base.LayerStack` describes the methods.
 
-    The model's modules are copied and their weights are shared. So the caller's model does not change. A model that
-    accelerate has spread over several devices is an exception. It is used without a copy, because the hooks that load
-    its weights belong to its modules. Each layer runs on its own device, which also holds the keys and values of the
-    layer. After each segment, rows are copied to the device of the model's head.
+    The model's modules are copied and their weights are shared. So the caller's model does not change. Only a model
+    that accelerate has spread over several devices is used without a copy, because the hooks that load its weights
+    belong to its modules. Each layer of such a model runs on the layer's own device, which also holds the layer's keys
+    and values. After each segment, rows are copied to the device of the model's head.
 
     Args:
         base: a transformers *ForCausalLM.
@@ -228,9 +228,9 @@ class TorchLayers:
 
 
 class UnpreparedLayers(TorchLayers):
-    """Layers for only a few passes.
+    """Runs the layers of a model for only a few passes; otherwise like `TorchLayers`.
 
-    Weights are not packed and kernels are not recorded, because that would take longer than it saves.
+    Weights are not packed and kernels are not recorded. In a few passes, both would take longer than they save.
     """
 
     prepared = False

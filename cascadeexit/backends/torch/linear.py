@@ -2,8 +2,8 @@
 
 On a CPU, PyTorch gives row-major weights to oneDNN. If a pass has few rows, oneDNN reads such weights at only a
 fraction of the memory bandwidth. Packing means that a weight is reordered once. The same oneDNN kernels read packed
-weights 2 to 3 times as fast. Passes are padded to certain sizes (see `layers.py`). With all these sizes, a row's result
-is bitwise the same.
+weights 2 to 3 times as fast. Passes are padded to certain numbers of rows (see `layers.py`). A row's result is bitwise
+the same with each of these numbers.
 """
 
 import torch
