@@ -97,7 +97,7 @@ function judgeFork(name) {
   const blocks = alignIds(ours, theirs), same = blocks.filter(b => b.same).reduce((n, b) => n + b.a1 - b.a0, 0);
   const share = same / Math.max(1, ours.length, theirs.length), first = blocks.find(b => b.same);
   const effect = share >= 0.9 ? 'hardly mattered' : share >= 0.5 ? 'changed part of the text' : 'changed the text';
-  side.verdict = effect + ', ' + percent(share);
+  side.verdict = effect + ', ' + percent(share) + ' of the rest is equal';
   const start = inQuotes(side.records[side.start].text) + ' instead of ' + inQuotes(side.instead) + ' at token ' + (side.start + 1) + ': ';
   put(part.aside, start + 'it ' + effect + '. '
     + percent(share) + ' of what follows is the same as in ' + before.title + '.');

@@ -21,14 +21,14 @@ function layerMap() {
   back.addEventListener('click', () => load(Math.max(0, start - WINDOW)));
   forth.addEventListener('click', () => load(start + WINDOW));
   const box = make('div', 'ce-map', null,
-    make('p', 'ce-sub', 'Columns: positions in the left text. Rows: exits; top row: the full model. Stronger colour: surer. Bold: the full model would choose it here, too. Bar below: this row wrote the token.'),
+    make('p', 'ce-sub', 'Columns: positions in the left text. Rows: exits; top row: the full model. Stronger colour: more confident. Bold: the full model would choose this token. Bar below a token: this row wrote it.'),
     make('p', 'ce-map-bar', null, back, forth, place), scroll);
   let shown = null;
   return { box, open() {
     if (!run || replaying() || shown === run.run || !isOver()) return;
     shown = run.run;
     load(0);
-  }, forget() { if (run && shown === run.run) return; shown = null; table.replaceChildren(); put(place, 'This table appears when a run that was made here is over.'); } };
+  }, forget() { if (run && shown === run.run) return; shown = null; table.replaceChildren(); put(place, 'This table appears at the end of a run of your own. Recorded runs do not have it.'); } };
 }
 
 const isOver = () => records.some(record => record.type === 'end' && record.side === 'cascade');

@@ -127,7 +127,7 @@ function pillOf(node, side) {
   const title = drawn('title'), text = drawn('text', { x: node.x + node.w / 2, y: node.y + 4 });
   title.textContent = quoted(node.whole) + (node.kind === 'root' ? ': the last token before this pass' : node.kind === 'own' ? ': the full model’s own token'
     : ': ' + (node.exit === COPIED ? 'copied from earlier in the text' : 'drafted by ' + draftedBy(side, node.exit).replace('The', 'the')) + ', ' + (node.kind === 'waiting' ? 'not checked yet' : node.kind)
-    + (missing(node.p) ? '' : ', estimated probability that it follows ' + likely(node.p)));
+    + (missing(node.p) ? '' : ', estimated probability ' + likely(node.p)));
   text.textContent = node.text;
   pill.append(drawn('rect', { x: node.x, y: node.y - 9.5, width: node.w, height: 19, rx: 5 }), text, title);
   return pill;
