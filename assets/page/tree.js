@@ -8,7 +8,7 @@ const inMs = seconds => number(1000 * seconds, 1000 * seconds < 10 ? 2 : 1) + ' 
 
 function passWords(pass) {
   if (isChoice(pass)) return 'you chose this token; the text goes on from here';
-  const time = inMs(pass.end - pass.start) + (readsPrompt(pass) ? ', including the reading of the text before it' : ''), words = [];
+  const time = inMs(pass.end - pass.start) + (readsPrompt(pass) ? ', including the time to read the text before this pass' : ''), words = [];
   if (isVerified(pass.lane)) {
     const drafts = draftCount(pass), accepted = acceptedOf(pass).length;
     words.push(drafts ? accepted + ' of ' + drafts + (drafts === 1 ? ' draft accepted' : ' drafts accepted') : 'nothing drafted');
