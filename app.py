@@ -92,7 +92,7 @@ QUIET = dict(show_progress="hidden", api_visibility="private")      # options of
 
 @dataclass(frozen=True)
 class TrainingPanel:
-    """Components of the settings with which the owner of the machine trains exits."""
+    """Two buttons and a status line in the settings. With them, the owner of the machine trains exits."""
 
     start: gr.Button
     cancel: gr.Button
@@ -101,7 +101,7 @@ class TrainingPanel:
 
 @dataclass(frozen=True)
 class OnePrompt:
-    """Components of the first tab, where a visitor runs one prompt."""
+    """Components of the first tab, where a visitor runs one prompt. The `_connect_...` functions give them events."""
 
     controls: dict[str, Component]      # what `Settings.from_controls` reads, by name
     preset: gr.Radio
@@ -125,7 +125,7 @@ class OnePrompt:
 
 @dataclass(frozen=True)
 class ManyPrompts:
-    """Components of the second tab, where a visitor evaluates many prompts."""
+    """Components of the second tab, where a visitor evaluates many prompts. `_connect_many` gives them events."""
 
     source: dict[str, Component]        # fields of `PromptSource`
     start: gr.Button
@@ -138,7 +138,7 @@ class ManyPrompts:
 
 
 def make_runner(library: Library) -> Runner:
-    """Make the runner of these models. The page and the endpoints for programs share it."""
+    """Make the `Runner` that runs these models, both for the page and for the endpoints for programs."""
     return Runner(library, on_zero_gpu if ZERO_GPU else None, AT_ONCE["concurrency_limit"])
 
 
@@ -203,7 +203,7 @@ def _wrong_input(components: list[Component], values: list) -> str:
 def build_demo(runner: Runner, allow_training: bool = False) -> gr.Blocks:
     """Build the page for the models of a runner. Returns the app; start it by `launch` with `launch_options`.
 
-    allow_training: True adds a button to the settings that trains exits for the chosen model on this machine.
+    allow_training: True adds a button “Train exits” to the settings. The button trains exits for the chosen model.
     """
     library, page = runner.library, Page(runner)
     calibrations = {label: library.calibration(label) for label in library.labels}
@@ -279,7 +279,7 @@ def _has_recorded_run(library: Library) -> bool:
 def page_script() -> str:
     """Return the JavaScript of the token view (the panels, charts and timeline below the controls).
 
-    It is made of the files of `SCRIPTS`, joined in this order. They run as one script, so they share their names.
+    It joins the files of `SCRIPTS`, in the order of that list. So each file can use the functions of all others.
     """
     return "\n".join((ASSETS / "page" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
 
@@ -291,7 +291,7 @@ def token_view(page: Page, value: str) -> gr.HTML:
 
     Args:
         page: answers the questions of the browser about single tokens and layers.
-        value: the first value.
+        value: the component's value until the first run.
     """
     # The template is constant on purpose: gradio runs template values as code, and model text is not trusted.
     def token_card(arguments):          # a function, since gradio cannot mark a method; it passes one argument
@@ -338,8 +338,8 @@ def _exit_controls(shape: Shape) -> dict[str, Component]:
     """Make a threshold slider for each exit, and a menu to choose or disable an exit. Returns them by name."""
     menu = gr.Dropdown(label="Which exit writes tokens", elem_id="ce-force", **_exit_menu(shape))
     gr.HTML("<p>Confidence that each exit needs to write a token. Lower is faster, higher is closer to the full"
-            " model, 1 disables the exit. “Always exit …” in the menu ignores these values. So does Exact"
-            " mode, unless the menu disables an exit.</p>",
+            " model, 1 disables the exit. “Always exit …” in the menu ignores these values. Exact mode"
+            " uses them only if the menu disables an exit.</p>",
             elem_id="ce-hint", apply_default_css=False)
     sliders = {name: _slider(name, value=value, **_exit_slider(s, shape))
                for s, (name, value) in enumerate(zip(THRESHOLDS, thresholds_at(DEFAULT_THRESHOLD, shape)))}
@@ -584,7 +584,7 @@ def _connect_training(library: Library, calibrations: dict[str, Calibration | No
 
     # In the queue of the runs: training and decoding would slow each other down.
     running = panel.start.click(train, model, [panel.status, one.view, *_fitted_outputs(one)], **_turns(panel.status))
-    panel.cancel.click(lambda: _status_html("Cancelled. “Train exits” continues where it stopped.", ""), None,
+    panel.cancel.click(lambda: _status_html("Cancelled. “Train exits” continues where the training stopped.", ""), None,
                        panel.status, cancels=[running], queue=False, **QUIET)
 
 
@@ -745,10 +745,10 @@ def styles() -> list[Path]:
 
 
 def offers(models: list[str], exits: str | None) -> list[Offer]:
-    """List the models for the page's menu.
+    """Return the models for the page's menu: `models`, else the model of $CASCADEEXIT_MODEL, else the bundled model.
 
-    These are the models of the command line, else the model of $CASCADEEXIT_MODEL. If neither is given, the list has
-    the bundled model once for each set of exits that ships for it.
+    If neither `models`, nor `exits`, nor $CASCADEEXIT_MODEL is given, the bundled model is in the list once for each
+    set of exits that ships for it.
 
     Args:
         models: Hub ids, local folders, or the bundled model's name.
@@ -798,7 +798,7 @@ def main() -> None:
         demo = build_demo(runner, args.allow_training)
         demo.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True,
                     mcp_server=args.mcp, **launch_options(demo, runner))
-        log(f"Open {demo.local_url} (a recorded run plays there until your first one)")
+        log(f"Open {demo.local_url} (a recorded run plays there until your first own run)")
         library.get(library.labels[0], log)
     except (RuntimeError, ValueError, OSError) as error:
         raise SystemExit(f"app.py: {error}") from error

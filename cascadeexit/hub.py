@@ -277,7 +277,7 @@ def find_device(wanted: str | None) -> torch.device:
         raise ValueError(f"device '{wanted}' is unknown: give cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
         raise ValueError(f"device '{wanted}' is not available: this torch ({torch.__version__}) sees {gpus} CUDA "
-                         "devices. Use cpu, or cuda or cuda:N if there are any.")
+                         "devices. Use cpu, or cuda:N with an N below this number.")
     return device
 
 
@@ -332,7 +332,7 @@ def _downloaded(repo_id: str) -> Path:
     try:
         return download(repo_id)
     except (HTTPError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelUnavailable(f"the exits {repo_id} are neither a local folder nor could they be fetched from the Hub "
+        raise ModelUnavailable(f"the exits {repo_id} are not a local folder and could not be fetched from the Hub "
                                f"({first_line(error)}). Check the spelling and the network; a private repository needs "
                                "HF_TOKEN.") from error
 
@@ -344,7 +344,7 @@ def default_exit_layers(num_layers: int) -> tuple[int, ...]:
     ValueError for a model of one layer, because an exit needs a layer below it and a layer above it.
     """
     if num_layers < 2:
-        raise ValueError(f"a model of {num_layers} layer has no place for an exit: at least 2 are needed")
+        raise ValueError(f"a model of {num_layers} layer has no place for an exit: give a model of at least 2 layers")
     wanted = (round(share * num_layers) for share in (0.3, 0.57, 0.8))
     return tuple(sorted({min(max(layer, 1), num_layers - 1) for layer in wanted}))
 
@@ -387,8 +387,8 @@ def _torch_dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype must be a torch dtype or the name of one, such as 'bfloat16', got {dtype!r}")
     if found is torch.float16 and place.type == "cpu":
-        raise ValueError("float16 is for GPUs: on a CPU, it is not tested that verified equals full in float16. Use "
-                         "bfloat16 or float32.")
+        raise ValueError("float16 is for GPUs: on a CPU, the text of verified in float16 might differ from the text of "
+                         "full. Use bfloat16 or float32.")
     return found
 
 
@@ -444,12 +444,12 @@ def _explained(model: str, source: str, error: Exception) -> ModelUnavailable:
 
     if Path(source).is_dir():
         advice = "Delete the folder and start again to make it anew." if model == DEFAULT_MODEL else (
-            "It needs config.json, safetensors weights and a tokenizer, as save_pretrained writes them.")
+            "The folder needs config.json, safetensors weights and a tokenizer, as save_pretrained writes them.")
         return ModelUnavailable(f"the model in {source} could not be loaded ({first_line(error)}): a file is missing "
                                 f"or damaged. {advice}")
     if caused_by(GatedRepoError) or "gated repo" in str(error):
         return ModelUnavailable(f"{model} is gated: accept its licence on its Hub page, then set HF_TOKEN to an "
-                                "access token of that account.")
+                                "access token of the account that accepted it.")
     if caused_by(RepositoryNotFoundError, HFValidationError):
         return ModelUnavailable(f"there is no model '{model}': it is neither '{DEFAULT_MODEL}', nor a local folder, "
                                 "nor a Hub id that can be seen. Check the spelling; a private model needs HF_TOKEN.")
@@ -462,6 +462,6 @@ def _explained(model: str, source: str, error: Exception) -> ModelUnavailable:
         return ModelUnavailable(f"{model} is neither a local folder nor in the local Hub cache, and the Hub could not "
                                 f"be reached ({first_line(error)}). Connect to the network, give a local folder, or "
                                 f"use the bundled '{DEFAULT_MODEL}'.")
-    return ModelUnavailable(f"{model} could not be loaded ({first_line(error)}). A Hub model with config.json, "
-                            "safetensors weights and a tokenizer is needed; if this one has them, its download may be "
+    return ModelUnavailable(f"{model} could not be loaded ({first_line(error)}). A Hub model needs config.json, "
+                            "safetensors weights and a tokenizer. If this model has them, its download may be "
                             "damaged: delete its folder in the Hub cache and start again.")

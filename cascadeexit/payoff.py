@@ -90,12 +90,12 @@ class Payoff:
             return [f"Early exits are switched off: they are not trained for this model, so they would only cost time. "
                     f"Exact mode with n-gram drafts stays on. Train exits first: {self.command()} (about "
                     f"{QUICK_MINUTES} minutes on a CPU, {QUICK_GPU_MINUTES} on a GPU)."]
-        found = [f"{exit_name(s, self.shape)} is switched off on this machine: running it takes {_ms(exit.asked)}, and "
-                 f"a token that it writes saves {_ms(exit.saved)}."
+        found = [f"{exit_name(s, self.shape)} is switched off on this machine: running it takes {_ms(exit.asked)} for "
+                 f"each token, and only a token that it writes saves time ({_ms(exit.saved)})."
                  for s, exit in enumerate(self.exits) if not self.paying[s]]
         if self.draft_seconds is not None and not self.drafter_pays:
-            found.append(f"The drafter is switched off on this machine: a call takes {_ms(self.draft_seconds)}, and a "
-                         f"token of the full model takes {_ms(self.token_seconds)}.")
+            found.append(f"The drafter is switched off on this machine: a call of it takes {_ms(self.draft_seconds)}. "
+                         f"That is too long, because a token of the full model takes {_ms(self.token_seconds)}.")
         return found
 
     def command(self) -> str:

@@ -124,7 +124,7 @@ def bundled_prompts(kinds: Sequence[str] | None = None, each: int | None = None)
     content = json.loads(_PROMPTS_FILE.read_text(encoding="utf-8"))
     unknown = [kind for kind in kinds or () if kind not in content]
     if unknown:
-        raise ValueError(f"no bundled prompts of kind {shown(unknown[0])}; there are {', '.join(content)}")
+        raise ValueError(f"no bundled prompts of kind {shown(unknown[0])}; the kinds are {', '.join(content)}")
     chosen = {kind: content[kind][:each] for kind in (content if kinds is None else kinds)}
     longest = max(map(len, chosen.values()), default=0)
     return [Prompt(kind, texts[i]) for i in range(longest) for kind, texts in chosen.items() if i < len(texts)]
@@ -172,8 +172,8 @@ def _from_csv(content: str) -> Iterator[tuple[int, Prompt]]:
         if not header:
             header = [cell.strip().lower() for cell in cells]
             if header.count("prompt") != 1:
-                raise ValueError(f"line {line}: expected a header with one column prompt, got "
-                                 f"{shown(','.join(cells))}: name the column, and put commas between columns")
+                raise ValueError(f"line {line}: expected a header with one column named prompt, got "
+                                 f"{shown(','.join(cells))}: name it prompt, and put commas between columns")
         elif any(cell.strip() for cell in cells[len(header):]):
             # Usually a comma inside a prompt: the rest of the prompt would be lost silently.
             raise ValueError(f"line {line}: expected one cell per column, {len(header)} in all, got {len(cells)}: "
@@ -196,15 +196,15 @@ def _from_row(row: dict, names: Sequence[str], line: int) -> Prompt:
         raise ValueError(f"line {line}: expected a text under {' or '.join(names)}, got {got}: "
                          "write the prompt, or leave the line out")
     if kind is not None and not isinstance(kind, str):
-        raise ValueError(f"line {line}: expected a word as its kind, got {shown(kind)}: put it in quotes")
+        raise ValueError(f"line {line}: expected a word as the prompt's kind, got {shown(kind)}: put it in quotes")
     return Prompt((kind or "").strip() or OWN, text)
 
 
 def _reader_of(path: Path) -> Callable[[str], Iterator[tuple[int, Prompt]]]:
     readers = {".txt": _from_text, ".jsonl": _from_jsonl, ".csv": _from_csv}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"expected a file that ends in {', '.join(readers)}, got {shown(path.name)}: "
-                         "save it as one of them")
+        raise ValueError(f"expected a file name that ends in {' or '.join(readers)}, got {shown(path.name)}: "
+                         "save the prompts in one of these formats")
     return readers[path.suffix.lower()]
 
 
@@ -228,7 +228,7 @@ def _file_text(path: Path) -> str:
 
 def _check_size(size: int) -> None:
     if size > MAX_BYTES:
-        raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got {size:,}: split it into smaller sets")
+        raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got {size:,}: split the prompts into smaller sets")
 
 
 def _check_prompt(prompt: Prompt, line: int) -> None:

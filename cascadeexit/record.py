@@ -120,7 +120,8 @@ def _side_names(run: dict, exits: int) -> list[str]:
         _check_numbers("entry 1 (run): a side's thresholds", side["thresholds"], exits)
     names = [side["name"] for side in sides]
     if names not in ([CASCADE, FULL], [CASCADE, SECOND, FULL]):
-        raise ValueError(f"entry 1 (run): sides should be {CASCADE}, perhaps {SECOND}, and {FULL}, got {shown(names)}")
+        raise ValueError(f"entry 1 (run): sides should be {CASCADE} and {FULL}, or {CASCADE}, {SECOND} and {FULL}, "
+                         f"got {shown(names)}")
     return names
 
 

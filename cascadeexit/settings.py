@@ -136,7 +136,7 @@ class Settings:
         if choice:
             return choice
         first = first_threshold(self.thresholds, shape) if self.exit_choice == FIRST_CONFIDENT else None
-        return next((name for name, threshold in PRESETS.items() if threshold == first), "Own thresholds")
+        return next((name for name, threshold in PRESETS.items() if threshold == first), "Custom thresholds")
 
     def _thresholds(self, num_exits: int) -> list[float | None] | None:
         """Return the threshold of each exit, or None for an exit that is disabled.

@@ -81,5 +81,5 @@ def test_saved_exits_are_read_by_from_pretrained(exits, tmp_path):
 
 
 def test_exits_that_are_nowhere_say_what_to_do(server):
-    with pytest.raises(hub.ModelUnavailable, match="someone/tiny-exits are neither a local folder.*HF_TOKEN"):
+    with pytest.raises(hub.ModelUnavailable, match="someone/tiny-exits are not a local folder.*HF_TOKEN"):
         hub.find_exits("tiny", REPOSITORY)

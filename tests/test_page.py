@@ -100,7 +100,7 @@ def test_a_run_has_three_sides_where_a_preset_stands_beside(page, engine):
     found = records(list(page.respond(Settings(**vars(SETTINGS) | dict(beside="Exact")))))
     sides = found[1]["sides"]
     assert [(s["name"], s["mode"], s["title"]) for s in sides] == [
-        ("cascade", "cascade", "Own thresholds"), ("second", "verified", "Exact: same text, checked"),
+        ("cascade", "cascade", "Custom thresholds"), ("second", "verified", "Exact: same text, checked"),
         ("full", "full", "Full model")]
     assert found[1]["machine"].startswith("CPU, ") and len(found[1]["date"]) == 10
     full = engine.run(IDS, DecodeConfig(mode="full", max_new_tokens=40)).token_ids

@@ -68,14 +68,14 @@ def test_values_at_the_limits_are_allowed():
     ("", "at least one prompt, got none: write one per line"), (" \n\t\n", "at least one prompt, got none"),
     ("a\n\n" + "b\n" * MAX_PROMPTS, "line 202: expected at most 200 prompts, got more: leave some out"),
     ("a\n\n" + "b" * (MAX_CHARACTERS + 1), "line 3: expected a prompt of at most 4,000 characters, got 4,001: shorten"),
-    ("é\n" * (MAX_BYTES // 2), "at most 1,000,000 bytes, got 1,500,000: split it into smaller sets"),
+    ("é\n" * (MAX_BYTES // 2), "at most 1,000,000 bytes, got 1,500,000: split the prompts into smaller sets"),
     ("a\r\nb\0", "line 2: expected text, got a NUL character: save the prompts as plain UTF-8 text"),
     ("a\nb\ud800", r"line 2: expected a prompt of whole characters, got '\\ud800': remove it"),
     ('{"prompt": "\\u0000"}', r"line 1: expected a prompt of whole characters, got '\\x00': remove it"),
     ('{"prompt": "a"}\n{"text": "a\\udc00"}', r"line 2: expected a prompt of whole characters, got '\\udc00'"),
     ('{"prompt": "a", "kind": "\\ud800"}', "line 1: expected a kind of whole characters"),
     ('{"prompt": "a", "kind": "' + "k" * 41 + '"}', f"at most {MAX_KIND_CHARACTERS} characters, got 41: shorten it"),
-    ('{"prompt": "a", "kind": 5}', "line 1: expected a word as its kind, got 5: put it in quotes"),
+    ('{"prompt": "a", "kind": 5}', "line 1: expected a word as the prompt's kind, got 5: put it in quotes"),
     ('{"prompt": "a"}\n\n{"prompt": 5}', "line 3: expected a text under prompt or text or instruction, got 5: write"),
     ('{"prompt": [1]}', r"got \[1\]: write the prompt"), ('{"prompt": {}}', "got {}: write the prompt"),
     ('{"prompt": ' + "[" * 400 + "]" * 400 + "}", r"got \[\[\[\[\[...\]\]\]\]\]: write the prompt"),
@@ -94,15 +94,15 @@ def test_pasted_text_that_is_not_a_prompt_set(pasted, reason):
     ("a.txt", "one".encode("utf-16"), "line 1: expected UTF-8 text, got the byte 0xff"),
     ("a.txt", b"one\n\0", "line 2: expected text, got a NUL character"),
     ("a.csv", "prompt\none".encode("utf-16-le"), "line 1: expected text, got a NUL character"),
-    ("a.txt", b"x" * (MAX_BYTES + 1), "at most 1,000,000 bytes, got 1,000,001: split it into smaller sets"),
+    ("a.txt", b"x" * (MAX_BYTES + 1), "at most 1,000,000 bytes, got 1,000,001: split the prompts into smaller sets"),
     ("a.jsonl", b'{"prompt": "a"}\n\n{oops', "line 3: expected a JSON object such as .*, got '{oops': correct"),
     ("a.jsonl", b"[1]", r"line 1: expected a JSON object such as .*, got '\[1\]'"),
     ("a.jsonl", b'{"prompt": ' + b"[" * 90_000, "line 1: expected a JSON object"),
     ("a.jsonl", b'{"prompt": ' + b"9" * 9_000 + b"}", "line 1: expected a JSON object"),
     ("a.jsonl", "\u202e".encode(), r"got '\\u202e'"),
-    ("a.csv", b"question,kind\nwhy,x", "line 1: expected a header with one column prompt, got 'question,kind': name"),
-    ("a.csv", b"\nprompt;kind\na;b", "line 2: expected a header with one column prompt, got 'prompt;kind'.*put commas"),
-    ("a.csv", b"prompt,prompt\na,b", "expected a header with one column prompt"),
+    ("a.csv", b"question,kind\nwhy,x", "line 1: expected .* one column named prompt, got 'question,kind': name"),
+    ("a.csv", b"\nprompt;kind\na;b", "line 2: expected .* one column named prompt, got 'prompt;kind'.*put commas"),
+    ("a.csv", b"prompt,prompt\na,b", "expected a header with one column named prompt"),
     ("a.csv", b'prompt\n"a\nb"\nHello, world', "line 4: expected one cell per column, 1 in all, got 2: put prompts"),
     ("a.csv", b'prompt\na\n"open\nstill', "line 3: expected comma-separated cells, got a row .*: close every"),
     ("a.csv", b'prompt\n"a"b', "line 2: expected comma-separated cells"),
@@ -162,5 +162,5 @@ def test_kinds_of_bundled_prompts_alternate():
     few = bundled_prompts(["code", "chat"], each=2)
     assert [p.kind for p in few] == ["code", "chat", "code", "chat"] and set(few) < set(prompts)
     assert bundled_prompts([]) == []
-    with pytest.raises(ValueError, match="no bundled prompts of kind 'poetry'; there are chat"):
+    with pytest.raises(ValueError, match="no bundled prompts of kind 'poetry'; the kinds are chat"):
         bundled_prompts(["chat", "poetry"])

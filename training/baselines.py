@@ -49,7 +49,7 @@ class Uncached:
         self.model, self.layers, self.exits = engine.model, engine.model.layers, engine.exits
 
     def segments(self, text: list[int]) -> Iterator[Tensor]:
-        """Run the segments one after another. After each segment, yield the hidden states (1, N, D) of the whole text.
+        """Run the model in segments (the layers between exits). After each, yield the text's hidden states (1, N, D).
 
         The next segment runs only when the caller asks for the next hidden states. So a caller can stop after any
         segment.
@@ -203,10 +203,10 @@ def make_jobs(engine: Engine, args: argparse.Namespace) -> dict[Job, Decode]:
 
 
 def time_jobs(jobs: dict[Job, Decode], prompts: list[list[int]]) -> tuple[dict[Job, list[float]], dict[Job, list]]:
-    """Decode every prompt with every job, and measure the speed.
+    """Decode every prompt with every decoding function of `make_jobs`, and measure the speed.
 
-    Returns {job: speeds in tokens per second} and {job: outputs as token ids}. Both lists have one entry for each
-    prompt.
+    Returns {job: speeds in tokens per second} and {job: outputs as token ids}. The speeds and the outputs of a job are
+    lists with one entry for each prompt.
     """
     for job, decode in jobs.items():
         if job[0] == "cached":                              # warm-up; the uncached loops gain little by one

@@ -9,8 +9,8 @@ def batches(rows: dict[int, int], batch: int, epochs: float, seed: int,
             repeats: dict[int, int] | None = None) -> list[list[int]]:
     """Choose the documents of each training step. Returns a list of document numbers for each step.
 
-    Every epoch reads the documents in a new random order. A step takes documents until they have at least `batch` rows
-    together. Only the last step may have fewer rows. A row is a position that `Features.wanted` selects.
+    Every epoch reads the documents in a new random order. A row is a position that `Features.wanted` selects. A step
+    takes documents until they have at least `batch` rows together. Only the last step may have fewer rows.
 
     Args:
         rows: {document number: number of its rows}.

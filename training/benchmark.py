@@ -210,7 +210,7 @@ def record_seconds(engine: Engine) -> float | None:
 
 
 class Loaded:
-    """The engine and the prompts. The constructor loads them, and measures the time and the memory that this takes.
+    """Loads the engine and the prompts of a benchmark, and measures the time and the memory that loading takes.
 
     Args:
         args: `model`, `exits` and `dtype` are used, with the meaning of the command's options.

@@ -55,9 +55,9 @@ def _failed_tests(results: dict[str, dict]) -> int | None:
 def budgets(gpu: str) -> list[Budget]:
     """Return the list of budgets for a GPU.
 
-    The roofline multiple is the measured speed / the speed that is possible if a token takes only the time to read the
-    weights. Its target is 0.80 for an H100, else 0.75: on a GPU with faster memory, kernel launches take a larger share
-    of the time.
+    One figure is the roofline multiple: the measured speed / the speed if a token took only the time to read the
+    weights. Its target is 0.80 for an H100, and 0.75 for any other GPU: if a GPU has faster memory than an H100, kernel
+    launches take a larger share of the time.
 
     Args:
         gpu: name of the GPU, as torch gives it.

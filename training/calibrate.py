@@ -4,7 +4,7 @@
 
 `DecodeConfig.target_disagreement` and the page's quality slider use the result. The prompts come from the test
 documents, on which neither adapters nor estimators were trained. A prompt is all text of a document before the last
-reply. At each threshold, the cascade decodes every prompt greedily. Then the full model reads the text. The loss of a
+reply. At each threshold, the cascade decodes every prompt greedily. Then the full model reads this text. The loss of a
 prompt is the share of its new tokens that the full model would not have chosen.
 
 The result is `calibration.json` in the exits folder. For each threshold, the file holds the mean loss, and an upper
@@ -61,8 +61,8 @@ def measure(engine: Engine, prompt: Prompt, threshold: float, tokens: int) -> di
         threshold: threshold of the first exit. The thresholds of the other exits follow from it.
         tokens: new tokens, at most.
 
-    Returns `loss`, the share of the new tokens that the full model would not have chosen, and `cost`, the weight bytes
-    read per token relative to the full model.
+    Returns a dict: `loss` is the share of the new tokens that the full model would not have chosen. `cost` is the
+    weight bytes read per token, relative to the full model.
     """
     config = DecodeConfig(thresholds=threshold, max_new_tokens=min(tokens, engine.model.max_positions - len(prompt)))
     run = engine.run(prompt, config)

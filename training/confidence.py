@@ -86,7 +86,7 @@ def exit_rows(engine: Engine, s: int, store: FeatureStore, documents: list[int],
 
     Args:
         documents: indices of the documents that have these positions.
-        part: name of the documents, for the progress bar.
+        part: text for the progress bar, which says what these documents are for.
     """
     parts, device, exits, words = [], engine.model.device, engine.exits, engine.bank.head_ids
     desc = f"exit {engine.bank.config.layers[s]}, {part}"
@@ -184,7 +184,7 @@ class SketchEstimators:
     """Trains estimators of the kind `sketch` (`SketchConfidence`).
 
     These estimators read facts (such as the largest probability) of the softmax over the most frequent words of the
-    vocabulary. The bank's `sketch_ids` has the token ids of these words.
+    vocabulary. `ExitBank.sketch_ids` has the token ids of these words.
 
     Args:
         width: inner width of the estimators.

@@ -166,7 +166,7 @@ def read_dataset(args: argparse.Namespace) -> Iterator[str]:
     Args:
         args: `dataset`, `dataset_config` and `dataset_split` are used, with the meaning of the command's options.
 
-    A row is one document. Only for WikiText, whose rows are single lines, the lines of an article are joined.
+    A row is one document. In WikiText, a row is a single line, so the lines of each article are joined.
 
     Raises SystemExit if the dataset has no column `text`.
     """

@@ -8,8 +8,8 @@ examples, then a number (--prompts) of the project's own prompts, which show whe
 result has three main figures for each setting:
 - `agreement` is teacher-forced: the full model reads the text that the exits wrote.
 - `routing_share` is the share of the tokens that each exit and the full model produced.
-- `loops` counts texts that end in repetition (`cascadeexit.repetition`). `new_loops` leaves out prompts for which the
-  full model's own text ends in repetition, too.
+- `loops` counts texts that end in repetition (`cascadeexit.repetition`). `new_loops` counts only those
+  texts where the full model's text for the same prompt does not end in repetition.
 
 There are three forms of settings:
 - One number is the threshold of the first exit. The page's sliders for the other exits follow from it.
@@ -118,8 +118,8 @@ def summarize(rows: list[dict]) -> dict:
     - `prompts`: number of prompts.
     - `agreement`, `routing_share`, `cost`: means over the prompts. `least_agreement`: smallest agreement of a prompt.
     - `every_exit`: number of prompts for which every exit produced at least one token.
-    - `loops`: number of texts that end in repetition. `new_loops`: the same without prompts for which the full model's
-      own text ends in repetition, too.
+    - `loops`: number of texts that end in repetition. `new_loops`: number of those texts where the full
+      model's text for the same prompt does not end in repetition.
     """
     looping = {row["prompt"] for row in rows if row["setting"] == FULL and row["loop"]}
     summary = {}

@@ -1,4 +1,4 @@
-"""Train the exits' adapters. Each learns to predict the full model's output from the hidden state at its layer.
+"""Train the exits' adapters. An adapter learns to predict the full model's output from the hidden state at its exit.
 
     python -m training.distill --preset smollm2-135m-instruct --data data/policy data/text --out runs/smollm2
     python -m training.distill --model ./my-llama --exits 0.3,0.57,0.8 --data data/my-llama --out runs/my-llama

@@ -33,12 +33,12 @@ class Document:
 
     @property
     def split(self) -> "Split":
-        """Split of this document. Its key decides it, so documents from the same prompt are always in one split."""
+        """Split of this document, which follows from `key`. All documents from one prompt have the same key."""
         return split_of(self.key)
 
 
 def split_of(key: int) -> Split:
-    """Return the split of the documents with this key: 1 in 25 is for tests, 2 in 25 are for calibration."""
+    """Return the split of documents with this key. 1 key in 25 is for tests, 2 are for calibration, 22 for training."""
     return {0: Split.TEST, 1: Split.CALIBRATION, 2: Split.CALIBRATION}.get(key % 25, Split.TRAIN)
 
 

@@ -87,7 +87,7 @@ def compare_prompt(engine: Engine, ids: list[int], args: argparse.Namespace, ref
     Returns a dict:
     - `tokens`: number of tokens of `full`.
     - `verified`: {"threshold/draft length": {"differing": tokens that differ from `full`, "drafted": number of drafts,
-      "accepted": number of accepted drafts}}. The threshold is "own rule" for the default.
+      "accepted": number of accepted drafts}}. For the default threshold, the key has "own rule".
     - `reference`, only with a reference: {"differing": tokens of `generate` that differ from `full`,
       "first_difference": position of the first of them or None, "margin": margin at this position or None}.
     """
@@ -133,8 +133,9 @@ def summarize_lossless(rows: list[dict]) -> dict:
     - `verified_runs`, `verified_tokens`: number of runs with `verified`, and of the tokens that were compared.
     - `verified_differing_tokens`: number of tokens that differ.
     - `acceptance`: {"threshold/draft length": acceptance rate}.
-    - `reference_prompts`: number of prompts that `generate` also decoded. `reference_differing_tokens`,
-      `reference_identical`: number of its tokens that differ from `full`, and of its texts that are identical.
+    - `reference_prompts`: number of prompts that `generate` also decoded.
+    - `reference_differing_tokens`: number of tokens of `generate` that differ from `full`.
+    - `reference_identical`: number of texts of `generate` that are identical to the text of `full`.
     - `reference_margins`: margin of the full model at each first difference.
     """
     runs = list(rows[0]["verified"])
@@ -156,7 +157,7 @@ def summarize_lossless(rows: list[dict]) -> dict:
 
 
 class Tally:
-    """Sums over the positions of texts, all 0 at first. `read_document` adds to them.
+    """Adds up how well exits predict the tokens of texts. All sums are 0 at first; `read_document` adds to them.
 
     Args:
         readers: number of exits, plus 1 for the full model.
@@ -317,7 +318,7 @@ def decode_cascade(engine: Engine, prompts: list[list[int]], fulls: list[list[in
     Returns a dict:
     - `routing_share`, `agreement`, `average_depth`, `cost`: means over all tokens (see `metrics.RunStats`).
     - `early`: share of the tokens that exits produced.
-    - `positional_match`, `sequence_match`: means over the prompts of the `metrics.match` with the output of `full`.
+    - `positional_match`, `sequence_match`: match with the text of `full` (`metrics.match`), means over the prompts.
     """
     runs = [engine.run(ids, config) for ids in prompts]
     total = sum(r.stats.tokens for r in runs)
@@ -345,7 +346,7 @@ def decode_drafts(engine: Engine, prompts: list[list[int]], fulls: list[list[int
         config: config of mode `verified`.
 
     Returns {"acceptance": accepted drafts / drafts, "tokens_per_verification": tokens per verification pass,
-    "identical": share of the texts that are identical to `full`}.
+    "identical": share of the texts that are identical to the text of `full`}.
     """
     runs = [engine.run(ids, config) for ids in prompts]
     drafted, tokens = sum(r.stats.drafted for r in runs), sum(r.stats.tokens for r in runs)

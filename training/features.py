@@ -1,8 +1,8 @@
 """Features: results of the frozen model that training needs, such as the hidden states at its exits.
 
 Features are kept on disk up to a size limit. For the documents beyond this limit, the model computes the features each
-time they are needed. The features of a document are for all its positions: at each position, an exit also reads the
-carried state of the position before, and n-gram lookup reads all the text before.
+time they are needed. A document has features at all its positions, also at those that are not trained: an exit also
+reads the carried state of the position before, and n-gram lookup reads all the text before.
 """
 
 import hashlib
@@ -78,7 +78,7 @@ class FeatureStore:
 
     @property
     def kept(self) -> int:
-        """Number of documents whose features are on disk. Features of the other documents are computed each time."""
+        """Number of documents whose features are on disk. Other features are computed each time they are read."""
         return self._chunks[-1].stop if self._chunks else 0
 
     def prepare(self, rank: int = 0, world: int = 1) -> None:
@@ -160,7 +160,7 @@ class FeatureStore:
         return [i for i, d in enumerate(self.documents) if d.split == split and (any(d.chosen) or not policy_only)]
 
     def measured(self, split: Split) -> list[int]:
-        """Return the indices of the documents of a split on which exits are measured.
+        """Return the indices of those documents of a split with which exits are measured.
 
         If the split has documents that the model wrote, only these are used. Else all its documents are used.
         """

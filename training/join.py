@@ -56,8 +56,8 @@ def joined_report(banks: list[ExitBank], layers: tuple[int, ...], folders: list[
         folders: the folder of each bank.
 
     Returns a dict. `untrained_agreement`, `held_out_agreement` and `held_out_agreement_after_exits` are lists with a
-    value for each of `layers`. `parts` is a list with a dict for each of `layers`: its `layer`, and the other entries
-    of the `distill.json` that its exit comes from.
+    value for each of `layers`. `parts` is a list with a dict for each of `layers`: the `layer`, and the entries of the
+    `distill.json` in the folder of this exit, except these three lists.
     """
     reports = [json.loads((folder / "distill.json").read_text(encoding="utf-8")) for folder in folders]
     parts, merged = [], {name: [] for name in _BY_LAYER}

@@ -124,8 +124,8 @@ class Lane:
     def next_token(self, sampled: int, best: int, eos: frozenset[int], slot: int) -> int:
         """Choose the next token of this lane, add it to the document, and return it.
 
-        If given tokens are left, the next of them is chosen. Else the choice is `best` if the opening is greedy, and
-        `sampled` if not. When the document is complete, it is closed and a new document starts.
+        If given tokens are left, the next of them is chosen. Else the choice is `best` if `Opening.greedy` is True, and
+        `sampled` if it is False. When the document is complete, it is closed and a new document starts.
 
         Args:
             sampled: the token that was sampled from the model's softmax.

@@ -38,8 +38,8 @@ def provenance(seed: int | None = None) -> dict:
 def results_file(model: str, exits: Path | None, name: str) -> Path:
     """Return the path of the result file `name` in assets/results.
 
-    Raises ValueError, whose message asks for --out, if the model is not the shipped one, if `exits` names other exits,
-    or if this is not a git checkout.
+    Raises ValueError, whose message asks for --out, if the model or the exits are not the shipped ones, or if this is
+    not a git checkout.
     """
     root = Path(__file__).parents[1]
     if not (root / "pyproject.toml").is_file():

@@ -1,7 +1,7 @@
-"""User turns for a model whose owner brings none: tasks filled with topics, in a random order.
+"""User turns for quick training without prompts of your own: tasks filled with topics, in a random order.
 
 They are plain on purpose: what people ask a chat model first, about everyday things, knowledge and code. The model's
-answers to them are training text. None of them is one of the prompts with which the project measures.
+answers to them are training text. No user turn is one of the prompts with which the project measures.
 """
 
 import random

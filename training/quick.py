@@ -4,8 +4,8 @@
     python -m training.quick --model my-model.gguf --out runs/my-model --minutes 30
     python -m training.quick --model my-model --prompts questions.jsonl      # user turns like those of your users
 
-It takes 15 minutes on a CPU and 5 on a GPU, or as long as --minutes says. The parts are the commands of the full recipe
-(training/run.sh), each with a share of the time. The model writes conversations, and the hidden states of the same
+This takes 15 minutes on a CPU and 5 on a GPU, or as long as --minutes says. The parts are the commands of the full
+recipe (training/run.sh), each with a share of the time. The model writes conversations, and the hidden states of these
 passes are kept. The exits start as ridge regressions on whitened hidden states, and are trained for as many steps as
 the time allows. Then a drafter and confidence estimators are trained. At the end, other prompts, which were not used in
 training, serve to calibrate the exits and to measure the speed of each mode.
@@ -59,8 +59,8 @@ class Part:
     Attributes:
         name: name that the user sees while the part runs.
         share: share of the whole time that the part gets, in [0, 1].
-        command: function that takes the time limit in minutes, without the start of the process. It returns the words
-            of the command after `python -m`.
+        command: function that takes the part's time limit in minutes, not counting the start of its process. It
+            returns the words of the command after `python -m`.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Progress:
 
 
 def parts_of(args: argparse.Namespace) -> list[Part]:
-    """Return the parts in their order. `args` has the options of the command."""
+    """Return the parts of the training in the order in which they run. `args` has the options of the command."""
     out, seed = args.out, ["--seed", str(args.seed)]
     data, held_out, exits, features = (str(out / name) for name in ("data", "held-out", "exits", "features"))
     model, store = ["--model", args.model], ["--features", features]
@@ -185,8 +185,9 @@ class Quick:
 
     def sentence(self, result: dict) -> str:
         """Describe the result of `speeds` in words, with the command that starts the page with these exits."""
-        kept = ("certified: on average at most 10% of its tokens differ" if result["certified"] else "not certified")
-        return (f"Trained in {result['minutes']:.1f} minutes. Speed over the full model: verified "
+        kept = ("certified: the full model would choose at least 90% of its tokens, on average"
+                if result["certified"] else "not certified")
+        return (f"Trained in {result['minutes']:.1f} minutes. Speed relative to the full model: verified "
                 f"{result['verified']:.2f}x (the same text for {result['same']:.0%} of {_MEASURED_PROMPTS} prompts), "
                 f"cascade {result['cascade']:.2f}x ({kept}). Use these exits with: python app.py --model "
                 f"{shlex.quote(self.args.model)} --exits {shlex.quote(str(self.args.exits_folder))}")
@@ -198,7 +199,7 @@ class Quick:
         - `full`, `verified`, `cascade`: speed of the mode / speed of `full`, as medians over the prompts.
         - `full_tokens_per_second`: speed of `full`.
         - `same`: share of the prompts for which `verified` and `full` wrote the same text.
-        - `certified`: True if the calibration certifies that at most 10% of the tokens of `cascade` differ.
+        - `certified`: True if the calibration certifies that `cascade` disagrees with `full` on at most 10% of tokens.
         - `minutes`: time that the training took.
         """
         engine, _ = load(self.args.model, self.args.exits_folder)

@@ -29,7 +29,7 @@ def read(path: Path) -> dict | None:
 
 
 def exits_folders(root: Path) -> list[Path]:
-    """List the folders of the shipped exits: the default exits, other exits of the same model, then other models."""
+    """List the folders of the shipped exits: the default exits, then other exits of the same model, then the rest."""
     folders = sorted(path.parent for path in (root / "assets" / "exits").glob("*/config.json"))
     return sorted(folders, key=lambda folder: (folder.name != DEFAULT_MODEL, DEFAULT_MODEL not in folder.name))
 

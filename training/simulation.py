@@ -1,8 +1,8 @@
 """Simulation: count on a CPU what the `gpu` backend would do on a GPU, and estimate the time per token.
 
 The engine runs `training.replay` with tensors on the `meta` device, which have a shape but no numbers. Drafts, passes,
-catch-up (passes through layers that exits skipped) and exits follow the same scripts as in a replay on a GPU, so every
-kernel launch is known. The estimated time of a token is
+catch-up (passes through layers that exits skipped) and exits follow the same scripts as on a GPU, so every kernel
+launch is known. The estimated time of a token is
 
     bytes / bandwidth + kernels x time of a kernel + replays x time of a replay
 
@@ -93,10 +93,10 @@ class _Operations(TorchDispatchMode):
 def simulated(count: Count) -> type[GpuBackend]:
     """Make a variant of the `gpu` backend that runs without a GPU and without numbers.
 
-    It counts one replay at each point where the real backend would wait for a result of the GPU.
+    It counts one replay (start of a recorded CUDA graph) at each point where the real backend would wait for the GPU.
 
     Args:
-        count: gets the replays and the weights of the model.
+        count: where replays are counted. Its `weights` get the weights of the model.
 
     Returns a subclass of `GpuBackend`.
     """
@@ -170,6 +170,8 @@ def simulate(shape: str, tokens: int) -> dict:
     Args:
         shape: name of the model's shape in `replay.SHAPES`.
         tokens: new tokens per run.
+
+    A replay is one start of a recorded CUDA graph.
 
     Returns {"shape": ..., "tokens": ..., "assumed": `ASSUMED`, "rows": {name of the run: row}}. A row has `bytes`,
     `kernels` and `replays` per token, and `expected_ms`: {GPU: estimated milliseconds per token}.

@@ -240,7 +240,7 @@ function verifiedStory(side, record, draft) {
 function choiceStory(side, record, i) {
   if (run.greedy === false) return '';
   const choice = side.choices[i], moment = side.end && (side.end.moments || []).find(m => m.i === i);
-  if (moment) return 'The full model would choose ' + inQuotes(moment.full) + ' (' + likely(moment.p_full) + ') and gives this one ' + likely(moment.p_said) + '.';
+  if (moment) return 'The full model would choose ' + inQuotes(moment.full) + ' (probability ' + likely(moment.p_full) + ') and gives this token ' + likely(moment.p_said) + '.';
   if (!missing(choice)) return choice !== record.id ? 'The full model would choose ' + (wordOf(choice) || 'another token') + ' here.'
     : side.mode === 'verified' || isLast(record.exit) ? '' : 'The full model would choose it too.';
   return side.nodes[i].classList.contains('differs') ? 'The full model would choose another token here.' : '';

@@ -360,7 +360,7 @@ function tellTimes(i) {
 
 function buildCharts() {
   const whole = value => Math.round(100 * value) + '%';
-  const routing = makePlot({ name: 'routing', title: 'Who wrote the tokens', hint: 'Share of the last ' + RECENT + ' tokens that each exit wrote, at each token',
+  const routing = makePlot({ name: 'routing', title: 'Who wrote the tokens', hint: 'At each token: which share of the last ' + RECENT + ' tokens each exit wrote',
     top: () => [0, 1], form: whole, paint: paintRouting, tell: tellRouting, lights: () => [shownSide().name] });
   const agreement = makePlot({ name: 'agreement', title: 'Agreement', right: 38, form: whole, paint: paintAgreement, tell: tellAgreement, lights: exitSides,
     hint: 'Share of the last ' + RECENT + ' checked tokens that the full model would choose too, given the same text. Marks below: tokens that it would not choose.',

@@ -1,7 +1,7 @@
 // The run as a file: to replay it, to calculate with it, to see it in a trace viewer, to show it.
 
 const FORMATS = [
-  ['Save run (JSON)', 'Everything. “Replay a saved run” in Settings plays it again.', () => save('run.json', 'application/json', runFile())],
+  ['Save run (JSON)', 'The whole run. “Replay a saved run” in Settings plays it again.', () => save('run.json', 'application/json', runFile())],
   ['Save tokens (CSV)', 'One row for each token: exit, confidence, time, the full model’s choice. Numbers count from 1, positions from 0.', () => save('tokens.csv', 'text/csv', table())],
   ['Save trace (JSON)', 'Every pass of the model on a time axis. Open the file at ui.perfetto.dev.', () => save('trace.json', 'application/json', traceFile())],
   ['Save picture (SVG)', 'Both texts with colours and numbers, for a paper.', () => save('tokens.svg', 'image/svg+xml', pictureFile())],

@@ -111,7 +111,7 @@ function judgeFork(name) {
   const blocks = alignIds(ours, theirs), same = blocks.filter(b => b.same).reduce((n, b) => n + b.a1 - b.a0, 0);
   const share = same / Math.max(1, ours.length, theirs.length), first = blocks.find(b => b.same);
   const effect = share >= 0.9 ? 'hardly mattered' : share >= 0.5 ? 'changed part of the text' : 'changed the text';
-  side.verdict = effect + ', ' + percent(share);
+  side.verdict = effect + ', ' + percent(share) + ' of the rest is equal';
   put(part.aside, forkWords(side) + ': it ' + effect + '. '
     + percent(share) + ' of what follows is the same as in ' + before.title + '.');
   const at = side.start + 2 + first?.a0, long = first && first.a1 - first.a0;

@@ -20,7 +20,7 @@ function layerMap() {
   };
   back.addEventListener('click', () => load(Math.max(0, start - WINDOW)));
   forth.addEventListener('click', () => load(start + WINDOW));
-  const key = make('p', 'ce-sub', 'Columns: positions in the first text. Rows: exits; top row: the full model. Stronger colour: surer. Bold: the full model would choose it here, too. Bar below: this row wrote the token.');
+  const key = make('p', 'ce-sub', 'Columns: positions in the first text. Rows: exits; top row: the full model. Stronger colour: more confident. Bold: the full model would choose this token. Bar below a token: this row wrote it.');
   const box = make('div', 'ce-map', null, key, make('p', 'ce-map-bar', null, back, forth, place), scroll);
   let shown = null;
   return { box, open() {

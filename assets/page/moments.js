@@ -61,7 +61,7 @@ function momentRow(moment, k) {
 
 function tryButton(moment) {
   const reason = whyNoFork(), test = button('ce-small', 'Try ' + inQuotes(moment.full), () => askFork(moment.side, moment.i, { id: moment.id, text: moment.full }));
-  test.title = reason || 'Continue from here with the full model’s choice, to see whether it mattered';
+  test.title = reason || 'Continue from here with the full model’s choice, to see how much the text changes';
   test.disabled = Boolean(reason);
   return test;
 }

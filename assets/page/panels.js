@@ -62,9 +62,9 @@ function buildPanel(name, kept = []) {
 }
 
 const panelNote = side => side.name === FULL ? 'Every token uses all ' + model.layers + ' layers.'
-  : side.mode !== 'verified' ? 'The first confident exit writes each token. Layers that were skipped catch up later, so the text before is always complete.'
+  : side.mode !== 'verified' ? 'The first confident exit writes each token. Layers that it skipped read the token later, before they are used again.'
   : side.tolerance ? 'Tokens are drafted ahead. The full model also accepts drafts that it finds nearly as likely as its own choice.'
-  : 'Tokens are drafted ahead, and the full model checks every draft: the text is its own. The colour shows who drafted a token.';
+  : 'Tokens are drafted ahead, and the full model checks every draft: the text is exactly the full model’s. The colour shows who drafted a token.';
 
 const textOf = side => side.nodes.filter(Boolean).map(node => node.textContent).join('');
 
@@ -158,7 +158,7 @@ function drawPanel(name) {
   else if (!missing(stats.token_seconds_p50))
     words.push('median ' + milliseconds(stats.token_seconds_p50) + ', p90 ' + milliseconds(stats.token_seconds_p90));
   put(part.facts, words.join(' · '));
-  part.facts.title = 'First token after ' + milliseconds(stats.first_token_seconds) + '; all in ' + number(stats.seconds, 2) + ' s'
+  part.facts.title = 'First token after ' + milliseconds(stats.first_token_seconds) + '; all tokens in ' + number(stats.seconds, 2) + ' s'
     + (missing(stats.acceptance) ? '' : '; ' + acceptedWords(stats));
 }
 

@@ -69,7 +69,7 @@ function pictureText(x, y, text, { size = 13, fill = PAPER.ink, bold = false, wi
 function settingWords() {                          // the run's own settings, in words
   const side = sides[exitSides()[0]];
   const list = side.mode === 'verified' ? ['Exact mode' + (side.tolerance ? ' with tolerance ' + side.tolerance : '')] : ['Early exits'];
-  if (side.mode !== 'verified' && side.thresholds) list.push('exits need a confidence of ' + side.thresholds.map(t => missing(t) || t >= 1 ? 'off' : percent(t)).join(', '));
+  if (side.mode !== 'verified' && side.thresholds) list.push('thresholds of the exits: ' + side.thresholds.map(t => missing(t) || t >= 1 ? 'off' : percent(t)).join(', '));
   list.push(run.greedy === false ? sampledWords(run.settings || {}) : 'greedy', 'up to ' + run.max_new_tokens + ' tokens');
   return list.join(' · ');
 }

@@ -40,7 +40,7 @@ function numbers() {
   parts.badge.hidden = true;
   parts.loop = make('span', 'ce-flag ce-loop');
   parts.loop.hidden = true;
-  parts.offer = button('ce-small ce-offer', 'Now the same, exact', runExact);
+  parts.offer = button('ce-small ce-offer', 'Now in Exact mode', runExact);
   parts.offer.title = 'Run this prompt in Exact mode: the full model’s own text, checked';
   parts.offer.hidden = true;
   const tiles = make('dl', 'ce-tiles', null, tile('speed', 'Speed', 'times the full model', measureButton()),
@@ -67,7 +67,7 @@ function measureButton() {
     status('Measuring the speed again…', 'busy');
     control('ce-measure').click();
   });
-  parts.measure.title = 'Runs this prompt three more times, 64 tokens each, and shows the median of their speeds';
+  parts.measure.title = 'Runs this prompt three more times, 64 tokens each, and shows the median speed-up';
   parts.measure.hidden = true;
   return parts.measure;
 }
@@ -81,7 +81,7 @@ function status(text, kind = '') {
 // A click on Stop before the run began, or while the speed is measured: no record of the run will tell.
 document.addEventListener('click', event => {
   if (!event.target.closest('#ce-stop') || !(starting || finished && !replaying())) return;
-  const words = starting ? 'Stopped before it began.' : 'Stopped.';
+  const words = starting ? 'Stopped before the run began.' : 'Stopped.';
   waiting(false);
   status(words, 'stopped');
 });
@@ -173,7 +173,7 @@ function drawNumbers(side, stats) {
   put(parts.cost, stats ? percent(stats.cost) : '–');
   const so = agreementSoFar(side), share = end && !missing(end.agreement) ? end.agreement : so && so.share;
   put(parts.agreement, sampled || missing(share) ? '–' : percent(share, share > 0.99 && share < 1 ? 1 : 0));
-  note('agreement', ...stats && !missing(stats.acceptance) ? [acceptedWords(stats), 'Of all drafts, also those on branches of the draft tree that the text did not take']
+  note('agreement', ...stats && !missing(stats.acceptance) ? [acceptedWords(stats), 'All drafts count, including those on branches of the draft tree that the text did not take']
     : sampled ? ['not measured above temperature 0'] : end ? exitsAlone(side) : so ? ['of ' + so.judged + ' tokens checked so far'] : ['']);
   for (const name of ['speed', 'agreement']) parts[name].classList.toggle('aside', Boolean(loops));
   parts.loop.hidden = !loops;
@@ -221,7 +221,7 @@ function exitsAlone(side) {
   if (side.mode !== 'cascade' || !theirs.length || theirs.length === side.records.length) return [''];
   const share = theirs.filter(r => agrees(side, r.i)).length / theirs.length;
   return ['exits alone: ' + percent(share), 'The full model would also choose ' + percent(share) + ' of the ' + theirs.length
-    + ' tokens that exits wrote. The others are its own, so they always agree.'];
+    + ' tokens that exits wrote. The full model wrote the other tokens itself, so they always agree.'];
 }
 
 // Why a run with exits is slower than the full model: words, and more words on hover.

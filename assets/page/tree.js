@@ -8,7 +8,7 @@ const inMs = seconds => number(1000 * seconds, 1000 * seconds < 10 ? 2 : 1) + ' 
 
 function passWords(pass) {
   if (isChoice(pass)) return 'you chose this token; the text goes on from here';
-  const time = inMs(pass.end - pass.start) + (readsPrompt(pass) ? ', including the reading of the text before it' : ''), words = [];
+  const time = inMs(pass.end - pass.start) + (readsPrompt(pass) ? ', including the time to read the text before this pass' : ''), words = [];
   if (isVerified(pass.lane)) {
     const drafts = draftCount(pass), accepted = acceptedOf(pass).length;
     words.push(drafts ? accepted + ' of ' + drafts + (drafts === 1 ? ' draft accepted' : ' drafts accepted') : 'nothing drafted');
@@ -127,7 +127,7 @@ function pillOf(node, side) {
   const title = drawn('title'), text = drawn('text', { x: node.x + node.w / 2, y: node.y + 4 });
   title.textContent = quoted(node.whole) + (node.kind === 'root' ? ': the last token before this pass' : node.kind === 'own' ? ': the full model’s own token'
     : ': ' + (node.exit === COPIED ? 'copied from earlier in the text' : 'drafted by ' + draftedBy(side, node.exit).replace('The', 'the')) + ', ' + (node.kind === 'waiting' ? 'not checked yet' : node.kind)
-    + (missing(node.p) ? '' : ', estimated probability that it follows ' + likely(node.p)));
+    + (missing(node.p) ? '' : ', estimated probability ' + likely(node.p)));
   text.textContent = node.text;
   pill.append(drawn('rect', { x: node.x, y: node.y - 9.5, width: node.w, height: 19, rx: 5 }), text, title);
   return pill;

@@ -44,7 +44,7 @@ def _stops(value: Any) -> Any:
         raise ValueError(f"expected a text or a list of texts, none of them empty, got {shown(value)}")
     if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
         raise ValueError(f"expected at most {MAX_STOPS} texts of at most {MAX_STOP_CHARACTERS:,} characters each, got "
-                         "more")
+                         "more or longer texts")
     return stops
 
 
@@ -170,8 +170,8 @@ class ChatRequest(Request):
             raise ValueError(f"messages: expected at most {MAX_PROMPT_CHARACTERS:,} characters in all, got "
                              f"{characters:,}")
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs: expected logprobs to be true beside it, got top_logprobs "
-                             f"{self.top_logprobs} alone")
+            raise ValueError(f"top_logprobs: expected logprobs to be true as well, got top_logprobs "
+                             f"{self.top_logprobs} without logprobs")
         return self
 
     @property
@@ -201,7 +201,7 @@ class CompletionRequest(Request):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if not self.max_tokens and not self.echo:
-            raise ValueError("max_tokens: expected at least 1, or echo to be true, got 0")
+            raise ValueError("max_tokens: expected at least 1 unless echo is true, got 0")
         return self
 
     @property

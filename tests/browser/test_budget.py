@@ -155,7 +155,7 @@ def test_a_visitor_who_waits_is_told_and_may_stop(open_page, tiny_url, tiny, mon
     two.click("#ce-run")
     two.wait_for_function("document.querySelector('.ce-status').textContent.includes('another run is in progress')")
     two.click("#ce-stop")
-    expect(two.locator(".ce-status").first).to_have_text("Stopped before it began.")
+    expect(two.locator(".ce-status").first).to_have_text("Stopped before the run began.")
     assert two.locator("#ce-run").is_visible() and not two.locator("#ce-stop").is_visible()
     one.click("#ce-stop")
     monkeypatch.undo()

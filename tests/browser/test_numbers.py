@@ -459,7 +459,7 @@ def test_a_text_has_few_nodes(done):
 
 
 def test_the_same_can_be_run_exactly(fresh):
-    offer = fresh.get_by_role("button", name="Now the same, exact")
+    offer = fresh.get_by_role("button", name="Now in Exact mode")
     assert offer.is_visible()
     offer.click()
     fresh.wait_for_selector(".ce-badge:visible")

@@ -375,7 +375,7 @@ def test_moments_say_what_was_said_and_what_the_full_model_would_choose(edits):
     assert "wrote b 5%" in first and "full model: quite 32%" in first and "token 12" in first and "exit 4" not in first
     edits.locator(".ce-moment").first.click()
     words = edits.locator(".ce-story").inner_text()
-    assert "The full model would choose “quite” (32%) and gives this one 5%." in words
+    assert "The full model would choose “quite” (probability 32%) and gives this token 5%." in words
 
 
 def test_a_tried_moment_keeps_its_place_and_says_whether_it_mattered(stage):
@@ -393,8 +393,8 @@ def test_a_tried_moment_keeps_its_place_and_says_whether_it_mattered(stage):
     page.wait_for_selector(".ce-status.done")
     assert page.locator(columns).all_inner_texts() == before, "the main run alone, in the same order"
     assert page.locator(".ce-moment").nth(2).get_attribute("aria-current") == "true"
-    verdict = re.fullmatch(r"(hardly mattered|changed (part of )?the text), (\d+%)", rows.nth(2).locator(
-        ".ce-moment-verdict").inner_text())
+    verdict = re.fullmatch(r"(hardly mattered|changed (part of )?the text), (\d+%) of the rest is equal",
+                           rows.nth(2).locator(".ce-moment-verdict").inner_text())
     aside = page.locator(".ce-forked .ce-aside").inner_text()
     assert f"it {verdict[1]}." in aside and verdict[3] in aside
     rows.nth(2).get_by_role("button", name="Show Fork 1").click()

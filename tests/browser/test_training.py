@@ -80,7 +80,7 @@ def test_a_training_that_is_cancelled_is_ended(open_page, url, monkeypatch):
     page.click("#ce-train")
     page.get_by_text("training exits; 50% of the whole training is done").wait_for()
     page.click("#ce-train-cancel")
-    page.get_by_text("continues where it stopped").wait_for()
+    page.get_by_text("continues where the training stopped").wait_for()
     for _ in range(100):
         if ended:
             return
