@@ -375,7 +375,8 @@ def test_a_text_that_repeats_itself_takes_the_headline_back(draw):
     size = "value => parseFloat(getComputedStyle(value).fontSize)"
     values = page.locator(".ce-value")
     assert values.nth(0).inner_text() == "2.4×" and values.nth(0).evaluate(size) < values.nth(2).evaluate(size)
-    assert "easy to predict" in tile(page, "Speed")
+    assert "high because the text repeats" in tile(page, "Speed")
+    assert "easy to predict" in page.locator(".ce-loop").get_attribute("title")
 
 
 def test_each_text_says_that_it_repeats_itself(draw):
