@@ -28,13 +28,13 @@ import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 from gradio.components import Component  # noqa: E402
 from gradio.context import LocalContext  # noqa: E402
-from gradio.queueing import Queue  # noqa: E402
 from gradio.utils import get_upload_folder  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 from starlette.routing import Mount  # noqa: E402
 
 from cascadeexit import accelerator, hub, openai, prompts, settings, stream  # noqa: E402
+from cascadeexit.blocks import MODEL, Demo, one_sentence  # noqa: E402
 from cascadeexit.calibration import Calibration  # noqa: E402
 from cascadeexit.config import Mode  # noqa: E402
 from cascadeexit.endpoints import BadRequest, Endpoints  # noqa: E402
@@ -60,9 +60,6 @@ from cascadeexit.runner import Compute, RunFailed, Runner  # noqa: E402
 from cascadeexit.settings import DEFAULT_THRESHOLD, PRESETS, THRESHOLDS, Settings, thresholds_at  # noqa: E402
 from cascadeexit.shape import Shape, exit_name  # noqa: E402
 from cascadeexit.uploads import UploadLimits  # noqa: E402
-from cascadeexit.values import shown  # noqa: E402
-
-server_log = logging.getLogger("cascadeexit.app")
 
 TRACE = ASSETS / "traces" / "sky.json"          # a recorded run: it plays until a visitor's first own run
 MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
@@ -77,12 +74,9 @@ MAX_REQUEST = 11_000_000        # bytes of any request
 MAX_UPLOADS = 500_000_000       # bytes of all uploads that are kept
 KEEP_SECONDS, CLEAN_SECONDS = 3600, 300         # age at which files of visitors are deleted, and how often
 SESSIONS = 500                  # open pages whose values Gradio keeps, about 0.2 MB each
-MAX_WAITING = 20                # runs that wait for the model
-MAX_QUEUED = 200                # all events that wait
 RESULT_WIDTHS = (240, 100, 120, 100, 130, 100, 110, 110, 210)       # pixels of `COLUMNS`
 ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")     # as `spaces` reads it
 WORKER_DIED = "ZeroGPU worker error"                    # title that `spaces` gives to this error
-MODEL = "model"                 # name of the queue of events that run a model
 AT_ONCE = dict(concurrency_id=MODEL, concurrency_limit=8 if ZERO_GPU else 1)      # a ZeroGPU run has its own GPU
 QUIET = dict(show_progress="hidden", api_visibility="private")      # options of an event that shows no progress
 
@@ -142,64 +136,6 @@ def make_runner(library: Library) -> Runner:
     return Runner(library, on_zero_gpu if ZERO_GPU else None, AT_ONCE["concurrency_limit"])
 
 
-class Demo(gr.Blocks):
-    """The page's Blocks. Every error becomes one sentence for the visitor or the program that caused it.
-
-    Without this class, Gradio answers {"error": null} to most wrong values.
-    """
-
-    async def preprocess_data(self, block_fn, inputs, *args, **options):
-        """Convert the values of an event as Gradio does. A wrong value raises an error that names its control."""
-        try:
-            return await super().preprocess_data(block_fn, inputs, *args, **options)
-        except Exception as error:      # components raise errors of many kinds
-            raise _one_sentence(_wrong_input(block_fn.inputs, inputs)) from error
-
-    async def process_api(self, *args, **options):
-        """Answer an event as Gradio does. An error that nobody expected goes to the log."""
-        try:
-            return await super().process_api(*args, **options)
-        except gr.Error:
-            raise
-        except Exception as error:
-            server_log.exception("an event failed")
-            raise _one_sentence("Something went wrong. The server's log has the details.") from error
-
-
-class ModelQueue(Queue):
-    """Gradio's queue, but only events that run a model wait for each other, and only they find it full.
-
-    Replays, menus and the list of models are answered although `MAX_WAITING` runs wait.
-    """
-
-    async def push(self, body, request, username):
-        """Add an event to the queue. Returns what Gradio's queue returns."""
-        event = self.blocks.fns.get(body.fn_index)
-        waiting = self.event_queue_per_concurrency_id.get(MODEL)
-        if event is not None and event.concurrency_id == MODEL and waiting and len(waiting.queue) >= MAX_WAITING:
-            return False, f"{MAX_WAITING} runs already wait here: try again later.", "queue_full"
-        return await super().push(body, request, username)
-
-
-def _one_sentence(text: str) -> gr.Error:
-    # Gradio renders it as HTML. Quotes do no harm there, and programs read them.
-    return gr.Error(html.escape(text, quote=False), print_exception=False)
-
-
-def _wrong_input(components: list[Component], values: list) -> str:
-    """Return a sentence about the first of these values that its component refuses."""
-    if len(values) < len(components):
-        return f"This event needs {len(components)} values, got {len(values)}."
-    for component, value in zip(components, values):
-        if component.stateful or getattr(component, "data_model", None):        # files: their paths are not trusted
-            continue
-        try:
-            component.preprocess(value)
-        except Exception:               # as above
-            return f"{component.label} cannot be {shown(value)}: choose a value that this control offers."
-    return "A file cannot be used here: upload one of a type that this control takes."
-
-
 def build_demo(runner: Runner, allow_training: bool = False) -> gr.Blocks:
     """Build the page for the models of a runner. Returns the app; start it by `launch` with `launch_options`.
 
@@ -223,9 +159,7 @@ def build_demo(runner: Runner, allow_training: bool = False) -> gr.Blocks:
         _connect_address(demo, library, calibrations, one)
         _add_endpoints(Endpoints(runner))
     # Closed to direct calls: a POST to /run/generate would skip the queue, and with it the limit of one run at a time.
-    demo.queue(api_open=False)
-    demo._queue = ModelQueue(True, demo.max_threads, 1, MAX_QUEUED, demo, "not_set")
-    return demo
+    return demo.queue(api_open=False)
 
 
 def _one_prompt(page: Page, calibration: Calibration | None, allow_training: bool) -> OnePrompt:
@@ -686,7 +620,7 @@ def _for_clients(endpoint: Callable) -> Callable:
         try:
             return endpoint(*args, **kwargs)
         except (BadRequest, RunFailed) as error:
-            raise _one_sentence(str(error)) from None
+            raise one_sentence(str(error)) from None
     return call
 
 

@@ -13,6 +13,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 import app
+from cascadeexit import blocks
 from cascadeexit.calibration import Calibration, Point
 from cascadeexit.config import DecodeConfig
 from tests.browser.server import serve
@@ -231,8 +232,8 @@ def test_a_full_queue_still_answers_what_needs_no_model(served, monkeypatch):
         while (answer := httpx.post(f"{url}/generate", json=body)).status_code == 200:
             events.append(answer.json()["event_id"])
             time.sleep(0.05)
-        assert answer.status_code == 503 and app.MAX_WAITING <= len(events) <= app.MAX_WAITING + 1
-        assert f"{app.MAX_WAITING} runs already wait here" in answer.json()["detail"]
+        assert answer.status_code == 503 and blocks.MAX_WAITING <= len(events) <= blocks.MAX_WAITING + 1
+        assert f"{blocks.MAX_WAITING} runs already wait here" in answer.json()["detail"]
         assert httpx.get(client.src).status_code == 200 and Client(client.src, verbose=False)
         assert client.predict(api_name="/models")
         replay = next(d["id"] for d in client.config["dependencies"]

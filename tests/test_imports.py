@@ -22,14 +22,15 @@ ORDER = """
     backends.gpu.heads backends.gpu.exits backends.gpu backends
     sampling model carry staircase drafting tree metrics engine race inspection scoring shape
     repetition machine text sides wire stream record conversion bundled gguf_file accelerator selfcheck payoff hub
-    custom_generate library turns runner spread evaluation views report settings kept page endpoints uploads
+    custom_generate library turns runner spread evaluation views report settings kept page endpoints uploads blocks
     openai.errors openai.requests openai.writing openai.answers openai.service openai.routes openai doctor
     terminal console __main__
 """.split()
 # Each outside library, and the modules that may import it.
 DOORS = {"transformers": ("hub", "conversion", "custom_generate", "backends.torch."), "plotly": ("views",),
-         "gguf": ("gguf_file",), "ctypes": ("backends.",), "triton": ("backends.",), "gradio": (), "spaces": (),
-         "training": (), "app": (), "pydantic": ("openai.",), "starlette": ("openai.", "uploads"), "openai": ()}
+         "gguf": ("gguf_file",), "ctypes": ("backends.",), "triton": ("backends.",), "gradio": ("blocks",),
+         "spaces": (), "training": (), "app": (), "pydantic": ("openai.",), "starlette": ("openai.", "uploads"),
+         "openai": ()}
 
 
 def name_of(path: Path) -> str:
