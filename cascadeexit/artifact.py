@@ -19,7 +19,10 @@ _FLOATS, _WHOLES = ("F64", "F32", "F16", "BF16"), ("I64", "I32")
 
 
 def read_object(path: Path) -> dict:
-    """Read a JSON file that holds one object, as a dict. Raises ValueError, which names the file, for another file."""
+    """Read a JSON file that holds one object, as a dict.
+
+    Raises ValueError if the file holds anything else. The message names the file.
+    """
     with path.open("rb") as file:
         content = file.read(MAX_JSON_BYTES + 1)
     _refuse_pointer(path, content)

@@ -443,7 +443,7 @@ def _explained(model: str, source: str, error: Exception) -> ModelUnavailable:
         return any(isinstance(reason, kinds) for reason in reasons)
 
     if Path(source).is_dir():
-        advice = "Delete the folder and start again to make it anew." if model == DEFAULT_MODEL else (
+        advice = "Delete the folder and restart the program, which makes it again." if model == DEFAULT_MODEL else (
             "The folder needs config.json, safetensors weights and a tokenizer, as save_pretrained writes them.")
         return ModelUnavailable(f"the model in {source} could not be loaded ({first_line(error)}): a file is missing "
                                 f"or damaged. {advice}")

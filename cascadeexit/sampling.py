@@ -36,7 +36,7 @@ class Sampler:
 
         Args:
             logits: (V,) for all tokens, or (K,) for the K tokens of a trimmed head.
-            ids: for a trimmed head, ids[k] is the token id of logit k, and there may be more than K ids. None for all
+            ids: for a trimmed head, ids[k] is the token id of logit k; ids beyond the first K are ignored. None for all
                 tokens.
         """
         return int(torch.multinomial(self.distribution(logits, ids), 1, generator=self.generator))

@@ -193,7 +193,7 @@ class TokenStream:
     # -- after that -----------------------------------------------------------------------------------------------
 
     def close_text(self) -> None:
-        """Append the end of each side that is still open: the text of an incomplete character, and the statistics."""
+        """Close each open side: append a `text` record if its last character is incomplete, and a `stats` record."""
         names = [name for name, side in self.sides.items() if not side.closed]
         for name in names:
             side = self.sides[name]
@@ -264,7 +264,7 @@ class TokenStream:
         self.text = stopped(self.text)
 
     def fail(self, message: str) -> None:
-        """Append an error. It says that the run failed."""
+        """Append an `error` record with this message: the run failed."""
         self.text += error_line(message)
 
     def _write(self, type: str, **record) -> None:

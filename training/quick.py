@@ -5,8 +5,8 @@
     python -m training.quick --model my-model --prompts questions.jsonl      # user turns like those of your users
 
 This takes 15 minutes on a CPU and 5 on a GPU, or as long as --minutes says. The parts are the commands of the full
-recipe (training/run.sh), each with a share of the time. The model writes conversations, and the hidden states of these
-passes are kept. The exits start as ridge regressions on whitened hidden states, and are trained for as many steps as
+recipe (training/run.sh), each with a share of the time. The model writes conversations, and its hidden states are
+kept for training. The exits start as ridge regressions on whitened hidden states, and are trained for as many steps as
 the time allows. Then a drafter and confidence estimators are trained. At the end, other prompts, which were not used in
 training, serve to calibrate the exits and to measure the speed of each mode.
 

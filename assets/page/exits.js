@@ -23,7 +23,7 @@ const TERMS = {
   token: 'A word, or a part of one.',
   agreement: 'Share of the tokens that the full model would choose too, given the same text before them.',
   'weights read': 'Weights read from memory for each token, as a share of what the full model reads. Reading weights takes most of the time.',
-  'same position': 'Share of the positions at which both texts have the same token. One word more moves all later tokens to other positions, so it falls after the first difference. “Differences” lines the texts up before it counts.',
+  'same position': 'Share of the positions at which both texts have the same token. One extra word moves all later tokens to other positions, so this share falls after the first difference. “Differences” lines the texts up before it counts.',
   speed: 'Tokens per second after the first token, compared with the full model on the same machine, in the same run.',
 };
 

@@ -191,7 +191,7 @@ class VocabHead(Protocol):
         """
 
     def first(self, words: int) -> "VocabHead":
-        """Make a head for only the first `words` vocabulary entries of this head.
+        """Make a head of only this head's first `words` tokens.
 
         words: number of entries, a multiple of `exits.config.WORD_BLOCK`, or K.
         """

@@ -1,6 +1,7 @@
 """CpuExits: runs adapters, confidence estimators and the drafter in C++.
 
 Letters: N rows, D hidden size, I inputs, O outputs, E exits except the first, V tokens of the vocabulary.
+A row's carried state is the hidden state that produced the newest token before it.
 """
 
 import ctypes

@@ -130,7 +130,7 @@ class CpuHead:
         return facts
 
     def first(self, words: int) -> "CpuHead":
-        """Make a head for only the first `words` vocabulary entries of this head. It shares this head's memory.
+        """Make a head of only this head's first `words` tokens. It shares this head's memory.
 
         words: number of entries, a multiple of `WORD_BLOCK`, or K.
         """

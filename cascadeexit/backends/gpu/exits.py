@@ -1,6 +1,6 @@
 """GpuExits: runs adapters, confidence estimators and the drafter with the help of our Triton kernels.
 
-Letters: N rows, D hidden size.
+Letters: N rows, D hidden size. A row's carried state is the hidden state that produced the newest token before it.
 """
 
 import logging

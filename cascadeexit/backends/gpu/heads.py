@@ -66,7 +66,7 @@ class GpuHead:
         return softmax_facts(self.logits, rows, copied, before)
 
     def first(self, words: int) -> "GpuHead":
-        """Make a head for only the first `words` entries of the vocabulary, at most K. It shares this head's memory."""
+        """Make a head of only this head's first `words` tokens, 1 to K. It shares this head's memory."""
         if words == self.words:
             return self
         bias = None if self._bias is None else self._bias[:words]

@@ -306,7 +306,7 @@ class AskedTop(Late):
     If their pass is still postponed, `ask` runs the pass, the final norm and the head in one recording.
 
     Args:
-        rows: rows after the last layer. The last of them is the last row of the pass.
+        rows: the last N rows of a pass, after the last layer.
         norm: function that applies the final norm to these rows.
     """
 

@@ -79,7 +79,7 @@ class TorchHead:
         return softmax_facts(self._linear, rows, copied, before)        # the whole estimator may be recorded
 
     def first(self, words: int) -> "TorchHead":
-        """Make a head for only the first `words` entries of the vocabulary, at most K.
+        """Make a head of only this head's first `words` tokens, 1 to K.
 
         The new head copies a packed weight, and shares any other weight.
         """
