@@ -89,12 +89,12 @@ def read_all(root: Path) -> dict:
     Returns a dict: one entry for each file in assets/results ("benchmark_cpu" for benchmark-cpu.json), and
     - `artifacts`: the reports of each folder of shipped exits, from `read_artifact`.
     - `gpus`: the results of `training.gpu`.
-    - `shipped`: fingerprints of the exits that ship now, as far as a file names them.
+    - `shipped`: fingerprints of the exits that ship now, as far as a file names them. The default exits come first.
     - `published`: figures of the original CascadeExit.
     """
     results = {path.stem.replace("-", "_"): read(path) for path in sorted((root / "assets" / "results").glob("*.json"))}
     artifacts = [read_artifact(folder) for folder in exits_folders(root)]
-    of_shipped = [results.get("decode"), results.get("exits_swiglu"), *(a["calibration"] for a in artifacts)]
+    of_shipped = [*(a["calibration"] for a in artifacts), results.get("decode"), results.get("exits_swiglu")]
     return results | {
         "artifacts": artifacts,
         "gpus": [result for name, result in results.items() if name.startswith("gpu_")],
