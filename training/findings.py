@@ -112,7 +112,7 @@ def _narrow(files: dict[str, dict]) -> list[Gap]:
 
 
 def _of_older_exits(files: dict[str, dict], shipped: list[str]) -> list[Gap]:
-    return [Gap(f"The exits that ship now, in what {file_name(name)} shows", "that file is of older exits",
+    return [Gap(f"The figures of {file_name(name)} with the exits that ship now", "that file is of older exits",
                 re.sub(r" --out \S+", "", content["provenance"]["command"]))
             for name, content in files.items() if isinstance(content.get("exits"), str)
             and content["exits"] not in shipped]
