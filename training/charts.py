@@ -6,7 +6,7 @@ class of its shapes. A colour that is data, such as that of an exit, is given as
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Self
 
@@ -75,7 +75,7 @@ class Series:
     colour: str = ""
     line: bool = True
     dots: bool = True
-    bounds: Sequence[tuple[float, float, float]] = field(default=())     # (x, y, bound): a stroke from y to the bound
+    bounds: Sequence[tuple[float, float, float]] = ()       # (x, y, bound): draw a stroke from y to the bound
 
 
 def chart(title: str, series: Sequence[Series], x: Axis, y: Axis) -> Markup:

@@ -39,13 +39,13 @@ def files_of(figures: dict) -> dict[str, dict]:
 
 
 def benchmarks_of(figures: dict) -> dict[str, dict]:
-    """Return {name: result} of the benchmarks, the newest processor first: the more prompts, the earlier."""
+    """Return {name: result} of the benchmarks, those with the most prompts first."""
     found = {name: content for name, content in files_of(figures).items() if name.startswith("benchmark")}
     return dict(sorted(found.items(), key=lambda named: (-named[1]["prompts"], named[0])))
 
 
 def unused_files(figures: dict) -> list[str]:
-    """List the names of result files that the report does not show, because it does not know them."""
+    """List the names of result files that the report does not show, because its template does not know them."""
     shown = ("benchmark_*", "gpu_*", "lossless_*", "exits", "exits_*", "decode", "baselines", "defaults", "check_late*")
     return [name for name in files_of(figures) if not any(fnmatch(name, pattern) for pattern in shown)]
 
