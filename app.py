@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")     # read when gradio is imported
@@ -31,7 +31,8 @@ from gradio.context import LocalContext  # noqa: E402
 from gradio.utils import get_upload_folder  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 from starlette.requests import Request  # noqa: E402
-from starlette.routing import Mount  # noqa: E402
+from starlette.responses import HTMLResponse  # noqa: E402
+from starlette.routing import Mount, Route  # noqa: E402
 
 from cascadeexit import accelerator, hub, openai, prompts, settings, stream  # noqa: E402
 from cascadeexit.blocks import MODEL, Demo, one_sentence  # noqa: E402
@@ -61,6 +62,11 @@ from cascadeexit.settings import DEFAULT_THRESHOLD, PRESETS, THRESHOLDS, Setting
 from cascadeexit.shape import Shape, exit_name  # noqa: E402
 from cascadeexit.uploads import UploadLimits  # noqa: E402
 
+try:
+    from training import report  # noqa: E402
+except ImportError:     # an installation without the package `training`, or without jinja2
+    report = None
+
 TRACE = ASSETS / "traces" / "sky.json"          # a recorded run: it plays until a visitor's first own run
 MODES = [("Early exits: may change the text", Mode.CASCADE), ("Exact: same text, checked", Mode.VERIFIED)]
 # Files of the token view, in assets/page. `main` comes last: it draws the first value.
@@ -78,6 +84,7 @@ RESULT_WIDTHS = (240, 100, 120, 100, 130, 100, 110, 110, 210)       # pixels of 
 ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")     # as `spaces` reads it
 WORKER_DIED = "ZeroGPU worker error"                    # title that `spaces` gives to this error
 AT_ONCE = dict(concurrency_id=MODEL, concurrency_limit=8 if ZERO_GPU else 1)      # a ZeroGPU run has its own GPU
+REPORT_LINK = " <a href='report' target='_blank' style='text-decoration: underline'>Report</a>"
 QUIET = dict(show_progress="hidden", api_visibility="private")      # options of an event that shows no progress
 
 
@@ -145,7 +152,8 @@ def build_demo(runner: Runner, allow_training: bool = False) -> gr.Blocks:
     calibrations = {label: library.calibration(label) for label in library.labels}
     with Demo(title="CascadeExit", analytics_enabled=False, delete_cache=(CLEAN_SECONDS, KEEP_SECONDS)) as demo:
         gr.HTML("<h1>CascadeExit</h1><p>The same language model, two ways: stop early when an exit is confident,"
-                " or always use every layer.</p>", elem_id="ce-title", apply_default_css=False)
+                f" or always use every layer.{REPORT_LINK if report else ''}</p>",
+                elem_id="ce-title", apply_default_css=False)
         with gr.Tabs(elem_id="ce-pages"):
             with gr.Tab("One prompt", elem_id="ce-one"):
                 one = _one_prompt(page, calibrations[library.labels[0]], allow_training)
@@ -653,8 +661,8 @@ def on_zero_gpu(compute: Compute, seconds: Callable[..., int]) -> Compute:
 # -- start --------------------------------------------------------------------------------------------------
 
 def launch_options(demo: gr.Blocks, runner: Runner) -> dict:
-    """Return the arguments of `demo.launch`: our theme and styles, no requests to other machines, and the routes of
-    `cascadeexit.openai` for programs.
+    """Return the arguments of `demo.launch`: our theme and styles, no requests to other machines, the routes of
+    `cascadeexit.openai` for programs, and the route of the report.
     """
     def visit(request: Request) -> None:
         # As gradio does before it calls a function: `spaces` reads from these who asks for a GPU, and for which server.
@@ -665,12 +673,18 @@ def launch_options(demo: gr.Blocks, runner: Runner) -> dict:
     font = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=font).set(
         body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600")    # the default is too pale
-    routes = [Mount("/v1", app=openai.application(runner, visit))]
+    routes = [Mount("/v1", app=openai.application(runner, visit)), *report_routes()]
     limits = Middleware(UploadLimits, request_bytes=MAX_REQUEST, total_bytes=MAX_UPLOADS, keep_seconds=KEEP_SECONDS,
                         folder=Path(get_upload_folder()))
     return dict(theme=theme, css_paths=styles(), ssr_mode=False, run_history=False, footer_links=[],
                 max_file_size=MAX_UPLOAD, state_session_capacity=SESSIONS, enable_monitoring=False,
                 app_kwargs=dict(routes=routes, middleware=[limits]))
+
+
+def report_routes() -> list[Route]:
+    """Return the route of the report of measured results, which is rendered once. [] if `training` is not installed."""
+    page = cache(report.page) if report else None
+    return [Route("/report", lambda request: HTMLResponse(page()))] if page else []
 
 
 def styles() -> list[Path]:

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cascadeexit.hub import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[1]
+PUBLISHED = Path(__file__).parent / "published.json"       # figures of the original CascadeExit
 SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 
 # -- result files ------------------------------------------------------------------------------------------------------
@@ -47,16 +48,18 @@ def read_artifact(folder: Path) -> dict:
                        "drafter_runs": drafter_runs(artifact["drafter"])}
 
 
-def training_runs(report: dict) -> list[dict]:
-    """List all training runs of adapters that led to a report, the newest first.
+def training_runs(report: dict | None) -> list[dict]:
+    """List all training runs of adapters that led to a report, the newest first. Returns [] if there is no report.
 
     Each run is a report with an entry `layers`: the layers of the exits that the run trained. If a run continued
     another run, `went_on_from` holds the report of the other run. If exits were joined by `training.join`, `parts`
     holds one report for each layer; equal reports are merged into one run.
 
     Args:
-        report: content of `distill.json`.
+        report: content of `distill.json`; None without that file.
     """
+    if report is None:
+        return []
     if "parts" not in report:
         layers = report["settings"].get("only") or report["settings"]["layers"]
         run = report | {"layers": [layer for layer in layers if layer not in report.get("stays", ())]}
@@ -78,6 +81,25 @@ def drafter_runs(report: dict | None) -> list[dict]:
         report: content of `drafter.json`; None without a drafter.
     """
     return [report, *drafter_runs(report.get("went_on_from"))] if report else []
+
+
+def read_all(root: Path) -> dict:
+    """Read every measured figure below `root`, and the published ones. Templates get the result as their variables.
+
+    Returns a dict: one entry for each file in assets/results ("benchmark_cpu" for benchmark-cpu.json), and
+    - `artifacts`: the reports of each folder of shipped exits, from `read_artifact`.
+    - `gpus`: the results of `training.gpu`.
+    - `shipped`: fingerprints of the exits that ship now, as far as a file names them. The default exits come first.
+    - `published`: figures of the original CascadeExit.
+    """
+    results = {path.stem.replace("-", "_"): read(path) for path in sorted((root / "assets" / "results").glob("*.json"))}
+    artifacts = [read_artifact(folder) for folder in exits_folders(root)]
+    of_shipped = [*(a["calibration"] for a in artifacts), results.get("decode"), results.get("exits_swiglu")]
+    return results | {
+        "artifacts": artifacts,
+        "gpus": [result for name, result in results.items() if name.startswith("gpu_")],
+        "shipped": [result["exits"] for result in of_shipped if result],
+        "published": read(PUBLISHED)}
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -121,17 +143,23 @@ FILTERS = (fixed, percent, percents, thousands, command, source)
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 
+def templates(autoescape: bool = False) -> Environment:
+    """Open the folder of the templates, with the formats of this file as filters.
+
+    autoescape: True escapes every value, for templates of HTML.
+    """
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=autoescape)
+    environment.filters |= {function.__name__: function for function in FILTERS}
+    return environment
+
+
 def pages(root: Path = ROOT) -> dict[Path, str]:
     """Render every page from the JSON files below `root`. Returns {path of the page: content}."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
-    environment.filters |= {function.__name__: function for function in FILTERS}
-    results = {path.stem.replace("-", "_"): read(path) for path in sorted((root / "assets" / "results").glob("*.json"))}
-    artifacts = [read_artifact(folder) for folder in exits_folders(root)]
-    gpus = [result for name, result in results.items() if name.startswith("gpu_")]      # of training.gpu
+    environment, figures = templates(), read_all(root)
 
     def render(template: str, **values) -> str:
-        text = environment.get_template(f"{template}.md").render(results, artifacts=artifacts, gpus=gpus, **values)
+        text = environment.get_template(f"{template}.md").render(figures, **values)
         return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
     readme = (root / "README.md").read_text(encoding="utf-8")
@@ -139,7 +167,7 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
         root / "README.md": SECTION.sub(lambda m: m[1] + render(f"readme_{m[2]}") + m[3], readme),
         root / "assets" / "results" / "README.md": render("results"),
         **{folder / "README.md": render("card", **artifact)
-           for folder, artifact in zip(exits_folders(root), artifacts, strict=True)}}
+           for folder, artifact in zip(exits_folders(root), figures["artifacts"], strict=True)}}
 
 
 def outdated(root: Path = ROOT) -> list[Path]:
