@@ -67,7 +67,7 @@ def test_a_terminal_gets_no_control_characters_of_a_model():
 
 @pytest.mark.parametrize("words, message", [
     (["run", " "], "cascadeexit run: the prompt is empty"),
-    (["run", "x", "--threshold", "3"], r"thresholds must be in \[0, 1\]"),
+    (["run", "x", "--threshold", "3"], "thresholds must be a number from 0 to 1, got 3"),
     (["run", "x", "--mode", "full", "--target-disagreement", "0.1"], "target_disagreement goes with mode cascade"),
     (["run", "x", "--mode", "cascade", "--target-disagreement", "0.1"], "needs exits that were calibrated"),
 ])

@@ -127,7 +127,7 @@ def test_prompts_that_cannot_run_keep_their_place_and_the_rest_goes_on(results):
 
 
 def test_a_config_that_fits_no_prompt_is_refused_at_once(engine):
-    for config in (replace(CONFIG, thresholds=(0.5,)), replace(CONFIG, mode="verified", max_draft=10_000)):
+    for config in (replace(CONFIG, thresholds=(0.5,)), replace(CONFIG, mode="verified", max_draft=1_000)):
         with pytest.raises(ValueError, match="thresholds|max_draft"):
             evaluation_of(engine, PROMPTS, config)      # before the first result is asked for
 

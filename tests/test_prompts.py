@@ -109,7 +109,7 @@ def test_pasted_text_that_is_not_a_prompt_set(pasted, reason):
     ("a.csv", b"prompt\n" + b"x" * 200_000, "line 2: expected comma-separated cells.*field larger"),
     ("a.csv", b"prompt,kind\n,chat", "line 2: expected a text under prompt, got '': write the prompt"),
     ("a.csv", b"kind,prompt\nchat", "line 2: expected a text under prompt, got none: write the prompt"),
-    ("a.pdf", b"one", r"ends in .txt, .jsonl, .csv, got 'a.pdf': save it as one of them"),
+    ("a.pdf", b"one", r"ends in .txt or .jsonl or .csv, got 'a.pdf': save the prompts in one"),
     ("a", b"one", "ends in .txt"),
 ])
 def test_files_that_are_not_a_prompt_set(tmp_path, name, content, reason):

@@ -82,7 +82,7 @@ const readers = {
   fork: readFork,
   end: readEnd,
   spread(record) { sides[record.side].spread = record; waiting(false); status('Done.', 'done'); dirty = true; },
-  status(record) { begun(); status(record.message, 'busy'); },
+  status(record) { begun(); status(record.message, isOver() ? 'done' : 'busy'); },
   stopped() { if (!replaying()) halted.add(run.run); over('Stopped. The text so far is kept.', 'stopped'); },
   error(record) { over(record.message, 'error'); },
 };

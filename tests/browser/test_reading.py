@@ -450,7 +450,7 @@ def test_the_full_text_goes_on_with_the_settings_of_the_first_one(stage, tiny):
     page = opened.page
     before = shown_ids(page, "full")
     token(page, 20, "full").click()
-    page.get_by_role("button", name="Continue from here with the settings of “Own thresholds”").click()
+    page.get_by_role("button", name="Continue from here with the settings of “Custom thresholds”").click()
     page.wait_for_selector(".ce-text[data-side=fork1] .forked")
     page.wait_for_selector(".ce-status.done")
     ids = shown_ids(page, "fork1")
@@ -460,7 +460,7 @@ def test_the_full_text_goes_on_with_the_settings_of_the_first_one(stage, tiny):
     assert ids[21:] == engine.run([*prompt, *ids[:21]], config).token_ids != before[21:]
     assert shown_ids(page, "full") == before
     assert page.locator(".ce-forked .ce-aside").inner_text().startswith(
-        "The full model’s text up to token 21, then the settings of “Own thresholds”: it ")
+        "The full model’s text up to token 21, then the settings of “Custom thresholds”: it ")
     for i, words in ((5, "This token is the same as in “Full model”. The full model wrote it"),
                      (20, "The full model’s text ends with this token."), (21, "")):
         token(page, i, "fork1").click()

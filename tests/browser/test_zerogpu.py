@@ -58,6 +58,7 @@ def test_both_sides_stream_and_the_finished_run_is_kept(begin):
     page.wait_for_selector(".ce-status.done")
     page.locator(".ce-text[data-side=cascade] .t").nth(4).click()
     page.wait_for_selector(".ce-candidate")
+    page.keyboard.press("Escape")               # the card lies over the tabs
     open_tab(page, "Layers")
     page.wait_for_selector(".ce-map-table td")
 
