@@ -526,8 +526,9 @@ def _connect_training(library: Library, calibrations: dict[str, Calibration | No
 
     # In the queue of the runs: training and decoding would slow each other down.
     running = panel.start.click(train, model, [panel.status, one.view, *_fitted_outputs(one)], **_turns(panel.status))
-    panel.cancel.click(lambda: _status_html("Cancelled. “Train exits” continues where the training stopped.", ""), None,
-                       panel.status, cancels=[running], queue=False, **QUIET)
+    panel.cancel.click(lambda: None, cancels=[running], queue=False, **QUIET).then(
+        lambda: _status_html("Cancelled. “Train exits” continues where the training stopped.", ""), None, panel.status,
+        queue=False, **QUIET)
 
 
 def _fitted_exit_controls(one: OnePrompt, shape: Shape, chosen: dict | None = None) -> dict:

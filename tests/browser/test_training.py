@@ -1,6 +1,7 @@
 """The button with which the owner of a machine trains exits: progress, new exits in the page, and failure."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -71,6 +72,7 @@ def test_a_training_that_is_cancelled_is_ended(open_page, url, monkeypatch):
         try:
             while True:
                 yield Progress("training exits", 0.5)
+                time.sleep(0.05)
         finally:
             ended.append(model)
 
