@@ -154,6 +154,7 @@ def test_a_killed_calibration_ends_as_an_uninterrupted_one(recipe, tmp_path):
     assert ours == theirs and not partial.exists()
 
 
+@pytest.mark.slow           # test_training.py pins it, too
 def test_a_checkpoint_of_other_settings_is_refused(recipe, tmp_path):
     run(*distill(recipe, tmp_path), "--minutes", 0, launch=("torch.distributed.run", "--nproc-per-node", "2", "-m"))
     done = subprocess.run(command(*distill(recipe, tmp_path), "--lr", 0.5), cwd=ROOT, env=ENVIRONMENT, text=True,
@@ -199,6 +200,7 @@ def test_two_processes_train_as_one(recipe, tmp_path):
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow           # test_training.py pins it, too
 def test_shards_of_other_settings_are_refused(recipe, tmp_path):
     args = ("training.data", "policy", "--model", recipe / "model", "--batch", 32, "--steps", 96, "--out", tmp_path)
     run(*args, "--tokens", 3000)

@@ -48,7 +48,7 @@ def test_axe_finds_nothing_in_any_state(open_page, tiny_url, theme):
     assert violations(page) == [], "error"
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_axe_finds_nothing_on_the_many_prompts_tab(open_page, tiny_url, theme):
     page = open_page(f"{tiny_url}?__theme={theme}")
     page.get_by_role("tab", name="Many prompts").click()

@@ -620,7 +620,7 @@ def test_code_is_written_in_a_font_of_fixed_width(stage, fast):
         assert shown == fonts, side
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_axe_finds_nothing_in_cards_differences_moments_and_forks(stage, theme):
     opened = stage(theme=theme)
     opened.run(**RUN)
