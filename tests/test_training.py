@@ -23,12 +23,13 @@ from tests.helpers import tiny_store
 from tests.tiny_models import tiny_engine
 from training.batches import batches, micro_batches
 from training.checkpoint import RunFolder
+from training.data import check_settings
 from training.documents import Document, Split, key_of, load_documents, save_shard
 from training.features import FeatureStore
 from training.forward import mixed_carried_states
 from training.inputs import AdapterInputs
 from training.join import join
-from training.json_files import ResumableRows
+from training.json_files import ResumableRows, save_json
 from training.loop import train
 from training.loss import exit_loss
 from training.policy import ChatTemplate, Lane, Sources, write_round
@@ -345,6 +346,15 @@ def test_shards_are_read_as_written_and_equal_documents_count_once(tmp_path):
     assert load_documents([tmp_path]) == documents[:2]
     with pytest.raises(FileNotFoundError, match="training.data"):
         load_documents([tmp_path / "elsewhere"])
+
+
+def test_a_folder_with_shards_of_other_settings_is_refused(tmp_path):
+    save_json(tmp_path / "provenance.json", {"settings": {"seed": 1, "batch": 8}})
+    check_settings(tmp_path, {"seed": 2, "batch": 8})               # no shard was written yet
+    (tmp_path / "shard-00000.safetensors").touch()
+    check_settings(tmp_path, {"seed": 1, "batch": 8})
+    with pytest.raises(ValueError, match=r"other settings, \(old, new\): {'seed': \(1, 2\)}"):
+        check_settings(tmp_path, {"seed": 2, "batch": 8})
 
 
 def test_of_25_documents_one_tests_two_calibrate_and_22_train():
