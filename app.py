@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial, wraps
+from inspect import signature
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")     # read when gradio is imported
@@ -617,7 +618,7 @@ def _connect_address(demo: gr.Blocks, library: Library, calibrations: dict[str, 
 
 def _add_endpoints(endpoints: Endpoints) -> None:
     """Add the endpoints /models, /generate, /compare and /evaluate."""
-    gr.api(_for_clients(endpoints.models), api_name="models", queue=False)
+    gr.api(endpoints.models, api_name="models", queue=False)
     for endpoint in (endpoints.generate, endpoints.compare, endpoints.evaluate):
         gr.api(_for_clients(endpoint), api_name=endpoint.__name__, **AT_ONCE)
 
@@ -627,9 +628,10 @@ def _for_clients(endpoint: Callable) -> Callable:
     @wraps(endpoint)
     def call(*args, **kwargs):
         try:
-            return endpoint(*args, **kwargs)
+            yield from endpoint(*args, **kwargs)
         except (BadRequest, RunFailed) as error:
             raise one_sentence(str(error)) from None
+    call.__signature__ = signature(endpoint).replace(return_annotation=dict)    # gradio describes the result by it
     return call
 
 

@@ -2,8 +2,15 @@
 
 Each public method of `Endpoints` becomes an endpoint, and with `app.py --mcp` also an MCP tool. Callers see the
 signature and the docstring of the method as its documentation.
+
+The methods that run a model are generators. While they work, they yield their progress, {"tokens": n} or {"prompts": n}
+with the number that is done; the last value is the result. If a caller leaves, its generator is closed, and the next
+run may use the model at once.
 """
 
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -18,6 +25,9 @@ from cascadeexit.sides import CASCADE, FULL
 from cascadeexit.values import flag, number, shown
 
 MAX_DRAFT = DecodeConfig.max_draft
+MAX_TOKENS = 50_000             # new tokens of one request, over all its prompts
+MAX_SECONDS = 900               # of one request, the time in which it waits for other runs included
+PROGRESS_SECONDS = 0.25         # between two values that tell the progress
 
 
 class BadRequest(ValueError):
@@ -45,7 +55,7 @@ class Endpoints:
     def generate(self, prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                  max_new_tokens: int = 128, max_draft: int = MAX_DRAFT, tolerance: float = 0.0,
                  temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = True, model: str = "",
-                 target_disagreement: float = 0.0) -> dict:
+                 target_disagreement: float = 0.0) -> Iterator[dict]:
         """Generate text with early exits.
 
         Args:
@@ -79,16 +89,16 @@ class Endpoints:
                             tolerance=tolerance, temperature=temperature, top_p=top_p, seed=seed, chat=chat)
         label, config, _, ids = self._prepare(settings, threshold, target_disagreement)
         engine, tokenizer = self._library.get(label)
-        batches = self._runner.race(label, {CASCADE: Task(ids, config)})
-        events = [event for batch in batches for _, event in batch.events]
-        final = [e for e in events if e.final]
-        token_ids, stats = [e.token_id for e in final], metrics.summarize(events, engine.costs_for(config))
-        return dict(text=tokenizer.decode(token_ids, skip_special_tokens=True), token_ids=token_ids,
+        events: dict[str, list[TokenEvent]] = {CASCADE: []}
+        yield from self._run(label, {CASCADE: Task(ids, config)}, Check.NOTHING, events)
+        final = [e for e in events[CASCADE] if e.final]
+        token_ids, stats = [e.token_id for e in final], metrics.summarize(events[CASCADE], engine.costs_for(config))
+        yield dict(text=tokenizer.decode(token_ids, skip_special_tokens=True), token_ids=token_ids,
                     exits=[e.exit for e in final], stats=asdict(stats))
 
     def compare(self, prompt: str, mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                 max_new_tokens: int = 128, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
-                model: str = "", target_disagreement: float = 0.0) -> dict:
+                model: str = "", target_disagreement: float = 0.0) -> Iterator[dict]:
         """Generate a text with early exits and a text with the full model, both at temperature 0, and compare them.
 
         `generate` explains the arguments.
@@ -104,24 +114,22 @@ class Endpoints:
         label, config, full, ids = self._prepare(settings, threshold, target_disagreement)
         engine, tokenizer = self._library.get(label)
         events: dict[str, list[TokenEvent]] = {CASCADE: [], FULL: []}
-        for batch in self._runner.race(label, {CASCADE: Task(ids, config), FULL: Task(ids, full)}, Check.CHOICES):
-            choices = batch.choices.get(CASCADE)
-            for side, event in batch.events:
-                events[side].append(event)
+        choices = yield from self._run(label, {CASCADE: Task(ids, config), FULL: Task(ids, full)}, Check.CHOICES,
+                                       events)
         token_ids = {side: [e.token_id for e in events[side] if e.final] for side in events}
         stats = {side: metrics.summarize(events[side], engine.costs) for side in events}
         texts = {side: dict(text=tokenizer.decode(token_ids[side], skip_special_tokens=True), token_ids=token_ids[side],
                             stats=asdict(stats[side])) for side in events}
         match = metrics.match(token_ids[CASCADE], token_ids[FULL])
         speeds = [stats[side].tokens_per_second for side in events]
-        return dict(exits=texts[CASCADE], full=texts[FULL], speedup=speeds[0] / speeds[1] if all(speeds) else None,
-                    agreement=metrics.agreement(token_ids[CASCADE], choices),
+        yield dict(exits=texts[CASCADE], full=texts[FULL], speedup=speeds[0] / speeds[1] if all(speeds) else None,
+                    agreement=metrics.agreement(token_ids[CASCADE], choices[CASCADE]),
                     positional_match=match.positional, first_divergence=match.first_divergence,
                     identical=match.sequence)
 
     def evaluate(self, texts: list[str], mode: str = "cascade", threshold: float = CASCADE_THRESHOLD,
                  max_new_tokens: int = 64, max_draft: int = MAX_DRAFT, tolerance: float = 0.0, chat: bool = True,
-                 model: str = "", target_disagreement: float = 0.0) -> dict:
+                 model: str = "", target_disagreement: float = 0.0) -> Iterator[dict]:
         """Compare early exits with the full model on many prompts, at temperature 0.
 
         Args:
@@ -141,12 +149,37 @@ class Endpoints:
         settings = Settings(model=model, mode=mode, max_new_tokens=max_new_tokens, max_draft=max_draft,
                             tolerance=tolerance, chat=chat)
         label, config, _, _ = self._prepare(settings, threshold, target_disagreement, with_prompt=False)
+        if len(texts) * config.max_new_tokens > MAX_TOKENS:
+            raise BadRequest(f"{len(texts):,} texts of {config.max_new_tokens:,} new tokens are too many: one request "
+                             f"may ask for {MAX_TOKENS:,} tokens in all. Send several requests.")
         _, tokenizer = self._library.get(label)
-        results = list(evaluation.evaluate(
-            self._runner, label, partial(prompts.visitor_token_ids, tokenizer, chat=chat),
-            [prompts.Prompt(prompts.OWN, text) for text in texts], config,
-            partial(tokenizer.decode, skip_special_tokens=True)))
-        return dict(summary=asdict(evaluation.summarize_results(results)), results=[asdict(r) for r in results])
+        clock, results = _Clock(), []
+        with closing(evaluation.evaluate(
+                self._runner, label, partial(prompts.visitor_token_ids, tokenizer, chat=chat),
+                [prompts.Prompt(prompts.OWN, text) for text in texts], config,
+                partial(tokenizer.decode, skip_special_tokens=True), pauses=True)) as moments:
+            for result in moments:
+                if result is not None:
+                    results.append(result)
+                if clock.due():
+                    yield dict(prompts=len(results))
+        yield dict(summary=asdict(evaluation.summarize_results(results)), results=[asdict(r) for r in results])
+
+    def _run(self, label: str, tasks: Mapping[str, Task], check: Check, events: dict[str, list[TokenEvent]]
+             ) -> Generator[dict, None, dict[str, list[int]]]:
+        """Run tasks as `Runner.race` does. Yields the progress. Returns the `Batch.choices` of each side.
+
+        events: a list for each side, to which the events of the run are added.
+        """
+        clock, choices = _Clock(), {}
+        with closing(self._runner.race(label, tasks, check)) as batches:
+            for batch in batches:
+                choices |= batch.choices
+                for side, event in batch.events:
+                    events[side].append(event)
+                if clock.due():
+                    yield dict(tokens=sum(e.final for side in events.values() for e in side))
+        return choices
 
     def _prepare(self, settings: Settings, threshold: float, target: float, with_prompt: bool = True
                  ) -> tuple[str, DecodeConfig, DecodeConfig, list[int]]:
@@ -178,6 +211,22 @@ class Endpoints:
             return label, config, full, ids
         except (ValueError, ModelUnavailable) as error:
             raise BadRequest(str(error)) from None
+
+
+class _Clock:
+    """Tells when a request should report its progress, and ends one that takes too long."""
+
+    def __init__(self):
+        self._began = self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Return True if `PROGRESS_SECONDS` have passed since it was True. Raises BadRequest after `MAX_SECONDS`."""
+        now = time.monotonic()
+        if now - self._began > MAX_SECONDS:
+            raise BadRequest(f"The request took more than {MAX_SECONDS} seconds: ask for fewer tokens or prompts.")
+        due = now - self._last >= PROGRESS_SECONDS
+        self._last = now if due else self._last
+        return due
 
 
 def _thresholds(engine: Engine, settings: Settings, first: float, target: float) -> tuple[float, ...]:

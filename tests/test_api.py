@@ -13,7 +13,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 import app
-from cascadeexit import blocks
+from cascadeexit import blocks, endpoints
 from cascadeexit.calibration import Calibration, Point
 from cascadeexit.config import DecodeConfig
 from tests.browser.server import serve
@@ -217,6 +217,73 @@ def test_server_functions_answer_null_to_any_json(served):
             answer = httpx.post(f"{client.src}gradio_api/component_server", json=dict(
                 data=data, fn_name=name, component_id=view, session_hash="s"))
             assert answer.status_code == 200 and answer.json() is None, (name, data)
+
+
+# -- callers who leave -------------------------------------------------------------------------------------------------
+
+REQUESTS = {"generate": dict(prompt="hi", mode="full", max_new_tokens=900, chat=False),
+            "compare": dict(prompt="hi", mode="verified", max_new_tokens=900, chat=False),
+            "evaluate": dict(texts=["hi", "ho"], mode="full", max_new_tokens=900, chat=False)}
+
+
+@pytest.fixture
+def ended(served, monkeypatch):
+    """Make runs slow. Returns a list that gets the time at which each run ended."""
+    engine, times = served[0], []
+    generate = engine.generate
+
+    def slow(ids, config):
+        try:
+            for event in generate(ids, config):
+                time.sleep(0.01)
+                yield event
+        finally:
+            times.append(time.monotonic())
+
+    monkeypatch.setattr(engine, "generate", slow)
+    return times
+
+
+def wait_until(true, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_caller_who_cancels_frees_the_model_within_a_second(served, ended, name):
+    client = served[2]
+    job = client.submit(**REQUESTS[name], api_name=f"/{name}")
+    wait_until(job.outputs)                     # it tells its progress while it works
+    assert set(job.outputs()[0]) == {"prompts" if name == "evaluate" else "tokens"} and not ended
+    left = time.monotonic()
+    job.cancel()
+    wait_until(lambda: len(ended) == (1 if name == "generate" else 2))
+    assert max(ended) - left < 1
+    assert len(client.predict(prompt="hi", max_new_tokens=3, chat=False, api_name="/generate")["token_ids"]) == 3
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_caller_who_hangs_up_frees_the_model_within_a_second(served, ended, name):
+    client = served[2]
+    url = f"{client.src}gradio_api/call/v2/{name}"
+    event = httpx.post(url, json=REQUESTS[name]).json()["event_id"]
+    with httpx.stream("GET", f"{client.src}gradio_api/call/{name}/{event}", timeout=20) as lines:
+        assert any(line.startswith("event: generating") for line in lines.iter_lines()) and not ended
+    left = time.monotonic()
+    wait_until(lambda: ended)
+    assert min(ended) - left < 1
+
+
+def test_requests_have_a_largest_size_and_a_longest_time(served, ended, monkeypatch):
+    client = served[2]
+    with pytest.raises(AppError, match="80 texts of 900 new tokens are too many: one request may ask for 50,000"):
+        client.predict(texts=["hi"] * 80, max_new_tokens=900, api_name="/evaluate")
+    monkeypatch.setattr(endpoints, "MAX_SECONDS", 0.5)
+    for name, request in REQUESTS.items():
+        with pytest.raises(AppError, match="took more than 0.5 seconds: ask for fewer tokens or prompts"):
+            client.predict(**request, api_name=f"/{name}")
 
 
 # -- a full queue, limits --------------------------------------------------------------------------------------------
