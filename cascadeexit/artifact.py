@@ -104,6 +104,14 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
+def is_pointer(path: Path) -> bool:
+    """Return True if a file is what Git LFS leaves in a checkout for a file that was not fetched."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
 def _refuse_pointer(path: Path, content: bytes) -> None:
     if content.startswith(_POINTER):
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`, or download the file")

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from cascadeexit import payoff, selfcheck
-from cascadeexit.artifact import check_finite
+from cascadeexit.artifact import check_finite, is_pointer
 from cascadeexit.backends import REFERENCE, reference
 from cascadeexit.backends.memory import give_back
 from cascadeexit.backends.weights import bring_outer_weights
@@ -443,6 +443,9 @@ def _explained(model: str, source: str, error: Exception) -> ModelUnavailable:
         return any(isinstance(reason, kinds) for reason in reasons)
 
     if Path(source).is_dir():
+        if pointer := next(filter(is_pointer, sorted(Path(source).iterdir())), None):
+            return ModelUnavailable(f"{pointer} is a Git LFS pointer, not the file itself: run `git lfs pull` in its "
+                                    "folder, or download the file.")
         advice = "Delete the folder and restart the program, which makes it again." if model == DEFAULT_MODEL else (
             "The folder needs config.json, safetensors weights and a tokenizer, as save_pretrained writes them.")
         return ModelUnavailable(f"the model in {source} could not be loaded ({first_line(error)}): a file is missing "

@@ -157,6 +157,13 @@ def test_a_damaged_folder_is_called_damaged_and_not_offline(folder, file, text):
     assert str(folder) in str(caught.value) and "Hub" not in str(caught.value)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_called_so(folder, file):
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ModelUnavailable, match=f"{file} is a Git LFS pointer.*git lfs pull"):
+        hub.load(str(folder), device="cpu")
+
+
 def changed(folder, file: str, **change) -> None:
     """Change keys of a JSON file of a model."""
     path = folder / file
