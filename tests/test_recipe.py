@@ -137,6 +137,7 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(recipe, tmp_path):
     assert steps[0] == steps[1] == sorted(set(steps[0]))
 
 
+@pytest.mark.slow
 def test_a_killed_calibration_ends_as_an_uninterrupted_one(recipe, tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     for folder in (whole, torn):
@@ -162,6 +163,7 @@ def test_a_checkpoint_of_other_settings_is_refused(recipe, tmp_path):
     assert done.returncode == 1 and "other settings" in done.stderr and "--no-resume" in done.stderr
 
 
+@pytest.mark.slow
 def test_exits_that_are_not_trained_do_not_change(recipe, tmp_path):
     first, then = tmp_path / "first", tmp_path / "then"
     run(*distill(recipe, first))

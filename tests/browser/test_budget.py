@@ -65,7 +65,7 @@ def ids_of(tiny, n: int, mode: str) -> list[int]:
                       DecodeConfig(mode=mode, max_new_tokens=n, thresholds=thresholds)).token_ids
 
 
-@pytest.mark.parametrize("mode, hidden", [("cascade", False), ("verified", True),
+@pytest.mark.parametrize("mode, hidden", [("verified", True), pytest.param("cascade", False, marks=pytest.mark.slow),
                                           pytest.param("cascade", True, marks=pytest.mark.slow),
                                           pytest.param("verified", False, marks=pytest.mark.slow)])
 def test_a_long_run_loses_no_token_and_stays_light(page, tiny, monkeypatch, mode, hidden):
