@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -233,22 +232,6 @@ def describe(model: str | None = None, exits: str | Path | None = None) -> Shape
         return Shape(name, layers, default_exit_layers(layers), False)
     config = read_config(folder)
     return Shape(name, layers, config.layers, config.trained)
-
-
-def available(model: str) -> bool:
-    """Return True if a model of the Hugging Face Hub is in the Hub's cache on this machine, or can be downloaded.
-
-    A download counts as possible if the Hub describes the model within about two seconds.
-
-    model: id of the model, such as owner/name.
-    """
-    if isinstance(try_to_load_from_cache(model, "config.json"), str):
-        return True
-    try:
-        HfApi().model_info(model, timeout=2)
-    except (HTTPError, HfHubHTTPError, OSError):
-        return False
-    return True
 
 
 def _on_hub(model: str) -> bool:
